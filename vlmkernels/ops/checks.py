@@ -1,0 +1,40 @@
+"""Argument checks: an error names the argument, the rule and the value."""
+
+import math
+
+import torch
+
+
+def require(ok: bool, name: str, rule: str, value: object, error: type[Exception] = ValueError) -> None:
+    """Raise ``error`` as "<name> must <rule>, got <value>" unless ``ok``."""
+    if not ok:
+        raise error(f"{name} must {rule}, got {value}")
+
+
+def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    require(tuple(tensor.shape) == tuple(shape), name, f"have the shape of {meaning}, {tuple(shape)}", tuple(tensor.shape))
+
+
+def require_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
+    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    require(tensor.dtype in dtypes, name, f"have dtype {names}", str(tensor.dtype).removeprefix("torch."), TypeError)
+
+
+def require_device(name: str, tensor: torch.Tensor, device: torch.device, owner: str) -> None:
+    require(tensor.device == device, name, f"be on the device of {owner}, {device}", tensor.device)
+
+
+def require_positive(name: str, value: float) -> None:
+    require(isinstance(value, (int, float)) and math.isfinite(value) and value > 0, name, "be finite and > 0", value)
+
+
+def require_indices(name: str, indices: torch.Tensor, size: int, what: str, mask: torch.Tensor | None = None) -> None:
+    """Every index (where ``mask`` is true) lies in [0, size). CPU tensors only: on a GPU this would wait for the device."""
+    if indices.device.type != "cpu":
+        return
+    bad = (indices < 0) | (indices >= size)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name} must be in [0, {size}), {what}, got {indices[where].item()} at index {where}")
