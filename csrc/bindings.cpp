@@ -1,0 +1,100 @@
+// The Python module vlmkernels._C: addresses, sizes, strides and a stream. It knows nothing of torch.
+//
+// An op has a Params struct (common/<op>.h) and functions <name>_cpu(params, threads) and, where the module is built with
+// CUDA, <name>_cuda(params, device, stream).
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+
+#include "common/gather_logps.h"
+#include "common/params.h"
+
+// The functions of every op: on the CPU once per instruction set.
+#define VLMK_CPU_OPS(ISA)                                \
+    namespace vlmk::ISA {                                \
+    void gather_logps_fwd(const GatherLogps&, int);      \
+    void gather_logps_bwd(const GatherLogps&, int);      \
+    }
+VLMK_CPU_OPS(baseline)
+#ifdef VLMK_X86
+VLMK_CPU_OPS(avx2)
+VLMK_CPU_OPS(avx512)
+#define VLMK_CPU(OP) (isa == "avx512" ? avx512::OP : isa == "avx2" ? avx2::OP : baseline::OP)
+#else
+#define VLMK_CPU(OP) baseline::OP
+#endif
+
+#ifdef VLMK_CUDA_ARCHS
+namespace vlmk::cuda {
+void gather_logps_fwd(const GatherLogps&, int, uintptr_t);
+void gather_logps_bwd(const GatherLogps&, int, uintptr_t);
+}  // namespace vlmk::cuda
+#define VLMK_CUDA(OP) cuda::OP
+#else
+#define VLMK_CUDA_ARCHS ""
+#define VLMK_CUDA(OP) nullptr
+#endif
+
+// "cpu" in the build that runs the CUDA kernels on the host (tests/simt).
+#ifndef VLMK_CUDA_DEVICE_TYPE
+#define VLMK_CUDA_DEVICE_TYPE "cuda"
+#endif
+
+namespace {
+
+using namespace vlmk;
+
+// The best instruction set that this processor runs, or the lesser one that VLMKERNELS_CPU_ISA names.
+std::string choose_isa() {
+    std::string best = "baseline";
+#ifdef VLMK_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = "avx2";
+    if (best == "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        best = "avx512";
+    }
+#endif
+    const char* wanted = std::getenv("VLMKERNELS_CPU_ISA");
+    if (wanted == nullptr || wanted == best || std::string(wanted) == "baseline") return wanted == nullptr ? best : wanted;
+    if (std::string(wanted) == "avx2" && best == "avx512") return wanted;
+    throw std::invalid_argument("VLMKERNELS_CPU_ISA must be at most " + best + " (of baseline, avx2, avx512), got " + wanted);
+}
+
+template <class Params>
+using CpuFunction = void (*)(const Params&, int threads);
+template <class T>
+struct Identity {
+    using type = T;
+};
+template <class Params>
+using CudaFunction = typename Identity<void (*)(const Params&, int device, uintptr_t stream)>::type;
+
+template <class Params>
+void def(py::module_& m, const std::string& name, CpuFunction<Params> cpu, CudaFunction<Params> cuda) {
+    auto nogil = py::call_guard<py::gil_scoped_release>();
+    m.def((name + "_cpu").c_str(), cpu, nogil);
+    if (cuda != nullptr) m.def((name + "_cuda").c_str(), cuda, nogil);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    std::string isa = choose_isa();
+    m.attr("cpu_isa") = isa;
+    m.attr("cuda_architectures") = VLMK_CUDA_ARCHS;
+    m.attr("cuda_device_type") = VLMK_CUDA_DEVICE_TYPE;
+
+#define VLMK_DEF(OP) def(m, #OP, VLMK_CPU(OP), VLMK_CUDA(OP))
+
+    ParamsClass<GatherLogps>(m, "GatherLogps")
+#define VLMK_FIELD(F) .field(#F, &GatherLogps::F)
+        VLMK_FIELD(logits) VLMK_FIELD(dtype) VLMK_FIELD(num_rows) VLMK_FIELD(num_results) VLMK_FIELD(vocab)
+        VLMK_FIELD(inner) VLMK_FIELD(stride_outer) VLMK_FIELD(stride_inner) VLMK_FIELD(targets) VLMK_FIELD(mask)
+        VLMK_FIELD(temperature) VLMK_FIELD(rows) VLMK_FIELD(logp) VLMK_FIELD(entropy) VLMK_FIELD(stats)
+        VLMK_FIELD(partial) VLMK_FIELD(splits) VLMK_FIELD(dlogp) VLMK_FIELD(dentropy) VLMK_FIELD(starts)
+        VLMK_FIELD(dlogits) VLMK_FIELD(grad_stride_outer) VLMK_FIELD(grad_stride_inner);
+#undef VLMK_FIELD
+    VLMK_DEF(gather_logps_fwd);
+    VLMK_DEF(gather_logps_bwd);
+}

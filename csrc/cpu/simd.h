@@ -1,0 +1,196 @@
+// Sixteen floats at a time, in the vector extensions of GCC and Clang: one source for every instruction set.
+//
+// Each .cpp of this folder is compiled once per instruction set with VLMK_ISA set to its name, which is the namespace of all
+// that it defines; bindings.cpp calls the best one that the processor runs.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../common/dtypes.h"
+
+#ifndef VLMK_ISA
+#error "compile with -DVLMK_ISA=<name of the instruction set>"
+#endif
+
+namespace vlmk::VLMK_ISA {
+
+constexpr int kLanes = 16;
+using f32 = float __attribute__((vector_size(64)));
+using i32 = int32_t __attribute__((vector_size(64)));
+using u32 = uint32_t __attribute__((vector_size(64)));
+using u16 = uint16_t __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+inline f32 splat(float x) { return x - f32{}; }
+
+template <class To, class From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+// ---- 16-bit formats, both ways exact or rounded to nearest even ----
+
+inline f32 widen(u16 raw, bf16) { return bit_cast<f32>(__builtin_convertvector(raw, u32) << 16); }
+
+inline u16 narrow(f32 x, bf16) {
+    u32 bits = bit_cast<u32>(x);
+    u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    u32 quiet = (bits >> 16) | 0x40;
+    return __builtin_convertvector(x == x ? rounded : quiet, u16);
+}
+
+#if defined(__AVX512F__)
+inline f32 widen(u16 raw, f16) { return bit_cast<f32>(_mm512_cvtph_ps(bit_cast<__m256i>(raw))); }
+inline u16 narrow(f32 x, f16) { return bit_cast<u16>(_mm512_cvtps_ph(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT)); }
+#else
+inline f32 widen(u16 raw, f16) {
+    u32 h = __builtin_convertvector(raw, u32);
+    // The exponent is rebiased by a multiplication, which is exact and does denormals too.
+    f32 x = bit_cast<f32>((h & 0x7fff) << 13) * 0x1p112f;
+    u32 bits = bit_cast<u32>(x);
+    bits = (h & 0x7c00) == 0x7c00 ? bits | 0x7f800000 : bits;
+    return bit_cast<f32>(bits | (h & 0x8000) << 16);
+}
+
+inline u16 narrow(f32 x, f16) {
+    u32 bits = bit_cast<u32>(x), sign = bits & 0x80000000, magnitude = bits ^ sign;
+    // Below 2^-14 the sum with 0.5 leaves the rounded denormal in the low bits of the significand.
+    u32 denormal = bit_cast<u32>(bit_cast<f32>(magnitude) + 0.5f) - 0x3f000000;
+    u32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    u32 half = magnitude < 0x38800000 ? denormal : normal;
+    half = magnitude >= 0x477ff000 ? 0x7c00 + u32{} : half;
+    half = magnitude > 0x7f800000 ? 0x7e00 + u32{} : half;
+    return __builtin_convertvector(half | sign >> 16, u16);
+}
+#endif
+
+// ---- memory ----
+
+inline f32 load(const float* p) {
+    f32 x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+template <class T>
+inline f32 load(const T* p) {
+    u16 raw;
+    std::memcpy(&raw, p, sizeof(raw));
+    return widen(raw, T{});
+}
+
+inline void store(float* p, f32 x) { std::memcpy(p, &x, sizeof(x)); }
+
+template <class T>
+inline void store(T* p, f32 x) {
+    u16 raw = narrow(x, T{});
+    std::memcpy(p, &raw, sizeof(raw));
+}
+
+// Past the caches, for results that nobody reads soon; p is aligned to 64 bytes.
+template <class T>
+inline void stream(T* p, f32 x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, float>) {
+        _mm512_stream_ps(p, bit_cast<__m512>(x));
+    } else {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(narrow(x, T{})));
+    }
+#else
+    store(p, x);
+#endif
+}
+
+inline void stream_fence() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
+template <class T>
+inline bool streamable(const T* p) {
+    return reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+template <class T>
+inline float load_one(const T* p) {
+    T lanes[kLanes] = {*p};
+    return load(lanes)[0];
+}
+
+template <class T>
+inline void store_one(T* p, float x) {
+    T lanes[kLanes];
+    store(lanes, splat(x));
+    *p = lanes[0];
+}
+
+// The n < 16 elements at p, then `fill`.
+template <class T>
+inline f32 load_tail(const T* p, int64_t n, float fill) {
+    T lanes[kLanes] = {};
+    std::memcpy(lanes, p, n * sizeof(T));
+    f32 x = load(lanes);
+    for (int i = n; i < kLanes; ++i) x[i] = fill;
+    return x;
+}
+
+template <class T>
+inline void store_tail(T* p, int64_t n, f32 x) {
+    T lanes[kLanes];
+    store(lanes, x);
+    std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// ---- arithmetic ----
+
+inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
+
+inline float hmax(f32 x) {
+    float m = x[0];
+    for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+inline float hsum(f32 x) {
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+    }
+    return x[0];
+}
+
+// 2^x for x <= 127, relative error 1e-7; 0 below 2^-126, where x is also raised to -126 so that 2^x times x is 0.
+inline f32 exp2_clamp(f32& x) {
+    constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
+    i32 tiny = x < -126.0f;
+    x = tiny ? splat(-126.0f) : x;
+    f32 shifted = x + kShift;
+    f32 f = x - (shifted - kShift);  // in [-0.5, 0.5]
+    f32 y = f * 1.5353361599e-04f + 1.3398874519e-03f;
+    y = y * f + 9.6184373598e-03f;
+    y = y * f + 5.5503324708e-02f;
+    y = y * f + 2.4022647914e-01f;
+    y = y * f + 6.9314720286e-01f;
+    y = y * f + 1.0f;
+    f32 power = bit_cast<f32>(bit_cast<i32>(y) + (bit_cast<i32>(shifted) << 23));
+    return tiny ? f32{} : power;
+}
+
+}  // namespace vlmk::VLMK_ISA
