@@ -1,0 +1,143 @@
+"""Models of a few thousand parameters with real architectures, processors and tokenizers, built in code."""
+
+from functools import cache
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+SPECIAL = {
+    "end": "<|im_end|>",
+    "start": "<|im_start|>",
+    "pad": "<|endoftext|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+@cache
+def _vocabulary() -> dict[str, int]:
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,?:!", "Ġ", "Ċ"]
+    return {token: index for index, token in enumerate([*letters, *SPECIAL.values()])}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE without merges: one token per character, and Qwen's special tokens."""
+    bpe = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(list(SPECIAL.values()))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=SPECIAL["end"],
+        pad_token=SPECIAL["pad"],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+def processor() -> Qwen2_5_VLProcessor:
+    """One token per 28 x 28 pixels."""
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=4 * 28 * 28),
+        tokenizer=tokenizer(),
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _ids() -> dict[str, int]:
+    ids = {name: _vocabulary()[token] for name, token in SPECIAL.items()}
+    return {"bos_token_id": None, "eos_token_id": ids["end"], "pad_token_id": ids["pad"]}, ids
+
+
+def vlm(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL, 2 layers of width 32, a vision tower of 2 layers."""
+    torch.manual_seed(seed)
+    text, ids = _ids()
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **TEXT,
+            **text,
+            "vocab_size": len(_vocabulary()),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=ids["image"],
+        video_token_id=ids["video"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=True,
+    )
+    return _finish(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def text_model(seed: int = 0) -> Qwen2ForCausalLM:
+    """Qwen2, 2 layers of width 32."""
+    torch.manual_seed(seed)
+    return _finish(Qwen2ForCausalLM(Qwen2Config(**TEXT, **_ids()[0], vocab_size=len(_vocabulary()))))
+
+
+def _finish(model):
+    """Larger weights than the default: the untrained model's distributions should not all be flat."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    model.generation_config.eos_token_id = _vocabulary()[SPECIAL["end"]]
+    return model.eval()
+
+
+def image(index: int, width: int = 28, height: int = 28) -> Image.Image:
+    """An image of one colour and a gradient, different for each index."""
+    rows = torch.linspace(0, 255, height).view(-1, 1, 1).expand(height, width, 3)
+    shade = torch.tensor([37.0 * index % 256, 91.0 * index % 256, 53.0 * index % 256])
+    return Image.fromarray(((rows + shade) % 256).byte().numpy())
+
+
+def rows(num: int, images: str = "one") -> list[dict]:
+    """Samples with an answer. images: "none", "one" (column image), "many" (0 to 2 in column images, mixed)."""
+    samples = []
+    for index in range(num):
+        row = {"prompt": [{"role": "user", "content": f"what is {index}?"}], "answer": str(index)}
+        if images == "one":
+            row["image"] = image(index, width=28 * (1 + index % 2))
+        elif images == "many":
+            row["images"] = [image(10 * index + k, width=28 * (1 + k)) for k in range(index % 3)]
+        samples.append(row)
+    return samples

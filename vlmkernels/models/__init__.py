@@ -1,0 +1,1 @@
+"""What the trainer must know about a model: its family's inputs."""

@@ -1,0 +1,142 @@
+"""The configuration of GRPO training: TRL's field names, on top of ``transformers.TrainingArguments``."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from vlmkernels.ops.checks import require
+from vlmkernels.ops.group_advantages import SCALES
+from vlmkernels.ops.grpo_loss import GRPOLossConfig
+
+
+def _field(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class GRPOConfig(TrainingArguments):
+    """Arguments of ``GRPOTrainer``. Names, meanings and defaults are those of ``trl.GRPOConfig`` 1.16, except that
+
+    - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
+    - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
+    - eval_temperature is new;
+    - fields of TRL's that are not listed do not exist: every field here is honoured.
+    """
+
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    learning_rate: float = _field(1e-6, "The initial learning rate.")
+    logging_steps: float = _field(10, "Log every this many steps; below 1, a share of all steps.")
+    bf16: bool | None = _field(None, "bfloat16 mixed precision; by default on where the GPU supports it and fp16 is off.")
+    remove_unused_columns: bool | None = _field(False, "Give reward functions the prompt and image columns alone.")
+
+    model_init_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of from_pretrained, for a model given by path.")
+    disable_dropout: bool = _field(False, "Set every dropout probability of the model to 0.")
+
+    num_generations: int = _field(8, "Completions per prompt, at least 2.")
+    num_generations_eval: int | None = _field(None, "Completions per prompt in evaluation; by default num_generations.")
+    max_completion_length: int = _field(512, "The most tokens of a completion.")
+    shuffle_dataset: bool = _field(True, "Visit the training prompts in a new random order in each epoch.")
+    generation_batch_size: int | None = _field(None, "Completions sampled at a time, over all processes.")
+    steps_per_generation: int | None = _field(
+        None, "Micro-batches sampled at a time; by default gradient_accumulation_steps. Excludes generation_batch_size."
+    )
+    temperature: float = _field(1.0, "Sampling temperature; log-probabilities are taken at it.")
+    eval_temperature: float | None = _field(None, "Temperature in evaluation, 0 = greedy; by default temperature.")
+    top_p: float = _field(1.0, "Sample among the most probable tokens that hold this probability.")
+    top_k: int = _field(0, "Sample among this many most probable tokens; 0 = all.")
+    min_p: float | None = _field(None, "Drop tokens less probable than this times the most probable one.")
+    repetition_penalty: float = _field(1.0, "Above 1, tokens that occurred before become less probable.")
+    generation_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of transformers.GenerationConfig.")
+    chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of apply_chat_template.")
+
+    beta: float = _field(0.0, "Weight of the KL term; above 0 a reference model is kept (with LoRA: no copy).")
+    num_iterations: int = _field(1, "Optimisation passes over each generation batch.")
+    epsilon: float = _field(0.2, "The ratio is clipped from below at 1 - epsilon.")
+    epsilon_high: float | None = _field(None, "The ratio is clipped from above at 1 + epsilon_high; by default epsilon.")
+    loss_type: str = _field("dapo", "Which GRPO objective; see vlmkernels.GRPOLossConfig.")
+    scale_rewards: str = _field("group", "Divide advantages by the standard deviation of: group, batch, none.")
+    reward_weights: list[float] | None = _field(None, "A weight per reward function; by default 1 each.")
+    mask_truncated_completions: bool = _field(False, "Leave completions that were cut off out of the loss.")
+
+    log_completions: bool = _field(False, "Write <output_dir>/completions/step-<n>.html at each logging step.")
+    num_completions_to_print: int | None = _field(None, "The most completions on such a page; by default all.")
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_reward"
+        super().__post_init__()
+        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        self.num_generations_eval = self.num_generations_eval or self.num_generations
+        self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
+        self._check_values()
+        self._derive_batches()
+        self.loss_config()
+
+    def _check_values(self) -> None:
+        require(self.num_generations >= 2, "num_generations", "be >= 2, to compare completions", self.num_generations)
+        for name in ("num_generations_eval", "max_completion_length", "num_iterations"):
+            require(getattr(self, name) >= 1, name, "be >= 1", getattr(self, name))
+        require(self.temperature > 0, "temperature", "be > 0", self.temperature)
+        require(self.eval_temperature >= 0, "eval_temperature", "be >= 0", self.eval_temperature)
+        require(0 < self.top_p <= 1, "top_p", "be in (0, 1]", self.top_p)
+        require(self.top_k >= 0, "top_k", "be >= 0", self.top_k)
+        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "be in [0, 1]", self.min_p)
+        require(self.repetition_penalty > 0, "repetition_penalty", "be > 0", self.repetition_penalty)
+        require(0 <= self.epsilon <= 1, "epsilon", "be in [0, 1]", self.epsilon)
+        require(self.scale_rewards in SCALES, "scale_rewards", f"be one of {', '.join(SCALES)}", repr(self.scale_rewards))
+        require(not self.auto_find_batch_size, "auto_find_batch_size", "be off: groups must stay whole", True)
+
+    def _derive_batches(self) -> None:
+        """Fill in generation_batch_size and steps_per_generation, each from the other."""
+        step_size = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is None:
+            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
+            self.generation_batch_size = self.steps_per_generation * step_size
+        elif self.steps_per_generation is None:
+            rule = f"be a multiple of per_device_train_batch_size * processes = {step_size}"
+            require(self.generation_batch_size % step_size == 0, "generation_batch_size", rule, self.generation_batch_size)
+            self.steps_per_generation = self.generation_batch_size // step_size
+        require(
+            self.generation_batch_size == self.steps_per_generation * step_size,
+            "generation_batch_size",
+            f"equal steps_per_generation * per_device_train_batch_size * processes = {self.steps_per_generation * step_size}",
+            self.generation_batch_size,
+        )
+        local = self.per_device_train_batch_size * self.steps_per_generation
+        rule = f"divide per_device_train_batch_size * steps_per_generation = {local}"
+        require(local % self.num_generations == 0, "num_generations", rule, self.num_generations)
+        reuse, window = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
+        rule = f"divide, or be a multiple of, steps_per_generation * num_iterations = {reuse}"
+        require(reuse % window == 0 or window % reuse == 0, "gradient_accumulation_steps", rule, window)
+
+    @property
+    def prompts_per_generation(self) -> int:
+        """Prompts that one process samples at a time."""
+        return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Micro-batches (forward and backward passes) between two generations."""
+        return self.steps_per_generation * self.num_iterations
+
+    @property
+    def loss_uses_num_items(self) -> bool:
+        """Whether the loss divides by the tokens of the whole accumulated batch, so that micro-batches just add up."""
+        return self.loss_type in ("dapo", "cispo", "vespo")
+
+    def loss_config(self) -> GRPOLossConfig:
+        """What ``grpo_loss`` needs to know: the one place where training arguments become a loss."""
+        return GRPOLossConfig(
+            loss_type=self.loss_type, beta=self.beta, epsilon_low=self.epsilon, epsilon_high=self.epsilon_high
+        )

@@ -1,0 +1,42 @@
+"""A generation batch on its way through the optimiser."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmkernels.models.families import Family
+from vlmkernels.train.data import Prompts
+from vlmkernels.train.rollout import Rollout
+
+
+@dataclass
+class Experience:
+    """B scored completions of one process, read in slices, one per micro-batch.
+
+    advantages: (B,). mask: (B, C) bool, the tokens that count. num_items: the tokens that count, of all processes, over the
+    number of processes. old_logps, ref_logps: (B, C), of the policy that sampled and of the reference, where needed.
+    uses: micro-batches taken so far.
+    """
+
+    rollout: Rollout
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    num_items: float
+    old_logps: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
+    uses: int = 0
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers alone, for a checkpoint."""
+        rollout, prompts = vars(self.rollout).copy(), self.rollout.prompts
+        rollout["prompts"] = {"inputs": prompts.inputs, "num_images": prompts.num_images}
+        return {**vars(self), "rollout": rollout}
+
+    @classmethod
+    def from_state_dict(cls, state: dict, family: Family, device) -> "Experience":
+        state = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+        rollout = state.pop("rollout")
+        prompts = Prompts(**rollout.pop("prompts"), family=family).to(device)
+        group = rollout.pop("group").cpu()
+        rollout = Rollout(prompts, group, **{name: tensor.to(device) for name, tensor in rollout.items()})
+        return cls(rollout, **state)

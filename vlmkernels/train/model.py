@@ -1,0 +1,52 @@
+"""The models of a run: the policy, its head, and the reference."""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import is_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from vlmkernels.models.families import TEXT, family_of
+
+
+def load_model(path: str, model_init_kwargs: dict | None = None) -> PreTrainedModel:
+    """The model at ``path``, in fp32 unless ``model_init_kwargs`` has a dtype."""
+    kwargs = {"dtype": torch.float32, **(model_init_kwargs or {})}
+    shared = {name: kwargs[name] for name in ("trust_remote_code", "revision") if name in kwargs}
+    family = family_of(AutoConfig.from_pretrained(path, **shared))
+    auto = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
+    return auto.from_pretrained(path, **kwargs)
+
+
+def output_head(model) -> torch.nn.Module:
+    """The language-model head, whose weight the log-probabilities are taken with."""
+    head = model.get_output_embeddings()
+    if is_peft_model(model):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if isinstance(head, BaseTunerLayer):
+            raise ValueError("peft_config must not adapt the language-model head (target_modules holds it)")
+    return head
+
+
+def disable_dropout(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+@contextmanager
+def inference(model: torch.nn.Module):
+    """No gradients and evaluation mode inside; the mode from before outside."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,0 +1,5 @@
+"""A page of completions."""
+
+
+def write_report(path, step, scored, names, result, limit):
+    raise NotImplementedError

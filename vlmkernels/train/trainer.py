@@ -1,0 +1,395 @@
+"""GRPO training on ``transformers.Trainer``, which brings the loop, optimisers, checkpoints, callbacks and loggers.
+
+What is decided here is only the order of things: sample a generation batch (``rollout``), score it (``rewards``), turn scores
+into advantages and log-probabilities into a loss (``vlmkernels.ops``), and use the batch for
+``steps_per_generation * num_iterations`` micro-batches.
+"""
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object, is_peft_model, set_seed
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from vlmkernels.models.families import family_of
+from vlmkernels.ops.checks import require
+from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
+from vlmkernels.ops.grpo_loss import grpo_loss
+from vlmkernels.train.callbacks import RewardProgress
+from vlmkernels.train.checkpoint import find_checkpoint, load_experience, save_experience
+from vlmkernels.train.config import GRPOConfig
+from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
+from vlmkernels.train.experience import Experience
+from vlmkernels.train.logps import completion_logps
+from vlmkernels.train.metrics import completion_metrics, reward_metrics
+from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model, output_head
+from vlmkernels.train.report import write_report
+from vlmkernels.train.rewards import Rewards
+from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
+from vlmkernels.train.sampler import PromptSampler, Rows
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Completions as the reward functions saw them, with their rewards, (N, R) on the CPU."""
+
+    samples: list[Sample]
+    completions: list
+    rewards: torch.Tensor
+
+
+class GRPOTrainer(Trainer):
+    """Trains a vision-language (or text) model with GRPO; the constructor is that of ``trl.GRPOTrainer``.
+
+    Args:
+        model: a model, or the path of one. With beta > 0 a frozen copy of it is the reference; a model with LoRA adapters is
+            its own reference, with them disabled.
+        reward_funcs: one or more functions, names of built-in ones or import paths; see ``vlmkernels.train.rewards``.
+        args: see ``GRPOConfig``.
+        train_dataset, eval_dataset: rows with a length (``datasets.Dataset``, a list of dicts, ...); see
+            ``vlmkernels.train.data``. Every row is checked here. eval_dataset may be a dict of several.
+        processing_class: the model's processor or tokenizer; default, that of the model's path.
+        callbacks, optimizers: as in ``transformers.Trainer``.
+        peft_config: adapters to train instead of the model.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: str | Callable | list[str | Callable],
+        args: GRPOConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config=None,
+    ):
+        args = GRPOConfig() if args is None else args
+        set_seed(args.seed)  # adapters start from random weights
+        model = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+        self.tokenizer = tokenizer_of(processing_class)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.family = family_of(model.config)
+        self.rewards = Rewards(reward_funcs)
+        weights = [1.0] * len(self.rewards.names) if args.reward_weights is None else args.reward_weights
+        rule = f"hold one number per reward function, {len(self.rewards.names)}"
+        require(len(weights) == len(self.rewards.names), "reward_weights", rule, weights)
+        self.reward_weights = torch.tensor(weights)
+        self._check_datasets(train_dataset, eval_dataset, processing_class, args)
+
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            disable_dropout(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._check_parallelism()
+        # compute_loss normalises over the accumulated batch itself; see training_step.
+        self.model_accepts_loss_kwargs = True
+        self.loss_config = args.loss_config()
+        self.head = output_head(model)
+        self.ref_head, self.ref_model = self.head, None
+        if args.beta > 0 and not is_peft_model(model):
+            reference = frozen_copy(model)
+            self.ref_head = output_head(reference)
+            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+        self.generate = Generate(model, processing_class, args)
+        self._experience: Experience | None = None
+        self._metrics: dict[str, list] = defaultdict(list)
+        self._step_time = 0.0
+        self._last_scored: tuple[Scored, GroupAdvantages] | None = None
+        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(RewardProgress)
+        set_seed(args.seed, device_specific=True)  # processes sample different completions
+
+    # Set-up
+
+    def _check_datasets(self, train_dataset, eval_dataset, processor, args: GRPOConfig) -> None:
+        named = {"train_dataset": train_dataset}
+        named |= (
+            {f"eval_dataset[{k!r}]": v for k, v in eval_dataset.items()}
+            if isinstance(eval_dataset, dict)
+            else {"eval_dataset": eval_dataset}
+        )
+        for name, dataset in named.items():
+            if dataset is not None:
+                check_dataset(dataset, name, processor, args.chat_template_kwargs)
+                self.rewards.check_columns(column_names(dataset), name)
+        if train_dataset is not None:
+            prompts = args.prompts_per_generation * args.world_size
+            rule = f"hold at least the {prompts} prompts of one generation batch"
+            require(len(train_dataset) >= prompts, "train_dataset", rule, len(train_dataset))
+
+    def _check_parallelism(self) -> None:
+        if self.args.n_gpu > 1:
+            raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise NotImplementedError("FSDP and DeepSpeed are not supported yet: the head's weight is read whole")
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One batch of prompt indices per micro-batch: those of the generation batch that it belongs to, so that ``Trainer``
+        counts micro-batches. Rows are read when their completions are sampled, once."""
+        sampler = PromptSampler(
+            len(self.train_dataset),
+            chunk=self.args.prompts_per_generation * self.args.world_size,
+            repeats=self.args.steps_per_rollout,
+            shuffle=self.args.shuffle_dataset,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            global_step=lambda: self.state.global_step,
+            gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+        )
+        indices = range(len(self.train_dataset))
+        loader = DataLoader(indices, batch_size=self.args.prompts_per_generation, sampler=sampler, collate_fn=list)
+        return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """This process's share of the evaluation rows, in order, with their indices."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if dataset is None:
+            raise ValueError("eval_dataset must be given to evaluate, got None")
+        size = max(1, self.args.per_device_eval_batch_size // self.args.num_generations_eval)
+        share = range(self.args.process_index, len(dataset), self.args.world_size)
+        return DataLoader(Rows(dataset), batch_size=size, sampler=share, collate_fn=list)
+
+    # Sampling and scoring
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model_wrapped)
+
+    def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
+        prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
+        rollout = self.generate(self.policy, prompts.to(self.args.device), num_generations, temperature)
+        return rollout, self._score([samples[g] for g in rollout.group.tolist()], rollout)
+
+    def _score(self, samples: list[Sample], rollout: Rollout) -> Scored:
+        ids = [i[m].tolist() for i, m in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        completions = [
+            text if isinstance(sample.prompt, str) else [{"role": "assistant", "content": text}]
+            for sample, text in zip(samples, texts, strict=True)
+        ]
+        columns = {
+            name: [sample.row[name] for sample in samples] for name in samples[0].row if name not in ("prompt", "images")
+        }
+        rewards = self.rewards(
+            len(samples),
+            prompts=[sample.row["prompt"] for sample in samples],
+            completions=completions,
+            completion_ids=ids,
+            images=[sample.images for sample in samples],
+            trainer_state=self.state,
+            **columns,
+        )
+        return Scored(samples, completions, rewards)
+
+    def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
+        weights = self.reward_weights.to(rewards.device)
+        return group_advantages(rewards, num_generations, weights=weights, scale=self.args.scale_rewards)
+
+    def _new_experience(self, indices: list[int]) -> Experience:
+        """Sample and score the completions of the next ``steps_per_rollout`` micro-batches."""
+        samples = [read_sample(self.train_dataset[index], index) for index in indices]
+        with inference(self.policy):
+            rollout, scored = self._sample(samples, self.args.num_generations, self.args.temperature)
+        rewards = self.accelerator.gather(scored.rewards.to(self.args.device))
+        result = self._advantages(rewards, self.args.num_generations)
+        local = slice(self.args.process_index * len(scored.samples), (self.args.process_index + 1) * len(scored.samples))
+        mask = rollout.completion_mask
+        if self.args.mask_truncated_completions:
+            mask = mask & ~rollout.truncated.unsqueeze(1)
+        num_items = self.accelerator.reduce(mask.sum(), "mean").item()
+        experience = Experience(rollout, result.advantages[local], mask, max(num_items, 1.0))
+        self._last_scored = scored, GroupAdvantages(*(value[local] for value in result))
+        self._record_rollout(rollout, rewards, result)
+        self._add_fixed_logps(experience)
+        return experience
+
+    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, result: GroupAdvantages) -> None:
+        lengths = self.accelerator.gather(rollout.completion_mask.sum(1))
+        truncated = self.accelerator.gather(rollout.truncated)
+        prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1)[rollout.group.to(lengths.device)]
+        self.state.num_input_tokens_seen += int(lengths.sum() + self.accelerator.gather(prompt_lengths).sum())
+        self._metrics["num_tokens"] = [self.state.num_input_tokens_seen]
+        metrics = reward_metrics(rewards, self.rewards.names, result) | completion_metrics(lengths, truncated)
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
+
+    # Log-probabilities and loss
+
+    def _micro_batch(self, index: int) -> slice:
+        size = self.args.per_device_train_batch_size
+        return slice(index * size, (index + 1) * size)
+
+    def _add_fixed_logps(self, experience: Experience) -> None:
+        """The log-probabilities that do not change while the batch is used.
+
+        Micro-batches before the first optimiser step are on policy: their old log-probabilities are those of their own
+        forward pass (see ``compute_loss``).
+        """
+        micro_batches = range(self.args.steps_per_generation)
+        off_policy = micro_batches[self.args.gradient_accumulation_steps :]
+        empty = torch.zeros(experience.mask.shape, device=experience.mask.device)
+        if off_policy or self.args.num_iterations > 1:
+            experience.old_logps = empty.clone()
+        with inference(self.model_wrapped):
+            for index in off_policy:
+                self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
+        if self.args.beta > 0:
+            experience.ref_logps = empty.clone()
+            model, as_reference = self.ref_model, nullcontext()
+            if model is None:
+                model, as_reference = self.model_wrapped, self.policy.disable_adapter()
+            with inference(model), as_reference:
+                for index in micro_batches:
+                    self._fill(experience.ref_logps, experience, index, model, self.ref_head)
+
+    def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
+        samples = self._micro_batch(index)
+        inputs, width = experience.rollout.take(samples)
+        out[samples, :width] = self._logps(model, head, inputs, width)
+
+    def _logps(self, model, head, inputs: dict, width: int, return_entropy: bool = False):
+        return completion_logps(
+            model,
+            inputs,
+            width,
+            head=head,
+            text_config=self.policy.config.get_text_config(),
+            temperature=self.args.temperature,
+            return_entropy=return_entropy,
+        )
+
+    def _prepare_inputs(self, inputs: list[int]) -> int:
+        """From the prompts of a generation batch to the index of the micro-batch to train on; samples when it is time."""
+        if self._experience is None or self._experience.uses == self.args.steps_per_rollout:
+            self._experience = self._new_experience(inputs)
+        self._experience.uses += 1
+        return self._experience.uses - 1
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        start = time.perf_counter()
+        # Any number of items tells Trainer not to divide the loss by the accumulation steps again.
+        loss = super().training_step(model, inputs, num_items_in_batch=1)
+        self._step_time += time.perf_counter() - start
+        if self.accelerator.sync_gradients:
+            self._metrics["step_time"].append(self._step_time)
+            self._step_time = 0.0
+        return loss
+
+    def compute_loss(self, model, inputs: int, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
+        """The loss of the ``inputs``-th use of the generation batch, as a share of the accumulated batch."""
+        experience, args = self._experience, self.args
+        samples = self._micro_batch(inputs % args.steps_per_generation)
+        model_inputs, width = experience.rollout.take(samples)
+        logps, entropy = self._logps(model, self.head, model_inputs, width, return_entropy=True)
+        on_policy = inputs < min(args.gradient_accumulation_steps, args.steps_per_generation)
+        if on_policy and experience.old_logps is not None:
+            experience.old_logps[samples, :width] = logps.detach()
+        cut = lambda logps: None if logps is None else logps[samples, :width]  # noqa: E731
+        window = self.current_gradient_accumulation_steps
+        loss, metrics = grpo_loss(
+            logps,
+            experience.advantages[samples],
+            old_logps=None if on_policy else cut(experience.old_logps),
+            ref_logps=cut(experience.ref_logps),
+            mask=cut(experience.mask),
+            entropy=entropy,
+            num_items=experience.num_items * window / args.steps_per_generation,
+            config=self.loss_config,
+        )
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
+        return loss if args.loss_uses_num_items else loss / window
+
+    # Evaluation, logs and checkpoints
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Sample and score the rows; no loss. Metrics have the names of training's."""
+        args, parts = self.args, []
+        self.callback_handler.eval_dataloader = dataloader
+        with inference(self.policy):
+            for rows in dataloader:
+                samples = [read_sample(row, index) for index, row in rows]
+                rollout, scored = self._sample(samples, args.num_generations_eval, args.eval_temperature)
+                parts.append((scored.rewards, rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()))
+                self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        rewards, lengths, truncated = (torch.cat(tensors) for tensors in zip(*gather_object(parts), strict=True))
+        result = self._advantages(rewards, args.num_generations_eval)
+        metrics = reward_metrics(rewards, self.rewards.names, result) | completion_metrics(lengths, truncated)
+        metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
+        return EvalLoopOutput(None, None, metrics, len(rewards) // args.num_generations_eval)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._flush_metrics())
+            if self.args.log_completions and self._last_scored and self.is_world_process_zero():
+                path = os.path.join(self.args.output_dir, "completions", f"step-{self.state.global_step:06d}.html")
+                scored, result = self._last_scored
+                write_report(
+                    path, self.state.global_step, scored, self.rewards.names, result, self.args.num_completions_to_print
+                )
+        super().log(logs, start_time)
+
+    def _flush_metrics(self) -> dict[str, float | None]:
+        """The mean of each metric since the last call, over all processes; None where nothing was measured."""
+        means = [torch.tensor([float(v) for v in values]).nanmean() for values in self._metrics.values()]
+        names = list(self._metrics)
+        self._metrics.clear()
+        if not means:
+            return {}
+        means = self.accelerator.reduce(torch.stack(means).to(self.args.device), "mean").tolist()
+        return {name: None if math.isnan(mean) else mean for name, mean in zip(names, means, strict=True)}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As ``Trainer.train``; True resumes from the last complete checkpoint in ``args.output_dir``."""
+        self._experience = None
+        if resume_from_checkpoint:
+            resume_from_checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            state = load_experience(resume_from_checkpoint, self.args.process_index)
+            if state is not None:
+                self._experience = Experience.from_state_dict(state, self.family, self.args.device)
+        return super().train(resume_from_checkpoint or None, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        state = os.path.join(folder, TRAINER_STATE_NAME)
+        if self.args.should_save and os.path.exists(state):
+            os.remove(state)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """With the random states, the generation batch still in use: a resumed run goes on within it."""
+        super()._save_rng_state(output_dir)
+        if self._experience is not None and self._experience.uses < self.args.steps_per_rollout:
+            save_experience(self._experience, output_dir, self.args.process_index)
+        self.accelerator.wait_for_everyone()  # the trainer state is written next, and makes the checkpoint count
