@@ -1,7 +1,7 @@
 """The configuration of GRPO training: TRL's field names, on top of ``transformers.TrainingArguments``."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
@@ -11,6 +11,7 @@ from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
 
+# ruff: noqa: RUF009 (_field is dataclasses.field)
 def _field(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -25,7 +26,7 @@ class GRPOConfig(TrainingArguments):
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
-    _VALID_DICT_FIELDS = [
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
         "generation_kwargs",

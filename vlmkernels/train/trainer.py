@@ -11,7 +11,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
@@ -36,15 +35,7 @@ from vlmkernels.train.report import write_report
 from vlmkernels.train.rewards import Rewards
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler, Rows
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Completions as the reward functions saw them, with their rewards, (N, R) on the CPU."""
-
-    samples: list[Sample]
-    completions: list
-    rewards: torch.Tensor
+from vlmkernels.train.scoring import Scored, page_groups, score
 
 
 class GRPOTrainer(Trainer):
@@ -120,7 +111,7 @@ class GRPOTrainer(Trainer):
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
-        self._last_scored: tuple[Scored, GroupAdvantages] | None = None
+        self._last_scored: tuple[Scored, torch.Tensor] | None = None
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgress)
@@ -138,7 +129,7 @@ class GRPOTrainer(Trainer):
         for name, dataset in named.items():
             if dataset is not None:
                 check_dataset(dataset, name, processor, args.chat_template_kwargs)
-                self.rewards.check_columns(column_names(dataset), name)
+                self.rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
         if train_dataset is not None:
             prompts = args.prompts_per_generation * args.world_size
             rule = f"hold at least the {prompts} prompts of one generation batch"
@@ -187,28 +178,10 @@ class GRPOTrainer(Trainer):
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
         prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
         rollout = self.generate(self.policy, prompts.to(self.args.device), num_generations, temperature)
-        return rollout, self._score([samples[g] for g in rollout.group.tolist()], rollout)
-
-    def _score(self, samples: list[Sample], rollout: Rollout) -> Scored:
-        ids = [i[m].tolist() for i, m in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        completions = [
-            text if isinstance(sample.prompt, str) else [{"role": "assistant", "content": text}]
-            for sample, text in zip(samples, texts, strict=True)
-        ]
-        columns = {
-            name: [sample.row[name] for sample in samples] for name in samples[0].row if name not in ("prompt", "images")
-        }
-        rewards = self.rewards(
-            len(samples),
-            prompts=[sample.row["prompt"] for sample in samples],
-            completions=completions,
-            completion_ids=ids,
-            images=[sample.images for sample in samples],
-            trainer_state=self.state,
-            **columns,
-        )
-        return Scored(samples, completions, rewards)
+        per_completion = [samples[index] for index in rollout.group.tolist()]
+        columns = not self.args.remove_unused_columns
+        scored = score(per_completion, rollout, self.rewards, self.tokenizer, columns=columns, trainer_state=self.state)
+        return rollout, scored
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.reward_weights.to(rewards.device)
@@ -227,7 +200,7 @@ class GRPOTrainer(Trainer):
             mask = mask & ~rollout.truncated.unsqueeze(1)
         num_items = self.accelerator.reduce(mask.sum(), "mean").item()
         experience = Experience(rollout, result.advantages[local], mask, max(num_items, 1.0))
-        self._last_scored = scored, GroupAdvantages(*(value[local] for value in result))
+        self._last_scored = scored, result.advantages[local]
         self._record_rollout(rollout, rewards, result)
         self._add_fixed_logps(experience)
         return experience
@@ -353,12 +326,13 @@ class GRPOTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._flush_metrics())
             if self.args.log_completions and self._last_scored and self.is_world_process_zero():
-                path = os.path.join(self.args.output_dir, "completions", f"step-{self.state.global_step:06d}.html")
-                scored, result = self._last_scored
-                write_report(
-                    path, self.state.global_step, scored, self.rewards.names, result, self.args.num_completions_to_print
-                )
+                self._write_page(*self._last_scored)
         super().log(logs, start_time)
+
+    def _write_page(self, scored: Scored, advantages: torch.Tensor) -> None:
+        args, step = self.args, self.state.global_step
+        groups = page_groups(scored, self.rewards.names, advantages, args.num_generations, args.num_completions_to_print)
+        write_report(os.path.join(args.output_dir, "completions", f"step-{step:06d}.html"), f"Step {step}", groups)
 
     def _flush_metrics(self) -> dict[str, float | None]:
         """The mean of each metric since the last call, over all processes; None where nothing was measured."""

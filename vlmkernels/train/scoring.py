@@ -1,0 +1,64 @@
+"""Completions as text, their rewards, and both on a page."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmkernels.train.data import Sample
+from vlmkernels.train.report import Row
+from vlmkernels.train.rewards import Rewards
+from vlmkernels.train.rewards.text import completion_text
+from vlmkernels.train.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Scored:
+    """N completions as the reward functions saw them: each one's sample, itself, and its rewards, (N, R) on the CPU."""
+
+    samples: list[Sample]
+    completions: list
+    rewards: torch.Tensor
+
+
+def score(samples: list[Sample], rollout: Rollout, rewards: Rewards, tokenizer, *, columns: bool = True, **arguments) -> Scored:
+    """Call the reward functions on a rollout.
+
+    Args:
+        samples: one per completion.
+        columns: also pass the dataset's other columns.
+        arguments: passed on to the functions.
+    """
+    ids = [i[m].tolist() for i, m in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)]
+    completions = [
+        text if isinstance(sample.prompt, str) else [{"role": "assistant", "content": text}]
+        for sample, text in zip(samples, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
+    ]
+    if columns:
+        names = {name for sample in samples for name in sample.row} - {"prompt", "images"}
+        arguments |= {name: [sample.row.get(name) for sample in samples] for name in sorted(names)}
+    result = rewards(
+        len(samples),
+        prompts=[sample.row["prompt"] for sample in samples],
+        completions=completions,
+        completion_ids=ids,
+        images=[sample.images for sample in samples],
+        **arguments,
+    )
+    return Scored(samples, completions, result)
+
+
+def _prompt_text(prompt: str | list[dict]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    text = lambda m: "".join(part["text"] for part in m["content"] if part["type"] == "text")  # noqa: E731
+    return "\n".join(f"{message['role']}: {text(message)}" for message in prompt)
+
+
+def page_groups(scored: Scored, names: list[str], advantages: torch.Tensor, group_size: int, limit: int | None):
+    """The rows of ``write_report``, group by group, of at most ``limit`` completions."""
+    advantages, rewards = advantages.tolist(), scored.rewards.tolist()
+    rows = [
+        Row(_prompt_text(s.prompt), s.images, completion_text(c), dict(zip(names, r, strict=True)), a)
+        for s, c, r, a in zip(scored.samples, scored.completions, rewards, advantages, strict=True)
+    ][:limit]
+    return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
