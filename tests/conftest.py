@@ -1,0 +1,56 @@
+"""Every test runs on the GPU where there is one; elsewhere Triton runs in its interpreter and CUDA under tests/simt."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+import pytest  # noqa: E402
+
+from vlmkernels import backend  # noqa: E402
+
+if not GPU:
+    try:
+        from simt.build import load
+    except ImportError:
+        load = backend.native
+
+    backend.NATIVE["cuda"] = load
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def nan_filled(monkeypatch):
+    """torch.empty returns NaN, so that an element that no kernel wrote shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def need():
+    """need(op, backend, *tensors): skip, with the backend's own reason, where it does not serve them."""
+
+    def check(op: str, name: str, *tensors: torch.Tensor) -> None:
+        if reason := backend.why_not(op, name, *tensors):
+            pytest.skip(f"{name}: {reason}")
+
+    return check
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not GPU:
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
