@@ -131,13 +131,14 @@ def image(index: int, width: int = 28, height: int = 28) -> Image.Image:
 
 
 def rows(num: int, images: str = "one") -> list[dict]:
-    """Samples with an answer. images: "none", "one" (column image), "many" (0 to 2 in column images, mixed)."""
+    """Samples with an answer. images: "none", "one" (column image), "several" (1 or 2 in column images), "mixed" (0 to 2)."""
     samples = []
     for index in range(num):
         row = {"prompt": [{"role": "user", "content": f"what is {index}?"}], "answer": str(index)}
         if images == "one":
             row["image"] = image(index, width=28 * (1 + index % 2))
-        elif images == "many":
-            row["images"] = [image(10 * index + k, width=28 * (1 + k)) for k in range(index % 3)]
+        elif images != "none":
+            count = 1 + index % 2 if images == "several" else index % 3
+            row["images"] = [image(10 * index + k, width=28 * (1 + k)) for k in range(count)]
         samples.append(row)
     return samples

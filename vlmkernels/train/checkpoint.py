@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -44,6 +45,16 @@ def find_checkpoint(resume: str | bool, output_dir: str | os.PathLike) -> str:
     if not is_complete(resume):
         raise ValueError(f"resume_from_checkpoint must be a complete checkpoint, got {resume}")
     return str(resume)
+
+
+def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
+    """Give the model the checkpoint's weights, all of them.
+
+    ``Trainer`` reads the file without the renaming that ``save_pretrained`` did and passes over what does not fit: a
+    Qwen2.5-VL would go on with its initial weights and a warning.
+    """
+    saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)
+    model.load_state_dict(saved.state_dict())
 
 
 def experience_path(checkpoint: str | os.PathLike, process: int) -> Path:

@@ -24,7 +24,7 @@ from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import grpo_loss
 from vlmkernels.train.callbacks import RewardProgress
-from vlmkernels.train.checkpoint import find_checkpoint, load_experience, save_experience
+from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
@@ -353,6 +353,18 @@ class GRPOTrainer(Trainer):
             if state is not None:
                 self._experience = Experience.from_state_dict(state, self.family, self.args.device)
         return super().train(resume_from_checkpoint or None, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if is_peft_model(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if is_peft_model(self.model):
+            super()._load_best_model()
+        else:
+            load_weights(self.model, self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
