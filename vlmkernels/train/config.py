@@ -36,6 +36,9 @@ class GRPOConfig(TrainingArguments):
     learning_rate: float = _field(1e-6, "The initial learning rate.")
     logging_steps: float = _field(10, "Log every this many steps; below 1, a share of all steps.")
     bf16: bool | None = _field(None, "bfloat16 mixed precision; by default on where the GPU supports it and fp16 is off.")
+    resume_from_checkpoint: str | None = _field(
+        None, "On the command line: a checkpoint's folder, or 'last' for the last complete one in output_dir."
+    )
     remove_unused_columns: bool | None = _field(False, "Give reward functions the prompt and image columns alone.")
 
     model_init_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of from_pretrained, for a model given by path.")

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
@@ -11,7 +12,12 @@ from vlmkernels.models.families import TEXT, family_of
 
 
 def load_model(path: str, model_init_kwargs: dict | None = None) -> PreTrainedModel:
-    """The model at ``path``, in fp32 unless ``model_init_kwargs`` has a dtype."""
+    """The model at ``path``, in fp32 unless ``model_init_kwargs`` has a dtype; with its adapters if the path holds some."""
+    if (Path(path) / "adapter_config.json").exists():
+        from peft import PeftConfig, PeftModel
+
+        base = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path, model_init_kwargs)
+        return PeftModel.from_pretrained(base, path, is_trainable=True)
     kwargs = {"dtype": torch.float32, **(model_init_kwargs or {})}
     shared = {name: kwargs[name] for name in ("trust_remote_code", "revision") if name in kwargs}
     family = family_of(AutoConfig.from_pretrained(path, **shared))
