@@ -339,5 +339,8 @@ def test_use_backend(monkeypatch):
     with use_backend("cpp"):
         gather_logps(x, t, backend="reference")  # the call's own name wins
     gather_logps(x, t)
-    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton, cuda; got 'fast'"), use_backend("fast"):
+    with (
+        pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton, cuda; got 'fast'"),
+        use_backend("fast"),
+    ):
         pass

@@ -181,7 +181,9 @@ def gather_logps(
     if mask is not None:
         require_shape("mask", mask, targets.shape, "targets")
     if inplace_backward and any(stride == 0 < size - 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(f"inplace_backward must be false for logits that share memory (an axis of stride 0), got {logits.stride()}")
+        raise ValueError(
+            f"inplace_backward must be false for logits that share memory (an axis of stride 0), got {logits.stride()}"
+        )
     logps, entropy, _ = torch.ops.vlmkernels.gather_logps_fwd(
         logits, targets, mask, rows, float(temperature), return_entropy, inplace_backward, resolve(backend)
     )

@@ -182,7 +182,7 @@ def gather_logps_bwd_kernel(
     for k in range(begin, end):
         g = tl.load(dlogp_ptr + k)
         dlogp += g
-        one_hot += tl.where(v == tl.load(targets_ptr + k), g, 0.0)
+        one_hot += tl.where(v == tl.load(targets_ptr + k).to(tl.int32), g, 0.0)
         if dentropy_ptr is not None:
             dentropy += tl.load(dentropy_ptr + k)
     m = tl.load(stats_ptr + 2 * begin)
@@ -205,9 +205,7 @@ def fwd(logits, targets, mask, rows, temperature, logp, entropy, stats):
     partial = stats.new_empty(num, splits, 3)
     layout = (logits.shape[:-1].numel(), vocab, *row_layout(logits), splits)
     scale = 1.4426950408889634 / temperature
-    gather_logps_fwd_kernel[(num * splits,)](
-        logits, mask, rows, partial, *layout, scale, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
-    )
+    gather_logps_fwd_kernel[(num * splits,)](logits, mask, rows, partial, *layout, scale, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS)
     gather_logps_merge_kernel[(num,)](
         logits,
         targets,

@@ -1,0 +1,64 @@
+"""Compiles every Triton kernel for GPUs that need not be there and prints, as JSON lines, what each takes.
+
+A script of its own because triton's interpreter, in which the tests run, replaces the kernels when triton is imported.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# (op, kernel, argument types, compile-time arguments, num_warps). Integers are "i32" or "i64"; "16" after a type says that
+# the value is a multiple of 16, as triton finds at run time.
+GATHER = {"N": "i32", "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16"}
+FWD = {"logits_ptr": "*bf16:16", "mask_ptr": "*i1:16", "rows_ptr": "*i64:16", "partial_ptr": "*fp32:16", **GATHER}
+MERGE = {"targets_ptr": "*i64:16", "logp_ptr": "*fp32:16", "entropy_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
+BWD = {
+    "dlogp_ptr": "*fp32:16", "targets_ptr": "*i64:16", "stats_ptr": "*fp32:16", "dentropy_ptr": "*fp32:16",
+    "entropy_ptr": "*fp32:16", "logits_ptr": "*bf16:16", "starts_ptr": "*i64:16", "dlogits_ptr": "*bf16:16",
+    "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16", "grad_stride_outer": "i64:16",
+    "grad_stride_inner": "i32:16", "blocks": "i32", "temperature": "fp32", "scale": "fp32",
+}  # fmt: skip
+KERNELS = [
+    ("gather_logps", "gather_logps_fwd_kernel", {**FWD, "splits": "i32", "scale": "fp32"}, {"BLOCK_V": 4096}, 8),
+    (
+        "gather_logps",
+        "gather_logps_merge_kernel",
+        {**FWD, **MERGE, "splits": "i32", "temperature": "fp32", "scale": "fp32"},
+        {"BLOCK_S": 16},
+        1,
+    ),
+    ("gather_logps", "gather_logps_bwd_kernel", BWD, {"mask_ptr": None, "BLOCK_V": 4096}, 8),
+]
+
+
+def compile_kernel(op: str, name: str, types: dict[str, str], constants: dict, num_warps: int, capability: int) -> dict:
+    kernel = getattr(importlib.import_module(f"vlmkernels.ops.{op}.triton"), name)
+    signature, attributes = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        signature[argument], _, divisor = types[argument].partition(":")
+        if divisor:
+            attributes[(index,)] = [["tt.divisibility", int(divisor)]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {"op": op, "kernel": name, "sm": capability, **{key: int(value) for key, value in usage.items()}}
+
+
+if __name__ == "__main__":
+    for row in KERNELS:
+        for capability in (80, 90, 100):
+            print(json.dumps(compile_kernel(*row, capability)), flush=True)

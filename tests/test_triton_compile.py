@@ -1,0 +1,41 @@
+"""Every Triton kernel compiles for the GPUs we name, with nothing spilled and room for two blocks of 8 warps per processor."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+MAX_REGISTERS = 128
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, HERE / "compile_gate.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_nothing_is_spilled(compiled):
+    spilled = [row for row in compiled if row["STACK"] or row["LOCAL"]]
+    assert not spilled
+
+
+def test_registers(compiled):
+    over = [row for row in compiled if row["REG"] > MAX_REGISTERS]
+    assert not over
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    sources = sorted((HERE.parent / "vlmkernels" / "ops").glob("*/triton.py"))
+    kernels = {(path.parent.name, name) for path in sources for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
+    assert len(kernels) >= 3
+    assert {(row["op"], row["kernel"], row["sm"]) for row in compiled} == {(*k, sm) for k in kernels for sm in (80, 90, 100)}
