@@ -24,7 +24,8 @@ inline DType dtype_of(const std::string& name) {
 template <class Struct>
 class ParamsClass {
   public:
-    ParamsClass(py::module_& m, const char* name) : cls_(m, name) {
+    // Local to the module: a process may also load the build that runs the CUDA kernels on the host.
+    ParamsClass(py::module_& m, const char* name) : cls_(m, name, py::module_local()) {
         cls_.def(py::init([](const py::kwargs& fields) {
             py::object params = py::cast(Struct{});
             // An unknown field raises AttributeError.

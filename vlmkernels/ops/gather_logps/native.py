@@ -5,8 +5,9 @@ import torch
 from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 from vlmkernels.ops.layout import row_layout, unsupported_rows
 
-# Few rows leave most of a GPU idle: share each among so many blocks that there are about this many, of this many elements.
-_BLOCKS = 1024
+# Few rows leave most of a GPU idle: share each among so many blocks that there are at least _BLOCKS (three per multiprocessor of
+# an H100 keep its memory busy), of at least _MIN_SPLIT elements. More would not pay for the kernel that merges them.
+_BLOCKS = 384
 _MIN_SPLIT = 8192
 
 
@@ -28,7 +29,7 @@ class Native(Launcher):
 
     def fwd(self, logits, targets, mask, rows, temperature, logp, entropy, stats):
         num, vocab = targets.numel(), logits.shape[-1]
-        splits = 1 if self.name == "cpp" else max(1, min(_BLOCKS // num, vocab // _MIN_SPLIT))
+        splits = 1 if self.name == "cpp" else max(1, min(-(-_BLOCKS // num), vocab // _MIN_SPLIT))
         partial = stats.new_empty(num, splits, 3) if splits > 1 else None
         targets, mask, rows = (t if t is None else t.contiguous() for t in (targets, mask, rows))
         params = self.module.GatherLogps(

@@ -1,0 +1,63 @@
+// Launchers of gather_logps on a GPU: they neither allocate nor wait, and can be captured in a CUDA graph.
+#include "gather_logps.cuh"
+
+namespace vlmk::cuda {
+namespace {
+
+void check_sizes(const GatherLogps& p) {
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    if (p.num_rows > kMax || p.num_results > kMax || p.vocab > kMax - 8 * kThreads) {
+        throw std::runtime_error("gather_logps: sizes must be below 2^31, got " + std::to_string(p.num_rows) + " rows, " +
+                                 std::to_string(p.num_results) + " results, vocabulary " + std::to_string(p.vocab));
+    }
+}
+
+template <class T>
+void forward(const GatherLogps& p, uintptr_t stream) {
+    auto kernel = p.entropy != nullptr ? gather_logps_fwd_kernel<T, true> : gather_logps_fwd_kernel<T, false>;
+    launch("gather_logps_fwd_kernel", kernel, p.num_results * p.splits, kThreads, stream, p);
+    if (p.splits > 1) {
+        int64_t blocks = (p.num_results + kWarps - 1) / kWarps;
+        launch("gather_logps_merge_kernel", gather_logps_merge_kernel<T>, blocks, kThreads, stream, p);
+    }
+}
+
+template <class T>
+void backward(GatherLogps p, int device, uintptr_t stream) {
+    // Short enough parts for sixteen blocks per multiprocessor, else long ones: the start of a block costs two trips to memory.
+    int64_t step = kThreads * kUnroll * kVec<T>, steps = (p.vocab + step - 1) / step;
+    int64_t depth = std::min<int64_t>(p.num_rows * steps / (16 * multiprocessors(device)), kBwdDepth);
+    p.splits = depth < 2 ? steps : (steps + depth - 1) / depth;
+    auto kernel = p.dentropy != nullptr ? gather_logps_bwd_kernel<T, true> : gather_logps_bwd_kernel<T, false>;
+    launch("gather_logps_bwd_kernel", kernel, p.num_rows * p.splits, kThreads, stream, p);
+}
+
+}  // namespace
+
+void gather_logps_fwd(const GatherLogps& p, int device, uintptr_t stream) {
+    check_sizes(p);
+    DeviceGuard guard(device);
+    switch (p.dtype) {
+        case DType::float32:
+            return forward<float>(p, stream);
+        case DType::bfloat16:
+            return forward<bf16>(p, stream);
+        case DType::float16:
+            return forward<f16>(p, stream);
+    }
+}
+
+void gather_logps_bwd(const GatherLogps& p, int device, uintptr_t stream) {
+    check_sizes(p);
+    DeviceGuard guard(device);
+    switch (p.dtype) {
+        case DType::float32:
+            return backward<float>(p, device, stream);
+        case DType::bfloat16:
+            return backward<bf16>(p, device, stream);
+        case DType::float16:
+            return backward<f16>(p, device, stream);
+    }
+}
+
+}  // namespace vlmk::cuda

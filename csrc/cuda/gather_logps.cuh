@@ -1,0 +1,334 @@
+// gather_logps on a GPU: one read of a row forward; one read and one write backward. Formulas: common/gather_logps.h.
+//
+// A row is cut into vectors of 16 bytes, with single elements before the first aligned address and after the last whole vector.
+// `splits` blocks share a row. Each thread has kUnroll vectors in flight before it computes with the first.
+#pragma once
+
+#include "../common/gather_logps.h"
+#include "vec.h"
+
+namespace vlmk::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kResident = 5;  // blocks per multiprocessor: at most 48 registers per thread
+constexpr int kUnroll = 4;
+constexpr int kBwdDepth = 4;  // at most so many times kUnroll vectors per thread in the backward pass
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+VLMK_DEVICE int64_t row_offset(const GatherLogps& p, int64_t row, int64_t outer, int64_t inner) {
+    // The launcher checks that N < 2^31; division in 64 bits is slow.
+    uint32_t n = static_cast<uint32_t>(row), size = static_cast<uint32_t>(p.inner);
+    return n / size * outer + n % size * inner;
+}
+
+// The part of a row that a block works on.
+struct Part {
+    uint32_t head;   // elements before the first vector of the row
+    uint32_t begin;  // vectors, counted from there
+    uint32_t end;
+    uint32_t edge;  // the single element of this thread, or V: none
+};
+
+template <class T>
+VLMK_DEVICE Part part_of_row(const T* row, uint32_t vocab, uint32_t split, uint32_t splits) {
+    uint32_t head = -(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kVec<T>;
+    head = head < vocab ? head : vocab;
+    uint32_t vectors = (vocab - head) / kVec<T>;
+    // Whole groups of 8 vectors, 128 bytes, so that the blocks of a row seldom meet within a cache line.
+    uint32_t each = ((vectors + 7) / 8 + splits - 1) / splits * 8;
+    uint32_t begin = min(split * each, vectors), end = min(begin + each, vectors);
+    uint32_t first = threadIdx.x, last = head + vectors * kVec<T> + threadIdx.x - kVec<T>, edge = vocab;
+    if (split == 0 && first < head) edge = first;
+    if (split == splits - 1 && first >= kVec<T> && last < vocab) edge = last;
+    return {head, begin, end, edge};
+}
+
+VLMK_DEVICE bool asked(const GatherLogps& p, int64_t k) { return p.mask == nullptr || p.mask[k]; }
+VLMK_DEVICE bool valid(int64_t index, int64_t size) { return 0 <= index && index < size; }
+
+// The row that result k is computed from; null where it is masked, or its row or its target does not exist.
+template <class T>
+VLMK_DEVICE const T* row_of_result(const GatherLogps& p, int64_t k) {
+    int64_t n = p.rows == nullptr ? k : p.rows[k];
+    if (!asked(p, k) || !valid(n, p.num_rows) || !valid(p.targets[k], p.vocab)) return nullptr;
+    return static_cast<const T*>(p.logits) + row_offset(p, n, p.stride_outer, p.stride_inner);
+}
+
+// 2^y is 0 at kLowest, and so is y 2^y, which for y = -infinity is NaN.
+constexpr float kLowest = -200.0f;
+
+// Of y_v = (x_v - m) log2(e) / temperature: s = sum_v 2^y_v and sy = sum_v 2^y_v y_v, for the maximum m so far.
+struct Softmax {
+    float m = std::numeric_limits<float>::lowest();
+    float s = 0;
+    float sy = 0;
+};
+
+// s and sy for another maximum.
+VLMK_DEVICE void rebase(Softmax& softmax, float m, float scale) {
+    float shift = max_nan((softmax.m - m) * scale, kLowest), alpha = exp2_approx(shift);
+    softmax.sy = fmaf(softmax.s, shift, softmax.sy) * alpha;
+    softmax.s *= alpha;
+    softmax.m = m;
+}
+
+VLMK_DEVICE void merge(Softmax& softmax, Softmax other, float scale) {
+    float m = fmaxf(softmax.m, other.m);
+    rebase(softmax, m, scale);
+    rebase(other, m, scale);
+    softmax.s += other.s;
+    softmax.sy += other.sy;
+}
+
+// kCount elements.
+template <bool kEntropy, int kCount>
+VLMK_DEVICE void add(Softmax& sum, const float (&x)[kCount], float m, float scale) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+        float y = (x[j] - m) * scale;
+        if constexpr (kEntropy) y = max_nan(y, kLowest);
+        float e = exp2_approx(y);
+        sum.s += e;
+        if constexpr (kEntropy) sum.sy = fmaf(e, y, sum.sy);
+    }
+}
+
+// The result is whole in every lane of the warp.
+VLMK_DEVICE Softmax merge_warp(Softmax softmax, float scale) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) {
+        Softmax other;
+        other.m = __shfl_xor_sync(kFullWarp, softmax.m, lane);
+        other.s = __shfl_xor_sync(kFullWarp, softmax.s, lane);
+        other.sy = __shfl_xor_sync(kFullWarp, softmax.sy, lane);
+        merge(softmax, other, scale);
+    }
+    return softmax;
+}
+
+// The result is whole in the first warp.
+VLMK_DEVICE Softmax merge_block(Softmax softmax, float scale) {
+    VLMK_SHARED(Softmax, of_warp, kWarps);
+    softmax = merge_warp(softmax, scale);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = softmax;
+    __syncthreads();
+    softmax = threadIdx.x < kWarps ? of_warp[threadIdx.x] : Softmax{};
+    return threadIdx.x < 32 ? merge_warp(softmax, scale) : softmax;
+}
+
+// A result without a row: 0 where it is masked, else NaN.
+VLMK_DEVICE void write_nothing(const GatherLogps& p, int64_t k) {
+    float value = asked(p, k) ? kNaN : 0.0f;
+    p.logp[k] = value;
+    if (p.entropy != nullptr) p.entropy[k] = value;
+    p.stats[2 * k] = value;
+    p.stats[2 * k + 1] = value;
+}
+
+VLMK_DEVICE void write_result(const GatherLogps& p, int64_t k, Softmax softmax, float x_target, float inverse) {
+    float log_sum = logf(softmax.s);
+    p.logp[k] = (x_target - softmax.m) * inverse - log_sum;
+    if (p.entropy != nullptr) p.entropy[k] = log_sum - softmax.sy / softmax.s * kLn2;
+    p.stats[2 * k] = softmax.m;
+    p.stats[2 * k + 1] = log_sum;
+}
+
+// logp = (x_t - m) / temperature - L, entropy = L - sum_v p_v (x_v - m) / temperature, stats = (m, L), and with splits > 1 the
+// sums of a part of the row to `partial`.
+// Grid: (K * splits,), block k * splits + split.
+template <class T, bool kEntropy>
+__global__ void __launch_bounds__(kThreads, kResident) gather_logps_fwd_kernel(const __grid_constant__ GatherLogps p) {
+    uint32_t splits = p.splits, k = blockIdx.x / splits, split = blockIdx.x % splits;
+    const T* x = row_of_result<T>(p, k);
+    if (x == nullptr) {
+        if (splits == 1 && threadIdx.x == 0) write_nothing(p, k);
+        return;
+    }
+    Part part = part_of_row(x, static_cast<uint32_t>(p.vocab), split, splits);
+    float inverse = 1.0f / p.temperature, scale = inverse * kLog2e;
+    float x_target = splits == 1 && threadIdx.x == 0 ? load_one(x + p.targets[k]) : 0.0f;
+
+    Softmax softmax;
+    for (uint32_t i = part.begin + threadIdx.x; i < part.end; i += kUnroll * kThreads) {
+        uint4 raw[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            raw[u] = i + u * kThreads < part.end ? load_vec(x + part.head, i + u * kThreads) : lowest_vec<T>();
+        }
+        rebase(softmax, fmaxf(softmax.m, max_of<T>(raw)), scale);
+        // A chain of dependent additions per vector.
+        static_assert(kUnroll == 4);
+        Softmax sum[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            float values[kVec<T>];
+            unpack<T>(raw[u], values);
+            add<kEntropy>(sum[u], values, softmax.m, scale);
+        }
+        softmax.s += (sum[0].s + sum[1].s) + (sum[2].s + sum[3].s);
+        if constexpr (kEntropy) softmax.sy += (sum[0].sy + sum[1].sy) + (sum[2].sy + sum[3].sy);
+    }
+    if (part.edge < p.vocab) {
+        float value[1] = {load_one(x + part.edge)};
+        rebase(softmax, fmaxf(softmax.m, value[0]), scale);
+        add<kEntropy>(softmax, value, softmax.m, scale);
+    }
+
+    softmax = merge_block(softmax, scale);
+    if (threadIdx.x != 0) return;
+    if (splits == 1) {
+        write_result(p, k, softmax, x_target, inverse);
+    } else {
+        float* partial = p.partial + 3 * static_cast<int64_t>(blockIdx.x);
+        partial[0] = softmax.m;
+        partial[1] = softmax.s;
+        partial[2] = softmax.sy;
+    }
+}
+
+// The results from the sums of the parts, in a fixed order.
+// Grid: (ceil(K / kWarps),), a warp per result.
+template <class T>
+__global__ void __launch_bounds__(kThreads) gather_logps_merge_kernel(const __grid_constant__ GatherLogps p) {
+    int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+    uint32_t lane = threadIdx.x % 32;
+    if (k >= p.num_results) return;
+    const T* x = row_of_result<T>(p, k);
+    if (x == nullptr) {
+        if (lane == 0) write_nothing(p, k);
+        return;
+    }
+    float inverse = 1.0f / p.temperature, scale = inverse * kLog2e;
+    float x_target = lane == 0 ? load_one(x + p.targets[k]) : 0.0f;
+    Softmax softmax;
+    for (uint32_t split = lane; split < p.splits; split += 32) {
+        const float* partial = p.partial + 3 * (k * p.splits + split);
+        Softmax other;
+        other.m = partial[0];
+        other.s = partial[1];
+        other.sy = partial[2];
+        merge(softmax, other, scale);
+    }
+    softmax = merge_warp(softmax, scale);
+    if (lane == 0) write_result(p, k, softmax, x_target, inverse);
+}
+
+// What the results of one row ask of its gradient, the one-hot terms aside.
+struct RowGradient {
+    float m, scale, log2_sum;  // log2 p_v = (x_v - m) scale - log2_sum
+    float constant, slope;     // dx_v = -p_v (constant + slope log2 p_v)
+};
+
+template <bool kEntropy>
+VLMK_DEVICE float gradient_at(const RowGradient& row, float x) {
+    float y = fmaf(x - row.m, row.scale, -row.log2_sum);
+    if constexpr (!kEntropy) return -exp2_approx(y) * row.constant;
+    y = max_nan(y, kLowest);
+    return -exp2_approx(y) * fmaf(y, row.slope, row.constant);
+}
+
+// Adds the one-hot terms of results [begin, end) to the elements of x that start at `first`.
+template <int kCount>
+VLMK_DEVICE void add_one_hot(const GatherLogps& p, int64_t begin, int64_t end, uint32_t first, float inverse,
+                             float (&x)[kCount]) {
+#pragma unroll 1
+    for (int64_t k = begin; k < end; ++k) {
+        int64_t at = p.targets[k] - first;
+        float dlogp = p.dlogp[k] * inverse;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) x[j] += at == j ? dlogp : 0.0f;
+    }
+}
+
+// The thread's next vectors of a row, as far as it has any. kAligned: the row's vectors are aligned to 16 bytes.
+template <bool kAligned, class T, int kCount>
+VLMK_DEVICE void load_some(uint4 (&raw)[kCount], const T* x, uint32_t i, uint32_t end) {
+#pragma unroll
+    for (int u = 0; u < kCount; ++u) {
+        uint32_t at = i + u * kThreads;
+        if (at < end) raw[u] = kAligned ? load_vec(x, at) : load_unaligned(x, at);
+    }
+}
+
+// The thread's share of a row. kAligned: x and dx have their vectors at the same elements.
+template <class T, bool kEntropy, bool kAligned>
+VLMK_DEVICE void write_gradient(const GatherLogps& p, const Part& part, int64_t begin, int64_t end, const T* x, T* dx) {
+    constexpr int kInFlight = kAligned ? kUnroll : 1;
+    uint4 raw[kInFlight];
+    uint32_t i = part.begin + threadIdx.x;
+    load_some<kAligned>(raw, x + part.head, i, part.end);
+
+    float inverse = 1.0f / p.temperature, dlogp = 0, dentropy = 0;
+    uint32_t has_target = 0;  // bit j: a target lies in the thread's vector j
+#pragma unroll 1
+    for (int64_t k = begin; k < end; ++k) {
+        int64_t target = p.targets[k];
+        dlogp += valid(target, p.vocab) ? p.dlogp[k] : kNaN;
+        if constexpr (kEntropy) dentropy += p.dentropy[k];
+        int64_t offset = target - part.head - static_cast<int64_t>(part.begin) * kVec<T>;
+        if (valid(offset, static_cast<int64_t>(part.end - part.begin) * kVec<T>)) {
+            uint32_t j = static_cast<uint32_t>(offset) / kVec<T>;
+            if (j % kThreads == threadIdx.x) has_target |= 1u << (j / kThreads);
+        }
+    }
+    RowGradient row{p.stats[2 * begin], inverse * kLog2e, p.stats[2 * begin + 1] * kLog2e, inverse * dlogp, 0};
+    if constexpr (kEntropy) {
+        row.constant = inverse * fmaf(dentropy, p.entropy[begin], dlogp);
+        row.slope = dentropy * inverse * kLn2;
+    }
+
+    while (i < part.end) {
+#pragma unroll
+        for (int u = 0; u < kInFlight; ++u) {
+            uint32_t at = i + u * kThreads;
+            if (at >= part.end) break;
+            float values[kVec<T>];
+            unpack<T>(raw[u], values);
+#pragma unroll
+            for (float& value : values) value = gradient_at<kEntropy>(row, value);
+            if (has_target >> u & 1) add_one_hot(p, begin, end, part.head + at * kVec<T>, inverse, values);
+            store_vec(dx + part.head, at, pack<T>(values));
+        }
+        has_target >>= kInFlight;
+        i += kInFlight * kThreads;
+        load_some<kAligned>(raw, x + part.head, i, part.end);
+    }
+    if (part.edge < p.vocab) {
+        float value[1] = {gradient_at<kEntropy>(row, load_one(x + part.edge))};
+        add_one_hot(p, begin, end, part.edge, inverse, value);
+        store_one(dx + part.edge, value[0]);
+    }
+}
+
+// dx_v = (dlogp ([v == t] - p_v) - dentropy p_v (log p_v + entropy)) / temperature, summed over the results of the row.
+// Grid: (N * splits,), block n * splits + split; a thread has at most 32 vectors.
+template <class T, bool kEntropy>
+__global__ void __launch_bounds__(kThreads, kResident) gather_logps_bwd_kernel(const __grid_constant__ GatherLogps p) {
+    uint32_t splits = p.splits, n = blockIdx.x / splits, split = blockIdx.x % splits;
+    int64_t begin = n, end = n;
+    if (p.starts != nullptr) {
+        begin = p.starts[n];
+        end = p.starts[n + 1];
+    } else if (asked(p, n)) {
+        end = n + 1;
+    }
+    T* dx = static_cast<T*>(p.dlogits) + row_offset(p, n, p.grad_stride_outer, p.grad_stride_inner);
+    Part part = part_of_row(dx, static_cast<uint32_t>(p.vocab), split, splits);
+    if (begin == end) {
+        for (uint32_t i = part.begin + threadIdx.x; i < part.end; i += kThreads)
+            store_vec(dx + part.head, i, make_uint4(0, 0, 0, 0));
+        if (part.edge < p.vocab) store_one(dx + part.edge, 0.0f);
+        return;
+    }
+    const T* x = static_cast<const T*>(p.logits) + row_offset(p, n, p.stride_outer, p.stride_inner);
+    if (reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(dx) % 16) {
+        write_gradient<T, kEntropy, true>(p, part, begin, end, x, dx);
+    } else {
+        write_gradient<T, kEntropy, false>(p, part, begin, end, x, dx);
+    }
+}
+
+}  // namespace vlmk::cuda

@@ -1,0 +1,368 @@
+// Runs CUDA kernels on the host: a fiber per thread, the blocks of a grid one after another. For tests; nothing here is fast.
+//
+// The fibers of a block take turns; one runs until it waits at a barrier or a warp operation. What a GPU answers with a hang, a
+// fault or garbage is an exception here: a barrier that not all threads of the block reach, a warp operation that not all lanes
+// of its mask reach, a lane that does not exist, a load or store that is not aligned to its own size. Shared memory starts as
+// NaN. simt_watch() counts the bytes that streaming loads and stores move within a range of memory. Kernels and grids have one
+// dimension. A plain dereference is not seen by these checks.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+using std::max;
+using std::min;
+
+namespace simt {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 64 * 1024;
+constexpr size_t kShared = 48 * 1024;  // what a block gets without asking for more
+
+// Where a fiber waits, and for whom.
+struct Site {
+    const char* what;
+    const char* file;
+    int line;
+    bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+    std::string text() const { return std::string(what) + " (" + file + ":" + std::to_string(line) + ")"; }
+};
+
+struct Fiber {
+    enum class State { ready, at_barrier, at_warp_op, done };
+
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    State state = State::ready;
+    Site site{};
+    uint32_t mask = 0;   // of the warp operation
+    uint64_t value = 0;  // what the lane gives
+    int source = 0;      // the lane whose value it takes
+    uint64_t taken = 0;
+    uint32_t votes = 0;  // the lanes of the mask whose value is not 0
+};
+
+struct Index {
+    unsigned x = 0, y = 0, z = 0;
+};
+
+// The GPU of one host thread.
+struct Device {
+    std::string kernel;
+    std::function<void()> body;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    ucontext_t scheduler;
+    std::exception_ptr error;
+    Index thread, block, block_dim, grid_dim;
+    std::vector<std::pair<const void*, size_t>> shared_arrays;  // declaration, offset
+    size_t shared_used = 0;
+    alignas(16) char shared[kShared];
+
+    Fiber& current() { return *fibers[thread.x]; }
+};
+
+inline Device& device() {
+    static thread_local Device instance;
+    return instance;
+}
+
+[[noreturn]] inline void fail(const std::string& message) {
+    Device& d = device();
+    throw std::runtime_error(d.kernel + ", block " + std::to_string(d.block.x) + ", thread " + std::to_string(d.thread.x) +
+                             ": " + message);
+}
+
+// ---- fibers ----
+
+inline void fiber_main() {
+    Device& d = device();
+    for (;;) {
+        Fiber& self = d.current();
+        try {
+            d.body();
+        } catch (...) {
+            d.error = std::current_exception();
+        }
+        self.state = Fiber::State::done;
+        swapcontext(&self.context, &d.scheduler);
+    }
+}
+
+inline void wait(Fiber::State state, const Site& site) {
+    Device& d = device();
+    Fiber& self = d.current();
+    unsigned thread = d.thread.x;
+    self.state = state;
+    self.site = site;
+    swapcontext(&self.context, &d.scheduler);
+    d.thread.x = thread;
+}
+
+inline void report_deadlock() {
+    Device& d = device();
+    auto waiting = [&](Fiber::State state) {
+        return std::find_if(d.fibers.begin(), d.fibers.end(), [=](auto& fiber) { return fiber->state == state; });
+    };
+    auto first = waiting(Fiber::State::at_warp_op);
+    if (first == d.fibers.end()) first = waiting(Fiber::State::at_barrier);
+    d.thread.x = first - d.fibers.begin();
+    auto other = std::find_if(d.fibers.begin(), d.fibers.end(), [&](auto& fiber) {
+        return fiber->state != (*first)->state || !(fiber->site == (*first)->site) || fiber->mask != (*first)->mask;
+    });
+    std::string message = "deadlock, waits at " + (*first)->site.text();
+    if (other != d.fibers.end()) {
+        bool done = (*other)->state == Fiber::State::done;
+        message += "; thread " + std::to_string(other - d.fibers.begin()) +
+                   (done ? " has returned" : " waits at " + (*other)->site.text());
+    }
+    fail(message);
+}
+
+inline void run_block() {
+    Device& d = device();
+    std::memset(d.shared, 0xff, sizeof(d.shared));
+    d.shared_arrays.clear();
+    d.shared_used = 0;
+    for (auto& fiber : d.fibers) fiber->state = Fiber::State::ready;
+    for (size_t done = 0; done < d.fibers.size();) {
+        bool ran = false;
+        done = 0;
+        for (unsigned t = 0; t < d.fibers.size(); ++t) {
+            Fiber& fiber = *d.fibers[t];
+            if (fiber.state == Fiber::State::ready) {
+                ran = true;
+                d.thread.x = t;
+                swapcontext(&d.scheduler, &fiber.context);
+                if (d.error) std::rethrow_exception(d.error);
+            }
+            done += fiber.state == Fiber::State::done;
+        }
+        if (!ran) report_deadlock();
+    }
+}
+
+inline void launch(const std::string& kernel, unsigned grid, unsigned threads, std::function<void()> body) {
+    Device& d = device();
+    if (threads == 0 || threads > 1024) throw std::runtime_error(kernel + ": a block has 1 to 1024 threads");
+    d.kernel = kernel;
+    d.body = std::move(body);
+    d.error = nullptr;
+    d.block_dim = {threads, 1, 1};
+    d.grid_dim = {grid, 1, 1};
+    // Those of an earlier launch stand at the start of fiber_main's loop.
+    d.fibers.resize(std::min<size_t>(d.fibers.size(), threads));
+    while (d.fibers.size() < threads) {
+        d.fibers.push_back(std::make_unique<Fiber>());
+        Fiber& fiber = *d.fibers.back();
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStack;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, fiber_main, 0);
+    }
+    try {
+        for (unsigned b = 0; b < grid; ++b) {
+            d.block = {b, 0, 0};
+            run_block();
+        }
+    } catch (...) {
+        d.fibers.clear();  // some stopped half way
+        throw;
+    }
+}
+
+// Shared memory of the block for the declaration with that address; the first thread to come allocates.
+inline void* shared_array(const void* declaration, size_t bytes) {
+    Device& d = device();
+    for (auto& [known, offset] : d.shared_arrays) {
+        if (known == declaration) return d.shared + offset;
+    }
+    size_t offset = d.shared_used;
+    d.shared_used += (bytes + 15) / 16 * 16;
+    if (d.shared_used > kShared) fail("more than 48 KB of shared memory");
+    d.shared_arrays.emplace_back(declaration, offset);
+    return d.shared + offset;
+}
+
+// ---- barriers and warp operations ----
+
+inline void barrier(const Site& site) {
+    Device& d = device();
+    for (auto& fiber : d.fibers) {
+        if (fiber->state == Fiber::State::done) fail(site.text() + " after another thread has returned");
+        if (fiber->state == Fiber::State::at_barrier && !(fiber->site == site)) {
+            fail(site.text() + " while another thread waits at " + fiber->site.text());
+        }
+    }
+    Fiber& self = d.current();
+    bool last = std::all_of(d.fibers.begin(), d.fibers.end(),
+                            [&](auto& fiber) { return fiber.get() == &self || fiber->state == Fiber::State::at_barrier; });
+    if (!last) return wait(Fiber::State::at_barrier, site);
+    for (auto& fiber : d.fibers) fiber->state = Fiber::State::ready;
+}
+
+// Gives `value` and takes that of lane `source`, when all lanes of the mask are here.
+inline Fiber& exchange(const Site& site, uint32_t mask, uint64_t value, int source) {
+    Device& d = device();
+    Fiber& self = d.current();
+    unsigned lane = d.thread.x % kWarp, warp = d.thread.x - lane;
+    auto in_mask = [&](unsigned l) { return l < kWarp && (mask >> l & 1); };
+    if (!in_mask(lane)) fail(site.text() + " by a lane that is not in its mask");
+    if (!in_mask(source)) fail(site.text() + " reads lane " + std::to_string(source) + ", which is not in its mask");
+    self.value = value;
+    self.source = source;
+    self.mask = mask;
+    bool last = true;
+    for (unsigned l = 0; l < kWarp; ++l) {
+        if (!in_mask(l)) continue;
+        if (warp + l >= d.fibers.size()) fail(site.text() + " names lane " + std::to_string(l) + ", beyond the block");
+        Fiber& other = *d.fibers[warp + l];
+        if (other.state == Fiber::State::done) {
+            fail(site.text() + " names lane " + std::to_string(l) + ", which has returned");
+        }
+        last &= l == lane || (other.state == Fiber::State::at_warp_op && other.site == site && other.mask == mask);
+    }
+    if (!last) {
+        wait(Fiber::State::at_warp_op, site);
+        return self;
+    }
+    uint32_t votes = 0;
+    for (unsigned l = 0; l < kWarp; ++l) {
+        if (in_mask(l) && d.fibers[warp + l]->value != 0) votes |= 1u << l;
+    }
+    for (unsigned l = 0; l < kWarp; ++l) {
+        if (!in_mask(l)) continue;
+        Fiber& other = *d.fibers[warp + l];
+        other.taken = d.fibers[warp + other.source]->value;
+        other.votes = votes;
+        other.state = Fiber::State::ready;
+    }
+    return self;
+}
+
+template <class T>
+T shuffle(const Site& site, uint32_t mask, T value, int source) {
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
+    if (source < 0 || source >= kWarp) source = device().thread.x % kWarp;  // as the hardware does: its own value
+    uint64_t raw = 0;
+    std::memcpy(&raw, &value, sizeof(T));
+    raw = exchange(site, mask, raw, source).taken;
+    std::memcpy(&value, &raw, sizeof(T));
+    return value;
+}
+
+// ---- memory ----
+
+struct Watch {
+    uintptr_t begin = 0, end = 0;
+    int64_t loaded = 0, stored = 0;
+};
+inline Watch watch;
+
+template <class T>
+int64_t watched(const T* address) {
+    uintptr_t at = reinterpret_cast<uintptr_t>(address);
+    if (at % sizeof(T) != 0) fail("an access of " + std::to_string(sizeof(T)) + " bytes is not aligned to them");
+    uintptr_t begin = std::max(at, watch.begin), end = std::min(at + sizeof(T), watch.end);
+    return begin < end ? end - begin : 0;
+}
+
+template <class T>
+T load(const T* address) {
+    watch.loaded += watched(address);
+    return *address;
+}
+
+template <class T>
+void store(T* address, T value) {
+    watch.stored += watched(address);
+    *address = value;
+}
+
+}  // namespace simt
+
+// ---- for the tests, through ctypes ----
+
+#define SIMT_EXPORT extern "C" __attribute__((visibility("default"), used)) inline
+SIMT_EXPORT void simt_watch(uintptr_t address, int64_t bytes) {
+    simt::watch = {address, address + static_cast<uintptr_t>(bytes), 0, 0};
+}
+SIMT_EXPORT int64_t simt_loaded() { return simt::watch.loaded; }
+SIMT_EXPORT int64_t simt_stored() { return simt::watch.stored; }
+
+// ---- CUDA's names ----
+
+#define threadIdx (::simt::device().thread)
+#define blockIdx (::simt::device().block)
+#define blockDim (::simt::device().block_dim)
+#define gridDim (::simt::device().grid_dim)
+
+#define SIMT_SITE(NAME) \
+    ::simt::Site { NAME, __FILE__, __LINE__ }
+#define SIMT_LANE (static_cast<int>(threadIdx.x % ::simt::kWarp))
+#define __syncthreads() ::simt::barrier(SIMT_SITE("__syncthreads"))
+#define __syncwarp(MASK) static_cast<void>(::simt::exchange(SIMT_SITE("__syncwarp"), MASK, 0, SIMT_LANE))
+#define __ballot_sync(MASK, VOTE) ::simt::exchange(SIMT_SITE("__ballot_sync"), MASK, (VOTE) != 0, SIMT_LANE).votes
+#define __any_sync(MASK, VOTE) (__ballot_sync(MASK, VOTE) != 0)
+#define __all_sync(MASK, VOTE) (__ballot_sync(MASK, VOTE) == (MASK))
+#define __shfl_sync(MASK, VALUE, LANE) ::simt::shuffle(SIMT_SITE("__shfl_sync"), MASK, VALUE, (LANE) % ::simt::kWarp)
+#define __shfl_xor_sync(MASK, VALUE, LANES) ::simt::shuffle(SIMT_SITE("__shfl_xor_sync"), MASK, VALUE, SIMT_LANE ^ (LANES))
+#define __shfl_down_sync(MASK, VALUE, LANES) ::simt::shuffle(SIMT_SITE("__shfl_down_sync"), MASK, VALUE, SIMT_LANE + (LANES))
+#define __shfl_up_sync(MASK, VALUE, LANES) ::simt::shuffle(SIMT_SITE("__shfl_up_sync"), MASK, VALUE, SIMT_LANE - (LANES))
+
+template <class T>
+T __ldcs(const T* address) {
+    return simt::load(address);
+}
+template <class T>
+T __ldg(const T* address) {
+    return simt::load(address);
+}
+template <class T>
+void __stcs(T* address, T value) {
+    simt::store(address, value);
+}
+
+// Other threads run only while this one waits, so that no other care is needed.
+template <class T>
+T atomicAdd(T* address, T value) {
+    return std::exchange(*address, *address + value);
+}
+template <class T>
+T atomicMax(T* address, T value) {
+    return std::exchange(*address, std::max(*address, value));
+}
+template <class T>
+T atomicExch(T* address, T value) {
+    return std::exchange(*address, value);
+}
+template <class T>
+T atomicCAS(T* address, T expected, T value) {
+    T old = *address;
+    if (old == expected) *address = value;
+    return old;
+}
