@@ -1,6 +1,7 @@
 // Arguments of gather_logps on every device, filled in by vlmkernels/ops/gather_logps/native.py.
 //
-// With z = x / temperature, m = max_v x_v, L = log sum_v exp((x_v - m) / temperature), p_v = exp((x_v - m) / temperature - L):
+// With z = x / temperature, m the maximum of x or a little less, L = log sum_v exp((x_v - m) / temperature), p_v = exp((x_v -
+// m) / temperature - L):
 //   forward    logp = (x_t - m) / temperature - L,   entropy = L - sum_v p_v (x_v - m) / temperature,   stats = (m, L)
 //   backward   dx_v = (dlogp ([v == t] - p_v) - dentropy p_v (log p_v + entropy)) / temperature
 // Result k (of K) belongs to one row of logits (of N); a row without an unmasked result is not read, and has gradient 0.

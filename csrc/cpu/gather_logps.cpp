@@ -11,6 +11,7 @@ namespace vlmk::VLMK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // elements between two looks at the maximum; they stay in the first-level cache
+constexpr float kSlack = 4;       // bits
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
@@ -38,22 +39,38 @@ struct Softmax {
     }
 };
 
+// The row is read once, with a look at the maximum only after each block: y may exceed 0 by kSlack before m is raised and the
+// block, which is still in the first-level cache, is done again. Few blocks are: the maximum of the first is a good guess.
 template <bool kEntropy, class T>
 Softmax read_row(const T* x, int64_t vocab, float scale) {
     constexpr float kNone = -std::numeric_limits<float>::infinity();
     Softmax softmax;
     for (int64_t start = 0; start < vocab; start += kBlock) {
-        int64_t end = std::min(start + kBlock, vocab), v = start;
-        f32 maximum[4] = {splat(kNone), splat(kNone), splat(kNone), splat(kNone)};
-        for (; v + 4 * kLanes <= end; v += 4 * kLanes) {
-            for (int i = 0; i < 4; ++i) maximum[i] = max(load(x + v + i * kLanes), maximum[i]);
+        int64_t end = std::min(start + kBlock, vocab);
+        while (true) {
+            Softmax next = softmax;
+            f32 maximum[2] = {splat(kNone), splat(kNone)};
+            int64_t v = start;
+            for (; v + 2 * kLanes <= end; v += 2 * kLanes) {
+                for (int i = 0; i < 2; ++i) {
+                    f32 loaded = load(x + v + i * kLanes);
+                    maximum[i] = max(loaded, maximum[i]);
+                    next.template add<kEntropy>(loaded, scale);
+                }
+            }
+            for (; v < end; v += kLanes) {
+                f32 loaded = end - v < kLanes ? load_tail(x + v, end - v, kNone) : load(x + v);
+                maximum[0] = max(loaded, maximum[0]);
+                next.template add<kEntropy>(loaded, scale);
+            }
+            float top = hmax(max(maximum[0], maximum[1]));
+            // Written so that a maximum of infinity ends the loop, as NaN.
+            if (!((top - softmax.m) * scale > kSlack) || top == softmax.m) {
+                softmax = next;
+                break;
+            }
+            softmax.raise(top, scale);
         }
-        for (; v + kLanes <= end; v += kLanes) maximum[0] = max(load(x + v), maximum[0]);
-        if (v < end) maximum[1] = max(load_tail(x + v, end - v, kNone), maximum[1]);
-        float top = hmax(max(max(maximum[0], maximum[1]), max(maximum[2], maximum[3])));
-        if (top > softmax.m) softmax.raise(top, scale);
-        for (v = start; v + kLanes <= end; v += kLanes) softmax.template add<kEntropy>(load(x + v), scale);
-        if (v < end) softmax.template add<kEntropy>(load_tail(x + v, end - v, kNone), scale);
     }
     return softmax;
 }
@@ -83,7 +100,8 @@ void forward(const GatherLogps& p, int threads) {
     }
 }
 
-// What the results of one row ask of its gradient: dx_v = ([v == t] dlogp - p_v (dlogp + dentropy (log p_v + H))) / temperature.
+// What the results of one row ask of its gradient: dx_v = ([v == t] dlogp - p_v (dlogp + dentropy (log p_v + H))) /
+// temperature.
 struct RowGradient {
     float m, scale, log2_sum;  // log2 p_v = (x_v - m) scale - log2_sum
     float constant, slope;     // dx_v = -p_v (constant + slope log2 p_v), the one-hot term aside
@@ -95,17 +113,10 @@ struct RowGradient {
     }
 };
 
-template <bool kStream, class T>
+template <class T>
 void write_row(const RowGradient& gradient, const T* x, T* dx, int64_t vocab) {
     int64_t v = 0;
-    for (; v + kLanes <= vocab; v += kLanes) {
-        f32 result = gradient(load(x + v));
-        if constexpr (kStream) {
-            stream(dx + v, result);
-        } else {
-            store(dx + v, result);
-        }
-    }
+    for (; v + kLanes <= vocab; v += kLanes) store(dx + v, gradient(load(x + v)));
     if (v < vocab) store_tail(dx + v, vocab - v, gradient(load_tail(x + v, vocab - v, 0)));
 }
 
@@ -128,13 +139,7 @@ void backward_row(const GatherLogps& p, int64_t begin, int64_t end, const T* x, 
         }
         at_target.push_back(inverse * one_hot + gradient(splat(load_one(x + p.targets[k])))[0]);
     }
-    // Streaming a whole cache line needs aligned rows; over the logits themselves the line is in the cache already.
-    if (dx != x && streamable(dx)) {
-        write_row<true>(gradient, x, dx, p.vocab);
-        stream_fence();
-    } else {
-        write_row<false>(gradient, x, dx, p.vocab);
-    }
+    write_row(gradient, x, dx, p.vocab);
     for (int64_t k = begin; k < end; ++k) store_one(dx + p.targets[k], at_target[k - begin]);
 }
 
@@ -163,17 +168,23 @@ void backward(const GatherLogps& p, int threads) {
 
 void gather_logps_fwd(const GatherLogps& p, int threads) {
     switch (p.dtype) {
-        case DType::float32: return forward<float>(p, threads);
-        case DType::bfloat16: return forward<bf16>(p, threads);
-        case DType::float16: return forward<f16>(p, threads);
+        case DType::float32:
+            return forward<float>(p, threads);
+        case DType::bfloat16:
+            return forward<bf16>(p, threads);
+        case DType::float16:
+            return forward<f16>(p, threads);
     }
 }
 
 void gather_logps_bwd(const GatherLogps& p, int threads) {
     switch (p.dtype) {
-        case DType::float32: return backward<float>(p, threads);
-        case DType::bfloat16: return backward<bf16>(p, threads);
-        case DType::float16: return backward<f16>(p, threads);
+        case DType::float32:
+            return backward<float>(p, threads);
+        case DType::bfloat16:
+            return backward<bf16>(p, threads);
+        case DType::float16:
+            return backward<f16>(p, threads);
     }
 }
 

@@ -104,31 +104,6 @@ inline void store(T* p, f32 x) {
     std::memcpy(p, &raw, sizeof(raw));
 }
 
-// Past the caches, for results that nobody reads soon; p is aligned to 64 bytes.
-template <class T>
-inline void stream(T* p, f32 x) {
-#if defined(__AVX512F__)
-    if constexpr (std::is_same_v<T, float>) {
-        _mm512_stream_ps(p, bit_cast<__m512>(x));
-    } else {
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(narrow(x, T{})));
-    }
-#else
-    store(p, x);
-#endif
-}
-
-inline void stream_fence() {
-#if defined(__AVX512F__)
-    _mm_sfence();
-#endif
-}
-
-template <class T>
-inline bool streamable(const T* p) {
-    return reinterpret_cast<uintptr_t>(p) % 64 == 0;
-}
-
 template <class T>
 inline float load_one(const T* p) {
     T lanes[kLanes] = {*p};
@@ -176,21 +151,30 @@ inline float hsum(f32 x) {
     return x[0];
 }
 
-// 2^x for x <= 127, relative error 1e-7; 0 below 2^-126, where x is also raised to -126 so that 2^x times x is 0.
+// 2^x for x <= 127, relative error 2e-7. Below 2^-126 it is 0, and x is raised so that 2^x times x is 0, not NaN.
 inline f32 exp2_clamp(f32& x) {
+#if defined(__AVX512F__)
+    x = bit_cast<f32>(_mm512_max_ps(_mm512_set1_ps(-1000.0f), bit_cast<__m512>(x)));  // the second operand where one is NaN
+    f32 n = bit_cast<f32>(_mm512_roundscale_ps(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
     constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
     i32 tiny = x < -126.0f;
     x = tiny ? splat(-126.0f) : x;
     f32 shifted = x + kShift;
-    f32 f = x - (shifted - kShift);  // in [-0.5, 0.5]
-    f32 y = f * 1.5353361599e-04f + 1.3398874519e-03f;
-    y = y * f + 9.6184373598e-03f;
-    y = y * f + 5.5503324708e-02f;
-    y = y * f + 2.4022647914e-01f;
-    y = y * f + 6.9314720286e-01f;
+    f32 n = shifted - kShift;
+#endif
+    f32 f = x - n;  // in [-0.5, 0.5]
+    f32 y = f * 1.3264726390e-03f + 9.6715126972e-03f;
+    y = y * f + 5.5507337459e-02f;
+    y = y * f + 2.4022242084e-01f;
+    y = y * f + 6.9314697760e-01f;
     y = y * f + 1.0f;
+#if defined(__AVX512F__)
+    return bit_cast<f32>(_mm512_scalef_ps(bit_cast<__m512>(y), bit_cast<__m512>(n)));
+#else
     f32 power = bit_cast<f32>(bit_cast<i32>(y) + (bit_cast<i32>(shifted) << 23));
     return tiny ? f32{} : power;
+#endif
 }
 
 }  // namespace vlmk::VLMK_ISA

@@ -24,7 +24,7 @@ define(BWD_INPLACE, f"(Tensor(a!) logits, {_GRADIENT}) -> ()")
 
 
 def _outputs(logits, targets, return_entropy):
-    """logp; entropy or (0,); stats (..., 2): the maximum m of the row x and log sum exp((x - m) / temperature)."""
+    """logp; entropy or (0,); stats (..., 2): m, the maximum of the row x or a little less, and log sum exp((x - m) / T)."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logp = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     return logp, logp.new_empty(targets.shape if return_entropy else 0), logp.new_empty((*targets.shape, 2))

@@ -1,0 +1,39 @@
+# Set-up, the demo, tests and benchmarks. `make demo` and `make test` need nothing but python3 (3.10 to 3.13), pip and a network.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test bench lint gpu-build gpu-test gpu-bench clean
+setup: .venv/.installed
+
+# constraints.txt pins every package; CUDA code is compiled where nvcc is found.
+.venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
+	touch $@
+
+demo: setup
+	$(BIN)/vlmkernels demo
+
+test: setup
+	$(BIN)/python -m pytest -q tests
+
+bench: setup
+	$(BIN)/python -m pytest -q bench
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
+
+# On a machine with a GPU and without a network: its own python3, torch, triton, transformers, pybind11, pytest and nvcc.
+gpu-build:
+	VLMKERNELS_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+
+gpu-test: gpu-build
+	$(PYTHON) -m pytest -q -p no:cacheprovider -m "device or gpu" tests
+
+gpu-bench: gpu-build
+	$(PYTHON) -m pytest -q -p no:cacheprovider bench
+
+clean:
+	rm -rf .venv build vlmkernels/*.so *.egg-info demo-output

@@ -1,0 +1,88 @@
+"""gather_logps from bf16 logits, entropy included, forward and backward, against its peers.
+
+The error is that of logp, and of the gradient, against fp64 on the first rows, relative to the largest value.
+"""
+
+import importlib.util
+
+import harness
+import pytest
+import torch
+
+from vlmkernels import backend, gather_logps
+
+# name: (rows, vocabulary). Qwen2.5-VL's head of 151936 on one long answer and, on a GPU, on a micro-batch; SmolVLM's head.
+CASES = {"qwen2.5-vl 512 x 151936": (512, 151936), "smolvlm 2048 x 49280": (2048, 49280)}
+if harness.GPU:
+    CASES = {"qwen2.5-vl 8192 x 151936": (8192, 151936), "qwen2.5-vl 64 x 151936": (64, 151936), **CASES}
+CHECKED = 8  # rows
+
+_logp_weight, _entropy_weight = 1.0, 0.01
+
+
+def loss_gradient(logp, entropy, logits):
+    """(logp, entropy, gradient) of sum(logp) + 0.01 sum(entropy)."""
+    gradient = torch.full_like(logp, _logp_weight), torch.full_like(entropy, _entropy_weight)
+    return logp.detach(), entropy.detach(), torch.autograd.grad([logp, entropy], logits, gradient)[0]
+
+
+def eager(logits, targets):
+    logp = logits.float().log_softmax(-1)
+    return logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def trl_pair(logits, targets):
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    return selective_log_softmax(logits, targets), entropy_from_logits(logits)
+
+
+def trl_fused(logits, targets):
+    from trl.trainer.utils import selective_log_softmax_and_entropy
+
+    return selective_log_softmax_and_entropy(logits, targets)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gather_logps(benchmark, case):
+    num, vocab = CASES[case]
+    rng = torch.Generator(harness.DEVICE).manual_seed(0)
+    original = (3 * torch.randn(num, vocab, generator=rng, device=harness.DEVICE)).bfloat16()
+    targets = torch.randint(vocab, (num,), generator=rng, device=harness.DEVICE)
+    logits = original.clone().requires_grad_()
+    # Each in-place run spoils its logits. Any values cost the same time, so they are restored only before a check.
+    scratch = torch.empty_like(original).copy_(original).requires_grad_()
+
+    exact = original[:CHECKED].double().requires_grad_()
+    exact = loss_gradient(*eager(exact, targets[:CHECKED]), exact)
+
+    def ours(name, x=logits, inplace=False):
+        return lambda: loss_gradient(
+            *gather_logps(x, targets, return_entropy=True, inplace_backward=inplace, backend=name), x
+        )
+
+    served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("gather_logps", name, logits) is None]
+    chosen = backend.choose("gather_logps", "auto", logits)
+    providers = {f"vlmkernels {chosen}": ours(chosen)}
+    providers[f"vlmkernels {chosen}, in place"] = ours(chosen, scratch, inplace=True)
+    providers |= {f"vlmkernels {name}": ours(name) for name in served if name != chosen}
+    if importlib.util.find_spec("trl"):
+        providers["TRL selective_log_softmax_and_entropy"] = lambda: loss_gradient(*trl_fused(logits, targets), logits)
+        providers["TRL selective_log_softmax + entropy_from_logits"] = lambda: loss_gradient(*trl_pair(logits, targets), logits)
+    compiled = torch.compile(eager, dynamic=False)
+    providers["torch.compile"] = lambda: loss_gradient(*compiled(logits, targets), logits)
+    providers["eager"] = lambda: loss_gradient(*eager(logits, targets), logits)
+
+    def check(name, result):
+        errors = [
+            ((a[:CHECKED].double() - e).abs().max() / e.abs().max()).item() for a, e in zip(result, exact, strict=True)
+        ]
+        with torch.no_grad():
+            scratch.copy_(original)
+        # bf16 holds the gradient, and TRL on the CPU the rest too, to 2^-8.
+        assert max(errors) < 2e-2, f"{name} is wrong: relative errors {errors}"
+        return f"logp {errors[0]:.0e}, entropy {errors[1]:.0e}, gradient {errors[2]:.0e}"
+
+    copy = torch.empty_like(original)
+    floors = {"copy the logits twice": lambda: (copy.copy_(original), copy.copy_(original))}
+    harness.compare(benchmark, f"gather_logps {case}", providers, check, floors, limit_s=60)
