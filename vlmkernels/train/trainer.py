@@ -19,7 +19,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Train
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from vlmkernels.models.families import family_of
+from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import grpo_loss
@@ -74,6 +74,8 @@ class GRPOTrainer(Trainer):
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.family = family_of(model.config)
+        if self.family is not TEXT and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
         self.rewards = Rewards(reward_funcs)
         weights = [1.0] * len(self.rewards.names) if args.reward_weights is None else args.reward_weights
         rule = f"hold one number per reward function, {len(self.rewards.names)}"
@@ -198,7 +200,7 @@ class GRPOTrainer(Trainer):
         mask = rollout.completion_mask
         if self.args.mask_truncated_completions:
             mask = mask & ~rollout.truncated.unsqueeze(1)
-        num_items = self.accelerator.reduce(mask.sum(), "mean").item()
+        num_items = self.accelerator.reduce(mask.sum().float(), "mean").item()
         experience = Experience(rollout, result.advantages[local], mask, max(num_items, 1.0))
         self._last_scored = scored, result.advantages[local]
         self._record_rollout(rollout, rewards, result)
