@@ -1,0 +1,99 @@
+"""What a person looks at: the curves and a page of samples."""
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+from PIL import Image
+
+INK, MUTED, GRID = "#1f2328", "#6e7781", "#e6e8eb"
+BLUE, ORANGE, GREEN = "#2f6fde", "#e08a1e", "#1a7f4b"
+NUM_SAMPLES, NUM_MISTAKES = 60, 30
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; background: #f6f7f9; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem } p { margin: .3rem 0; color: #57606a }
+table { border-collapse: collapse; margin: 1rem 0; background: #fff; border-radius: 8px; overflow: hidden }
+td, th { padding: .35rem 1rem; text-align: right; border-bottom: 1px solid #e6e8eb; font-variant-numeric: tabular-nums }
+th:first-child, td:first-child { text-align: left }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: .7rem }
+.card { background: #fff; border: 1px solid #e6e8eb; border-radius: 8px; padding: .7rem }
+.card img { display: block; height: 56px; margin: 0 auto .5rem }
+.card div { display: flex; justify-content: space-between; font-size: .9rem; color: #57606a }
+b { font-family: ui-monospace, monospace; font-size: 1rem } .right { color: #1a7f4b } .wrong { color: #c9372c }
+"""
+
+
+def _smooth(values: list[float], width: int = 9) -> np.ndarray:
+    """Running mean over ``width`` steps, fewer at the ends."""
+    kernel = np.ones(min(width, len(values)))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def draw_curves(metrics: dict, path: Path) -> None:
+    """Two panels: the rewards of what was sampled, and the accuracy on held-out numbers."""
+    data = metrics["curves"]
+    figure = matplotlib.figure.Figure(figsize=(10.5, 4.2), dpi=150, layout="constrained")
+    rewards, accuracy = figure.subplots(1, 2)
+    for name, label, color in (("cer", "1 − character error rate", ORANGE), ("exact_match", "exact match", BLUE)):
+        rewards.plot(data["step"], data[name], color=color, alpha=0.25, linewidth=1)
+        rewards.plot(data["step"], _smooth(data[name]), color=color, linewidth=2, label=label)
+    rewards.set_title("Reward of sampled answers, mean of a step", loc="left", fontsize=11, color=INK)
+    rewards.legend(frameon=False, loc="lower right")
+
+    accuracy.plot(data["held_out_step"], data["held_out_accuracy"], color=GREEN, linewidth=2, marker="o", markersize=4)
+    for x, name, side in ((0, "accuracy_before", "left"), (max(data["step"]), "accuracy_after", "right")):
+        accuracy.annotate(
+            f"{metrics[name]:.1%}", (x, metrics[name]), (0, 9), textcoords="offset points", ha=side, color=GREEN, weight="bold"
+        )
+    accuracy.set_title("Held-out numbers read without a mistake", loc="left", fontsize=11, color=INK)
+    for axes in (rewards, accuracy):
+        axes.set_ylim(0, 1.04)
+        axes.set_xlabel("GRPO step", color=MUTED)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=MUTED, length=0)
+        axes.spines[:].set_visible(False)
+    accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    figure.savefig(path)
+
+
+def _image(image: Image.Image) -> str:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def _card(row: dict, before: str, after: str) -> str:
+    truth = row["answer"]
+    answers = "".join(
+        f'<div>{when} <b class="{"right" if answer == truth else "wrong"}">{escape(answer) or "–"}</b></div>'
+        for when, answer in (("before GRPO", before), ("after", after))
+    )
+    return f'<div class="card">{_image(row["image"])}<div>written <b>{escape(truth)}</b></div>{answers}</div>'
+
+
+def write_samples(metrics: dict, rows: list[dict], before: list[str], after: list[str], path: Path) -> None:
+    """One HTML file that needs nothing else: accuracies, the first held-out numbers, and those still read wrong."""
+    triples = list(zip(rows, before, after, strict=True))
+    mistakes = [triple for triple in triples if triple[2] != triple[0]["answer"]]
+    names = ["all", *(f"{n + 1} digit{'s' * (n > 0)}" for n in range(len(metrics["accuracy_after_by_digits"])))]
+    table = "".join(
+        f"<tr><td>{label} GRPO</td>"
+        + "".join(f"<td>{a:.1%}</td>" for a in (metrics[f"accuracy_{label}"], *metrics[f"accuracy_{label}_by_digits"]))
+        + "</tr>"
+        for label in ("before", "after")
+    )
+    cards = lambda chosen: f'<div class="cards">{"".join(_card(*triple) for triple in chosen)}</div>'  # noqa: E731
+    path.write_text(
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Numbers written by hand</title><style>{STYLE}</style>"
+        "<h1>Numbers written by hand, read by a small VLM</h1>"
+        f"<p>{len(rows)} held-out numbers, made of scans that the model never saw. Greedy answers. Seed {metrics['seed']}.</p>"
+        f"<table><tr><th>exact match</th>{''.join(f'<th>{name}</th>' for name in names)}</tr>{table}</table>"
+        f"<h2>The first {min(NUM_SAMPLES, len(rows))} held-out numbers</h2>{cards(triples[:NUM_SAMPLES])}"
+        f"<h2>Still wrong after GRPO: {len(mistakes)}, the first {min(NUM_MISTAKES, len(mistakes))}</h2>"
+        f"{cards(mistakes[:NUM_MISTAKES])}</html>\n"
+    )

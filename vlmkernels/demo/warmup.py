@@ -1,0 +1,59 @@
+"""The supervised start: cross-entropy on the answers until the model reads some numbers, so that rewards can differ."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vlmkernels.demo.data import MAX_DIGITS, Scans, compose
+from vlmkernels.demo.model import END_OF_TURN, prompt_texts, read_numbers
+
+BATCH_SIZE = 64
+LEARNING_RATE = 1e-3
+CHECK_EVERY = 5  # steps
+MAX_STEPS = 400  # of a stage
+
+
+class Stage(NamedTuple):
+    """Numbers of up to ``max_digits`` digits, until the share ``target`` of them is read."""
+
+    name: str
+    max_digits: int
+    target: float
+
+
+STAGES = (Stage("one digit", 1, 0.5), Stage(f"one to {MAX_DIGITS} digits", MAX_DIGITS, 0.6))
+
+
+def encode(processor, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Model inputs of prompts with their answers; ``labels`` is -100 but at the answer and the end of the turn."""
+    texts = [prompt + row["answer"] + END_OF_TURN for prompt, row in zip(prompt_texts(processor, rows), rows, strict=True)]
+    inputs = processor(text=texts, images=[row["image"] for row in rows], padding=True, return_tensors="pt")
+    length = torch.tensor([len(row["answer"]) + 1 for row in rows])  # a digit is one token; padding is on the left
+    width = inputs["input_ids"].shape[1]
+    is_answer = torch.arange(width) >= width - length.unsqueeze(1)
+    return {**inputs, "labels": inputs["input_ids"].where(is_answer, -100)}
+
+
+def warm_up(model, processor, scans: Scans, rng: np.random.Generator, say=print) -> int:
+    """Train ``model`` through ``STAGES``; how far it is, is measured on numbers made of training scans. The steps taken."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    steps = 0
+    for stage in STAGES:
+        checked = compose(scans, 300, rng, stage.max_digits)
+        for step in range(1, MAX_STEPS + 1):
+            model.train()
+            batch = encode(processor, compose(scans, BATCH_SIZE, rng, stage.max_digits))
+            loss = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step % CHECK_EVERY == 0 or step == MAX_STEPS:
+                answers = read_numbers(model, processor, checked)
+                accuracy = np.mean([answer == row["answer"] for answer, row in zip(answers, checked, strict=True)])
+                if accuracy >= stage.target:
+                    break
+        steps += step
+        say(f"  {stage.name}: {step} steps, loss {loss.item():.2f}, {accuracy:.0%} of the numbers read")
+    return steps
