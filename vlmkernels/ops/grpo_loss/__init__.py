@@ -1,42 +1,83 @@
-"""The GRPO objective on given log-probabilities."""
+"""The GRPO objective on given log-probabilities. Torch only: triton and ``_C`` load on first use."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.library import define, impl, register_autograd, register_fake
 
-from vlmkernels.ops.checks import require, require_shape
-from vlmkernels.ops.grpo_loss import reference
+from vlmkernels.backend import resolve, select
+from vlmkernels.ops.checks import require, require_device, require_dtype, require_positive, require_shape
+from vlmkernels.ops.grpo_loss.batch import STATS, Batch, entropy_quantile, metrics, require_finite
+from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, parse
+
+__all__ = ["GRPOLossConfig", "GRPOLossOutput", "grpo_loss"]
+
+FWD = "vlmkernels::grpo_loss_fwd"
+
+# The fields of Batch, then GRPOLossConfig.text.
+define(
+    FWD,
+    "(Tensor logps, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, Tensor? cu_seqlens,"
+    " Tensor? rollout_logps, Tensor? entropy, Tensor? entropy_threshold, Tensor? num_items, float accumulation_steps,"
+    " str config, str backend) -> (Tensor loss, Tensor dlogp, Tensor dentropy, Tensor stats)",
+)
 
 
-@dataclass(frozen=True)
-class GRPOLossConfig:
-    """What defines the objective. The field names and meanings are TRL's (``trl.GRPOConfig``).
+def _outputs(logps, config):
+    """loss; the gradients by logps and, if there is an entropy bonus, entropy, without the scales; ``STATS``."""
+    empty = lambda *shape: torch.empty(shape, dtype=logps.dtype, device=logps.device)  # noqa: E731
+    return empty(), empty(*logps.shape), empty(*(logps.shape if config.entropy_coef else (0,))), empty(len(STATS))
 
-    Args:
-        loss_type: a row of ``reference.LOSSES``: "grpo" averages over each completion and then over completions, "dapo" over
-            all tokens of the accumulated batch.
-        beta: weight of the KL term (k3) against ``ref_logps``; >= 0.
-        epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high].
-    """
 
-    loss_type: str = "dapo"
-    beta: float = 0.0
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
+@impl(FWD, "default")
+def _fwd(*args):
+    batch, config, backend = Batch(*args[:-2]), parse(args[-2]), args[-1]
+    _check_values(batch)
+    if config.check_finite:
+        require_finite(batch)
+    if config.top_entropy_quantile < 1 and batch.entropy_threshold is None:
+        threshold = entropy_quantile(batch.entropy, batch.mask, 1 - config.top_entropy_quantile)
+        batch = batch._replace(entropy_threshold=threshold)
+    outputs = _outputs(batch.logps, config)
+    select("grpo_loss", backend, batch.logps).fwd(batch, config, *outputs)
+    return outputs
 
-    def __post_init__(self) -> None:
-        require(
-            self.loss_type in reference.LOSSES, "loss_type", f"be one of {', '.join(reference.LOSSES)}", repr(self.loss_type)
-        )
-        require(self.beta >= 0, "beta", "be >= 0", self.beta)
-        require(0 <= self.epsilon_low <= 1, "epsilon_low", "be in [0, 1]", self.epsilon_low)
-        require(self.epsilon_high >= 0, "epsilon_high", "be >= 0", self.epsilon_high)
+
+@register_fake(FWD)
+def _fwd_fake(logps, *args):
+    return _outputs(logps, parse(args[-2]))
+
+
+def _save(ctx, inputs, output):
+    _, dlogp, dentropy, stats = output
+    ctx.save_for_backward(dlogp, dentropy, stats)
+    ctx.mark_non_differentiable(dlogp, dentropy, stats)
+    ctx.set_materialize_grads(False)
+    ctx.entropy_index, ctx.num_inputs = Batch._fields.index("entropy"), len(inputs)
+
+
+def _backward(ctx, dloss, *_):
+    grads = [None] * ctx.num_inputs
+    if dloss is not None:
+        dlogp, dentropy, stats = ctx.saved_tensors
+        if ctx.needs_input_grad[0]:
+            grads[0] = dlogp * (dloss * stats[0])
+        if ctx.needs_input_grad[ctx.entropy_index] and dentropy.numel():
+            grads[ctx.entropy_index] = dentropy * (dloss * stats[1])
+    return tuple(grads)
+
+
+register_autograd(FWD, _backward, setup_context=_save)
 
 
 class GRPOLossOutput(NamedTuple):
-    """The scalar loss, differentiable, and detached scalar metrics: kl (with beta > 0), clip_ratio/low_mean,
-    clip_ratio/high_mean, clip_ratio/region_mean, entropy (where given)."""
+    """The scalar loss, differentiable, and detached scalar metrics on its device.
+
+    Of the tokens given, whatever ``num_items``: policy_loss (without the entropy bonus), kl, entropy, clip_ratio/low_mean,
+    low_min, high_mean, high_max and region_mean (cispo_clip_ratio, vespo/phi_seq_mean), defined as in TRL 1.16; beside them
+    ratio/mean, min and max, sampling/importance_sampling_ratio/mean, tokens (that the mask holds) and effective_tokens
+    (whose policy term counts). Those that the configuration gives no meaning are left out.
+    """
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
@@ -49,13 +90,18 @@ def grpo_loss(
     old_logps: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    rollout_logps: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
+    entropy_threshold: torch.Tensor | None = None,
     num_items: torch.Tensor | float | None = None,
-    config: GRPOLossConfig = GRPOLossConfig(),
+    accumulation_steps: float = 1,
+    config: GRPOLossConfig = DEFAULT,
+    backend: str = "auto",
 ) -> GRPOLossOutput:
-    """Clipped policy-gradient loss over the completion tokens of a batch.
+    """Policy-gradient loss over the completion tokens of a batch; which one, ``config`` says.
 
-    Equivalent to::
+    With the default, equivalent to::
 
         ratio = (logps - old_logps).exp()
         clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
@@ -63,32 +109,115 @@ def grpo_loss(
         loss = loss + beta * ((ref_logps - logps).exp() - (ref_logps - logps) - 1)
         loss = (loss * mask).sum() / num_items                                           # dapo
 
+    The gradient is made in the forward pass; the backward pass multiplies it by a scalar. Everything is finite: log-ratios
+    count as at most 20 either way, and log-probabilities as at least -1e4, in the loss and in its gradient. Nothing waits
+    for the device, except with ``check_finite``.
+
     Args:
-        logps: (B, T), the policy's log-probabilities. A gradient goes to them alone.
-        advantages: (B,), or (B, T) per token.
-        old_logps: (B, T), of the policy that sampled; None = on policy, the ratio is 1.
-        ref_logps: (B, T), of the reference model; needed when beta > 0.
-        mask: (B, T) bool, true on completion tokens; default all.
-        entropy: (B, T), for the metric.
-        num_items: the completion tokens of the whole accumulated batch, over all processes, divided by the number of
-            processes; default those of ``mask``. Used by "dapo".
+        logps: (B, T), the policy's log-probabilities; with cu_seqlens (N,), the completions one after another.
+        advantages: (B,), or like ``logps`` per token. Packed and of one size, it is one per sequence.
+        old_logps: like ``logps``, of the policy before this step; None: the policy itself, so that the ratio is 1.
+        ref_logps: like ``logps``, of the reference model; needed, and read, when beta > 0.
+        mask: (B, T) bool, true on the tokens that count, any of them; default all. Values elsewhere are not used.
+        cu_seqlens: (B + 1,) int32: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
+        rollout_logps: like ``logps``, of the engine that sampled; needed by config.rollout_correction, and used by
+            off_policy_mask_threshold. NaN: the engine gave none for this token, which is then not corrected.
+        entropy: like ``logps``: a metric; needed by top_entropy_quantile and entropy_coef.
+        entropy_threshold: (), with top_entropy_quantile < 1: the least entropy that counts. Default: the quantile over this
+            call's tokens; with several processes, that over theirs.
+        num_items: for dapo, cispo and vespo: the tokens of all calls whose losses are added up, over all processes, divided
+            by the number of processes; default those of this call. A number, or a () tensor.
+        accumulation_steps: the calls whose losses are added up. What is a mean over this call's tokens, and not divided by
+            num_items, is divided by it: the entropy bonus and the other losses.
         config: see ``GRPOLossConfig``.
+        backend: see ``vlmkernels.backend``.
+
+    Returns:
+        ``GRPOLossOutput(loss, metrics)``. Computed in fp32 (fp64 for fp64 ``logps``, in the reference). A gradient goes to
+        ``logps`` and, with entropy_coef, to ``entropy``.
 
     Raises:
-        ValueError: a shape is wrong, or ref_logps is missing with beta > 0.
+        ValueError, TypeError: a wrong shape, dtype, device or combination of arguments; on the CPU also cu_seqlens that are
+            not increasing from 0 to N (on a GPU that check would wait for the device).
+        NotImplementedError: the named backend does not serve these tensors.
 
-    Source: https://arxiv.org/abs/2402.03300 (grpo), https://arxiv.org/abs/2503.14476 (dapo).
+    Source: https://arxiv.org/abs/2402.03300, and those of ``vlmkernels.ops.grpo_loss.config.LOSSES``.
     """
-    require(logps.dim() == 2, "logps", "be (B, T)", tuple(logps.shape))
-    if advantages.dim() == 1:
-        require_shape("advantages", advantages, logps.shape[:1], "the rows of logps")
+    _check_arguments(locals())
+    dtype = torch.promote_types(logps.dtype, torch.float32)
+    tensors = (advantages, old_logps, ref_logps, rollout_logps)
+    advantages, old_logps, ref_logps, rollout_logps = (t if t is None else t.detach().to(dtype) for t in tensors)
+    if num_items is not None and not isinstance(num_items, torch.Tensor):
+        num_items = torch.tensor(float(num_items), dtype=dtype)
+    batch = Batch(
+        logps.to(dtype),
+        advantages,
+        old_logps,
+        ref_logps if config.beta else None,
+        mask,
+        cu_seqlens,
+        rollout_logps,
+        None if entropy is None else entropy.to(dtype),
+        None if entropy_threshold is None else entropy_threshold.detach().to(dtype),
+        None if num_items is None else num_items.detach().to(dtype),
+        float(accumulation_steps),
+    )
+    loss, _, _, stats = torch.ops.vlmkernels.grpo_loss_fwd(*batch, config.text, resolve(backend))
+    return GRPOLossOutput(loss, metrics(stats, batch, config))
+
+
+def _check_arguments(arguments: dict) -> None:
+    """The rules of ``grpo_loss`` that need no value of a tensor."""
+    logps, advantages, mask, cu_seqlens, config = (
+        arguments[name] for name in ("logps", "advantages", "mask", "cu_seqlens", "config")
+    )
+    require(logps.is_floating_point(), "logps", "be floating point", logps.dtype, TypeError)
+    if cu_seqlens is None:
+        require(logps.dim() == 2, "logps", "be (B, T), or (N,) with cu_seqlens", tuple(logps.shape))
+        num_sequences = len(logps)
     else:
-        require_shape("advantages", advantages, logps.shape, "logps")
-    for name, tensor in (("old_logps", old_logps), ("ref_logps", ref_logps), ("mask", mask), ("entropy", entropy)):
-        if tensor is not None:
-            require_shape(name, tensor, logps.shape, "logps")
-    require(config.beta == 0 or ref_logps is not None, "ref_logps", f"be given with beta = {config.beta}", None)
-    mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask
-    advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
-    old_logps = logps.detach() if old_logps is None else old_logps
-    return GRPOLossOutput(*reference.grpo_loss(logps, advantages, old_logps, ref_logps, mask, entropy, num_items, config))
+        require(mask is None, "mask", "be None with cu_seqlens: leave out the tokens that do not count", "a tensor")
+        require(logps.dim() == 1, "logps", "be (N,) with cu_seqlens", tuple(logps.shape))
+        require_dtype("cu_seqlens", cu_seqlens, torch.int32)
+        shape = tuple(cu_seqlens.shape)
+        require(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, "cu_seqlens", "be (S + 1,), from 0 to N", shape)
+        num_sequences = len(cu_seqlens) - 1
+    shapes = ((num_sequences,), tuple(logps.shape))
+    rule = f"be one per sequence, {shapes[0]}, or per token, {shapes[1]}"
+    require(tuple(advantages.shape) in shapes, "advantages", rule, tuple(advantages.shape))
+    if mask is not None:
+        require_dtype("mask", mask, torch.bool)
+    for name in ("old_logps", "ref_logps", "mask", "rollout_logps", "entropy"):
+        if arguments[name] is not None:
+            require_shape(name, arguments[name], logps.shape, "logps")
+    for name in ("entropy_threshold", "num_items"):
+        value = arguments[name]
+        if isinstance(value, torch.Tensor):
+            require(value.dim() == 0, name, "be a number or a () tensor", tuple(value.shape))
+        elif value is not None:
+            require(value >= 0, name, "be >= 0", value)
+    for name in ("advantages", "old_logps", "ref_logps", "mask", "cu_seqlens", "rollout_logps", "entropy", "entropy_threshold"):
+        if arguments[name] is not None:
+            require_device(name, arguments[name], logps.device, "logps")
+    require_positive("accumulation_steps", arguments["accumulation_steps"])
+    for setting, name, needed in (
+        ("beta", "ref_logps", config.beta > 0),
+        ("rollout_correction", "rollout_logps", config.rollout_correction is not None),
+        ("top_entropy_quantile", "entropy", config.top_entropy_quantile < 1),
+        ("entropy_coef", "entropy", config.entropy_coef != 0),
+    ):
+        rule = f"be given with {setting} = {getattr(config, setting)!r}"
+        require(not needed or arguments[name] is not None, name, rule, None)
+    unused = config.rollout_correction is None and config.off_policy_mask_threshold is None
+    rule = "be None unless config.rollout_correction or config.off_policy_mask_threshold uses it"
+    require(not unused or arguments["rollout_logps"] is None, "rollout_logps", rule, "a tensor")
+
+
+def _check_values(batch: Batch) -> None:
+    """cu_seqlens go from 0 to N without a step back. CPU tensors only: on a GPU this would wait for the device."""
+    cu_seqlens = batch.cu_seqlens
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    num, values = len(batch.logps), cu_seqlens.tolist()
+    require(values[0] == 0 and values[-1] == num, "cu_seqlens", f"go from 0 to {num}, the tokens of logps", values)
+    require(bool((cu_seqlens.diff() >= 0).all()), "cu_seqlens", "not decrease", values)

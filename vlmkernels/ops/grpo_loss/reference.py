@@ -1,50 +1,225 @@
-"""The GRPO objective in plain PyTorch: the oracle of ``grpo_loss``."""
+"""The GRPO objective in plain PyTorch: the oracle of ``grpo_loss``.
+
+With r the ratio, c the weight that masks and corrections leave a token, w the weight of the aggregation:
+    loss = sum_t w_t (c_t surrogate(r_t, A_t) + beta kl_t [r_t]) / divisor - entropy_coef mean(entropy)
+A ratio per sequence depends on each of its tokens by 1 / |y|, so what reaches it is added up and spread evenly over them.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-MAX_LOG_RATIO = 20.0  # e^20 times any advantage is finite in fp32
+from vlmkernels.ops.grpo_loss.batch import STATS, Batch
+from vlmkernels.ops.grpo_loss.config import MAX_LOG_RATIO, MIN_LOGP, VESPO_MIN_LOG_WEIGHT, GRPOLossConfig
 
 
-def ppo_clip(log_ratio, adv, config):
-    """-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A) with r = exp(log_ratio). https://arxiv.org/abs/1707.06347"""
-    ratio = log_ratio.exp()
-    return -torch.minimum(ratio * adv, ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high) * adv)
+def unsupported(*tensors: torch.Tensor) -> str | None:
+    return None
 
 
-def per_sequence(mask, num_items):
-    """m / (B max(|y|, 1)): the mean over tokens, then over completions."""
-    return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+class Term(NamedTuple):
+    """Of each token: the loss, its derivative by logp, and the two statistics that ``config.Loss`` gives names to."""
+
+    loss: torch.Tensor
+    dlogp: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
 
 
-def per_token(mask, num_items):
-    """m / num_items: the mean over all tokens of the accumulated batch."""
-    return mask / (mask.sum().clamp(min=1) if num_items is None else num_items)
+def ppo_clip(logp, ratio, log_weight, adv, p) -> Term:
+    """-min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A). https://arxiv.org/abs/1707.06347, delta: 2505.07291"""
+    capped, clipped = ratio.clamp(max=p.delta), ratio.clamp(1 - p.epsilon_low, 1 + p.epsilon_high)
+    first = capped * adv <= clipped * adv
+    chosen = torch.where(first, capped, clipped)
+    low, high = (capped < 1 - p.epsilon_low) & (adv < 0), (capped > 1 + p.epsilon_high) & (adv > 0)
+    constant = (chosen < ratio) | (chosen > ratio)  # not "!=": a NaN shows in the gradient too
+    return Term(-chosen * adv, torch.where(constant, 0, -ratio * adv), low.to(adv.dtype), high.to(adv.dtype))
 
 
-LOSSES = {"grpo": (ppo_clip, per_sequence), "dapo": (ppo_clip, per_token)}
+def cispo(logp, ratio, log_weight, adv, p) -> Term:
+    """-sg(min(r, eps_high)) A logp. https://arxiv.org/abs/2506.13585"""
+    weight = ratio.clamp(max=p.epsilon_high)
+    high = (ratio > p.epsilon_high) & (adv > 0)
+    return Term(-weight * adv * logp, -weight * adv, torch.zeros_like(adv), high.to(adv.dtype))
 
 
-def k3(log_ratio):
-    """The unbiased, non-negative estimator of KL(policy || reference). http://joschu.net/blog/kl-approx.html"""
-    return log_ratio.exp() - log_ratio - 1
+def sapo(logp, ratio, log_weight, adv, p) -> Term:
+    """-sigmoid(tau (r - 1)) 4 / tau A, tau by the sign of A. https://arxiv.org/abs/2511.20347"""
+    tau = torch.where(adv > 0, p.sapo_temperature_pos, p.sapo_temperature_neg)
+    gate = torch.sigmoid(tau * (ratio - 1))
+    nothing = torch.zeros_like(adv)
+    return Term(-gate * 4 / tau * adv, -4 * gate * (1 - gate) * ratio * adv, nothing, nothing)
 
 
-def grpo_loss(logps, advantages, old_logps, ref_logps, mask, entropy, num_items, config):
-    surrogate, weighting = LOSSES[config.loss_type]
-    logps = torch.where(mask, logps, 0)  # a value that is not asked for may be anything, NaN included
-    log_ratio = torch.where(mask, logps - old_logps, 0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    loss = surrogate(log_ratio, advantages, config)
-    mean = lambda x: torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)  # noqa: E731
-    metrics = {}
-    if config.beta:
-        kl = k3(torch.where(mask, ref_logps - logps, 0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
-        loss = loss + config.beta * kl
-        metrics["kl"] = mean(kl.detach())
-    ratio = log_ratio.detach().exp()
-    low = (ratio < 1 - config.epsilon_low) & (advantages < 0)
-    high = (ratio > 1 + config.epsilon_high) & (advantages > 0)
-    for name, flag in (("low", low), ("high", high), ("region", low | high)):
-        metrics[f"clip_ratio/{name}_mean"] = mean(flag.to(ratio.dtype))
-    if entropy is not None:
-        metrics["entropy"] = mean(entropy.detach())
-    return (loss * weighting(mask.to(loss.dtype), num_items)).sum(), metrics
+def vespo(logp, ratio, log_weight, adv, p) -> Term:
+    """-sg(phi(w)) A logp, phi(w) = e^lambda w^k e^(-lambda w), w the weight of the sequence. https://arxiv.org/abs/2602.10693"""
+    k = torch.where(adv >= 0, p.vespo_k_pos, p.vespo_k_neg)
+    lam = torch.where(adv >= 0, p.vespo_lambda_pos, p.vespo_lambda_neg)
+    phi = (lam + k * log_weight - lam * log_weight.exp()).exp()
+    return Term(-phi * adv * logp, -phi * adv, torch.zeros_like(adv), phi)
+
+
+class Surrogate(NamedTuple):
+    term: Callable[..., Term]
+    through_ratio: bool  # dlogp reaches logp through the ratio, so with a ratio per sequence it is spread over the tokens
+
+
+SURROGATES = {
+    "ppo_clip": Surrogate(ppo_clip, through_ratio=True),
+    "cispo": Surrogate(cispo, through_ratio=False),
+    "sapo": Surrogate(sapo, through_ratio=True),
+    "vespo": Surrogate(vespo, through_ratio=False),
+}
+
+# Estimators of KL(policy || reference) and their derivative by logp, of x = ref_logp - logp. http://joschu.net/blog/kl-approx.html
+KL = {
+    "none": lambda x: (torch.zeros_like(x), torch.zeros_like(x)),
+    "k1": lambda x: (-x, -torch.ones_like(x)),
+    "k2": lambda x: (x.square() / 2, -x),
+    "k3": lambda x: (x.exp() - x - 1, 1 - x.exp()),
+}
+
+
+class Sequences:
+    """Sums over the tokens of each sequence, and back."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.size, num, device = batch.num_sequences, batch.logps.numel(), batch.logps.device
+        lengths = num // max(self.size, 1) if batch.cu_seqlens is None else batch.cu_seqlens.diff()
+        self.index = torch.arange(self.size, device=device).repeat_interleave(lengths)
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """(N,) -> (S,)"""
+        return x.new_zeros(self.size).index_add_(0, self.index, x)
+
+    def per_token(self, x: torch.Tensor) -> torch.Tensor:
+        """(S,) -> (N,)"""
+        return x[self.index]
+
+
+def bounded(log_ratio: torch.Tensor) -> torch.Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def rollout_log_weight(log_ratio, sequences, length, p, config):
+    """The logarithm of the weight that corrects for the policy that sampled, truncated or masked; (N,)."""
+    level, bound = config.rollout_correction.split("_")
+    if level == "sequence":
+        total = sequences.total(log_ratio)
+        log_ratio = sequences.per_token(total / length if config.rollout_sequence_ratio == "mean" else total)
+    inside = (log_ratio >= p.rollout_log_min) & (log_ratio <= p.rollout_log_max)
+    log_weight = bounded(log_ratio.clamp(p.rollout_log_min, p.rollout_log_max))
+    return log_weight if bound == "truncate" else torch.where(inside, log_weight, -torch.inf)
+
+
+def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
+    """Write the loss, its derivatives by logp and entropy (both without the scales) and the statistics."""
+    p, surrogate, sequences = config.scalars, SURROGATES[config.loss.surrogate], Sequences(batch)
+    mask = torch.ones_like(batch.logps, dtype=torch.bool) if batch.mask is None else batch.mask
+    mask = mask.flatten()
+    m = mask.to(stats.dtype)
+    length = sequences.total(m).clamp(min=1)
+
+    def read(x: torch.Tensor) -> torch.Tensor:
+        """A value that is not asked for may be anything, NaN included."""
+        return torch.where(mask, x.flatten(), 0)
+
+    logp = read(batch.logps).clamp(min=MIN_LOGP)
+    old = logp if batch.old_logps is None else read(batch.old_logps).clamp(min=MIN_LOGP)
+    adv = read(batch.advantages if batch.per_token else sequences.per_token(batch.advantages))
+
+    # The ratio of the policy to the one before this step.
+    log_ratio = logp - old
+    if config.level == "sequence":
+        sequence_ratio = bounded(sequences.total(log_ratio) / length).exp()
+        ratio = sequences.per_token(sequence_ratio)
+    else:
+        sequence_ratio = torch.ones_like(length)
+        ratio = bounded(log_ratio).exp()
+
+    # What multiplies a token's policy term.
+    kept = m if batch.entropy_threshold is None else m * (batch.entropy.flatten() >= batch.entropy_threshold)
+    weight = kept
+    log_rollout = torch.zeros_like(logp)
+    sampling = old
+    if batch.rollout_logps is not None:
+        # A token that has no log-probability of its sampler counts as sampled by the policy before this step.
+        scored = ~read(batch.rollout_logps).isnan()
+        rollout = torch.where(scored, read(batch.rollout_logps).clamp(min=MIN_LOGP), old)
+        sampling = torch.where(scored, rollout, logp)
+        if config.rollout_correction:
+            log_rollout = rollout_log_weight(old - rollout, sequences, length, p, config)
+    if config.loss.surrogate != "vespo":
+        weight = weight * log_rollout.exp()
+    if config.off_policy_mask_threshold is not None:
+        drift = sequences.per_token(sequences.total(sampling - logp) / length)
+        weight = weight * ((adv >= 0) | (drift <= p.off_policy_threshold))
+
+    # Vespo's weight of a sequence: the product of its tokens' ratios and corrections.
+    log_weights = bounded(log_ratio) + m * log_rollout.clamp(min=VESPO_MIN_LOG_WEIGHT)
+    log_weight = sequences.total(log_weights).clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)
+
+    term = surrogate.term(logp, ratio, sequences.per_token(log_weight), adv, p)
+    kl, dkl = KL[config.kl](bounded(read(batch.ref_logps).clamp(min=MIN_LOGP) - logp) if config.beta else logp)
+    value, direct, through_ratio = weight * term.loss, p.beta * dkl, torch.zeros_like(kl)
+    if config.use_bias_correction_kl:
+        kl, direct, through_ratio = kl * ratio, direct * ratio, p.beta * kl * ratio
+    value = value + p.beta * kl
+    if surrogate.through_ratio:
+        through_ratio = through_ratio + weight * term.dlogp
+    else:
+        direct = direct + weight * term.dlogp
+    if config.level == "sequence":
+        through_ratio = sequences.per_token(sequences.total(m * through_ratio) / length)
+
+    share = m / sequences.per_token(length) if config.aggregation.per_length else m
+    number, tensor, by_tokens = batch.divisor(config)
+    policy_scale = torch.full_like(loss, 1 / number)
+    if by_tokens:
+        policy_scale = policy_scale / m.sum().clamp(min=1)
+    if tensor is not None:
+        policy_scale = policy_scale / torch.where(tensor == 0, 1, tensor)
+    entropy_scale = -config.entropy_coef / (kept.sum().clamp(min=1) * batch.accumulation_steps)
+    policy_loss = (share * value).sum() * policy_scale
+    entropy = torch.zeros_like(logp) if batch.entropy is None else read(batch.entropy)
+    loss.copy_(policy_loss + entropy_scale * (kept * entropy).sum())
+    dlogp.copy_((share * (direct + through_ratio)).view(dlogp.shape))
+    if dentropy.numel():
+        dentropy.copy_(kept.view(dentropy.shape))
+
+    # Where the ratio and the advantage are those of the sequence, its statistics count once, not once per token.
+    per_sequence = (config.level == "sequence" or config.loss.surrogate == "vespo") and not batch.per_token
+    if per_sequence:
+        nothing = torch.zeros_like(length)
+        term = surrogate.term(nothing, sequence_ratio, log_weight, batch.advantages, p)
+        low, high, units = term.low, term.high, torch.ones_like(length)
+    else:
+        low, high, units = sequences.total(m * term.low), sequences.total(m * term.high), sequences.total(m)
+    counted = units > 0
+    mean = lambda x: (m * x).sum() / m.sum().clamp(min=1)  # noqa: E731
+    least = lambda x, where: -greatest(-x, where)  # noqa: E731
+    values = {
+        "policy_scale": policy_scale,
+        "entropy_scale": entropy_scale,
+        "policy_loss": policy_loss,
+        "kl": mean(kl),
+        "entropy": mean(entropy),
+        "low_mean": low.sum() / units.sum().clamp(min=1),
+        "low_min": least(low / units.clamp(min=1), counted),
+        "high_mean": high.sum() / units.sum().clamp(min=1),
+        "high_max": greatest(high / units.clamp(min=1), counted),
+        "ratio_mean": mean(ratio),
+        "ratio_min": least(ratio, mask),
+        "ratio_max": greatest(ratio, mask),
+        "tokens": m.sum(),
+        "effective_tokens": (m * (weight != 0)).sum(),
+        "rollout_mean": mean(log_rollout.exp()),
+    }
+    stats.copy_(torch.stack([values[name] for name in STATS]))
+
+
+def greatest(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The maximum of ``x`` where the mask holds; 0 where it holds nowhere."""
+    chosen = torch.cat([torch.where(where, x, -torch.inf), x.new_full((1,), -torch.inf)]).max()
+    return torch.where(chosen == -torch.inf, 0, chosen)

@@ -1,0 +1,120 @@
+"""What the backends of ``grpo_loss`` take and return, beside the configuration."""
+
+from typing import NamedTuple
+
+import torch
+
+from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
+
+
+class Batch(NamedTuple):
+    """The tensors of a call: (B, T), or (N,) with ``cu_seqlens``; all of one floating dtype, but for what is noted."""
+
+    logps: torch.Tensor
+    advantages: torch.Tensor  # one per sequence, or like logps
+    old_logps: torch.Tensor | None
+    ref_logps: torch.Tensor | None
+    mask: torch.Tensor | None  # bool
+    cu_seqlens: torch.Tensor | None  # (S + 1,) int32
+    rollout_logps: torch.Tensor | None
+    entropy: torch.Tensor | None
+    entropy_threshold: torch.Tensor | None  # (): tokens below it are not in the policy term
+    num_items: torch.Tensor | None  # (), on the CPU where the caller gave a number
+    accumulation_steps: float
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.logps) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @property
+    def per_token(self) -> bool:
+        """Whether there is an advantage per token."""
+        return self.advantages.dim() == 2 or (self.cu_seqlens is not None and len(self.advantages) != self.num_sequences)
+
+    def divisor(self, config: GRPOLossConfig) -> tuple[float, torch.Tensor | None, bool]:
+        """What the weight of a token is divided by: a number, times a () tensor on the device of ``logps``, times, where
+        the flag is set, the sum of the mask."""
+        row, number = config.aggregation, self.accumulation_steps
+        if row.sequences:
+            number *= max(self.num_sequences, 1)
+        if row.max_length:
+            number *= config.max_completion_length
+        if not row.num_items or self.num_items is None:
+            return number, None, row.tokens or row.num_items
+        if self.num_items.device.type != "cpu":
+            return 1.0, self.num_items, False
+        return self.num_items.item() or 1.0, None, False
+
+
+# The columns of ``stats``, which the forward pass fills. The gradients it writes are still to be multiplied by the scales.
+STATS = (
+    "policy_scale",
+    "entropy_scale",
+    "policy_loss",
+    "kl",
+    "entropy",
+    "low_mean",
+    "low_min",
+    "high_mean",
+    "high_max",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "tokens",
+    "effective_tokens",
+    "rollout_mean",
+)  # fmt: skip
+
+
+def metrics(stats: torch.Tensor, batch: Batch, config: GRPOLossConfig) -> dict[str, torch.Tensor]:
+    """The columns of ``stats`` that mean something here, under TRL's names."""
+    value = dict(zip(STATS, stats.unbind(), strict=True))
+    named = {"policy_loss": "policy_loss"}
+    if config.beta:
+        named["kl"] = "kl"
+    if batch.entropy is not None:
+        named["entropy"] = "entropy"
+    if config.loss.low:
+        named |= {f"{config.loss.low}_mean": "low_mean", f"{config.loss.low}_min": "low_min"}
+        named |= {f"{config.loss.high}_mean": "high_mean", f"{config.loss.high}_max": "high_max"}
+    elif config.loss.high:
+        named[config.loss.high] = "high_mean"
+    if batch.old_logps is not None:
+        named |= {"ratio/mean": "ratio_mean", "ratio/min": "ratio_min", "ratio/max": "ratio_max"}
+    if config.rollout_correction:
+        named["sampling/importance_sampling_ratio/mean"] = "rollout_mean"
+    named |= {"tokens": "tokens", "effective_tokens": "effective_tokens"}
+    result = {name: value[column] for name, column in named.items()}
+    if config.loss.low:
+        # A token is clipped at one bound at most.
+        result["clip_ratio/region_mean"] = value["low_mean"] + value["high_mean"]
+    return result
+
+
+def entropy_quantile(entropy: torch.Tensor, mask: torch.Tensor | None, quantile: float) -> torch.Tensor:
+    """``torch.quantile(entropy[mask], quantile)`` without waiting for the device; () on it."""
+    values = entropy.detach().flatten()
+    if values.numel() == 0:
+        return values.new_zeros(())
+    count = torch.tensor(values.numel(), device=values.device)
+    if mask is not None:
+        values, count = torch.where(mask.flatten(), values, torch.inf), mask.sum()
+    values = values.sort().values
+    rank = torch.full((), quantile, dtype=values.dtype, device=values.device) * (count - 1).clamp(min=0)
+    below = rank.floor().long()
+    above = torch.minimum(below + 1, (count - 1).clamp(min=0))
+    return torch.lerp(values[below], values[above], rank - below)
+
+
+def require_finite(batch: Batch) -> None:
+    """Every value that counts is finite; NaN in rollout_logps stands for a token without one."""
+    for name in ("logps", "old_logps", "ref_logps", "rollout_logps", "entropy", "advantages"):
+        tensor = getattr(batch, name)
+        if tensor is None:
+            continue
+        bad = tensor.isinf() if name == "rollout_logps" else ~tensor.isfinite()
+        if batch.mask is not None and tensor.shape == batch.mask.shape:
+            bad &= batch.mask
+        if bad.any():
+            where = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(f"{name} must be finite (check_finite), got {tensor[where].item()} at index {where}")
