@@ -12,13 +12,16 @@ void check_sizes(const GatherLogps& p) {
     }
 }
 
+// log2(e) / temperature, rounded once.
+float scale_of(const GatherLogps& p) { return static_cast<float>(1.4426950408889634 / p.temperature); }
+
 template <class T>
 void forward(const GatherLogps& p, uintptr_t stream) {
     auto kernel = p.entropy != nullptr ? gather_logps_fwd_kernel<T, true> : gather_logps_fwd_kernel<T, false>;
-    launch("gather_logps_fwd_kernel", kernel, p.num_results * p.splits, kThreads, stream, p);
+    launch("gather_logps_fwd_kernel", kernel, p.num_results * p.splits, kThreads, stream, p, scale_of(p));
     if (p.splits > 1) {
         int64_t blocks = (p.num_results + kWarps - 1) / kWarps;
-        launch("gather_logps_merge_kernel", gather_logps_merge_kernel<T>, blocks, kThreads, stream, p);
+        launch("gather_logps_merge_kernel", gather_logps_merge_kernel<T>, blocks, kThreads, stream, p, scale_of(p));
     }
 }
 
@@ -29,7 +32,7 @@ void backward(GatherLogps p, int device, uintptr_t stream) {
     int64_t depth = std::min<int64_t>(p.num_rows * steps / (16 * multiprocessors(device)), kBwdDepth);
     p.splits = depth < 2 ? steps : (steps + depth - 1) / depth;
     auto kernel = p.dentropy != nullptr ? gather_logps_bwd_kernel<T, true> : gather_logps_bwd_kernel<T, false>;
-    launch("gather_logps_bwd_kernel", kernel, p.num_rows * p.splits, kThreads, stream, p);
+    launch("gather_logps_bwd_kernel", kernel, p.num_rows * p.splits, kThreads, stream, p, scale_of(p), 1 / p.temperature);
 }
 
 }  // namespace

@@ -128,9 +128,9 @@ VLMK_DEVICE void write_nothing(const GatherLogps& p, int64_t k) {
     p.stats[2 * k + 1] = value;
 }
 
-VLMK_DEVICE void write_result(const GatherLogps& p, int64_t k, Softmax softmax, float x_target, float inverse) {
+VLMK_DEVICE void write_result(const GatherLogps& p, int64_t k, Softmax softmax, float x_target) {
     float log_sum = logf(softmax.s);
-    p.logp[k] = (x_target - softmax.m) * inverse - log_sum;
+    p.logp[k] = (x_target - softmax.m) / p.temperature - log_sum;
     if (p.entropy != nullptr) p.entropy[k] = log_sum - softmax.sy / softmax.s * kLn2;
     p.stats[2 * k] = softmax.m;
     p.stats[2 * k + 1] = log_sum;
@@ -140,7 +140,8 @@ VLMK_DEVICE void write_result(const GatherLogps& p, int64_t k, Softmax softmax, 
 // sums of a part of the row to `partial`.
 // Grid: (K * splits,), block k * splits + split.
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kThreads, kResident) gather_logps_fwd_kernel(const __grid_constant__ GatherLogps p) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    gather_logps_fwd_kernel(const __grid_constant__ GatherLogps p, float scale) {
     uint32_t splits = p.splits, k = blockIdx.x / splits, split = blockIdx.x % splits;
     const T* x = row_of_result<T>(p, k);
     if (x == nullptr) {
@@ -148,7 +149,6 @@ __global__ void __launch_bounds__(kThreads, kResident) gather_logps_fwd_kernel(c
         return;
     }
     Part part = part_of_row(x, static_cast<uint32_t>(p.vocab), split, splits);
-    float inverse = 1.0f / p.temperature, scale = inverse * kLog2e;
     float x_target = splits == 1 && threadIdx.x == 0 ? load_one(x + p.targets[k]) : 0.0f;
 
     Softmax softmax;
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kResident) gather_logps_fwd_kernel(c
     softmax = merge_block(softmax, scale);
     if (threadIdx.x != 0) return;
     if (splits == 1) {
-        write_result(p, k, softmax, x_target, inverse);
+        write_result(p, k, softmax, x_target);
     } else {
         float* partial = p.partial + 3 * static_cast<int64_t>(blockIdx.x);
         partial[0] = softmax.m;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kResident) gather_logps_fwd_kernel(c
 // The results from the sums of the parts, in a fixed order.
 // Grid: (ceil(K / kWarps),), a warp per result.
 template <class T>
-__global__ void __launch_bounds__(kThreads) gather_logps_merge_kernel(const __grid_constant__ GatherLogps p) {
+__global__ void __launch_bounds__(kThreads) gather_logps_merge_kernel(const __grid_constant__ GatherLogps p, float scale) {
     int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
     uint32_t lane = threadIdx.x % 32;
     if (k >= p.num_results) return;
@@ -201,7 +201,6 @@ __global__ void __launch_bounds__(kThreads) gather_logps_merge_kernel(const __gr
         if (lane == 0) write_nothing(p, k);
         return;
     }
-    float inverse = 1.0f / p.temperature, scale = inverse * kLog2e;
     float x_target = lane == 0 ? load_one(x + p.targets[k]) : 0.0f;
     Softmax softmax;
     for (uint32_t split = lane; split < p.splits; split += 32) {
@@ -213,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) gather_logps_merge_kernel(const __gr
         merge(softmax, other, scale);
     }
     softmax = merge_warp(softmax, scale);
-    if (lane == 0) write_result(p, k, softmax, x_target, inverse);
+    if (lane == 0) write_result(p, k, softmax, x_target);
 }
 
 // What the results of one row ask of its gradient, the one-hot terms aside.
@@ -230,13 +229,22 @@ VLMK_DEVICE float gradient_at(const RowGradient& row, float x) {
     return -exp2_approx(y) * fmaf(y, row.slope, row.constant);
 }
 
-// Adds the one-hot terms of results [begin, end) to the elements of x that start at `first`.
+// The results [begin, end) of a row; the launcher checks that K < 2^31.
+struct Results {
+    uint32_t begin, end;
+};
+
+VLMK_DEVICE Results results_of_row(const GatherLogps& p, uint32_t n) {
+    if (p.starts != nullptr) return {static_cast<uint32_t>(p.starts[n]), static_cast<uint32_t>(p.starts[n + 1])};
+    return {n, n + asked(p, n)};
+}
+
+// Adds the one-hot terms to the elements of a row that start at `first`. (A target out of range has made them NaN already.)
 template <int kCount>
-VLMK_DEVICE void add_one_hot(const GatherLogps& p, int64_t begin, int64_t end, uint32_t first, float inverse,
-                             float (&x)[kCount]) {
+VLMK_DEVICE void add_one_hot(const GatherLogps& p, Results results, uint32_t first, float inverse, float (&x)[kCount]) {
 #pragma unroll 1
-    for (int64_t k = begin; k < end; ++k) {
-        int64_t at = p.targets[k] - first;
+    for (uint32_t k = results.begin; k < results.end; ++k) {
+        uint32_t at = static_cast<uint32_t>(p.targets[k]) - first;
         float dlogp = p.dlogp[k] * inverse;
 #pragma unroll
         for (int j = 0; j < kCount; ++j) x[j] += at == j ? dlogp : 0.0f;
@@ -255,16 +263,17 @@ VLMK_DEVICE void load_some(uint4 (&raw)[kCount], const T* x, uint32_t i, uint32_
 
 // The thread's share of a row. kAligned: x and dx have their vectors at the same elements.
 template <class T, bool kEntropy, bool kAligned>
-VLMK_DEVICE void write_gradient(const GatherLogps& p, const Part& part, int64_t begin, int64_t end, const T* x, T* dx) {
+VLMK_DEVICE void write_gradient(const GatherLogps& p, const Part& part, Results results, const T* x, T* dx, float scale,
+                                float inverse) {
     constexpr int kInFlight = kAligned ? kUnroll : 1;
     uint4 raw[kInFlight];
     uint32_t i = part.begin + threadIdx.x;
     load_some<kAligned>(raw, x + part.head, i, part.end);
 
-    float inverse = 1.0f / p.temperature, dlogp = 0, dentropy = 0;
+    float dlogp = 0, dentropy = 0;
     uint32_t has_target = 0;  // bit j: a target lies in the thread's vector j
 #pragma unroll 1
-    for (int64_t k = begin; k < end; ++k) {
+    for (uint32_t k = results.begin; k < results.end; ++k) {
         int64_t target = p.targets[k];
         dlogp += valid(target, p.vocab) ? p.dlogp[k] : kNaN;
         if constexpr (kEntropy) dentropy += p.dentropy[k];
@@ -274,12 +283,17 @@ VLMK_DEVICE void write_gradient(const GatherLogps& p, const Part& part, int64_t 
             if (j % kThreads == threadIdx.x) has_target |= 1u << (j / kThreads);
         }
     }
-    RowGradient row{p.stats[2 * begin], inverse * kLog2e, p.stats[2 * begin + 1] * kLog2e, inverse * dlogp, 0};
+    RowGradient row{p.stats[2 * results.begin], scale, p.stats[2 * results.begin + 1] * kLog2e, inverse * dlogp, 0};
     if constexpr (kEntropy) {
-        row.constant = inverse * fmaf(dentropy, p.entropy[begin], dlogp);
+        row.constant = inverse * fmaf(dentropy, p.entropy[results.begin], dlogp);
         row.slope = dentropy * inverse * kLn2;
     }
 
+    if (part.edge < p.vocab) {
+        float value[1] = {gradient_at<kEntropy>(row, load_one(x + part.edge))};
+        add_one_hot(p, results, part.edge, inverse, value);
+        store_one(dx + part.edge, value[0]);
+    }
     while (i < part.end) {
 #pragma unroll
         for (int u = 0; u < kInFlight; ++u) {
@@ -289,45 +303,35 @@ VLMK_DEVICE void write_gradient(const GatherLogps& p, const Part& part, int64_t 
             unpack<T>(raw[u], values);
 #pragma unroll
             for (float& value : values) value = gradient_at<kEntropy>(row, value);
-            if (has_target >> u & 1) add_one_hot(p, begin, end, part.head + at * kVec<T>, inverse, values);
+            if (has_target >> u & 1) add_one_hot(p, results, part.head + at * kVec<T>, inverse, values);
             store_vec(dx + part.head, at, pack<T>(values));
         }
         has_target >>= kInFlight;
         i += kInFlight * kThreads;
         load_some<kAligned>(raw, x + part.head, i, part.end);
     }
-    if (part.edge < p.vocab) {
-        float value[1] = {gradient_at<kEntropy>(row, load_one(x + part.edge))};
-        add_one_hot(p, begin, end, part.edge, inverse, value);
-        store_one(dx + part.edge, value[0]);
-    }
 }
 
 // dx_v = (dlogp ([v == t] - p_v) - dentropy p_v (log p_v + entropy)) / temperature, summed over the results of the row.
 // Grid: (N * splits,), block n * splits + split; a thread has at most 32 vectors.
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kThreads, kResident) gather_logps_bwd_kernel(const __grid_constant__ GatherLogps p) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    gather_logps_bwd_kernel(const __grid_constant__ GatherLogps p, float scale, float inverse) {
     uint32_t splits = p.splits, n = blockIdx.x / splits, split = blockIdx.x % splits;
-    int64_t begin = n, end = n;
-    if (p.starts != nullptr) {
-        begin = p.starts[n];
-        end = p.starts[n + 1];
-    } else if (asked(p, n)) {
-        end = n + 1;
-    }
+    Results results = results_of_row(p, n);
     T* dx = static_cast<T*>(p.dlogits) + row_offset(p, n, p.grad_stride_outer, p.grad_stride_inner);
     Part part = part_of_row(dx, static_cast<uint32_t>(p.vocab), split, splits);
-    if (begin == end) {
-        for (uint32_t i = part.begin + threadIdx.x; i < part.end; i += kThreads)
-            store_vec(dx + part.head, i, make_uint4(0, 0, 0, 0));
+    if (results.begin == results.end) {
+        uint4 zero = make_uint4(0, 0, 0, 0);
+        for (uint32_t i = part.begin + threadIdx.x; i < part.end; i += kThreads) store_vec(dx + part.head, i, zero);
         if (part.edge < p.vocab) store_one(dx + part.edge, 0.0f);
         return;
     }
     const T* x = static_cast<const T*>(p.logits) + row_offset(p, n, p.stride_outer, p.stride_inner);
     if (reinterpret_cast<uintptr_t>(x) % 16 == reinterpret_cast<uintptr_t>(dx) % 16) {
-        write_gradient<T, kEntropy, true>(p, part, begin, end, x, dx);
+        write_gradient<T, kEntropy, true>(p, part, results, x, dx, scale, inverse);
     } else {
-        write_gradient<T, kEntropy, false>(p, part, begin, end, x, dx);
+        write_gradient<T, kEntropy, false>(p, part, results, x, dx, scale, inverse);
     }
 }
 

@@ -122,22 +122,20 @@ inline void wait(Fiber::State state, const Site& site) {
     d.thread.x = thread;
 }
 
+// Names a thread that waits, and one that it waits for.
 inline void report_deadlock() {
     Device& d = device();
-    auto waiting = [&](Fiber::State state) {
-        return std::find_if(d.fibers.begin(), d.fibers.end(), [=](auto& fiber) { return fiber->state == state; });
-    };
-    auto first = waiting(Fiber::State::at_warp_op);
-    if (first == d.fibers.end()) first = waiting(Fiber::State::at_barrier);
-    d.thread.x = first - d.fibers.begin();
-    auto other = std::find_if(d.fibers.begin(), d.fibers.end(), [&](auto& fiber) {
-        return fiber->state != (*first)->state || !(fiber->site == (*first)->site) || fiber->mask != (*first)->mask;
-    });
-    std::string message = "deadlock, waits at " + (*first)->site.text();
-    if (other != d.fibers.end()) {
-        bool done = (*other)->state == Fiber::State::done;
-        message += "; thread " + std::to_string(other - d.fibers.begin()) +
-                   (done ? " has returned" : " waits at " + (*other)->site.text());
+    unsigned first = 0;
+    while (d.fibers[first]->state == Fiber::State::done) ++first;
+    d.thread.x = first;
+    const Fiber& fiber = *d.fibers[first];
+    std::string message = "deadlock, waits at " + fiber.site.text();
+    for (unsigned t = 0; t < d.fibers.size(); ++t) {
+        const Fiber& other = *d.fibers[t];
+        bool needed = fiber.state == Fiber::State::at_barrier || (t / kWarp == first / kWarp && (fiber.mask >> t % kWarp & 1));
+        if (!needed || (other.state == fiber.state && other.site == fiber.site)) continue;
+        bool done = other.state == Fiber::State::done;
+        fail(message + "; thread " + std::to_string(t) + (done ? " has returned" : " waits at " + other.site.text()));
     }
     fail(message);
 }

@@ -5,8 +5,8 @@ import torch
 from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 from vlmkernels.ops.layout import row_layout, unsupported_rows
 
-# Few rows leave most of a GPU idle: share each among so many blocks that there are at least _BLOCKS (three per multiprocessor of
-# an H100 keep its memory busy), of at least _MIN_SPLIT elements. More would not pay for the kernel that merges them.
+# Few rows leave most of a GPU idle: share each among so many blocks that there are at least _BLOCKS (three per multiprocessor
+# of an H100 keep its memory busy), of at least _MIN_SPLIT elements. More would not pay for the kernel that merges them.
 _BLOCKS = 384
 _MIN_SPLIT = 8192
 
