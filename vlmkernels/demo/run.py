@@ -29,8 +29,11 @@ def grpo_config(seed: int, steps: int, output: Path) -> GRPOConfig:
         per_device_train_batch_size=PROMPTS_PER_STEP * NUM_GENERATIONS,
         num_generations=NUM_GENERATIONS,
         max_completion_length=MAX_DIGITS + 1,  # a token per digit and the end
-        learning_rate=5e-4,
-        warmup_steps=5,
+        learning_rate=3e-4,
+        warmup_steps=10,
+        # Not "group": dividing by a group's own deviation enlarges the lone lucky guesses of the longest numbers, and the model
+        # unlearned to write a third digit.
+        scale_rewards="batch",
         eval_strategy="steps",
         eval_steps=10,
         per_device_eval_batch_size=NUM_TEST,
