@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from vlmkernels.models.families import FAMILIES, TEXT, append_completions, drop_padding, family_of, take_samples
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.checkpoint import last_complete_checkpoint
+from vlmkernels.train.logps import completion_logps, logit_arguments
 from vlmkernels.train.rollout import Rollout, media_token_ids
 
 torch.set_num_threads(1)
@@ -220,6 +221,45 @@ def test_accumulation_equals_one_large_batch(tmp_path, loss_type):
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5, abs=1e-6)
     for name in one:
         torch.testing.assert_close(many[name], one[name], rtol=1e-3, atol=2e-5 * float(one[name].abs().max()) + 1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+def test_checkpointed_activations_give_the_same_gradient(tmp_path):
+    data = tiny.rows(4, "mixed")
+    _, _, (plain,) = run_ours(tmp_path, data, beta=0.1)
+    trainer, _, (checkpointed,) = run_ours(tmp_path, data, beta=0.1, gradient_checkpointing=True)
+    assert trainer.model.model.language_model.gradient_checkpointing
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("change", ["none", "cap", "scale", "square"])
+def test_what_a_model_does_to_its_logits_is_found_out(change):
+    model = tiny.text_model()
+    model.config.final_logit_softcapping, model.config.logit_scale = 5.0, 0.25  # named, but applied only where asked
+    changes = {"none": lambda x: x, "cap": lambda x: 5 * torch.tanh(x / 5), "scale": lambda x: x / 4, "square": lambda x: x**2}
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = changes[change](output.logits)
+        return output
+
+    model.forward = changed
+    if change == "square":
+        with pytest.raises(
+            NotImplementedError, match=r"Qwen2ForCausalLM must pass on, scale or cap its logits, got \[1.0, 400"
+        ):
+            logit_arguments(model, model.lm_head)
+        return
+    arguments = logit_arguments(model, model.lm_head)
+    assert arguments == {"none": {}, "cap": {"softcap": 5.0}, "scale": {"logit_scale": 0.25}}[change]
+    ids = torch.arange(12).view(2, 6)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, 1:-1].log_softmax(-1).gather(-1, ids[:, 2:, None]).squeeze(-1)
+        logps = completion_logps(model, inputs, 4, head=model.lm_head, arguments=arguments, temperature=1.0)
+    torch.testing.assert_close(logps, expected)
 
 
 def lora():

@@ -79,7 +79,7 @@ def _ids() -> dict[str, int]:
     return {"bos_token_id": None, "eos_token_id": ids["end"], "pad_token_id": ids["pad"]}, ids
 
 
-def vlm(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+def vlm(seed: int = 0, tied: bool = True) -> Qwen2_5_VLForConditionalGeneration:
     """Qwen2.5-VL, 2 layers of width 32, a vision tower of 2 layers."""
     torch.manual_seed(seed)
     text, ids = _ids()
@@ -87,6 +87,7 @@ def vlm(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
         text_config={
             **TEXT,
             **text,
+            "tie_word_embeddings": tied,
             "vocab_size": len(_vocabulary()),
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
         },
@@ -102,7 +103,7 @@ def vlm(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
         video_token_id=ids["video"],
         vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return _finish(Qwen2_5_VLForConditionalGeneration(config))
 

@@ -49,7 +49,7 @@ def run(output_dir) -> list[dict]:
         use_cpu=True,
     )
     data = tiny.rows(8, "mixed")
-    trainer = GRPOTrainer(tiny.vlm(), length, args, data, data[:5], processing_class=tiny.processor())
+    trainer = GRPOTrainer(tiny.vlm(tied=False), length, args, data, data[:5], processing_class=tiny.processor())
     trainer.generate = completions_of
     trainer.train()
     return trainer.state.log_history[:-1]

@@ -28,7 +28,7 @@ from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_w
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
-from vlmkernels.train.logps import completion_logps
+from vlmkernels.train.logps import completion_logps, logit_arguments
 from vlmkernels.train.metrics import completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model, output_head
 from vlmkernels.train.report import write_report
@@ -104,6 +104,8 @@ class GRPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
         self.head = output_head(model)
+        with inference(model):
+            self.logit_arguments = logit_arguments(model, self.head)
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
             reference = frozen_copy(model)
@@ -257,7 +259,7 @@ class GRPOTrainer(Trainer):
             inputs,
             width,
             head=head,
-            text_config=self.policy.config.get_text_config(),
+            arguments=self.logit_arguments,
             temperature=self.args.temperature,
             return_entropy=return_entropy,
         )
