@@ -117,9 +117,14 @@ def load(op: str, name: str):
     return module.Native(name) if _MODULE[name] == "native" else module
 
 
+def is_written(op: str, name: str) -> bool:
+    """Whether ``op`` has code for backend ``name``."""
+    return _installed(f"vlmkernels.ops.{op}.{_MODULE[name]}")
+
+
 def why_not(op: str, name: str, *tensors: torch.Tensor) -> str | None:
     """Why backend ``name`` of ``op`` does not serve these tensors; None where it does."""
-    if not _installed(f"vlmkernels.ops.{op}.{_MODULE[name]}"):
+    if not is_written(op, name):
         return "not implemented"
     if reason := missing(name):
         return reason

@@ -1,0 +1,79 @@
+"""Writes the tables of README.md from the code and from bench/results/; with --check, fails where they are out of date."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+from harness import RESULTS, table
+
+ROOT = Path(__file__).parents[1]
+
+
+def demo() -> list[str]:
+    content = json.loads((RESULTS / "demo.json").read_text())
+    lines = ["| seed | held-out exact match after warm-up | after GRPO | warm-up | GRPO |", "| ---: | ---: | ---: | ---: | ---: |"]
+    for run in content["runs"]:
+        before, after = f"{run['accuracy_before']:.1%}", f"{run['accuracy_after']:.1%}"
+        lines.append(f"| {run['seed']} | {before} | {after} | {run['warmup_seconds']:.0f} s | {run['train_seconds']:.0f} s |")
+    return [*lines, "", f"On {content['device']}, commit {content['commit']}."]
+
+
+def installs() -> list[str]:
+    content = json.loads((RESULTS / "installs.json").read_text())
+    lines = ["| `pip install .` | time | wheel | backends |", "| --- | ---: | ---: | --- |"]
+    for row in content["rows"]:
+        lines.append(f"| {row['name']} | {row['seconds']:.0f} s | {row['wheel_kib']:.0f} KiB | {', '.join(row['backends'])} |")
+    return [*lines, "", f"On {content['device']} with torch installed, by `python bench/installs.py`, commit {content['commit']}."]
+
+
+def bench(op: str) -> list[str]:
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        for case, result in content.get("cases", {}).items():
+            if case.startswith(f"{op} "):
+                versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+                heading = f"**{case}**, on {content['device']} (commit {result['commit']}; {versions})"
+                lines += [heading, "", *table(result["rows"]), ""]
+    return lines[:-1]
+
+
+def losses() -> list[str]:
+    return importlib.import_module("vlmkernels.ops.grpo_loss.table").markdown().splitlines()
+
+
+def backends() -> list[str]:
+    from vlmkernels import backend, env
+
+    lines = ["| op | " + " | ".join(backend.BACKENDS) + " |", "| --- |" + " --- |" * len(backend.BACKENDS)]
+    for op in env.ops():
+        written = ["yes" if backend.is_written(op, name) else "no" for name in backend.BACKENDS]
+        lines.append(f"| `{op}` | " + " | ".join(written) + " |")
+    order = "; ".join(f"on {device} {', '.join(names)}" for device, names in backend.PREFERENCE.items())
+    return [*lines, "", f"`auto` tries, {order}."]
+
+
+TABLES = {"demo": demo, "installs": installs, "bench": bench, "losses": losses, "backends": backends}
+
+
+def fill(text: str) -> str:
+    def render(match: re.Match) -> str:
+        name, *arguments = match["name"].split()
+        return "\n".join([f"<!-- table: {match['name']} -->", *TABLES[name](*arguments), "<!-- end -->"])
+
+    return re.sub(r"<!-- table: (?P<name>[\w -]+?) -->.*?<!-- end -->", render, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text, filled = readme.read_text(), fill(readme.read_text())
+    if "--check" in sys.argv:
+        return int(text != filled)
+    readme.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
