@@ -2,6 +2,10 @@
 // of the same meaning.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
 #include "../common/dtypes.h"
 #include "launch.h"
 
