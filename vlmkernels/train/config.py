@@ -1,6 +1,6 @@
 """The configuration of GRPO training: TRL's field names, on top of ``transformers.TrainingArguments``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -22,7 +22,8 @@ class GRPOConfig(TrainingArguments):
 
     - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
     - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
-    - eval_temperature is new;
+    - importance_sampling_level and epsilon_high default to what suits the loss_type;
+    - eval_temperature and kl_estimator are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
@@ -62,10 +63,23 @@ class GRPOConfig(TrainingArguments):
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of apply_chat_template.")
 
     beta: float = _field(0.0, "Weight of the KL term; above 0 a reference model is kept (with LoRA: no copy).")
+    use_bias_correction_kl: bool = _field(True, "Multiply the KL term by the ratio, so that its gradient is unbiased.")
+    kl_estimator: str = _field("k3", "Estimator of the KL divergence: k1, k2, k3.")
     num_iterations: int = _field(1, "Optimisation passes over each generation batch.")
+    loss_type: str = _field("dapo", "The objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo.")
+    importance_sampling_level: str | None = _field(None, "Ratio per token or sequence; by default the loss's own.")
     epsilon: float = _field(0.2, "The ratio is clipped from below at 1 - epsilon.")
-    epsilon_high: float | None = _field(None, "The ratio is clipped from above at 1 + epsilon_high; by default epsilon.")
-    loss_type: str = _field("dapo", "Which GRPO objective; see vlmkernels.GRPOLossConfig.")
+    epsilon_high: float | None = _field(None, "... from above at 1 + epsilon_high, by default epsilon; cispo: at it, 5.")
+    delta: float | None = _field(None, "Also cap the ratio at this (two-sided clipping).")
+    sapo_temperature_pos: float = _field(1.0, "sapo: temperature for advantages > 0.")
+    sapo_temperature_neg: float = _field(1.05, "sapo: temperature for advantages <= 0.")
+    vespo_k_pos: float = _field(2.0, "vespo: exponent for advantages >= 0.")
+    vespo_lambda_pos: float = _field(3.0, "vespo: decay for advantages >= 0.")
+    vespo_k_neg: float = _field(3.0, "vespo: exponent for advantages < 0.")
+    vespo_lambda_neg: float = _field(2.0, "vespo: decay for advantages < 0.")
+    off_policy_mask_threshold: float | None = _field(None, "Leave out bad completions that the policy has moved this far from.")
+    top_entropy_quantile: float = _field(1.0, "The share of tokens, those of greatest entropy, that the loss takes.")
+    entropy_coef: float = _field(0.0, "Weight of an entropy bonus.")
     scale_rewards: str = _field("group", "Divide advantages by the standard deviation of: group, batch, none.")
     reward_weights: list[float] | None = _field(None, "A weight per reward function; by default 1 each.")
     mask_truncated_completions: bool = _field(False, "Leave completions that were cut off out of the loss.")
@@ -80,7 +94,6 @@ class GRPOConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
-        self.epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         self._check_values()
@@ -134,13 +147,7 @@ class GRPOConfig(TrainingArguments):
         """Micro-batches (forward and backward passes) between two generations."""
         return self.steps_per_generation * self.num_iterations
 
-    @property
-    def loss_uses_num_items(self) -> bool:
-        """Whether the loss divides by the tokens of the whole accumulated batch, so that micro-batches just add up."""
-        return self.loss_type in ("dapo", "cispo", "vespo")
-
     def loss_config(self) -> GRPOLossConfig:
         """What ``grpo_loss`` needs to know: the one place where training arguments become a loss."""
-        return GRPOLossConfig(
-            loss_type=self.loss_type, beta=self.beta, epsilon_low=self.epsilon, epsilon_high=self.epsilon_high
-        )
+        shared = {f.name: getattr(self, f.name) for f in fields(GRPOLossConfig) if f.init and hasattr(self, f.name)}
+        return GRPOLossConfig(**shared, epsilon_low=self.epsilon)

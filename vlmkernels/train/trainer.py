@@ -291,20 +291,29 @@ class GRPOTrainer(Trainer):
         if on_policy and experience.old_logps is not None:
             experience.old_logps[samples, :width] = logps.detach()
         cut = lambda logps: None if logps is None else logps[samples, :width]  # noqa: E731
-        window = self.current_gradient_accumulation_steps
+        mask, window = cut(experience.mask), self.current_gradient_accumulation_steps
         loss, metrics = grpo_loss(
             logps,
             experience.advantages[samples],
             old_logps=None if on_policy else cut(experience.old_logps),
             ref_logps=cut(experience.ref_logps),
-            mask=cut(experience.mask),
+            mask=mask,
             entropy=entropy,
+            entropy_threshold=self._entropy_threshold(entropy.detach()[mask]),
             num_items=experience.num_items * window / args.steps_per_generation,
+            accumulation_steps=window,
             config=self.loss_config,
         )
         for name, value in metrics.items():
             self._metrics[name].append(value)
-        return loss if args.loss_uses_num_items else loss / window
+        return loss
+
+    def _entropy_threshold(self, entropy: torch.Tensor) -> torch.Tensor | None:
+        """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
+        if self.args.top_entropy_quantile == 1 or self.args.world_size == 1:
+            return None
+        values = self.accelerator.gather(self.accelerator.pad_across_processes(entropy, pad_index=math.nan))
+        return values.nanquantile(1 - self.args.top_entropy_quantile)
 
     # Evaluation, logs and checkpoints
 
