@@ -14,7 +14,8 @@ BLUE, ORANGE, GREEN = "#2f6fde", "#e08a1e", "#1a7f4b"
 NUM_SAMPLES, NUM_MISTAKES = 60, 30
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; background: #f6f7f9; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2328; background: #f6f7f9 }
+body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem } p { margin: .3rem 0; color: #57606a }
 table { border-collapse: collapse; margin: 1rem 0; background: #fff; border-radius: 8px; overflow: hidden }
 td, th { padding: .35rem 1rem; text-align: right; border-bottom: 1px solid #e6e8eb; font-variant-numeric: tabular-nums }
@@ -55,6 +56,7 @@ def draw_curves(metrics: dict, path: Path) -> None:
         axes.set_xlabel("GRPO step", color=MUTED)
         axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(colors=MUTED, length=0)
         axes.spines[:].set_visible(False)
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
