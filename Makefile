@@ -30,7 +30,7 @@ gpu-build:
 	VLMKERNELS_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 
 gpu-test: gpu-build
-	$(PYTHON) -m pytest -q -p no:cacheprovider -m "device or gpu" tests
+	$(PYTHON) -m pytest -q -p no:cacheprovider -m "device or gpu" $$(grep -lE "mark\.(device|gpu)" tests/test_*.py)
 
 gpu-bench: gpu-build
 	$(PYTHON) -m pytest -q -p no:cacheprovider bench

@@ -57,9 +57,7 @@ def test_gather_logps(benchmark, case):
     exact = loss_gradient(*eager(exact, targets[:CHECKED]), exact)
 
     def ours(name, x=logits, inplace=False):
-        return lambda: loss_gradient(
-            *gather_logps(x, targets, return_entropy=True, inplace_backward=inplace, backend=name), x
-        )
+        return lambda: loss_gradient(*gather_logps(x, targets, return_entropy=True, inplace_backward=inplace, backend=name), x)
 
     served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("gather_logps", name, logits) is None]
     chosen = backend.choose("gather_logps", "auto", logits)
@@ -74,9 +72,7 @@ def test_gather_logps(benchmark, case):
     providers["eager"] = lambda: loss_gradient(*eager(logits, targets), logits)
 
     def check(name, result):
-        errors = [
-            ((a[:CHECKED].double() - e).abs().max() / e.abs().max()).item() for a, e in zip(result, exact, strict=True)
-        ]
+        errors = [((a[:CHECKED].double() - e).abs().max() / e.abs().max()).item() for a, e in zip(result, exact, strict=True)]
         with torch.no_grad():
             scratch.copy_(original)
         # bf16 holds the gradient, and TRL on the CPU the rest too, to 2^-8.

@@ -1,6 +1,6 @@
 """Runs the demo on seeds 0, 1 and 2 and writes their metrics and curves to bench/results/demo.json.
 
-    python bench/demo_seeds.py
+python bench/demo_seeds.py
 """
 
 import json

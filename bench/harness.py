@@ -181,17 +181,28 @@ def table(rows: list[dict]) -> list[str]:
     return lines
 
 
-def write_results() -> tuple[Path, dict[str, list[dict]]] | None:
-    """Merge this run's cases into bench/results/<device>.json; each case keeps the commit it was measured at."""
-    if not _records:
-        return None
+def _update(change: Callable[[dict], object]) -> Path:
+    """Apply ``change`` to the content of bench/results/<device>.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{slug(device_name())}.json"
     content = json.loads(path.read_text()) if path.exists() else {"device": device_name(), "cases": {}}
-    for case, rows in _records.items():
-        content["cases"][case] = {
-            "commit": commit(), "date": time.strftime("%Y-%m-%d"), "versions": versions(), "threads": torch.get_num_threads(),
-            "rows": rows,
-        }  # fmt: skip
+    change(content)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    return path, dict(_records)
+    return path
+
+
+def provenance() -> dict:
+    return {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+
+
+def write_results() -> tuple[Path, dict[str, list[dict]]] | None:
+    """Merge this run's cases into the device's results; each case keeps the commit it was measured at."""
+    if not _records:
+        return None
+    cases = {case: {**provenance(), "threads": torch.get_num_threads(), "rows": rows} for case, rows in _records.items()}
+    return _update(lambda content: content["cases"].update(cases)), dict(_records)
+
+
+def write_tests(counts: dict[str, dict[str, int]]) -> Path:
+    """Keep the outcome of a run of the tests on this device, per file."""
+    return _update(lambda content: content.update(tests={**provenance(), "files": counts}))

@@ -49,7 +49,9 @@ def install(name: str, work: Path) -> dict:
     shutil.copytree(ROOT, source, ignore=ignored)
     subprocess.run([sys.executable, "-m", "venv", work / "venv"], check=True)
     python = work / "venv/bin/python"
-    site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True)
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
+    )
     # torch and triton of this environment, but not its vlmkernels: an editable install is a .pth file, which is not read here.
     Path(site.stdout.strip(), "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
     start = time.perf_counter()

@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[1]
 
 def demo() -> list[str]:
     content = json.loads((RESULTS / "demo.json").read_text())
-    lines = ["| seed | held-out exact match after warm-up | after GRPO | warm-up | GRPO |", "| ---: | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| seed | held-out exact match after warm-up | after GRPO | warm-up | GRPO |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+    ]
     for run in content["runs"]:
         before, after = f"{run['accuracy_before']:.1%}", f"{run['accuracy_after']:.1%}"
         lines.append(f"| {run['seed']} | {before} | {after} | {run['warmup_seconds']:.0f} s | {run['train_seconds']:.0f} s |")
@@ -25,7 +28,11 @@ def installs() -> list[str]:
     lines = ["| `pip install .` | time | wheel | backends |", "| --- | ---: | ---: | --- |"]
     for row in content["rows"]:
         lines.append(f"| {row['name']} | {row['seconds']:.0f} s | {row['wheel_kib']:.0f} KiB | {', '.join(row['backends'])} |")
-    return [*lines, "", f"On {content['device']} with torch installed, by `python bench/installs.py`, commit {content['commit']}."]
+    return [
+        *lines,
+        "",
+        f"On {content['device']} with torch installed, by `python bench/installs.py`, commit {content['commit']}.",
+    ]
 
 
 def bench(op: str) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
+import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -17,10 +17,7 @@ import pytest  # noqa: E402
 from vlmkernels import backend  # noqa: E402
 
 if not GPU:
-    try:
-        from simt.build import load
-    except ImportError:
-        load = backend.native
+    from simt.build import load
 
     backend.NATIVE["cuda"] = load
 
@@ -54,3 +51,22 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """On a GPU: a line per test file, kept with the benchmarks' results of the same device."""
+    if not GPU:
+        return
+    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+    import harness
+
+    counts: dict[str, dict[str, int]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            row = counts.setdefault(report.nodeid.partition("::")[0], {})
+            row[outcome] = row.get(outcome, 0) + 1
+    path = harness.write_tests(counts)
+    terminalreporter.section(f"{harness.device_name()}, commit {harness.commit()}")
+    for file, row in sorted(counts.items()):
+        terminalreporter.write_line(f"{file:40} " + ", ".join(f"{number} {outcome}" for outcome, number in row.items()))
+    terminalreporter.write_line(f"written to {path}")

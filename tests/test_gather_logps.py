@@ -11,6 +11,8 @@ from budget import assert_within_budget
 from vlmkernels import backend as backends
 from vlmkernels import gather_logps, use_backend
 
+pytestmark = pytest.mark.device
+
 KERNELS = ["cpp", "triton", "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
