@@ -88,7 +88,7 @@ def _resident() -> int:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes that one call takes at its peak above what was there before it: on a GPU torch's allocations, else resident memory."""
+    """Bytes that one call takes at its peak beyond what was there: on a GPU torch's allocations, else resident memory."""
     gc.collect()
     if GPU:
         torch.cuda.synchronize()

@@ -58,7 +58,7 @@ def test_every_backend_is_tested(backend, device):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num, vocab", [(1, 1), (1, 7), (33, 1000), (4, 5003), (2, 40000)])  # odd, > one block, split rows
+@pytest.mark.parametrize(("num", "vocab"), [(1, 1), (1, 7), (33, 1000), (4, 5003), (2, 40000)])  # odd, > one block, split rows
 def test_matches_fp64(need, device, nan_filled, backend, dtype, num, vocab):
     logits, targets, _ = make(num, vocab, dtype, device)
     need("gather_logps", backend, logits)
@@ -71,7 +71,7 @@ def test_matches_fp64(need, device, nan_filled, backend, dtype, num, vocab):
 def test_only_what_is_asked_for(need, device, nan_filled, backend, inplace_backward, selection):
     """Logits that nobody asks for are not read (they are NaN here), and get gradient 0; repeated rows add up."""
     num, vocab = 12, 301
-    logits, targets, rng = make(num, vocab, torch.float32, device)
+    logits, targets, _ = make(num, vocab, torch.float32, device)
     need("gather_logps", backend, logits)
     options, used = {}, torch.ones(num, dtype=torch.bool)
     if selection.startswith("rows"):
@@ -157,7 +157,7 @@ def test_nan_logits_give_nan(need, device, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
-@pytest.mark.parametrize("shape, rows", [((0, 5), None), ((2, 0, 5), None), ((3, 5), 0)])
+@pytest.mark.parametrize(("shape", "rows"), [((0, 5), None), ((2, 0, 5), None), ((3, 5), 0)])
 def test_empty(need, device, backend, shape, rows):
     logits = torch.randn(shape, device=device, requires_grad=True)
     need("gather_logps", backend, logits)
