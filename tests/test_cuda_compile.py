@@ -57,7 +57,7 @@ def entries(compiled) -> list[dict]:
     for (_, arch), (_, log) in compiled.items():
         for symbol, target, text in ENTRY.findall(log):
             assert target == f"sm_{arch}"
-            (kernel,) = [name for name in MAX_REGISTERS if name in symbol]
+            kernel = re.search(r"\d([a-z_]+_kernel)", symbol)[1]
             counts = {name: re.search(rf"(\d+) bytes {name}", text) for name in ("stack frame", "spill stores", "spill loads")}
             counts["registers"] = re.search(r"Used (\d+) registers", text)
             rows.append({"kernel": kernel, "symbol": symbol, "arch": arch} | {k: int(m[1]) for k, m in counts.items()})

@@ -34,45 +34,59 @@ def _run(command: list) -> None:
         raise RuntimeError(f"{' '.join(str(part) for part in command)}\n{done.stderr}")
 
 
+def _digest(*texts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
 def build(name: str, sources: list[Path], *flags: str) -> Path:
-    """The shared library of ``sources``, compiled unless an earlier run did it from the same text."""
+    """The shared library of ``sources``; what an earlier run compiled from the same text and headers is not compiled again."""
     cxx = compiler()
     if cxx is None:
         raise ImportError("no C++ compiler found (c++, g++, clang++ or CXX)")
-    common = [cxx, *FLAGS, *flags, *INCLUDES]
-    headers = [path for folder in (CSRC, SIMT) for path in folder.rglob("*.*h")]
-    digest = hashlib.sha256(repr(common).encode())
-    for path in sorted({*sources, *headers}):
-        digest.update(path.read_bytes())
+    command = [cxx, *FLAGS, *flags, *INCLUDES]
+    headers = [path.read_bytes() for folder in (CSRC, SIMT) for path in sorted(folder.rglob("*.*h"))]
+    common = _digest(repr(command).encode(), *headers)
+    objects = {CACHE / f"{name}-{s.stem}-{_digest(common.encode(), str(s).encode(), s.read_bytes())}.o": s for s in sources}
+    library = CACHE / f"{name}-{_digest(repr(list(objects)).encode())}.so"
     CACHE.mkdir(parents=True, exist_ok=True)
-    library = CACHE / f"{name}-{digest.hexdigest()[:16]}.so"
     with (CACHE / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds
         if not library.exists():
-            for old in CACHE.glob(f"{name}-*"):
+            for old in {*CACHE.glob(f"{name}-*")} - {*objects}:
                 old.unlink()
-            objects = {library.with_suffix(f".{i}.o"): source for i, source in enumerate(sources)}
+            partial = CACHE / f"{name}-partial"
+
+            def compile_one(target: Path, source: Path) -> None:
+                if not target.exists():
+                    part = target.with_suffix(".partial")
+                    _run([*command, "-x", "c++", "-c", source, "-o", part])
+                    part.rename(target)
+
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(_run, ([*common, "-x", "c++", "-c", s, "-o", o] for o, s in objects.items())))
-            partial = library.with_suffix(".partial")
+                list(pool.map(compile_one, objects, objects.values()))
             _run([cxx, "-shared", "-fopenmp", *objects, "-o", partial])
-            for path in objects:
-                path.unlink()
             partial.rename(library)
     return library
 
 
 @cache
-def load():
-    """The module, or the ``ImportError`` that says why there is none."""
+def _load() -> object:
     sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
     defines = ['-DVLMK_CUDA_ARCHS="host"', '-DVLMK_CUDA_DEVICE_TYPE="cpu"', "-DVLMK_ISA=baseline"]
     try:
         library = build("_C", sources, *defines)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         return error
     loader = importlib.machinery.ExtensionFileLoader("simt._C", str(library))
     spec = importlib.util.spec_from_file_location("simt._C", library, loader=loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    return module
+
+
+def load():
+    """The module, or the ``ImportError`` that says why there is none; raises what the compiler said of a wrong source."""
+    module = _load()
+    if isinstance(module, RuntimeError):
+        raise module
     return module
