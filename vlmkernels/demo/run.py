@@ -55,8 +55,8 @@ def curves(log_history: list[dict], accuracy_before: float) -> dict[str, list]:
     held_out = [(entry["step"], entry["eval_rewards/exact_match/mean"]) for entry in log_history if "eval_reward" in entry]
     return {
         "step": [entry["step"] for entry in train],
-        "exact_match": [entry["rewards/exact_match/mean"] for entry in train],
-        "cer": [entry["rewards/cer/mean"] for entry in train],
+        "exact_match": [round(entry["rewards/exact_match/mean"], 4) for entry in train],
+        "cer": [round(entry["rewards/cer/mean"], 4) for entry in train],
         "held_out_step": [0, *(step for step, _ in held_out)],
         "held_out_accuracy": [accuracy_before, *(accuracy for _, accuracy in held_out)],
     }
