@@ -13,6 +13,8 @@ from vlmkernels.models.families import TEXT, family_of
 
 def load_model(path: str, model_init_kwargs: dict | None = None) -> PreTrainedModel:
     """The model at ``path``, in fp32 unless ``model_init_kwargs`` has a dtype; with its adapters if the path holds some."""
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ValueError(f"model must be an existing folder or a name on the hub, got {path}")
     if (Path(path) / "adapter_config.json").exists():
         from peft import PeftConfig, PeftModel
 
