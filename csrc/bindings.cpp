@@ -7,13 +7,17 @@
 #include <cstdlib>
 
 #include "common/gather_logps.h"
+#include "common/group_advantages.h"
+#include "common/grpo_loss.h"
 #include "common/params.h"
 
 // The functions of every op: on the CPU once per instruction set.
-#define VLMK_CPU_OPS(ISA)                                \
-    namespace vlmk::ISA {                                \
-    void gather_logps_fwd(const GatherLogps&, int);      \
-    void gather_logps_bwd(const GatherLogps&, int);      \
+#define VLMK_CPU_OPS(ISA)                               \
+    namespace vlmk::ISA {                               \
+    void gather_logps_fwd(const GatherLogps&, int);     \
+    void gather_logps_bwd(const GatherLogps&, int);     \
+    void group_advantages(const GroupAdvantages&, int); \
+    void grpo_loss(const GrpoLoss&, int);               \
     }
 VLMK_CPU_OPS(baseline)
 #ifdef VLMK_X86
@@ -28,6 +32,8 @@ VLMK_CPU_OPS(avx512)
 namespace vlmk::cuda {
 void gather_logps_fwd(const GatherLogps&, int, uintptr_t);
 void gather_logps_bwd(const GatherLogps&, int, uintptr_t);
+void group_advantages(const GroupAdvantages&, int, uintptr_t);
+void grpo_loss(const GrpoLoss&, int, uintptr_t);
 }  // namespace vlmk::cuda
 #define VLMK_CUDA(OP) cuda::OP
 #else
@@ -77,6 +83,13 @@ void def(py::module_& m, const std::string& name, CpuFunction<Params> cpu, CudaF
     if (cuda != nullptr) m.def((name + "_cuda").c_str(), cuda, nogil);
 }
 
+template <size_t kCount>
+py::tuple names(const char* const (&table)[kCount]) {
+    py::tuple result(kCount);
+    for (size_t i = 0; i < kCount; ++i) result[i] = table[i];
+    return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -89,12 +102,44 @@ PYBIND11_MODULE(_C, m) {
 
     ParamsClass<GatherLogps>(m, "GatherLogps")
 #define VLMK_FIELD(F) .field(#F, &GatherLogps::F)
-        VLMK_FIELD(logits) VLMK_FIELD(dtype) VLMK_FIELD(num_rows) VLMK_FIELD(num_results) VLMK_FIELD(vocab)
-        VLMK_FIELD(inner) VLMK_FIELD(stride_outer) VLMK_FIELD(stride_inner) VLMK_FIELD(targets) VLMK_FIELD(mask)
-        VLMK_FIELD(temperature) VLMK_FIELD(rows) VLMK_FIELD(logp) VLMK_FIELD(entropy) VLMK_FIELD(stats)
-        VLMK_FIELD(partial) VLMK_FIELD(splits) VLMK_FIELD(dlogp) VLMK_FIELD(dentropy) VLMK_FIELD(starts)
-        VLMK_FIELD(dlogits) VLMK_FIELD(grad_stride_outer) VLMK_FIELD(grad_stride_inner);
+        VLMK_FIELD(logits) VLMK_FIELD(dtype) VLMK_FIELD(num_rows) VLMK_FIELD(num_results) VLMK_FIELD(vocab) VLMK_FIELD(inner)
+            VLMK_FIELD(stride_outer) VLMK_FIELD(stride_inner) VLMK_FIELD(targets) VLMK_FIELD(mask) VLMK_FIELD(temperature)
+                VLMK_FIELD(rows) VLMK_FIELD(logp) VLMK_FIELD(entropy) VLMK_FIELD(stats) VLMK_FIELD(partial) VLMK_FIELD(splits)
+                    VLMK_FIELD(dlogp) VLMK_FIELD(dentropy) VLMK_FIELD(starts) VLMK_FIELD(dlogits) VLMK_FIELD(grad_stride_outer)
+                        VLMK_FIELD(grad_stride_inner);
 #undef VLMK_FIELD
     VLMK_DEF(gather_logps_fwd);
     VLMK_DEF(gather_logps_bwd);
+
+#define VLMK_FIELD(F) .field(#F, &GroupAdvantages::F)
+    ParamsClass<GroupAdvantages>(m, "GroupAdvantages") VLMK_FIELD(num) VLMK_FIELD(functions) VLMK_FIELD(num_groups)
+        VLMK_FIELD(starts) VLMK_FIELD(rewards) VLMK_FIELD(weights) VLMK_FIELD(scale) VLMK_FIELD(baseline)
+            VLMK_FIELD(normalize_first) VLMK_FIELD(eps) VLMK_FIELD(advantages) VLMK_FIELD(total) VLMK_FIELD(mean)
+                VLMK_FIELD(std) VLMK_FIELD(degenerate);
+#undef VLMK_FIELD
+    VLMK_DEF(group_advantages);
+
+    m.attr("surrogates") = names(kSurrogates);
+    m.attr("kl_estimators") = names(kKlEstimators);
+    m.attr("grpo_columns") = static_cast<int>(kColumns);
+#define VLMK_FIELD(F) .field(#F, &GrpoVariant::F)
+    ParamsClass<GrpoVariant>(m, "GrpoVariant") VLMK_FIELD(surrogate) VLMK_FIELD(kl) VLMK_FIELD(sequence_level)
+        VLMK_FIELD(kl_bias_corrected) VLMK_FIELD(per_length) VLMK_FIELD(rollout) VLMK_FIELD(rollout_sequence)
+            VLMK_FIELD(rollout_mean) VLMK_FIELD(rollout_mask) VLMK_FIELD(off_policy_mask) VLMK_FIELD(epsilon_low)
+                VLMK_FIELD(epsilon_high) VLMK_FIELD(delta) VLMK_FIELD(sapo_temperature_pos) VLMK_FIELD(sapo_temperature_neg)
+                    VLMK_FIELD(vespo_k_pos) VLMK_FIELD(vespo_lambda_pos) VLMK_FIELD(vespo_k_neg) VLMK_FIELD(vespo_lambda_neg)
+                        VLMK_FIELD(beta) VLMK_FIELD(rollout_log_min) VLMK_FIELD(rollout_log_max)
+                            VLMK_FIELD(off_policy_threshold);
+#undef VLMK_FIELD
+#define VLMK_FIELD(F) .field(#F, &GrpoLoss::F)
+    ParamsClass<GrpoLoss>(m, "GrpoLoss") VLMK_FIELD(variant) VLMK_FIELD(num_sequences) VLMK_FIELD(num_tokens)
+        VLMK_FIELD(cu_seqlens) VLMK_FIELD(logp) VLMK_FIELD(old_logp) VLMK_FIELD(ref_logp) VLMK_FIELD(rollout_logp)
+            VLMK_FIELD(entropy) VLMK_FIELD(advantages) VLMK_FIELD(mask) VLMK_FIELD(logp_stride) VLMK_FIELD(old_logp_stride)
+                VLMK_FIELD(ref_logp_stride) VLMK_FIELD(rollout_logp_stride) VLMK_FIELD(entropy_stride)
+                    VLMK_FIELD(advantages_stride) VLMK_FIELD(mask_stride) VLMK_FIELD(advantage_per_token)
+                        VLMK_FIELD(entropy_threshold) VLMK_FIELD(num_items) VLMK_FIELD(divisor) VLMK_FIELD(divide_by_tokens)
+                            VLMK_FIELD(entropy_coef) VLMK_FIELD(accumulation_steps) VLMK_FIELD(partial) VLMK_FIELD(dlogp)
+                                VLMK_FIELD(dentropy) VLMK_FIELD(loss) VLMK_FIELD(stats);
+#undef VLMK_FIELD
+    VLMK_DEF(grpo_loss);
 }

@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+from budget import assert_within_budget
 
 from vlmkernels import GRPOLossConfig, grpo_loss
+from vlmkernels import backend as backends
 from vlmkernels.ops.grpo_loss.config import CORRECTIONS, LOSSES
 
 TRL_LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
@@ -113,3 +115,80 @@ def test_trl_parity(loss_type, level, kl):
 
 def test_every_loss_of_trl_is_there():
     assert set(TRL_LOSSES) == set(LOSSES)
+
+
+# Every row of every table, and what turns on each branch of the kernels.
+VARIANTS = {
+    "grpo": {"loss_type": "grpo"},
+    "bnpo": {"loss_type": "bnpo", "beta": 0.1, "kl_estimator": "k1"},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 20, "beta": 0.1, "kl_estimator": "k2"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.2, "beta": 0.1},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.2, "beta": 0.1, "use_bias_correction_kl": True},
+    "sapo": {"loss_type": "sapo"},
+    "luspo": {"loss_type": "luspo", "entropy_coef": 0.1, "top_entropy_quantile": 0.4},
+    "vespo": {"loss_type": "vespo", "rollout_correction": "token_mask", "rollout_clip_max": 1.3},
+    "vespo truncated": {"loss_type": "vespo", "rollout_correction": "token_truncate", "rollout_clip_min": 0.9},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "top_entropy_quantile": 0.4},
+    "gspo kl": {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": True},
+    "gspo sapo": {"loss_type": "sapo", "importance_sampling_level": "sequence", "entropy_coef": 0.1},
+    "gspo cispo": {"loss_type": "cispo", "importance_sampling_level": "sequence", "epsilon_high": 1.0},
+    "token mask": {"rollout_correction": "token_mask", "rollout_clip_min": 0.8, "rollout_clip_max": 1.2},
+    "sequence truncate": {"rollout_correction": "sequence_truncate", "rollout_clip_min": 0.9, "rollout_clip_max": 1.1},
+    "sequence mask": {"rollout_correction": "sequence_mask", "rollout_clip_max": 1.4, "rollout_sequence_ratio": "mean"},
+    "off policy": {"off_policy_mask_threshold": 0.02, "loss_type": "dapo"},
+}
+KERNELS = ["cpp", "triton", "cuda"]
+
+
+def on(device, batch):
+    return {name: x if x is None else x.to(device) for name, x in batch.items()}
+
+
+def packed(batch):
+    """The tokens that the mask holds, one sequence after another."""
+    mask = batch["mask"]
+    result = {name: x[mask] if x.shape == mask.shape else x for name, x in batch.items() if name != "mask"}
+    lengths = mask.sum(1)
+    return result | {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()}
+
+
+def check(batch, config, backend, **options):
+    """Any backend against the fp64 reference: gradients within the budget of budget.py, scalars within that of their sums."""
+    device = "cpu" if backends.device_type(backend) == "cpu" else batch["logps"].device
+    double = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+    exact, eager = run(double, config, "reference", **options), run(batch, config, "reference", **options)
+    actual = run(on(device, batch), config, backend, **options)
+    assert actual.keys() == exact.keys()
+    size = exact["dlogps"].abs().sum().item()
+    for name, value in exact.items():
+        if value.dim():
+            assert_within_budget(name, actual[name].cpu(), eager[name].cpu(), value.cpu())
+            continue
+        error, allowed = abs(actual[name].item() - value.item()), abs(eager[name].item() - value.item())
+        bound = 2 * allowed + 4 * torch.finfo(torch.float32).eps * max(1.0, size, abs(value.item()))
+        assert error <= bound, f"{name}: {actual[name].item()} for {value.item()}"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matches_fp64(need, device, nan_filled, backend, variant):
+    config = GRPOLossConfig(**VARIANTS[variant])
+    for shape, per_token in (((5, 9), False), ((3, 70), True), ((2, 1111), False)):  # odd; more than a block
+        batch = on(device, make(*shape, dtype=torch.float32, per_token=per_token))
+        need("grpo_loss", backend, batch["logps"])
+        check(batch, config, backend, num_items=17.0)
+        check(packed(batch), config, backend, accumulation_steps=3)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_views_are_read_in_place(need, device, nan_filled, backend):
+    """Rows of a wider tensor, columns, one row for all; on policy and without a mask."""
+    wide = on(device, make(4, 50, dtype=torch.float32))
+    need("grpo_loss", backend, wide["logps"])
+    config = GRPOLossConfig(loss_type="grpo", beta=0.1)
+    cut = {name: x[:, 3:40] if x.dim() == 2 else x[::2].repeat(2) for name, x in wide.items()}
+    check(cut, config, backend)
+    transposed = {name: x.t().contiguous().t() if x.dim() == 2 else x[:1].expand(4) for name, x in wide.items()}
+    check(transposed, config, backend)
+    check({**wide, "advantages": wide["entropy"][:1].expand(4, -1)}, config, backend)
+    check({name: wide[name] for name in ("logps", "advantages", "ref_logps")}, config, backend)

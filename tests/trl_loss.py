@@ -1,4 +1,4 @@
-"""TRL's own ``GRPOTrainer._compute_loss`` on given log-probabilities: the other side of the differential tests and benchmarks."""
+"""TRL's own ``GRPOTrainer._compute_loss`` on given log-probabilities, for differential tests and benchmarks."""
 
 from collections import defaultdict
 from types import SimpleNamespace

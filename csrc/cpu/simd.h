@@ -139,12 +139,18 @@ inline void store_tail(T* p, int64_t n, f32 x) {
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 
 inline float hmax(f32 x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(bit_cast<__m512>(x));
+#endif
     float m = x[0];
     for (int i = 1; i < kLanes; ++i) m = x[i] > m ? x[i] : m;
     return m;
 }
 
 inline float hsum(f32 x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(bit_cast<__m512>(x));
+#endif
     for (int half = kLanes / 2; half > 0; half /= 2) {
         for (int i = 0; i < half; ++i) x[i] += x[i + half];
     }
@@ -175,6 +181,51 @@ inline f32 exp2_clamp(f32& x) {
     f32 power = bit_cast<f32>(bit_cast<i32>(y) + (bit_cast<i32>(shifted) << 23));
     return tiny ? f32{} : power;
 #endif
+}
+
+// The bound where x is beyond it; a NaN stays one.
+inline f32 at_most(f32 x, float high) {
+#if defined(__AVX512F__)
+    return bit_cast<f32>(_mm512_min_ps(_mm512_set1_ps(high), bit_cast<__m512>(x)));  // the second operand where one is NaN
+#else
+    return x > high ? splat(high) : x;
+#endif
+}
+inline f32 at_least(f32 x, float low) {
+#if defined(__AVX512F__)
+    return bit_cast<f32>(_mm512_max_ps(_mm512_set1_ps(low), bit_cast<__m512>(x)));
+#else
+    return x < low ? splat(low) : x;
+#endif
+}
+
+inline float exp(float x) { return std::exp(x); }
+
+// e^x within 2 ulp; 0 below -87, and above 88 as for 88. A NaN stays one.
+inline f32 exp(f32 x) {
+    i32 tiny = x < -87.0f;
+    f32 bounded = at_least(at_most(x, 88.0f), -87.0f);
+#if defined(__AVX512F__)
+    f32 n = bit_cast<f32>(_mm512_roundscale_ps(bit_cast<__m512>(bounded * 1.44269504088896340736f), _MM_FROUND_TO_NEAREST_INT));
+#else
+    constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
+    f32 shifted = bounded * 1.44269504088896340736f + kShift;
+    f32 n = shifted - kShift;
+#endif
+    f32 r = bounded - n * 0x1.62e4p-1f;  // ln 2 in two parts, the first times n exact
+    r = r - n * 0x1.7f7d1cp-20f;
+    f32 q = r * 1.3814540106e-03f + 8.3687451956e-03f;
+    q = q * r + 4.1668390791e-02f;
+    q = q * r + 1.6666520398e-01f;
+    q = q * r + 4.9999993432e-01f;
+    f32 y = q * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+    f32 power = bit_cast<f32>(_mm512_scalef_ps(bit_cast<__m512>(y), bit_cast<__m512>(n)));
+#else
+    f32 power = bit_cast<f32>(bit_cast<i32>(y) + (bit_cast<i32>(shifted) << 23));
+    power = x == x ? power : x;
+#endif
+    return tiny ? f32{} : power;
 }
 
 }  // namespace vlmk::VLMK_ISA

@@ -56,7 +56,7 @@ def vespo(logp, ratio, log_weight, adv, p) -> Term:
     """-sg(phi(w)) A logp, phi(w) = e^lambda w^k e^(-lambda w), w the weight of the sequence. https://arxiv.org/abs/2602.10693"""
     k = torch.where(adv >= 0, p.vespo_k_pos, p.vespo_k_neg)
     lam = torch.where(adv >= 0, p.vespo_lambda_pos, p.vespo_lambda_neg)
-    phi = (lam + k * log_weight - lam * log_weight.exp()).exp()
+    phi = (lam + k * log_weight - lam * log_weight.exp()).clamp(max=MAX_LOG_RATIO).exp()
     return Term(-phi * adv * logp, -phi * adv, torch.zeros_like(adv), phi)
 
 
@@ -139,7 +139,7 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
         ratio = bounded(log_ratio).exp()
 
     # What multiplies a token's policy term.
-    kept = m if batch.entropy_threshold is None else m * (batch.entropy.flatten() >= batch.entropy_threshold)
+    kept = m if batch.entropy_threshold is None else m * ~(read(batch.entropy) < batch.entropy_threshold)
     weight = kept
     log_rollout = torch.zeros_like(logp)
     sampling = old

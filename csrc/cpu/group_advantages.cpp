@@ -1,0 +1,103 @@
+// group_advantages on the CPU: a few thousand numbers, in fp64.
+#include "../common/group_advantages.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+struct Moments {
+    int64_t count = 0;
+    double mean = 0, std = 0;
+    double best = -kInfinity, second = -kInfinity, least = kInfinity;  // second: after one occurrence of the best
+
+    bool equal() const { return best <= least || count == 0; }
+    // x less the mean; exactly 0 where all are equal.
+    double centre(double x) const { return equal() ? 0.0 : x - mean; }
+};
+
+// Of the value(i) for i in [begin, end) that are not NaN.
+template <class Value>
+Moments moments_of(int64_t begin, int64_t end, Value value) {
+    Moments m;
+    double sum = 0, squares = 0;
+    for (int64_t i = begin; i < end; ++i) {
+        double x = value(i);
+        if (std::isnan(x)) continue;
+        ++m.count;
+        sum += x;
+        m.second = std::max(m.second, std::min(x, m.best));
+        m.best = std::max(m.best, x);
+        m.least = std::min(m.least, x);
+    }
+    m.mean = m.count > 0 ? sum / m.count : 0.0;
+    for (int64_t i = begin; i < end; ++i) {
+        double x = value(i);
+        if (!std::isnan(x)) squares += (x - m.mean) * (x - m.mean);
+    }
+    m.std = m.count > 1 ? std::sqrt(squares / (m.count - 1)) : 0.0;
+    return m;
+}
+
+double advantage(double r, const Moments& group, int32_t baseline) {
+    switch (baseline) {
+        case kBaselineMean:
+            return group.centre(r);
+        case kBaselineLeaveOneOut:
+            return group.centre(r) * group.count / std::max<int64_t>(group.count - 1, 1);
+        case kBaselinePassAtK:
+            return group.count > 1 && r == group.best ? group.best - group.second : 0.0;
+        default:
+            return r;
+    }
+}
+
+}  // namespace
+
+void group_advantages(const GroupAdvantages& p, int) {
+    auto start = [&](int64_t g) { return p.starts != nullptr ? p.starts[g] : g * (p.num / p.num_groups); };
+    auto weight = [&](int64_t k) { return p.weights != nullptr ? p.weights[k] : 1.0f; };
+    std::vector<double> r(p.num, std::nan(""));
+    auto add = [&](int64_t i, double x) { r[i] = std::isnan(r[i]) ? x : r[i] + x; };
+    for (int64_t i = 0; i < p.num; ++i) {
+        for (int64_t k = 0; k < p.functions; ++k) {
+            float x = p.rewards[i * p.functions + k];
+            if (!std::isnan(x)) add(i, static_cast<double>(weight(k)) * x);
+        }
+        p.total[i] = static_cast<float>(r[i]);
+    }
+    auto value = [&](int64_t i) { return r[i]; };
+    Moments batch = moments_of(0, p.num, value);
+    for (int64_t g = 0; g < p.num_groups; ++g) {
+        Moments group = moments_of(start(g), start(g + 1), value);
+        double divisor = p.scale == kScaleNone ? 1.0 : (p.scale == kScaleGroup ? group.std : batch.std) + p.eps;
+        for (int64_t i = start(g); i < start(g + 1); ++i) {
+            p.advantages[i] = std::isnan(r[i]) ? 0.0f : static_cast<float>(advantage(r[i], group, p.baseline) / divisor);
+            p.mean[i] = static_cast<float>(group.mean);
+            p.std[i] = static_cast<float>(group.std);
+            p.degenerate[i] = group.equal();
+        }
+    }
+    if (!p.normalize_first) return;
+    std::fill(r.begin(), r.end(), std::nan(""));
+    for (int64_t g = 0; g < p.num_groups; ++g) {
+        for (int64_t k = 0; k < p.functions; ++k) {
+            auto reward = [&](int64_t i) { return static_cast<double>(p.rewards[i * p.functions + k]); };
+            Moments group = moments_of(start(g), start(g + 1), reward);
+            for (int64_t i = start(g); i < start(g + 1); ++i) {
+                if (!std::isnan(reward(i))) add(i, weight(k) * group.centre(reward(i)) / (group.std + p.eps));
+            }
+        }
+    }
+    batch = moments_of(0, p.num, value);
+    for (int64_t i = 0; i < p.num; ++i) {
+        p.advantages[i] = std::isnan(r[i]) ? 0.0f : static_cast<float>(batch.centre(r[i]) / (batch.std + p.eps));
+    }
+}
+
+}  // namespace vlmk::VLMK_ISA

@@ -1,0 +1,231 @@
+// grpo_loss on the CPU: a sequence is read once where its tokens do not depend on each other, twice from the cache where they
+// do.
+#include "simd.h"
+#define VLMK_NS VLMK_ISA
+#include <algorithm>
+#include <vector>
+
+#include "../common/surrogate.h"
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+constexpr int64_t kBlock = 32 * kLanes;  // tokens summed in fp32 before the sum goes on in fp64
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// A sequence's tensors.
+struct Rows {
+    int64_t begin, size;  // its tokens in the results
+    const float *logp, *old_logp, *ref_logp, *rollout_logp, *entropy, *advantages;
+    const bool* mask;
+    float advantage;  // where there is one for the sequence
+};
+
+Rows rows_of(const GrpoLoss& p, int64_t s) {
+    int64_t length = p.cu_seqlens != nullptr ? p.cu_seqlens[s + 1] - p.cu_seqlens[s] : p.num_tokens / p.num_sequences;
+    int64_t begin = p.cu_seqlens != nullptr ? p.cu_seqlens[s] : s * length;
+    auto row = [&](auto* data, int64_t stride) {
+        return data == nullptr ? data : data + (p.cu_seqlens != nullptr ? begin : s * stride);
+    };
+    Rows r{begin,
+           length,
+           row(p.logp, p.logp_stride),
+           row(p.old_logp, p.old_logp_stride),
+           row(p.ref_logp, p.ref_logp_stride),
+           row(p.rollout_logp, p.rollout_logp_stride),
+           row(p.entropy, p.entropy_stride),
+           nullptr,
+           row(p.mask, p.mask_stride),
+           0};
+    if (p.advantage_per_token) {
+        r.advantages = row(p.advantages, p.advantages_stride);
+    } else {
+        r.advantage = p.advantages[s * p.advantages_stride];
+    }
+    return r;
+}
+
+// The sixteen tokens from `i`, the first `left` of which exist.
+template <bool kWhole>
+i32 load_mask(const bool* mask, int64_t left) {
+    using u8 = uint8_t __attribute__((vector_size(kLanes)));
+    u8 bytes{};
+    std::memset(&bytes, mask == nullptr ? 1 : 0, kWhole ? kLanes : left);
+    if (mask != nullptr) std::memcpy(&bytes, mask, kWhole ? kLanes : left);
+    return __builtin_convertvector(bytes, i32) != 0;
+}
+
+template <bool kWhole>
+__attribute__((always_inline)) inline Token<f32, i32> load_token(const Rows& r, int64_t i) {
+    Token<f32, i32> t;
+    t.mask = load_mask<kWhole>(r.mask == nullptr ? nullptr : r.mask + i, r.size - i);
+    auto read = [&](const float* data) {
+        f32 x = kWhole ? load(data + i) : load_tail(data + i, r.size - i, 0.0f);
+        return t.mask ? x : f32{};
+    };
+    auto read_logp = [&](const float* data) { return at_least(read(data), kMinLogp); };
+    t.logp = read_logp(r.logp);
+    t.old_logp = r.old_logp == nullptr ? t.logp : read_logp(r.old_logp);
+    t.ref_logp = r.ref_logp == nullptr ? t.logp : read_logp(r.ref_logp);
+    t.rollout_logp = r.rollout_logp == nullptr ? t.old_logp : read_logp(r.rollout_logp);
+    t.entropy = r.entropy == nullptr ? f32{} : read(r.entropy);
+    t.adv = r.advantages == nullptr ? (t.mask ? splat(r.advantage) : f32{}) : read(r.advantages);
+    return t;
+}
+
+// Calls body(index of the first token, whole) for every sixteen tokens of [begin, end).
+template <class Body>
+void each(int64_t begin, int64_t end, Body body) {
+    for (; begin + kLanes <= end; begin += kLanes) body(begin, std::true_type{});
+    if (begin < end) body(begin, std::false_type{});
+}
+
+int64_t count(const bool* mask, int64_t size) {
+    int64_t total = 0, i = 0;
+    for (; i + 8 <= size; i += 8) {
+        uint64_t eight;
+        std::memcpy(&eight, mask + i, 8);
+        total += __builtin_popcountll(eight);
+    }
+    for (; i < size; ++i) total += mask[i];
+    return total;
+}
+
+template <class Surrogate>
+SequenceSums<float> sums_of(const Rows& r, const GrpoVariant& v) {
+    SequenceSums<float> total;
+    if (!needs_sums<Surrogate>(v)) {
+        total.tokens = static_cast<float>(r.mask == nullptr ? r.size : count(r.mask, r.size));
+        return total;
+    }
+    SequenceSums<double> sums;
+    for (int64_t start = 0; start < r.size; start += kBlock) {
+        SequenceSums<f32> block;
+        each(start, std::min(start + kBlock, r.size),
+             [&](int64_t i, auto whole) { add<Surrogate>(block, load_token<decltype(whole)::value>(r, i), v); });
+        sums.tokens += hsum(block.tokens);
+        sums.log_ratio += hsum(block.log_ratio);
+        sums.log_weight += hsum(block.log_weight);
+        sums.rollout_log_ratio += hsum(block.rollout_log_ratio);
+        sums.drift += hsum(block.drift);
+    }
+    total.tokens = static_cast<float>(sums.tokens);
+    total.log_ratio = static_cast<float>(sums.log_ratio);
+    total.log_weight = static_cast<float>(sums.log_weight);
+    total.rollout_log_ratio = static_cast<float>(sums.rollout_log_ratio);
+    total.drift = static_cast<float>(sums.drift);
+    return total;
+}
+
+template <class Surrogate, bool kPlain>
+void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
+    const GrpoVariant& v = p.variant;
+    Rows r = rows_of(p, s);
+    Sequence q = sequence_of(sums_of<Surrogate>(r, v), v);
+    float threshold = p.entropy_threshold == nullptr ? -kInfinity : *p.entropy_threshold;
+    float* dlogp = p.dlogp + r.begin;
+    f32 least = splat(kInfinity), greatest = splat(-kInfinity);
+    double through_ratio = 0;
+    for (int64_t start = 0; start < r.size; start += kBlock) {
+        f32 value{}, low{}, high{}, kl{}, entropy{}, kept{}, kept_entropy{}, ratio{}, rollout{}, effective{}, through{};
+        each(start, std::min(start + kBlock, r.size), [&](int64_t i, auto whole) {
+            constexpr bool kWhole = decltype(whole)::value;
+            Token<f32, i32> t = load_token<kWhole>(r, i);
+            TokenTerms<f32> terms = token_terms<Surrogate, kPlain>(t, q, threshold, v);
+            f32 gradient = terms.direct;
+            if (!kPlain && v.sequence_level) {
+                through += terms.through_ratio;
+            } else {
+                gradient += terms.through_ratio;
+            }
+            auto write = [&](float* out, f32 x) { kWhole ? store(out + i, x) : store_tail(out + i, r.size - i, x); };
+            write(dlogp, gradient * q.share);
+            if (p.dentropy != nullptr) write(p.dentropy + r.begin, terms.kept);
+            value += terms.value;
+            low += terms.low;
+            high += terms.high;
+            kl += terms.kl;
+            entropy += t.entropy;
+            ratio += terms.ratio;
+            if constexpr (!kPlain) {
+                kept += terms.kept;
+                kept_entropy += terms.kept * t.entropy;
+                rollout += terms.rollout;
+                effective += terms.effective;
+            }
+            f32 at_valid = t.mask ? terms.ratio : splat(kInfinity);
+            least = at_valid < least ? at_valid : least;
+            greatest = max(terms.ratio, greatest);
+        });
+        column[kLoss] += static_cast<double>(hsum(value)) * q.share;
+        column[kLow] += hsum(low);
+        column[kHigh] += hsum(high);
+        column[kKl] += hsum(kl);
+        column[kEntropy] += hsum(entropy);
+        column[kRatio] += hsum(ratio);
+        if constexpr (!kPlain) {
+            through_ratio += hsum(through);
+            column[kKept] += hsum(kept);
+            column[kKeptEntropy] += hsum(kept_entropy);
+            column[kRollout] += hsum(rollout);
+            column[kEffective] += hsum(effective);
+        }
+    }
+    column[kTokens] = column[kUnits] = q.tokens;
+    if constexpr (kPlain) {
+        column[kKept] = column[kRollout] = column[kEffective] = q.tokens;
+        column[kKeptEntropy] = column[kEntropy];
+    }
+    column[kRatioMin] = -hmax(-least);
+    column[kRatioMax] = hmax(greatest);
+    if ((v.sequence_level || Surrogate::kSequenceWeight) && !p.advantage_per_token) {
+        Term<float> term = Surrogate::term(0.0f, q.ratio, q.log_weight, r.advantage, v);
+        column[kLow] = term.low;
+        column[kHigh] = term.high;
+        column[kUnits] = 1;
+    }
+    if (kPlain || !v.sequence_level) return;
+    f32 spread = splat(static_cast<float>(through_ratio / std::max(q.tokens, 1.0f)) * q.share);
+    each(0, r.size, [&](int64_t i, auto whole) {
+        constexpr bool kWhole = decltype(whole)::value;
+        i32 mask = load_mask<kWhole>(r.mask == nullptr ? nullptr : r.mask + i, r.size - i);
+        f32 share = mask ? spread : f32{};
+        if constexpr (kWhole) {
+            store(dlogp + i, load(dlogp + i) + share);
+        } else {
+            store_tail(dlogp + i, r.size - i, load_tail(dlogp + i, r.size - i, 0.0f) + share);
+        }
+    });
+}
+
+}  // namespace
+
+void grpo_loss(const GrpoLoss& p, int threads) {
+    std::vector<double> columns(p.num_sequences * kColumns);
+    bool plain = is_plain(p.variant, p.entropy_threshold);
+    with_surrogate(p.variant, [&](auto surrogate) {
+        auto run = plain ? run_sequence<decltype(surrogate), true> : run_sequence<decltype(surrogate), false>;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+        for (int64_t s = 0; s < p.num_sequences; ++s) run(p, s, &columns[s * kColumns]);
+    });
+    double sums[kColumns] = {};
+    float ratio_min = kInfinity, ratio_max = -kInfinity, low_min = kInfinity, high_max = 0;
+    for (int64_t s = 0; s < p.num_sequences; ++s) {
+        const double* column = &columns[s * kColumns];
+        for (int c = 0; c < kRatioMin; ++c) sums[c] += column[c];
+        ratio_min = std::min(ratio_min, static_cast<float>(column[kRatioMin]));
+        ratio_max = std::max(ratio_max, static_cast<float>(column[kRatioMax]));
+        if (column[kUnits] == 0) continue;
+        low_min = std::min(low_min, static_cast<float>(column[kLow] / column[kUnits]));
+        high_max = std::max(high_max, static_cast<float>(column[kHigh] / column[kUnits]));
+    }
+    float total[kColumns];
+    std::copy(sums, sums + kColumns, total);
+    total[kRatioMin] = ratio_min;
+    total[kRatioMax] = ratio_max;
+    total[kLowMin] = low_min;
+    total[kHighMax] = high_max;
+    finish(p, total, p.loss, p.stats);
+}
+
+}  // namespace vlmk::VLMK_ISA

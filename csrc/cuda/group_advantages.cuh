@@ -1,0 +1,125 @@
+// group_advantages on a GPU: one block, a group per warp, so that statistics of the batch need no second launch.
+#pragma once
+
+#include "../common/group_advantages.h"
+#include "launch.h"
+#include "vec.h"
+
+namespace vlmk::cuda {
+
+constexpr int kGroupThreads = 1024;
+constexpr int kGroupWarps = kGroupThreads / 32;
+
+VLMK_DEVICE bool is_nan(float x) { return x != x; }
+
+VLMK_DEVICE float warp_sum(float x) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+    return x;
+}
+
+struct Moments {
+    float count, mean, std;
+    float best, second, least;  // second: after one occurrence of the best
+
+    VLMK_DEVICE bool equal() const { return best <= least || count == 0.0f; }
+    // x less the mean; exactly 0 where all are equal.
+    VLMK_DEVICE float centre(float x) const { return equal() ? 0.0f : x - mean; }
+};
+
+// Of the value(i) for i in [begin, end) that are not NaN; every lane of the warp gets them.
+template <class Value>
+VLMK_DEVICE Moments moments_of(int64_t begin, int64_t end, Value value) {
+    Moments m{0.0f, 0.0f, 0.0f, -kInfinity, -kInfinity, kInfinity};
+    float sum = 0.0f, squares = 0.0f;
+    for (int64_t i = begin + threadIdx.x % 32; i < end; i += 32) {
+        float x = value(i);
+        if (is_nan(x)) continue;
+        m.count += 1.0f;
+        sum += x;
+        m.second = fmaxf(m.second, fminf(x, m.best));
+        m.best = fmaxf(m.best, x);
+        m.least = fminf(m.least, x);
+    }
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) {
+        float best = __shfl_xor_sync(0xffffffffu, m.best, lane), second = __shfl_xor_sync(0xffffffffu, m.second, lane);
+        m.second = fmaxf(fminf(m.best, best), fmaxf(m.second, second));
+        m.best = fmaxf(m.best, best);
+        m.least = fminf(m.least, __shfl_xor_sync(0xffffffffu, m.least, lane));
+    }
+    m.count = warp_sum(m.count);
+    sum = warp_sum(sum);
+    m.mean = m.count > 0.0f ? sum / m.count : 0.0f;
+    for (int64_t i = begin + threadIdx.x % 32; i < end; i += 32) {
+        float x = value(i);
+        if (!is_nan(x)) squares += (x - m.mean) * (x - m.mean);
+    }
+    squares = warp_sum(squares);
+    m.std = m.count > 1.0f ? sqrtf(squares / (m.count - 1.0f)) : 0.0f;
+    return m;
+}
+
+VLMK_DEVICE float advantage_of(float r, const Moments& group, int32_t baseline) {
+    if (baseline == kBaselineMean) return group.centre(r);
+    if (baseline == kBaselineLeaveOneOut) return group.centre(r) * group.count / fmaxf(group.count - 1.0f, 1.0f);
+    if (baseline == kBaselinePassAtK) return group.count > 1.0f && r == group.best ? group.best - group.second : 0.0f;
+    return r;
+}
+
+// NaN stands for nothing so far.
+VLMK_DEVICE float sum_of(float a, float b) { return is_nan(a) ? b : is_nan(b) ? a : a + b; }
+
+// Every result. Grid: (1,)
+__global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const __grid_constant__ GroupAdvantages p) {
+    auto start = [&](int64_t g) {
+        return p.starts != nullptr ? static_cast<int64_t>(p.starts[g]) : g * (p.num / p.num_groups);
+    };
+    auto weight = [&](int64_t k) { return p.weights != nullptr ? p.weights[k] : 1.0f; };
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // The sums that are normalised in the batch: `total`, or with normalize_first those that `advantages` holds for a while.
+    float* sums = p.normalize_first ? p.advantages : p.total;
+
+    for (int64_t i = threadIdx.x; i < p.num; i += kGroupThreads) {
+        float r = kNaN;
+        for (int64_t k = 0; k < p.functions; ++k) r = sum_of(r, weight(k) * p.rewards[i * p.functions + k]);
+        p.total[i] = r;
+        if (p.normalize_first) p.advantages[i] = kNaN;
+    }
+    __syncthreads();
+    for (int64_t g = warp; g < p.num_groups; g += kGroupWarps) {
+        Moments group = moments_of(start(g), start(g + 1), [&](int64_t i) { return p.total[i]; });
+        for (int64_t i = start(g) + lane; i < start(g + 1); i += 32) {
+            p.mean[i] = group.mean;
+            p.std[i] = group.std;
+            p.degenerate[i] = group.equal();
+            if (p.normalize_first) continue;
+            float r = p.total[i], divisor = p.scale == kScaleGroup ? group.std + p.eps : 1.0f;
+            p.advantages[i] = is_nan(r) ? 0.0f : advantage_of(r, group, p.baseline) / divisor;
+        }
+        if (!p.normalize_first) continue;
+        for (int64_t k = 0; k < p.functions; ++k) {
+            auto reward = [&](int64_t i) { return p.rewards[i * p.functions + k]; };
+            Moments of_function = moments_of(start(g), start(g + 1), reward);
+            for (int64_t i = start(g) + lane; i < start(g + 1); i += 32) {
+                float x = reward(i), z = weight(k) * of_function.centre(x) / (of_function.std + p.eps);
+                if (!is_nan(x)) p.advantages[i] = sum_of(p.advantages[i], z);
+            }
+        }
+    }
+    if (!p.normalize_first && p.scale != kScaleBatch) return;
+    __syncthreads();
+    // Every warp computes the batch's, the same way.
+    Moments batch = moments_of(0, p.num, [&](int64_t i) { return sums[i]; });
+    __syncthreads();
+    for (int64_t i = threadIdx.x; i < p.num; i += kGroupThreads) {
+        float divisor = batch.std + p.eps;
+        if (p.normalize_first) {
+            p.advantages[i] = is_nan(sums[i]) ? 0.0f : batch.centre(sums[i]) / divisor;
+        } else {
+            p.advantages[i] /= divisor;
+        }
+    }
+}
+
+}  // namespace vlmk::cuda
