@@ -46,10 +46,12 @@ def draw_curves(metrics: dict, path: Path) -> None:
     rewards.legend(frameon=False, loc="lower right")
 
     accuracy.plot(data["held_out_step"], data["held_out_accuracy"], color=GREEN, linewidth=2, marker="o", markersize=4)
-    for x, name, side in ((0, "accuracy_before", "left"), (max(data["step"]), "accuracy_after", "right")):
-        accuracy.annotate(
-            f"{metrics[name]:.1%}", (x, metrics[name]), (0, 9), textcoords="offset points", ha=side, color=GREEN, weight="bold"
-        )
+    for x, name, side, offset in (
+        (0, "accuracy_before", "left", (6, -12)),
+        (max(data["step"]), "accuracy_after", "right", (0, 9)),
+    ):
+        label = f"{metrics[name]:.1%}"
+        accuracy.annotate(label, (x, metrics[name]), offset, textcoords="offset points", ha=side, color=GREEN, weight="bold")
     accuracy.set_title("Held-out numbers read without a mistake", loc="left", fontsize=11, color=INK)
     for axes in (rewards, accuracy):
         axes.set_ylim(0, 1.04)

@@ -49,6 +49,36 @@ class Progress(TrainerCallback):
         )
 
 
+def build_trainer(model, processor, train: list[dict], test: list[dict], seed: int, steps: int, output: Path) -> GRPOTrainer:
+    config = GRPOConfig(
+        **GRPO,
+        max_steps=steps,
+        seed=seed,
+        output_dir=str(output),
+        use_cpu=True,
+        eval_strategy="steps",
+        eval_steps=10,
+        per_device_eval_batch_size=NUM_TEST,
+        num_generations_eval=1,
+        eval_temperature=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=["exact_match", "cer"],
+        args=config,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=processor,
+        callbacks=[Progress()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def curves(log_history: list[dict], accuracy_before: float) -> dict[str, list]:
     """Mean rewards of the sampled completions per step, and held-out accuracy."""
     train = [entry for entry in log_history if "reward" in entry]
@@ -101,32 +131,7 @@ def run(seed: int, steps: int, output: Path) -> int:
     print(f"  {warmup_steps} steps in {warmup_seconds:.0f} s, held-out accuracy {before:.1%}")
 
     print("\nGRPO: no labels in the loss, two rewards: exact match, and 1 - character error rate", flush=True)
-    config = GRPOConfig(
-        **GRPO,
-        max_steps=steps,
-        seed=seed,
-        output_dir=str(output),
-        use_cpu=True,
-        eval_strategy="steps",
-        eval_steps=10,
-        per_device_eval_batch_size=NUM_TEST,
-        num_generations_eval=1,
-        eval_temperature=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=["exact_match", "cer"],
-        args=config,
-        train_dataset=compose(train_scans, NUM_TRAIN, rng),
-        eval_dataset=test,
-        processing_class=processor,
-        callbacks=[Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer = build_trainer(model, processor, compose(train_scans, NUM_TRAIN, rng), test, seed, steps, output)
     train_start = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - train_start
