@@ -38,7 +38,7 @@ def load_scans() -> tuple[Scans, Scans]:
 
 
 def compose(scans: Scans, count: int, rng: np.random.Generator, max_digits: int = MAX_DIGITS) -> list[dict]:
-    """``count`` rows for training, equally many of each length: random scans side by side, the prompt, and the answer."""
+    """``count`` rows as the trainer takes them, equally many of each length: random scans side by side, prompt and answer."""
     rows = []
     for index in range(count):
         chosen = rng.integers(len(scans.digits), size=1 + index % max_digits)

@@ -35,7 +35,7 @@ def encode(processor, rows: list[dict]) -> dict[str, torch.Tensor]:
     return {**inputs, "labels": inputs["input_ids"].where(is_answer, -100)}
 
 
-def warm_up(model, processor, scans: Scans, rng: np.random.Generator, say=print) -> int:
+def warm_up(model, processor, scans: Scans, rng: np.random.Generator) -> int:
     """Train ``model`` through ``STAGES``; how far it is, is measured on numbers made of training scans. The steps taken."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = 0
@@ -55,5 +55,5 @@ def warm_up(model, processor, scans: Scans, rng: np.random.Generator, say=print)
                 if accuracy >= stage.target:
                     break
         steps += step
-        say(f"  {stage.name}: {step} steps, loss {loss.item():.2f}, {accuracy:.0%} of the numbers read")
+        print(f"  {stage.name}: {step} steps, loss {loss.item():.2f}, {accuracy:.0%} of the numbers read", flush=True)
     return steps
