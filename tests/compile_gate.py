@@ -13,6 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vlmkernels.ops.group_advantages.triton import BASELINES
+from vlmkernels.ops.grpo_loss.config import Scalars
+from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
+
 # (op, kernel, argument types, compile-time arguments, num_warps). Integers are "i32" or "i64"; "16" after a type says that
 # the value is a multiple of 16, as triton finds at run time.
 GATHER = {"N": "i32", "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16"}
@@ -24,7 +28,45 @@ BWD = {
     "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16", "grad_stride_outer": "i64:16",
     "grad_stride_inner": "i32:16", "blocks": "i32", "temperature": "fp32", "scale": "fp32",
 }  # fmt: skip
+FLOATS = ("logp", "old_logp", "ref_logp", "rollout_logp", "entropy", "adv", "threshold", "dlogp", "dentropy", "partial")
+FLOATS += ("num_items", "loss", "stats")
+STRIDES = ("logp", "old", "ref", "rollout", "entropy", "adv", "mask")
+GRPO = {
+    **{f"{name}_ptr": "*fp32:16" for name in FLOATS},
+    "mask_ptr": "*i1:16", "cu_seqlens_ptr": "*i32:16", "T": "i32", "N": "i64", "S": "i32",
+    **{f"stride_{name}": "i64" for name in STRIDES}, "p": Scalars(*["fp32"] * len(Scalars._fields)),
+    "divisor": "fp32", "entropy_coef": "fp32", "accumulation_steps": "fp32",
+}  # fmt: skip
+PLAIN = {
+    "SEQUENCE": False, "BIAS_CORRECTED": True, "PER_LENGTH": True, "ADV_PER_TOKEN": False, "ROLLOUT": "", "ROLLOUT_MEAN": False,
+    "ROLLOUT_MASK": False, "OFF_POLICY": False, "BLOCK_T": 512,
+}  # fmt: skip
+EVERYTHING = {**PLAIN, "SEQUENCE": True, "ADV_PER_TOKEN": True, "ROLLOUT": "sequence", "ROLLOUT_MASK": True, "OFF_POLICY": True}
+GROUPS = {
+    "rewards_ptr": "*fp32:16", "weights_ptr": "*fp32:16", "starts_ptr": "*i32:16", "advantages_ptr": "*fp32:16",
+    "total_ptr": "*fp32:16", "mean_ptr": "*fp32:16", "std_ptr": "*fp32:16", "degenerate_ptr": "*i1:16",
+    "N": "i32", "K": "i32", "R": "i32", "group_size": "i32", "eps": "fp32",
+}  # fmt: skip
+RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
+
+
+def surrogate(name: str) -> dict:
+    function, through_ratio = SURROGATES[name]
+    return {"SURROGATE": function, "THROUGH_RATIO": through_ratio, "PRODUCT": name == "vespo"}
+
+
 KERNELS = [
+    *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
+    ("grpo_loss", "grpo_loss_kernel", GRPO, {**EVERYTHING, **surrogate("ppo_clip"), "KL": KL["k2"]}, 8),
+    ("grpo_loss", "grpo_loss_finish_kernel", GRPO, {"BY_TOKENS": True, "BLOCK_S": 256}, 4),
+    (
+        "group_advantages",
+        "group_advantages_kernel",
+        GROUPS,
+        {**RULES, "BASELINE": BASELINES["mean"], "NORMALIZE_FIRST": True},
+        8,
+    ),
+    ("group_advantages", "group_advantages_kernel", GROUPS, {**RULES, "BASELINE": BASELINES["pass_at_k"]}, 8),
     ("gather_logps", "gather_logps_fwd_kernel", {**FWD, "splits": "i32", "scale": "fp32"}, {"BLOCK_V": 4096}, 8),
     (
         "gather_logps",
@@ -37,12 +79,15 @@ KERNELS = [
 ]
 
 
-def compile_kernel(op: str, name: str, types: dict[str, str], constants: dict, num_warps: int, capability: int) -> dict:
+def compile_kernel(op: str, name: str, types: dict[str, str | tuple], constants: dict, num_warps: int, capability: int) -> dict:
     kernel = getattr(importlib.import_module(f"vlmkernels.ops.{op}.triton"), name)
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
+            continue
+        if isinstance(types[argument], tuple):
+            signature[argument] = types[argument]
             continue
         signature[argument], _, divisor = types[argument].partition(":")
         if divisor:

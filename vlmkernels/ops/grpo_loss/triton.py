@@ -1,0 +1,473 @@
+"""grpo_loss in Triton: a program per sequence, then one for the batch. The formulas: reference.py."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vlmkernels.ops.grpo_loss import config as limits
+from vlmkernels.ops.grpo_loss.batch import STATS, Batch
+from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
+
+BLOCK_T = 512
+BLOCK_S = 256
+NUM_WARPS = 8
+
+MAX_LOG_RATIO = tl.constexpr(limits.MAX_LOG_RATIO)
+MIN_LOGP = tl.constexpr(limits.MIN_LOGP)
+VESPO_MIN_LOG_WEIGHT = tl.constexpr(limits.VESPO_MIN_LOG_WEIGHT)
+INFINITY = tl.constexpr(float("inf"))
+
+# What a sequence adds to the batch: sums, then minima and maxima.
+SUMS = (
+    "loss", "tokens", "units", "low", "high", "kl", "entropy", "kept", "kept_entropy", "ratio", "rollout", "effective",
+)  # fmt: skip
+COLUMNS = tl.constexpr(len(SUMS) + 4)
+
+
+def unsupported(logps: torch.Tensor) -> str | None:
+    return None if logps.dtype == torch.float32 else f"takes float32, got {str(logps.dtype).removeprefix('torch.')}"
+
+
+@triton.jit
+def at_most(x, high):
+    return tl.where(x > high, high, x)  # a NaN stays one
+
+
+@triton.jit
+def at_least(x, low):
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def bounded(log_ratio):
+    return at_least(at_most(log_ratio, MAX_LOG_RATIO), -MAX_LOG_RATIO)
+
+
+# Surrogates: the loss, its derivative by logp, and two statistics.
+
+
+@triton.jit
+def ppo_clip(logp, ratio, log_weight, adv, p):
+    """-min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A)"""
+    capped = at_most(ratio, p.delta)
+    clipped = at_least(at_most(ratio, 1.0 + p.epsilon_high), 1.0 - p.epsilon_low)
+    chosen = tl.where(capped * adv <= clipped * adv, capped, clipped)
+    constant = (chosen < ratio) | (chosen > ratio)
+    low = (capped < 1.0 - p.epsilon_low) & (adv < 0)
+    high = (capped > 1.0 + p.epsilon_high) & (adv > 0)
+    return -chosen * adv, tl.where(constant, 0.0, -ratio * adv), low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def cispo(logp, ratio, log_weight, adv, p):
+    """-sg(min(r, eps_high)) A logp"""
+    dlogp = -at_most(ratio, p.epsilon_high) * adv
+    return dlogp * logp, dlogp, 0.0 * adv, ((ratio > p.epsilon_high) & (adv > 0)).to(tl.float32)
+
+
+@triton.jit
+def sapo(logp, ratio, log_weight, adv, p):
+    """-sigmoid(tau (r - 1)) 4 / tau A, tau by the sign of A"""
+    tau = tl.where(adv > 0, p.sapo_temperature_pos, p.sapo_temperature_neg)
+    gate = 1.0 / (1.0 + tl.exp(tau * (1.0 - ratio)))
+    return -4.0 * gate / tau * adv, -4.0 * gate * (1.0 - gate) * ratio * adv, 0.0 * adv, 0.0 * adv
+
+
+@triton.jit
+def vespo(logp, ratio, log_weight, adv, p):
+    """-sg(phi(w)) A logp, phi(w) = e^lambda w^k e^(-lambda w)"""
+    k = tl.where(adv >= 0, p.vespo_k_pos, p.vespo_k_neg)
+    lam = tl.where(adv >= 0, p.vespo_lambda_pos, p.vespo_lambda_neg)
+    phi = tl.exp(at_most(lam + k * log_weight - lam * tl.exp(log_weight), MAX_LOG_RATIO))
+    return -phi * adv * logp, -phi * adv, 0.0 * adv, phi
+
+
+# Name: the row, and whether dlogp reaches logp through the ratio.
+SURROGATES = {"ppo_clip": (ppo_clip, True), "cispo": (cispo, False), "sapo": (sapo, True), "vespo": (vespo, False)}
+
+# Estimators of the KL divergence and their derivative by logp, of x = ref_logp - logp.
+
+
+@triton.jit
+def no_kl(x):
+    return 0.0 * x, 0.0 * x
+
+
+@triton.jit
+def k1(x):
+    return -x, 0.0 * x - 1.0
+
+
+@triton.jit
+def k2(x):
+    return 0.5 * x * x, -x
+
+
+@triton.jit
+def k3(x):
+    e = tl.exp(x)
+    return e - x - 1.0, 1.0 - e
+
+
+KL = {"none": no_kl, "k1": k1, "k2": k2, "k3": k3}
+
+
+@triton.jit
+def read_logp(ptr, t, mask, otherwise):
+    if ptr is None:
+        return otherwise
+    else:
+        return at_least(tl.load(ptr + t, mask=mask, other=0.0), MIN_LOGP)
+
+
+@triton.jit
+def rollout_log_weight(log_ratio, p, MASK: tl.constexpr):
+    log_weight = bounded(at_least(at_most(log_ratio, p.rollout_log_max), p.rollout_log_min))
+    if MASK:
+        outside = (log_ratio > p.rollout_log_max) | (log_ratio < p.rollout_log_min)
+        log_weight = tl.where(outside, -1e30, log_weight)
+    return log_weight
+
+
+@triton.jit
+def read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, mask_ptr, t, length):
+    """valid, logp, old_logp; the log-ratio to the policy that sampled, and how far that one has drifted."""
+    valid = t < length
+    if mask_ptr is not None:
+        valid = valid & (tl.load(mask_ptr + t, mask=valid, other=0) != 0)
+    logp = read_logp(logp_ptr, t, valid, 0.0)
+    old = read_logp(old_logp_ptr, t, valid, logp)
+    rollout = read_logp(rollout_logp_ptr, t, valid, old)
+    scored = rollout == rollout
+    return valid, logp, old, tl.where(scored, old - rollout, 0.0), tl.where(scored, rollout - logp, 0.0)
+
+
+@triton.jit
+def row_ptr(ptr, s, begin, stride, PACKED: tl.constexpr):
+    if ptr is None:
+        return ptr
+    elif PACKED:
+        return ptr + begin
+    else:
+        return ptr + s * stride
+
+
+@triton.jit
+def ratio_of(a, b):
+    return a / tl.maximum(b, 1.0)
+
+
+VARYING = ["T", "N", *(f"stride_{name}" for name in ("logp", "old", "ref", "rollout", "entropy", "adv", "mask"))]
+
+
+@triton.jit(do_not_specialize=VARYING)
+def grpo_loss_kernel(
+    logp_ptr,  # (S, T), sequence s at s * stride; or (N,), at cu_seqlens[s]. None: not given
+    old_logp_ptr,
+    ref_logp_ptr,
+    rollout_logp_ptr,
+    entropy_ptr,
+    adv_ptr,  # likewise, or (S,)
+    mask_ptr,
+    cu_seqlens_ptr,  # (S + 1,) or None
+    threshold_ptr,  # () or None
+    dlogp_ptr,  # (S, T) or (N,) out, without policy_scale
+    dentropy_ptr,  # likewise or None, without entropy_scale
+    partial_ptr,  # (S, COLUMNS) out
+    T,
+    N,
+    stride_logp,
+    stride_old,
+    stride_ref,
+    stride_rollout,
+    stride_entropy,
+    stride_adv,
+    stride_mask,
+    p,  # Scalars
+    SURROGATE: tl.constexpr,
+    THROUGH_RATIO: tl.constexpr,
+    PRODUCT: tl.constexpr,  # the surrogate takes the product of a sequence's ratios
+    KL: tl.constexpr,
+    SEQUENCE: tl.constexpr,  # the ratio is that of the sequence
+    BIAS_CORRECTED: tl.constexpr,
+    PER_LENGTH: tl.constexpr,
+    ADV_PER_TOKEN: tl.constexpr,
+    ROLLOUT: tl.constexpr,  # "", "token" or "sequence"
+    ROLLOUT_MEAN: tl.constexpr,
+    ROLLOUT_MASK: tl.constexpr,
+    OFF_POLICY: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Grid (S,): the gradient of a sequence, and what it adds to the batch."""
+    s = tl.program_id(0).to(tl.int64)
+    PACKED: tl.constexpr = cu_seqlens_ptr is not None
+    if PACKED:
+        # Whatever they hold, nothing outside of the tensors is touched.
+        begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + s).to(tl.int64), 0), N)
+        length = tl.maximum(tl.minimum(tl.load(cu_seqlens_ptr + s + 1).to(tl.int64), N), begin) - begin
+    else:
+        begin = s * T
+        length = tl.zeros((), tl.int64) + T
+    logp_ptr = row_ptr(logp_ptr, s, begin, stride_logp, PACKED)
+    old_logp_ptr = row_ptr(old_logp_ptr, s, begin, stride_old, PACKED)
+    ref_logp_ptr = row_ptr(ref_logp_ptr, s, begin, stride_ref, PACKED)
+    rollout_logp_ptr = row_ptr(rollout_logp_ptr, s, begin, stride_rollout, PACKED)
+    entropy_ptr = row_ptr(entropy_ptr, s, begin, stride_entropy, PACKED)
+    mask_ptr = row_ptr(mask_ptr, s, begin, stride_mask, PACKED)
+    if ADV_PER_TOKEN:
+        adv_ptr = row_ptr(adv_ptr, s, begin, stride_adv, PACKED)
+        sequence_adv = 0.0
+    else:
+        sequence_adv = tl.load(adv_ptr + s * stride_adv)
+
+    # What a token needs of its sequence.
+    block = tl.arange(0, BLOCK_T)
+    count = tl.zeros((BLOCK_T,), tl.float32)
+    log_ratios = tl.zeros((BLOCK_T,), tl.float32)
+    log_weights = tl.zeros((BLOCK_T,), tl.float32)
+    gaps = tl.zeros((BLOCK_T,), tl.float32)
+    drifts = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(0, length, BLOCK_T):
+        valid, logp, old, gap, drift = read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, mask_ptr, start + block, length)
+        count += valid.to(tl.float32)
+        log_ratios += logp - old
+        if PRODUCT:
+            log_weights += bounded(logp - old)
+            if ROLLOUT != "":
+                log_rollout = rollout_log_weight(gap, p, ROLLOUT_MASK)
+                log_weights += tl.where(valid, at_least(log_rollout, VESPO_MIN_LOG_WEIGHT), 0.0)
+        gaps += gap
+        drifts += drift
+    tokens = tl.sum(count, 0)
+    share = tl.where(PER_LENGTH, ratio_of(1.0, tokens), 1.0)
+    sequence_ratio = tl.exp(bounded(ratio_of(tl.sum(log_ratios, 0), tokens)))
+    log_weight = at_least(at_most(tl.sum(log_weights, 0), MAX_LOG_RATIO), VESPO_MIN_LOG_WEIGHT)
+    sequence_gap = tl.sum(gaps, 0)
+    if ROLLOUT_MEAN:
+        sequence_gap = ratio_of(sequence_gap, tokens)
+    sequence_rollout = tl.exp(rollout_log_weight(sequence_gap, p, ROLLOUT_MASK))
+    drifted = (ratio_of(tl.sum(drifts, 0), tokens) <= p.off_policy_threshold) == 0
+
+    value_sum = tl.zeros((BLOCK_T,), tl.float32)
+    low_sum = tl.zeros((BLOCK_T,), tl.float32)
+    high_sum = tl.zeros((BLOCK_T,), tl.float32)
+    kl_sum = tl.zeros((BLOCK_T,), tl.float32)
+    entropy_sum = tl.zeros((BLOCK_T,), tl.float32)
+    kept_sum = tl.zeros((BLOCK_T,), tl.float32)
+    kept_entropy_sum = tl.zeros((BLOCK_T,), tl.float32)
+    ratio_sum = tl.zeros((BLOCK_T,), tl.float32)
+    rollout_sum = tl.zeros((BLOCK_T,), tl.float32)
+    effective_sum = tl.zeros((BLOCK_T,), tl.float32)
+    through_sum = tl.zeros((BLOCK_T,), tl.float32)
+    ratio_min = tl.full((BLOCK_T,), INFINITY, tl.float32)
+    ratio_max = tl.full((BLOCK_T,), -INFINITY, tl.float32)
+    for start in range(0, length, BLOCK_T):
+        t = start + block
+        valid, logp, old, gap, drift = read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, mask_ptr, t, length)
+        m = valid.to(tl.float32)
+        adv = tl.load(adv_ptr + t, mask=valid, other=0.0) if ADV_PER_TOKEN else tl.where(valid, sequence_adv, 0.0)
+        ratio = m * sequence_ratio if SEQUENCE else m * tl.exp(bounded(logp - old))
+        kept = m
+        entropy = tl.zeros((BLOCK_T,), tl.float32)
+        if entropy_ptr is not None:
+            entropy = tl.load(entropy_ptr + t, mask=valid, other=0.0)
+            if threshold_ptr is not None:
+                kept = tl.where(entropy < tl.load(threshold_ptr), 0.0, m)
+        rollout = m
+        if ROLLOUT == "sequence":
+            rollout = m * sequence_rollout
+        elif ROLLOUT == "token":
+            rollout = m * tl.exp(rollout_log_weight(gap, p, ROLLOUT_MASK))
+        weight = kept
+        if not PRODUCT:
+            weight = weight * rollout
+        if OFF_POLICY:
+            weight = tl.where(drifted & ((adv >= 0) == 0), 0.0, weight)
+
+        loss, dlogp, low, high = SURROGATE(logp, ratio, log_weight, adv, p)
+        kl, dkl = KL(bounded(read_logp(ref_logp_ptr, t, valid, logp) - logp))
+        kl = m * kl
+        direct = m * p.beta * dkl
+        through = tl.zeros((BLOCK_T,), tl.float32)
+        if BIAS_CORRECTED:
+            kl *= ratio
+            direct *= ratio
+            through = p.beta * kl
+        if THROUGH_RATIO:
+            through += weight * dlogp
+        else:
+            direct += weight * dlogp
+        if SEQUENCE:
+            through_sum += through
+        else:
+            direct += through
+        tl.store(dlogp_ptr + begin + t, direct * share, mask=t < length)
+        if dentropy_ptr is not None:
+            tl.store(dentropy_ptr + begin + t, kept, mask=t < length)
+        value_sum += weight * loss + p.beta * kl
+        low_sum += m * low
+        high_sum += m * high
+        kl_sum += kl
+        entropy_sum += entropy
+        kept_sum += kept
+        kept_entropy_sum += kept * entropy
+        ratio_sum += ratio
+        rollout_sum += rollout
+        effective_sum += (weight > 0).to(tl.float32)
+        ratio_min = tl.minimum(ratio_min, tl.where(valid, ratio, INFINITY))
+        ratio_max = tl.maximum(ratio_max, ratio)
+
+    # Where the ratio and the advantage are those of the sequence, its statistics count once, not once per token.
+    low = tl.sum(low_sum, 0)
+    high = tl.sum(high_sum, 0)
+    units = tokens
+    if (SEQUENCE or PRODUCT) and not ADV_PER_TOKEN:
+        _loss, _dlogp, low, high = SURROGATE(0.0, sequence_ratio, log_weight, sequence_adv, p)
+        units = 1.0
+    out = partial_ptr + s * COLUMNS
+    tl.store(out, tl.sum(value_sum, 0) * share)
+    tl.store(out + 1, tokens)
+    tl.store(out + 2, units)
+    tl.store(out + 3, low)
+    tl.store(out + 4, high)
+    tl.store(out + 5, tl.sum(kl_sum, 0))
+    tl.store(out + 6, tl.sum(entropy_sum, 0))
+    tl.store(out + 7, tl.sum(kept_sum, 0))
+    tl.store(out + 8, tl.sum(kept_entropy_sum, 0))
+    tl.store(out + 9, tl.sum(ratio_sum, 0))
+    tl.store(out + 10, tl.sum(rollout_sum, 0))
+    tl.store(out + 11, tl.sum(effective_sum, 0))
+    tl.store(out + 12, tl.min(ratio_min, 0))
+    tl.store(out + 13, tl.max(ratio_max, 0))
+    tl.store(out + 14, tl.where(units > 0, ratio_of(low, units), INFINITY))
+    tl.store(out + 15, tl.where(units > 0, ratio_of(high, units), -INFINITY))
+
+    if SEQUENCE:
+        # A gradient through the sequence's ratio is spread evenly over its tokens. The barrier: other threads wrote dlogp.
+        tl.debug_barrier()
+        spread = ratio_of(tl.sum(through_sum, 0), tokens) * share
+        for start in range(0, length, BLOCK_T):
+            t = start + block
+            valid = t < length
+            if mask_ptr is not None:
+                valid = valid & (tl.load(mask_ptr + t, mask=valid, other=0) != 0)
+            dlogp = tl.load(dlogp_ptr + begin + t, mask=valid, other=0.0)
+            tl.store(dlogp_ptr + begin + t, dlogp + spread, mask=valid)
+
+
+@triton.jit
+def column_sum(partial_ptr, column, S, BLOCK_S: tl.constexpr):
+    total = tl.zeros((BLOCK_S,), tl.float32)
+    for start in range(0, S, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S).to(tl.int64)
+        total += tl.load(partial_ptr + s * COLUMNS + column, mask=s < S, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def column_max(partial_ptr, column, S, sign, BLOCK_S: tl.constexpr):
+    """Of sign * column; 0 where there is nothing."""
+    greatest = tl.full((BLOCK_S,), -INFINITY, tl.float32)
+    for start in range(0, S, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S).to(tl.int64)
+        x = sign * tl.load(partial_ptr + s * COLUMNS + column, mask=s < S, other=-sign * INFINITY)
+        greatest = tl.maximum(greatest, x)
+    result = tl.max(greatest, 0)
+    return tl.where(result == -INFINITY, 0.0, sign * result)
+
+
+@triton.jit(do_not_specialize=["S"])
+def grpo_loss_finish_kernel(
+    partial_ptr,  # (S, COLUMNS)
+    num_items_ptr,  # () or None
+    loss_ptr,  # () out
+    stats_ptr,  # (len(STATS),) out
+    S,
+    divisor,
+    entropy_coef,
+    accumulation_steps,
+    BY_TOKENS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Grid (1,): the loss and the statistics."""
+    tokens = column_sum(partial_ptr, 1, S, BLOCK_S)
+    units = column_sum(partial_ptr, 2, S, BLOCK_S)
+    policy_scale = 1.0 / divisor
+    if BY_TOKENS:
+        policy_scale = ratio_of(policy_scale, tokens)
+    if num_items_ptr is not None:
+        num_items = tl.load(num_items_ptr)
+        policy_scale = policy_scale / tl.where(num_items == 0, 1.0, num_items)
+    entropy_scale = -ratio_of(entropy_coef, column_sum(partial_ptr, 7, S, BLOCK_S)) / accumulation_steps
+    policy_loss = column_sum(partial_ptr, 0, S, BLOCK_S) * policy_scale
+    tl.store(loss_ptr, policy_loss + entropy_scale * column_sum(partial_ptr, 8, S, BLOCK_S))
+    tl.store(stats_ptr, policy_scale)
+    tl.store(stats_ptr + 1, entropy_scale)
+    tl.store(stats_ptr + 2, policy_loss)
+    tl.store(stats_ptr + 3, ratio_of(column_sum(partial_ptr, 5, S, BLOCK_S), tokens))
+    tl.store(stats_ptr + 4, ratio_of(column_sum(partial_ptr, 6, S, BLOCK_S), tokens))
+    tl.store(stats_ptr + 5, ratio_of(column_sum(partial_ptr, 3, S, BLOCK_S), units))
+    tl.store(stats_ptr + 6, column_max(partial_ptr, 14, S, -1.0, BLOCK_S))
+    tl.store(stats_ptr + 7, ratio_of(column_sum(partial_ptr, 4, S, BLOCK_S), units))
+    tl.store(stats_ptr + 8, column_max(partial_ptr, 15, S, 1.0, BLOCK_S))
+    tl.store(stats_ptr + 9, ratio_of(column_sum(partial_ptr, 9, S, BLOCK_S), tokens))
+    tl.store(stats_ptr + 10, column_max(partial_ptr, 12, S, -1.0, BLOCK_S))
+    tl.store(stats_ptr + 11, column_max(partial_ptr, 13, S, 1.0, BLOCK_S))
+    tl.store(stats_ptr + 12, tokens)
+    tl.store(stats_ptr + 13, column_sum(partial_ptr, 11, S, BLOCK_S))
+    tl.store(stats_ptr + 14, ratio_of(column_sum(partial_ptr, 10, S, BLOCK_S), tokens))
+
+
+def _row_major(x: torch.Tensor | None, whole_rows: bool = True) -> torch.Tensor | None:
+    return x if x is None or x.stride(-1) == 1 or not whole_rows else x.contiguous()
+
+
+def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
+    assert len(STATS) == stats.numel() == 15
+    size = batch.num_sequences
+    rows = [batch.logps, batch.old_logps, batch.ref_logps, batch.rollout_logps, batch.entropy]
+    rows = [*map(_row_major, rows), _row_major(batch.advantages, batch.per_token), _row_major(batch.mask)]
+    divisor, num_items, by_tokens = batch.divisor(config)
+    partial = stats.new_empty(size, COLUMNS.value)
+    surrogate, through_ratio = SURROGATES[config.loss.surrogate]
+    level, _, bound = (config.rollout_correction or "").partition("_")
+    if size:
+        grpo_loss_kernel[(size,)](
+            *rows,
+            batch.cu_seqlens if batch.cu_seqlens is None else batch.cu_seqlens.contiguous(),
+            batch.entropy_threshold,
+            dlogp,
+            dentropy if dentropy.numel() else None,
+            partial,
+            batch.logps.shape[-1],
+            batch.logps.numel(),
+            *(0 if x is None else x.stride(0) for x in rows),
+            config.scalars,
+            SURROGATE=surrogate,
+            THROUGH_RATIO=through_ratio,
+            PRODUCT=config.loss.surrogate == "vespo",
+            KL=KL[config.kl],
+            SEQUENCE=config.level == "sequence",
+            BIAS_CORRECTED=config.use_bias_correction_kl,
+            PER_LENGTH=config.aggregation.per_length,
+            ADV_PER_TOKEN=batch.per_token,
+            ROLLOUT=level,
+            ROLLOUT_MEAN=config.rollout_sequence_ratio == "mean",
+            ROLLOUT_MASK=bound == "mask",
+            OFF_POLICY=config.off_policy_mask_threshold is not None,
+            BLOCK_T=BLOCK_T,
+            num_warps=NUM_WARPS,
+        )
+    grpo_loss_finish_kernel[(1,)](
+        partial,
+        num_items,
+        loss,
+        stats,
+        size,
+        divisor,
+        config.entropy_coef,
+        batch.accumulation_steps,
+        BY_TOKENS=by_tokens,
+        BLOCK_S=BLOCK_S,
+        num_warps=4,
+    )
