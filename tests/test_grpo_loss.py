@@ -1,155 +1,22 @@
-"""grpo_loss against TRL 1.16, first principles and, for every backend, the fp64 reference."""
+"""grpo_loss against first principles and, for every backend, the fp64 reference; against TRL: test_grpo_loss_trl.py."""
 
-import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from budget import assert_within_budget
+from grpo_cases import VARIANTS, make, on, packed, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vlmkernels import GRPOLossConfig, grpo_loss
 from vlmkernels import backend as backends
-from vlmkernels.ops.grpo_loss.config import CORRECTIONS, LOSSES
+from vlmkernels.ops.grpo_loss.batch import Batch
+from vlmkernels.ops.grpo_loss.config import KL_ESTIMATORS, LOSSES
 
-TRL_LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-
-
-def make(B=5, T=9, dtype=torch.float64, spread=0.4, per_token=False, seed=0):
-    """A batch with holes in its mask, an empty completion, and NaN wherever nothing counts."""
-    rng = torch.Generator().manual_seed(seed)
-    logps = -torch.rand(B, T, generator=rng, dtype=torch.float64) * 3
-    around = lambda: logps + spread * torch.randn(B, T, generator=rng, dtype=torch.float64)  # noqa: E731
-    batch = {
-        "logps": logps,
-        "advantages": torch.randn((B, T) if per_token else (B,), generator=rng, dtype=torch.float64),
-        "old_logps": around(),
-        "ref_logps": around(),
-        "rollout_logps": around(),
-        "entropy": 3 * torch.rand(B, T, generator=rng, dtype=torch.float64),
-    }
-    mask = torch.rand(B, T, generator=rng) < 0.7
-    mask[0] = False
-    mask[1] = True
-    return {name: x.to(dtype) for name, x in batch.items()} | {"mask": mask}
-
-
-def run(batch, config, backend="auto", **options):
-    """The loss, its gradients by logps and entropy, and the metrics. Reads only what the configuration asks for."""
-    batch = {name: x.detach().clone() for name, x in batch.items() if x is not None}
-    if config.rollout_correction is None and config.off_policy_mask_threshold is None:
-        batch.pop("rollout_logps", None)
-    leaves = [batch["logps"].requires_grad_()]
-    if config.entropy_coef:
-        leaves.append(batch["entropy"].requires_grad_())
-    loss, metrics = grpo_loss(**batch, config=config, backend=backend, **options)
-    grads = torch.autograd.grad(loss, leaves)
-    result = {"loss": loss.detach(), "dlogps": grads[0]} | metrics
-    return result | ({"dentropy": grads[1]} if config.entropy_coef else {})
-
-
-def assert_close(mine, other, rel, name, scale=1e-3):
-    """|mine - other| <= rel max(max |other|, scale)."""
-    mine, other = (torch.as_tensor(x, dtype=torch.float64) for x in (mine, other))
-    assert mine.shape == other.shape, name
-    bound = rel * max(other.abs().max().item(), scale)
-    error = (mine - other).abs().max().item()
-    assert error <= bound, f"{name}: {error:.3e} over {bound:.3e}"
-
-
-KL = {"no kl": {}, "kl": {"beta": 0.3, "use_bias_correction_kl": False}, "corrected kl": {"beta": 0.3}}
-EXTRAS = {
-    "plain": {},
-    "delta": {"delta": 1.15, "epsilon_high": 0.1},
-    "entropy": {"top_entropy_quantile": 0.37, "entropy_coef": 0.2},
-    "off policy": {"off_policy_mask_threshold": 0.02},
-    "all": {"delta": 1.3, "top_entropy_quantile": 0.61, "entropy_coef": -0.1, "off_policy_mask_threshold": 0.05},
-}
-# dtype, an advantage per token, old_logps that are the policy's
-INPUTS = [
-    (torch.float64, False, False),
-    (torch.float64, True, False),
-    (torch.float64, False, True),
-    (torch.float32, False, False),
-]
-
-
-@pytest.mark.parametrize("loss_type", TRL_LOSSES)
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("kl", KL)
-def test_trl_parity(loss_type, level, kl):
-    """Loss, gradients and every metric of TRL's own function: 1e-12 in fp64, 1e-6 in fp32."""
-    trl = pytest.importorskip("trl_loss")
-    if (loss_type, level) == ("vespo", "sequence"):
-        pytest.skip("refused: vespo is of the sequence already")
-    for correction, extra, (dtype, per_token, on_policy) in itertools.product((None, *CORRECTIONS), EXTRAS, INPUTS):
-        if loss_type == "vespo" and correction and correction.startswith("sequence"):
-            continue  # refused by TRL too
-        options = {"max_completion_length": 20, **KL[kl], **EXTRAS[extra]}
-        if correction:
-            options |= {"use_vllm": True, "vllm_importance_sampling_mode": correction}
-            options |= {"vllm_importance_sampling_clip_max": 1.4, "vllm_importance_sampling_clip_min": 0.7}
-        args = trl.trl_args(loss_type=loss_type, importance_sampling_level=level, **options)
-        config = GRPOLossConfig.from_trl(args)
-        batch = make(dtype=dtype, per_token=per_token)
-        if correction:
-            batch["rollout_logps"][2, 3] = torch.nan  # not scored by the engine
-        else:
-            batch["rollout_logps"] = None
-        if on_policy:
-            # TRL computes the old log-probabilities whenever there is a correction.
-            batch["old_logps"] = batch["logps"].clone() if correction else None
-        num_items = torch.tensor(17.0)
-        leaves = {name: batch[name].clone().requires_grad_() for name in ("logps", "entropy")}
-        theirs, metrics = trl.trl_loss(args, **batch | leaves, num_items=num_items)
-        dlogps, dentropy = torch.autograd.grad(theirs, leaves.values(), allow_unused=True)
-        theirs = {"loss": theirs.detach(), "dlogps": dlogps, "dentropy": dentropy} | metrics
-        mine = run(batch, config, "reference", num_items=num_items)
-        for name, value in theirs.items():
-            if value is not None and name in mine:
-                exact = dtype == torch.float64 and name in ("loss", "dlogps", "dentropy")
-                # Terms cancel in the loss: its scale is theirs.
-                scale = dlogps.abs().sum().item() if name == "loss" else 1e-3
-                assert_close(mine[name], value, 1e-12 if exact else 1e-6, f"{name} {dtype} {options}", scale)
-            else:
-                assert name in ("dentropy", "policy_loss")  # without an entropy bonus
-
-
-def test_every_loss_of_trl_is_there():
-    assert set(TRL_LOSSES) == set(LOSSES)
-
-
-# Every row of every table, and what turns on each branch of the kernels.
-VARIANTS = {
-    "grpo": {"loss_type": "grpo"},
-    "bnpo": {"loss_type": "bnpo", "beta": 0.1, "kl_estimator": "k1"},
-    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 20, "beta": 0.1, "kl_estimator": "k2"},
-    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.2, "beta": 0.1},
-    "cispo": {"loss_type": "cispo", "epsilon_high": 1.2, "beta": 0.1, "use_bias_correction_kl": True},
-    "sapo": {"loss_type": "sapo"},
-    "luspo": {"loss_type": "luspo", "entropy_coef": 0.1, "top_entropy_quantile": 0.4},
-    "vespo": {"loss_type": "vespo", "rollout_correction": "token_mask", "rollout_clip_max": 1.3},
-    "vespo truncated": {"loss_type": "vespo", "rollout_correction": "token_truncate", "rollout_clip_min": 0.9},
-    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "top_entropy_quantile": 0.4},
-    "gspo kl": {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": True},
-    "gspo sapo": {"loss_type": "sapo", "importance_sampling_level": "sequence", "entropy_coef": 0.1},
-    "gspo cispo": {"loss_type": "cispo", "importance_sampling_level": "sequence", "epsilon_high": 1.0},
-    "token mask": {"rollout_correction": "token_mask", "rollout_clip_min": 0.8, "rollout_clip_max": 1.2},
-    "sequence truncate": {"rollout_correction": "sequence_truncate", "rollout_clip_min": 0.9, "rollout_clip_max": 1.1},
-    "sequence mask": {"rollout_correction": "sequence_mask", "rollout_clip_max": 1.4, "rollout_sequence_ratio": "mean"},
-    "off policy": {"off_policy_mask_threshold": 0.02, "loss_type": "dapo"},
-}
 KERNELS = ["cpp", "triton", "cuda"]
-
-
-def on(device, batch):
-    return {name: x if x is None else x.to(device) for name, x in batch.items()}
-
-
-def packed(batch):
-    """The tokens that the mask holds, one sequence after another."""
-    mask = batch["mask"]
-    result = {name: x[mask] if x.shape == mask.shape else x for name, x in batch.items() if name != "mask"}
-    lengths = mask.sum(1)
-    return result | {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()}
 
 
 def check(batch, config, backend, **options):
@@ -192,3 +59,396 @@ def test_views_are_read_in_place(need, device, nan_filled, backend):
     check(transposed, config, backend)
     check({**wide, "advantages": wide["entropy"][:1].expand(4, -1)}, config, backend)
     check({name: wide[name] for name in ("logps", "advantages", "ref_logps")}, config, backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_every_backend_is_tested(backend, device):
+    """What this machine can run must not be skipped above."""
+    reason = backends.why_not("grpo_loss", backend, torch.zeros(1, 1, device=device))
+    assert reason is None or (device == "cuda" and backend == "cpp" and "takes cpu tensors" in reason)
+
+
+def test_the_tables_have_the_same_rows():
+    from vlmkernels.ops.grpo_loss import reference
+
+    rows = {row.surrogate for row in LOSSES.values()}
+    assert set(reference.SURROGATES) == rows
+    assert set(reference.KL) == {"none", *KL_ESTIMATORS}
+    compiled = backends.native()
+    if not isinstance(compiled, ImportError):
+        assert compiled.surrogates == tuple(reference.SURROGATES)
+        assert compiled.kl_estimators == tuple(reference.KL)
+    triton = pytest.importorskip("vlmkernels.ops.grpo_loss.triton")
+    assert {name: row[1] for name, row in triton.SURROGATES.items()} == {
+        name: row.through_ratio for name, row in reference.SURROGATES.items()
+    }
+    assert set(triton.KL) == set(reference.KL)
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "cispo", "sapo", "vespo"])
+def test_dlogp_is_the_derivative_of_loss(name):
+    from vlmkernels.ops.grpo_loss import reference
+
+    row, p = reference.SURROGATES[name], GRPOLossConfig(delta=1.1, epsilon_high=0.3).scalars
+    rng = torch.Generator().manual_seed(0)
+    logp = torch.randn(500, generator=rng, dtype=torch.float64).requires_grad_()
+    old, adv = logp.detach() + 0.4 * torch.randn(500, generator=rng), torch.randn(500, generator=rng)
+    ratio = (logp - old).exp()
+    log_weight = (logp - old).detach()
+    term = row.term(logp, ratio if row.through_ratio else ratio.detach(), log_weight, adv, p)
+    torch.testing.assert_close(torch.autograd.grad(term.loss.sum(), logp)[0], term.dlogp.detach())
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_kl_estimators(name):
+    """Their derivatives; the mean of k1 and k3 over the policy is the divergence, and k2's gradient is that of it."""
+    from vlmkernels.ops.grpo_loss import reference
+
+    policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
+    ref = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64).log()
+    kl, dkl = reference.KL[name](ref - policy)
+    torch.testing.assert_close(torch.autograd.grad(kl.sum(), policy)[0], dkl.detach())
+    exact = (policy.exp() * (policy - ref)).sum().item()
+    if name in ("k1", "k3"):
+        assert (policy.exp() * kl).sum().item() == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v].get("loss_type", "dapo") not in ("cispo", "vespo")])
+def test_gradient_is_that_of_the_loss(variant):
+    """By finite differences: the forward pass's own gradient, also where Liger's bias-corrected one at the sequence level is
+    15 % off its forward pass."""
+    config = GRPOLossConfig(**VARIANTS[variant])
+    batch = make(3, 5)
+    fixed = {name: batch[name] for name in ("old_logps", "ref_logps", "advantages", "mask")}
+    if config.rollout_correction or config.off_policy_mask_threshold:
+        fixed["rollout_logps"] = batch["rollout_logps"]
+    options = {"entropy_threshold": torch.tensor(1.2, dtype=torch.float64)} if config.top_entropy_quantile < 1 else {}
+
+    def loss(logps, entropy):
+        return grpo_loss(logps=logps, entropy=entropy, **fixed, **options, config=config, backend="reference").loss
+
+    assert torch.autograd.gradcheck(loss, (batch["logps"].requires_grad_(), batch["entropy"].requires_grad_()))
+
+
+def test_luspo_from_first_principles():
+    """B^-1 sum_i |y_i| (-min(s_i A_i, clip(s_i) A_i)), s_i the geometric mean of the ratios of the tokens that count.
+    Liger sums over the padding too."""
+    batch = make(4, 6)
+    config = GRPOLossConfig.preset("luspo")
+    expected = 0.0
+    for logp, old, adv, mask in zip(*(batch[n] for n in ("logps", "old_logps", "advantages", "mask")), strict=True):
+        if mask.any():
+            s = (logp - old)[mask].mean().exp()
+            expected -= mask.sum() * torch.minimum(s * adv, s.clamp(0.8, 1.2) * adv) / 4
+    actual = grpo_loss(**{n: batch[n] for n in ("logps", "old_logps", "advantages", "mask")}, config=config).loss
+    torch.testing.assert_close(actual, expected)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_properties(data):
+    """What must not change the result does not: packing, the order of sequences, masked rows, the level of log-probabilities;
+    and the losses of parts add up."""
+    variant = data.draw(st.sampled_from(sorted(VARIANTS)))
+    config = GRPOLossConfig(**VARIANTS[variant])
+    B, T = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 7))
+    batch = make(B, T, per_token=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99))) if B > 1 else make(2, T)
+    B = len(batch["logps"])
+    total = lambda x: run(x, config, "reference", num_items=11.0)  # noqa: E731
+    base, mask = total(batch), batch["mask"]
+    same = lambda a, b, names: [torch.testing.assert_close(a[n], b[n], msg=f"{variant} {n}") for n in names]  # noqa: E731
+    scalars = [name for name in base if base[name].dim() == 0]
+
+    if batch["advantages"].dim() == 1 or mask.sum() != B:  # else they count as one per sequence
+        pack = total(packed(batch))
+        same(pack, base, scalars)
+        torch.testing.assert_close(pack["dlogps"], base["dlogps"][mask])
+
+    order = torch.randperm(B)
+    shuffled = total({name: x[order] for name, x in batch.items()})
+    same(shuffled, base, scalars)
+    torch.testing.assert_close(shuffled["dlogps"], base["dlogps"][order])
+
+    if config.loss.surrogate not in ("cispo", "vespo"):  # whose value, not whose gradient, has the log-probability in it
+        logs = ("logps", "old_logps", "ref_logps", "rollout_logps")
+        same(total(batch | {name: batch[name] - 2.5 for name in logs}), base, ["loss", "dlogps"])
+
+    if config.aggregation.num_items and not config.entropy_coef and config.top_entropy_quantile == 1:
+        parts = [total({name: x[s] for name, x in batch.items()}) for s in (slice(0, 1), slice(1, None))]
+        torch.testing.assert_close(sum(part["loss"] for part in parts), base["loss"])
+        torch.testing.assert_close(torch.cat([part["dlogps"] for part in parts]), base["dlogps"])
+        padded = {name: torch.cat([x, x[:1]]) for name, x in batch.items()}
+        padded["mask"][-1] = False
+        torch.testing.assert_close(total(padded)["loss"], base["loss"])
+
+
+def test_accumulation_steps_divide_what_is_a_mean():
+    batch = make(4, 6)
+    for loss_type in LOSSES:
+        config = GRPOLossConfig(loss_type=loss_type, entropy_coef=0.3, max_completion_length=9)
+        one, four = (run(batch, config, accumulation_steps=n) for n in (1, 4))
+        for name in ("loss", "dlogps", "dentropy"):
+            torch.testing.assert_close(4 * four[name], one[name])
+        given = run(batch, config, accumulation_steps=4, num_items=17)
+        if config.aggregation.num_items:
+            torch.testing.assert_close(given["dlogps"], run(batch, config, num_items=17)["dlogps"])
+
+
+ALL = ["reference", *KERNELS]
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_always_finite(need, device, backend, variant):
+    """Log-ratios of 1e4 either way, impossible reference tokens, fp16's extremes, sequences of which nothing counts."""
+    config = GRPOLossConfig(**VARIANTS[variant])
+    batch = make(4, 8, dtype=torch.float32)
+    batch["logps"][1] = torch.tensor([-1e4, 0.0, -65504.0, -1e4, -0.0, -6e-8, -1e-30, -torch.inf])
+    batch["old_logps"][1] = torch.tensor([0.0, -1e4, 0.0, -1e4, -65504.0, -65504.0, 0.0, -torch.inf])
+    batch["ref_logps"][1] = torch.tensor([-torch.inf, 0.0, -1e4, -torch.inf, -65504.0, 0.0, 0.0, -torch.inf])
+    batch["rollout_logps"][1] = torch.tensor([0.0, 0.0, -1e4, -torch.inf, torch.nan, -65504.0, 0.0, 0.0])
+    batch = on(device, batch)
+    batch["logps"][0] = batch["entropy"][0] = torch.nan  # masked
+    need("grpo_loss", backend, batch["logps"])
+    for sign in (1, -1):
+        result = run(batch | {"advantages": sign * batch["advantages"].abs()}, config, backend)
+        assert all(value.isfinite().all() for value in result.values()), result
+        assert result["dlogps"][~batch["mask"]].eq(0).all()
+    nothing = run(batch | {"mask": torch.zeros_like(batch["mask"])}, config, backend)
+    assert nothing["loss"] == 0
+    assert nothing["dlogps"].eq(0).all()
+    assert all(value.isfinite().all() for value in nothing.values())
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_fault_upstream_shows(need, device, backend):
+    batch = on(device, make(3, 5, dtype=torch.float32))
+    need("grpo_loss", backend, batch["logps"])
+    for name in ("logps", "old_logps", "ref_logps", "advantages"):
+        broken = {**batch, name: batch[name].clone()}
+        broken[name][1] = torch.nan
+        result = run(broken, GRPOLossConfig(beta=0.1), backend)
+        assert result["loss"].isnan(), name
+        assert result["dlogps"][1].isnan().any()
+        assert result["dlogps"][2].isfinite().all()
+        where = r"\(1,\)" if name == "advantages" else r"\(1, 0\)"
+        with pytest.raises(ValueError, match=rf"{name} must be finite \(check_finite\), got nan at index {where}"):
+            run(broken, GRPOLossConfig(beta=0.1, check_finite=True), backend)
+    batch["logps"][~batch["mask"]] = torch.nan
+    assert run(batch, GRPOLossConfig(check_finite=True), backend)["loss"].isfinite()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_empty(need, device, backend):
+    need("grpo_loss", backend, torch.zeros(1, 1, device=device))
+    for shape in ((0, 5), (3, 0), (0, 0)):
+        batch = {"logps": torch.zeros(shape, device=device), "advantages": torch.ones(shape[0], device=device)}
+        result = run(batch, GRPOLossConfig(loss_type="grpo"), backend)
+        assert result["loss"] == 0
+        assert result["dlogps"].shape == shape
+    cu_seqlens = torch.tensor([0, 0, 2, 2], dtype=torch.int32, device=device)
+    batch = {"logps": torch.zeros(2, device=device), "advantages": torch.ones(3, device=device), "cu_seqlens": cu_seqlens}
+    assert run(batch, GRPOLossConfig(loss_type="grpo"), backend)["loss"].item() == pytest.approx(-1 / 3)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_half_precision_inputs(need, device, backend):
+    batch = on(device, make(3, 5, dtype=torch.float32))
+    need("grpo_loss", backend, batch["logps"])
+    half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in batch.items()}
+    config = GRPOLossConfig(beta=0.1)
+    result = run(half, config, backend)
+    assert result["loss"].dtype == torch.float32
+    assert result["dlogps"].dtype == torch.bfloat16
+    wide = run({name: x.float() if x.is_floating_point() else x for name, x in half.items()}, config, backend)
+    torch.testing.assert_close(result["dlogps"], wide["dlogps"].bfloat16())
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_backward_scales(need, device, backend):
+    batch = on(device, make(3, 5, dtype=torch.float32))
+    need("grpo_loss", backend, batch["logps"])
+    config = GRPOLossConfig(entropy_coef=0.1)
+    leaves = [batch["logps"].requires_grad_(), batch["entropy"].requires_grad_()]
+    loss, metrics = grpo_loss(
+        **{n: batch[n] for n in ("logps", "entropy", "advantages", "mask")}, config=config, backend=backend
+    )
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for mine, other in zip(torch.autograd.grad(-3 * loss, leaves), once, strict=True):
+        torch.testing.assert_close(mine, -3 * other)
+    assert not any(value.requires_grad for value in metrics.values())
+    assert not grpo_loss(batch["logps"].detach(), batch["advantages"], backend=backend).loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("variant", ["gspo kl", "luspo", "vespo"])
+def test_opcheck_and_compile(need, device, backend, variant):
+    config = GRPOLossConfig(**VARIANTS[variant])
+    batch = on(device, make(3, 5, dtype=torch.float32))
+    need("grpo_loss", backend, batch["logps"])
+    fixed = {name: batch[name] for name in ("old_logps", "ref_logps", "advantages", "mask")}
+    fixed |= {"rollout_logps": batch["rollout_logps"]} if config.rollout_correction else {}
+    leaves = (batch["logps"].requires_grad_(), batch["entropy"].requires_grad_())
+    args = Batch(*(batch.get(name) for name in Batch._fields))._replace(accumulation_steps=2.0)
+    torch.library.opcheck(torch.ops.vlmkernels.grpo_loss_fwd.default, (*args, config.text, backend))
+
+    def loss(logps, entropy):
+        result = grpo_loss(logps * 2, entropy=entropy + 1, **fixed, num_items=9, config=config, backend=backend)
+        return result.loss + 0 * result.metrics["entropy"]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    both = [torch.autograd.grad(f(*leaves), leaves, allow_unused=True) for f in (compiled, loss)]
+    for mine, other in zip(*both, strict=True):
+        assert (mine is None or mine.eq(0).all()) if other is None else torch.allclose(mine, other)
+
+
+def test_result_does_not_depend_on_threads():
+    batch = make(9, 700, dtype=torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results.append(run(batch, GRPOLossConfig(**VARIANTS["gspo kl"]), "cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(results[0][name].equal(results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets(isa):
+    """The same kernels as an older processor would run them: the module picks its code when it loads."""
+    environment = {**os.environ, "VLMKERNELS_CPU_ISA": isa}
+    command = [sys.executable, "-c", "import torch; from vlmkernels import _C; print(_C.cpu_isa)"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "VLMKERNELS_CPU_ISA must be at most" in shown.stderr:
+        pytest.skip(shown.stderr.strip().splitlines()[-1])
+    subset = "test_matches_fp64 and cpp"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", subset]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_table_lists_every_loss():
+    from vlmkernels.ops.grpo_loss.table import markdown
+
+    text = markdown()
+    assert all(f"| {name} |" in text for name in LOSSES)
+
+
+CONFIG_ERRORS = {
+    "loss_type": ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo, .*, got 'ppo'"),
+    "level": ({"importance_sampling_level": "word"}, "importance_sampling_level must be None or one of token, sequence, got"),
+    "kl": ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, got 'k4'"),
+    "beta": ({"beta": -0.1}, "beta must be >= 0, got -0.1"),
+    "beta nan": ({"beta": float("nan")}, "beta must be a finite number, got nan"),
+    "epsilon_low": ({"epsilon_low": 1.5}, r"epsilon_low must be in \[0, 1\], got 1.5"),
+    "epsilon_high": ({"epsilon_high": -1.0}, "epsilon_high must be >= 0, got -1.0"),
+    "delta": ({"delta": 0.0}, "delta must be > 0, got 0.0"),
+    "quantile": ({"top_entropy_quantile": 1.2}, r"top_entropy_quantile must be in \[0, 1\], got 1.2"),
+    "correction": ({"rollout_correction": "mask"}, "rollout_correction must be None or one of token_truncate, .* got 'mask'"),
+    "bounds": ({"rollout_clip_min": 4.0}, "rollout_clip_min must be <= rollout_clip_max = 3.0, got 4.0"),
+    "temperature": ({"sapo_temperature_pos": 0.0}, "sapo_temperature_pos must be > 0, got 0.0"),
+    "dr_grpo": ({"loss_type": "dr_grpo"}, "max_completion_length must be given with loss_type = 'dr_grpo', got None"),
+    "vespo": (
+        {"loss_type": "vespo", "importance_sampling_level": "sequence"},
+        "importance_sampling_level must be one of the token level with loss_type = 'vespo', got 'sequence'",
+    ),
+    "vespo correction": (
+        {"loss_type": "vespo", "rollout_correction": "sequence_mask"},
+        "rollout_correction must be one of the token level with loss_type = 'vespo', got 'sequence_mask'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_ERRORS)
+def test_configuration_errors(case):
+    options, message = CONFIG_ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        GRPOLossConfig(**options)
+    with pytest.raises(ValueError, match=r"preset must be one of grpo, .*, got 'best'"):
+        GRPOLossConfig.preset("best")
+
+
+X, S = torch.zeros(2, 3), torch.zeros(2)
+C = torch.tensor([0, 2, 6], dtype=torch.int32)
+ERRORS = {
+    "logps dtype": ((X.long(), S), {}, TypeError, "logps must be floating point, got torch.int64"),
+    "logps shape": ((S, S), {}, ValueError, r"logps must be \(B, T\), or \(N,\) with cu_seqlens, got \(2,\)"),
+    "advantages": ((X, torch.zeros(3)), {}, ValueError, r"advantages must be one per sequence, \(2,\), or per .* got \(3,\)"),
+    "old_logps": ((X, S), {"old_logps": S}, ValueError, r"old_logps must have the shape of logps, \(2, 3\), got \(2,\)"),
+    "mask": ((X, S), {"mask": X}, TypeError, "mask must have dtype bool, got float32"),
+    "ref_logps": (
+        (X, S),
+        {"config": GRPOLossConfig(beta=0.1)},
+        ValueError,
+        "ref_logps must be given with beta = 0.1, got None",
+    ),
+    "rollout": (
+        (X, S),
+        {"config": GRPOLossConfig(rollout_correction="token_mask")},
+        ValueError,
+        "rollout_logps must be given with rollout_correction = 'token_mask', got None",
+    ),
+    "unused rollout": (
+        (X, S),
+        {"rollout_logps": X},
+        ValueError,
+        "rollout_logps must be None unless config.rollout_correction or",
+    ),
+    "entropy": (
+        (X, S),
+        {"config": GRPOLossConfig(entropy_coef=0.1)},
+        ValueError,
+        "entropy must be given with entropy_coef = 0.1",
+    ),
+    "num_items": ((X, S), {"num_items": -1}, ValueError, "num_items must be >= 0, got -1"),
+    "num_items shape": ((X, S), {"num_items": S}, ValueError, r"num_items must be a number or a \(\) tensor, got \(2,\)"),
+    "accumulation": ((X, S), {"accumulation_steps": 0}, ValueError, "accumulation_steps must be finite and > 0, got 0"),
+    "mask and cu_seqlens": (
+        (X.view(6), S),
+        {"cu_seqlens": C, "mask": torch.ones(6, dtype=torch.bool)},
+        ValueError,
+        "mask must be None with cu_seqlens: leave out the tokens that do not count",
+    ),
+    "packed shape": ((X, S), {"cu_seqlens": C}, ValueError, r"logps must be \(N,\) with cu_seqlens, got \(2, 3\)"),
+    "cu dtype": ((X.view(6), S), {"cu_seqlens": C.long()}, TypeError, "cu_seqlens must have dtype int32, got int64"),
+    "cu order": (
+        (X.view(6), torch.zeros(3)),
+        {"cu_seqlens": torch.tensor([0, 4, 2, 6], dtype=torch.int32)},
+        ValueError,
+        r"cu_seqlens must not decrease, got \[0, 4, 2, 6\]",
+    ),
+    "cu end": ((X.view(6)[:5], S), {"cu_seqlens": C}, ValueError, r"cu_seqlens must go from 0 to 5, .* got \[0, 2, 6\]"),
+    "fp64": ((X.double(), S), {"backend": "cpp"}, NotImplementedError, "cpp: takes float32, got float64"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_argument_rule_and_value(case):
+    args, options, error, message = ERRORS[case]
+    with pytest.raises(error, match=message):
+        grpo_loss(*args, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph_and_no_wait(backend):
+    batch = on("cuda", make(16, 300, dtype=torch.float32))
+    config = GRPOLossConfig(loss_type="grpo", beta=0.1)
+    names = ("logps", "advantages", "old_logps", "ref_logps", "mask", "entropy")
+    call = lambda: grpo_loss(**{n: batch[n] for n in names}, config=config, backend=backend)  # noqa: E731
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    batch["logps"].copy_(batch["logps"].flip(0))
+    graph.replay()
+    torch.testing.assert_close(result.loss, call().loss)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -106,7 +106,7 @@ struct KlTerm {
 struct K1 {
     template <class F>
     VLMK_HD static KlTerm<F> term(F x) {
-        return {-x, splat_as<F>(-1.0f)};
+        return {-x, splat_as<F>(1.0f)};
     }
 };
 

@@ -93,7 +93,7 @@ def grpo_loss(
     cu_seqlens: torch.Tensor | None = None,
     rollout_logps: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
-    entropy_threshold: torch.Tensor | None = None,
+    entropy_threshold: torch.Tensor | float | None = None,
     num_items: torch.Tensor | float | None = None,
     accumulation_steps: float = 1,
     config: GRPOLossConfig = DEFAULT,
@@ -143,63 +143,60 @@ def grpo_loss(
 
     Source: https://arxiv.org/abs/2402.03300, and those of ``vlmkernels.ops.grpo_loss.config.LOSSES``.
     """
-    _check_arguments(locals())
-    dtype = torch.promote_types(logps.dtype, torch.float32)
-    tensors = (advantages, old_logps, ref_logps, rollout_logps)
-    advantages, old_logps, ref_logps, rollout_logps = (t if t is None else t.detach().to(dtype) for t in tensors)
-    if num_items is not None and not isinstance(num_items, torch.Tensor):
-        num_items = torch.tensor(float(num_items), dtype=dtype)
     batch = Batch(
-        logps.to(dtype),
+        logps,
         advantages,
         old_logps,
-        ref_logps if config.beta else None,
+        ref_logps,
         mask,
         cu_seqlens,
         rollout_logps,
-        None if entropy is None else entropy.to(dtype),
-        None if entropy_threshold is None else entropy_threshold.detach().to(dtype),
-        None if num_items is None else num_items.detach().to(dtype),
-        float(accumulation_steps),
+        entropy,
+        entropy_threshold,
+        num_items,
+        accumulation_steps,
     )
+    _check_layout(batch)
+    _check_config(batch, config)
+    batch = _prepare(batch, config)
     loss, _, _, stats = torch.ops.vlmkernels.grpo_loss_fwd(*batch, config.text, resolve(backend))
     return GRPOLossOutput(loss, metrics(stats, batch, config))
 
 
-def _check_arguments(arguments: dict) -> None:
-    """The rules of ``grpo_loss`` that need no value of a tensor."""
-    logps, advantages, mask, cu_seqlens, config = (
-        arguments[name] for name in ("logps", "advantages", "mask", "cu_seqlens", "config")
-    )
+def _check_layout(batch: Batch) -> None:
+    """Shapes, dtypes and devices."""
+    logps, advantages, cu_seqlens = batch.logps, batch.advantages, batch.cu_seqlens
     require(logps.is_floating_point(), "logps", "be floating point", logps.dtype, TypeError)
     if cu_seqlens is None:
         require(logps.dim() == 2, "logps", "be (B, T), or (N,) with cu_seqlens", tuple(logps.shape))
-        num_sequences = len(logps)
     else:
-        require(mask is None, "mask", "be None with cu_seqlens: leave out the tokens that do not count", "a tensor")
+        require(batch.mask is None, "mask", "be None with cu_seqlens: leave out the tokens that do not count", "a tensor")
         require(logps.dim() == 1, "logps", "be (N,) with cu_seqlens", tuple(logps.shape))
         require_dtype("cu_seqlens", cu_seqlens, torch.int32)
         shape = tuple(cu_seqlens.shape)
         require(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, "cu_seqlens", "be (S + 1,), from 0 to N", shape)
-        num_sequences = len(cu_seqlens) - 1
-    shapes = ((num_sequences,), tuple(logps.shape))
+    shapes = ((batch.num_sequences,), tuple(logps.shape))
     rule = f"be one per sequence, {shapes[0]}, or per token, {shapes[1]}"
     require(tuple(advantages.shape) in shapes, "advantages", rule, tuple(advantages.shape))
-    if mask is not None:
-        require_dtype("mask", mask, torch.bool)
+    if batch.mask is not None:
+        require_dtype("mask", batch.mask, torch.bool)
     for name in ("old_logps", "ref_logps", "mask", "rollout_logps", "entropy"):
-        if arguments[name] is not None:
-            require_shape(name, arguments[name], logps.shape, "logps")
+        if getattr(batch, name) is not None:
+            require_shape(name, getattr(batch, name), logps.shape, "logps")
     for name in ("entropy_threshold", "num_items"):
-        value = arguments[name]
+        value = getattr(batch, name)
         if isinstance(value, torch.Tensor):
             require(value.dim() == 0, name, "be a number or a () tensor", tuple(value.shape))
         elif value is not None:
             require(value >= 0, name, "be >= 0", value)
     for name in ("advantages", "old_logps", "ref_logps", "mask", "cu_seqlens", "rollout_logps", "entropy", "entropy_threshold"):
-        if arguments[name] is not None:
-            require_device(name, arguments[name], logps.device, "logps")
-    require_positive("accumulation_steps", arguments["accumulation_steps"])
+        if isinstance(getattr(batch, name), torch.Tensor):
+            require_device(name, getattr(batch, name), logps.device, "logps")
+    require_positive("accumulation_steps", batch.accumulation_steps)
+
+
+def _check_config(batch: Batch, config: GRPOLossConfig) -> None:
+    """What the configuration needs is there, and rollout_logps only where it uses them."""
     for setting, name, needed in (
         ("beta", "ref_logps", config.beta > 0),
         ("rollout_correction", "rollout_logps", config.rollout_correction is not None),
@@ -207,10 +204,33 @@ def _check_arguments(arguments: dict) -> None:
         ("entropy_coef", "entropy", config.entropy_coef != 0),
     ):
         rule = f"be given with {setting} = {getattr(config, setting)!r}"
-        require(not needed or arguments[name] is not None, name, rule, None)
+        require(not needed or getattr(batch, name) is not None, name, rule, None)
     unused = config.rollout_correction is None and config.off_policy_mask_threshold is None
     rule = "be None unless config.rollout_correction or config.off_policy_mask_threshold uses it"
-    require(not unused or arguments["rollout_logps"] is None, "rollout_logps", rule, "a tensor")
+    require(not unused or batch.rollout_logps is None, "rollout_logps", rule, "a tensor")
+
+
+def _prepare(batch: Batch, config: GRPOLossConfig) -> Batch:
+    """All floating tensors in the dtype of computation, gradients only where one goes, what is not read left out."""
+    dtype = torch.promote_types(batch.logps.dtype, torch.float32)
+    fixed = {}
+    for name in ("advantages", "old_logps", "ref_logps", "rollout_logps"):
+        tensor = getattr(batch, name)
+        fixed[name] = None if tensor is None else tensor.detach().to(dtype)
+    if not config.beta:
+        fixed["ref_logps"] = None
+    for name in ("entropy_threshold", "num_items"):
+        value = getattr(batch, name)
+        fixed[name] = value.detach().to(dtype) if isinstance(value, torch.Tensor) else value
+    if config.top_entropy_quantile == 1:
+        fixed["entropy_threshold"] = None
+    elif isinstance(batch.entropy_threshold, (int, float)):
+        fixed["entropy_threshold"] = torch.full((), batch.entropy_threshold, dtype=dtype, device=batch.logps.device)
+    if isinstance(batch.num_items, (int, float)):
+        fixed["num_items"] = torch.tensor(float(batch.num_items), dtype=dtype)
+    entropy = None if batch.entropy is None else batch.entropy.to(dtype)
+    steps = float(batch.accumulation_steps)
+    return batch._replace(logps=batch.logps.to(dtype), entropy=entropy, accumulation_steps=steps, **fixed)
 
 
 def _check_values(batch: Batch) -> None:

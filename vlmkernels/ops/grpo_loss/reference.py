@@ -75,7 +75,7 @@ SURROGATES = {
 # Estimators of KL(policy || reference) and their derivative by logp, of x = ref_logp - logp. http://joschu.net/blog/kl-approx.html
 KL = {
     "none": lambda x: (torch.zeros_like(x), torch.zeros_like(x)),
-    "k1": lambda x: (-x, -torch.ones_like(x)),
+    "k1": lambda x: (-x, torch.ones_like(x)),
     "k2": lambda x: (x.square() / 2, -x),
     "k3": lambda x: (x.exp() - x - 1, 1 - x.exp()),
 }

@@ -95,7 +95,7 @@ def no_kl(x):
 
 @triton.jit
 def k1(x):
-    return -x, 0.0 * x - 1.0
+    return -x, 0.0 * x + 1.0
 
 
 @triton.jit

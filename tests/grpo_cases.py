@@ -1,0 +1,71 @@
+"""Batches and configurations that the tests of grpo_loss share."""
+
+import torch
+
+from vlmkernels import grpo_loss
+
+# Every row of every table, and what turns on each branch of the kernels.
+VARIANTS = {
+    "grpo": {"loss_type": "grpo"},
+    "bnpo": {"loss_type": "bnpo", "beta": 0.1, "kl_estimator": "k1"},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 20, "beta": 0.1, "kl_estimator": "k2"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "delta": 1.2, "beta": 0.1},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.2, "beta": 0.1, "use_bias_correction_kl": True},
+    "sapo": {"loss_type": "sapo"},
+    "luspo": {"loss_type": "luspo", "entropy_coef": 0.1, "top_entropy_quantile": 0.4},
+    "vespo": {"loss_type": "vespo", "rollout_correction": "token_mask", "rollout_clip_max": 1.3},
+    "vespo truncated": {"loss_type": "vespo", "rollout_correction": "token_truncate", "rollout_clip_min": 0.9},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "top_entropy_quantile": 0.4},
+    "gspo kl": {"loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1, "use_bias_correction_kl": True},
+    "gspo sapo": {"loss_type": "sapo", "importance_sampling_level": "sequence", "entropy_coef": 0.1},
+    "gspo cispo": {"loss_type": "cispo", "importance_sampling_level": "sequence", "epsilon_high": 1.0},
+    "token mask": {"rollout_correction": "token_mask", "rollout_clip_min": 0.8, "rollout_clip_max": 1.2},
+    "sequence truncate": {"rollout_correction": "sequence_truncate", "rollout_clip_min": 0.9, "rollout_clip_max": 1.1},
+    "sequence mask": {"rollout_correction": "sequence_mask", "rollout_clip_max": 1.4, "rollout_sequence_ratio": "mean"},
+    "off policy": {"off_policy_mask_threshold": 0.02, "loss_type": "dapo"},
+}
+
+
+def make(B=5, T=9, dtype=torch.float64, spread=0.4, per_token=False, seed=0):
+    """A batch with holes in its mask, an empty completion, and NaN wherever nothing counts."""
+    rng = torch.Generator().manual_seed(seed)
+    logps = -torch.rand(B, T, generator=rng, dtype=torch.float64) * 3
+    around = lambda: logps + spread * torch.randn(B, T, generator=rng, dtype=torch.float64)  # noqa: E731
+    batch = {
+        "logps": logps,
+        "advantages": torch.randn((B, T) if per_token else (B,), generator=rng, dtype=torch.float64),
+        "old_logps": around(),
+        "ref_logps": around(),
+        "rollout_logps": around(),
+        "entropy": 3 * torch.rand(B, T, generator=rng, dtype=torch.float64),
+    }
+    mask = torch.rand(B, T, generator=rng) < 0.7
+    mask[0] = False
+    mask[1] = True
+    return {name: x.to(dtype) for name, x in batch.items()} | {"mask": mask}
+
+
+def run(batch, config, backend="auto", **options):
+    """The loss, its gradients by logps and entropy, and the metrics. Reads only what the configuration asks for."""
+    batch = {name: x.detach().clone() for name, x in batch.items() if x is not None}
+    if config.rollout_correction is None and config.off_policy_mask_threshold is None:
+        batch.pop("rollout_logps", None)
+    leaves = [batch["logps"].requires_grad_()]
+    if config.entropy_coef:
+        leaves.append(batch["entropy"].requires_grad_())
+    loss, metrics = grpo_loss(**batch, config=config, backend=backend, **options)
+    grads = torch.autograd.grad(loss, leaves)
+    result = {"loss": loss.detach(), "dlogps": grads[0]} | metrics
+    return result | ({"dentropy": grads[1]} if config.entropy_coef else {})
+
+
+def on(device, batch):
+    return {name: x if x is None else x.to(device) for name, x in batch.items()}
+
+
+def packed(batch):
+    """The tokens that the mask holds, one sequence after another."""
+    mask = batch["mask"]
+    result = {name: x[mask] if x.shape == mask.shape else x for name, x in batch.items() if name != "mask"}
+    lengths = mask.sum(1)
+    return result | {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()}
