@@ -26,7 +26,7 @@ def markdown() -> str:
         cells = (
             name,
             f"`{formula}`",
-            AGGREGATIONS[row.aggregation].weight,
+            AGGREGATIONS[row.aggregation].weight.replace("|", r"\|"),
             level,
             _link(row.source),
             PARITY.get(name, "TRL 1.16"),
