@@ -288,9 +288,9 @@ def test_opcheck_and_compile(need, device, backend, variant):
     need("grpo_loss", backend, batch["logps"])
     fixed = {name: batch[name] for name in ("old_logps", "ref_logps", "advantages", "mask")}
     fixed |= {"rollout_logps": batch["rollout_logps"]} if config.rollout_correction else {}
-    leaves = (batch["logps"].requires_grad_(), batch["entropy"].requires_grad_())
     args = Batch(*(batch.get(name) for name in Batch._fields))._replace(accumulation_steps=2.0)
     torch.library.opcheck(torch.ops.vlmkernels.grpo_loss_fwd.default, (*args, config.text, backend))
+    leaves = (batch["logps"].requires_grad_(), batch["entropy"].requires_grad_())
 
     def loss(logps, entropy):
         result = grpo_loss(logps * 2, entropy=entropy + 1, **fixed, num_items=9, config=config, backend=backend)

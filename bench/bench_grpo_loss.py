@@ -1,0 +1,93 @@
+"""The DAPO loss with a KL term on given log-probabilities, forward and backward, against its peers.
+
+The error is that of the loss and of its gradient against fp64, relative to the largest value.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+
+from vlmkernels import GRPOLossConfig, backend, grpo_loss
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+# (completions, tokens): a micro-batch; long answers; a whole batch.
+CASES = [(64, 512), (64, 4096), (512, 2048)]
+OPTIONS = {"loss_type": "dapo", "beta": 0.04, "use_bias_correction_kl": False, "epsilon_high": 0.28}
+CONFIG = GRPOLossConfig(**OPTIONS)
+
+
+def make(num, length):
+    """Half to all of each row counts; the policies differ as after a few steps."""
+    rng = torch.Generator(harness.DEVICE).manual_seed(0)
+    randn = lambda: torch.randn(num, length, generator=rng, device=harness.DEVICE)  # noqa: E731
+    logps = -randn().exp()
+    lengths = torch.randint(length // 2, length + 1, (num, 1), generator=rng, device=harness.DEVICE)
+    mask = torch.arange(length, device=harness.DEVICE) < lengths
+    return {
+        "logps": logps,
+        "advantages": randn()[:, 0].clone(),
+        "old_logps": logps + 0.1 * randn(),
+        "ref_logps": logps + 0.1 * randn(),
+        "entropy": randn().abs(),
+        "mask": mask,
+        "num_items": mask.sum().float(),
+    }
+
+
+def formula(logps, advantages, old_logps, ref_logps, entropy, mask, num_items):
+    """The loss alone: no metrics, nothing clamped."""
+    ratio = (logps - old_logps).exp()
+    clipped = ratio.clamp(1 - CONFIG.epsilon_low, 1 + CONFIG.epsilon_high)
+    advantages = advantages.unsqueeze(1)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    gap = ref_logps - logps
+    return ((loss + CONFIG.beta * (gap.exp() - gap - 1)) * mask).sum() / num_items
+
+
+def step(loss, batch):
+    """A provider: the loss and its gradient by ``logps``, once."""
+
+    def run():
+        value = loss(**batch)
+        return value.detach(), torch.autograd.grad(value, batch["logps"])[0]
+
+    return run
+
+
+@pytest.mark.parametrize("shape", CASES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_grpo_loss(benchmark, shape):
+    batch = make(*shape)
+    double = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+    double["logps"].requires_grad_()
+    exact = step(formula, double)()
+    batch["logps"].requires_grad_()
+
+    def ours(name):
+        return step(lambda **inputs: grpo_loss(**inputs, config=CONFIG, backend=name).loss, batch)
+
+    served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("grpo_loss", name, batch["logps"]) is None]
+    chosen = backend.choose("grpo_loss", "auto", batch["logps"])
+    providers = {f"vlmkernels {name}, with metrics": ours(name) for name in (chosen, *(n for n in served if n != chosen))}
+    if importlib.util.find_spec("trl"):
+        from trl_loss import trl_args, trl_loss
+
+        args = trl_args(**OPTIONS)
+        providers["TRL GRPOTrainer._compute_loss"] = step(
+            lambda **inputs: trl_loss(args, rollout_logps=None, **inputs)[0], batch
+        )
+    providers["torch.compile of the formula"] = step(torch.compile(formula, dynamic=False), batch)
+    providers["eager formula"] = step(formula, batch)
+
+    def check(name, result):
+        errors = [((a.double() - e).abs().max() / e.abs().max()).item() for a, e in zip(result, exact, strict=True)]
+        assert max(errors) < 1e-4, f"{name} is wrong: relative errors {errors}"
+        return f"loss {errors[0]:.0e}, gradient {errors[1]:.0e}"
+
+    inputs = [x.detach() for x in batch.values()]
+    floors = {"read each input once": lambda: [x.view(torch.int8).sum() if x.dtype == torch.bool else x.sum() for x in inputs]}
+    harness.compare(benchmark, f"grpo_loss {shape[0]} x {shape[1]}", providers, check, floors, limit_s=20)
