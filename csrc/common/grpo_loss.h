@@ -86,7 +86,7 @@ struct GrpoLoss {
     const float* entropy_threshold;  // () or null
     const float* num_items;          // () on the device of logp, or null
     float divisor;                   // of the policy loss
-    bool divide_by_tokens;           // ... times the number of tokens
+    bool divide_by_tokens;           // ... and by the number of tokens: in policy_scale
     float entropy_coef;
     float accumulation_steps;
 

@@ -205,11 +205,18 @@ struct Sequence {
     bool drifted;
 };
 
-VLMK_HD Sequence sequence_of(const SequenceSums<float>& sums, const GrpoVariant& v) {
+// What all tokens' weights are divided by as far as it is known before the batch is read; finish() has the rest.
+VLMK_HD float known_scale(const GrpoLoss& p) {
+    float scale = 1.0f / p.divisor;
+    return p.num_items == nullptr || *p.num_items == 0.0f ? scale : scale / *p.num_items;
+}
+
+VLMK_HD Sequence sequence_of(const SequenceSums<float>& sums, const GrpoLoss& p) {
+    const GrpoVariant& v = p.variant;
     float length = sums.tokens > 1.0f ? sums.tokens : 1.0f;
     Sequence q;
     q.tokens = sums.tokens;
-    q.share = v.per_length ? 1.0f / length : 1.0f;
+    q.share = v.per_length ? known_scale(p) / length : known_scale(p);
     q.ratio = v.sequence_level ? exp(bounded(sums.log_ratio / length)) : 1.0f;
     q.log_weight = at_least(at_most(sums.log_weight, kMaxLogRatio), kVespoMinLogWeight);
     q.rollout_log_weight = rollout_log_weight(v.rollout_mean ? sums.rollout_log_ratio / length : sums.rollout_log_ratio, v);
@@ -278,9 +285,7 @@ VLMK_HD float ratio_of(float a, float b) { return a / (b > 1.0f ? b : 1.0f); }
 // The loss and the statistics from the columns of all sequences.
 VLMK_HD void finish(const GrpoLoss& p, const float (&total)[kColumns], float* loss, float* stats) {
     bool any = total[kTokens] > 0.0f;
-    float policy_scale = 1.0f / p.divisor;
-    if (p.divide_by_tokens) policy_scale = ratio_of(policy_scale, total[kTokens]);
-    if (p.num_items != nullptr) policy_scale /= *p.num_items == 0.0f ? 1.0f : *p.num_items;
+    float policy_scale = p.divide_by_tokens ? ratio_of(1.0f, total[kTokens]) : 1.0f;
     float entropy_scale = -ratio_of(p.entropy_coef, total[kKept]) / p.accumulation_steps;
     float policy_loss = total[kLoss] * policy_scale;
     *loss = policy_loss + entropy_scale * total[kKeptEntropy];

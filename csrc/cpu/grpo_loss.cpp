@@ -45,20 +45,43 @@ Rows rows_of(const GrpoLoss& p, int64_t s) {
     return r;
 }
 
-// The sixteen tokens from `i`, the first `left` of which exist.
+// Of sixteen tokens, the first `left` of which exist: 1 where the mask holds.
+using Bytes = uint8_t __attribute__((vector_size(kLanes)));
+
 template <bool kWhole>
-i32 load_mask(const bool* mask, int64_t left) {
-    using u8 = uint8_t __attribute__((vector_size(kLanes)));
-    u8 bytes{};
-    std::memset(&bytes, mask == nullptr ? 1 : 0, kWhole ? kLanes : left);
-    if (mask != nullptr) std::memcpy(&bytes, mask, kWhole ? kLanes : left);
+Bytes load_bytes(const bool* mask, int64_t left) {
+    Bytes bytes{};
+    if (mask != nullptr) {
+        std::memcpy(&bytes, mask, kWhole ? kLanes : left);
+    } else {
+        std::memset(&bytes, 1, kWhole ? kLanes : left);
+    }
+    return bytes;
+}
+
+bool none(Bytes bytes) {
+    uint64_t halves[2];
+    std::memcpy(halves, &bytes, sizeof(halves));
+    return (halves[0] | halves[1]) == 0;
+}
+
+i32 widen(Bytes bytes) {
+#if defined(__AVX512F__)
+    return bit_cast<i32>(_mm512_cvtepu8_epi32(bit_cast<__m128i>(bytes))) != 0;
+#else
     return __builtin_convertvector(bytes, i32) != 0;
+#endif
+}
+
+template <bool kWhole>
+i32 load_mask(const Rows& r, int64_t i) {
+    return widen(load_bytes<kWhole>(r.mask == nullptr ? nullptr : r.mask + i, r.size - i));
 }
 
 template <bool kWhole>
 __attribute__((always_inline)) inline Token<f32, i32> load_token(const Rows& r, int64_t i) {
     Token<f32, i32> t;
-    t.mask = load_mask<kWhole>(r.mask == nullptr ? nullptr : r.mask + i, r.size - i);
+    t.mask = load_mask<kWhole>(r, i);
     auto read = [&](const float* data) {
         f32 x = kWhole ? load(data + i) : load_tail(data + i, r.size - i, 0.0f);
         return t.mask ? x : f32{};
@@ -121,7 +144,7 @@ template <class Surrogate, bool kPlain>
 void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
     const GrpoVariant& v = p.variant;
     Rows r = rows_of(p, s);
-    Sequence q = sequence_of(sums_of<Surrogate>(r, v), v);
+    Sequence q = sequence_of(sums_of<Surrogate>(r, v), p);
     float threshold = p.entropy_threshold == nullptr ? -kInfinity : *p.entropy_threshold;
     float* dlogp = p.dlogp + r.begin;
     f32 least = splat(kInfinity), greatest = splat(-kInfinity);
@@ -130,6 +153,12 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
         f32 value{}, low{}, high{}, kl{}, entropy{}, kept{}, kept_entropy{}, ratio{}, rollout{}, effective{}, through{};
         each(start, std::min(start + kBlock, r.size), [&](int64_t i, auto whole) {
             constexpr bool kWhole = decltype(whole)::value;
+            auto write = [&](float* out, f32 x) { kWhole ? store(out + i, x) : store_tail(out + i, r.size - i, x); };
+            if (r.mask != nullptr && none(load_bytes<kWhole>(r.mask + i, r.size - i))) {  // the end of a padded row
+                write(dlogp, f32{});
+                if (p.dentropy != nullptr) write(p.dentropy + r.begin, f32{});
+                return;
+            }
             Token<f32, i32> t = load_token<kWhole>(r, i);
             TokenTerms<f32> terms = token_terms<Surrogate, kPlain>(t, q, threshold, v);
             f32 gradient = terms.direct;
@@ -138,7 +167,6 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
             } else {
                 gradient += terms.through_ratio;
             }
-            auto write = [&](float* out, f32 x) { kWhole ? store(out + i, x) : store_tail(out + i, r.size - i, x); };
             write(dlogp, gradient * q.share);
             if (p.dentropy != nullptr) write(p.dentropy + r.begin, terms.kept);
             value += terms.value;
@@ -188,8 +216,7 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
     f32 spread = splat(static_cast<float>(through_ratio / std::max(q.tokens, 1.0f)) * q.share);
     each(0, r.size, [&](int64_t i, auto whole) {
         constexpr bool kWhole = decltype(whole)::value;
-        i32 mask = load_mask<kWhole>(r.mask == nullptr ? nullptr : r.mask + i, r.size - i);
-        f32 share = mask ? spread : f32{};
+        f32 share = load_mask<kWhole>(r, i) ? spread : f32{};
         if constexpr (kWhole) {
             store(dlogp + i, load(dlogp + i) + share);
         } else {

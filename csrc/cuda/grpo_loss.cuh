@@ -102,7 +102,8 @@ VLMK_DEVICE Token<float, bool> load_token(const Rows& r, int64_t i) {
 }
 
 template <class Surrogate>
-VLMK_DEVICE Sequence read_sequence(const Rows& r, const GrpoVariant& v) {
+VLMK_DEVICE Sequence read_sequence(const Rows& r, const GrpoLoss& p) {
+    const GrpoVariant& v = p.variant;
     SequenceSums<float> sums;
     if (needs_sums<Surrogate>(v)) {
         for (int64_t i = threadIdx.x; i < r.size; i += kGrpoThreads) add<Surrogate>(sums, load_token(r, i), v);
@@ -113,7 +114,7 @@ VLMK_DEVICE Sequence read_sequence(const Rows& r, const GrpoVariant& v) {
     const int names[5] = {kLoss, kLoss, kLoss, kLoss, kLoss};
     float columns[5] = {sums.tokens, sums.log_ratio, sums.log_weight, sums.rollout_log_ratio, sums.drift};
     merge_block(names, columns);
-    return sequence_of({columns[0], columns[1], columns[2], columns[3], columns[4]}, v);
+    return sequence_of({columns[0], columns[1], columns[2], columns[3], columns[4]}, p);
 }
 
 // The gradient, without policy_scale, and the columns of the sequence.
@@ -122,7 +123,7 @@ template <class Surrogate>
 __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_constant__ GrpoLoss p) {
     const GrpoVariant& v = p.variant;
     Rows r = rows_of(p, blockIdx.x);
-    Sequence q = read_sequence<Surrogate>(r, v);
+    Sequence q = read_sequence<Surrogate>(r, p);
     float threshold = p.entropy_threshold == nullptr ? -kInfinity : *p.entropy_threshold;
     float* dlogp = p.dlogp + r.begin;
 

@@ -67,7 +67,9 @@ class _Loss(torch.autograd.Function):
             dlogp, dentropy, stats = ctx.saved_tensors
             policy_scale, entropy_scale = (stats[:2] * dloss).unbind()
             if ctx.needs_input_grad[Batch._fields.index("logps")]:
-                grads["logps"] = dlogp * policy_scale
+                # On the CPU a look at the scale is free, and mostly spares a pass over the gradient.
+                looked_at = dlogp.device.type == "cpu" and not torch.compiler.is_compiling()
+                grads["logps"] = dlogp if looked_at and policy_scale.item() == 1 else dlogp * policy_scale
             if ctx.needs_input_grad[Batch._fields.index("entropy")] and dentropy.numel():
                 grads["entropy"] = dentropy * entropy_scale
         return tuple(grads.values())

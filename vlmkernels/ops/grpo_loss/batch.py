@@ -46,7 +46,8 @@ class Batch(NamedTuple):
         return self.num_items.item() or 1.0, None, False
 
 
-# The columns of ``stats``, which the forward pass fills. The gradients it writes are still to be multiplied by the scales.
+# The columns of ``stats``, which the forward pass fills. The gradients it writes are still to be multiplied by the scales:
+# what is known only once the whole batch is read.
 STATS = (
     "policy_scale",
     "entropy_scale",

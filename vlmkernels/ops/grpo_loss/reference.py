@@ -173,13 +173,11 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
     if config.level == "sequence":
         through_ratio = sequences.per_token(sequences.total(m * through_ratio) / length)
 
-    share = m / sequences.per_token(length) if config.aggregation.per_length else m
     number, tensor, by_tokens = batch.divisor(config)
-    policy_scale = torch.full_like(loss, 1 / number)
-    if by_tokens:
-        policy_scale = policy_scale / m.sum().clamp(min=1)
+    share = (m / sequences.per_token(length) if config.aggregation.per_length else m) / number
     if tensor is not None:
-        policy_scale = policy_scale / torch.where(tensor == 0, 1, tensor)
+        share = share / torch.where(tensor == 0, 1, tensor)
+    policy_scale = 1 / m.sum().clamp(min=1) if by_tokens else torch.ones_like(loss)
     entropy_scale = -config.entropy_coef / (kept.sum().clamp(min=1) * batch.accumulation_steps)
     policy_loss = (share * value).sum() * policy_scale
     entropy = torch.zeros_like(logp) if batch.entropy is None else read(batch.entropy)

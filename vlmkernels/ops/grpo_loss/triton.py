@@ -174,6 +174,8 @@ def grpo_loss_kernel(
     dlogp_ptr,  # (S, T) or (N,) out, without policy_scale
     dentropy_ptr,  # likewise or None, without entropy_scale
     partial_ptr,  # (S, COLUMNS) out
+    num_items_ptr,  # () or None
+    divisor,
     T,
     N,
     stride_logp,
@@ -239,7 +241,12 @@ def grpo_loss_kernel(
         gaps += gap
         drifts += drift
     tokens = tl.sum(count, 0)
-    share = tl.where(PER_LENGTH, ratio_of(1.0, tokens), 1.0)
+    share = 1.0 / divisor
+    if num_items_ptr is not None:
+        num_items = tl.load(num_items_ptr)
+        share = share / tl.where(num_items == 0, 1.0, num_items)
+    if PER_LENGTH:
+        share = ratio_of(share, tokens)
     sequence_ratio = tl.exp(bounded(ratio_of(tl.sum(log_ratios, 0), tokens)))
     log_weight = at_least(at_most(tl.sum(log_weights, 0), MAX_LOG_RATIO), VESPO_MIN_LOG_WEIGHT)
     sequence_gap = tl.sum(gaps, 0)
@@ -379,11 +386,9 @@ def column_max(partial_ptr, column, S, sign, BLOCK_S: tl.constexpr):
 @triton.jit(do_not_specialize=["S"])
 def grpo_loss_finish_kernel(
     partial_ptr,  # (S, COLUMNS)
-    num_items_ptr,  # () or None
     loss_ptr,  # () out
     stats_ptr,  # (len(STATS),) out
     S,
-    divisor,
     entropy_coef,
     accumulation_steps,
     BY_TOKENS: tl.constexpr,
@@ -392,12 +397,7 @@ def grpo_loss_finish_kernel(
     """Grid (1,): the loss and the statistics."""
     tokens = column_sum(partial_ptr, 1, S, BLOCK_S)
     units = column_sum(partial_ptr, 2, S, BLOCK_S)
-    policy_scale = 1.0 / divisor
-    if BY_TOKENS:
-        policy_scale = ratio_of(policy_scale, tokens)
-    if num_items_ptr is not None:
-        num_items = tl.load(num_items_ptr)
-        policy_scale = policy_scale / tl.where(num_items == 0, 1.0, num_items)
+    policy_scale = ratio_of(1.0, tokens) if BY_TOKENS else 1.0
     entropy_scale = -ratio_of(entropy_coef, column_sum(partial_ptr, 7, S, BLOCK_S)) / accumulation_steps
     policy_loss = column_sum(partial_ptr, 0, S, BLOCK_S) * policy_scale
     tl.store(loss_ptr, policy_loss + entropy_scale * column_sum(partial_ptr, 8, S, BLOCK_S))
@@ -439,6 +439,8 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
             dlogp,
             dentropy if dentropy.numel() else None,
             partial,
+            num_items,
+            divisor,
             batch.logps.shape[-1],
             batch.logps.numel(),
             *(0 if x is None else x.stride(0) for x in rows),
@@ -460,11 +462,9 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
         )
     grpo_loss_finish_kernel[(1,)](
         partial,
-        num_items,
         loss,
         stats,
         size,
-        divisor,
         config.entropy_coef,
         batch.accumulation_steps,
         BY_TOKENS=by_tokens,
