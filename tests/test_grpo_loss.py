@@ -40,11 +40,12 @@ def check(batch, config, backend, **options):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_matches_fp64(need, device, nan_filled, backend, variant):
     config = GRPOLossConfig(**VARIANTS[variant])
-    for shape, per_token in (((5, 9), False), ((3, 70), True), ((2, 1111), False)):  # odd; more than a block
+    for shape, per_token in (((5, 9), False), ((3, 70), True), ((2, 600), False)):  # odd; more than a block
         batch = on(device, make(*shape, dtype=torch.float32, per_token=per_token))
         need("grpo_loss", backend, batch["logps"])
         check(batch, config, backend, num_items=17.0)
-        check(packed(batch), config, backend, accumulation_steps=3)
+        if not per_token:
+            check(packed(batch), config, backend, accumulation_steps=3)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
