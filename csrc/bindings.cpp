@@ -9,7 +9,9 @@
 #include "common/gather_logps.h"
 #include "common/group_advantages.h"
 #include "common/grpo_loss.h"
+#include "common/linear_logps.h"
 #include "common/params.h"
+#include "cpu/memory.h"
 
 // The functions of every op: on the CPU once per instruction set.
 #define VLMK_CPU_OPS(ISA)                               \
@@ -18,6 +20,7 @@
     void gather_logps_bwd(const GatherLogps&, int);     \
     void group_advantages(const GroupAdvantages&, int); \
     void grpo_loss(const GrpoLoss&, int);               \
+    void linear_logps(const LinearLogps&, int);         \
     }
 VLMK_CPU_OPS(baseline)
 #ifdef VLMK_X86
@@ -34,6 +37,7 @@ void gather_logps_fwd(const GatherLogps&, int, uintptr_t);
 void gather_logps_bwd(const GatherLogps&, int, uintptr_t);
 void group_advantages(const GroupAdvantages&, int, uintptr_t);
 void grpo_loss(const GrpoLoss&, int, uintptr_t);
+void linear_logps(const LinearLogps&, int, uintptr_t);
 }  // namespace vlmk::cuda
 #define VLMK_CUDA(OP) cuda::OP
 #else
@@ -98,6 +102,9 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda_architectures") = VLMK_CUDA_ARCHS;
     m.attr("cuda_device_type") = VLMK_CUDA_DEVICE_TYPE;
 
+    m.def("ask_for_huge_pages",
+          [](uintptr_t address, size_t bytes) { ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); });
+
 #define VLMK_DEF(OP) def(m, #OP, VLMK_CPU(OP), VLMK_CUDA(OP))
 
     ParamsClass<GatherLogps>(m, "GatherLogps")
@@ -142,4 +149,15 @@ PYBIND11_MODULE(_C, m) {
                                 VLMK_FIELD(dentropy) VLMK_FIELD(loss) VLMK_FIELD(stats);
 #undef VLMK_FIELD
     VLMK_DEF(grpo_loss);
+
+#define VLMK_FIELD(F) .field(#F, &LinearLogps::F)
+    ParamsClass<LinearLogps>(m, "LinearLogps") VLMK_FIELD(logits) VLMK_FIELD(dtype) VLMK_FIELD(num_rows) VLMK_FIELD(vocab)
+        VLMK_FIELD(targets) VLMK_FIELD(inverse) VLMK_FIELD(softcap) VLMK_FIELD(logit_scale) VLMK_FIELD(hidden)
+            VLMK_FIELD(weight) VLMK_FIELD(bias) VLMK_FIELD(operand_dtype) VLMK_FIELD(width) VLMK_FIELD(hidden_stride)
+                VLMK_FIELD(weight_stride) VLMK_FIELD(weight_step) VLMK_FIELD(read) VLMK_FIELD(logp) VLMK_FIELD(entropy)
+                    VLMK_FIELD(stats) VLMK_FIELD(objective) VLMK_FIELD(variant) VLMK_FIELD(old_logp) VLMK_FIELD(ref_logp)
+                        VLMK_FIELD(rollout_logp) VLMK_FIELD(advantages) VLMK_FIELD(share) VLMK_FIELD(entropy_scale)
+                            VLMK_FIELD(write) VLMK_FIELD(dlogp) VLMK_FIELD(dentropy);
+#undef VLMK_FIELD
+    VLMK_DEF(linear_logps);
 }

@@ -4,17 +4,21 @@ from vlmkernels.backend import use_backend
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
-from vlmkernels.ops.linear_logps import linear_logps
+from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
+from vlmkernels.ops.linear_logps import VocabParallel, linear_logps
 from vlmkernels.version import __version__
 
 __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
     "GroupAdvantages",
+    "LinearGRPOLossOutput",
+    "VocabParallel",
     "__version__",
     "gather_logps",
     "group_advantages",
     "grpo_loss",
+    "linear_grpo_loss",
     "linear_logps",
     "use_backend",
 ]

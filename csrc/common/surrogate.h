@@ -6,6 +6,7 @@
 #pragma once
 
 #include "grpo_loss.h"
+#include "linear_logps.h"
 
 #ifndef VLMK_NS
 #error "define VLMK_NS"
@@ -276,6 +277,38 @@ VLMK_HD TokenTerms<F> token_terms(const Token<F, M>& t, const Sequence& q, float
     }
     (Surrogate::kThroughRatio ? r.through_ratio : r.direct) += weight * term.dlogp;
     return r;
+}
+
+// ---- a token for itself, in the sweep of linear_grpo_loss ----
+
+// The derivative of the loss by a token's log-probability and entropy.
+struct TokenGradient {
+    float dlogp, dentropy;
+};
+
+template <class Surrogate>
+VLMK_HD TokenGradient token_gradient_of(const LinearLogps& p, int64_t k, float logp) {
+    auto read = [&](const float* data, float otherwise) { return data == nullptr ? otherwise : at_least(data[k], kMinLogp); };
+    Token<float, bool> t{};
+    t.mask = true;
+    t.logp = at_least(logp, kMinLogp);
+    t.old_logp = read(p.old_logp, t.logp);
+    t.ref_logp = read(p.ref_logp, t.logp);
+    t.rollout_logp = read(p.rollout_logp, t.old_logp);
+    t.adv = p.advantages[k];
+    TokenTerms<float> terms = token_terms<Surrogate, false>(t, Sequence{}, -kMaxLogRatio, p.variant);
+    return {(terms.direct + terms.through_ratio) * p.share[k], p.entropy_scale};
+}
+
+VLMK_HD TokenGradient token_gradient(const LinearLogps& p, int64_t k, float logp) {
+    switch (p.variant.surrogate) {
+        case 0:
+            return token_gradient_of<PpoClip>(p, k, logp);
+        case 1:
+            return token_gradient_of<Cispo>(p, k, logp);
+        default:
+            return token_gradient_of<Sapo>(p, k, logp);  // vespo needs its sequence
+    }
 }
 
 // ---- the batch ----

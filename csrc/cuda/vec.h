@@ -249,6 +249,16 @@ VLMK_DEVICE void store_vec(T* base, uint32_t i, uint4 raw) {
     __stcs(reinterpret_cast<uint4*>(base) + i, raw);
 }
 
+// The same for memory that is soon read again, from the second-level cache.
+template <class T>
+VLMK_DEVICE uint4 load_cached(const T* base, uint32_t i) {
+    return __ldcg(reinterpret_cast<const uint4*>(base) + i);
+}
+template <class T, class Vector>
+VLMK_DEVICE void store_cached(T* address, Vector raw) {
+    __stcg(reinterpret_cast<Vector*>(address), raw);
+}
+
 // The same where `base` is aligned to its elements alone; neighbouring threads share cache lines, so these loads may stay in
 // L1.
 template <class T>

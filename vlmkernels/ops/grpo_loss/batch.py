@@ -46,6 +46,36 @@ class Batch(NamedTuple):
         return self.num_items.item() or 1.0, None, False
 
 
+class Sequences:
+    """Sums over the tokens of each sequence, and back."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.size, num, device = batch.num_sequences, batch.logps.numel(), batch.logps.device
+        lengths = num // max(self.size, 1) if batch.cu_seqlens is None else batch.cu_seqlens.diff()
+        # With the size of the result given nothing waits for the device.
+        self.index = torch.arange(self.size, device=device).repeat_interleave(lengths, output_size=num)
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """(N,) -> (S,)"""
+        return x.new_zeros(self.size).index_add_(0, self.index, x)
+
+    def per_token(self, x: torch.Tensor) -> torch.Tensor:
+        """(S,) -> (N,)"""
+        return x[self.index]
+
+
+def token_weights(batch: Batch, config: GRPOLossConfig, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight of each token, (N,), 0 outside of the mask; and a factor of them all that the batch decides, ()."""
+    m = torch.ones_like(batch.logps) if batch.mask is None else batch.mask.to(batch.logps.dtype)
+    m = m.flatten()
+    number, tensor, by_tokens = batch.divisor(config)
+    length = sequences.per_token(sequences.total(m).clamp(min=1))
+    share = (m / length if config.aggregation.per_length else m) / number
+    if tensor is not None:
+        share = share / torch.where(tensor == 0, 1, tensor)
+    return share, 1 / m.sum().clamp(min=1) if by_tokens else m.new_ones(())
+
+
 # The columns of ``stats``, which the forward pass fills. The gradients it writes are still to be multiplied by the scales:
 # what is known only once the whole batch is read.
 STATS = (

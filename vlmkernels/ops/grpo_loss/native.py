@@ -19,34 +19,33 @@ ROWS = {
 }
 
 
-class Native(Launcher):
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.variant = cache(self._variant)
+@cache
+def variant(module, config: GRPOLossConfig):
+    """What the configuration decides, as the struct of the compiled module."""
+    level, _, bound = (config.rollout_correction or "").partition("_")
+    return module.GrpoVariant(
+        surrogate=module.surrogates.index(config.loss.surrogate),
+        kl=module.kl_estimators.index(config.kl),
+        sequence_level=config.level == "sequence",
+        kl_bias_corrected=config.use_bias_correction_kl,
+        per_length=config.aggregation.per_length,
+        rollout=config.rollout_correction is not None,
+        rollout_sequence=level == "sequence",
+        rollout_mean=config.rollout_sequence_ratio == "mean",
+        rollout_mask=bound == "mask",
+        off_policy_mask=config.off_policy_mask_threshold is not None,
+        **config.scalars._asdict(),
+    )
 
+
+class Native(Launcher):
     def unsupported(self, logps: torch.Tensor) -> str | None:
         return None if logps.dtype == torch.float32 else f"takes float32, got {str(logps.dtype).removeprefix('torch.')}"
-
-    def _variant(self, config: GRPOLossConfig):
-        level, _, bound = (config.rollout_correction or "").partition("_")
-        return self.module.GrpoVariant(
-            surrogate=self.module.surrogates.index(config.loss.surrogate),
-            kl=self.module.kl_estimators.index(config.kl),
-            sequence_level=config.level == "sequence",
-            kl_bias_corrected=config.use_bias_correction_kl,
-            per_length=config.aggregation.per_length,
-            rollout=config.rollout_correction is not None,
-            rollout_sequence=level == "sequence",
-            rollout_mean=config.rollout_sequence_ratio == "mean",
-            rollout_mask=bound == "mask",
-            off_policy_mask=config.off_policy_mask_threshold is not None,
-            **config.scalars._asdict(),
-        )
 
     def fwd(self, batch, config, loss, dlogp, dentropy, stats):
         divisor, num_items, by_tokens = batch.divisor(config)
         params = self.module.GrpoLoss(
-            variant=self.variant(config),
+            variant=variant(self.module, config),
             num_sequences=batch.num_sequences,
             num_tokens=batch.logps.numel(),
             advantage_per_token=batch.per_token,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from vlmkernels.ops.grpo_loss.batch import STATS, Batch
+from vlmkernels.ops.grpo_loss.batch import STATS, Batch, Sequences, token_weights
 from vlmkernels.ops.grpo_loss.config import MAX_LOG_RATIO, MIN_LOGP, VESPO_MIN_LOG_WEIGHT, GRPOLossConfig
 
 
@@ -81,23 +81,6 @@ KL = {
 }
 
 
-class Sequences:
-    """Sums over the tokens of each sequence, and back."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.size, num, device = batch.num_sequences, batch.logps.numel(), batch.logps.device
-        lengths = num // max(self.size, 1) if batch.cu_seqlens is None else batch.cu_seqlens.diff()
-        self.index = torch.arange(self.size, device=device).repeat_interleave(lengths)
-
-    def total(self, x: torch.Tensor) -> torch.Tensor:
-        """(N,) -> (S,)"""
-        return x.new_zeros(self.size).index_add_(0, self.index, x)
-
-    def per_token(self, x: torch.Tensor) -> torch.Tensor:
-        """(S,) -> (N,)"""
-        return x[self.index]
-
-
 def bounded(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
@@ -111,6 +94,19 @@ def rollout_log_weight(log_ratio, sequences, length, p, config):
     inside = (log_ratio >= p.rollout_log_min) & (log_ratio <= p.rollout_log_max)
     log_weight = bounded(log_ratio.clamp(p.rollout_log_min, p.rollout_log_max))
     return log_weight if bound == "truncate" else torch.where(inside, log_weight, -torch.inf)
+
+
+def combine(term, logp, ref, ratio, weight, config):
+    """A token's loss, its KL term, and the derivative of its loss by logp: directly, and through the ratio."""
+    kl, dkl = KL[config.kl](bounded(ref - logp))
+    direct, through_ratio = config.beta * dkl, torch.zeros_like(kl)
+    if config.use_bias_correction_kl:
+        kl, direct, through_ratio = kl * ratio, direct * ratio, config.beta * kl * ratio
+    if SURROGATES[config.loss.surrogate].through_ratio:
+        through_ratio = through_ratio + weight * term.dlogp
+    else:
+        direct = direct + weight * term.dlogp
+    return weight * term.loss + config.beta * kl, kl, direct, through_ratio
 
 
 def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
@@ -161,23 +157,12 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
     log_weight = sequences.total(log_weights).clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)
 
     term = surrogate.term(logp, ratio, sequences.per_token(log_weight), adv, p)
-    kl, dkl = KL[config.kl](bounded(read(batch.ref_logps).clamp(min=MIN_LOGP) - logp) if config.beta else logp)
-    value, direct, through_ratio = weight * term.loss, p.beta * dkl, torch.zeros_like(kl)
-    if config.use_bias_correction_kl:
-        kl, direct, through_ratio = kl * ratio, direct * ratio, p.beta * kl * ratio
-    value = value + p.beta * kl
-    if surrogate.through_ratio:
-        through_ratio = through_ratio + weight * term.dlogp
-    else:
-        direct = direct + weight * term.dlogp
+    ref = read(batch.ref_logps).clamp(min=MIN_LOGP) if config.beta else logp
+    value, kl, direct, through_ratio = combine(term, logp, ref, ratio, weight, config)
     if config.level == "sequence":
         through_ratio = sequences.per_token(sequences.total(m * through_ratio) / length)
 
-    number, tensor, by_tokens = batch.divisor(config)
-    share = (m / sequences.per_token(length) if config.aggregation.per_length else m) / number
-    if tensor is not None:
-        share = share / torch.where(tensor == 0, 1, tensor)
-    policy_scale = 1 / m.sum().clamp(min=1) if by_tokens else torch.ones_like(loss)
+    share, policy_scale = token_weights(batch, config, sequences)
     entropy_scale = -config.entropy_coef / (kept.sum().clamp(min=1) * batch.accumulation_steps)
     policy_loss = (share * value).sum() * policy_scale
     entropy = torch.zeros_like(logp) if batch.entropy is None else read(batch.entropy)

@@ -1,10 +1,163 @@
-"""Log-probability of chosen tokens from hidden states and the weight of the language-model head."""
+"""Log-probability of chosen tokens from hidden states and the language-model head. Torch only: backends load on first use."""
 
 import torch
+from torch.library import define, impl, register_fake
 
-from vlmkernels.backend import resolve
-from vlmkernels.ops.checks import require, require_device, require_dtype, require_indices, require_positive, require_shape
-from vlmkernels.ops.gather_logps import gather_logps
+from vlmkernels.backend import resolve, select
+from vlmkernels.ops.checks import require_indices
+from vlmkernels.ops.linear_logps.check import budget, check, operands
+from vlmkernels.ops.linear_logps.parallel import VocabParallel, gathered
+from vlmkernels.ops.linear_logps.sweep import (
+    Gradients,
+    Head,
+    Sweep,
+    asked_for,
+    local_targets,
+    narrowed,
+    result_dtype,
+    row_bytes,
+    select_results,
+)  # fmt: skip
+
+__all__ = ["VocabParallel", "linear_logps"]
+
+FWD = "vlmkernels::linear_logps_fwd"
+BWD = "vlmkernels::linear_logps_bwd"
+
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, Tensor? rows, float temperature,"
+    " float logit_scale, float? softcap, int vocab_start, int vocab_size, int chunk_bytes, int keep_logits_bytes, str backend"
+)
+define(FWD, f"({_INPUTS}) -> (Tensor logp, Tensor entropy, Tensor stats, Tensor kept)")
+# Of the results, those that are not needed are (0,). The gradient by the weight is added to weight_grad where that is given.
+define(
+    BWD,
+    "(Tensor dlogp, Tensor? dentropy, Tensor logp, Tensor entropy, Tensor stats, Tensor(a!) kept, Tensor(b!)? weight_grad,"
+    f" bool[] needed, {_INPUTS}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
+)
+
+
+def _outputs(hidden, weight, targets, keep_logits_bytes):
+    """logp, entropy; stats (..., 2), see reference.py; the logits of the first results, kept for the backward pass."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logp = torch.zeros(targets.shape, dtype=wide, device=hidden.device)
+    most = keep_logits_bytes // max(row_bytes(hidden, len(weight)), 1)
+    kept = torch.empty((min(targets.numel(), most), len(weight)), dtype=result_dtype(hidden), device=hidden.device)
+    return logp, torch.zeros_like(logp), logp.new_zeros((*targets.shape, 2)), kept
+
+
+@impl(FWD, "default")
+@torch.no_grad()
+def _fwd(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap, start, size, chunk_bytes, keep, backend):
+    require_indices("targets", targets, size, "the vocabulary", mask)
+    if rows is not None:
+        require_indices("rows", rows, hidden.shape[:-1].numel(), f"the rows of hidden {tuple(hidden.shape[:-1])}", mask)
+    outputs = _outputs(hidden, weight, targets, keep)
+    head = Head.of(hidden, weight, bias, temperature, logit_scale, softcap)
+    asked, index = asked_for(mask, rows)
+    sweep = Sweep(hidden, head, index, chunk_bytes, outputs[3])
+    rows_of = select("linear_logps", backend, hidden)
+    (tokens,) = select_results(asked, local_targets(targets, start, len(weight)))
+    logp, entropy, stats = (out.new_empty(sweep.num, *out.shape[targets.dim() :]) for out in outputs[:3])
+    for chunk, states, room in sweep:
+        logits = sweep.logits(states, room)
+        rows_of.fwd(logits, states, tokens[chunk], head, logp[chunk], entropy[chunk], stats[chunk])
+    for out, result in zip(outputs, (logp, entropy, stats), strict=False):
+        out = out.view(targets.numel(), *result.shape[1:])
+        out.copy_(result) if asked is None else out.index_copy_(0, asked, result)
+    return outputs
+
+
+@register_fake(FWD)
+def _fwd_fake(hidden, weight, bias, targets, *args):
+    return _outputs(hidden, weight, targets, args[-2])
+
+
+@impl(BWD, "default")
+@torch.no_grad()
+def _bwd(
+    dlogp, dentropy, logp, entropy, stats, kept, weight_grad, needed,
+    hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap, start, size, chunk_bytes, keep, backend,
+):  # fmt: skip
+    head = Head.of(hidden, weight, bias, temperature, logit_scale, softcap)
+    asked, index = asked_for(mask, rows)
+    sweep = Sweep(hidden, head, index, chunk_bytes, kept)
+    rows_of = select("linear_logps", backend, hidden)
+    tokens, dlogp, dentropy, logp, entropy = select_results(
+        asked, local_targets(targets, start, len(weight)), dlogp, dentropy, logp, entropy
+    )
+    stats = stats.reshape(-1, 2) if asked is None else stats.reshape(-1, 2)[asked]
+    gradients = Gradients(sweep, needed, repeated=rows is not None, weight_dtype=weight.dtype, out=weight_grad)
+    for chunk, states, room in sweep:
+        logits = room if chunk.stop <= sweep.kept else sweep.logits(states, room)
+        out = narrowed(logits, hidden.dtype)
+        cut = [None if x is None else x[chunk] for x in (tokens, dlogp, dentropy, logp, entropy, stats)]
+        rows_of.bwd(logits, *cut, head, out)
+        gradients.add(chunk, states, out)
+    return tuple(gradients.results())
+
+
+@register_fake(BWD)
+def _bwd_fake(dlogp, dentropy, logp, entropy, stats, kept, weight_grad, needed, hidden, weight, bias, *args):
+    needed = (needed[0], needed[1] and weight_grad is None, needed[2])
+    like = (hidden, weight, weight if bias is None else weight.new_empty(bias.shape))
+    return tuple(torch.empty_like(x) if n else hidden.new_empty(0) for x, n in zip(like, needed, strict=True))
+
+
+class _LinearLogps(torch.autograd.Function):
+    """Both ops; https://pytorch.org/docs/stable/notes/extending.html"""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, mask, rows, *settings):
+        *inputs, ctx.group, ctx.accumulate = settings
+        logp, entropy, stats, ctx.kept = torch.ops.vlmkernels.linear_logps_fwd(
+            hidden, weight, bias, targets, mask, rows, *inputs
+        )
+        if ctx.group is not None:
+            inverse = Head(weight, bias, *inputs[:3]).inverse
+            logp, entropy, stats = gathered(ctx.group, logp, entropy, stats, inverse)
+            if mask is not None:
+                logp, entropy = logp.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
+        ctx.inputs = inputs
+        ctx.save_for_backward(hidden, weight, bias, targets, mask, rows, logp, entropy, stats)
+        ctx.set_materialize_grads(False)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, dlogp, dentropy):
+        hidden, weight, bias, targets, mask, rows, logp, entropy, stats = ctx.saved_tensors
+        nothing = (None,) * (len(ctx.inputs) + 5)
+        if dlogp is None and dentropy is None:
+            return (None, None, None, *nothing)
+        kept, ctx.kept = ctx.kept, None  # the gradient is written over it: a second backward pass computes it anew
+        kept = hidden.new_empty((0, len(weight))) if kept is None else kept
+        weight_grad = None
+        if ctx.accumulate and ctx.needs_input_grad[1]:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            weight_grad = weight.grad
+        gradients = torch.ops.vlmkernels.linear_logps_bwd(
+            torch.zeros_like(logp) if dlogp is None else dlogp,
+            dentropy,
+            logp,
+            entropy,
+            stats,
+            kept,
+            weight_grad,
+            list(ctx.needs_input_grad[:3]),
+            hidden,
+            weight,
+            bias,
+            targets,
+            mask,
+            rows,
+            *ctx.inputs,
+        )
+        needed = [*ctx.needs_input_grad[:3]]
+        needed[1] = needed[1] and weight_grad is None
+        dhidden, dweight, dbias = (g if n else None for g, n in zip(gradients, needed, strict=True))
+        if ctx.group is not None and dhidden is not None:
+            torch.distributed.all_reduce(dhidden, group=ctx.group)
+        return (dhidden, dweight, dbias, *nothing)
 
 
 def linear_logps(
@@ -19,75 +172,69 @@ def linear_logps(
     mask: torch.Tensor | None = None,
     rows: torch.Tensor | None = None,
     return_entropy: bool = False,
+    chunk_bytes: int | None = None,
+    keep_logits_bytes: int | None = None,
+    accumulate_weight_grad: bool = False,
+    vocab_parallel: VocabParallel | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of ``targets`` under ``softmax(head(hidden) / temperature)``, and that softmax's entropy.
 
     Equivalent to::
 
-        logits = hidden.flatten(0, -2)[rows] @ weight.T + bias
-        logits = softcap * tanh(logits * logit_scale / softcap)
+        logits = (hidden.flatten(0, -2)[rows] @ weight.T + bias) * logit_scale
+        logits = softcap * torch.tanh(logits / softcap)
         gather_logps(logits, targets, temperature=temperature, mask=mask, return_entropy=return_entropy)
 
-    Only the rows asked for are multiplied.
+    without ever holding logits beyond ``chunk_bytes``, and without multiplying a row that is not asked for. Logits of a chunk
+    are made by one GEMM, in fp32 where the device's library can (else in the dtype of ``hidden``, and the target's anew in
+    fp32), read once by one kernel, and in the backward pass overwritten by their gradient: a GEMM each for ``hidden`` and
+    ``weight``, and none for what needs no gradient. Those that were not kept from the forward pass are computed again.
 
     Args:
-        hidden: (..., H), floating point.
-        weight: (V, H), the head, in the dtype of ``hidden``.
+        hidden: (..., H), fp32, bf16 or fp16 (fp64 in the reference). Under autocast it is cast as a linear layer's input is.
+        weight: (V, H), the head, in the dtype of ``hidden``; or in fp32: a master copy, cast for the GEMM, whose gradient is
+            fp32. A DTensor (FSDP2) of one mesh dimension is gathered, and its gradient averaged over the processes.
         targets: (...) like the leading axes of ``hidden``, or like ``rows``; int64 in [0, V).
         bias: (V,) or None.
         temperature: divides the logits; > 0.
-        logit_scale: multiplies the logits before the cap (Cohere, Granite).
+        logit_scale: multiplies the logits before the cap (Cohere, Granite); > 0.
         softcap: caps the logits at ± this value by tanh (Gemma); > 0 or None.
-        mask: bool, like ``targets``. Where false nothing is computed: the result is 0 and so is the gradient.
+        mask: bool, like ``targets``. Where false nothing is computed: the result is 0 and so is the gradient. (Their number
+            must be known on the host: on a GPU this waits for the device once per pass; ``rows`` does not.)
         rows: int64: flat indices into the leading axes of ``hidden``, one per result. Rows may repeat (their gradients add
-            up): in a packed group the last prompt token predicts the first token of every completion.
+            up, in fp32): in a packed group the last prompt token predicts the first token of every completion.
         return_entropy: also return the entropy, in nats, differentiable.
-        backend: of the ``gather_logps`` inside, see ``vlmkernels.backend``.
+        chunk_bytes: the most that the logits of a chunk take; default 2**28, on a GPU 2**30.
+        keep_logits_bytes: the most that logits kept for the backward pass take, beside the chunk. Default: those of the whole
+            call where they fit in ``chunk_bytes``, which then is all that the call takes; else none.
+        accumulate_weight_grad: add the gradient by ``weight`` to ``weight.grad`` itself, chunk by chunk in its dtype, so that
+            there is no second (V, H) tensor. Autograd then has no gradient by ``weight``: its hooks do not run.
+        vocab_parallel: ``weight`` and ``bias`` are this process's part of the vocabulary, see ``VocabParallel``; everything
+            else is the same on all processes of the group. One all-gather of four floats per token forward, one all-reduce of
+            the gradient by ``hidden`` backward.
+        backend: of the kernel between the GEMMs, see ``vlmkernels.backend``.
 
     Returns:
         ``logps`` like ``targets``, fp32 (fp64 for fp64); with ``return_entropy`` the pair ``(logps, entropy)``.
-        Gradients go to ``hidden``, ``weight`` and ``bias``.
+        Gradients go to ``hidden``, ``weight`` and ``bias``, each only where it requires one.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device, temperature or softcap; on the CPU also an index out of range.
+        ValueError, TypeError: a wrong shape, dtype, device or setting; on the CPU also an index out of range (on a GPU that
+            check would wait for the device: such a target's logp is NaN there).
+        NotImplementedError: the named backend does not serve these tensors, or the DTensor's placements.
+
+    Source: the log-probability of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300), equation 3; never holding the
+    logits: Wijmans et al. (https://arxiv.org/abs/2411.09009).
     """
-    backend = resolve(backend)
-    require(hidden.is_floating_point(), "hidden", "be floating point", hidden.dtype, TypeError)
-    require_dtype("weight", weight, hidden.dtype)
-    require_device("weight", weight, hidden.device, "hidden")
-    require(
-        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1],
-        "weight",
-        f"be (V, H) with the width of hidden, H = {hidden.shape[-1]}",
-        tuple(weight.shape),
-    )
-    require_positive("temperature", temperature)
-    if softcap is not None:
-        require_positive("softcap", softcap)
-    shape = hidden.shape[:-1] if rows is None else rows.shape
-    require_shape("targets", targets, shape, "hidden without its width" if rows is None else "rows")
-    require_dtype("targets", targets, torch.int64)
-    if rows is not None:
-        require_dtype("rows", rows, torch.int64)
-        require_indices("rows", rows, hidden.shape[:-1].numel(), f"the rows of hidden {tuple(hidden.shape[:-1])}", mask)
-    if mask is not None:
-        require_shape("mask", mask, targets.shape, "targets")
-        require_dtype("mask", mask, torch.bool)
-
-    # The rows to multiply: gathered once, so that image, prompt and padding tokens never reach the GEMM.
-    hidden, flat_targets = hidden.flatten(0, -2), targets.flatten()
-    asked = None if mask is None else mask.flatten().nonzero().squeeze(1)
-    source = asked if rows is None else (rows.flatten() if asked is None else rows.flatten()[asked])
-    hidden = hidden if source is None else hidden[source]
-    flat_targets = flat_targets if asked is None else flat_targets[asked]
-
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits if logit_scale == 1.0 else logits * logit_scale
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    results = gather_logps(logits, flat_targets, temperature=temperature, return_entropy=return_entropy, backend=backend)
-    results = results if return_entropy else (results,)
-    if asked is not None:
-        results = tuple(r.new_zeros(targets.numel()).index_copy(0, asked, r) for r in results)
-    results = tuple(r.view(targets.shape) for r in results)
-    return results if return_entropy else results[0]
+    hidden, weight, bias = operands(hidden, weight, bias)
+    check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
+    chunk_bytes, keep_logits_bytes = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes)
+    group, start, size = vocab_parallel or (None, 0, len(weight))
+    softcap = None if softcap is None else float(softcap)
+    logps, entropy = _LinearLogps.apply(
+        hidden, weight, bias, targets, mask, rows,
+        float(temperature), float(logit_scale), softcap, start, size, chunk_bytes, keep_logits_bytes, resolve(backend),
+        group, accumulate_weight_grad,
+    )  # fmt: skip
+    return (logps, entropy) if return_entropy else logps

@@ -1,0 +1,224 @@
+// The rows of linear_logps and linear_grpo_loss on a GPU, a block per row. Formulas: common/linear_logps.h.
+#pragma once
+
+#include "../common/linear_logps.h"
+#include "softmax.cuh"
+
+namespace vlmk::cuda {
+VLMK_HD float exp(float x) { return expf(x); }
+}  // namespace vlmk::cuda
+
+#define VLMK_NS cuda
+#include "../common/surrogate.h"
+
+namespace vlmk::cuda {
+
+// u of x, and du/dx.
+template <bool kCap>
+VLMK_DEVICE float cap(const LinearLogps& p, float x) {
+    if constexpr (!kCap) return x;
+    return p.softcap * tanhf(x * (p.logit_scale / p.softcap));
+}
+template <bool kCap>
+VLMK_DEVICE float slope(const LinearLogps& p, float u) {
+    if constexpr (!kCap) return 1.0f;
+    return p.logit_scale * (1.0f - u / p.softcap * (u / p.softcap));
+}
+
+VLMK_DEVICE bool in_vocabulary(const LinearLogps& p, int64_t target) { return 0 <= target && target < p.vocab; }
+
+// The sum of x over the block, in thread 0.
+VLMK_DEVICE float sum_block(float x) {
+    VLMK_SHARED(float, of_warp, kWarps);
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(kFullWarp, x, lane);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0;
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int warp = 0; warp < kWarps; ++warp) total += of_warp[warp];
+    }
+    return total;
+}
+
+// hidden . weight[target] + bias in fp32, in thread 0.
+template <class T>
+VLMK_DEVICE float target_logit(const LinearLogps& p, int64_t k, int64_t target) {
+    const T* h = static_cast<const T*>(p.hidden) + k * p.hidden_stride;
+    const T* w = static_cast<const T*>(p.weight) + target * p.weight_stride;
+    float sum = 0;
+    for (int64_t i = threadIdx.x; i < p.width; i += kThreads) sum = fmaf(load_one(h + i), load_one(w + i * p.weight_step), sum);
+    sum = sum_block(sum);
+    return p.bias == nullptr ? sum : sum + load_one(static_cast<const T*>(p.bias) + target);
+}
+
+// What 2^y and y 2^y add to s and sy; 0 for y of -infinity.
+struct Addend {
+    float s, sy;
+};
+VLMK_DEVICE Addend addend(float y) {
+    y = max_nan(y, kLowest);
+    float s = exp2_approx(y);
+    return {s, s * y};
+}
+
+// The softmax of the row, whole in thread 0.
+template <class T, bool kCap>
+VLMK_DEVICE Softmax read_softmax(const LinearLogps& p, const T* x, const Part& part, float scale) {
+    Softmax softmax;
+    for (uint32_t i = part.begin + threadIdx.x; i < part.end; i += kUnroll * kThreads) {
+        uint4 raw[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            raw[u] = i + u * kThreads < part.end ? load_cached(x + part.head, i + u * kThreads) : lowest_vec<T>();
+        }
+        // The cap rises with x.
+        rebase(softmax, fmaxf(softmax.m, cap<kCap>(p, max_of<T>(raw))), scale);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            float values[kVec<T>];
+            unpack<T>(raw[u], values);
+            if (kCap && i + u * kThreads >= part.end) continue;  // the cap of -infinity is finite
+#pragma unroll
+            for (float& value : values) value = cap<kCap>(p, value);
+            Softmax sum;
+            add<true>(sum, values, softmax.m, scale);
+            softmax.s += sum.s;
+            softmax.sy += sum.sy;
+        }
+    }
+    if (part.edge < p.vocab) {
+        float value[1] = {cap<kCap>(p, load_one(x + part.edge))};
+        rebase(softmax, fmaxf(softmax.m, value[0]), scale);
+        add<true>(softmax, value, softmax.m, scale);
+    }
+    return merge_block(softmax, scale);
+}
+
+// What the stages hand on to each other of a row.
+struct RowResults {
+    float logp, entropy, m, log_sum;
+    TokenGradient token;
+};
+
+template <class T, class Out, bool kCap>
+VLMK_DEVICE RowResults read(const LinearLogps& p, int64_t k, const T* x, const Part& part, float scale) {
+    int64_t target = p.targets[k];
+    bool here = in_vocabulary(p, target);
+    float x_target = here && threadIdx.x == 0 ? load_one(x + target) : 0.0f;
+    Softmax softmax = read_softmax<T, kCap>(p, x, part, scale);
+    float u = cap<kCap>(p, x_target);
+    if (here && p.hidden != nullptr) {
+        Addend rounded = addend((u - softmax.m) * scale);
+        u = cap<kCap>(p, target_logit<Out>(p, k, target));
+        Addend exact = addend((u - softmax.m) * scale);
+        softmax.s += exact.s - rounded.s;
+        softmax.sy += exact.sy - rounded.sy;
+    }
+    float log_sum = logf(softmax.s);
+    RowResults r{};
+    r.logp = here ? (u - softmax.m) * p.inverse - log_sum : target < 0 ? -kInfinity : kNaN;
+    r.entropy = log_sum - softmax.sy / softmax.s * kLn2;
+    r.m = softmax.m;
+    r.log_sum = log_sum;
+    if (threadIdx.x == 0) {
+        p.logp[k] = r.logp;
+        p.entropy[k] = r.entropy;
+        p.stats[2 * k] = r.m;
+        p.stats[2 * k + 1] = r.log_sum;
+    }
+    return r;
+}
+
+// Four elements, or a vector of 16 bytes, of the gradient from element `first` of the row on.
+template <class Out, int kCount>
+VLMK_DEVICE void store_some(Out* dx, uint32_t first, const float (&values)[kCount], bool aligned) {
+    if constexpr (kCount == kVec<Out>) {
+        store_cached(dx + first, pack<Out>(values));
+    } else {
+        uint2 pairs = make_uint2(narrow(values[0], values[1], Out{}), narrow(values[2], values[3], Out{}));
+        if (aligned) {
+            store_cached(dx + first, pairs);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) store_one(dx + first + i, values[i]);
+        }
+    }
+}
+
+// The gradient over the row. A narrower one lies over elements that other threads read: a group of vectors is read before any
+// of it is written, and the single elements come last.
+template <class T, class Out, bool kCap>
+VLMK_DEVICE void write(const LinearLogps& p, const RowResults& r, int64_t target, T* x, const Part& part, float scale) {
+    constexpr bool kNarrows = sizeof(Out) < sizeof(T);
+    Out* dx = reinterpret_cast<Out*>(x);
+    RowGradient row{r.m, scale, r.log_sum * kLog2e, p.inverse * fmaf(r.token.dentropy, r.entropy, r.token.dlogp),
+                    p.inverse * r.token.dentropy * kLn2};
+    auto gradient = [&](float value) {
+        float u = cap<kCap>(p, value);
+        return gradient_at<true>(row, u) * slope<kCap>(p, u);
+    };
+    bool aligned = reinterpret_cast<uintptr_t>(dx + part.head) % 8 == 0;
+    float edge = part.edge < p.vocab ? gradient(load_one(x + part.edge)) : 0.0f;
+    for (uint32_t start = part.begin; start < part.end; start += kUnroll * kThreads) {
+        uint32_t i = start + threadIdx.x;
+        uint4 raw[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            if (i + u * kThreads < part.end) raw[u] = load_cached(x + part.head, i + u * kThreads);
+        }
+        if (kNarrows) __syncthreads();
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            if (i + u * kThreads >= part.end) break;
+            float values[kVec<T>];
+            unpack<T>(raw[u], values);
+#pragma unroll
+            for (float& value : values) value = gradient(value);
+            store_some(dx, part.head + (i + u * kThreads) * kVec<T>, values, aligned);
+        }
+    }
+    if (kNarrows) __syncthreads();
+    if (part.edge < p.vocab) store_one(dx + part.edge, edge);
+    __syncthreads();
+    if (threadIdx.x != 0 || target < 0) return;
+    // From logp, which knows the target's logit better than the row does; and 1 - p without cancellation.
+    float probability = expf(r.logp), surprise = probability > 0.0f ? probability * (r.logp + r.entropy) : probability;
+    float du = -p.inverse * (r.token.dlogp * expm1f(r.logp) + r.token.dentropy * surprise);
+    if (target < p.vocab) store_one(dx + target, du * slope<kCap>(p, (r.logp + r.log_sum) / p.inverse + r.m));
+}
+
+// Grid: (n,), a row per block.
+template <class T, class Out, bool kCap>
+__global__ void __launch_bounds__(kThreads, 4) linear_logps_kernel(const __grid_constant__ LinearLogps p, float scale) {
+    VLMK_SHARED(RowResults, shared, 1);
+    int64_t k = blockIdx.x, target = p.targets[k];
+    T* x = static_cast<T*>(p.logits) + k * p.vocab;
+    Part part = part_of_row(x, static_cast<uint32_t>(p.vocab), 0, 1);
+    RowResults r{};
+    if (p.read) {
+        r = read<T, Out, kCap>(p, k, x, part, scale);
+    } else if (threadIdx.x == 0) {
+        r.logp = p.logp[k];
+        r.entropy = p.entropy[k];
+        r.m = p.stats[2 * k];
+        r.log_sum = p.stats[2 * k + 1];
+    }
+    if (!p.write) return;
+    if (threadIdx.x == 0) {
+        if (p.objective) {
+            r.token = token_gradient(p, k, r.logp);
+        } else {
+            r.token = {p.dlogp[k], p.dentropy == nullptr ? 0.0f : p.dentropy[k]};
+        }
+        // No such token: NaN throughout, as its logp is.
+        if (target >= p.vocab) r.token.dlogp = kNaN;
+        shared[0] = r;
+    }
+    __syncthreads();
+    r = shared[0];
+    write<T, Out, kCap>(p, r, target, x, part, scale);
+}
+
+}  // namespace vlmk::cuda

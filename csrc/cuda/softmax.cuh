@@ -1,0 +1,115 @@
+// The softmax of a row of logits that a block reads once, and its gradient. Formulas: common/gather_logps.h.
+//
+// A row is cut into vectors of 16 bytes, with single elements before the first aligned address and after the last whole vector.
+#pragma once
+
+#include "vec.h"
+
+namespace vlmk::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kUnroll = 4;  // vectors that a thread has in flight before it computes with the first
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+
+// The part of a row that a block works on.
+struct Part {
+    uint32_t head;   // elements before the first vector of the row
+    uint32_t begin;  // vectors, counted from there
+    uint32_t end;
+    uint32_t edge;  // the single element of this thread, or V: none
+};
+
+template <class T>
+VLMK_DEVICE Part part_of_row(const T* row, uint32_t vocab, uint32_t split, uint32_t splits) {
+    uint32_t head = -(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kVec<T>;
+    head = head < vocab ? head : vocab;
+    uint32_t vectors = (vocab - head) / kVec<T>;
+    // Whole groups of 8 vectors, 128 bytes, so that the blocks of a row seldom meet within a cache line.
+    uint32_t each = ((vectors + 7) / 8 + splits - 1) / splits * 8;
+    uint32_t begin = min(split * each, vectors), end = min(begin + each, vectors);
+    uint32_t first = threadIdx.x, last = head + vectors * kVec<T> + threadIdx.x - kVec<T>, edge = vocab;
+    if (split == 0 && first < head) edge = first;
+    if (split == splits - 1 && first >= kVec<T> && last < vocab) edge = last;
+    return {head, begin, end, edge};
+}
+
+// 2^y is 0 at kLowest, and so is y 2^y, which for y = -infinity is NaN.
+constexpr float kLowest = -200.0f;
+
+// Of y_v = (x_v - m) log2(e) / temperature: s = sum_v 2^y_v and sy = sum_v 2^y_v y_v, for the maximum m so far.
+struct Softmax {
+    float m = std::numeric_limits<float>::lowest();
+    float s = 0;
+    float sy = 0;
+};
+
+// s and sy for another maximum.
+VLMK_DEVICE void rebase(Softmax& softmax, float m, float scale) {
+    float shift = max_nan((softmax.m - m) * scale, kLowest), alpha = exp2_approx(shift);
+    softmax.sy = fmaf(softmax.s, shift, softmax.sy) * alpha;
+    softmax.s *= alpha;
+    softmax.m = m;
+}
+
+VLMK_DEVICE void merge(Softmax& softmax, Softmax other, float scale) {
+    float m = fmaxf(softmax.m, other.m);
+    rebase(softmax, m, scale);
+    rebase(other, m, scale);
+    softmax.s += other.s;
+    softmax.sy += other.sy;
+}
+
+// kCount elements.
+template <bool kEntropy, int kCount>
+VLMK_DEVICE void add(Softmax& sum, const float (&x)[kCount], float m, float scale) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+        float y = (x[j] - m) * scale;
+        if constexpr (kEntropy) y = max_nan(y, kLowest);
+        float e = exp2_approx(y);
+        sum.s += e;
+        if constexpr (kEntropy) sum.sy = fmaf(e, y, sum.sy);
+    }
+}
+
+// The result is whole in every lane of the warp.
+VLMK_DEVICE Softmax merge_warp(Softmax softmax, float scale) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) {
+        Softmax other;
+        other.m = __shfl_xor_sync(kFullWarp, softmax.m, lane);
+        other.s = __shfl_xor_sync(kFullWarp, softmax.s, lane);
+        other.sy = __shfl_xor_sync(kFullWarp, softmax.sy, lane);
+        merge(softmax, other, scale);
+    }
+    return softmax;
+}
+
+// The result is whole in the first warp.
+VLMK_DEVICE Softmax merge_block(Softmax softmax, float scale) {
+    VLMK_SHARED(Softmax, of_warp, kWarps);
+    softmax = merge_warp(softmax, scale);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = softmax;
+    __syncthreads();
+    softmax = threadIdx.x < kWarps ? of_warp[threadIdx.x] : Softmax{};
+    return threadIdx.x < 32 ? merge_warp(softmax, scale) : softmax;
+}
+
+// What the results of one row ask of its gradient, the one-hot terms aside.
+struct RowGradient {
+    float m, scale, log2_sum;  // log2 p_v = (x_v - m) scale - log2_sum
+    float constant, slope;     // dx_v = -p_v (constant + slope log2 p_v)
+};
+
+template <bool kEntropy>
+VLMK_DEVICE float gradient_at(const RowGradient& row, float x) {
+    float y = fmaf(x - row.m, row.scale, -row.log2_sum);
+    if constexpr (!kEntropy) return -exp2_approx(y) * row.constant;
+    y = max_nan(y, kLowest);
+    return -exp2_approx(y) * fmaf(y, row.slope, row.constant);
+}
+
+}  // namespace vlmk::cuda

@@ -1,0 +1,35 @@
+"""The fused rows of linear_grpo_loss in Triton: the kernel of linear_logps, with a surrogate."""
+
+from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
+from vlmkernels.ops.linear_logps.triton import launch, reading, unsupported
+
+__all__ = ["sweep", "unsupported"]
+
+
+def sweep(logits, hidden, tokens, config, head, logp, entropy, out) -> None:
+    """``out`` has the memory of ``logits``."""
+    surrogate, _ = SURROGATES[config.loss.surrogate]
+    launch(
+        logits,
+        tokens.targets,
+        head,
+        logp,
+        entropy,
+        logp.new_empty(len(logp), 2),
+        **reading(logits, hidden, head),
+        WRITE=True,
+        SURROGATE=surrogate,
+        KL=KL[config.kl],
+        p=config.scalars,
+        BIAS_CORRECTED=config.use_bias_correction_kl,
+        ROLLOUT=config.rollout_correction is not None,
+        ROLLOUT_MASK=config.rollout_correction == "token_mask",
+        old_logp_ptr=tokens.old_logps,
+        ref_logp_ptr=tokens.ref_logps,
+        rollout_logp_ptr=tokens.rollout_logps,
+        adv_ptr=tokens.advantages,
+        share_ptr=tokens.share,
+        entropy_scale=tokens.entropy_scale,
+        dx_ptr=out,
+        stride_dx=out.stride(0),
+    )

@@ -1,0 +1,56 @@
+"""Checks of the arguments of ``linear_logps``, and what it makes of them."""
+
+import torch
+
+from vlmkernels.ops.checks import require, require_device, require_dtype, require_positive, require_shape
+from vlmkernels.ops.linear_logps.parallel import whole
+from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes, row_bytes
+
+
+def operands(hidden, weight, bias):
+    """The operands as a linear layer sees them: cast under autocast, DTensors gathered."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return hidden, whole("weight", weight), whole("bias", bias)
+
+
+def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap) -> None:
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    require_dtype("hidden", hidden, *floats)
+    require_dtype("weight", weight, *dict.fromkeys((hidden.dtype, torch.promote_types(hidden.dtype, torch.float32))))
+    width = hidden.shape[-1] if hidden.dim() else 0
+    rule = f"be (V, H) with V >= 1 and the width of hidden, H = {width}"
+    require(weight.dim() == 2 and weight.shape[1] == width and len(weight) > 0, "weight", rule, tuple(weight.shape))
+    if bias is not None:
+        require_dtype("bias", bias, weight.dtype)
+        require_shape("bias", bias, weight.shape[:1], "the rows of weight")
+    require_positive("temperature", temperature)
+    require_positive("logit_scale", logit_scale)
+    if softcap is not None:
+        require_positive("softcap", softcap)
+    for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool), ("rows", rows, torch.int64)):
+        if tensor is not None:
+            require_dtype(name, tensor, dtype)
+    for name, tensor in {"weight": weight, "bias": bias, "targets": targets, "mask": mask, "rows": rows}.items():
+        if tensor is not None:
+            require_device(name, tensor, hidden.device, "hidden")
+    if rows is None:
+        require_shape("targets", targets, hidden.shape[:-1], "hidden without its width")
+    else:
+        require_shape("targets", targets, rows.shape, "rows")
+    if mask is not None:
+        require_shape("mask", mask, targets.shape, "targets")
+
+
+def budget(hidden, weight, bias, num: int, chunk_bytes: int | None, keep_logits_bytes: int | None) -> tuple[int, int]:
+    """chunk_bytes and keep_logits_bytes, or what stands for them where they are None."""
+    chunk_bytes = default_chunk_bytes(hidden.device) if chunk_bytes is None else chunk_bytes
+    least = row_bytes(hidden, len(weight))
+    require(chunk_bytes >= least, "chunk_bytes", f"hold one row of logits, {least} bytes", chunk_bytes)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        return chunk_bytes, 0
+    if keep_logits_bytes is None:
+        keep_logits_bytes = chunk_bytes if num * least <= chunk_bytes else 0
+    require(keep_logits_bytes >= 0, "keep_logits_bytes", "be >= 0", keep_logits_bytes)
+    return chunk_bytes, keep_logits_bytes
