@@ -50,12 +50,35 @@ GROUPS = {
 RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
 
 
+LINEAR = {
+    **{f"{name}_ptr": "*fp32:16" for name in (*FLOATS, "share")}, "targets_ptr": "*i64:16", "logits_ptr": "*fp32:16",
+    **{f"{name}_ptr": "*bf16:16" for name in ("hidden", "weight", "bias", "dx")}, "V": "i32:16", "H": "i32:16",
+    "stride_hidden": "i64", "stride_weight": "i32:16", "step_weight": "i32", "stride_dx": "i32:16",
+    **dict.fromkeys(("inverse", "softcap", "logit_scale", "entropy_scale"), "fp32"), "p": GRPO["p"],
+}  # fmt: skip
+STAGES = {
+    "CAP": False, "READ": True, "WRITE": True, "BIAS_CORRECTED": True, "ROLLOUT": True, "ROLLOUT_MASK": False, "BLOCK_V": 4096,
+    "BLOCK_H": 1024,
+}  # fmt: skip
+# What fp32 logits, a fused objective, and a pass by itself do without.
+FP32 = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "H", "stride_hidden", "stride_weight", "step_weight"))
+FUSED = STAGES | FP32 | dict.fromkeys(("dlogp_ptr", "dentropy_ptr"))
+ALONE = STAGES | dict.fromkeys(("old_logp_ptr", "ref_logp_ptr", "rollout_logp_ptr", "adv_ptr", "share_ptr", "entropy_scale"))
+ALONE |= {"SURROGATE": None, "KL": None, "p": None, "BIAS_CORRECTED": False, "ROLLOUT": False}
+
+
 def surrogate(name: str) -> dict:
     function, through_ratio = SURROGATES[name]
     return {"SURROGATE": function, "THROUGH_RATIO": through_ratio, "PRODUCT": name == "vespo"}
 
 
 KERNELS = [
+    *(
+        ("linear_logps", "linear_logps_kernel", LINEAR, {**FUSED, "SURROGATE": SURROGATES[name][0], "KL": KL["k3"]}, 8)
+        for name in SURROGATES
+    ),
+    ("linear_logps", "linear_logps_kernel", LINEAR | {"logits_ptr": "*bf16:16"}, {**ALONE, "WRITE": False}, 8),
+    ("linear_logps", "linear_logps_kernel", LINEAR, {**ALONE, **FP32, "READ": False, "CAP": True}, 8),
     *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
     ("grpo_loss", "grpo_loss_kernel", GRPO, {**EVERYTHING, **surrogate("ppo_clip"), "KL": KL["k2"]}, 8),
     ("grpo_loss", "grpo_loss_finish_kernel", GRPO, {"BY_TOKENS": True, "BLOCK_S": 256}, 4),

@@ -209,7 +209,7 @@ def linear_logps(
         keep_logits_bytes: the most that logits kept for the backward pass take, beside the chunk. Default: those of the whole
             call where they fit in ``chunk_bytes``, which then is all that the call takes; else none.
         accumulate_weight_grad: add the gradient by ``weight`` to ``weight.grad`` itself, chunk by chunk in its dtype, so that
-            there is no second (V, H) tensor. Autograd then has no gradient by ``weight``: its hooks do not run.
+            there is no second (V, H) tensor. Autograd, and any hook of ``weight``, then sees no gradient by it.
         vocab_parallel: ``weight`` and ``bias`` are this process's part of the vocabulary, see ``VocabParallel``; everything
             else is the same on all processes of the group. One all-gather of four floats per token forward, one all-reduce of
             the gradient by ``hidden`` backward.

@@ -1,0 +1,95 @@
+"""The head over several processes, compared with one: the subprocess of a test of linear_logps."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from vlmkernels import GRPOLossConfig, VocabParallel, linear_grpo_loss, linear_logps
+
+torch.set_num_threads(1)
+SIZES = (17, 5, 9)  # of the shards, of however many processes
+
+
+def inputs(seed: int, vocab: int):
+    rng = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
+    return randn(4, 6, 8), randn(vocab, 8), randn(vocab), torch.randint(vocab, (4, 6), generator=rng), randn(4)
+
+
+def gradients(loss, *tensors):
+    return torch.autograd.grad(loss, tensors)
+
+
+def vocabulary_parallel(rank: int, processes: int) -> None:
+    sizes = SIZES[:processes]
+    hidden, weight, bias, targets, advantages = inputs(0, sum(sizes))
+    start = sum(sizes[:rank])
+    own = slice(start, start + sizes[rank])
+    whole = [x.requires_grad_() for x in (hidden, weight, bias)]
+    parts = [
+        hidden.detach().clone().requires_grad_(),
+        weight.detach()[own].requires_grad_(),
+        bias.detach()[own].requires_grad_(),
+    ]
+    parallel = VocabParallel.of(parts[1])
+    assert parallel[1:] == (start, sum(sizes))
+    rows = torch.tensor([5, 0, 5, 23])
+    for options in ({}, {"temperature": 0.7, "softcap": 3.0}, {"mask": targets % 3 > 0}, {"rows": rows}):
+        wanted = targets.flatten()[:4] if "rows" in options else targets
+        results = []
+        for (h, w, b), group in ((whole, None), (parts, parallel)):
+            logp, entropy = linear_logps(h, w, wanted, bias=b, return_entropy=True, vocab_parallel=group, **options)
+            results.append([logp, entropy, *gradients((logp * logp.detach()).sum() + entropy.sum(), h, w, b)])
+        expected, actual = results
+        expected[3], expected[4] = expected[3][own], expected[4][own]
+        torch.testing.assert_close(actual, expected)
+    for config in (GRPOLossConfig("dapo", entropy_coef=0.1), GRPOLossConfig("luspo")):
+        of_whole, of_parts = (
+            linear_grpo_loss(h, w, targets, advantages, bias=b, config=config, vocab_parallel=group)
+            for (h, w, b), group in ((whole, None), (parts, parallel))
+        )
+        torch.testing.assert_close(of_parts, of_whole)
+        torch.testing.assert_close(gradients(of_parts.loss, *parts)[0], gradients(of_whole.loss, *whole)[0])
+
+
+def fsdp(rank: int, processes: int) -> None:
+    """A sharded weight, and a sharded module's own forward pass: the gradient is the mean over the processes."""
+    mesh = init_device_mesh("cpu", (processes,))
+    head = torch.nn.Linear(8, 31)
+    with torch.no_grad():
+        head.weight.copy_(inputs(1, 31)[1])
+        head.bias.copy_(inputs(1, 31)[2])
+    expected = torch.zeros_like(head.weight)
+    for other in range(processes):
+        hidden, _, _, targets, advantages = inputs(other, 31)
+        expected += gradients(linear_grpo_loss(hidden, head.weight, targets, advantages, bias=head.bias).loss, head.weight)[0]
+    fully_shard(head, mesh=mesh)
+    hidden, _, _, targets, advantages = inputs(rank, 31)
+    linear_grpo_loss(hidden, head.weight, targets, advantages, bias=head.bias).loss.backward()
+    torch.testing.assert_close(head.weight.grad.full_tensor(), expected / processes)
+    head.zero_grad()
+    head.forward = lambda x: linear_grpo_loss(x, head.weight, targets, advantages, bias=head.bias).loss
+    head(hidden).backward()
+    torch.testing.assert_close(head.weight.grad.full_tensor(), expected / processes)
+
+
+def unsupported_placements(rank: int, processes: int) -> None:
+    from torch.distributed.tensor import DTensor, Partial
+
+    hidden, weight, _, targets, _ = inputs(0, 31)
+    weight = DTensor.from_local(weight, init_device_mesh("cpu", (processes,)), [Partial()])
+    try:
+        linear_logps(hidden, weight, targets)
+    except NotImplementedError as error:
+        assert "weight must be sharded or replicated over a mesh of one dimension, got placements" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("partial placements were taken")
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for check in (vocabulary_parallel, fsdp, unsupported_placements):
+        check(dist.get_rank(), dist.get_world_size())
+    print("equal to one process", flush=True)
+    dist.destroy_process_group()
