@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.checkpoint import last_complete_checkpoint
-from vlmkernels.train.logps import completion_logps, logit_arguments
+from vlmkernels.train.head import completion_logps, logit_arguments, output_head
 from vlmkernels.train.rollout import Rollout, media_token_ids
 
 torch.set_num_threads(1)
@@ -284,6 +284,39 @@ def lora():
     from peft import LoraConfig
 
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+
+def test_lora_on_the_head():
+    """Log-probabilities and gradients are those of the logits that the adapted head makes."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(tiny.text_model(), config)
+    head = output_head(model)
+    ids = torch.arange(12).view(2, 6)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    adapters = [p for p in model.parameters() if p.requires_grad]
+
+    def gathered():
+        return model(**inputs).logits[:, 1:-1].log_softmax(-1).gather(-1, ids[:, 2:, None]).squeeze(-1)
+
+    def taken():
+        return completion_logps(model, inputs, 4, head=head, arguments={}, temperature=1.0)
+
+    torch.testing.assert_close(taken(), gathered())
+    gradients = [torch.autograd.grad(logps().sum(), adapters) for logps in (taken, gathered)]
+    torch.testing.assert_close(*gradients)
+    with model.disable_adapter():
+        torch.testing.assert_close(taken(), gathered())
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.1}])
+def test_what_cannot_adapt_the_head_is_named(changes):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny.text_model(), LoraConfig(r=4, target_modules=["lm_head"], **changes))
+    with pytest.raises(ValueError, match="peft_config must .*the language-model head"):
+        output_head(model)
 
 
 def test_lora_reference_is_the_model_without_its_adapters(tmp_path):

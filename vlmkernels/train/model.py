@@ -1,11 +1,10 @@
-"""The models of a run: the policy, its head, and the reference."""
+"""The models of a run: the policy and the reference."""
 
 import copy
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from vlmkernels.models.families import TEXT, family_of
@@ -25,17 +24,6 @@ def load_model(path: str, model_init_kwargs: dict | None = None) -> PreTrainedMo
     family = family_of(AutoConfig.from_pretrained(path, **shared))
     auto = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
     return auto.from_pretrained(path, **kwargs)
-
-
-def output_head(model) -> torch.nn.Module:
-    """The language-model head, whose weight the log-probabilities are taken with."""
-    head = model.get_output_embeddings()
-    if is_peft_model(model):
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        if isinstance(head, BaseTunerLayer):
-            raise ValueError("peft_config must not adapt the language-model head (target_modules holds it)")
-    return head
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

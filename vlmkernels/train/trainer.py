@@ -22,15 +22,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
-from vlmkernels.ops.grpo_loss import grpo_loss
 from vlmkernels.train.callbacks import RewardProgress
 from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
-from vlmkernels.train.logps import completion_logps, logit_arguments
+from vlmkernels.train.head import completion_logps, completion_loss, logit_arguments, output_head
 from vlmkernels.train.metrics import completion_metrics, reward_metrics
-from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model, output_head
+from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.report import write_report
 from vlmkernels.train.rewards import Rewards
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
@@ -251,18 +250,11 @@ class GRPOTrainer(Trainer):
     def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
         samples = self._micro_batch(index)
         inputs, width = experience.rollout.take(samples)
-        out[samples, :width] = self._logps(model, head, inputs, width)
+        out[samples, :width] = completion_logps(model, inputs, width, head=head, **self._head_arguments)
 
-    def _logps(self, model, head, inputs: dict, width: int, return_entropy: bool = False):
-        return completion_logps(
-            model,
-            inputs,
-            width,
-            head=head,
-            arguments=self.logit_arguments,
-            temperature=self.args.temperature,
-            return_entropy=return_entropy,
-        )
+    @property
+    def _head_arguments(self) -> dict:
+        return {"arguments": self.logit_arguments, "temperature": self.args.temperature}
 
     def _prepare_inputs(self, inputs: list[int]) -> int:
         """From the prompts of a generation batch to the index of the micro-batch to train on; samples when it is time."""
@@ -286,34 +278,40 @@ class GRPOTrainer(Trainer):
         experience, args = self._experience, self.args
         samples = self._micro_batch(inputs % args.steps_per_generation)
         model_inputs, width = experience.rollout.take(samples)
-        logps, entropy = self._logps(model, self.head, model_inputs, width, return_entropy=True)
         on_policy = inputs < min(args.gradient_accumulation_steps, args.steps_per_generation)
-        if on_policy and experience.old_logps is not None:
-            experience.old_logps[samples, :width] = logps.detach()
         cut = lambda logps: None if logps is None else logps[samples, :width]  # noqa: E731
-        mask, window = cut(experience.mask), self.current_gradient_accumulation_steps
-        loss, metrics = grpo_loss(
-            logps,
-            experience.advantages[samples],
+        window = self.current_gradient_accumulation_steps
+        loss, metrics, logps, _ = completion_loss(
+            model,
+            model_inputs,
+            width,
+            head=self.head,
+            **self._head_arguments,
+            advantages=experience.advantages[samples],
             old_logps=None if on_policy else cut(experience.old_logps),
             ref_logps=cut(experience.ref_logps),
-            mask=mask,
-            entropy=entropy,
-            entropy_threshold=self._entropy_threshold(entropy.detach()[mask]),
+            mask=cut(experience.mask),
+            entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
             accumulation_steps=window,
             config=self.loss_config,
         )
+        if on_policy and experience.old_logps is not None:
+            experience.old_logps[samples, :width] = logps
         for name, value in metrics.items():
             self._metrics[name].append(value)
         return loss
 
-    def _entropy_threshold(self, entropy: torch.Tensor) -> torch.Tensor | None:
+    def _entropy_threshold(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
         if self.args.top_entropy_quantile == 1 or self.args.world_size == 1:
             return None
-        values = self.accelerator.gather(self.accelerator.pad_across_processes(entropy, pad_index=math.nan))
-        return values.nanquantile(1 - self.args.top_entropy_quantile)
+
+        def threshold(entropy: torch.Tensor) -> torch.Tensor:
+            values = self.accelerator.gather(self.accelerator.pad_across_processes(entropy, pad_index=math.nan))
+            return values.nanquantile(1 - self.args.top_entropy_quantile)
+
+        return threshold
 
     # Evaluation, logs and checkpoints
 

@@ -1,5 +1,6 @@
 """The GRPO objective from hidden states and the language-model head. Torch only: backends load on first use."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -150,7 +151,7 @@ def linear_grpo_loss(
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     rollout_logps: torch.Tensor | None = None,
-    entropy_threshold: torch.Tensor | float | None = None,
+    entropy_threshold: torch.Tensor | float | Callable[[torch.Tensor], torch.Tensor] | None = None,
     num_items: torch.Tensor | float | None = None,
     accumulation_steps: float = 1,
     config: GRPOLossConfig = DEFAULT,
@@ -178,7 +179,8 @@ def linear_grpo_loss(
             ``linear_logps``. With several chunks the gradient by a 16-bit ``weight`` is added up in fp32, (V, H).
         targets: (B, T) int64; with cu_seqlens (N,). ``hidden`` is (B, T, H) or (N, H), or anything that ``rows`` points into.
         advantages, old_logps, ref_logps, mask, cu_seqlens, rollout_logps, entropy_threshold, num_items, accumulation_steps,
-            config: see ``grpo_loss``. The entropy is always there.
+            config: see ``grpo_loss``. The entropy is always there; entropy_threshold may also be a function that makes it of
+            the entropies of the tokens that count, (N,).
         backend: see ``vlmkernels.backend``.
 
     Returns:
@@ -194,13 +196,14 @@ def linear_grpo_loss(
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     shared = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "rows": rows}
     inputs = (advantages, old_logps, ref_logps, mask, cu_seqlens, rollout_logps)
-    rest = (entropy_threshold, num_items, accumulation_steps)
     if not any(needed) or not in_one_sweep(config) or vocab_parallel is not None:
         logps, entropy = linear_logps(
             hidden, weight, targets, **shared, mask=mask, return_entropy=True, chunk_bytes=chunk_bytes,
             keep_logits_bytes=keep_logits_bytes, vocab_parallel=vocab_parallel, backend=backend,
         )  # fmt: skip
-        batch = Batch(logps, *inputs, entropy, *rest)
+        if callable(entropy_threshold):
+            entropy_threshold = entropy_threshold(entropy.detach() if mask is None else entropy.detach()[mask])
+        batch = Batch(logps, *inputs, entropy, entropy_threshold, num_items, accumulation_steps)
         loss, metrics_ = grpo_loss(**batch._asdict(), config=config, backend=backend)
         return LinearGRPOLossOutput(loss, metrics_, logps.detach(), entropy.detach())
     hidden, weight, bias = operands(hidden, weight, bias)
@@ -208,7 +211,7 @@ def linear_grpo_loss(
     chunk_bytes, _ = budget(hidden, weight, bias, targets.numel(), chunk_bytes, 0)
     results = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     results = results.expand(targets.shape)  # in the place of the log-probabilities and entropies to come
-    batch = Batch(results, *inputs, results, *rest)
+    batch = Batch(results, *inputs, results, None, num_items, accumulation_steps)
     check_layout(batch)
     check_config(batch, config)
     batch = prepare(batch, config)

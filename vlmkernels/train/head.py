@@ -1,0 +1,138 @@
+"""Log-probabilities of completions under a model, and their loss: taken in its head, its logits never held."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from accelerate.utils import is_peft_model
+
+from vlmkernels.ops.checks import require
+from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
+from vlmkernels.ops.linear_logps import linear_logps
+
+
+@contextmanager
+def _forward_of(module: torch.nn.Module, forward):
+    """Inside, ``module`` runs ``forward`` in place of its own."""
+    previous = vars(module).get("forward")  # another wrapper's
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if previous is not None:
+            module.forward = previous
+
+
+def logit_arguments(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, float]:
+    """What the model does to its logits after its head, as arguments of ``linear_logps``.
+
+    Configurations name a cap (Gemma), a factor (Cohere) or a divisor (Granite) that not every class with such a configuration
+    applies: two numbers are sent through to see.
+    """
+    config = model.config.get_text_config()
+    candidates = [{}]
+    if cap := getattr(config, "final_logit_softcapping", None):
+        candidates.append({"softcap": cap})
+    if scale := getattr(config, "logit_scale", None):
+        candidates.append({"logit_scale": scale})
+    if divisor := getattr(config, "logits_scaling", None):
+        candidates.append({"logit_scale": 1 / divisor})
+
+    probe = torch.tensor([1.0, 20.0], device=head.weight.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+    with _forward_of(head, lambda hidden: probe.to(hidden.dtype).expand(1, 1, 2)), torch.no_grad():
+        seen = model(input_ids=token, attention_mask=token + 1, use_cache=False).logits.float().flatten()
+    for candidate in candidates:
+        expected = probe * candidate.get("logit_scale", 1.0)
+        if cap := candidate.get("softcap"):
+            expected = cap * torch.tanh(expected / cap)
+        if torch.allclose(seen, expected, rtol=0.01):
+            return candidate
+    raise NotImplementedError(f"{type(model).__name__} must pass on, scale or cap its logits, got {seen.tolist()} for [1, 20]")
+
+
+def output_head(model: torch.nn.Module) -> torch.nn.Module:
+    """The language-model head, whose weight the log-probabilities are taken with. LoRA may adapt it."""
+    head = model.get_output_embeddings()
+    if is_peft_model(model):
+        from peft.tuners.lora import Linear
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if isinstance(head, BaseTunerLayer):
+            plain = isinstance(head, Linear) and not any(head.use_dora.values()) and not any(head.lora_bias.values())
+            rule = "adapt the language-model head (target_modules holds it) by plain LoRA alone, without DoRA or a bias"
+            require(plain, "peft_config", rule, type(head).__name__)
+            dropout = [p for layer in head.lora_dropout.values() if (p := getattr(layer, "p", 0.0)) > 0]
+            require(not dropout, "peft_config", "have lora_dropout = 0 on the language-model head", dropout)
+    return head
+
+
+def head_weight(head: torch.nn.Module) -> torch.Tensor:
+    """Its weight (V, H), with what LoRA adds to it, differentiable by both."""
+    if not hasattr(head, "lora_A"):
+        return head.weight
+    weight = head.base_layer.weight
+    for name in () if head.disable_adapters or head.merged else head.active_adapters:
+        weight = weight + head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
+    return weight
+
+
+def _in_head(model, inputs, width: int, head, function):
+    """What ``function(hidden (B, C, H), weight, targets (B, C), bias=...)`` makes of the positions that predict the last
+    C = ``width`` tokens of the inputs.
+
+    It is called where the model would compute logits, in its head: so every parameter is used inside the model's own forward
+    pass, and what wraps it (autocast, DDP, LoRA) works as ever.
+    """
+    results = []
+
+    def in_place_of_logits(hidden: torch.Tensor) -> torch.Tensor:
+        targets = inputs["input_ids"][:, -width:]
+        results.append(function(hidden[:, :-1], head_weight(head), targets, bias=head.bias))
+        first = results[0] if isinstance(results[0], torch.Tensor) else results[0][0]
+        return first.reshape(1, -1, 1)
+
+    with _forward_of(head, in_place_of_logits):
+        model(**inputs, use_cache=False, logits_to_keep=width + 1)
+    return results[0]
+
+
+def completion_logps(
+    model: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    width: int,
+    *,
+    head: torch.nn.Module,
+    arguments: dict[str, float],
+    temperature: float,
+) -> torch.Tensor:
+    """Log-probabilities (B, C), 0 at padding, of the last C = ``width`` tokens of the inputs.
+
+    Args:
+        model: wrapped or not. Gradients go to it.
+        inputs: prompts followed by right-padded completions.
+        head: the model's language-model head.
+        arguments: see ``logit_arguments``.
+    """
+    mask = inputs["attention_mask"][:, -width:].bool()
+    return _in_head(model, inputs, width, head, partial(linear_logps, mask=mask, temperature=temperature, **arguments))
+
+
+def completion_loss(
+    model: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    width: int,
+    *,
+    head: torch.nn.Module,
+    arguments: dict[str, float],
+    temperature: float,
+    **objective,
+) -> LinearGRPOLossOutput:
+    """The loss of the last C = ``width`` tokens of the inputs, and what comes with it.
+
+    Args:
+        model, inputs, width, head, arguments: see ``completion_logps``.
+        objective: the arguments of ``linear_grpo_loss`` after ``targets``.
+    """
+    return _in_head(model, inputs, width, head, partial(linear_grpo_loss, temperature=temperature, **arguments, **objective))
