@@ -10,6 +10,8 @@ from budget import assert_within_budget
 
 from vlmkernels import backend as backends
 from vlmkernels import gather_logps, linear_logps
+from vlmkernels.ops import linear_logps as linear_logps_module
+from vlmkernels.ops.linear_logps import sweep
 from vlmkernels.ops.linear_logps.sweep import Head, narrowed
 
 pytestmark = pytest.mark.device
@@ -182,6 +184,38 @@ def test_fp32_logits_are_narrowed_in_place(need, device, backend, half, vocab, s
     actual, exact = results[backend][2], results["reference"][2]
     assert actual.dtype == half
     assert ((actual.double() - exact).abs() <= torch.finfo(half).eps * exact.abs() + 1e-6).all()
+
+
+@pytest.fixture
+def fp32_results(monkeypatch):
+    """GEMMs that leave 16-bit operands' products in fp32, as those of CUDA do."""
+    if torch.cuda.is_available():
+        return
+    mm = torch.mm
+
+    def widening(a, b, *, out_dtype=None, out=None):
+        return mm(a, b) if out is None else mm(a, b, out=out) if out_dtype is None else out.copy_(mm(a.float(), b.float()))
+
+    monkeypatch.setattr(torch, "mm", widening)
+    monkeypatch.setattr(sweep, "result_dtype", lambda hidden: torch.promote_types(hidden.dtype, torch.float32))
+    monkeypatch.setattr(linear_logps_module, "result_dtype", sweep.result_dtype)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_gemms_with_fp32_results(need, device, nan_filled, fp32_results, backend, half):
+    """The logits are not rounded: values are as exact as in fp32, and only gradients have the operands' precision."""
+    operands, targets = make((4, 5), 301, 16, half, device)
+    need("linear_logps", backend, operands[0])
+    exact = run([x.double() for x in operands], targets, "reference", temperature=0.8)
+    for options in ({}, {"chunk_bytes": 7 * 301 * ROW}, {"chunk_bytes": 7 * 301 * ROW, "keep_logits_bytes": 5 * 301 * ROW}):
+        actual = run(operands, targets, backend, temperature=0.8, **options)
+        for name in ("logp", "entropy"):
+            torch.testing.assert_close(actual[name].double(), exact[name], rtol=1e-5, atol=1e-5)
+        for name in ("dhidden", "dweight", "dbias"):
+            error = (actual[name].double() - exact[name]).abs().max()
+            # Of each term's rounding and the sum's; the interpreter of Triton truncates.
+            assert error < 4 * torch.finfo(half).eps * max(1.0, exact[name].abs().max())
 
 
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])

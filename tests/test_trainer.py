@@ -315,7 +315,7 @@ def test_what_cannot_adapt_the_head_is_named(changes):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny.text_model(), LoraConfig(r=4, target_modules=["lm_head"], **changes))
-    with pytest.raises(ValueError, match="peft_config must .*the language-model head"):
+    with pytest.raises(ValueError, match=r"peft_config must .*the language-model head"):
         output_head(model)
 
 

@@ -1,0 +1,191 @@
+"""The language-model head and the GRPO loss on it, forward and backward, against its peers and against bare GEMMs.
+
+The objective is DAPO's on the policy's own samples with a sequence's advantage per token, the entropy a metric. The error is
+that of the gradients by hidden states and weight against fp64, as one minus their cosine.
+"""
+
+import importlib.util
+
+import harness
+import pytest
+import torch
+
+from vlmkernels import backend, gather_logps, linear_grpo_loss, linear_logps
+
+# name: (completions, tokens of each, hidden width, vocabulary): heads of Qwen2.5-VL and Qwen3-VL, or a narrower one.
+CASES = {"512 x 1024 x 151936": (8, 64, 1024, 151936)}
+STREAM = (64, 256, 32000)  # the most tokens, hidden width, vocabulary
+if harness.GPU:
+    CASES = {
+        "qwen2.5-vl-3b 8192 x 2048 x 151936": (16, 512, 2048, 151936),
+        "qwen2.5-vl-7b 8192 x 3584 x 152064": (16, 512, 3584, 152064),
+        "qwen3-vl-8b 8192 x 4096 x 151936": (16, 512, 4096, 151936),
+    }
+    STREAM = (2048, 2048, 151936)
+
+
+def make(num, length, width, vocab, dtype=torch.bfloat16):
+    """hidden (B, T, H), weight (V, H) with logits of about 3, targets sampled from them, advantages (B,)."""
+    rng = torch.Generator(harness.DEVICE).manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=rng, device=harness.DEVICE)  # noqa: E731
+    hidden = randn(num, length, width).to(dtype)
+    weight = (3 / width**0.5 * randn(vocab, width)).to(dtype)
+    noise = torch.rand(num * length, vocab, generator=rng, device=harness.DEVICE)
+    targets = (hidden.flatten(0, 1) @ weight.T - (-noise.log()).log().to(dtype)).argmax(-1).view(num, length)
+    return hidden, weight, targets, randn(num)
+
+
+def on_policy(logps, advantages):
+    ratio = (logps - logps.detach()).exp()
+    return -(ratio * advantages.unsqueeze(1)).mean()
+
+
+def naive(hidden, weight, targets, advantages):
+    """Full logits, as most trainers compute them."""
+    logp = (hidden @ weight.T).float().log_softmax(-1)
+    return on_policy(logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1), advantages)
+
+
+def ours_composed(hidden, weight, targets, advantages):
+    return on_policy(linear_logps(hidden, weight, targets, return_entropy=True)[0], advantages)
+
+
+def ours_from_logits(hidden, weight, targets, advantages):
+    logits = hidden @ weight.T
+    return on_policy(gather_logps(logits, targets, return_entropy=True, inplace_backward=True)[0], advantages)
+
+
+def trl(hidden, weight, targets, advantages):
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+
+    flat = (hidden.flatten(0, 1), weight, None, targets.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
+    return on_policy(_ChunkedLogProbFunction.apply(*flat)[0].view_as(targets), advantages)
+
+
+def liger(hidden, weight, targets, advantages):
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
+    return loss(hidden, weight, targets, torch.ones_like(targets), advantages)[0]
+
+
+def liger_hopper(hidden, weight, targets, advantages):
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll, _ = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        hidden.flatten(0, 1), weight, targets.flatten(), return_entropy=True
+    )
+    return on_policy(-nll.view_as(targets), advantages)
+
+
+def peers() -> dict:
+    providers = {}
+    if importlib.util.find_spec("trl"):
+        providers["TRL _ChunkedLogProbFunction"] = trl
+    if importlib.util.find_spec("liger_kernel"):
+        providers["Liger LigerFusedLinearGRPOLoss"] = liger
+        if harness.GPU and torch.cuda.get_device_capability() == (9, 0):
+            providers["Liger scaled cross-entropy (Hopper)"] = liger_hopper
+    return providers | {"full logits": naive}
+
+
+def ours() -> dict:
+    """linear_grpo_loss on every backend that serves it here, the one that "auto" takes first."""
+    sample = torch.zeros(1, 1, dtype=torch.bfloat16, device=harness.DEVICE)
+    chosen = backend.choose("linear_grpo_loss", "auto", sample)
+    others = [n for n in ("cpp", "cuda", "triton") if n != chosen and backend.why_not("linear_grpo_loss", n, sample) is None]
+
+    def provider(name):
+        return lambda *inputs: linear_grpo_loss(*inputs, backend=name).loss
+
+    return {f"vlmkernels {name}": provider(name) for name in (chosen, *others)}
+
+
+def gemms(hidden, weight, *, frozen: bool):
+    """The matrix products that nothing can do without, into memory that is there."""
+    hidden = hidden.detach().flatten(0, 1)
+    weight = weight.detach()
+    logits, by_hidden, by_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run():
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=by_hidden)
+        if not frozen:
+            torch.mm(logits.T, hidden, out=by_weight)
+
+    return run
+
+
+def exact_gradients(hidden, weight, targets, advantages) -> list[torch.Tensor]:
+    """fp64, in parts of the vocabulary's rows that fit anywhere."""
+    hidden, weight = hidden.detach().flatten(0, 1), weight.detach()
+    by_hidden, by_weight = (
+        torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device),
+        torch.zeros_like(weight).float(),
+    )
+    part = max(1, 2**27 // len(weight))
+    for start in range(0, len(hidden), part):
+        rows = slice(start, start + part)
+        logits = hidden[rows].double() @ weight.double().T
+        target = targets.flatten()[rows]
+        dlogp = -(advantages.double().repeat_interleave(targets.shape[1])[rows] / targets.numel()).unsqueeze(1)
+        dlogits = (-dlogp * logits.softmax(-1)).scatter_add_(1, target.unsqueeze(1), dlogp)
+        by_hidden[rows] = dlogits @ weight.double()
+        by_weight += (dlogits.T @ hidden[rows].double()).float()
+    return [by_hidden.view(*targets.shape, -1), by_weight]
+
+
+def step(loss, inputs):
+    leaves = [x for x in inputs[:2] if x.requires_grad]
+    return lambda: torch.autograd.grad(loss(*inputs), leaves)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen head"])
+@pytest.mark.parametrize("case", CASES)
+def test_linear(benchmark, case, frozen):
+    torch._dynamo.reset()
+    inputs = make(*CASES[case])
+    inputs[0].requires_grad_()
+    inputs[1].requires_grad_(not frozen)
+    exact = exact_gradients(*inputs)
+    providers = {name: step(loss, inputs) for name, loss in ours().items()}
+    providers["vlmkernels linear_logps + loss"] = step(ours_composed, inputs)
+    providers |= {name: step(loss, inputs) for name, loss in peers().items()}
+
+    def check(name, gradients):
+        pairs = zip(gradients, exact[: len(gradients)], strict=True)
+        errors = [1 - torch.cosine_similarity(g.flatten().float(), e.flatten().float(), 0).item() for g, e in pairs]
+        assert max(errors) < 1e-3, f"{name} is wrong: {errors}"
+        return ", ".join(f"{error:.0e}" for error in errors)
+
+    floors = {f"{2 if frozen else 3} bare GEMMs": gemms(*inputs[:2], frozen=frozen)}
+    title = f"linear_grpo_loss {case}{', frozen head' if frozen else ''}"
+    harness.compare(benchmark, title, providers, check, floors, limit_s=60)
+
+
+def test_stream_of_lengths(benchmark):
+    """Fifty batches of as many different lengths: what is compiled or tuned anew for each."""
+    most, width, vocab = STREAM
+    hidden, weight, targets, advantages = make(1, most, width, vocab)
+    lengths = torch.linspace(most // 4, most, 50).long().tolist()
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+
+    def stream(loss):
+        def run():
+            total = 0
+            for length in lengths:
+                value = loss(hidden[:, :length], weight, targets[:, :length], advantages)
+                gradients = torch.autograd.grad(value, leaves)
+                total += gradients[1].float().norm().item()
+            return total
+
+        return run
+
+    providers = {name: stream(loss) for name, loss in (ours() | peers()).items()}
+    expected = stream(naive)()
+
+    def check(name, total):
+        assert abs(total / expected - 1) < 0.01, f"{name} is wrong: {total} instead of {expected}"
+        return f"{abs(total / expected - 1):.0e}"
+
+    harness.compare(benchmark, f"stream of 50 lengths {most // 4}-{most} x {width} x {vocab}", providers, check, {}, limit_s=30)
