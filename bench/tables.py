@@ -62,7 +62,21 @@ def backends() -> list[str]:
     return [*lines, "", f"`auto` tries, {order}."]
 
 
-TABLES = {"demo": demo, "installs": installs, "bench": bench, "losses": losses, "backends": backends}
+def accuracy() -> list[str]:
+    lines = []
+    for path in sorted(RESULTS.glob("accuracy-*.json")):
+        content = json.loads(path.read_text())
+        columns = {"max_logp": "max |Δlogp|", "mean_logp": "mean |Δlogp|"}
+        columns |= {f"cosine_{what}": f"1 - cosine, d{what}" for what in ("hidden", "weight")}
+        lines += [f"| {' | '.join(('provider', *columns.values()))} |", "| --- |" + " ---: |" * len(columns)]
+        for row in content["rows"]:
+            cells = [f"{row[key]:.1e}" if key in row else "" for key in columns]
+            lines.append(f"| {' | '.join((row['provider'], *cells))} |")
+        lines += ["", f"On {content['device']}, by `python bench/accuracy.py`, commit {content['commit']}.", ""]
+    return lines[:-1]
+
+
+TABLES = {"accuracy": accuracy, "demo": demo, "installs": installs, "bench": bench, "losses": losses, "backends": backends}
 
 
 def fill(text: str) -> str:
