@@ -6,6 +6,7 @@ from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import VocabParallel, linear_logps
+from vlmkernels.ops.varlen_attention import varlen_attention
 from vlmkernels.version import __version__
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logps",
     "use_backend",
+    "varlen_attention",
 ]

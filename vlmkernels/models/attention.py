@@ -1,0 +1,45 @@
+"""Packed attention inside transformers' models: registered under a name, no code of theirs changed."""
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from vlmkernels.ops.varlen_attention import varlen_attention
+
+# Vision towers hand on cu_seqlens, instead of cutting the sequence themselves, to implementations with "flash" in their name.
+VARLEN = "vlmkernels_flash_varlen"
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, H, N, D)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """(1, N, H, D), as transformers' attention functions return it."""
+    if dropout:
+        raise NotImplementedError(f"{VARLEN} has no dropout, got {dropout}")
+    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    cu_seqlens = cu_seq_lens_q.to(torch.int32)
+    out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=is_causal, scale=scaling)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(VARLEN, _attention)
+
+
+def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the vision tower of ``model`` attend within its images and windows by ``varlen_attention``.
+
+    Instead of one attention call per image or window and layer: Qwen2-VL to Qwen3-VL, GLM-4V, whose towers pack patches.
+    Equal up to rounding. Changed in place and returned.
+    """
+    model.set_attn_implementation({"vision_config": VARLEN})
+    return model

@@ -1,0 +1,79 @@
+"""Attention over packed sequences. A choice among libraries' kernels: this package has none of its own for it."""
+
+import importlib
+
+import torch
+
+from vlmkernels.ops.checks import require, require_device, require_dtype
+
+# The order of "auto" on each type of device.
+PREFERENCE = {"cpu": ("sdpa",), "cuda": ("flash_attn", "torch", "sdpa")}
+IMPLEMENTATIONS = ("flash_attn", "torch", "sdpa")
+
+
+def _load(name: str):
+    """The module of an implementation: ``unsupported(query) -> str | None`` and ``run``."""
+    return importlib.import_module(f"vlmkernels.ops.varlen_attention.{name}_varlen")
+
+
+def choose(name: str, query: torch.Tensor) -> str:
+    """The implementation that serves ``query``; a named one does or raises ``NotImplementedError`` with the reason."""
+    rule = f"be auto or one of {', '.join(IMPLEMENTATIONS)}"
+    require(name in ("auto", *IMPLEMENTATIONS), "implementation", rule, repr(name))
+    candidates = PREFERENCE.get(query.device.type, ("sdpa",)) if name == "auto" else (name,)
+    reasons = []
+    for candidate in candidates:
+        reason = _load(candidate).unsupported(query)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise NotImplementedError(f"no implementation serves varlen_attention: {'; '.join(reasons)}")
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    max_seqlen: int | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """Attention within each of the sequences that lie one after another.
+
+    Equivalent, with s running over the sequences, to::
+
+        q, k, v = (x[cu_seqlens[s] : cu_seqlens[s + 1]].transpose(0, 1) for x in (query, key, value))
+        out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True).transpose(0, 1)
+
+    Args:
+        query: (N, Hq, D), fp32, bf16 or fp16.
+        key, value: (N, Hkv, D) in the dtype of ``query``; Hkv divides Hq.
+        cu_seqlens: (S + 1,) int32: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
+        max_seqlen: the longest sequence's length, which flash kernels need on the host: without it they wait for the device.
+        causal: a token attends to itself and those before it alone.
+        scale: of the scores; default 1 / sqrt(D).
+        implementation: "flash_attn" (the package), "torch" (torch.nn.attention.varlen), "sdpa" (neighbouring sequences of one
+            length in one call of scaled_dot_product_attention; on a GPU it waits for the lengths), or "auto".
+
+    Returns:
+        (N, Hq, D) in the dtype of ``query``. Gradients go to query, key and value.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device; NotImplementedError: nothing serves these tensors.
+
+    Source: https://arxiv.org/abs/2307.08691.
+    """
+    require(query.dim() == 3, "query", "be (N, Hq, D)", tuple(query.shape))
+    for name, tensor in (("key", key), ("value", value)):
+        fits = tensor.dim() == 3 and len(tensor) == len(query) and query.shape[1] % max(tensor.shape[1], 1) == 0
+        rule = f"be (N, Hkv, D) with N = {len(query)} and Hkv a divisor of {query.shape[1]}"
+        require(fits, name, rule, tuple(tensor.shape))
+        require_dtype(name, tensor, query.dtype)
+        require_device(name, tensor, query.device, "query")
+    require_dtype("cu_seqlens", cu_seqlens, torch.int32)
+    require(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, "cu_seqlens", "be (S + 1,), from 0 to N", tuple(cu_seqlens.shape))
+    run = _load(choose(implementation, query)).run
+    return run(query, key, value, cu_seqlens, max_seqlen, causal, query.shape[-1] ** -0.5 if scale is None else scale)
