@@ -1,0 +1,81 @@
+"""Causal attention of groups that share a prefix. Torch only: implementations load on first use."""
+
+import importlib
+
+import torch
+
+from vlmkernels.ops.checks import require, require_device, require_dtype
+from vlmkernels.ops.group_attention.layout import GroupLayout
+
+__all__ = ["GroupLayout", "group_attention"]
+
+# The order of "auto" on each type of device.
+PREFERENCE = {"cpu": ("parts",), "cuda": ("flex",)}
+IMPLEMENTATIONS = ("parts", "flex")
+
+
+def _load(name: str):
+    """The module of an implementation: ``unsupported(query) -> str | None`` and ``run(query, key, value, layout, scale)``."""
+    return importlib.import_module(f"vlmkernels.ops.group_attention.{name}")
+
+
+def choose(name: str, query: torch.Tensor) -> str:
+    """The implementation that serves ``query``; a named one does or raises ``NotImplementedError`` with the reason."""
+    rule = f"be auto or one of {', '.join(IMPLEMENTATIONS)}"
+    require(name in ("auto", *IMPLEMENTATIONS), "implementation", rule, repr(name))
+    candidates = PREFERENCE.get(query.device.type, ("flex",)) if name == "auto" else (name,)
+    reasons = []
+    for candidate in candidates:
+        reason = _load(candidate).unsupported(query)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate}: {reason}")
+    raise NotImplementedError(f"no implementation serves group_attention: {'; '.join(reasons)}")
+
+
+def group_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: GroupLayout,
+    *,
+    scale: float | None = None,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """Attention of a pack of groups: a completion sees its group's prefix and itself, never another completion.
+
+    Equivalent to::
+
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        scaled_dot_product_attention(q, k, v, attn_mask=layout.mask(), scale=scale, enable_gqa=True).transpose(0, 1)
+
+    without a (T, T) matrix: for a prefix of P tokens and G completions of C the scores are P² / 2 + G C (P + C / 2), and memory
+    grows like P + G C.
+
+    Args:
+        query: (T, Hq, D), T = layout.num_tokens, floating point.
+        key, value: (T, Hkv, D) in the dtype of ``query``; Hkv divides Hq.
+        layout: see ``GroupLayout``.
+        scale: of the scores; default 1 / sqrt(D).
+        implementation: "parts" (on the CPU: flash attention of each segment, and of a group's completions on its prefix, merged
+            by the logarithms of their sums), "flex" (FlexAttention with a block mask) or "auto".
+
+    Returns:
+        (T, Hq, D) in the dtype of ``query``. Gradients go to query, key and value, exact: the backward pass of each part takes
+        the merged result.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device; NotImplementedError: nothing serves these tensors.
+
+    Source: merging by the log-sum-exp, https://arxiv.org/abs/2402.05099.
+    """
+    require(query.dim() == 3, "query", "be (T, Hq, D)", tuple(query.shape))
+    require(len(query) == layout.num_tokens, "query", f"hold the {layout.num_tokens} tokens of layout", len(query))
+    for name, tensor in (("key", key), ("value", value)):
+        fits = tensor.dim() == 3 and len(tensor) == len(query) and query.shape[1] % max(tensor.shape[1], 1) == 0
+        rule = f"be (T, Hkv, D) with T = {len(query)} and Hkv a divisor of {query.shape[1]}"
+        require(fits, name, rule, tuple(tensor.shape))
+        require_dtype(name, tensor, query.dtype)
+        require_device(name, tensor, query.device, "query")
+    run = _load(choose(implementation, query)).run
+    return run(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)
