@@ -1,12 +1,16 @@
 """Packed attention inside transformers' models: registered under a name, no code of theirs changed."""
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from vlmkernels.ops.group_attention import GroupLayout, group_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 
 # Vision towers hand on cu_seqlens, instead of cutting the sequence themselves, to implementations with "flash" in their name.
 VARLEN = "vlmkernels_flash_varlen"
+GROUP = "vlmkernels_group"
 
 
 def _attention(
@@ -42,4 +46,40 @@ def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
     Equal up to rounding. Changed in place and returned.
     """
     model.set_attn_implementation({"vision_config": VARLEN})
+    return model
+
+
+def _group_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, Hq, T, D)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    group_layout: GroupLayout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """(1, T, Hq, D). Without ``group_layout``, a keyword of the model's forward pass, it is "sdpa"."""
+    if group_layout is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if dropout or attention_mask is not None or kwargs.get("sliding_window") is not None:
+        given = {"dropout": dropout, "attention_mask": attention_mask, "sliding_window": kwargs.get("sliding_window")}
+        raise NotImplementedError(f"{GROUP} takes group_layout alone, got {given} in {type(module).__name__}")
+    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
+
+
+AttentionInterface.register(GROUP, _group_attention)
+AttentionMaskInterface.register(GROUP, sdpa_mask)  # none where nothing is padding
+
+
+def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the language model of ``model`` take packs of ``vlmkernels.models.group``; without group_layout it is as before.
+
+    Changed in place and returned.
+    """
+    text = model.config.get_text_config()
+    model.set_attn_implementation(GROUP if text is model.config else {text.base_config_key: GROUP})
     return model

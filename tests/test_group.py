@@ -1,0 +1,86 @@
+"""Packs of groups through real models, against each completion behind a prompt of its own."""
+
+import pytest
+import tiny
+import torch
+
+from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.families import append_completions, family_of, take_samples
+from vlmkernels.models.group import pack_groups, prompt_positions
+from vlmkernels.ops.linear_logps import linear_logps
+
+MODELS = {"qwen2.5-vl": tiny.vlm, "qwen2": tiny.text_model}
+
+
+def prompts_of(images, model):
+    """Prompts of unequal length with as many images each, as the processor makes them."""
+    from vlmkernels.train.data import encode, read_sample
+
+    samples = []
+    for index, number in enumerate(images):
+        row = {"prompt": [{"role": "user", "content": "what is " + "it?" * (index + 1)}]}
+        if number:
+            row["images"] = [tiny.image(10 * index + k, width=28 * (1 + k)) for k in range(number)]
+        samples.append(read_sample(row, index))
+    return encode(samples, tiny.processor() if any(images) else tiny.tokenizer(), family_of(model.config))
+
+
+def completions_of(lengths, vocab=30):
+    """(B, C) ids and mask, right-padded."""
+    rng = torch.Generator().manual_seed(sum(lengths))
+    width = max(lengths, default=0)
+    ids = torch.randint(vocab, (len(lengths), width), generator=rng)
+    return ids, torch.arange(width) < torch.tensor(lengths, dtype=torch.int64).unsqueeze(1)
+
+
+def unshared(model, prompts, group, ids, mask):
+    """Log-probabilities, one completion at a time."""
+    parts = []
+    for k in range(len(group)):
+        one = take_samples(prompts.inputs, group[k : k + 1], prompts.num_images, prompts.family)
+        keep = one["attention_mask"][0].bool()
+        one = {n: x[:, keep] if prompts.family.axes[n] == "token" else x for n, x in one.items()}
+        length = int(mask[k].sum())
+        if length:
+            one = append_completions(one, ids[k : k + 1, :length], mask[k : k + 1, :length], prompts.family)
+            logits = model(**one, use_cache=False).logits[0, -length - 1 : -1]
+            parts.append(logits.log_softmax(-1).gather(-1, ids[k, :length, None]).squeeze(-1))
+    return torch.cat(parts)
+
+
+def shared(model, prompts, group, ids, mask):
+    batch = pack_groups(prompts.inputs, prompt_positions(model, prompts.inputs), group, ids, mask)
+    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    return linear_logps(hidden, model.lm_head.weight, batch.targets, rows=batch.rows), batch
+
+
+CASES = {
+    "one image each": ((1, 1), (4, 4), [5, 3, 6, 6, 2, 7, 1, 4]),
+    "several, none, one": ((2, 0, 1), (2, 3, 1), [4, 4, 1, 6, 2, 5]),
+    "text alone": ((0, 0), (3, 2), [3, 5, 2, 4, 4]),
+    "empty completions": ((1, 1), (3, 1), [0, 4, 0, 0]),
+}
+
+
+@pytest.mark.parametrize(("name", "case"), [(n, c) for n in MODELS for c in CASES if n != "qwen2" or c == "text alone"])
+def test_equals_unshared(name, case):
+    """Log-probabilities, and gradients of every parameter, the vision tower's included."""
+    images, sizes, lengths = CASES[case]
+    model = MODELS[name]().double()
+    prompts = prompts_of(images, model)
+    prompts.inputs.update({n: x.double() for n, x in prompts.inputs.items() if x.is_floating_point()})
+    group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    ids, mask = completions_of(lengths)
+    results = []
+    for compute in (unshared, lambda *a: shared(*a)[0]):
+        model.zero_grad()
+        logps = compute(model, prompts, group, ids, mask)
+        (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+        results.append((logps.detach(), {n: p.grad for n, p in model.named_parameters()}))
+        use_group_attention(model)
+    (expected, gradients), (actual, ours) = results
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
+    assert {n for n, g in ours.items() if g is None} == {n for n, g in gradients.items() if g is None}
+    # Rotary angles are fp32 in a model of fp64 too.
+    bad = [n for n, g in gradients.items() if g is not None and (ours[n] - g).abs().max() > 1e-6 * g.abs().max()]
+    assert not bad

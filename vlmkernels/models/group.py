@@ -1,0 +1,108 @@
+"""Packs of groups: every prompt, its images with it, once for all its completions."""
+
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import torch
+
+from vlmkernels.ops.checks import require
+from vlmkernels.ops.group_attention import GroupLayout
+
+# What the position ids of a prompt are made of, beside its tokens.
+_POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """Model inputs of a pack, [prefix | c1 | ... | cG] per group, T tokens without padding; and where its N completion tokens
+    are predicted.
+
+    inputs: of the model's forward pass, as one sample: input_ids (1, T), position_ids, the images' tensors, group_layout.
+    rows: (N,) int64, the position in the pack whose hidden state predicts each completion token: the prefix's last position
+        predicts the first token of every completion.
+    targets: (N,) int64, those tokens.
+    cu_seqlens: (B + 1,) int32, the completions' bounds in the N tokens, as ``linear_grpo_loss`` takes them.
+    """
+
+    inputs: dict
+    rows: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+    @property
+    def layout(self) -> GroupLayout:
+        return self.inputs["group_layout"]
+
+
+def prompt_positions(model: torch.nn.Module, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Position ids of padded prompts: (P, S), or where images are among them (3, P, S) of M-RoPE, by the model's own function."""
+    mask, inputs = prompts["attention_mask"], {name: prompts[name] for name in _POSITION_INPUTS if name in prompts}
+    rope_index = getattr(model.base_model, "get_rope_index", None)
+    if rope_index is None or not inputs:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return rope_index(prompts["input_ids"], attention_mask=mask, **inputs)[0]
+
+
+def pack_groups(
+    prompts: dict[str, torch.Tensor],
+    positions: torch.Tensor,
+    group: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+) -> GroupBatch:
+    """One pack of all prompts, each followed by its completions.
+
+    Args:
+        prompts: the model inputs of P prompts, padded on either side: input_ids, attention_mask (P, S), and those of images.
+        positions: see ``prompt_positions``.
+        group: (B,) int64 on the CPU, the prompt of each completion, ascending.
+        completion_ids: (B, C) int64.
+        completion_mask: (B, C) bool, true on a completion's tokens: a stretch from the first one on, perhaps of none.
+
+    Raises:
+        ValueError: shapes or groups that do not fit together.
+    """
+    num, (count, width) = len(prompts["input_ids"]), completion_ids.shape
+    require(tuple(group.shape) == (count,), "group", f"be one per completion, ({count},)", tuple(group.shape))
+    sound = bool((group.diff() >= 0).all()) and (count == 0 or 0 <= int(group[0]) <= int(group[-1]) < num)
+    require(sound, "group", f"ascend in [0, {num}), the prompts", group.tolist())
+    shape = tuple(completion_mask.shape)
+    require(shape == (count, width), "completion_mask", f"have the shape of completion_ids, {(count, width)}", shape)
+    lengths = completion_mask.sum(1)
+    stretch = torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
+    rule = "be true from the first token on, without holes"
+    require(bool((stretch == completion_mask).all()), "completion_mask", rule, "one with holes")
+
+    prompt_mask, lengths = prompts["attention_mask"].bool(), lengths.tolist()
+    members = [[k for k in range(count) if group[k] == g] for g in range(num)]
+    layout = GroupLayout(tuple(prompt_mask.sum(1).tolist()), tuple(tuple(lengths[k] for k in member) for member in members))
+    flat_positions = positions.unsqueeze(0) if positions.dim() == 2 else positions
+    ids, where, rows = [], [], []
+    for g, (_, first, _) in enumerate(layout.groups):
+        mask = prompt_mask[g]
+        ids.append(prompts["input_ids"][g, mask])
+        where.append(flat_positions[:, g, mask])
+        after, start = where[-1].max() + 1, first
+        for k in members[g]:
+            length = lengths[k]
+            ids.append(completion_ids[k, :length])
+            where.append((after + torch.arange(length, device=after.device)).expand(len(flat_positions), -1))
+            rows += [first - 1, *range(start, start + length - 1)] if length else []
+            start += length
+    device = completion_ids.device
+    packed = torch.cat(where, 1).unsqueeze(1)
+    others = {name: x for name, x in prompts.items() if name not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    ids = torch.cat(ids).unsqueeze(0)
+    order = chain.from_iterable(members)
+    return GroupBatch(
+        inputs={
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "position_ids": packed[0] if positions.dim() == 2 else packed,
+            "group_layout": layout,
+            **others,
+        },
+        rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        targets=torch.cat([completion_ids[k, : lengths[k]] for k in order]) if count else completion_ids.flatten(),
+        cu_seqlens=torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device=device),
+    )
