@@ -16,6 +16,7 @@ import two_processes
 from killed_run import build
 from transformers import TrainerCallback
 
+from vlmkernels.models.group import pad_completions
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.checkpoint import last_complete_checkpoint
 from vlmkernels.train.head import completion_logps, logit_arguments, output_head
@@ -274,10 +275,11 @@ def test_what_a_model_does_to_its_logits_is_found_out(change):
     assert arguments == {"none": {}, "cap": {"softcap": 5.0}, "scale": {"logit_scale": 0.25}}[change]
     ids = torch.arange(12).view(2, 6)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = pad_completions(inputs, torch.ones(2, 4, dtype=torch.bool))
     with torch.no_grad():
         expected = model(**inputs).logits[:, 1:-1].log_softmax(-1).gather(-1, ids[:, 2:, None]).squeeze(-1)
-        logps = completion_logps(model, inputs, 4, head=model.lm_head, arguments=arguments, temperature=1.0)
-    torch.testing.assert_close(logps, expected)
+        logps = completion_logps(model, batch, head=model.lm_head, arguments=arguments, temperature=1.0)
+    torch.testing.assert_close(logps.view(2, 4), expected)
 
 
 def lora():
@@ -301,7 +303,8 @@ def test_lora_on_the_head():
         return model(**inputs).logits[:, 1:-1].log_softmax(-1).gather(-1, ids[:, 2:, None]).squeeze(-1)
 
     def taken():
-        return completion_logps(model, inputs, 4, head=head, arguments={}, temperature=1.0)
+        batch = pad_completions(inputs, torch.ones(2, 4, dtype=torch.bool))
+        return completion_logps(model, batch, head=head, arguments={}, temperature=1.0).view(2, 4)
 
     torch.testing.assert_close(taken(), gathered())
     gradients = [torch.autograd.grad(logps().sum(), adapters) for logps in (taken, gathered)]
@@ -319,6 +322,17 @@ def test_what_cannot_adapt_the_head_is_named(changes):
         output_head(model)
 
 
+def check_logps(trainer, logps):
+    """Those of the experience are the initial model's, from full logits of padded inputs."""
+    rollout = trainer._experience.rollout
+    inputs, width = rollout.padded(slice(0, len(rollout.group))).inputs, rollout.completion_mask.shape[1]
+    with torch.no_grad():
+        logits = tiny.vlm()(**inputs).logits[:, -width - 1 : -1]
+    expected = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -width:, None]).squeeze(-1)
+    mask = rollout.completion_mask
+    torch.testing.assert_close(logps[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
 def test_lora_reference_is_the_model_without_its_adapters(tmp_path):
     data = tiny.rows(4, "one")
     trainer, (log,), (gradients,) = run_ours(tmp_path, data, beta=0.3, peft_config=lora())
@@ -326,13 +340,7 @@ def test_lora_reference_is_the_model_without_its_adapters(tmp_path):
     assert all("lora_" in name for name in gradients)
     assert log["kl"] > 1e-3  # adapters with random weights differ from the base model
 
-    inputs, width = trainer._experience.rollout.take(slice(0, 16))
-    base = tiny.vlm()
-    with torch.no_grad():
-        logits = base(**inputs).logits[:, -width - 1 : -1]
-    expected = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -width:, None]).squeeze(-1)
-    mask = trainer._experience.rollout.completion_mask
-    torch.testing.assert_close(trainer._experience.ref_logps[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    check_logps(trainer, trainer._experience.ref_logps)
 
 
 def test_second_iteration_uses_the_log_probabilities_of_the_first(tmp_path):
@@ -343,12 +351,7 @@ def test_second_iteration_uses_the_log_probabilities_of_the_first(tmp_path):
     assert second["clip_ratio/region_mean"] > 0
     assert "reward" in first
     assert "reward" not in second  # nothing was sampled for it
-    inputs, width = trainer._experience.rollout.take(slice(0, 8))
-    with torch.no_grad():
-        logits = tiny.vlm()(**inputs).logits[:, -width - 1 : -1]
-    expected = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -width:, None]).squeeze(-1)
-    mask = trainer._experience.rollout.completion_mask
-    torch.testing.assert_close(trainer._experience.old_logps[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    check_logps(trainer, trainer._experience.old_logps)
 
 
 @pytest.mark.parametrize("images", ["none", "one", "mixed"])

@@ -1,10 +1,12 @@
 """Packs of groups: every prompt, its images with it, once for all its completions."""
 
-from dataclasses import dataclass
-from itertools import accumulate, chain
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
+from transformers import PreTrainedModel
 
+from vlmkernels.models.families import family_of
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_attention import GroupLayout
 
@@ -13,29 +15,59 @@ _POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "m
 
 
 @dataclass(frozen=True)
-class GroupBatch:
-    """Model inputs of a pack, [prefix | c1 | ... | cG] per group, T tokens without padding; and where its N completion tokens
-    are predicted.
+class Batch:
+    """Model inputs, and where the N tokens of their completions, one completion after another, are predicted.
 
-    inputs: of the model's forward pass, as one sample: input_ids (1, T), position_ids, the images' tensors, group_layout.
-    rows: (N,) int64, the position in the pack whose hidden state predicts each completion token: the prefix's last position
-        predicts the first token of every completion.
+    inputs: of the model's forward pass. Of a pack, [prefix | c1 | ... | cG] per group and T tokens without padding, they are
+        those of one sample: input_ids (1, T), position_ids, the images' tensors, group_layout.
+    rows: (N,) int64, flat positions in input_ids whose hidden states predict the tokens. A prefix's last one predicts the first
+        token of each of its completions.
     targets: (N,) int64, those tokens.
-    cu_seqlens: (B + 1,) int32, the completions' bounds in the N tokens, as ``linear_grpo_loss`` takes them.
     """
 
     inputs: dict
     rows: torch.Tensor
     targets: torch.Tensor
-    cu_seqlens: torch.Tensor
 
-    @property
-    def layout(self) -> GroupLayout:
-        return self.inputs["group_layout"]
+    def of(self, tokens: torch.Tensor) -> "Batch":
+        """With some of the tokens alone; tokens: (N,) bool."""
+        return replace(self, rows=self.rows[tokens], targets=self.targets[tokens])
+
+
+# Families whose text layers see the tokens before them, by position ids that the forward pass takes: exact, as tested.
+SHARING_FAMILIES = ("qwen_vl", "text")
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Why the completions of a group cannot run behind one copy of their prompt in ``model``; None where they can."""
+    family, text = family_of(model.config), model.config.get_text_config()
+    if family.name not in SHARING_FAMILIES:
+        return f"the family {family.name} is not known to allow it"
+    layers = sorted({*(getattr(text, "layer_types", None) or ())} - {"full_attention"})
+    if layers:
+        return f"{type(model).__name__} has layers of type {', '.join(layers)}"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} does not take attention implementations"
+    if getattr(text, "attention_dropout", 0.0):
+        return f"attention_dropout must be 0, got {text.attention_dropout}"
+    return None
+
+
+def pad_completions(inputs: dict[str, torch.Tensor], completion_mask: torch.Tensor) -> Batch:
+    """Each completion behind a prompt of its own.
+
+    Args:
+        inputs: prompts followed by right-padded completions, input_ids (B, S + C).
+        completion_mask: (B, C) bool.
+    """
+    (count, width), length = completion_mask.shape, inputs["input_ids"].shape[1]
+    positions = torch.arange(count * length, device=completion_mask.device).view(count, length)[:, -width - 1 : -1]
+    targets = inputs["input_ids"][:, length - width :]
+    return Batch(inputs, positions[completion_mask], targets[completion_mask])
 
 
 def prompt_positions(model: torch.nn.Module, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Position ids of padded prompts: (P, S), or where images are among them (3, P, S) of M-RoPE, by the model's own function."""
+    """Position ids of padded prompts, (P, S); with images (3, P, S) of M-RoPE, by the model's own function."""
     mask, inputs = prompts["attention_mask"], {name: prompts[name] for name in _POSITION_INPUTS if name in prompts}
     rope_index = getattr(model.base_model, "get_rope_index", None)
     if rope_index is None or not inputs:
@@ -49,7 +81,7 @@ def pack_groups(
     group: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
-) -> GroupBatch:
+) -> Batch:
     """One pack of all prompts, each followed by its completions.
 
     Args:
@@ -94,7 +126,7 @@ def pack_groups(
     others = {name: x for name, x in prompts.items() if name not in ("input_ids", "attention_mask", "mm_token_type_ids")}
     ids = torch.cat(ids).unsqueeze(0)
     order = chain.from_iterable(members)
-    return GroupBatch(
+    return Batch(
         inputs={
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
@@ -104,5 +136,4 @@ def pack_groups(
         },
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
         targets=torch.cat([completion_ids[k, : lengths[k]] for k in order]) if count else completion_ids.flatten(),
-        cu_seqlens=torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device=device),
     )

@@ -23,7 +23,7 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
     - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
     - importance_sampling_level and epsilon_high default to what suits the loss_type;
-    - eval_temperature and kl_estimator are new;
+    - eval_temperature, kl_estimator and share_prefix are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
@@ -65,6 +65,7 @@ class GRPOConfig(TrainingArguments):
     beta: float = _field(0.0, "Weight of the KL term; above 0 a reference model is kept (with LoRA: no copy).")
     use_bias_correction_kl: bool = _field(True, "Multiply the KL term by the ratio, so that its gradient is unbiased.")
     kl_estimator: str = _field("k3", "Estimator of the KL divergence: k1, k2, k3.")
+    share_prefix: str = _field("auto", "Run a prompt and its images once for all its completions: auto, true, false.")
     num_iterations: int = _field(1, "Optimisation passes over each generation batch.")
     loss_type: str = _field("dapo", "The objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo.")
     importance_sampling_level: str | None = _field(None, "Ratio per token or sequence; by default the loss's own.")
@@ -94,6 +95,7 @@ class GRPOConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        self.share_prefix = {"true": True, "false": False}.get(str(self.share_prefix).lower(), self.share_prefix)
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         self._check_values()
@@ -112,6 +114,7 @@ class GRPOConfig(TrainingArguments):
         require(self.repetition_penalty > 0, "repetition_penalty", "be > 0", self.repetition_penalty)
         require(0 <= self.epsilon <= 1, "epsilon", "be in [0, 1]", self.epsilon)
         require(self.scale_rewards in SCALES, "scale_rewards", f"be one of {', '.join(SCALES)}", repr(self.scale_rewards))
+        require(self.share_prefix in ("auto", True, False), "share_prefix", "be auto, true or false", repr(self.share_prefix))
         require(not self.auto_find_batch_size, "auto_find_batch_size", "be off: groups must stay whole", True)
 
     def _derive_batches(self) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from accelerate.utils import is_peft_model
 
+from vlmkernels.models.group import Batch
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import linear_logps
@@ -78,9 +79,8 @@ def head_weight(head: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
-def _in_head(model, inputs, width: int, head, function):
-    """What ``function(hidden (B, C, H), weight, targets (B, C), bias=...)`` makes of the positions that predict the last
-    C = ``width`` tokens of the inputs.
+def _in_head(model, batch: Batch, head, function):
+    """What ``function(hidden (.., .., H), weight, targets (N,), rows=..., bias=...)`` makes of the batch's hidden states.
 
     It is called where the model would compute logits, in its head: so every parameter is used inside the model's own forward
     pass, and what wraps it (autocast, DDP, LoRA) works as ever.
@@ -88,51 +88,46 @@ def _in_head(model, inputs, width: int, head, function):
     results = []
 
     def in_place_of_logits(hidden: torch.Tensor) -> torch.Tensor:
-        targets = inputs["input_ids"][:, -width:]
-        results.append(function(hidden[:, :-1], head_weight(head), targets, bias=head.bias))
+        results.append(function(hidden, head_weight(head), batch.targets, rows=batch.rows, bias=head.bias))
         first = results[0] if isinstance(results[0], torch.Tensor) else results[0][0]
         return first.reshape(1, -1, 1)
 
     with _forward_of(head, in_place_of_logits):
-        model(**inputs, use_cache=False, logits_to_keep=width + 1)
+        model(**batch.inputs, use_cache=False)
     return results[0]
 
 
 def completion_logps(
-    model: torch.nn.Module,
-    inputs: dict[str, torch.Tensor],
-    width: int,
-    *,
-    head: torch.nn.Module,
-    arguments: dict[str, float],
-    temperature: float,
+    model: torch.nn.Module, batch: Batch, *, head: torch.nn.Module, arguments: dict[str, float], temperature: float
 ) -> torch.Tensor:
-    """Log-probabilities (B, C), 0 at padding, of the last C = ``width`` tokens of the inputs.
+    """Log-probabilities (N,) of the batch's completion tokens.
 
     Args:
         model: wrapped or not. Gradients go to it.
-        inputs: prompts followed by right-padded completions.
         head: the model's language-model head.
         arguments: see ``logit_arguments``.
     """
-    mask = inputs["attention_mask"][:, -width:].bool()
-    return _in_head(model, inputs, width, head, partial(linear_logps, mask=mask, temperature=temperature, **arguments))
+    return _in_head(model, batch, head, partial(linear_logps, temperature=temperature, **arguments))
 
 
 def completion_loss(
     model: torch.nn.Module,
-    inputs: dict[str, torch.Tensor],
-    width: int,
+    batch: Batch,
+    counts: torch.Tensor,
     *,
     head: torch.nn.Module,
     arguments: dict[str, float],
     temperature: float,
     **objective,
 ) -> LinearGRPOLossOutput:
-    """The loss of the last C = ``width`` tokens of the inputs, and what comes with it.
+    """The loss of a batch, and what comes with it.
 
     Args:
-        model, inputs, width, head, arguments: see ``completion_logps``.
-        objective: the arguments of ``linear_grpo_loss`` after ``targets``.
+        model, batch, head, arguments: see ``completion_logps``.
+        counts: (B, C) bool, the tokens of the batch's completions that count: all N of it, (B, C) row by row.
+        objective: further arguments of ``linear_grpo_loss``; what is (B, C) is cut to the tokens that count.
     """
-    return _in_head(model, inputs, width, head, partial(linear_grpo_loss, temperature=temperature, **arguments, **objective))
+    cu_seqlens = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0)).int()
+    cut = {name: x[counts] if isinstance(x, torch.Tensor) and x.shape == counts.shape else x for name, x in objective.items()}
+    loss = partial(linear_grpo_loss, cu_seqlens=cu_seqlens, temperature=temperature, **arguments, **cut)
+    return _in_head(model, batch, head, loss)

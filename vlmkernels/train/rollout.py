@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from vlmkernels.models.families import append_completions, drop_padding
+from vlmkernels.models.group import Batch, pack_groups, pad_completions, prompt_positions
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Prompts
 
@@ -29,13 +30,20 @@ class Rollout:
     completion_mask: torch.Tensor
     truncated: torch.Tensor
 
-    def take(self, samples: slice) -> tuple[dict[str, torch.Tensor], int]:
-        """Model inputs of some completions with their prompts, less common padding, and their width in completion tokens."""
+    def padded(self, samples: slice) -> Batch:
+        """Some completions, each behind a prompt of its own, less common padding."""
         width = int(self.completion_mask[samples].any(0).sum())
         family = self.prompts.family
         prompts = drop_padding(self.prompts.take(self.group[samples]), family)
         ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
-        return append_completions(prompts, ids, mask, family), width
+        return pad_completions(append_completions(prompts, ids, mask, family), mask)
+
+    def packed(self, samples: slice, model) -> Batch:
+        """Some completions behind prompts that those of a group share; ``model`` knows the positions of images."""
+        chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
+        prompts = self.prompts.take(chosen)
+        positions = prompt_positions(model, prompts)
+        return pack_groups(prompts, positions, group, self.completion_ids[samples], self.completion_mask[samples])
 
 
 def media_token_ids(model_config, processor) -> list[int]:

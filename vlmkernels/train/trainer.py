@@ -18,8 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.utils import logging
 
+from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import TEXT, family_of
+from vlmkernels.models.group import Batch, why_not_shared
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.train.callbacks import RewardProgress
@@ -35,6 +38,8 @@ from vlmkernels.train.rewards import Rewards
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler, Rows
 from vlmkernels.train.scoring import Scored, page_groups, score
+
+logger = logging.get_logger(__name__)
 
 
 class GRPOTrainer(Trainer):
@@ -105,6 +110,8 @@ class GRPOTrainer(Trainer):
         self.head = output_head(model)
         with inference(model):
             self.logit_arguments = logit_arguments(model, self.head)
+        self.text_model = model.get_base_model() if is_peft_model(model) else model
+        self.shares_prefix = self._choose_prefix_sharing()
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
             reference = frozen_copy(model)
@@ -143,6 +150,17 @@ class GRPOTrainer(Trainer):
             raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise NotImplementedError("FSDP and DeepSpeed are not supported yet: the head's weight is read whole")
+
+    def _choose_prefix_sharing(self) -> bool:
+        """Whether the completions of a group run behind one copy of their prompt; says once what was chosen, and why."""
+        reason = why_not_shared(self.text_model)
+        require(self.args.share_prefix is not True or reason is None, "share_prefix", f"be 'auto' or False: {reason}", True)
+        if self.args.share_prefix is False or reason is not None:
+            logger.warning("Each completion runs behind a copy of its prompt and images: %s", reason or "share_prefix is off")
+            return False
+        use_group_attention(self.text_model)
+        logger.info("Prompts and images run once per group (share_prefix)")
+        return True
 
     # Data
 
@@ -247,10 +265,15 @@ class GRPOTrainer(Trainer):
                 for index in micro_batches:
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
+    def _batch(self, experience: Experience, samples: slice) -> Batch:
+        rollout = experience.rollout
+        return rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+
     def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
         samples = self._micro_batch(index)
-        inputs, width = experience.rollout.take(samples)
-        out[samples, :width] = completion_logps(model, inputs, width, head=head, **self._head_arguments)
+        logps = completion_logps(model, self._batch(experience, samples), head=head, **self._head_arguments)
+        mask = experience.rollout.completion_mask[samples]
+        out[samples] = torch.zeros_like(out[samples]).masked_scatter_(mask, logps)
 
     @property
     def _head_arguments(self) -> dict:
@@ -277,27 +300,26 @@ class GRPOTrainer(Trainer):
         """The loss of the ``inputs``-th use of the generation batch, as a share of the accumulated batch."""
         experience, args = self._experience, self.args
         samples = self._micro_batch(inputs % args.steps_per_generation)
-        model_inputs, width = experience.rollout.take(samples)
         on_policy = inputs < min(args.gradient_accumulation_steps, args.steps_per_generation)
-        cut = lambda logps: None if logps is None else logps[samples, :width]  # noqa: E731
-        window = self.current_gradient_accumulation_steps
+        cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
+        window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
+        batch = self._batch(experience, samples).of(counts[experience.rollout.completion_mask[samples]])
         loss, metrics, logps, _ = completion_loss(
             model,
-            model_inputs,
-            width,
+            batch,
+            counts,
             head=self.head,
             **self._head_arguments,
             advantages=experience.advantages[samples],
             old_logps=None if on_policy else cut(experience.old_logps),
             ref_logps=cut(experience.ref_logps),
-            mask=cut(experience.mask),
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
             accumulation_steps=window,
             config=self.loss_config,
         )
         if on_policy and experience.old_logps is not None:
-            experience.old_logps[samples, :width] = logps
+            experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
         for name, value in metrics.items():
             self._metrics[name].append(value)
         return loss
