@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from vlmkernels.models.families import append_completions, drop_padding
@@ -91,7 +92,9 @@ class Generate:
             "disable_compile": True,
             **(args.generation_kwargs or {}),
         }
-        options["suppress_tokens"] = [*media_token_ids(model.config, processor), *options.get("suppress_tokens", ())] or None
+        media = media_token_ids(model.config, processor)
+        self.media = torch.tensor(media)
+        options["suppress_tokens"] = [*media, *options.get("suppress_tokens", ())] or None
         self.options = options
 
     def _config(self, temperature: float) -> GenerationConfig:
@@ -100,10 +103,33 @@ class Generate:
             return GenerationConfig(**greedy, do_sample=False)
         return GenerationConfig(**self.options, do_sample=True, temperature=temperature)
 
+    def _prefilled(self, model, prompts: Prompts, num_generations: int) -> dict:
+        """Arguments of ``generate``: every prompt ``num_generations`` times, behind a cache that each prompt filled once.
+
+        The cache holds all but the last token, so that ``generate`` goes on from there. Where that one stands for an image, or
+        there is no other, each copy is filled by itself.
+        """
+        ids = prompts.inputs["input_ids"]
+        if ids.shape[1] < 2 or torch.isin(ids[:, -1], self.media.to(ids.device)).any():
+            return prompts.take(torch.arange(len(ids)).repeat_interleave(num_generations))
+        axes, inner = prompts.family.axes, (model.get_base_model() if is_peft_model(model) else model).base_model
+        positions = prompt_positions(inner, prompts.inputs)
+        head = {name: x[:, :-1] if axes[name] == "token" else x for name, x in prompts.inputs.items()}
+        cache = model(**head, position_ids=positions[..., :-1], use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(num_generations)
+        if hasattr(inner, "rope_deltas"):
+            # How far a prompt's positions are ahead of its tokens: where ``generate`` looks for it when it goes on.
+            ahead = positions.view(-1, *ids.shape).amax((0, 2)) + 1 - prompts.inputs["attention_mask"].sum(1)
+            inner.rope_deltas = ahead.repeat_interleave(num_generations).unsqueeze(1)
+        repeated = {
+            name: prompts.inputs[name].repeat_interleave(num_generations, 0) for name in ("input_ids", "attention_mask")
+        }
+        return {**repeated, "past_key_values": cache}
+
     @torch.no_grad()
     def __call__(self, model, prompts: Prompts, num_generations: int, temperature: float) -> Rollout:
         group = torch.arange(len(prompts.num_images)).repeat_interleave(num_generations)
-        inputs = prompts.take(group)
+        inputs = self._prefilled(model, prompts, num_generations)
         sequences = model.generate(**inputs, generation_config=self._config(temperature))
         ids = sequences[:, inputs["input_ids"].shape[1] :]
         ended = torch.isin(ids, self.eos.to(ids.device))

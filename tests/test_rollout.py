@@ -1,0 +1,45 @@
+"""Sampling behind a cache that each prompt fills once, against ``generate`` on copies of the prompts."""
+
+import pytest
+import tiny
+import torch
+from test_group import prompts_of
+
+from vlmkernels.train import GRPOConfig
+from vlmkernels.train.rollout import Generate
+
+
+@pytest.mark.parametrize("images", [(1, 1), (2, 0, 1), (0, 0)])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_same_tokens_as_copies_of_the_prompt(tmp_path, monkeypatch, images, temperature):
+    model = tiny.vlm()
+    prompts = prompts_of(images, model)
+    args = GRPOConfig(output_dir=str(tmp_path), max_completion_length=12, use_cpu=True)
+    generate = Generate(model, tiny.processor(), args)
+    rollouts, filled = [], []
+    visual = model.model.visual.forward
+    monkeypatch.setattr(model.model.visual, "forward", lambda *a, **k: filled.append(len(a[0])) or visual(*a, **k))
+    for copies in (False, True):
+        if copies:
+            monkeypatch.setattr(generate, "_prefilled", lambda m, p, n: p.take(torch.arange(len(images)).repeat_interleave(n)))
+        filled.clear()
+        torch.manual_seed(0)
+        rollouts.append((generate(model, prompts, 4, temperature), sum(filled)))
+    (ours, patches), (theirs, all_patches) = rollouts
+    assert torch.equal(ours.completion_ids, theirs.completion_ids)
+    assert torch.equal(ours.completion_mask, theirs.completion_mask)
+    assert all_patches == 4 * patches
+    assert patches > 0 or not any(images)
+
+
+def test_text_model(tmp_path):
+    model = tiny.text_model()
+    args = GRPOConfig(output_dir=str(tmp_path), max_completion_length=12, use_cpu=True)
+    generate = Generate(model, tiny.tokenizer(), args)
+    prompts = prompts_of((0, 0), model)
+    rollout = generate(model, prompts, 3, 0)
+    inputs = prompts.take(torch.tensor([0, 0, 0, 1, 1, 1]))
+    expected = model.generate(**inputs, generation_config=generate._config(0))[:, inputs["input_ids"].shape[1] :]
+    width = rollout.completion_ids.shape[1]
+    mask = rollout.completion_mask
+    assert torch.equal(rollout.completion_ids[mask], expected[:, :width][mask])
