@@ -188,4 +188,11 @@ def test_stream_of_lengths(benchmark):
         assert abs(total / expected - 1) < 0.01, f"{name} is wrong: {total} instead of {expected}"
         return f"{abs(total / expected - 1):.0e}"
 
-    harness.compare(benchmark, f"linear_grpo_loss of 50 lengths, {most // 4} to {most} x {width} x {vocab}", providers, check, {}, limit_s=30)
+    harness.compare(
+        benchmark,
+        f"linear_grpo_loss of 50 lengths, {most // 4} to {most} x {width} x {vocab}",
+        providers,
+        check,
+        {},
+        limit_s=30,
+    )
