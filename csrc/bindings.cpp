@@ -9,6 +9,7 @@
 #include "common/gather_logps.h"
 #include "common/group_advantages.h"
 #include "common/grpo_loss.h"
+#include "common/pack_patches.h"
 #include "common/params.h"
 
 // The functions of every op: on the CPU once per instruction set.
@@ -18,6 +19,7 @@
     void gather_logps_bwd(const GatherLogps&, int);     \
     void group_advantages(const GroupAdvantages&, int); \
     void grpo_loss(const GrpoLoss&, int);               \
+    void pack_patches(const PackPatches&, int);         \
     }
 VLMK_CPU_OPS(baseline)
 #ifdef VLMK_X86
@@ -34,6 +36,7 @@ void gather_logps_fwd(const GatherLogps&, int, uintptr_t);
 void gather_logps_bwd(const GatherLogps&, int, uintptr_t);
 void group_advantages(const GroupAdvantages&, int, uintptr_t);
 void grpo_loss(const GrpoLoss&, int, uintptr_t);
+void pack_patches(const PackPatches&, int, uintptr_t);
 }  // namespace vlmk::cuda
 #define VLMK_CUDA(OP) cuda::OP
 #else
@@ -142,4 +145,11 @@ PYBIND11_MODULE(_C, m) {
                                 VLMK_FIELD(dentropy) VLMK_FIELD(loss) VLMK_FIELD(stats);
 #undef VLMK_FIELD
     VLMK_DEF(grpo_loss);
+
+#define VLMK_FIELD(F) .field(#F, &PackPatches::F)
+    ParamsClass<PackPatches>(m, "PackPatches") VLMK_FIELD(images) VLMK_FIELD(num_images) VLMK_FIELD(num_rows)
+        VLMK_FIELD(patch_size) VLMK_FIELD(merge_size) VLMK_FIELD(temporal_patch_size) VLMK_FIELD(channels_last)
+            VLMK_FIELD(element_size) VLMK_FIELD(table) VLMK_FIELD(rows) VLMK_FIELD(fresh);
+#undef VLMK_FIELD
+    VLMK_DEF(pack_patches);
 }

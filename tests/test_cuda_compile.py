@@ -19,6 +19,7 @@ ARCHS = ["80", "90a", "100a"]
 MAX_REGISTERS = {"gather_logps_fwd_kernel": 48, "gather_logps_bwd_kernel": 48, "gather_logps_merge_kernel": 40}
 # 65536 registers / (2 x 512 or 1 x 1024 threads).
 MAX_REGISTERS |= {"grpo_loss_kernel": 64, "grpo_loss_finish_kernel": 64, "group_advantages_kernel": 64}
+MAX_REGISTERS |= {"pack_patches_kernel": 64}  # 4 x 256 threads
 
 NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in CUDA_HOME/bin")
