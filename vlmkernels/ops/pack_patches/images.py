@@ -8,7 +8,7 @@ from vlmkernels.ops.checks import require
 _DEEP_MODES = ("I", "F")
 
 
-def _from_pil(image, name: str) -> torch.Tensor:
+def rgb_from_pil(image, name: str) -> torch.Tensor:
     """(H, W, 3): palette, grey and other modes become RGB, what is transparent lies on white, as in transformers."""
     import numpy
     from PIL import Image
@@ -40,7 +40,7 @@ def _as_tensor(image, name: str) -> torch.Tensor:
         _check_dtype(image, name)
         # torch takes neither negative strides nor memory that may not be written.
         return torch.from_numpy(numpy.require(image, requirements="CW"))
-    return _from_pil(image, name)
+    return rgb_from_pil(image, name)
 
 
 def as_frames(image, name: str) -> torch.Tensor:
