@@ -5,19 +5,25 @@ from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
 from vlmkernels.ops.linear_logps import linear_logps
+from vlmkernels.ops.mrope_positions import MropePositions, mrope_positions
 from vlmkernels.ops.pack_patches import PackedPatches, pack_patches
+from vlmkernels.ops.vision_layout import VisionLayout, vision_layout
 from vlmkernels.version import __version__
 
 __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
     "GroupAdvantages",
+    "MropePositions",
     "PackedPatches",
+    "VisionLayout",
     "__version__",
     "gather_logps",
     "group_advantages",
     "grpo_loss",
     "linear_logps",
+    "mrope_positions",
     "pack_patches",
     "use_backend",
+    "vision_layout",
 ]
