@@ -10,6 +10,7 @@
 #include "common/group_advantages.h"
 #include "common/grpo_loss.h"
 #include "common/linear_logps.h"
+#include "common/pack_patches.h"
 #include "common/params.h"
 #include "cpu/memory.h"
 
@@ -21,6 +22,7 @@
     void group_advantages(const GroupAdvantages&, int); \
     void grpo_loss(const GrpoLoss&, int);               \
     void linear_logps(const LinearLogps&, int);         \
+    void pack_patches(const PackPatches&, int);         \
     }
 VLMK_CPU_OPS(baseline)
 #ifdef VLMK_X86
@@ -38,6 +40,7 @@ void gather_logps_bwd(const GatherLogps&, int, uintptr_t);
 void group_advantages(const GroupAdvantages&, int, uintptr_t);
 void grpo_loss(const GrpoLoss&, int, uintptr_t);
 void linear_logps(const LinearLogps&, int, uintptr_t);
+void pack_patches(const PackPatches&, int, uintptr_t);
 }  // namespace vlmk::cuda
 #define VLMK_CUDA(OP) cuda::OP
 #else
@@ -160,4 +163,11 @@ PYBIND11_MODULE(_C, m) {
                             VLMK_FIELD(write) VLMK_FIELD(dlogp) VLMK_FIELD(dentropy);
 #undef VLMK_FIELD
     VLMK_DEF(linear_logps);
+
+#define VLMK_FIELD(F) .field(#F, &PackPatches::F)
+    ParamsClass<PackPatches>(m, "PackPatches") VLMK_FIELD(images) VLMK_FIELD(num_images) VLMK_FIELD(num_rows)
+        VLMK_FIELD(patch_size) VLMK_FIELD(merge_size) VLMK_FIELD(temporal_patch_size) VLMK_FIELD(channels_last)
+            VLMK_FIELD(element_size) VLMK_FIELD(table) VLMK_FIELD(rows) VLMK_FIELD(fresh);
+#undef VLMK_FIELD
+    VLMK_DEF(pack_patches);
 }

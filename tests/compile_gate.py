@@ -47,6 +47,7 @@ GROUPS = {
     "total_ptr": "*fp32:16", "mean_ptr": "*fp32:16", "std_ptr": "*fp32:16", "degenerate_ptr": "*i1:16",
     "N": "i32", "K": "i32", "R": "i32", "group_size": "i32", "eps": "fp32",
 }  # fmt: skip
+PATCHES = {"images_ptr": "*i64:16", "table_ptr": "*bf16:16", "out_ptr": "*bf16:16", "num_images": "i32"}
 RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
 
 
@@ -99,6 +100,13 @@ KERNELS = [
         1,
     ),
     ("gather_logps", "gather_logps_bwd_kernel", BWD, {"mask_ptr": None, "BLOCK_V": 4096}, 8),
+    *(
+        ("pack_patches", "pack_patches_kernel", PATCHES, {**sizes, "BLOCK_F": 1024}, 4)
+        for sizes in (
+            {"SIZE": 14, "MERGE": 2, "SLOTS": 2, "CHANNELS_LAST": False},
+            {"SIZE": 16, "MERGE": 1, "SLOTS": 1, "CHANNELS_LAST": True},
+        )
+    ),
 ]
 
 

@@ -6,7 +6,10 @@ from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import VocabParallel, linear_logps
+from vlmkernels.ops.mrope_positions import MropePositions, mrope_positions
+from vlmkernels.ops.pack_patches import PackedPatches, pack_patches
 from vlmkernels.ops.varlen_attention import varlen_attention
+from vlmkernels.ops.vision_layout import VisionLayout, vision_layout
 from vlmkernels.version import __version__
 
 __all__ = [
@@ -14,6 +17,9 @@ __all__ = [
     "GRPOLossOutput",
     "GroupAdvantages",
     "LinearGRPOLossOutput",
+    "MropePositions",
+    "PackedPatches",
+    "VisionLayout",
     "VocabParallel",
     "__version__",
     "gather_logps",
@@ -21,6 +27,9 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logps",
+    "mrope_positions",
+    "pack_patches",
     "use_backend",
     "varlen_attention",
+    "vision_layout",
 ]

@@ -1,0 +1,111 @@
+// pack_patches on the CPU. Layouts: common/pack_patches.h.
+//
+// A value is looked up in a cycle or so on any instruction set, whatever its type: memory bounds the rest.
+#include "../common/pack_patches.h"
+
+#include <cstring>
+
+#include "memory.h"
+
+namespace vlmk::VLMK_ISA {
+namespace {
+
+constexpr int kChunk = 64;  // rows that a thread takes at a time
+
+template <class T>
+T value(const T* table, int64_t channel, uint8_t pixel) {
+    if constexpr (sizeof(T) == 1) return pixel;
+    return table[256 * channel + pixel];
+}
+
+// The values of one channel of a patch. kPatch, kStride: the patch size and stride_x where they are known, else 0; then a line
+// is a loop that the compiler unrolls.
+template <class T, int kPatch, int kStride>
+void look_up(const T* __restrict table, int64_t channel, const uint8_t* __restrict line, int64_t size, const PatchImage& image,
+             T* __restrict out) {
+    const int64_t stride_y = image.stride_y, stride_x = kStride > 0 ? kStride : image.stride_x;
+    for (int64_t y = 0; y < size; ++y, line += stride_y, out += size) {
+        if constexpr (kPatch == 0) {
+            for (int64_t x = 0; x < size; ++x) out[x] = value(table, channel, line[x * stride_x]);
+        } else if constexpr (sizeof(T) == 1 && kStride == 1) {
+            std::memcpy(out, line, kPatch);
+        } else {
+#pragma GCC unroll 16
+            for (int x = 0; x < kPatch; ++x) out[x] = value(table, channel, line[x * stride_x]);
+        }
+    }
+}
+
+// The values of a patch whose channels come last.
+template <class T>
+void look_up_pixels(const T* __restrict table, const uint8_t* __restrict line, int64_t size, const PatchImage& image,
+                    T* __restrict out) {
+    for (int64_t y = 0; y < size; ++y, line += image.stride_y) {
+        for (int64_t x = 0; x < size; ++x) {
+            const uint8_t* pixel = line + x * image.stride_x;
+            for (int c = 0; c < 3; ++c) *out++ = value(table, c, pixel[c * image.stride_channel]);
+        }
+    }
+}
+
+template <class T, int kPatch>
+void pack_row(const PackPatches& p, int64_t row) {
+    const int64_t size = kPatch > 0 ? kPatch : p.patch_size, planes = p.channels_last ? 1 : 3;
+    const int64_t block = 3 / planes * p.patch_size * p.patch_size;
+    const Patch patch = patch_of_row(p, row);
+    const PatchImage& image = *patch.image;
+    const T* table = static_cast<const T*>(p.table);
+    T* out = static_cast<T*>(p.rows) + row * planes * p.temporal_patch_size * block;
+    for (int64_t plane = 0; plane < planes; ++plane) {
+        for (int64_t slot = 0; slot < p.temporal_patch_size; ++slot, out += block) {
+            const uint8_t* pixels = patch.pixels(slot) + plane * image.stride_channel;
+            if (patch.repeats(slot)) {
+                std::memcpy(out, out - block, block * sizeof(T));
+            } else if (p.channels_last) {
+                look_up_pixels(table, pixels, size, image, out);
+            } else if (image.stride_x == 1) {
+                look_up<T, kPatch, 1>(table, plane, pixels, size, image, out);
+            } else if (image.stride_x == 3) {
+                look_up<T, kPatch, 3>(table, plane, pixels, size, image, out);
+            } else {
+                look_up<T, kPatch, 0>(table, plane, pixels, size, image, out);
+            }
+        }
+    }
+}
+
+template <class T, int kPatch>
+void pack(const PackPatches& p, int threads) {
+#pragma omp parallel for schedule(dynamic, kChunk) num_threads(threads)
+    for (int64_t row = 0; row < p.num_rows; ++row) pack_row<T, kPatch>(p, row);
+}
+
+template <class T>
+void pack(const PackPatches& p, int threads) {
+    if (p.fresh) {
+        ask_for_huge_pages(p.rows, p.num_rows * 3 * p.temporal_patch_size * p.patch_size * p.patch_size * sizeof(T));
+    }
+    switch (p.patch_size) {
+        case 14:
+            return pack<T, 14>(p, threads);
+        case 16:
+            return pack<T, 16>(p, threads);
+        default:
+            return pack<T, 0>(p, threads);
+    }
+}
+
+}  // namespace
+
+void pack_patches(const PackPatches& p, int threads) {
+    switch (p.element_size) {
+        case 1:
+            return pack<uint8_t>(p, threads);
+        case 2:
+            return pack<uint16_t>(p, threads);
+        case 4:
+            return pack<uint32_t>(p, threads);
+    }
+}
+
+}  // namespace vlmk::VLMK_ISA

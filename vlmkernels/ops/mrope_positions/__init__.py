@@ -1,0 +1,153 @@
+"""Positions of M-RoPE for text with images and videos: all sequences at once, without waiting for a device."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from vlmkernels.ops.checks import require, require_device, require_dtype, require_shape
+
+IMAGE, VIDEO = 1, 2  # mm_token_type_ids; 0 is text
+
+
+class MropePositions(NamedTuple):
+    position_ids: torch.Tensor  # (3, ...) int64: time, height and width of each token; 0 for padding
+    deltas: torch.Tensor  # (B, 1) int64: the position of the token after the last, less the number of tokens
+
+
+def _token_grid(name: str, grid: torch.Tensor | None, merge_size: int, device: torch.device) -> torch.Tensor:
+    """(n, 3) int32 on ``device``: frames, rows and columns of tokens of each image or video."""
+    if grid is None:
+        return torch.empty(0, 3, dtype=torch.int32, device=device)
+    require(grid.dim() == 2 and grid.shape[1] == 3, name, "be (n, 3)", tuple(grid.shape))
+    require_dtype(name, grid, torch.int64)
+    merge = torch.tensor([1, merge_size, merge_size]).to(grid.device, non_blocking=True)
+    return (grid // merge).int().to(device, non_blocking=True)
+
+
+def _check_runs(kind: str, of_kind: torch.Tensor, begins: torch.Tensor, bounds: torch.Tensor, grids: torch.Tensor) -> None:
+    """Each run of vision tokens has a grid of as many tokens. CPU tensors only: on a GPU this would wait for the device."""
+    starts = begins.nonzero()[:, 0]
+    lengths = torch.diff(starts, append=bounds[-1:].to(starts.dtype))
+    is_kind = of_kind[starts]
+    starts, lengths = starts[is_kind], lengths[is_kind]
+    rule = f"have a grid per run of {kind} tokens"
+    require(len(grids) == len(starts), f"{kind}_grid_thw", rule, f"{len(grids)} grids and {len(starts)} runs")
+    bad = (grids.prod(1) != lengths).nonzero()[:, 0]
+    if len(bad):
+        i = int(bad[0])
+        sequence = int(torch.searchsorted(bounds, starts[i], right=True)) - 1
+        value = f"{tuple(grids[i].tolist())} tokens for a run of {int(lengths[i])} in sequence {sequence}"
+        require(False, f"{kind}_grid_thw[{i}]", "be the grid of its tokens", value)
+
+
+def mrope_positions(
+    mm_token_type_ids: torch.Tensor,
+    image_grid_thw: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    merge_size: int = 2,
+    frames_apart: bool = False,
+    tokens_per_second: float | None = None,
+    second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
+) -> MropePositions:
+    """What ``get_rope_index`` of the Qwen-VL models returns, for padded or packed sequences.
+
+    Text counts up on all three axes. An image or a video is a run of tokens of its type: with p the position it begins at, its
+    token in frame t, row y and column x has (p + t, p + y, p + x), and what follows begins at p + max(rows, columns).
+
+    Args:
+        mm_token_type_ids: (B, S), or packed (N,) with ``cu_seqlens``: 0 text, 1 image, 2 video, as processors return it.
+        image_grid_thw, video_grid_thw: (n, 3) int64, patches; the k-th run of a type in the batch shows the k-th grid. On any
+            device; from the CPU they are copied without waiting.
+        attention_mask: (B, S), 0 for padding, which gets position 0.
+        cu_seqlens: (B + 1,) int32 or int64, the bounds of packed sequences.
+        merge_size: patches along each side of a token.
+        frames_apart: a video is a run of tokens per frame, with a timestamp before each: Qwen3-VL.
+        tokens_per_second, second_per_grid_ts: a video's frames lie tokens_per_second * second_per_grid_ts[k] positions apart,
+            rounded down: Qwen2.5-VL. second_per_grid_ts None: 1 for each video. tokens_per_second None: 1 position apart.
+
+    Returns:
+        ``MropePositions``: position_ids (3, B, S) or (3, N), deltas (B, 1).
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype or device; on the CPU also runs of vision tokens that do not match the
+            grids (on a GPU that check would wait for the device).
+
+    Source: Wang et al., Qwen2-VL (https://arxiv.org/abs/2409.12191), section 2.1.
+    """
+    shape, device = mm_token_type_ids.shape, mm_token_type_ids.device
+    packed = cu_seqlens is not None
+    rule = "be (N,) with cu_seqlens" if packed else "be (B, S) without cu_seqlens"
+    require(len(shape) == (1 if packed else 2), "mm_token_type_ids", rule, tuple(shape))
+    types, num = mm_token_type_ids.reshape(-1), mm_token_type_ids.numel()
+    if packed:
+        require(attention_mask is None, "attention_mask", "be None with cu_seqlens", "a tensor")
+        require(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, "cu_seqlens", "be (B + 1,)", tuple(cu_seqlens.shape))
+        require_device("cu_seqlens", cu_seqlens, device, "mm_token_type_ids")
+        bounds = cu_seqlens.long()
+    else:
+        bounds = torch.arange(shape[0] + 1, device=device) * shape[1]
+    lengths = bounds.diff()
+    sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=num)
+    kept = None
+    if attention_mask is not None:
+        require_shape("attention_mask", attention_mask, shape, "mm_token_type_ids")
+        require_device("attention_mask", attention_mask, device, "mm_token_type_ids")
+        kept = attention_mask.reshape(-1) != 0
+        types = torch.where(kept, types, -1)  # padding ends a run
+
+    begins = torch.ones(num + 1, dtype=torch.bool, device=device)  # one more: where an empty last sequence begins
+    begins[1:num] = types[1:] != types[:-1]
+    begins[bounds[:-1]] = True
+    begins = begins[:num]
+    is_image, is_video = types == IMAGE, types == VIDEO
+    is_vision = is_image | is_video
+    images = _token_grid("image_grid_thw", image_grid_thw, merge_size, device)
+    videos = _token_grid("video_grid_thw", video_grid_thw, merge_size, device)
+    # The size of each run: text is of one token, what sizes[0] says.
+    sizes = torch.cat([images.new_ones(1, 3), images, videos])
+    which = (begins & is_image).cumsum(0, dtype=torch.int32) * is_image
+    video = (begins & is_video).cumsum(0, dtype=torch.int32) - 1
+    if frames_apart:
+        video = torch.searchsorted(videos[:, 0].cumsum(0, dtype=torch.int32), video, right=True)
+    if len(videos):
+        which = torch.where(is_video, video + (1 + len(images)), which)
+    if device.type == "cpu":
+        _check_runs("image", is_image, begins, bounds, images)
+        runs = videos
+        if frames_apart:
+            runs = videos.repeat_interleave(videos[:, 0], 0)
+            runs[:, 0] = 1
+        _check_runs("video", is_video, begins, bounds, runs)
+    height, width = sizes[:, 1].index_select(0, which), sizes[:, 2].index_select(0, which)
+
+    # A text token takes one position, a run of vision tokens max(height, width), all of them where it begins.
+    extent = torch.maximum(height, width)
+    advance = extent * (begins | ~is_vision)
+    if kept is not None:
+        advance *= kept
+    total = torch.zeros(num + 1, dtype=torch.int32, device=device)
+    torch.cumsum(advance, 0, dtype=torch.int32, out=total[1:])
+    base = total[1:] - extent - total[bounds[:-1]].index_select(0, sequence)
+
+    index = torch.arange(num, dtype=torch.int32, device=device)
+    rest = (index - torch.where(begins, index, 0).cummax(0).values) * is_vision
+    frame = rest.div(height * width, rounding_mode="trunc")
+    rest -= frame * height * width
+    row = rest.div(width, rounding_mode="trunc")
+    if tokens_per_second is not None and len(videos):
+        seconds = [1.0] * len(videos) if second_per_grid_ts is None else second_per_grid_ts
+        seconds = seconds if isinstance(seconds, torch.Tensor) else torch.tensor(seconds, dtype=torch.float64)
+        interval = (tokens_per_second * seconds).float().to(device, non_blocking=True)
+        frame = torch.where(is_video, (frame * interval[video.clamp(min=0)]).int(), frame)
+    positions = torch.stack([frame, row, rest - row * width]) + base
+    if kept is not None:
+        positions *= kept
+
+    last = torch.full((len(lengths),), -1, dtype=torch.int32, device=device)
+    last.scatter_reduce_(0, sequence, positions.amax(0), "amax")
+    count = lengths if kept is None else torch.zeros_like(lengths).index_add_(0, sequence, kept.long())
+    return MropePositions(positions.long().view(3, *shape), (last + 1 - count)[:, None])
