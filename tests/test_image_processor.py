@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 
@@ -13,7 +14,7 @@ pytest.importorskip("torchvision")
 from transformers import AutoImageProcessor, Qwen2VLImageProcessor  # noqa: E402
 
 from vlmkernels import pack_patches  # noqa: E402
-from vlmkernels.models.image_processor import FastImageProcessor  # noqa: E402
+from vlmkernels.models.image_processor import FastImageProcessor, with_fast_images  # noqa: E402
 
 QWEN2 = {"size": {"shortest_edge": 4 * 28 * 28, "longest_edge": 64 * 28 * 28}}
 QWEN3 = {
@@ -149,3 +150,16 @@ def test_errors_name_the_image_and_its_size(name):
 def test_sides_that_do_not_divide_without_resize():
     with pytest.raises(ValueError, match=r"images\[1\] must have sides that are multiples of 28, got 28 x 30"):
         FastImageProcessor()([noise(3, 28, 28), noise(3, 28, 30)], do_resize=False)
+
+
+def test_inside_a_processor():
+    """The processor with the fast image processor makes the same inputs; the one given stays as it is."""
+    processor = tiny.processor()
+    fast = with_fast_images(processor)
+    assert type(fast.image_processor) is FastImageProcessor
+    assert type(processor.image_processor) is Qwen2VLImageProcessor
+    arguments = {"text": ["<|vision_start|><|image_pad|><|vision_end|>a"], "images": [tiny.image(1, 56, 28)]}
+    ours, theirs = (p(**arguments, return_tensors="pt") for p in (fast, processor))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert with_fast_images(tiny.tokenizer()).__class__ is tiny.tokenizer().__class__

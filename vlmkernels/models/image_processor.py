@@ -1,5 +1,6 @@
 """``FastImageProcessor``: the image processor of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, its rows made by ``pack_patches``."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -70,3 +71,12 @@ class FastImageProcessor(Qwen2VLImageProcessor):
         )
         rows = {"pixel_values": packed.pixel_values, "image_grid_thw": packed.image_grid_thw}
         return BatchFeature(data=rows, tensor_type=return_tensors)
+
+
+def with_fast_images(processor):
+    """A processor whose ``Qwen2VLImageProcessor`` is the fast one, the rest shared; any other processor as it is."""
+    if type(getattr(processor, "image_processor", None)) is not Qwen2VLImageProcessor:
+        return processor
+    processor = copy.copy(processor)
+    processor.image_processor = FastImageProcessor.from_dict(processor.image_processor.to_dict())
+    return processor

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import Batch, why_not_shared
+from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.train.callbacks import RewardProgress
@@ -74,6 +75,7 @@ class GRPOTrainer(Trainer):
         model = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+        processing_class = with_fast_images(processing_class)
         self.tokenizer = tokenizer_of(processing_class)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
