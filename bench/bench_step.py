@@ -170,7 +170,7 @@ def test_step(benchmark):
         parts = ", ".join(f"{part} {value:.2f} s" for part, value in result.items() if part not in ("step", "peak_mib"))
         rows.append({
             "provider": name, "ms": 1e3 * result["step"], "rounds": STEPS, "ratio_to_ours": round(result["step"] / ours, 2),
-            "peak_mib": result["peak_mib"], "error": parts,
+            "peak_mib": result["peak_mib"], "parts": parts,
         })  # fmt: skip
     title = ", ".join(f"{name} {value}" for name, value in SETTING.items())
     harness.record(f"step {title}", rows)

@@ -66,7 +66,7 @@ def accuracy() -> list[str]:
     lines = []
     for path in sorted(RESULTS.glob("accuracy-*.json")):
         content = json.loads(path.read_text())
-        columns = {"max_logp": "max |Δlogp|", "mean_logp": "mean |Δlogp|"}
+        columns = {"max_logp": r"max \|Δlogp\|", "mean_logp": r"mean \|Δlogp\|"}
         columns |= {f"cosine_{what}": f"1 - cosine, d{what}" for what in ("hidden", "weight")}
         lines += [f"| {' | '.join(('provider', *columns.values()))} |", "| --- |" + " ---: |" * len(columns)]
         for row in content["rows"]:

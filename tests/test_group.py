@@ -9,7 +9,7 @@ from vlmkernels.models.families import append_completions, family_of, take_sampl
 from vlmkernels.models.group import pack_groups, prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 
-MODELS = {"qwen2.5-vl": tiny.vlm, "qwen2": tiny.text_model}
+MODELS = {"qwen2-vl": tiny.qwen2_vl, "qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qwen3_vl, "qwen2": tiny.text_model}
 
 
 def prompts_of(images, model):

@@ -13,12 +13,14 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 
 def test_snippets():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 4
     names: dict = {}
     for snippet in SNIPPETS:
         exec(snippet, names)
     assert names["logits"].grad.abs().sum() > 0
     assert names["loss"].isfinite()
+    assert names["head"].weight.grad.abs().sum() > 0
+    assert len(names["rows"]) == names["layout"].cu_seqlens[-1]
 
 
 @pytest.mark.parametrize("name", ["losses", "backends"])

@@ -10,9 +10,9 @@ from vlmkernels.train.rollout import Generate
 
 
 @pytest.mark.parametrize("images", [(1, 1), (2, 0, 1), (0, 0)])
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_same_tokens_as_copies_of_the_prompt(tmp_path, monkeypatch, images, temperature):
-    model = tiny.vlm()
+@pytest.mark.parametrize(("build", "temperature"), [(tiny.vlm, 0), (tiny.vlm, 1.0), (tiny.qwen2_vl, 1.0), (tiny.qwen3_vl, 1.0)])
+def test_same_tokens_as_copies_of_the_prompt(tmp_path, monkeypatch, images, build, temperature):
+    model = build()
     prompts = prompts_of(images, model)
     args = GRPOConfig(output_dir=str(tmp_path), max_completion_length=12, use_cpu=True)
     generate = Generate(model, tiny.processor(), args)

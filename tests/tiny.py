@@ -12,8 +12,12 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 SPECIAL = {
@@ -106,6 +110,31 @@ def vlm(seed: int = 0, tied: bool = True) -> Qwen2_5_VLForConditionalGeneration:
         tie_word_embeddings=tied,
     )
     return _finish(Qwen2_5_VLForConditionalGeneration(config))
+
+
+def qwen2_vl(seed: int = 0) -> Qwen2VLForConditionalGeneration:
+    """Qwen2-VL of the same sizes."""
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    return _other_vlm(Qwen2VLForConditionalGeneration, Qwen2VLConfig, vision, seed)
+
+
+def qwen3_vl(seed: int = 0) -> Qwen3VLForConditionalGeneration:
+    """Qwen3-VL of the same sizes, with deep features of the tower's first layer, and the patches of the processor above."""
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    return _other_vlm(Qwen3VLForConditionalGeneration, Qwen3VLConfig, vision, seed, head_dim=8)
+
+
+def _other_vlm(model_class, config_class, vision: dict, seed: int, **text):
+    torch.manual_seed(seed)
+    special, ids = _ids()
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = {**TEXT, **special, **text, "vocab_size": len(_vocabulary()), "rope_parameters": rope}
+    names = {"image_token_id": "image", "video_token_id": "video", "vision_start_token_id": "vision_start"}
+    tokens = {name: ids[token] for name, token in names.items()}
+    return _finish(model_class(config_class(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)))
 
 
 def text_model(seed: int = 0) -> Qwen2ForCausalLM:
