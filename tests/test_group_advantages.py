@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from budget import assert_within_budget
@@ -104,19 +105,30 @@ def test_first_principles(need, device, backend):
     torch.testing.assert_close(result.std, torch.tensor([7**0.5] * 3 + [0.0], device=device))
     assert result.degenerate.tolist() == [False, False, False, True]
     torch.testing.assert_close(run(scale="batch").advantages * rewards.std(), result.advantages)
+    # Without a baseline the group of one has no deviation to be divided by; the batch has.
+    torch.testing.assert_close(run(baseline="none").advantages * 7**0.5, torch.tensor([1.0, 2.0, 6.0, 0.0], device=device))
+    torch.testing.assert_close(run(scale="batch", baseline="none").advantages * rewards.std(), rewards)
 
 
 @pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("rule", [r for r in RULES if r[1] != "none"], ids=str)
+@pytest.mark.parametrize("rule", [r for r in RULES if r[:2] != ("none", "none")], ids=str)
 def test_equal_rewards_give_exactly_nothing(need, device, backend, rule):
-    """0.1 eight times has a mean that is not 0.1; a tie of the best is no lead; one-sample groups; nobody scored."""
+    """0.1 eight times has a mean that is not 0.1, sums may be equal as rounded alone; a tie of the best is no lead; one-sample
+    groups; nobody scored."""
     rewards = torch.tensor([[0.1]] * 8 + [[NAN]] * 7 + [[3.0]], device=device)
     need("group_advantages", backend, rewards)
-    for groups in ({"num_generations": 8}, {"num_generations": 1}):
-        if rule[2] == "normalize_then_sum" or groups["num_generations"] == 8:
-            result = group_advantages(rewards, backend=backend, **groups, **options(rule))
+    if rule[:2] == ("batch", "none"):
+        rewards = rewards.clamp(max=0.1)  # equal in the batch
+    cases = [(rewards, None, 8), (rewards, None, 1)]
+    if rule[2] == "sum_then_normalize":
+        sums = torch.tensor([[3.0, 0.0], [0.0, 1.0]], device=device)
+        cases.append((sums, torch.tensor([0.1, 0.3], device=device), 2))
+    for eps in (1e-4, 0.0):
+        for x, weights, size in cases:
+            result = group_advantages(x, size, weights=weights, eps=eps, backend=backend, **options(rule))
             assert result.advantages.eq(0).all()
             assert result.degenerate.all()
+            assert result.std.eq(0).all()
     tie = torch.tensor([2.0, 2.0, 1.0], device=device)
     assert group_advantages(tie, 3, baseline="pass_at_k", backend=backend).advantages.eq(0).all()
 
@@ -131,7 +143,7 @@ def test_empty_views_and_dtypes(need, device, backend):
     torch.testing.assert_close(
         view, group_advantages(rewards.t()[::2].clone(), 3, weights=rewards[:, 2].clone(), backend=backend)
     )
-    half = group_advantages(rewards.bfloat16(), 2, backend=backend)
+    half = group_advantages(rewards.bfloat16(), np.int64(2), backend=backend)
     assert half.advantages.dtype == torch.float32
     torch.testing.assert_close(half, group_advantages(rewards.bfloat16().float(), 2, backend=backend))
     leaf = rewards.clone().requires_grad_()
@@ -178,6 +190,7 @@ def test_opcheck_and_compile(need, device, backend):
 R = torch.zeros(6, 2)
 ERRORS = {
     "dtype": ((R.long(), 2), {}, TypeError, "rewards must be floating point, got torch.int64"),
+    "rewards": (([1.0, 0.0], 2), {}, TypeError, "rewards must be a tensor, got list"),
     "shape": ((R[None], 2), {}, ValueError, r"rewards must be \(N,\) or \(N, R\), got \(1, 6, 2\)"),
     "scale": ((R, 2), {"scale": "row"}, ValueError, "scale must be one of group, batch, none, got 'row'"),
     "baseline": (
@@ -193,11 +206,18 @@ ERRORS = {
         ValueError,
         "scale must be 'group' with aggregation = 'normalize_then_sum', got 'batch'",
     ),
+    "scale type": ((R, 2), {"scale": ["group"]}, ValueError, r"scale must be one of group, batch, none, got \['group'\]"),
     "eps": ((R, 2), {"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
+    "eps type": ((R, 2), {"eps": "0"}, TypeError, "eps must be a number, got '0'"),
+    "weights type": ((R, 2), {"weights": [1.0, 1.0]}, TypeError, "weights must be a tensor, got list"),
+    "weights nan": ((R, 2), {"weights": R[0] / 0}, ValueError, r"weights must be finite, got nan at index \(0,\)"),
     "weights": ((R, 2), {"weights": R[:, 0]}, ValueError, r"weights must have the shape of one reward, \(2,\), got \(6,\)"),
     "no groups": ((R,), {}, ValueError, "num_generations or group_sizes must be given, one of the two, got neither"),
     "both": ((R, 2), {"group_sizes": [6]}, ValueError, "one of the two, got both"),
     "zero": ((R, 0), {}, ValueError, "num_generations must be >= 1, got 0"),
+    "fraction": ((R, 2.0), {}, TypeError, "num_generations must be an integer, got 2.0"),
+    "fractions": ((R,), {"group_sizes": R[:, 0] + 1}, TypeError, "group_sizes must be integers, got 1.0"),
+    "no sizes": ((R,), {"group_sizes": 6}, TypeError, "group_sizes must be a sequence of integers, got 6"),
     "indivisible": ((R, 4), {}, ValueError, "num_generations must divide the 6 rewards, got 4"),
     "sum": ((R,), {"group_sizes": [2, 3]}, ValueError, r"group_sizes must add up to the 6 rewards, got \[2, 3\] = 5"),
     "empty group": ((R,), {"group_sizes": [6, 0]}, ValueError, r"group_sizes must be >= 1 each, got \[6, 0\]"),

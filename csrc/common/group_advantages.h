@@ -1,7 +1,7 @@
 // Arguments of group_advantages on every device, filled in by vlmkernels/ops/group_advantages/native.py.
 //
 // Of the completions of a group that were scored: r = sum_k weight_k reward_k, NaN left out;
-//   A = (r - baseline) / (standard deviation of the group or the batch + eps), 0 where the group's r do not differ.
+//   A = (r - baseline) / (standard deviation of the group or the batch + eps), 0 where the r that it is of do not differ.
 // With normalize_first, r is the weighted sum of each function's normalised rewards and A is normalised in the batch.
 #pragma once
 

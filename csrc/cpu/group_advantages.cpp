@@ -19,6 +19,8 @@ struct Moments {
     bool equal() const { return best <= least || count == 0; }
     // x less the mean; exactly 0 where all are equal.
     double centre(double x) const { return equal() ? 0.0 : x - mean; }
+    // Infinite where all are equal, whatever eps: what is divided is exactly 0.
+    double divisor(double eps) const { return std == 0 ? kInfinity : std + eps; }
 };
 
 // Of the value(i) for i in [begin, end) that are not NaN.
@@ -40,7 +42,7 @@ Moments moments_of(int64_t begin, int64_t end, Value value) {
         double x = value(i);
         if (!std::isnan(x)) squares += (x - m.mean) * (x - m.mean);
     }
-    m.std = m.count > 1 ? std::sqrt(squares / (m.count - 1)) : 0.0;
+    m.std = m.equal() ? 0.0 : std::sqrt(squares / (m.count - 1));
     return m;
 }
 
@@ -69,13 +71,13 @@ void group_advantages(const GroupAdvantages& p, int) {
             float x = p.rewards[i * p.functions + k];
             if (!std::isnan(x)) add(i, static_cast<double>(weight(k)) * x);
         }
-        p.total[i] = static_cast<float>(r[i]);
+        r[i] = p.total[i] = static_cast<float>(r[i]);  // rewards that show no difference have none
     }
     auto value = [&](int64_t i) { return r[i]; };
     Moments batch = moments_of(0, p.num, value);
     for (int64_t g = 0; g < p.num_groups; ++g) {
         Moments group = moments_of(start(g), start(g + 1), value);
-        double divisor = p.scale == kScaleNone ? 1.0 : (p.scale == kScaleGroup ? group.std : batch.std) + p.eps;
+        double divisor = p.scale == kScaleNone ? 1.0 : (p.scale == kScaleGroup ? group : batch).divisor(p.eps);
         for (int64_t i = start(g); i < start(g + 1); ++i) {
             p.advantages[i] = std::isnan(r[i]) ? 0.0f : static_cast<float>(advantage(r[i], group, p.baseline) / divisor);
             p.mean[i] = static_cast<float>(group.mean);
@@ -90,13 +92,13 @@ void group_advantages(const GroupAdvantages& p, int) {
             auto reward = [&](int64_t i) { return static_cast<double>(p.rewards[i * p.functions + k]); };
             Moments group = moments_of(start(g), start(g + 1), reward);
             for (int64_t i = start(g); i < start(g + 1); ++i) {
-                if (!std::isnan(reward(i))) add(i, weight(k) * group.centre(reward(i)) / (group.std + p.eps));
+                if (!std::isnan(reward(i))) add(i, weight(k) * group.centre(reward(i)) / group.divisor(p.eps));
             }
         }
     }
     batch = moments_of(0, p.num, value);
     for (int64_t i = 0; i < p.num; ++i) {
-        p.advantages[i] = std::isnan(r[i]) ? 0.0f : static_cast<float>(batch.centre(r[i]) / (batch.std + p.eps));
+        p.advantages[i] = std::isnan(r[i]) ? 0.0f : static_cast<float>(batch.centre(r[i]) / batch.divisor(p.eps));
     }
 }
 

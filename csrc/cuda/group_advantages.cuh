@@ -25,6 +25,8 @@ struct Moments {
     VLMK_DEVICE bool equal() const { return best <= least || count == 0.0f; }
     // x less the mean; exactly 0 where all are equal.
     VLMK_DEVICE float centre(float x) const { return equal() ? 0.0f : x - mean; }
+    // Infinite where all are equal, whatever eps: what is divided is exactly 0.
+    VLMK_DEVICE float divisor(float eps) const { return std == 0.0f ? kInfinity : std + eps; }
 };
 
 // Of the value(i) for i in [begin, end) that are not NaN; every lane of the warp gets them.
@@ -56,7 +58,7 @@ VLMK_DEVICE Moments moments_of(int64_t begin, int64_t end, Value value) {
         if (!is_nan(x)) squares += (x - m.mean) * (x - m.mean);
     }
     squares = warp_sum(squares);
-    m.std = m.count > 1.0f ? sqrtf(squares / (m.count - 1.0f)) : 0.0f;
+    m.std = m.equal() ? 0.0f : sqrtf(squares / (m.count - 1.0f));
     return m;
 }
 
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const _
             p.std[i] = group.std;
             p.degenerate[i] = group.equal();
             if (p.normalize_first) continue;
-            float r = p.total[i], divisor = p.scale == kScaleGroup ? group.std + p.eps : 1.0f;
+            float r = p.total[i], divisor = p.scale == kScaleGroup ? group.divisor(p.eps) : 1.0f;
             p.advantages[i] = is_nan(r) ? 0.0f : advantage_of(r, group, p.baseline) / divisor;
         }
         if (!p.normalize_first) continue;
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const _
             auto reward = [&](int64_t i) { return p.rewards[i * p.functions + k]; };
             Moments of_function = moments_of(start(g), start(g + 1), reward);
             for (int64_t i = start(g) + lane; i < start(g + 1); i += 32) {
-                float x = reward(i), z = weight(k) * of_function.centre(x) / (of_function.std + p.eps);
+                float x = reward(i), z = weight(k) * of_function.centre(x) / of_function.divisor(p.eps);
                 if (!is_nan(x)) p.advantages[i] = sum_of(p.advantages[i], z);
             }
         }
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const _
     Moments batch = moments_of(0, p.num, [&](int64_t i) { return sums[i]; });
     __syncthreads();
     for (int64_t i = threadIdx.x; i < p.num; i += kGroupThreads) {
-        float divisor = batch.std + p.eps;
+        float divisor = batch.divisor(p.eps);
         if (p.normalize_first) {
             p.advantages[i] = is_nan(sums[i]) ? 0.0f : batch.centre(sums[i]) / divisor;
         } else {

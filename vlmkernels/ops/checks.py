@@ -1,6 +1,8 @@
 """Argument checks: an error names the argument, the rule and the value."""
 
 import math
+import numbers
+from collections.abc import Collection
 
 import torch
 
@@ -9,6 +11,20 @@ def require(ok: bool, name: str, rule: str, value: object, error: type[Exception
     """Raise ``error`` as "<name> must <rule>, got <value>" unless ``ok``."""
     if not ok:
         raise error(f"{name} must {rule}, got {value}")
+
+
+def require_tensor(name: str, value: object) -> None:
+    require(isinstance(value, torch.Tensor), name, "be a tensor", type(value).__name__, TypeError)
+
+
+def require_number(name: str, value: object, rule: str, kind: type = numbers.Real) -> None:
+    """``value`` is a number of ``kind``, of Python or NumPy; a bool is none."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{name} must {rule}, got {value!r}")
+
+
+def require_one_of(name: str, value: object, rows: Collection[str], prefix: str = "") -> None:
+    require(isinstance(value, str) and value in rows, name, f"be {prefix}one of {', '.join(rows)}", repr(value))
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
@@ -25,7 +41,15 @@ def require_device(name: str, tensor: torch.Tensor, device: torch.device, owner:
 
 
 def require_positive(name: str, value: float) -> None:
-    require(isinstance(value, (int, float)) and math.isfinite(value) and value > 0, name, "be finite and > 0", value)
+    require_number(name, value, "be finite and > 0")
+    require(0 < value < math.inf, name, "be finite and > 0", value)
+
+
+def require_nowhere(bad: torch.Tensor, name: str, rule: str, tensor: torch.Tensor) -> None:
+    """Raise, with the first value and its index, where ``bad`` holds. Waits for the device."""
+    if bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name} must {rule}, got {tensor[where].item()} at index {where}")
 
 
 def require_indices(name: str, indices: torch.Tensor, size: int, what: str, mask: torch.Tensor | None = None) -> None:
@@ -35,6 +59,4 @@ def require_indices(name: str, indices: torch.Tensor, size: int, what: str, mask
     bad = (indices < 0) | (indices >= size)
     if mask is not None:
         bad &= mask
-    if bad.any():
-        where = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{name} must be in [0, {size}), {what}, got {indices[where].item()} at index {where}")
+    require_nowhere(bad, name, f"be in [0, {size}), {what}", indices)

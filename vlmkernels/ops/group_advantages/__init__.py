@@ -1,13 +1,22 @@
 """Group-relative advantages from rewards. Torch only: triton and ``_C`` load on first use."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require, require_device, require_shape
+from vlmkernels.ops.checks import (
+    require,
+    require_device,
+    require_nowhere,
+    require_number,
+    require_one_of,
+    require_shape,
+    require_tensor,
+)
 
 FWD = "vlmkernels::group_advantages"
 
@@ -31,6 +40,8 @@ def _outputs(rewards):
 @impl(FWD, "default")
 def _fwd(rewards, weights, starts, group_size, rules, eps, backend):
     outputs = _outputs(rewards)
+    if weights is not None and weights.device.type == "cpu":
+        require_nowhere(~weights.isfinite(), "weights", "be finite", weights)
     if len(rewards):
         select("group_advantages", backend, rewards).fwd(rewards, weights, starts, group_size, rules, eps, *outputs)
     return outputs
@@ -71,14 +82,16 @@ def group_advantages(
         r = (rewards * weights).sum(1).view(-1, num_generations)
         advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)
 
-    Where the rewards of a group do not differ the advantage is exactly 0, whatever rounding makes of their mean.
+    Where the rewards of a group do not differ the advantage is exactly 0, whatever eps is and rounding makes of their mean.
+    With baseline="none" it is the reward, or 0 where the rewards do not differ whose standard deviation divides it: those of
+    the group, or with scale="batch" those of the batch.
 
     Args:
         rewards: (N,) or (N, R), floating point; NaN = not scored. A completion that no function scored has advantage 0 and
             does not enter its group's statistics.
         num_generations: G; completions of a group follow one another, N is a multiple of G.
         group_sizes: the sizes of the groups in order instead, each at least 1, N in all.
-        weights: (R,), default 1 each.
+        weights: (R,), finite, default 1 each.
         scale: divide by the standard deviation (ddof 1) of the "group", of the "batch", or by nothing ("none", Dr. GRPO).
         baseline: subtract the group's "mean" (GRPO); the mean of the others ("leave_one_out", RLOO); nothing ("none"); or give
             the group's best completion alone its lead over the second best ("pass_at_k").
@@ -92,12 +105,14 @@ def group_advantages(
         ``GroupAdvantages``, without gradient; fp32 (fp64 for fp64 rewards, in the reference).
 
     Raises:
-        ValueError, TypeError: a rule above is broken; the message names argument, rule and value.
+        ValueError, TypeError: a rule above is broken; the message names argument, rule and value. Whether weights are finite is
+            checked on the CPU alone (on a GPU that would wait for the device).
         NotImplementedError: the named backend does not serve these tensors.
 
     Source: https://arxiv.org/abs/2402.03300 (section 4.1), 2503.20783 (scale="none"), 2402.14740 (leave_one_out), 2503.19595
     (pass_at_k), 2601.05242 (normalize_then_sum).
     """
+    require_tensor("rewards", rewards)
     require(rewards.is_floating_point(), "rewards", "be floating point", rewards.dtype, TypeError)
     require(rewards.dim() in (1, 2), "rewards", "be (N,) or (N, R)", tuple(rewards.shape))
     for name, value, values in (
@@ -105,14 +120,16 @@ def group_advantages(
         ("baseline", baseline, BASELINES),
         ("aggregation", aggregation, AGGREGATIONS),
     ):
-        require(value in values, name, f"be one of {', '.join(values)}", repr(value))
+        require_one_of(name, value, values)
     if aggregation == "normalize_then_sum":
         for name, value, default in (("scale", scale, "group"), ("baseline", baseline, "mean")):
             require(value == default, name, f"be {default!r} with aggregation = 'normalize_then_sum'", repr(value))
+    require_number("eps", eps, "be a number")
     require(eps >= 0, "eps", "be >= 0", eps)
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     rewards = rewards.unsqueeze(1) if rewards.dim() == 1 else rewards
     if weights is not None:
+        require_tensor("weights", weights)
         require_shape("weights", weights, rewards.shape[1:], "one reward")
         require_device("weights", weights, rewards.device, "rewards")
         weights = weights.detach().to(rewards.dtype)
@@ -128,13 +145,18 @@ def _groups(num: int, num_generations: int | None, sizes, device) -> tuple[torch
         given = "both" if sizes is not None else "neither"
         raise ValueError(f"num_generations or group_sizes must be given, one of the two, got {given}")
     if sizes is None:
+        require_number("num_generations", num_generations, "be an integer", Integral)
         require(num_generations >= 1, "num_generations", "be >= 1", num_generations)
         require(num % num_generations == 0, "num_generations", f"divide the {num} rewards", num_generations)
-        return None, num_generations
-    sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else list(sizes)
+        return None, int(num_generations)
+    sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+    require(isinstance(sizes, Iterable), "group_sizes", "be a sequence of integers", sizes, TypeError)
+    sizes = list(sizes)
+    for size in sizes:
+        require_number("group_sizes", size, "be integers", Integral)
     require(all(size >= 1 for size in sizes), "group_sizes", "be >= 1 each", sizes)
     require(sum(sizes) == num, "group_sizes", f"add up to the {num} rewards", f"{sizes} = {sum(sizes)}")
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + size)
-    return torch.tensor(starts, dtype=torch.int32, device=device), max(sizes, default=1)
+    return torch.tensor(starts, dtype=torch.int32, device=device), int(max(sizes, default=1))

@@ -1,8 +1,10 @@
 """Group-relative advantages in plain PyTorch: the oracle of ``group_advantages``.
 
 A = (r - baseline) / (scale + eps), where r is a completion's weighted reward and both come from its group (or, the scale, from
-the batch). Completions that nobody scored take no part.
+the batch); 0 where the scale is. Completions that nobody scored take no part.
 """
+
+from typing import NamedTuple
 
 import torch
 
@@ -35,40 +37,48 @@ class Batch(Groups):
         self.count, self.index = 1, torch.zeros(num, dtype=torch.int64, device=device)
 
 
-def moments(r: torch.Tensor, scored: torch.Tensor, groups: Groups):
-    """Number, mean and standard deviation (ddof 1; 0 for fewer than two) of the scored rows of each row's group."""
+class Moments(NamedTuple):
+    """Of the scored rows of each row's group, (N,)."""
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor  # ddof 1; exactly 0 where they do not differ
+    equal: torch.Tensor  # whether they do not
+
+    def divisor(self, eps: float) -> torch.Tensor:
+        """Infinite where the rows do not differ, whatever eps: what is divided is exactly 0."""
+        return torch.where(self.std == 0, torch.inf, self.std + eps)
+
+
+def moments(r: torch.Tensor, scored: torch.Tensor, groups: Groups) -> Moments:
     count = groups.total(scored.to(r.dtype))
     mean = groups.total(torch.where(scored, r, 0)) / count.clamp(min=1)
     square = groups.total(torch.where(scored, (r - mean).square(), 0))
-    return count, mean, (square / (count - 1).clamp(min=1)).sqrt()
+    equal = groups.greatest(torch.where(scored, r, -torch.inf)) <= -groups.greatest(torch.where(scored, -r, -torch.inf))
+    return Moments(count, mean, torch.where(equal, 0, (square / (count - 1).clamp(min=1)).sqrt()), equal)
 
 
-def equal(r: torch.Tensor, scored: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Whether the scored rows of each row's group do not differ."""
-    return groups.greatest(torch.where(scored, r, -torch.inf)) <= -groups.greatest(torch.where(scored, -r, -torch.inf))
-
-
-def no_baseline(r, scored, groups, count, mean):
+def no_baseline(r, scored, groups, of):
     return r
 
 
-def group_mean(r, scored, groups, count, mean):
+def group_mean(r, scored, groups, of):
     """https://arxiv.org/abs/2402.03300, section 4.1"""
-    return torch.where(equal(r, scored, groups), 0, r - mean)
+    return torch.where(of.equal, 0, r - of.mean)
 
 
-def leave_one_out(r, scored, groups, count, mean):
+def leave_one_out(r, scored, groups, of):
     """r minus the mean of the others, RLOO: https://arxiv.org/abs/2402.14740"""
-    return group_mean(r, scored, groups, count, mean) * count / (count - 1).clamp(min=1)
+    return group_mean(r, scored, groups, of) * of.count / (of.count - 1).clamp(min=1)
 
 
-def pass_at_k(r, scored, groups, count, mean):
+def pass_at_k(r, scored, groups, of):
     """Only the best completion counts, by how much it beats the second best: https://arxiv.org/abs/2503.19595"""
     candidates = torch.where(scored, r, -torch.inf)
     best = groups.greatest(candidates)
     alone = groups.total((candidates == best).to(r.dtype)) == 1
     second = groups.greatest(torch.where(candidates == best, -torch.inf, candidates))
-    return torch.where((r == best) & alone & (count > 1), best - second, 0)
+    return torch.where((r == best) & alone & (of.count > 1), best - second, 0)
 
 
 BASELINES = {"none": no_baseline, "mean": group_mean, "leave_one_out": leave_one_out, "pass_at_k": pass_at_k}
@@ -82,22 +92,22 @@ def fwd(rewards, weights, starts, group_size, rules, eps, advantages, total, mea
     scored = given.any(1)
     weights = rewards.new_ones(rewards.shape[1]) if weights is None else weights
     r = (rewards * weights).nansum(1)
-    count, group_mean_, group_std = moments(r, scored, groups)
+    of_group = moments(r, scored, groups)
     if aggregation == "normalize_then_sum":
         # GDPO: each function's rewards are normalised in the group, their sum in the batch. https://arxiv.org/abs/2601.05242
         combined = torch.zeros_like(r)
         for x, has, weight in zip(rewards.unbind(1), given.unbind(1), weights, strict=True):
-            _, mean_k, std_k = moments(x.nan_to_num(), has, groups)
-            idle = ~has | equal(x.nan_to_num(), has, groups)
-            combined += weight * torch.where(idle, 0, (x.nan_to_num() - mean_k) / (std_k + eps))
-        _, batch_mean, batch_std = moments(combined, scored, batch)
-        result = torch.where(equal(combined, scored, batch), 0, combined - batch_mean) / (batch_std + eps)
+            of_function = moments(x, has, groups)
+            z = group_mean(x, has, groups, of_function) / of_function.divisor(eps)
+            combined += torch.where(has, weight * z, 0)
+        of_batch = moments(combined, scored, batch)
+        result = group_mean(combined, scored, batch, of_batch) / of_batch.divisor(eps)
     else:
-        result = BASELINES[baseline](r, scored, groups, count, group_mean_)
+        result = BASELINES[baseline](r, scored, groups, of_group)
         if scale != "none":
-            result = result / ((group_std if scale == "group" else moments(r, scored, batch)[2]) + eps)
+            result = result / (of_group if scale == "group" else moments(r, scored, batch)).divisor(eps)
     advantages.copy_(torch.where(scored, result, 0))
     total.copy_(torch.where(scored, r, torch.nan))
-    mean.copy_(group_mean_)
-    std.copy_(group_std)
-    degenerate.copy_(equal(r, scored, groups))
+    mean.copy_(of_group.mean)
+    std.copy_(of_group.std)
+    degenerate.copy_(of_group.equal)

@@ -15,14 +15,22 @@ def unsupported(rewards: torch.Tensor) -> str | None:
 
 @triton.jit
 def moments(x, given):
-    """Of the given elements of each row: number, mean, standard deviation (ddof 1), and whether they do not differ."""
+    """Of the given elements of each row: number, mean, standard deviation (ddof 1; exactly 0 where they do not differ), and
+    whether they do not."""
     count = tl.sum(given.to(tl.float32), 1)[:, None]
     mean = tl.sum(tl.where(given, x, 0.0), 1)[:, None] / tl.maximum(count, 1.0)
     distance = tl.where(given, x - mean, 0.0)
     std = tl.sqrt(tl.sum(distance * distance, 1)[:, None] / tl.maximum(count - 1.0, 1.0))
     greatest = tl.max(tl.where(given, x, -INFINITY), 1)[:, None]
     least = tl.min(tl.where(given, x, INFINITY), 1)[:, None]
-    return count, mean, std, greatest <= least
+    equal = greatest <= least
+    return count, mean, tl.where(equal, 0.0, std), equal
+
+
+@triton.jit
+def divisor(std, eps):
+    """Infinite where what the deviation is of does not differ, whatever eps: what is divided is exactly 0."""
+    return tl.where(std == 0, INFINITY, std + eps)
 
 
 @triton.jit
@@ -101,12 +109,12 @@ def group_advantages_kernel(
             for k in range(0, R):
                 weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + k)
                 x = tl.load(rewards_ptr + i.to(tl.int64) * R + k, mask=valid, other=NAN)
-                _count, mean_k, std_k, equal_k = moments(x, x == x)
-                result += tl.where((x == x) & (equal_k == 0), weight * (x - mean_k) / (std_k + eps), 0.0)
+                _count, mean_k, std_k, _equal = moments(x, x == x)
+                result += tl.where(x == x, weight * (x - mean_k) / divisor(std_k, eps), 0.0)
         else:
             result = BASELINE(r, scored, count, mean, equal)
             if SCALE == "group":
-                result = result / (std + eps)
+                result = result / divisor(std, eps)
         tl.store(advantages_ptr + i, tl.where(scored, result, 0.0), mask=valid)
     if NORMALIZE_FIRST or SCALE == "batch":
         tl.debug_barrier()
@@ -135,15 +143,15 @@ def group_advantages_kernel(
             x = tl.load(values_ptr + start + offset, mask=start + offset < N, other=0.0)
             distance = tl.where(total == total, x - mean, 0.0)
             squares += distance * distance
-        std = tl.sqrt(tl.sum(squares, 0) / tl.maximum(number - 1.0, 1.0))
+        std = tl.where(equal, 0.0, tl.sqrt(tl.sum(squares, 0) / tl.maximum(number - 1.0, 1.0)))
         tl.debug_barrier()
         for start in range(0, N, BLOCK):
             inside = start + offset < N
             total = tl.load(total_ptr + start + offset, mask=inside, other=NAN)
             x = tl.load(advantages_ptr + start + offset, mask=inside, other=0.0)
             if NORMALIZE_FIRST:
-                x = tl.where(equal, 0.0, x - mean)
-            tl.store(advantages_ptr + start + offset, tl.where(total == total, x / (std + eps), 0.0), mask=inside)
+                x -= mean
+            tl.store(advantages_ptr + start + offset, tl.where(total == total, x / divisor(std, eps), 0.0), mask=inside)
 
 
 def fwd(rewards, weights, starts, group_size, rules, eps, *outputs):
