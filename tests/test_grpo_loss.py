@@ -1,9 +1,13 @@
 """grpo_loss against first principles and, for every backend, the fp64 reference; against TRL: test_grpo_loss_trl.py."""
 
 import os
+import pickle
+import re
 import subprocess
 import sys
+from dataclasses import asdict, fields
 
+import numpy as np
 import pytest
 import torch
 from budget import assert_within_budget
@@ -13,8 +17,9 @@ from hypothesis import strategies as st
 
 from vlmkernels import GRPOLossConfig, grpo_loss
 from vlmkernels import backend as backends
-from vlmkernels.ops.grpo_loss.batch import Batch
-from vlmkernels.ops.grpo_loss.config import KL_ESTIMATORS, LOSSES
+from vlmkernels.ops.grpo_loss.batch import Batch, entropy_quantile
+from vlmkernels.ops.grpo_loss.config import KL_ESTIMATORS, LOSSES, parse
+from vlmkernels.ops.grpo_loss.native import variant as native_variant
 
 KERNELS = ["cpp", "triton", "cuda"]
 
@@ -187,12 +192,20 @@ def test_accumulation_steps_divide_what_is_a_mean():
     batch = make(4, 6)
     for loss_type in LOSSES:
         config = GRPOLossConfig(loss_type=loss_type, entropy_coef=0.3, max_completion_length=9)
-        one, four = (run(batch, config, accumulation_steps=n) for n in (1, 4))
+        one, four = (run(batch, config, accumulation_steps=n) for n in (1, np.int64(4)))
         for name in ("loss", "dlogps", "dentropy"):
             torch.testing.assert_close(4 * four[name], one[name])
         given = run(batch, config, accumulation_steps=4, num_items=17)
         if config.aggregation.num_items:
-            torch.testing.assert_close(given["dlogps"], run(batch, config, num_items=17)["dlogps"])
+            for num_items in (np.float32(17), torch.tensor(17)):
+                torch.testing.assert_close(given["dlogps"], run(batch, config, num_items=num_items)["dlogps"])
+
+
+def test_entropy_quantile_of_more_tokens_than_the_dtype_counts():
+    """In bfloat16 the rank of the last of 260 rounds to one beyond it, as that of 2^24 + 4 in float32."""
+    entropy = torch.arange(260).bfloat16()
+    assert entropy_quantile(entropy, None, 1.0) == entropy[-1]
+    assert entropy_quantile(torch.cat([entropy, -entropy]), torch.arange(520) < 260, 1.0) == entropy[-1]
 
 
 ALL = ["reference", *KERNELS]
@@ -236,17 +249,27 @@ def test_a_fault_upstream_shows(need, device, backend):
         with pytest.raises(ValueError, match=rf"{name} must be finite \(check_finite\), got nan at index {where}"):
             run(broken, GRPOLossConfig(beta=0.1, check_finite=True), backend)
     batch["logps"][~batch["mask"]] = torch.nan
-    assert run(batch, GRPOLossConfig(check_finite=True), backend)["loss"].isfinite()
+    batch["advantages"][0] = torch.nan  # of a sequence of which nothing counts
+    for same in (batch, packed(batch)):
+        assert run(same, GRPOLossConfig(check_finite=True), backend)["loss"].isfinite()
+    for num_items in (torch.nan, torch.inf, -1.0):
+        with pytest.raises(ValueError, match=rf"num_items must be finite and >= 0 \(check_finite\), got {num_items}"):
+            run(batch, GRPOLossConfig(check_finite=True), backend, num_items=torch.tensor(num_items, device=device))
+    batch["entropy"][1] = torch.nan
+    result = run(batch, GRPOLossConfig(), backend)
+    assert result["entropy"].isnan()
+    assert result["loss"].isfinite()
 
 
 @pytest.mark.parametrize("backend", ALL)
 def test_empty(need, device, backend):
     need("grpo_loss", backend, torch.zeros(1, 1, device=device))
     for shape in ((0, 5), (3, 0), (0, 0)):
-        batch = {"logps": torch.zeros(shape, device=device), "advantages": torch.ones(shape[0], device=device)}
-        result = run(batch, GRPOLossConfig(loss_type="grpo"), backend)
+        zeros = torch.zeros(shape, device=device)
+        batch = {"logps": zeros, "entropy": zeros, "advantages": torch.ones(shape[0], device=device)}
+        result = run(batch, GRPOLossConfig(loss_type="grpo", entropy_coef=0.1), backend)
         assert result["loss"] == 0
-        assert result["dlogps"].shape == shape
+        assert result["dlogps"].shape == result["dentropy"].shape == shape
     cu_seqlens = torch.tensor([0, 0, 2, 2], dtype=torch.int32, device=device)
     batch = {"logps": torch.zeros(2, device=device), "advantages": torch.ones(3, device=device), "cu_seqlens": cu_seqlens}
     assert run(batch, GRPOLossConfig(loss_type="grpo"), backend)["loss"].item() == pytest.approx(-1 / 3)
@@ -256,13 +279,20 @@ def test_empty(need, device, backend):
 def test_half_precision_inputs(need, device, backend):
     batch = on(device, make(3, 5, dtype=torch.float32))
     need("grpo_loss", backend, batch["logps"])
-    half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in batch.items()}
     config = GRPOLossConfig(beta=0.1)
-    result = run(half, config, backend)
-    assert result["loss"].dtype == torch.float32
-    assert result["dlogps"].dtype == torch.bfloat16
-    wide = run({name: x.float() if x.is_floating_point() else x for name, x in half.items()}, config, backend)
-    torch.testing.assert_close(result["dlogps"], wide["dlogps"].bfloat16())
+    for dtype in (torch.bfloat16, torch.float16):
+        half = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
+        result = run(half, config, backend)
+        assert result["loss"].dtype == torch.float32
+        assert result["dlogps"].dtype == dtype
+        wide = run({name: x.float() if x.is_floating_point() else x for name, x in half.items()}, config, backend)
+        torch.testing.assert_close(result["dlogps"], wide["dlogps"].to(dtype))
+    # e^20 / N, and a coefficient: beyond what fp16 has.
+    far = {"logps": 0.0, "old_logps": -30.0, "entropy": 1.0}
+    far = {name: torch.full((2, 3), x, dtype=torch.float16, device=device) for name, x in far.items()}
+    result = run(far | {"advantages": -torch.ones(2, device=device)}, GRPOLossConfig(entropy_coef=1e6), backend)
+    assert result["dlogps"].eq(65504).all()
+    assert result["dentropy"].eq(-65504).all()
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -275,8 +305,11 @@ def test_backward_scales(need, device, backend):
         **{n: batch[n] for n in ("logps", "entropy", "advantages", "mask")}, config=config, backend=backend
     )
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
-    for mine, other in zip(torch.autograd.grad(-3 * loss, leaves), once, strict=True):
+    for mine, other in zip(torch.autograd.grad(-3 * loss, leaves, retain_graph=True), once, strict=True):
         torch.testing.assert_close(mine, -3 * other)
+    twice = torch.autograd.grad(loss.square(), leaves[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        twice.sum().backward()
     assert not any(value.requires_grad for value in metrics.values())
     assert not grpo_loss(batch["logps"].detach(), batch["advantages"], backend=backend).loss.requires_grad
 
@@ -340,6 +373,7 @@ def test_table_lists_every_loss():
 
 CONFIG_ERRORS = {
     "loss_type": ({"loss_type": "ppo"}, "loss_type must be one of grpo, bnpo, dr_grpo, dapo, .*, got 'ppo'"),
+    "loss_type list": ({"loss_type": ["grpo"]}, r"loss_type must be one of grpo, .*, got \['grpo'\]"),
     "level": ({"importance_sampling_level": "word"}, "importance_sampling_level must be None or one of token, sequence, got"),
     "kl": ({"kl_estimator": "k4"}, "kl_estimator must be one of k1, k2, k3, got 'k4'"),
     "beta": ({"beta": -0.1}, "beta must be >= 0, got -0.1"),
@@ -368,8 +402,39 @@ def test_configuration_errors(case):
     options, message = CONFIG_ERRORS[case]
     with pytest.raises(ValueError, match=message):
         GRPOLossConfig(**options)
-    with pytest.raises(ValueError, match=r"preset must be one of grpo, .*, got 'best'"):
-        GRPOLossConfig.preset("best")
+    for name in ("best", ["grpo"]):
+        with pytest.raises(ValueError, match=rf"preset must be one of grpo, .*, got {re.escape(repr(name))}"):
+            GRPOLossConfig.preset(name)
+
+
+OF_TYPE = {kind: [field.name for field in fields(GRPOLossConfig) if field.type == kind] for kind in (float, float | None, bool)}
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "rule"),
+    [
+        (OF_TYPE[float], (None, "0.5", [0.5], True), "be a finite number"),
+        (OF_TYPE[float | None], ("0.5", [0.5], True), "be a finite number"),
+        (OF_TYPE[bool], (None, 1, "no"), "be a bool"),
+        (["max_completion_length"], (2.5, "9", True), "be an integer"),
+    ],
+    ids=["numbers", "numbers or None", "flags", "integers"],
+)
+def test_configuration_types(names, values, rule):
+    for name in names:
+        for value in values:
+            with pytest.raises(TypeError, match=re.escape(f"{name} must {rule}, got {value!r}")):
+                GRPOLossConfig(**{name: value})
+
+
+def test_configurations_survive_what_is_done_with_them():
+    config = GRPOLossConfig(beta=1, epsilon_low=np.float32(0.25), delta=np.float64(2), max_completion_length=np.int64(9))
+    written = GRPOLossConfig(beta=1.0, epsilon_low=0.25, delta=2.0, max_completion_length=9)
+    copies = (GRPOLossConfig(**asdict(config)), config.replace(), pickle.loads(pickle.dumps(config)), parse(config.text))
+    for same in (written, *copies):
+        assert (same, same.text, hash(same)) == (config, config.text, hash(config))
+    # A schedule of entropy_coef makes a new one at every step.
+    assert all(cached.cache_info().maxsize for cached in (parse, native_variant))
 
 
 X, S = torch.zeros(2, 3), torch.zeros(2)
@@ -377,6 +442,10 @@ C = torch.tensor([0, 2, 6], dtype=torch.int32)
 ERRORS = {
     "logps dtype": ((X.long(), S), {}, TypeError, "logps must be floating point, got torch.int64"),
     "logps shape": ((S, S), {}, ValueError, r"logps must be \(B, T\), or \(N,\) with cu_seqlens, got \(2,\)"),
+    "logps type": (([[0.0]], S), {}, TypeError, "logps must be a tensor, got list"),
+    "advantages type": ((X, [1.0, 2.0]), {}, TypeError, "advantages must be a tensor, got list"),
+    "cu_seqlens type": ((X.view(6), S), {"cu_seqlens": [0, 2, 6]}, TypeError, "cu_seqlens must be a tensor, got list"),
+    "config": ((X, S), {"config": "dapo"}, TypeError, "config must be a GRPOLossConfig, got dapo"),
     "advantages": ((X, torch.zeros(3)), {}, ValueError, r"advantages must be one per sequence, \(2,\), or per .* got \(3,\)"),
     "old_logps": ((X, S), {"old_logps": S}, ValueError, r"old_logps must have the shape of logps, \(2, 3\), got \(2,\)"),
     "mask": ((X, S), {"mask": X}, TypeError, "mask must have dtype bool, got float32"),
@@ -405,8 +474,11 @@ ERRORS = {
         "entropy must be given with entropy_coef = 0.1",
     ),
     "num_items": ((X, S), {"num_items": -1}, ValueError, "num_items must be >= 0, got -1"),
+    "num_items type": ((X, S), {"num_items": "9"}, TypeError, r"num_items must be a number or a \(\) tensor, got '9'"),
+    "threshold": ((X, S), {"entropy_threshold": [1]}, TypeError, r"entropy_threshold must be a number or a .* got \[1\]"),
     "num_items shape": ((X, S), {"num_items": S}, ValueError, r"num_items must be a number or a \(\) tensor, got \(2,\)"),
     "accumulation": ((X, S), {"accumulation_steps": 0}, ValueError, "accumulation_steps must be finite and > 0, got 0"),
+    "accumulation type": ((X, S), {"accumulation_steps": "2"}, TypeError, "accumulation_steps must be finite and > 0, got '2'"),
     "mask and cu_seqlens": (
         (X.view(6), S),
         {"cu_seqlens": C, "mask": torch.ones(6, dtype=torch.bool)},

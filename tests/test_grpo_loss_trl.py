@@ -103,5 +103,8 @@ def test_presets_and_trl_arguments():
     for field, value in (("use_adaptive_entropy", True), ("router_aux_loss_coef", 0.001)):
         with pytest.raises(ValueError, match=f"{field} must be .*, got {value}"):
             GRPOLossConfig.from_trl(trl.trl_args(**{field: value}))
+    for args in (None, {}):
+        with pytest.raises(TypeError, match=f"args must be a trl.GRPOConfig, got {type(args).__name__}"):
+            GRPOLossConfig.from_trl(args)
     real = importlib.import_module("trl").GRPOConfig(use_cpu=True, bf16=False, epsilon_high=0.28)
     assert GRPOLossConfig.from_trl(real) == GRPOLossConfig.from_trl(trl.trl_args(epsilon_high=0.28))

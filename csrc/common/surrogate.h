@@ -321,7 +321,8 @@ VLMK_HD void finish(const GrpoLoss& p, const float (&total)[kColumns], float* lo
     float policy_scale = p.divide_by_tokens ? ratio_of(1.0f, total[kTokens]) : 1.0f;
     float entropy_scale = -ratio_of(p.entropy_coef, total[kKept]) / p.accumulation_steps;
     float policy_loss = total[kLoss] * policy_scale;
-    *loss = policy_loss + entropy_scale * total[kKeptEntropy];
+    // Without a coefficient the entropy is a metric, and may be anything.
+    *loss = p.entropy_coef == 0.0f ? policy_loss : policy_loss + entropy_scale * total[kKeptEntropy];
     stats[0] = policy_scale;
     stats[1] = entropy_scale;
     stats[2] = policy_loss;

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
@@ -61,6 +62,7 @@ class _Loss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss, _):
         grads = dict.fromkeys((*Batch._fields, "config", "backend"))
         if dloss is not None:
@@ -70,7 +72,7 @@ class _Loss(torch.autograd.Function):
                 # On the CPU a look at the scale is free, and mostly spares a pass over the gradient.
                 looked_at = dlogp.device.type == "cpu" and not torch.compiler.is_compiling()
                 grads["logps"] = dlogp if looked_at and policy_scale.item() == 1 else dlogp * policy_scale
-            if ctx.needs_input_grad[Batch._fields.index("entropy")] and dentropy.numel():
+            if ctx.needs_input_grad[Batch._fields.index("entropy")] and dentropy.shape == dlogp.shape:
                 grads["entropy"] = dentropy * entropy_scale
         return tuple(grads.values())
 
@@ -144,6 +146,7 @@ def grpo_loss(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or combination of arguments; on the CPU also cu_seqlens that are
             not increasing from 0 to N (on a GPU that check would wait for the device).
+        RuntimeError: the gradient is differentiated.
         NotImplementedError: the named backend does not serve these tensors.
 
     Source: https://arxiv.org/abs/2402.03300, and those of ``vlmkernels.ops.grpo_loss.config.LOSSES``.

@@ -1,9 +1,11 @@
 """What the backends of ``grpo_loss`` take and return, beside the configuration."""
 
+import math
 from typing import NamedTuple
 
 import torch
 
+from vlmkernels.ops.checks import require, require_nowhere
 from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
 
 
@@ -131,21 +133,25 @@ def entropy_quantile(entropy: torch.Tensor, mask: torch.Tensor | None, quantile:
     if mask is not None:
         values, count = torch.where(mask.flatten(), values, torch.inf), mask.sum()
     values = values.sort().values
-    rank = torch.full((), quantile, dtype=values.dtype, device=values.device) * (count - 1).clamp(min=0)
+    # In fp64: in a lesser dtype the rank of the last of many is one beyond it.
+    rank = torch.full((), quantile, dtype=torch.float64, device=values.device) * (count - 1).clamp(min=0)
     below = rank.floor().long()
     above = torch.minimum(below + 1, (count - 1).clamp(min=0))
-    return torch.lerp(values[below], values[above], rank - below)
+    return torch.lerp(values[below], values[above], (rank - below).to(values.dtype))
 
 
 def require_finite(batch: Batch) -> None:
-    """Every value that counts is finite; NaN in rollout_logps stands for a token without one."""
+    """Every value that counts is finite, a sequence's advantage where one of its tokens does; NaN in rollout_logps stands for a
+    token without one."""
+    mask = torch.ones_like(batch.logps, dtype=torch.bool) if batch.mask is None else batch.mask
     for name in ("logps", "old_logps", "ref_logps", "rollout_logps", "entropy", "advantages"):
-        tensor = getattr(batch, name)
+        tensor, counts = getattr(batch, name), mask
         if tensor is None:
             continue
+        if name == "advantages" and not batch.per_token:
+            counts = Sequences(batch).total(mask.flatten().to(tensor.dtype)) > 0
         bad = tensor.isinf() if name == "rollout_logps" else ~tensor.isfinite()
-        if batch.mask is not None and tensor.shape == batch.mask.shape:
-            bad &= batch.mask
-        if bad.any():
-            where = tuple(bad.nonzero()[0].tolist())
-            raise ValueError(f"{name} must be finite (check_finite), got {tensor[where].item()} at index {where}")
+        require_nowhere(bad & counts, name, "be finite (check_finite)", tensor)
+    if batch.num_items is not None:
+        num_items = batch.num_items.item()
+        require(0 <= num_items < math.inf, "num_items", "be finite and >= 0 (check_finite)", num_items)

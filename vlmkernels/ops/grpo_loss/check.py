@@ -2,14 +2,26 @@
 
 import torch
 
-from vlmkernels.ops.checks import require, require_device, require_dtype, require_positive, require_shape
+from vlmkernels.ops.checks import (
+    require,
+    require_device,
+    require_dtype,
+    require_number,
+    require_positive,
+    require_shape,
+    require_tensor,
+)
 from vlmkernels.ops.grpo_loss.batch import Batch
 from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
 
 
 def check_layout(batch: Batch) -> None:
-    """Shapes, dtypes and devices."""
+    """Types, shapes, dtypes and devices."""
     logps, advantages, cu_seqlens = batch.logps, batch.advantages, batch.cu_seqlens
+    optional = ("old_logps", "ref_logps", "mask", "cu_seqlens", "rollout_logps", "entropy")
+    for name in ("logps", "advantages", *(name for name in optional if getattr(batch, name) is not None)):
+        require_tensor(name, getattr(batch, name))
+        require_device(name, getattr(batch, name), logps.device, "logps")
     require(logps.is_floating_point(), "logps", "be floating point", logps.dtype, TypeError)
     if cu_seqlens is None:
         require(logps.dim() == 2, "logps", "be (B, T), or (N,) with cu_seqlens", tuple(logps.shape))
@@ -32,15 +44,16 @@ def check_layout(batch: Batch) -> None:
         if isinstance(value, torch.Tensor):
             require(value.dim() == 0, name, "be a number or a () tensor", tuple(value.shape))
         elif value is not None:
+            require_number(name, value, "be a number or a () tensor")
             require(value >= 0, name, "be >= 0", value)
-    for name in ("advantages", "old_logps", "ref_logps", "mask", "cu_seqlens", "rollout_logps", "entropy", "entropy_threshold"):
-        if isinstance(getattr(batch, name), torch.Tensor):
-            require_device(name, getattr(batch, name), logps.device, "logps")
+    if isinstance(batch.entropy_threshold, torch.Tensor):
+        require_device("entropy_threshold", batch.entropy_threshold, logps.device, "logps")
     require_positive("accumulation_steps", batch.accumulation_steps)
 
 
 def check_config(batch: Batch, config: GRPOLossConfig) -> None:
     """What the configuration needs is there, and rollout_logps only where it uses them."""
+    require(isinstance(config, GRPOLossConfig), "config", "be a GRPOLossConfig", config, TypeError)
     for setting, name, needed in (
         ("beta", "ref_logps", config.beta > 0),
         ("rollout_correction", "rollout_logps", config.rollout_correction is not None),
@@ -54,6 +67,23 @@ def check_config(batch: Batch, config: GRPOLossConfig) -> None:
     require(not unused or batch.rollout_logps is None, "rollout_logps", rule, "a tensor")
 
 
+class _Widened(torch.autograd.Function):
+    """fp16 in a wider dtype; of its gradient, e^20 times a weight, what fp16 has no number for is the greatest it has."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        return x.to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        greatest = torch.finfo(torch.float16).max
+        return grad.clamp(-greatest, greatest).half(), None
+
+
+def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _Widened.apply(x, dtype) if x.dtype == torch.float16 else x.to(dtype)
+
+
 def prepare(batch: Batch, config: GRPOLossConfig) -> Batch:
     """All floating tensors in the dtype of computation, gradients only where one goes, what is not read left out."""
     dtype = torch.promote_types(batch.logps.dtype, torch.float32)
@@ -63,18 +93,17 @@ def prepare(batch: Batch, config: GRPOLossConfig) -> Batch:
         fixed[name] = None if tensor is None else tensor.detach().to(dtype)
     if not config.beta:
         fixed["ref_logps"] = None
-    for name in ("entropy_threshold", "num_items"):
+    for name, device in (("entropy_threshold", batch.logps.device), ("num_items", "cpu")):
         value = getattr(batch, name)
-        fixed[name] = value.detach().to(dtype) if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            fixed[name] = value.detach().to(dtype)
+        elif value is not None:
+            fixed[name] = torch.full((), float(value), dtype=dtype, device=device)
     if config.top_entropy_quantile == 1:
         fixed["entropy_threshold"] = None
-    elif isinstance(batch.entropy_threshold, (int, float)):
-        fixed["entropy_threshold"] = torch.full((), batch.entropy_threshold, dtype=dtype, device=batch.logps.device)
-    if isinstance(batch.num_items, (int, float)):
-        fixed["num_items"] = torch.tensor(float(batch.num_items), dtype=dtype)
-    entropy = None if batch.entropy is None else batch.entropy.to(dtype)
+    entropy = None if batch.entropy is None else widened(batch.entropy, dtype)
     steps = float(batch.accumulation_steps)
-    return batch._replace(logps=batch.logps.to(dtype), entropy=entropy, accumulation_steps=steps, **fixed)
+    return batch._replace(logps=widened(batch.logps, dtype), entropy=entropy, accumulation_steps=steps, **fixed)
 
 
 def check_values(batch: Batch) -> None:

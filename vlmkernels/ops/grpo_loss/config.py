@@ -2,11 +2,12 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
-from typing import NamedTuple
+import numbers
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import NamedTuple, get_args
 
-from vlmkernels.ops.checks import require
+from vlmkernels.ops.checks import require, require_number, require_one_of
 
 MAX_LOG_RATIO = 20.0  # log-ratios count as at most this, either way: e^20 times any advantage is finite in fp32
 MIN_LOGP = -1e4  # log-probabilities count as at least this, so that differences of two are finite
@@ -130,7 +131,8 @@ class GRPOLossConfig:
         check_finite: raise on an input that is not finite. Waits for the device.
 
     Raises:
-        ValueError: a value is out of range, or two do not go together; the message names argument, rule and value.
+        ValueError, TypeError: a value is out of range or of another type, or two do not go together; the message names
+            argument, rule and value.
     """
 
     loss_type: str = "dapo"
@@ -156,8 +158,6 @@ class GRPOLossConfig:
     top_entropy_quantile: float = 1.0
     entropy_coef: float = 0.0
     check_finite: bool = False
-    text: str = field(init=False, repr=False, compare=False, default="")
-    """The fields as JSON: how a configuration passes the dispatcher as one argument (``parse`` reads it)."""
 
     def __post_init__(self) -> None:
         for name, rows in (
@@ -165,26 +165,40 @@ class GRPOLossConfig:
             ("kl_estimator", KL_ESTIMATORS),
             ("rollout_sequence_ratio", SEQUENCE_RATIOS),
         ):
-            require(getattr(self, name) in rows, name, f"be one of {', '.join(rows)}", repr(getattr(self, name)))
+            require_one_of(name, getattr(self, name), rows)
         for name, rows in (("importance_sampling_level", LEVELS), ("rollout_correction", CORRECTIONS)):
-            value = getattr(self, name)
-            require(value is None or value in rows, name, f"be None or one of {', '.join(rows)}", repr(value))
+            if getattr(self, name) is not None:
+                require_one_of(name, getattr(self, name), rows, "None or ")
+        self._check_types()
         self._check_numbers()
         self._check_combinations()
-        fields = {name: value for name, value in asdict(self).items() if name != "text"}
-        object.__setattr__(self, "text", json.dumps(fields))
+        # The fields as JSON: how a configuration passes the dispatcher as one argument (``parse`` reads it). No field, so that
+        # dataclasses.asdict gives back the arguments; made here, because torch.compile cannot trace how it is made.
+        object.__setattr__(self, "text", json.dumps(asdict(self)))
+
+    def _check_types(self) -> None:
+        """Flags are bools and numbers finite; those of other libraries become Python's, which JSON and the dispatcher take."""
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            kind, *or_none = get_args(field.type) or (field.type,)
+            if kind is str or (or_none and value is None):
+                continue
+            if kind is bool:
+                require(isinstance(value, bool), name, "be a bool", repr(value), TypeError)
+                continue
+            rule, numeric = ("be an integer", numbers.Integral) if kind is int else ("be a finite number", numbers.Real)
+            require_number(name, value, rule, numeric)
+            require(math.isfinite(value), name, rule, value)
+            object.__setattr__(self, name, kind(value))
 
     def _check_numbers(self) -> None:
-        nonnegative = {"beta", "epsilon_high", "rollout_clip_min", "off_policy_mask_threshold"}
-        positive = {"delta", "max_completion_length", "rollout_clip_max"}
-        positive |= {name for name in self.__dataclass_fields__ if name.startswith(("sapo_", "vespo_"))}
-        for name in sorted(nonnegative | positive | {"entropy_coef"}):
+        for name in ("beta", "epsilon_high", "rollout_clip_min", "off_policy_mask_threshold"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            require(isinstance(value, (int, float)) and math.isfinite(value), name, "be a finite number", repr(value))
-            require(name not in nonnegative or value >= 0, name, "be >= 0", value)
-            require(name not in positive or value > 0, name, "be > 0", value)
+            require(value is None or value >= 0, name, "be >= 0", value)
+        positive = [name for name in self.__dataclass_fields__ if name.startswith(("sapo_", "vespo_"))]
+        for name in ("delta", "max_completion_length", "rollout_clip_max", *positive):
+            value = getattr(self, name)
+            require(value is None or value > 0, name, "be > 0", value)
         for name in ("epsilon_low", "top_entropy_quantile"):
             require(0 <= getattr(self, name) <= 1, name, "be in [0, 1]", getattr(self, name))
         low, high = self.rollout_clip_min, self.rollout_clip_max
@@ -245,7 +259,7 @@ class GRPOLossConfig:
     @classmethod
     def preset(cls, name: str, **changes) -> "GRPOLossConfig":
         """The settings of a paper (a row of ``PRESETS``), with ``changes``."""
-        require(name in PRESETS, "preset", f"be one of {', '.join(PRESETS)}", repr(name))
+        require_one_of("preset", name, PRESETS)
         return cls(**PRESETS[name] | changes)
 
     def replace(self, **changes) -> "GRPOLossConfig":
@@ -259,26 +273,30 @@ class GRPOLossConfig:
 
         Raises:
             ValueError: ``args`` asks for something that this objective does not have; the message names it.
+            TypeError: ``args`` is no ``trl.GRPOConfig``.
         """
-        rule = "be false: whoever holds entropy_coef changes it, between steps, with GRPOLossConfig.replace"
-        require(not args.use_adaptive_entropy, "use_adaptive_entropy", rule, args.use_adaptive_entropy)
-        rule = "be None or 0: the router's loss comes from the model, to be added to this one"
-        require(not args.router_aux_loss_coef, "router_aux_loss_coef", rule, args.router_aux_loss_coef)
-        corrected = args.use_vllm and args.vllm_importance_sampling_correction
-        special = {"epsilon_high", "max_completion_length"}
-        same = set(cls.__dataclass_fields__) & set(args.__dataclass_fields__) - special
-        return cls(
-            **{name: getattr(args, name) for name in same},
-            epsilon_low=args.epsilon,
-            epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-            max_completion_length=args.max_completion_length if args.loss_type == "dr_grpo" else None,
-            rollout_correction=args.vllm_importance_sampling_mode if corrected else None,
-            rollout_clip_min=args.vllm_importance_sampling_clip_min,
-            rollout_clip_max=args.vllm_importance_sampling_clip_max,
-        )
+        try:
+            rule = "be false: whoever holds entropy_coef changes it, between steps, with GRPOLossConfig.replace"
+            require(not args.use_adaptive_entropy, "use_adaptive_entropy", rule, args.use_adaptive_entropy)
+            rule = "be None or 0: the router's loss comes from the model, to be added to this one"
+            require(not args.router_aux_loss_coef, "router_aux_loss_coef", rule, args.router_aux_loss_coef)
+            corrected = args.use_vllm and args.vllm_importance_sampling_correction
+            special = {"epsilon_high", "max_completion_length"}
+            same = set(cls.__dataclass_fields__) & set(args.__dataclass_fields__) - special
+            return cls(
+                **{name: getattr(args, name) for name in same},
+                epsilon_low=args.epsilon,
+                epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+                max_completion_length=args.max_completion_length if args.loss_type == "dr_grpo" else None,
+                rollout_correction=args.vllm_importance_sampling_mode if corrected else None,
+                rollout_clip_min=args.vllm_importance_sampling_clip_min,
+                rollout_clip_max=args.vllm_importance_sampling_clip_max,
+            )
+        except AttributeError as error:
+            raise TypeError(f"args must be a trl.GRPOConfig, got {type(args).__name__}: {error}") from error
 
 
-@cache
+@lru_cache(maxsize=256)
 def parse(text: str) -> GRPOLossConfig:
     """The configuration whose ``text`` this is."""
     return GRPOLossConfig(**json.loads(text))

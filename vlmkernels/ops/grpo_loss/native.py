@@ -1,6 +1,6 @@
 """grpo_loss through the compiled module, for the backends "cpp" and "cuda"."""
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -19,7 +19,7 @@ ROWS = {
 }
 
 
-@cache
+@lru_cache(maxsize=256)
 def variant(module, config: GRPOLossConfig):
     """What the configuration decides, as the struct of the compiled module."""
     level, _, bound = (config.rollout_correction or "").partition("_")

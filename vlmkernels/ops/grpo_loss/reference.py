@@ -166,7 +166,7 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
     entropy_scale = -config.entropy_coef / (kept.sum().clamp(min=1) * batch.accumulation_steps)
     policy_loss = (share * value).sum() * policy_scale
     entropy = torch.zeros_like(logp) if batch.entropy is None else read(batch.entropy)
-    loss.copy_(policy_loss + entropy_scale * (kept * entropy).sum())
+    loss.copy_(policy_loss + (entropy_scale * (kept * entropy).sum() if config.entropy_coef else 0))
     dlogp.copy_((share * (direct + through_ratio)).view(dlogp.shape))
     if dentropy.numel():
         dentropy.copy_(kept.view(dentropy.shape))

@@ -400,7 +400,9 @@ def grpo_loss_finish_kernel(
     policy_scale = ratio_of(1.0, tokens) if BY_TOKENS else 1.0
     entropy_scale = -ratio_of(entropy_coef, column_sum(partial_ptr, 7, S, BLOCK_S)) / accumulation_steps
     policy_loss = column_sum(partial_ptr, 0, S, BLOCK_S) * policy_scale
-    tl.store(loss_ptr, policy_loss + entropy_scale * column_sum(partial_ptr, 8, S, BLOCK_S))
+    # Without a coefficient the entropy is a metric, and may be anything.
+    bonus = tl.where(entropy_coef == 0, 0.0, entropy_scale * column_sum(partial_ptr, 8, S, BLOCK_S))
+    tl.store(loss_ptr, policy_loss + bonus)
     tl.store(stats_ptr, policy_scale)
     tl.store(stats_ptr + 1, entropy_scale)
     tl.store(stats_ptr + 2, policy_loss)
