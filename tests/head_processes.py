@@ -44,6 +44,14 @@ def vocabulary_parallel(rank: int, processes: int) -> None:
         expected, actual = results
         expected[3], expected[4] = expected[3][own], expected[4][own]
         torch.testing.assert_close(actual, expected)
+    # A shard without any token that is possible, and no tokens at all.
+    padded, own_bias = torch.where(torch.arange(sum(sizes)) < sizes[0], bias.detach(), -torch.inf), parts[2].detach()
+    possible = targets % sizes[0]
+    expected = linear_logps(hidden, weight, possible, bias=padded)
+    actual = linear_logps(parts[0], parts[1], possible, bias=padded[own], vocab_parallel=parallel)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(gradients(actual.sum(), parts[0]), gradients(expected.sum(), hidden))
+    assert linear_logps(parts[0][:0], parts[1], targets[:0], bias=own_bias, vocab_parallel=parallel).shape == (0, 6)
     for config in (GRPOLossConfig("dapo", entropy_coef=0.1), GRPOLossConfig("luspo")):
         of_whole, of_parts = (
             linear_grpo_loss(h, w, targets, advantages, bias=b, config=config, vocab_parallel=group)

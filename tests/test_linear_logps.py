@@ -8,8 +8,8 @@ import pytest
 import torch
 from budget import assert_within_budget
 
+from vlmkernels import VocabParallel, gather_logps, linear_logps
 from vlmkernels import backend as backends
-from vlmkernels import gather_logps, linear_logps
 from vlmkernels.ops import linear_logps as linear_logps_module
 from vlmkernels.ops.linear_logps import sweep
 from vlmkernels.ops.linear_logps.sweep import Head, narrowed
@@ -251,6 +251,42 @@ def test_accumulate_weight_grad(device, dtype):
     torch.testing.assert_close(weight.grad, 2 * once, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.03)
 
 
+def test_accumulation_reaches_the_leaf_whatever_is_saved(device):
+    """Checkpointing and offloading unpack saved tensors as others."""
+    (hidden, weight, _), targets = make((5,), 20, 4, torch.float32, device, bias=False)
+    weight.requires_grad_()
+    (expected,) = torch.autograd.grad(linear_logps(hidden, weight, targets).sum(), weight)
+    function = lambda h: linear_logps(h, weight, targets, accumulate_weight_grad=True)  # noqa: E731
+    for run in (lambda: torch.utils.checkpoint.checkpoint(function, hidden, use_reentrant=False), lambda: function(hidden)):
+        weight.grad = None
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            run().sum().backward()
+        torch.testing.assert_close(weight.grad, expected)
+
+
+def test_double_backward_is_refused(device):
+    (hidden, weight, _), targets = make((5,), 20, 4, torch.float32, device, bias=False)
+    hidden.requires_grad_()
+    (gradient,) = torch.autograd.grad(linear_logps(hidden, weight, targets).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad|differentiate twice"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize("softcap", [300.0, 1e5, 1e20])
+def test_wide_softcaps(need, device, backend, softcap):
+    (hidden, weight, bias), targets = make((64,), 100, 16, torch.float32, device)
+    need("linear_logps", backend, hidden)
+    exact = linear_logps(hidden.double(), weight.double(), targets, bias=bias.double(), softcap=softcap, backend="reference")
+    actual = linear_logps(hidden, weight, targets, bias=bias, softcap=softcap, backend=backend)
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=2e-5)
+
+
+def test_one_position(device):
+    (hidden, weight, _), targets = make((1,), 20, 4, torch.float32, device, bias=False)
+    assert linear_logps(hidden[0], weight, targets[0]).shape == ()
+
+
 def test_fp32_master_weight(device):
     """The GEMM runs in 16 bits, the weight's gradient is fp32: more than a 16-bit weight's gradient holds."""
     (hidden, weight, bias), targets = make((33,), 301, 16, torch.bfloat16, device)
@@ -330,6 +366,16 @@ def test_compile(device, chunk_bytes):
     )
 
 
+def test_compile_with_transposed_operands(device):
+    """The gradients' strides are those that the compiler was told."""
+    rng = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*s, generator=rng).to(device).requires_grad_() for s in ((5, 3, 8), (8, 40))]
+    targets = torch.randint(40, (3, 5), generator=rng).to(device)
+    function = lambda hidden, weight: linear_logps(hidden.transpose(0, 1), weight.t(), targets).sum()  # noqa: E731
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    torch.testing.assert_close(torch.autograd.grad(torch.compile(function, fullgraph=True)(*leaves), leaves), expected)
+
+
 def test_checkpointing(device):
     (hidden, weight, _), targets = make((6,), 50, 8, torch.float32, device, bias=False)
     operands = [x.requires_grad_() for x in (hidden, weight)]
@@ -389,7 +435,18 @@ BAD = {
     "keep_logits_bytes": (
         {"keep_logits_bytes": -1, "weight": W.clone().requires_grad_()},
         ValueError,
-        "keep_logits_bytes must be >= 0, got -1",
+        r"keep_logits_bytes must be an integer in \[0, 2\*\*63\), got -1",
+    ),
+    "fractional chunk_bytes": ({"chunk_bytes": 1e6}, ValueError, "chunk_bytes must be an integer in .*, got 1000000.0"),
+    "no tensor": ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
+    "list of targets": ({"targets": [0]}, TypeError, "targets must be a tensor, got list"),
+    "parallel": ({"vocab_parallel": VocabParallel(None, 0, 10)}, TypeError, "vocab_parallel must be None or a VocabParallel"),
+    "parallel number": ({"vocab_parallel": 3}, TypeError, "vocab_parallel must be None or a VocabParallel with a group, got 3"),
+    "shard": ({"vocab_parallel": VocabParallel("group", 5, 12)}, ValueError, "place the 10 rows .* got start 5, size 12"),
+    "accumulated": (
+        {"accumulate_weight_grad": True, "weight": W.clone().requires_grad_() * 1},
+        ValueError,
+        "accumulate_weight_grad must be False unless weight is a leaf",
     ),
     "backend": ({"backend": "gpu"}, ValueError, "backend must be one of"),
 }

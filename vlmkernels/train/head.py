@@ -59,7 +59,10 @@ def output_head(model: torch.nn.Module) -> torch.nn.Module:
     if is_peft_model(model):
         from peft.tuners.lora import Linear
         from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import TrainableTokensWrapper
 
+        rule = "not have trainable_token_indices of the language-model head, or of an embedding tied to it"
+        require(not isinstance(head, TrainableTokensWrapper), "peft_config", rule, type(head).__name__)
         if isinstance(head, BaseTunerLayer):
             plain = isinstance(head, Linear) and not any(head.use_dora.values()) and not any(head.lora_bias.values())
             rule = "adapt the language-model head (target_modules holds it) by plain LoRA alone, without DoRA or a bias"

@@ -7,7 +7,7 @@ import torch
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require_indices
+from vlmkernels.ops.checks import require, require_indices
 from vlmkernels.ops.grpo_loss import grpo_loss
 from vlmkernels.ops.grpo_loss.batch import STATS, Batch, Sequences, metrics, require_finite, token_weights
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
@@ -35,11 +35,15 @@ define(
 )
 
 
-def in_one_sweep(config: GRPOLossConfig) -> bool:
-    """Whether the gradient of a token is known from it alone, so that it can be written while its logits are at hand."""
+def in_one_sweep(config: GRPOLossConfig, dtype: torch.dtype) -> bool:
+    """Whether the gradient of a token is known from it alone, so that it can be written while its logits are at hand.
+
+    Not in fp16, whose small numbers need the factor of the loss before they are rounded.
+    """
     per_token = config.level == "token" and config.loss.surrogate != "vespo"
     corrected = (config.rollout_correction or "token").startswith("token")
-    return per_token and corrected and config.off_policy_mask_threshold is None and config.top_entropy_quantile == 1
+    fits = dtype != torch.float16
+    return fits and per_token and corrected and config.off_policy_mask_threshold is None and config.top_entropy_quantile == 1
 
 
 @impl(FWD, "default")
@@ -93,7 +97,8 @@ def _tokens(batch: Batch, config: GRPOLossConfig, targets, asked, num: int) -> T
 def _fwd_fake(hidden, weight, bias, targets, *args):
     logps = torch.empty(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     like = (hidden, weight, hidden if bias is None else bias)
-    gradients = [torch.empty_like(x) if n else hidden.new_empty(0) for x, n in zip(like, args[-3], strict=True)]
+    fresh = lambda x: torch.empty_like(x, memory_format=torch.contiguous_format)  # noqa: E731
+    gradients = [fresh(x) if n else hidden.new_empty(0) for x, n in zip(like, args[-3], strict=True)]
     return logps.new_empty(()), logps.new_empty(len(STATS)), logps, torch.empty_like(logps), *gradients
 
 
@@ -109,6 +114,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
         return loss, stats, logps, entropy
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None, None, None, *ctx.others)
@@ -170,9 +176,9 @@ def linear_grpo_loss(
     Where the gradient of a token is known from it alone, a chunk of logits is made by a GEMM, overwritten by its gradient by
     one kernel, and multiplied into the gradients by ``hidden`` and ``weight``: 6 N H V floating-point operations, forward and
     backward, instead of the 8 of recomputing, and 4 where ``weight`` needs no gradient. The backward pass multiplies the
-    gradients by a scalar on the device, in place: there can be one. The other objectives (a ratio or weight of the sequence,
-    off_policy_mask_threshold, top_entropy_quantile, vocab_parallel) run as written above: also 6 N H V where the logits fit in
-    ``chunk_bytes``.
+    gradients by a scalar on the device, in place: there can be one. Other objectives (a ratio or weight of the sequence,
+    off_policy_mask_threshold, top_entropy_quantile), vocab_parallel, and fp16, whose small numbers need the loss scale before
+    they are rounded, run as written above: also 6 N H V where the logits fit in ``chunk_bytes``.
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, rows, chunk_bytes, keep_logits_bytes, vocab_parallel: see
@@ -193,10 +199,12 @@ def linear_grpo_loss(
 
     Source: https://arxiv.org/abs/2402.03300; gradients made in the forward pass: https://arxiv.org/abs/2410.10989.
     """
+    require(isinstance(config, GRPOLossConfig), "config", "be a GRPOLossConfig", type(config).__name__, TypeError)
+    hidden, weight, bias = operands(hidden, weight, bias)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     shared = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "rows": rows}
     inputs = (advantages, old_logps, ref_logps, mask, cu_seqlens, rollout_logps)
-    if not any(needed) or not in_one_sweep(config) or vocab_parallel is not None:
+    if not any(needed) or not in_one_sweep(config, hidden.dtype) or vocab_parallel is not None:
         logps, entropy = linear_logps(
             hidden, weight, targets, **shared, mask=mask, return_entropy=True, chunk_bytes=chunk_bytes,
             keep_logits_bytes=keep_logits_bytes, vocab_parallel=vocab_parallel, backend=backend,
@@ -206,9 +214,8 @@ def linear_grpo_loss(
         batch = Batch(logps, *inputs, entropy, entropy_threshold, num_items, accumulation_steps)
         loss, metrics_ = grpo_loss(**batch._asdict(), config=config, backend=backend)
         return LinearGRPOLossOutput(loss, metrics_, logps.detach(), entropy.detach())
-    hidden, weight, bias = operands(hidden, weight, bias)
     check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
-    chunk_bytes, _ = budget(hidden, weight, bias, targets.numel(), chunk_bytes, 0)
+    chunk_bytes, _ = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes)
     results = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     results = results.expand(targets.shape)  # in the place of the log-probabilities and entropies to come
     batch = Batch(results, *inputs, results, None, num_items, accumulation_steps)

@@ -4,8 +4,8 @@ import torch
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require_indices
-from vlmkernels.ops.linear_logps.check import budget, check, operands
+from vlmkernels.ops.checks import require, require_indices
+from vlmkernels.ops.linear_logps.check import budget, check, check_parallel, operands
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, gathered
 from vlmkernels.ops.linear_logps.sweep import (
     Gradients,
@@ -101,7 +101,8 @@ def _bwd(
 def _bwd_fake(dlogp, dentropy, logp, entropy, stats, kept, weight_grad, needed, hidden, weight, bias, *args):
     needed = (needed[0], needed[1] and weight_grad is None, needed[2])
     like = (hidden, weight, weight if bias is None else weight.new_empty(bias.shape))
-    return tuple(torch.empty_like(x) if n else hidden.new_empty(0) for x, n in zip(like, needed, strict=True))
+    fresh = lambda x: torch.empty_like(x, memory_format=torch.contiguous_format)  # noqa: E731
+    return tuple(fresh(x) if n else hidden.new_empty(0) for x, n in zip(like, needed, strict=True))
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -109,7 +110,9 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, mask, rows, *settings):
-        *inputs, ctx.group, ctx.accumulate = settings
+        *inputs, ctx.group, accumulate = settings
+        # The leaf itself: what is saved for the backward pass may be unpacked as another tensor (checkpointing, offloading).
+        ctx.leaf = weight if accumulate else None
         logp, entropy, stats, ctx.kept = torch.ops.vlmkernels.linear_logps_fwd(
             hidden, weight, bias, targets, mask, rows, *inputs
         )
@@ -124,6 +127,7 @@ class _LinearLogps(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dlogp, dentropy):
         hidden, weight, bias, targets, mask, rows, logp, entropy, stats = ctx.saved_tensors
         nothing = (None,) * (len(ctx.inputs) + 5)
@@ -132,9 +136,9 @@ class _LinearLogps(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # the gradient is written over it: a second backward pass computes it anew
         kept = hidden.new_empty((0, len(weight))) if kept is None else kept
         weight_grad = None
-        if ctx.accumulate and ctx.needs_input_grad[1]:
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight_grad = weight.grad
+        if ctx.leaf is not None and ctx.needs_input_grad[1]:
+            ctx.leaf.grad = torch.zeros_like(ctx.leaf) if ctx.leaf.grad is None else ctx.leaf.grad
+            weight_grad = ctx.leaf.grad
         gradients = torch.ops.vlmkernels.linear_logps_bwd(
             torch.zeros_like(logp) if dlogp is None else dlogp,
             dentropy,
@@ -209,7 +213,8 @@ def linear_logps(
         keep_logits_bytes: the most that logits kept for the backward pass take, beside the chunk. Default: those of the whole
             call where they fit in ``chunk_bytes``, which then is all that the call takes; else none.
         accumulate_weight_grad: add the gradient by ``weight`` to ``weight.grad`` itself, chunk by chunk in its dtype, so that
-            there is no second (V, H) tensor. Autograd, and any hook of ``weight``, then sees no gradient by it.
+            there is no second (V, H) tensor. Autograd, and any hook of ``weight``, then sees no gradient by it. ``weight`` is a
+            leaf, and the call not compiled.
         vocab_parallel: ``weight`` and ``bias`` are this process's part of the vocabulary, see ``VocabParallel``; everything
             else is the same on all processes of the group. One all-gather of four floats per token forward, one all-reduce of
             the gradient by ``hidden`` backward.
@@ -227,10 +232,14 @@ def linear_logps(
     Source: the log-probability of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300), equation 3; never holding the
     logits: Wijmans et al. (https://arxiv.org/abs/2411.09009).
     """
+    given = weight
     hidden, weight, bias = operands(hidden, weight, bias)
+    accumulates = not accumulate_weight_grad or (weight is given and weight.is_leaf)
+    require(accumulates, "accumulate_weight_grad", "be False unless weight is a leaf that this process holds whole", True)
+    check_parallel(weight, vocab_parallel)
     check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
     chunk_bytes, keep_logits_bytes = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes)
-    group, start, size = vocab_parallel or (None, 0, len(weight))
+    group, start, size = (None, 0, len(weight)) if vocab_parallel is None else vocab_parallel
     softcap = None if softcap is None else float(softcap)
     logps, entropy = _LinearLogps.apply(
         hidden, weight, bias, targets, mask, rows,

@@ -3,16 +3,33 @@
 import torch
 
 from vlmkernels.ops.checks import require, require_device, require_dtype, require_positive, require_shape
-from vlmkernels.ops.linear_logps.parallel import whole
+from vlmkernels.ops.linear_logps.parallel import VocabParallel, whole
 from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes, row_bytes
 
 
 def operands(hidden, weight, bias):
     """The operands as a linear layer sees them: cast under autocast, DTensors gathered."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        sound = isinstance(tensor, torch.Tensor) or (name == "bias" and tensor is None)
+        require(sound, name, "be a tensor", type(tensor).__name__, TypeError)
+    weight, bias = whole("weight", weight), whole("bias", bias)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    return hidden, whole("weight", weight), whole("bias", bias)
+        if weight.dtype not in (hidden.dtype, torch.float32):
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    return hidden, weight, bias
+
+
+def check_parallel(weight, vocab_parallel) -> None:
+    """A shard lies within its vocabulary."""
+    if vocab_parallel is None:
+        return
+    sound = isinstance(vocab_parallel, VocabParallel) and vocab_parallel.group is not None
+    require(sound, "vocab_parallel", "be None or a VocabParallel with a group", vocab_parallel, TypeError)
+    _, start, size = vocab_parallel
+    rule = f"place the {len(weight)} rows of weight within its vocabulary"
+    require(start >= 0 and start + len(weight) <= size, "vocab_parallel", rule, f"start {start}, size {size}")
 
 
 def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap) -> None:
@@ -29,6 +46,7 @@ def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, s
     require_positive("logit_scale", logit_scale)
     if softcap is not None:
         require_positive("softcap", softcap)
+    require(isinstance(targets, torch.Tensor), "targets", "be a tensor", type(targets).__name__, TypeError)
     for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool), ("rows", rows, torch.int64)):
         if tensor is not None:
             require_dtype(name, tensor, dtype)
@@ -47,10 +65,12 @@ def budget(hidden, weight, bias, num: int, chunk_bytes: int | None, keep_logits_
     """chunk_bytes and keep_logits_bytes, or what stands for them where they are None."""
     chunk_bytes = default_chunk_bytes(hidden.device) if chunk_bytes is None else chunk_bytes
     least = row_bytes(hidden, len(weight))
+    for name, value in (("chunk_bytes", chunk_bytes), ("keep_logits_bytes", keep_logits_bytes)):
+        sound = value is None or (isinstance(value, int) and 0 <= value < 2**63)
+        require(sound, name, "be an integer in [0, 2**63)", repr(value))
     require(chunk_bytes >= least, "chunk_bytes", f"hold one row of logits, {least} bytes", chunk_bytes)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         return chunk_bytes, 0
     if keep_logits_bytes is None:
         keep_logits_bytes = chunk_bytes if num * least <= chunk_bytes else 0
-    require(keep_logits_bytes >= 0, "keep_logits_bytes", "be >= 0", keep_logits_bytes)
     return chunk_bytes, keep_logits_bytes

@@ -37,12 +37,16 @@ def gathered(group, logp, entropy, stats, inverse: float) -> tuple[torch.Tensor,
     mine = torch.cat([logp.reshape(num, 1), entropy.reshape(num, 1), stats.reshape(num, 2)], 1)
     parts = mine.new_empty(dist.get_world_size(group) * num, 4)
     dist.all_gather_into_tensor(parts, mine, group=group)
-    part_logp, part_entropy, maximum, log_sum = parts.view(-1, num, 4).double().unbind(-1)
-    log_z_of_part = maximum * inverse + log_sum
+    part_logp, part_entropy, maximum, log_sum = parts.view(dist.get_world_size(group), num, 4).double().unbind(-1)
+    # A part may hold no token that is possible, such as the padding of the vocabulary: its logits are all -inf.
+    empty = maximum <= torch.finfo(torch.float32).min
+    log_z_of_part = torch.where(empty, -torch.inf, maximum * inverse + log_sum)
     log_z = log_z_of_part.logsumexp(0)
-    target = (part_logp + log_z_of_part).amax(0)  # -inf in the parts that do not hold it
-    mean = ((log_z_of_part - log_z).exp() * (log_z_of_part - part_entropy)).sum(0)
-    stats = torch.stack([stats[..., 0].double(), (log_z - mine[:, 2].double() * inverse).view_as(logp)], -1)
+    target = torch.where(empty, -torch.inf, part_logp + log_z_of_part).amax(0)  # -inf in the parts that do not hold it
+    mean = torch.where(empty, 0, (log_z_of_part - log_z).exp() * (log_z_of_part - part_entropy)).sum(0)
+    own = mine[:, 2].double()
+    own = torch.where(own <= torch.finfo(torch.float32).min, 0, own)
+    stats = torch.stack([own, log_z - own * inverse], -1).view(*logp.shape, 2)
     return (target - log_z).to(logp.dtype).view_as(logp), (log_z - mean).to(logp.dtype).view_as(logp), stats.to(logp.dtype)
 
 

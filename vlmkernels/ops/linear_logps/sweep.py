@@ -88,7 +88,7 @@ class Sweep:
             kept: (K, V): where the logits of the first K rows stay, instead of passing through the buffer.
         """
         self.shape = hidden.shape
-        self.hidden = (hidden if hidden.stride(-1) == 1 else hidden.contiguous()).flatten(0, -2)
+        self.hidden = (hidden if hidden.stride(-1) == 1 else hidden.contiguous()).reshape(-1, hidden.shape[-1])
         self.head, self.index = head, index
         self.num = len(self.hidden) if index is None else len(index)
         self.kept = min(self.num, 0 if kept is None else len(kept))

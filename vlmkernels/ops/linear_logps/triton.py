@@ -22,7 +22,11 @@ def unsupported(hidden: torch.Tensor) -> str | None:
 def capped(x, softcap, logit_scale, CAP: tl.constexpr):
     """u of x."""
     if CAP:
-        return softcap * (2.0 * tl.sigmoid(2.0 * x * (logit_scale / softcap)) - 1.0)  # tanh
+        # tanh: its series near 0, where the difference would cancel.
+        y = x * (logit_scale / softcap)
+        square = y * y
+        series = y + y * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+        return softcap * tl.where(square < 0.0625, series, 2.0 * tl.sigmoid(2.0 * y) - 1.0)
     else:
         return x
 
