@@ -17,15 +17,6 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As ``torch.empty``, for big results: on the CPU in 2 MiB pages where the system grants them, and the module is there."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    native = backend.native()
-    if tensor.device.type == "cpu" and hasattr(native, "ask_for_huge_pages"):
-        native.ask_for_huge_pages(address(tensor), tensor.nbytes)
-    return tensor
-
-
 class Launcher:
     """Base of an op's ``Native``: the backend's name and its compiled module."""
 

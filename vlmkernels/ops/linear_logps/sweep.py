@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from vlmkernels.ops.launch import empty
-
 HALF = (torch.bfloat16, torch.float16)
 # aten::mm.dtype_out, of CUDA alone: fp32 results of 16-bit operands.
 HAS_FP32_RESULTS = "dtype_out" in torch.ops.aten.mm.overloads()
@@ -105,7 +103,7 @@ class Sweep:
             stop = min(start + self.rows_of_chunk, self.num)
             if self.buffer is None:
                 shape = (self.rows_of_chunk, len(self.head.weight))
-                self.buffer = empty(shape, result_dtype(self.hidden), self.hidden.device)
+                self.buffer = torch.empty(shape, dtype=result_dtype(self.hidden), device=self.hidden.device)
             yield self._part(start, stop, self.buffer[: stop - start])
 
     def _part(self, start, stop, out):
@@ -156,7 +154,8 @@ class Gradients:
             self.hidden = new(hidden.shape, dtype=wide if repeated else hidden.dtype, device=hidden.device)
         if by_weight:
             once = sweep.num_chunks == 1 and weight_dtype == hidden.dtype
-            self.weight = empty(head.weight.shape, hidden.dtype if once else wide, hidden.device) if out is None else out
+            dtype = hidden.dtype if once else wide
+            self.weight = torch.empty(head.weight.shape, dtype=dtype, device=hidden.device) if out is None else out
         if by_bias:
             self.bias = torch.zeros(head.bias.shape, dtype=wide, device=hidden.device)
         self.started = out is not None
