@@ -12,7 +12,6 @@
 #include "common/linear_logps.h"
 #include "common/pack_patches.h"
 #include "common/params.h"
-#include "cpu/memory.h"
 
 // The functions of every op: on the CPU once per instruction set.
 #define VLMK_CPU_OPS(ISA)                               \
@@ -104,9 +103,6 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cpu_isa") = isa;
     m.attr("cuda_architectures") = VLMK_CUDA_ARCHS;
     m.attr("cuda_device_type") = VLMK_CUDA_DEVICE_TYPE;
-
-    m.def("ask_for_huge_pages",
-          [](uintptr_t address, size_t bytes) { ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); });
 
 #define VLMK_DEF(OP) def(m, #OP, VLMK_CPU(OP), VLMK_CUDA(OP))
 
