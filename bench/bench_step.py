@@ -199,7 +199,7 @@ def sweep() -> None:
     stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     labels = {"generations": "completions per prompt, G", "side": "side of the image, pixels"}
-    for axis, (name, values) in zip(axes, series.items(), strict=True):
+    for axis, name in zip(axes, series, strict=True):
         for provider, label in (("vlmkernels", "prompt and image once per group"), ("unshared", "a copy per completion")):
             chosen = [row for row in rows if row["series"] == name and row["provider"] == provider]
             axis.plot([row["value"] for row in chosen], [row["step"] for row in chosen], marker="o", label=label)
