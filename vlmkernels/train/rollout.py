@@ -1,17 +1,13 @@
 """Sampling completions: ``transformers``' ``generate`` behind one class."""
 
-import re
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from vlmkernels.models.families import append_completions, drop_padding
+from vlmkernels.models.batch import Batch
+from vlmkernels.models.families import media_token_ids
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.data import Prompts
-
-# Placeholders of images, videos and audio and the tokens around them, as configurations and processors name them.
-_MEDIA_TOKEN = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa).*token_(id|ids|index)$")
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,7 @@ class Rollout:
     truncated: (B,) bool, no end-of-sequence token within the length allowed.
     """
 
-    prompts: Prompts
+    prompts: Batch
     group: torch.Tensor
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
@@ -32,21 +28,8 @@ class Rollout:
     def take(self, samples: slice) -> tuple[dict[str, torch.Tensor], int]:
         """Model inputs of some completions with their prompts, less common padding, and their width in completion tokens."""
         width = int(self.completion_mask[samples].any(0).sum())
-        family = self.prompts.family
-        prompts = drop_padding(self.prompts.take(self.group[samples]), family)
         ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
-        return append_completions(prompts, ids, mask, family), width
-
-
-def media_token_ids(model_config, processor) -> list[int]:
-    """Ids of the tokens that stand for or enclose images, videos and audio: sampled, they would ask for an image that is not
-    there. Read from the attributes of the model's configuration, its text part and the processor."""
-    found = set()
-    for owner in (model_config, model_config.get_text_config(), processor):
-        for name, value in vars(owner).items():
-            if _MEDIA_TOKEN.search(name):
-                found.update(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int))
-    return sorted(found)
+        return self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, width
 
 
 def tokenizer_of(processor) -> PreTrainedTokenizerBase:
@@ -93,9 +76,9 @@ class Generate:
         return GenerationConfig(**self.options, do_sample=True, temperature=temperature)
 
     @torch.no_grad()
-    def __call__(self, model, prompts: Prompts, num_generations: int, temperature: float) -> Rollout:
-        group = torch.arange(len(prompts.num_images)).repeat_interleave(num_generations)
-        inputs = prompts.take(group)
+    def __call__(self, model, prompts: Batch, num_generations: int, temperature: float) -> Rollout:
+        group = torch.arange(len(prompts)).repeat_interleave(num_generations)
+        inputs = prompts.select(group).inputs
         sequences = model.generate(**inputs, generation_config=self._config(temperature))
         ids = sequences[:, inputs["input_ids"].shape[1] :]
         ended = torch.isin(ids, self.eos.to(ids.device))
