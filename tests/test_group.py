@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.families import append_completions, family_of, take_samples
+from vlmkernels.models.families import family_of
 from vlmkernels.models.group import pack_groups, prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 
@@ -37,13 +37,10 @@ def unshared(model, prompts, group, ids, mask):
     """Log-probabilities, one completion at a time."""
     parts = []
     for k in range(len(group)):
-        one = take_samples(prompts.inputs, group[k : k + 1], prompts.num_images, prompts.family)
-        keep = one["attention_mask"][0].bool()
-        one = {n: x[:, keep] if prompts.family.axes[n] == "token" else x for n, x in one.items()}
         length = int(mask[k].sum())
         if length:
-            one = append_completions(one, ids[k : k + 1, :length], mask[k : k + 1, :length], prompts.family)
-            logits = model(**one, use_cache=False).logits[0, -length - 1 : -1]
+            one = prompts.select(group[k : k + 1]).trim().append(ids[k : k + 1, :length], mask[k : k + 1, :length])
+            logits = model(**one.inputs, use_cache=False).logits[0, -length - 1 : -1]
             parts.append(logits.log_softmax(-1).gather(-1, ids[k, :length, None]).squeeze(-1))
     return torch.cat(parts)
 

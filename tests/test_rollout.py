@@ -21,7 +21,7 @@ def test_same_tokens_as_copies_of_the_prompt(tmp_path, monkeypatch, images, buil
     monkeypatch.setattr(model.model.visual, "forward", lambda *a, **k: filled.append(len(a[0])) or visual(*a, **k))
     for copies in (False, True):
         if copies:
-            monkeypatch.setattr(generate, "_prefilled", lambda m, p, n: p.take(torch.arange(len(images)).repeat_interleave(n)))
+            monkeypatch.setattr(generate, "_prefilled", lambda m, p, n: p.repeat(n).inputs)
         filled.clear()
         torch.manual_seed(0)
         rollouts.append((generate(model, prompts, 4, temperature), sum(filled)))
@@ -38,7 +38,7 @@ def test_text_model(tmp_path):
     generate = Generate(model, tiny.tokenizer(), args)
     prompts = prompts_of((0, 0), model)
     rollout = generate(model, prompts, 3, 0)
-    inputs = prompts.take(torch.tensor([0, 0, 0, 1, 1, 1]))
+    inputs = prompts.repeat(3).inputs
     expected = model.generate(**inputs, generation_config=generate._config(0))[:, inputs["input_ids"].shape[1] :]
     width = rollout.completion_ids.shape[1]
     mask = rollout.completion_mask

@@ -9,13 +9,13 @@ import tiny
 import torch
 from PIL import Image
 
-from vlmkernels.models.families import FAMILIES, TEXT
+from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.data import check_dataset, encode, load_dataset, open_image, read_sample, render
 
 torch.set_num_threads(1)
 
-QWEN_VL = FAMILIES[0]
+QWEN_VL = family_of(tiny.vlm().config)
 
 
 def as_bytes(image: Image.Image) -> bytes:
@@ -71,7 +71,7 @@ def test_encode_pads_left_and_keeps_each_image_once():
     texts = tiny.tokenizer().batch_decode(prompts.inputs["input_ids"])
     assert [text.count("<|image_pad|>") for text in texts] == [0, 1, 3]  # the second image of the last is two tokens wide
     alone = encode([read_sample(rows[2], 2)], tiny.processor(), QWEN_VL)
-    torch.testing.assert_close(prompts.take(torch.tensor([2]))["pixel_values"], alone.inputs["pixel_values"])
+    torch.testing.assert_close(prompts.select(torch.tensor([2])).inputs["pixel_values"], alone.inputs["pixel_values"])
 
 
 def test_encode_text_model():

@@ -46,7 +46,7 @@ def test_same_losses_gradients_and_parameters(tmp_path, case):
 def test_what_cannot_share_says_why(tmp_path):
     model = tiny.text_model()
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    assert why_not_shared(model) == "Qwen2ForCausalLM has layers of type sliding_attention"
+    assert why_not_shared(model) == "Qwen2ForCausalLM: its decoder has layers of type sliding_attention"
     model.config.layer_types = ["full_attention"] * 2
     model.config.attention_dropout = 0.1
     assert why_not_shared(model) == "attention_dropout must be 0, got 0.1"

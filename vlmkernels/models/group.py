@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from transformers import PreTrainedModel
 
-from vlmkernels.models.families import family_of
+from vlmkernels.models.families import family_of, why_not_share_prefix
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_attention import GroupLayout
 
@@ -14,8 +14,12 @@ from vlmkernels.ops.group_attention import GroupLayout
 _POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
 
 
+# Those whose packs are compared with copies of their prompts in tests/test_group.py.
+EXACT_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "text")
+
+
 @dataclass(frozen=True)
-class Batch:
+class ScoringBatch:
     """Model inputs, and where the N tokens of their completions, one completion after another, are predicted.
 
     inputs: of the model's forward pass. Of a pack, [prefix | c1 | ... | cG] per group and T tokens without padding, they are
@@ -29,23 +33,18 @@ class Batch:
     rows: torch.Tensor
     targets: torch.Tensor
 
-    def of(self, tokens: torch.Tensor) -> "Batch":
+    def of(self, tokens: torch.Tensor) -> "ScoringBatch":
         """With some of the tokens alone; tokens: (N,) bool."""
         return replace(self, rows=self.rows[tokens], targets=self.targets[tokens])
 
 
-# Families whose text layers see the tokens before them, by position ids that the forward pass takes: exact, as tested.
-SHARING_FAMILIES = ("qwen_vl", "text")
-
-
 def why_not_shared(model: PreTrainedModel) -> str | None:
     """Why the completions of a group cannot run behind one copy of their prompt in ``model``; None where they can."""
+    if reason := why_not_share_prefix(model.config):
+        return f"{type(model).__name__}: {reason}"
     family, text = family_of(model.config), model.config.get_text_config()
-    if family.name not in SHARING_FAMILIES:
-        return f"the family {family.name} is not known to allow it"
-    layers = sorted({*(getattr(text, "layer_types", None) or ())} - {"full_attention"})
-    if layers:
-        return f"{type(model).__name__} has layers of type {', '.join(layers)}"
+    if family.name not in EXACT_FAMILIES:
+        return f"{type(model).__name__}: packs of the family {family.name} have not been compared with copies yet"
     if not model._supports_attention_backend:
         return f"{type(model).__name__} does not take attention implementations"
     if getattr(text, "attention_dropout", 0.0):
@@ -53,7 +52,7 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     return None
 
 
-def pad_completions(inputs: dict[str, torch.Tensor], completion_mask: torch.Tensor) -> Batch:
+def pad_completions(inputs: dict[str, torch.Tensor], completion_mask: torch.Tensor) -> ScoringBatch:
     """Each completion behind a prompt of its own.
 
     Args:
@@ -63,7 +62,7 @@ def pad_completions(inputs: dict[str, torch.Tensor], completion_mask: torch.Tens
     (count, width), length = completion_mask.shape, inputs["input_ids"].shape[1]
     positions = torch.arange(count * length, device=completion_mask.device).view(count, length)[:, -width - 1 : -1]
     targets = inputs["input_ids"][:, length - width :]
-    return Batch(inputs, positions[completion_mask], targets[completion_mask])
+    return ScoringBatch(inputs, positions[completion_mask], targets[completion_mask])
 
 
 def prompt_positions(model: torch.nn.Module, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -81,7 +80,7 @@ def pack_groups(
     group: torch.Tensor,
     completion_ids: torch.Tensor,
     completion_mask: torch.Tensor,
-) -> Batch:
+) -> ScoringBatch:
     """One pack of all prompts, each followed by its completions.
 
     Args:
@@ -126,7 +125,7 @@ def pack_groups(
     others = {name: x for name, x in prompts.items() if name not in ("input_ids", "attention_mask", "mm_token_type_ids")}
     ids = torch.cat(ids).unsqueeze(0)
     order = chain.from_iterable(members)
-    return Batch(
+    return ScoringBatch(
         inputs={
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),

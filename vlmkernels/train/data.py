@@ -8,14 +8,15 @@ functions. ``encode`` alone knows how a processor turns prompts and images into 
 import io
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from vlmkernels.models.families import Family, take_samples
+from vlmkernels.models.batch import Batch
+from vlmkernels.models.families import Family
 
 IMAGE_COLUMNS = ("image", "images")
 
@@ -28,25 +29,6 @@ class Sample:
     prompt: str | list[dict]
     images: list[Image.Image]
     row: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Model inputs of P prompts, left-padded; each image is held once, however many completions its prompt gets.
-
-    ``num_images``: (P,) int64 on the CPU.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    num_images: torch.Tensor
-    family: Family
-
-    def take(self, samples: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The inputs of the prompts at ``samples``, indices that may repeat."""
-        return take_samples(self.inputs, samples, self.num_images, self.family)
-
-    def to(self, device) -> "Prompts":
-        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
 
 
 def is_conversation(prompt: Any) -> bool:
@@ -145,8 +127,9 @@ def render(sample: Sample, processor, **chat_template_kwargs) -> str:
     return text
 
 
-def encode(samples: list[Sample], processor, family: Family, chat_template_kwargs: dict | None = None) -> Prompts:
-    """The model inputs of the samples' prompts, by one call of the processor (or tokenizer)."""
+def encode(samples: list[Sample], processor, family: Family, chat_template_kwargs: dict | None = None) -> Batch:
+    """The model inputs of the samples' prompts, by one call of the processor (or tokenizer): each image once, however many
+    completions its prompt gets."""
     texts = [render(sample, processor, **(chat_template_kwargs or {})) for sample in samples]
     # A chat template writes the beginning-of-sequence token itself.
     arguments = {"add_special_tokens": isinstance(samples[0].prompt, str)}
@@ -154,7 +137,7 @@ def encode(samples: list[Sample], processor, family: Family, chat_template_kwarg
         arguments["images"] = [sample.images for sample in samples]
     inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **arguments)
     num_images = torch.tensor([len(sample.images) for sample in samples])
-    return Prompts(dict(inputs), num_images, family)
+    return Batch.of(dict(inputs), family, num_images)
 
 
 def column_names(dataset) -> list[str]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vlmkernels.models.batch import Batch
 from vlmkernels.models.families import Family
-from vlmkernels.train.data import Prompts
 from vlmkernels.train.rollout import Rollout
 
 
@@ -29,14 +29,14 @@ class Experience:
     def state_dict(self) -> dict:
         """Tensors and numbers alone, for a checkpoint."""
         rollout, prompts = vars(self.rollout).copy(), self.rollout.prompts
-        rollout["prompts"] = {"inputs": prompts.inputs, "num_images": prompts.num_images}
+        rollout["prompts"] = {"inputs": prompts.inputs, "rows": prompts.rows}
         return {**vars(self), "rollout": rollout}
 
     @classmethod
     def from_state_dict(cls, state: dict, family: Family, device) -> "Experience":
         state = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
         rollout = state.pop("rollout")
-        prompts = Prompts(**rollout.pop("prompts"), family=family).to(device)
+        prompts = Batch(**rollout.pop("prompts"), family=family).to(device)
         group = rollout.pop("group").cpu()
         rollout = Rollout(prompts, group, **{name: tensor.to(device) for name, tensor in rollout.items()})
         return cls(rollout, **state)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from accelerate.utils import is_peft_model
 
-from vlmkernels.models.group import Batch
+from vlmkernels.models.group import ScoringBatch
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import linear_logps
@@ -82,7 +82,7 @@ def head_weight(head: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
-def _in_head(model, batch: Batch, head, function):
+def _in_head(model, batch: ScoringBatch, head, function):
     """What ``function(hidden (.., .., H), weight, targets (N,), rows=..., bias=...)`` makes of the batch's hidden states.
 
     It is called where the model would compute logits, in its head: so every parameter is used inside the model's own forward
@@ -101,7 +101,7 @@ def _in_head(model, batch: Batch, head, function):
 
 
 def completion_logps(
-    model: torch.nn.Module, batch: Batch, *, head: torch.nn.Module, arguments: dict[str, float], temperature: float
+    model: torch.nn.Module, batch: ScoringBatch, *, head: torch.nn.Module, arguments: dict[str, float], temperature: float
 ) -> torch.Tensor:
     """Log-probabilities (N,) of the batch's completion tokens.
 
@@ -115,7 +115,7 @@ def completion_logps(
 
 def completion_loss(
     model: torch.nn.Module,
-    batch: Batch,
+    batch: ScoringBatch,
     counts: torch.Tensor,
     *,
     head: torch.nn.Module,

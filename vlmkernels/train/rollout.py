@@ -1,19 +1,15 @@
 """Sampling completions: ``transformers``' ``generate`` behind one class."""
 
-import re
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from vlmkernels.models.families import append_completions, drop_padding
-from vlmkernels.models.group import Batch, pack_groups, pad_completions, prompt_positions
+from vlmkernels.models.batch import Batch
+from vlmkernels.models.families import media_token_ids
+from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.data import Prompts
-
-# Placeholders of images, videos and audio and the tokens around them, as configurations and processors name them.
-_MEDIA_TOKEN = re.compile(r"(image|video|vision|audio|boi|eoi|boa|eoa).*token_(id|ids|index)$")
 
 
 @dataclass(frozen=True)
@@ -25,37 +21,24 @@ class Rollout:
     truncated: (B,) bool, no end-of-sequence token within the length allowed.
     """
 
-    prompts: Prompts
+    prompts: Batch
     group: torch.Tensor
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
     truncated: torch.Tensor
 
-    def padded(self, samples: slice) -> Batch:
+    def padded(self, samples: slice) -> ScoringBatch:
         """Some completions, each behind a prompt of its own, less common padding."""
         width = int(self.completion_mask[samples].any(0).sum())
-        family = self.prompts.family
-        prompts = drop_padding(self.prompts.take(self.group[samples]), family)
         ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
-        return pad_completions(append_completions(prompts, ids, mask, family), mask)
+        return pad_completions(self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, mask)
 
-    def packed(self, samples: slice, model) -> Batch:
+    def packed(self, samples: slice, model) -> ScoringBatch:
         """Some completions behind prompts that those of a group share; ``model`` knows the positions of images."""
         chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
-        prompts = self.prompts.take(chosen)
+        prompts = self.prompts.select(chosen).inputs
         positions = prompt_positions(model, prompts)
         return pack_groups(prompts, positions, group, self.completion_ids[samples], self.completion_mask[samples])
-
-
-def media_token_ids(model_config, processor) -> list[int]:
-    """Ids of the tokens that stand for or enclose images, videos and audio: sampled, they would ask for an image that is not
-    there. Read from the attributes of the model's configuration, its text part and the processor."""
-    found = set()
-    for owner in (model_config, model_config.get_text_config(), processor):
-        for name, value in vars(owner).items():
-            if _MEDIA_TOKEN.search(name):
-                found.update(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int))
-    return sorted(found)
 
 
 def tokenizer_of(processor) -> PreTrainedTokenizerBase:
@@ -103,7 +86,7 @@ class Generate:
             return GenerationConfig(**greedy, do_sample=False)
         return GenerationConfig(**self.options, do_sample=True, temperature=temperature)
 
-    def _prefilled(self, model, prompts: Prompts, num_generations: int) -> dict:
+    def _prefilled(self, model, prompts: Batch, num_generations: int) -> dict:
         """Arguments of ``generate``: every prompt ``num_generations`` times, behind a cache that each prompt filled once.
 
         The cache holds all but the last token, so that ``generate`` goes on from there. Where that one stands for an image, or
@@ -111,10 +94,10 @@ class Generate:
         """
         ids = prompts.inputs["input_ids"]
         if ids.shape[1] < 2 or torch.isin(ids[:, -1], self.media.to(ids.device)).any():
-            return prompts.take(torch.arange(len(ids)).repeat_interleave(num_generations))
-        axes, inner = prompts.family.axes, (model.get_base_model() if is_peft_model(model) else model).base_model
+            return prompts.repeat(num_generations).inputs
+        inner = (model.get_base_model() if is_peft_model(model) else model).base_model
         positions = prompt_positions(inner, prompts.inputs)
-        head = {name: x[:, :-1] if axes[name] == "token" else x for name, x in prompts.inputs.items()}
+        head = {name: x[:, :-1] if prompts.family.axis(name) == "token" else x for name, x in prompts.inputs.items()}
         cache = model(**head, position_ids=positions[..., :-1], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(num_generations)
         if hasattr(inner, "rope_deltas"):
@@ -127,8 +110,8 @@ class Generate:
         return {**repeated, "past_key_values": cache}
 
     @torch.no_grad()
-    def __call__(self, model, prompts: Prompts, num_generations: int, temperature: float) -> Rollout:
-        group = torch.arange(len(prompts.num_images)).repeat_interleave(num_generations)
+    def __call__(self, model, prompts: Batch, num_generations: int, temperature: float) -> Rollout:
+        group = torch.arange(len(prompts)).repeat_interleave(num_generations)
         inputs = self._prefilled(model, prompts, num_generations)
         sequences = model.generate(**inputs, generation_config=self._config(temperature))
         ids = sequences[:, inputs["input_ids"].shape[1] :]

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import TEXT, family_of
-from vlmkernels.models.group import Batch, why_not_shared
+from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
@@ -267,7 +267,7 @@ class GRPOTrainer(Trainer):
                 for index in micro_batches:
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
-    def _batch(self, experience: Experience, samples: slice) -> Batch:
+    def _batch(self, experience: Experience, samples: slice) -> ScoringBatch:
         rollout = experience.rollout
         return rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
 
