@@ -1,11 +1,15 @@
 """Packs of groups through real models, against each completion behind a prompt of its own."""
 
+import copy
+
 import pytest
 import tiny
+import tiny_families
 import torch
+from test_families import whole
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.families import family_of
+from vlmkernels.models.families import family_of, why_not_share_prefix
 from vlmkernels.models.group import pack_groups, prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 
@@ -80,4 +84,43 @@ def test_equals_unshared(name, case):
     assert {n for n, g in ours.items() if g is None} == {n for n, g in gradients.items() if g is None}
     # Rotary angles are fp32 in a model of fp64 too.
     bad = [n for n, g in gradients.items() if g is not None and (ours[n] - g).abs().max() > 1e-6 * g.abs().max()]
+    assert not bad
+
+
+SHARING = [name for name in tiny_families.BUILDERS if not name.startswith(("qwen3_5", "gemma3", "paligemma"))]
+
+
+def test_every_family_that_may_share_is_tested():
+    refused = {name for name in tiny_families.BUILDERS if why_not_share_prefix(tiny_families.case(name).model.config)}
+    assert refused == {*tiny_families.BUILDERS} - {*SHARING}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_every_family_equals_copies(name):
+    """Hidden states that predict completions, and the gradients of all parameters through them."""
+    model, batch = copy.deepcopy(tiny_families.case(name).model), whole(name)
+    group = torch.arange(len(batch)).repeat_interleave(2)
+    ids, mask = completions_of([3, 5] * len(batch), vocab=20)
+    ids += tiny_families.token_id("a")
+
+    def of_copies():
+        inputs = batch.repeat(2).append(ids, mask).inputs
+        return model(**inputs, use_cache=False).last_hidden_state[:, -mask.shape[1] - 1 : -1][mask]
+
+    def of_pack():
+        use_group_attention(model)
+        pack = pack_groups(batch.inputs, prompt_positions(model, batch.inputs), group, ids, mask)
+        return model(**pack.inputs, use_cache=False).last_hidden_state[0, pack.rows]
+
+    results = []
+    for compute in (of_copies, of_pack):
+        model.zero_grad()
+        hidden = compute()
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        results.append((hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (expected, gradients), (actual, ours) = results
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert ours.keys() == gradients.keys()
+    size = max(g.abs().max() for g in gradients.values())
+    bad = {n: (ours[n] - g).abs().max().item() for n, g in gradients.items() if (ours[n] - g).abs().max() > 1e-5 * size}
     assert not bad

@@ -81,5 +81,6 @@ def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
     Changed in place and returned.
     """
     text = model.config.get_text_config()
-    model.set_attn_implementation(GROUP if text is model.config else {text.base_config_key: GROUP})
+    name = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
+    model.set_attn_implementation(GROUP if name is None else {name: GROUP})
     return model

@@ -6,16 +6,12 @@ from itertools import chain
 import torch
 from transformers import PreTrainedModel
 
-from vlmkernels.models.families import family_of, why_not_share_prefix
+from vlmkernels.models.families import why_not_share_prefix
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_attention import GroupLayout
 
 # What the position ids of a prompt are made of, beside its tokens.
 _POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-
-
-# Those whose packs are compared with copies of their prompts in tests/test_group.py.
-EXACT_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "text")
 
 
 @dataclass(frozen=True)
@@ -42,9 +38,7 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     """Why the completions of a group cannot run behind one copy of their prompt in ``model``; None where they can."""
     if reason := why_not_share_prefix(model.config):
         return f"{type(model).__name__}: {reason}"
-    family, text = family_of(model.config), model.config.get_text_config()
-    if family.name not in EXACT_FAMILIES:
-        return f"{type(model).__name__}: packs of the family {family.name} have not been compared with copies yet"
+    text = model.config.get_text_config()
     if not model._supports_attention_backend:
         return f"{type(model).__name__} does not take attention implementations"
     if getattr(text, "attention_dropout", 0.0):
