@@ -20,13 +20,14 @@ PAD = token_id("<pad>")
 
 
 @cache
-def whole(name: str) -> Batch:
-    """All samples of a case, in one batch."""
+def whole(name: str, *chosen: int) -> Batch:
+    """The chosen samples of a case (all by default), by one call of its processor."""
     case = tiny_families.case(name)
+    samples = [case.samples[index] for index in chosen] or case.samples
     counts = [
-        torch.tensor([len(media) for media in kind]) for kind in zip(*((s.images, s.videos) for s in case.samples), strict=True)
+        torch.tensor([len(media) for media in kind]) for kind in zip(*((s.images, s.videos) for s in samples), strict=True)
     ]
-    return Batch.of(case.inputs(), family_of(case.model.config), *counts)
+    return Batch.of(case.inputs(*chosen), family_of(case.model.config), *counts)
 
 
 def hidden_states(name: str, batch: Batch) -> list[torch.Tensor]:
@@ -65,6 +66,16 @@ def test_hidden_states_do_not_depend_on_the_batch(name, data):
         if batch.family.axis(input_name) == "token":
             assert torch.equal(joined.inputs[input_name], tensor)
     assert_same(hidden_states(name, joined), wanted)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_joined_from_separate_calls_of_the_processor(name):
+    """Parts of different sizes are padded as the processor pads them."""
+    batch = whole(name)
+    joined = concat([whole(name, 0, 1), *(whole(name, index) for index in range(2, len(batch)))], PAD)
+    assert joined.inputs.keys() == batch.inputs.keys()
+    for input_name, tensor in batch.inputs.items():
+        torch.testing.assert_close(joined.inputs[input_name], tensor, msg=input_name)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

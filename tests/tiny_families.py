@@ -61,17 +61,19 @@ class Case:
     samples: tuple[Sample, ...]
     video: str = ""
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """The processor's output for the samples, each with a question of its own length."""
-        texts = [self.image * len(s.images) + self.video * len(s.videos) + "why" * i + "?" for i, s in enumerate(self.samples)]
-        noise = np.random.default_rng(0)
-        pixels = lambda *shape: noise.integers(0, 256, (*shape, 3), dtype=np.uint8)  # noqa: E731
-        media = {}
-        if any(s.images for s in self.samples):
-            media["images"] = [[pixels(*size) for size in s.images] for s in self.samples]
-        if videos := [pixels(*size) for s in self.samples for size in s.videos]:
-            frames = [len(video) for video in videos]
-            metadata = [VideoMetadata(total_num_frames=n, fps=2.0, frames_indices=list(range(n))) for n in frames]
+    def inputs(self, *chosen: int) -> dict[str, torch.Tensor]:
+        """The processor's output for the chosen samples (all by default), each with its own noise and a question of its own."""
+        chosen = chosen or range(len(self.samples))
+        texts, images, videos = [], [], []
+        for index in chosen:
+            sample, noise = self.samples[index], np.random.default_rng(index)
+            pixels = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in (*sample.images, *sample.videos)]
+            texts.append(self.image * len(sample.images) + self.video * len(sample.videos) + "why" * index + "?")
+            images.append(pixels[: len(sample.images)])
+            videos += pixels[len(sample.images) :]
+        media = {"images": images} if any(images) else {}
+        if videos:
+            metadata = [VideoMetadata(len(video), fps=2.0, frames_indices=list(range(len(video)))) for video in videos]
             media |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
         return dict(self.processor(text=texts, padding=True, return_tensors="pt", **media))
 
