@@ -33,7 +33,7 @@ def whole(name: str, *chosen: int) -> Batch:
 def hidden_states(name: str, batch: Batch) -> list[torch.Tensor]:
     """Last hidden states of each sample, without padding, (length, H)."""
     with torch.no_grad():
-        hidden = tiny_families.case(name).model(**batch.inputs, use_cache=False).last_hidden_state
+        hidden = tiny_families.case(name).model.model(**batch.inputs, use_cache=False).last_hidden_state
     return [h[mask.bool()] for h, mask in zip(hidden, batch.inputs["attention_mask"], strict=True)]
 
 
@@ -89,6 +89,19 @@ def test_repeated_and_continued(name):
     assert continued.inputs["input_ids"].shape[1] == batch.inputs["input_ids"].shape[1] + 3
     wanted = [h for h in expected(name) for _ in range(2)]
     assert_same([h[:-3] for h in hidden_states(name, continued)], wanted)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_logits_of_continued_prompts_are_those_that_were_sampled_from(name):
+    case, batch = tiny_families.case(name), whole(name).repeat(2)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    options["suppress_tokens"] = media_token_ids(case.model.config, case.processor) or None
+    with torch.no_grad():
+        sampled = case.model.generate(**batch.inputs, **options, output_logits=True, return_dict_in_generate=True)
+        ids = sampled.sequences[:, -4:]
+        continued = batch.append(ids, torch.ones_like(ids))
+        logits = case.model(**continued.inputs, use_cache=False, logits_to_keep=5).logits
+    torch.testing.assert_close(logits[:, :-1], torch.stack(sampled.logits, 1), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "text"])
