@@ -14,24 +14,26 @@ from vlmkernels.models.batch import Batch, concat
 from vlmkernels.models.families import FAMILIES, TEXT, family_of, media_token_ids, why_not_share_prefix
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of processors, under numpy 2
 
 PAD = token_id("<pad>")
 
 
 @cache
-def whole(name: str) -> Batch:
-    """All samples of a case, in one batch."""
+def whole(name: str, *chosen: int) -> Batch:
+    """The chosen samples of a case (all by default), by one call of its processor."""
     case = tiny_families.case(name)
+    samples = [case.samples[index] for index in chosen] or case.samples
     counts = [
-        torch.tensor([len(media) for media in kind]) for kind in zip(*((s.images, s.videos) for s in case.samples), strict=True)
+        torch.tensor([len(media) for media in kind]) for kind in zip(*((s.images, s.videos) for s in samples), strict=True)
     ]
-    return Batch.of(case.inputs(), family_of(case.model.config), *counts)
+    return Batch.of(case.inputs(*chosen), family_of(case.model.config), *counts)
 
 
 def hidden_states(name: str, batch: Batch) -> list[torch.Tensor]:
     """Last hidden states of each sample, without padding, (length, H)."""
     with torch.no_grad():
-        hidden = tiny_families.case(name).model(**batch.inputs, use_cache=False).last_hidden_state
+        hidden = tiny_families.case(name).model.model(**batch.inputs, use_cache=False).last_hidden_state
     return [h[mask.bool()] for h, mask in zip(hidden, batch.inputs["attention_mask"], strict=True)]
 
 
@@ -57,9 +59,23 @@ def test_hidden_states_do_not_depend_on_the_batch(name, data):
     parts = [part.trim() for part in batch.select(torch.tensor(chosen)).split(sizes)]
     wanted = [expected(name)[index] for index in chosen]
     assert_same([h for part in parts for h in hidden_states(name, part)], wanted)
-    joined = concat(parts, PAD)
-    assert joined.rows.keys() == batch.rows.keys()
+    joined, chosen = concat(parts, PAD), batch.select(torch.tensor(chosen)).trim()
+    assert all(torch.equal(joined.rows[axis], counts) for axis, counts in chosen.rows.items())
+    assert joined.inputs.keys() == chosen.inputs.keys()
+    for input_name, tensor in chosen.inputs.items():
+        if batch.family.axis(input_name) == "token":
+            assert torch.equal(joined.inputs[input_name], tensor)
     assert_same(hidden_states(name, joined), wanted)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_joined_from_separate_calls_of_the_processor(name):
+    """Parts of different sizes are padded as the processor pads them."""
+    batch = whole(name)
+    joined = concat([whole(name, 0, 1), *(whole(name, index) for index in range(2, len(batch)))], PAD)
+    assert joined.inputs.keys() == batch.inputs.keys()
+    for input_name, tensor in batch.inputs.items():
+        torch.testing.assert_close(joined.inputs[input_name], tensor, msg=input_name)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -73,6 +89,19 @@ def test_repeated_and_continued(name):
     assert continued.inputs["input_ids"].shape[1] == batch.inputs["input_ids"].shape[1] + 3
     wanted = [h for h in expected(name) for _ in range(2)]
     assert_same([h[:-3] for h in hidden_states(name, continued)], wanted)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_logits_of_continued_prompts_are_those_that_were_sampled_from(name):
+    case, batch = tiny_families.case(name), whole(name).repeat(2)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    options["suppress_tokens"] = media_token_ids(case.model.config, case.processor) or None
+    with torch.no_grad():
+        sampled = case.model.generate(**batch.inputs, **options, output_logits=True, return_dict_in_generate=True)
+        ids = sampled.sequences[:, -4:]
+        continued = batch.append(ids, torch.ones_like(ids))
+        logits = case.model(**continued.inputs, use_cache=False, logits_to_keep=5).logits
+    torch.testing.assert_close(logits[:, :-1], torch.stack(sampled.logits, 1), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "text"])

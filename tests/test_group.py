@@ -105,12 +105,12 @@ def test_every_family_equals_copies(name):
 
     def of_copies():
         inputs = batch.repeat(2).append(ids, mask).inputs
-        return model(**inputs, use_cache=False).last_hidden_state[:, -mask.shape[1] - 1 : -1][mask]
+        return model.base_model(**inputs, use_cache=False).last_hidden_state[:, -mask.shape[1] - 1 : -1][mask]
 
     def of_pack():
         use_group_attention(model)
         pack = pack_groups(batch.inputs, prompt_positions(model, batch.inputs), group, ids, mask)
-        return model(**pack.inputs, use_cache=False).last_hidden_state[0, pack.rows]
+        return model.base_model(**pack.inputs, use_cache=False).last_hidden_state[0, pack.rows]
 
     results = []
     for compute in (of_copies, of_pack):

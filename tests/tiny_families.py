@@ -61,17 +61,19 @@ class Case:
     samples: tuple[Sample, ...]
     video: str = ""
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        """The processor's output for the samples, each with a question of its own length."""
-        texts = [self.image * len(s.images) + self.video * len(s.videos) + "why" * i + "?" for i, s in enumerate(self.samples)]
-        noise = np.random.default_rng(0)
-        pixels = lambda *shape: noise.integers(0, 256, (*shape, 3), dtype=np.uint8)  # noqa: E731
-        media = {}
-        if any(s.images for s in self.samples):
-            media["images"] = [[pixels(*size) for size in s.images] for s in self.samples]
-        if videos := [pixels(*size) for s in self.samples for size in s.videos]:
-            frames = [len(video) for video in videos]
-            metadata = [VideoMetadata(total_num_frames=n, fps=2.0, frames_indices=list(range(n))) for n in frames]
+    def inputs(self, *chosen: int) -> dict[str, torch.Tensor]:
+        """The processor's output for the chosen samples (all by default), each with its own noise and a question of its own."""
+        chosen = chosen or range(len(self.samples))
+        texts, images, videos = [], [], []
+        for index in chosen:
+            sample, noise = self.samples[index], np.random.default_rng(index)
+            pixels = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in (*sample.images, *sample.videos)]
+            texts.append(self.image * len(sample.images) + self.video * len(sample.videos) + "why" * index + "?")
+            images.append(pixels[: len(sample.images)])
+            videos += pixels[len(sample.images) :]
+        media = {"images": images} if any(images) else {}
+        if videos:
+            metadata = [VideoMetadata(len(video), fps=2.0, frames_indices=list(range(len(video)))) for video in videos]
             media |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
         return dict(self.processor(text=texts, padding=True, return_tensors="pt", **media))
 
@@ -113,7 +115,7 @@ def _qwen(prefix: str, text: dict, vision: dict, size: dict, processor: str, sam
     videos = videos(size=size, patch_size=vision.get("patch_size", 14))
     processor = getattr(tf, processor)(image_processor=images, tokenizer=tokenizer(), video_processor=videos)
     block = "<|vision_start|><|{}_pad|><|vision_end|>"
-    model = getattr(tf, f"{prefix}Model")(config)
+    model = getattr(tf, f"{prefix}ForConditionalGeneration")(config)
     return Case(model, processor, block.format("image"), samples, block.format("video"))
 
 
@@ -179,7 +181,13 @@ def _glm(prefix: str, samples: tuple[Sample, ...], **text) -> Case:
     images, videos = tf.Glm4vImageProcessor(size=size), tf.Glm4vVideoProcessor(size=size)
     processor = tf.Glm4vProcessor(image_processor=images, tokenizer=tokenizer(), video_processor=videos)
     image = "<|begin_of_image|><|image|><|end_of_image|>"
-    return Case(getattr(tf, f"{prefix}Model")(config), processor, image, samples, "<|begin_of_video|><|video|><|end_of_video|>")
+    return Case(
+        getattr(tf, f"{prefix}ForConditionalGeneration")(config),
+        processor,
+        image,
+        samples,
+        "<|begin_of_video|><|video|><|end_of_video|>",
+    )
 
 
 # GLM-4V has one placeholder token for images and videos, and its model takes only one kind at a time.
@@ -218,7 +226,7 @@ def llava():
     images = tf.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     sizes = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
     processor = tf.LlavaProcessor(images, tokenizer(), **sizes)
-    return Case(tf.LlavaModel(config), processor, "<image>", MIXED)
+    return Case(tf.LlavaForConditionalGeneration(config), processor, "<image>", MIXED)
 
 
 def _pixtral_processor(merge: int) -> tf.PixtralProcessor:
@@ -234,13 +242,13 @@ def pixtral():
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    return Case(tf.LlavaModel(config), _pixtral_processor(1), "[IMG]", MIXED)
+    return Case(tf.LlavaForConditionalGeneration(config), _pixtral_processor(1), "[IMG]", MIXED)
 
 
 def mistral3():
     text = {"model_type": "mistral", **TEXT, "sliding_window": None}
     config = tf.Mistral3Config(vision_config=_pixtral(), text_config=text, image_token_index=token_id("[IMG]"))
-    return Case(tf.Mistral3Model(config), _pixtral_processor(2), "[IMG]", MIXED)
+    return Case(tf.Mistral3ForConditionalGeneration(config), _pixtral_processor(2), "[IMG]", MIXED)
 
 
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]
@@ -257,7 +265,7 @@ def llava_next():
     images = tf.LlavaNextImageProcessor(image_grid_pinpoints=PINPOINTS, **size)
     sizes = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
     processor = tf.LlavaNextProcessor(images, tokenizer(), **sizes)
-    return Case(tf.LlavaNextModel(config), processor, "<image>", MIXED)
+    return Case(tf.LlavaNextForConditionalGeneration(config), processor, "<image>", MIXED)
 
 
 def llava_onevision():
@@ -277,7 +285,7 @@ def llava_onevision():
         num_image_tokens=4,
         vision_feature_select_strategy="full",
     )
-    return Case(tf.LlavaOnevisionModel(config), processor, "<image>", OF_TWO_FRAMES, "<video>")
+    return Case(tf.LlavaOnevisionForConditionalGeneration(config), processor, "<image>", OF_TWO_FRAMES, "<video>")
 
 
 def internvl():
@@ -292,7 +300,7 @@ def internvl():
     size = {"size": {"height": 28, "width": 28}}
     images, videos = tf.GotOcr2ImageProcessor(max_patches=4, **size), tf.InternVLVideoProcessor(**size)
     processor = tf.InternVLProcessor(images, tokenizer(**named), videos, image_seq_length=4)
-    return Case(tf.InternVLModel(config), processor, "<IMG_CONTEXT>", OF_TWO_FRAMES, "<video>")
+    return Case(tf.InternVLForConditionalGeneration(config), processor, "<IMG_CONTEXT>", OF_TWO_FRAMES, "<video>")
 
 
 def _idefics(prefix: str) -> tf.PreTrainedModel:
@@ -302,7 +310,7 @@ def _idefics(prefix: str) -> tf.PreTrainedModel:
         image_token_id=token_id("<image>"),
         scale_factor=2,
     )
-    return getattr(tf, f"{prefix}Model")(config)
+    return getattr(tf, f"{prefix}ForConditionalGeneration")(config)
 
 
 def idefics3():
@@ -330,7 +338,7 @@ def gemma3():
     images = tf.Gemma3ImageProcessor(size={"height": 56, "width": 56}, **crops)
     processor = tf.Gemma3Processor(images, tokenizer(**named), image_seq_length=4)
     processor.images_kwargs = crops
-    return Case(tf.Gemma3Model(config), processor, "<start_of_image>", MIXED)
+    return Case(tf.Gemma3ForConditionalGeneration(config), processor, "<start_of_image>", MIXED)
 
 
 def paligemma():
@@ -343,11 +351,11 @@ def paligemma():
         image_token_index=token_id("<image>"),
         projection_dim=32,
     )
-    return Case(tf.PaliGemmaModel(config), processor, "<image>", MIXED)
+    return Case(tf.PaliGemmaForConditionalGeneration(config), processor, "<image>", MIXED)
 
 
 def text():
-    return Case(tf.Qwen2Model(tf.Qwen2Config(**TEXT)), tokenizer(), "", (Sample(),) * 4)
+    return Case(tf.Qwen2ForCausalLM(tf.Qwen2Config(**TEXT)), tokenizer(), "", (Sample(),) * 4)
 
 
 BUILDERS = {

@@ -1,6 +1,7 @@
 """Kernels for reinforcement learning of vision-language models; see README.md."""
 
 from vlmkernels.backend import use_backend
+from vlmkernels.models.merge import merge_image_features, placeholder_positions
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
@@ -27,8 +28,10 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logps",
+    "merge_image_features",
     "mrope_positions",
     "pack_patches",
+    "placeholder_positions",
     "use_backend",
     "varlen_attention",
     "vision_layout",

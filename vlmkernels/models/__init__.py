@@ -1,1 +1,1 @@
-"""What the trainer must know about a model: its family's inputs."""
+"""What must be known about a model: its family's inputs, and how to cut, join and merge them."""

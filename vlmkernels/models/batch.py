@@ -56,7 +56,8 @@ class Batch:
 
     @classmethod
     def of(cls, inputs: dict, family: Family, num_images: torch.Tensor, num_videos: torch.Tensor | None = None) -> "Batch":
-        """
+        """A processor's output, checked against the family's row: nothing unknown, no row too many, none missing.
+
         Args:
             inputs: a processor's output.
             family: from ``family_of``.
