@@ -43,3 +43,14 @@ def test_text_model(tmp_path):
     width = rollout.completion_ids.shape[1]
     mask = rollout.completion_mask
     assert torch.equal(rollout.completion_ids[mask], expected[:, :width][mask])
+
+
+def test_models_that_cannot_share_fill_each_copy(tmp_path):
+    model = tiny.text_model()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    args = GRPOConfig(output_dir=str(tmp_path), max_completion_length=4, use_cpu=True)
+    generate = Generate(model, tiny.tokenizer(), args)
+    prompts = prompts_of((0, 0), model)
+    inputs = generate._prefilled(model, prompts, 3)
+    assert "past_key_values" not in inputs
+    assert torch.equal(inputs["input_ids"], prompts.inputs["input_ids"].repeat_interleave(3, 0))

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from vlmkernels.models.batch import Batch
 from vlmkernels.models.families import media_token_ids
-from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions
+from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions, why_not_shared
 from vlmkernels.train.config import GRPOConfig
 
 
@@ -77,6 +77,7 @@ class Generate:
         }
         media = media_token_ids(model.config, processor)
         self.media = torch.tensor(media)
+        self.shares_prefill = why_not_shared(model.get_base_model() if is_peft_model(model) else model) is None
         options["suppress_tokens"] = [*media, *options.get("suppress_tokens", ())] or None
         self.options = options
 
@@ -90,10 +91,10 @@ class Generate:
         """Arguments of ``generate``: every prompt ``num_generations`` times, behind a cache that each prompt filled once.
 
         The cache holds all but the last token, so that ``generate`` goes on from there. Where that one stands for an image, or
-        there is no other, each copy is filled by itself.
+        there is no other, or where prompt tokens see later ones (``why_not_shared``), each copy is filled by itself.
         """
         ids = prompts.inputs["input_ids"]
-        if ids.shape[1] < 2 or torch.isin(ids[:, -1], self.media.to(ids.device)).any():
+        if not self.shares_prefill or ids.shape[1] < 2 or torch.isin(ids[:, -1], self.media.to(ids.device)).any():
             return prompts.repeat(num_generations).inputs
         inner = (model.get_base_model() if is_peft_model(model) else model).base_model
         positions = prompt_positions(inner, prompts.inputs)
