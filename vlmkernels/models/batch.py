@@ -28,7 +28,7 @@ def _tiles(inputs: dict, family: Family) -> torch.Tensor:
     tokens = (inputs["input_ids"] == family.image_token_id).sum(1).cpu()
     total = len(inputs.get("pixel_values", ()))
     per_tile = int(tokens.sum()) // max(total, 1)
-    tiles = tokens // max(per_tile, 1) if total else torch.zeros_like(tokens)
+    tiles = tokens // max(per_tile, 1)
     rule = f"have tiles that stand for the same number of image tokens each, where the samples have {tokens.tolist()}"
     require(int(tiles.sum()) == total and torch.equal(tiles * per_tile, tokens), "pixel_values", rule, f"{total} tiles")
     return tiles
@@ -47,7 +47,7 @@ class Batch:
     """Model inputs of B samples, their tokens left-padded.
 
     inputs: what the model is called with. rows: for each axis of the family's inputs, (B,) int64 on the CPU, the rows that each
-    sample owns along it: cutting and joining never waits for a device. Made by ``Batch.of``.
+    sample owns along it, so that choosing and joining samples never waits for a device. Made by ``Batch.of``.
     """
 
     inputs: dict[str, torch.Tensor]
