@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, choose, group_attention
+from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, group_attention
 
 pytestmark = pytest.mark.device
 
@@ -45,7 +45,7 @@ def eager_formula(query, key, value, layout):
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.modules)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("heads", [4, 2])
@@ -55,7 +55,7 @@ def test_matches_fp64(device, implementation, dtype, name, heads):
     inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(device, dtype) for h in (4, heads, heads)]
     weight = torch.randn(layout.num_tokens, 4, 16, generator=rng).to(device)
     try:
-        choose(implementation, inputs[0])
+        IMPLEMENTATIONS.choose(implementation, inputs[0])
     except NotImplementedError as error:
         pytest.skip(str(error))
     forward_only = implementation == "flex" and device == "cpu"

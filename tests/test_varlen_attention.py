@@ -7,7 +7,7 @@ from test_patch_embed import MODELS
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels.models.attention import use_varlen_vision
-from vlmkernels.ops.varlen_attention import IMPLEMENTATIONS, choose, varlen_attention
+from vlmkernels.ops.varlen_attention import IMPLEMENTATIONS, varlen_attention
 
 pytestmark = pytest.mark.device
 LENGTHS = {"runs": [4, 4, 4, 7, 0, 3, 3, 1], "one": [9], "none": [], "empty ones": [0, 0]}
@@ -25,7 +25,7 @@ def formula(query, key, value, lengths, causal, scale):
     return torch.cat(parts) if parts else query.clone()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.modules)
 @pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize(("causal", "scale", "heads"), [(False, None, 4), (True, 0.3, 2)])
 def test_matches_the_formula(device, implementation, case, causal, scale, heads):
@@ -34,7 +34,7 @@ def test_matches_the_formula(device, implementation, case, causal, scale, heads)
     make = lambda h: torch.randn(sum(lengths), h, 16, generator=rng).to(device, dtype).requires_grad_()  # noqa: E731
     inputs = make(4), make(heads), make(heads)
     try:
-        choose(implementation, inputs[0])
+        IMPLEMENTATIONS.choose(implementation, inputs[0])
     except NotImplementedError as error:
         pytest.skip(str(error))
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0)], dtype=torch.int32, device=device)

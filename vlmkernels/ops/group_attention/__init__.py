@@ -1,36 +1,16 @@
 """Causal attention of groups that share a prefix. Torch only: implementations load on first use."""
 
-import importlib
-
 import torch
 
 from vlmkernels.ops.checks import require, require_device, require_dtype
 from vlmkernels.ops.group_attention.layout import GroupLayout
+from vlmkernels.ops.implementations import Implementations
 
 __all__ = ["GroupLayout", "group_attention"]
 
-# The order of "auto" on each type of device.
-PREFERENCE = {"cpu": ("parts",), "cuda": ("flex",)}
-IMPLEMENTATIONS = ("parts", "flex")
-
-
-def _load(name: str):
-    """The module of an implementation: ``unsupported(query) -> str | None`` and ``run(query, key, value, layout, scale)``."""
-    return importlib.import_module(f"vlmkernels.ops.group_attention.{name}")
-
-
-def choose(name: str, query: torch.Tensor) -> str:
-    """The implementation that serves ``query``; a named one does or raises ``NotImplementedError`` with the reason."""
-    rule = f"be auto or one of {', '.join(IMPLEMENTATIONS)}"
-    require(name in ("auto", *IMPLEMENTATIONS), "implementation", rule, repr(name))
-    candidates = PREFERENCE.get(query.device.type, ("flex",)) if name == "auto" else (name,)
-    reasons = []
-    for candidate in candidates:
-        reason = _load(candidate).unsupported(query)
-        if reason is None:
-            return candidate
-        reasons.append(f"{candidate}: {reason}")
-    raise NotImplementedError(f"no implementation serves group_attention: {'; '.join(reasons)}")
+IMPLEMENTATIONS = Implementations(
+    "group_attention", {"parts": "parts", "flex": "flex"}, {"cpu": ("parts",)}, otherwise=("flex",)
+)
 
 
 def group_attention(
@@ -77,5 +57,5 @@ def group_attention(
         require(fits, name, rule, tuple(tensor.shape))
         require_dtype(name, tensor, query.dtype)
         require_device(name, tensor, query.device, "query")
-    run = _load(choose(implementation, query)).run
+    run = IMPLEMENTATIONS.load(IMPLEMENTATIONS.choose(implementation, query)).run
     return run(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)

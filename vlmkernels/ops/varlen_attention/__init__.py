@@ -1,33 +1,16 @@
 """Attention over packed sequences. A choice among libraries' kernels: this package has none of its own for it."""
 
-import importlib
-
 import torch
 
 from vlmkernels.ops.checks import require, require_device, require_dtype
+from vlmkernels.ops.implementations import Implementations
 
-# The order of "auto" on each type of device.
-PREFERENCE = {"cpu": ("sdpa",), "cuda": ("flash_attn", "torch", "sdpa")}
-IMPLEMENTATIONS = ("flash_attn", "torch", "sdpa")
-
-
-def _load(name: str):
-    """The module of an implementation: ``unsupported(query) -> str | None`` and ``run``."""
-    return importlib.import_module(f"vlmkernels.ops.varlen_attention.{name}_varlen")
-
-
-def choose(name: str, query: torch.Tensor) -> str:
-    """The implementation that serves ``query``; a named one does or raises ``NotImplementedError`` with the reason."""
-    rule = f"be auto or one of {', '.join(IMPLEMENTATIONS)}"
-    require(name in ("auto", *IMPLEMENTATIONS), "implementation", rule, repr(name))
-    candidates = PREFERENCE.get(query.device.type, ("sdpa",)) if name == "auto" else (name,)
-    reasons = []
-    for candidate in candidates:
-        reason = _load(candidate).unsupported(query)
-        if reason is None:
-            return candidate
-        reasons.append(f"{candidate}: {reason}")
-    raise NotImplementedError(f"no implementation serves varlen_attention: {'; '.join(reasons)}")
+IMPLEMENTATIONS = Implementations(
+    "varlen_attention",
+    {"flash_attn": "flash_attn_varlen", "torch": "torch_varlen", "sdpa": "sdpa_varlen"},
+    {"cuda": ("flash_attn", "torch", "sdpa")},
+    otherwise=("sdpa",),
+)
 
 
 def varlen_attention(
@@ -75,5 +58,5 @@ def varlen_attention(
         require_device(name, tensor, query.device, "query")
     require_dtype("cu_seqlens", cu_seqlens, torch.int32)
     require(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, "cu_seqlens", "be (S + 1,), from 0 to N", tuple(cu_seqlens.shape))
-    run = _load(choose(implementation, query)).run
+    run = IMPLEMENTATIONS.load(IMPLEMENTATIONS.choose(implementation, query)).run
     return run(query, key, value, cu_seqlens, max_seqlen, causal, query.shape[-1] ** -0.5 if scale is None else scale)
