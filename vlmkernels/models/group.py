@@ -1,5 +1,6 @@
 """Packs of groups: every prompt, its images with it, once for all its completions."""
 
+import inspect
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -61,10 +62,12 @@ def pad_completions(inputs: dict[str, torch.Tensor], completion_mask: torch.Tens
 
 def prompt_positions(model: torch.nn.Module, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
     """Position ids of padded prompts, (P, S); with images (3, P, S) of M-RoPE, by the model's own function."""
-    mask, inputs = prompts["attention_mask"], {name: prompts[name] for name in _POSITION_INPUTS if name in prompts}
-    rope_index = getattr(model.base_model, "get_rope_index", None)
-    if rope_index is None or not inputs:
+    mask, rope_index = prompts["attention_mask"], getattr(model.base_model, "get_rope_index", None)
+    if rope_index is None or not prompts.keys() & set(_POSITION_INPUTS):
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
+    # Versions of transformers differ in what they ask for.
+    taken = inspect.signature(rope_index).parameters
+    inputs = {name: prompts[name] for name in _POSITION_INPUTS if name in prompts and name in taken}
     return rope_index(prompts["input_ids"], attention_mask=mask, **inputs)[0]
 
 
