@@ -2,7 +2,6 @@
 
 import inspect
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -102,7 +101,8 @@ def pack_groups(
     require(bool((stretch == completion_mask).all()), "completion_mask", rule, "one with holes")
 
     prompt_mask, lengths = prompts["attention_mask"].bool(), lengths.tolist()
-    members = [[k for k in range(count) if group[k] == g] for g in range(num)]
+    owners = group.tolist()
+    members = [[k for k, owner in enumerate(owners) if owner == g] for g in range(num)]
     layout = GroupLayout(tuple(prompt_mask.sum(1).tolist()), tuple(tuple(lengths[k] for k in member) for member in members))
     flat_positions = positions.unsqueeze(0) if positions.dim() == 2 else positions
     ids, where, rows = [], [], []
@@ -121,7 +121,6 @@ def pack_groups(
     packed = torch.cat(where, 1).unsqueeze(1)
     others = {name: x for name, x in prompts.items() if name not in ("input_ids", "attention_mask", "mm_token_type_ids")}
     ids = torch.cat(ids).unsqueeze(0)
-    order = chain.from_iterable(members)
     return ScoringBatch(
         inputs={
             "input_ids": ids,
@@ -131,5 +130,5 @@ def pack_groups(
             **others,
         },
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        targets=torch.cat([completion_ids[k, : lengths[k]] for k in order]) if count else completion_ids.flatten(),
+        targets=completion_ids[completion_mask],  # groups ascend, so completions are in order
     )
