@@ -59,3 +59,5 @@ if __name__ == "__main__":
     logs = run(sys.argv[1])
     if os.environ["RANK"] == "0":
         Path(sys.argv[1], "logs.json").write_text(json.dumps(logs))
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may ask for the interpreter while it ends, which aborts the process
