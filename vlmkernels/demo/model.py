@@ -1,5 +1,8 @@
 """A small Qwen2.5-VL built in code: the real architecture, processor and chat format, random weights, no download."""
 
+import re
+from collections.abc import Sequence
+
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -31,11 +34,12 @@ CHAT_TEMPLATE = """\
 {% endif %}"""
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's byte-level BPE with the 256 bytes and just the merges that make each word of the prompt one token."""
+def build_tokenizer(texts: Sequence[str] = (PROMPT,)) -> Qwen2Tokenizer:
+    """Qwen's byte-level BPE with the 256 bytes and just the merges that make each word of ``texts`` one token."""
     vocab = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
     merges = []
-    for word in (*PROMPT.replace(".", "").replace(" ", " Ġ").split(), "user", "assistant"):
+    words = dict.fromkeys(word.replace(" ", "Ġ") for text in texts for word in re.findall(" ?[A-Za-z]+", text))
+    for word in (*words, "user", "assistant"):
         for end in range(2, len(word) + 1):
             if word[:end] not in vocab:
                 vocab[word[:end]] = len(vocab)
@@ -51,12 +55,12 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
+def build_processor(texts: Sequence[str] = (PROMPT,)) -> Qwen2_5_VLProcessor:
     """The processor; ``size`` leaves every image of whole digits as it is, so that a digit becomes one image token."""
     size = {"shortest_edge": DIGIT_PIXELS**2, "longest_edge": 1280 * DIGIT_PIXELS**2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(texts),
         video_processor=Qwen2VLVideoProcessor(size=size),
         chat_template=CHAT_TEMPLATE,
     )
