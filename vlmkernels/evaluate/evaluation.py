@@ -1,0 +1,346 @@
+"""From predictions to metrics: samples grouped by category, each group's answers parsed and scored, intervals and comparisons."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlmkernels.evaluate.metrics import REWARD, Answers, Metric, score
+from vlmkernels.evaluate.predictions import Completion, Predictions
+from vlmkernels.evaluate.statistics import REPLICATES, Difference, Estimate, Statistic, compare, estimate
+from vlmkernels.evaluate.tasks import COMMON, HARNESSES, TASKS, Harness
+from vlmkernels.ops.checks import require, require_one_of
+from vlmkernels.rewards.boxes import FRAMES, convert_frame
+from vlmkernels.train.data import IMAGE_COLUMNS, Sample, column_names, read_sample
+from vlmkernels.train.scoring import prompt_text
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How predictions are scored.
+
+    task: of every sample, by default the dataset's column ``task``, or "exact" where it has none but ``answer``.
+    metrics: in place of the tasks' own. match: the harness whose thresholds and comparisons are taken, a key of ``HARNESSES``.
+    by: the column whose values are reported one by one, by default ``category`` or else the task.
+    frame: of the predicted boxes and points, a key of ``FRAMES``; references are in pixels of the original image.
+    vocabulary: names of the objects that CHAIR looks for, or a mapping of names to synonyms; by default all that occur in the
+    references. confidence, replicates, seed: of the bootstrap.
+    """
+
+    task: str | None = None
+    metrics: tuple[str, ...] = ()
+    match: str = "vlmkernels"
+    by: str | None = None
+    frame: str = "original"
+    vocabulary: Any = None
+    confidence: float = 0.95
+    replicates: int = REPLICATES
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_one_of("match", self.match, HARNESSES)
+        require_one_of("frame", self.frame, FRAMES)
+        if self.task is not None:
+            _require_task("task", self.task)
+        for name in self.metrics:
+            self.harness.metric(name)
+        require(0 < self.confidence < 1, "confidence", "be in (0, 1)", self.confidence)
+        require(self.replicates >= 1, "replicates", "be >= 1", self.replicates)
+
+    @property
+    def harness(self) -> Harness:
+        return HARNESSES[self.match]
+
+
+def _require_task(name: str, value: Any) -> None:
+    if value not in TASKS:
+        near = difflib.get_close_matches(str(value), TASKS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(TASKS)}, got {value!r}{hint}")
+
+
+class Result(NamedTuple):
+    """One metric of one group. hidden: where the image was hidden; cost: the metric minus that."""
+
+    group: str
+    metric: str
+    estimate: Estimate
+    hidden: Estimate | None = None
+    cost: Difference | None = None
+
+
+@dataclass
+class Group:
+    """Samples that are reported together: their answers by view."""
+
+    name: str
+    metrics: dict[str, Metric]
+    answers: dict[str, Answers]
+    _statistics: dict = field(default_factory=dict)
+
+    def statistic(self, metric: str, view: str = "image") -> Statistic:
+        if (metric, view) not in self._statistics:
+            self._statistics[metric, view] = self.metrics[metric].statistic(self.answers[view])
+        return self._statistics[metric, view]
+
+
+class Rows:
+    """A dataset's columns without its images, and what each sample is: checked when it is made, before anything is scored."""
+
+    def __init__(self, dataset, scoring: Scoring):
+        require(len(dataset) > 0, "dataset", "hold at least one sample", 0)
+        self.dataset, names = dataset, column_names(dataset)
+        plain = dataset.remove_columns([n for n in IMAGE_COLUMNS if n in names]) if hasattr(dataset, "remove_columns") else dataset
+        self.rows = [{k: v for k, v in plain[i].items() if k not in IMAGE_COLUMNS} for i in range(len(plain))]
+        if scoring.task is None and "task" not in names:
+            default = "exact" if "answer" in names else "open"
+            self.tasks = [default] * len(self.rows)
+        else:
+            self.tasks = [scoring.task or row.get("task") for row in self.rows]
+        by = scoring.by or ("category" if "category" in names else None)
+        require(by is None or by in names, "by", f"be a column of the dataset ({', '.join(names)})", repr(by))
+        self.names = [str(row.get(by)) if by else task for row, task in zip(self.rows, self.tasks, strict=True)]
+        self.references = [self._reference(index, names) for index in range(len(self.rows))]
+
+    def _reference(self, index: int, names: Sequence[str]) -> Any:
+        row, task = self.rows[index], self.tasks[index]
+        _require_task(f"sample {index}: task", task)
+        column = TASKS[task].column
+        if column not in row and task != "open":
+            raise ValueError(f"sample {index}: dataset must have a column {column!r} for the task {task}, got {', '.join(names)}")
+        try:
+            TASKS[task].reference(row.get(column))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"sample {index}: {column} {error}") from error
+        return row.get(column)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int, decode: bool = True) -> Sample:
+        return read_sample(self.dataset[index], index, decode)
+
+    def groups(self) -> dict[str, list[int]]:
+        """Indices of the samples of each group, in the order of the dataset; a group has one task."""
+        found: dict[tuple[str, str], list[int]] = {}
+        for index, key in enumerate(zip(self.names, self.tasks, strict=True)):
+            found.setdefault(key, []).append(index)
+        several = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
+        return {f"{name} ({task})" if name in several else name: indices for (name, task), indices in found.items()}
+
+
+class Evaluation:
+    """What predictions are worth on a dataset.
+
+    Args:
+        predictions: see ``predict`` and ``Predictions.read``.
+        dataset: rows with ``prompt`` and the columns that the tasks need.
+        scoring: see ``Scoring``.
+        rewards: reward functions by name, (num_samples, num_generations) each; see ``reward_parts``.
+        resized: width and height of each sample's image as the model sees it, for frame="resized".
+    """
+
+    def __init__(
+        self,
+        predictions: Predictions,
+        dataset,
+        scoring: Scoring | None = None,
+        rewards: dict[str, dict[str, np.ndarray]] | None = None,
+        resized: Sequence[tuple[int, int]] | None = None,
+    ):
+        self.scoring, self.predictions = scoring or Scoring(), predictions
+        self.rows = dataset if isinstance(dataset, Rows) else Rows(dataset, self.scoring)
+        self.rewards = rewards or {}
+        self._resized = resized
+        self.views = sorted({view for _, view in predictions.by_sample}, key=lambda view: view != "image")
+        require(self.views[:1] == ["image"], "predictions", "have the view 'image'", self.views)
+        self.completions = {view: predictions.of(len(self.rows), view) for view in self.views}
+        self.groups = self._groups()
+
+    @property
+    def hidden_view(self) -> str | None:
+        return self.views[1] if len(self.views) > 1 else None
+
+    def _answers(self, indices: list[int], view: str) -> Answers:
+        scoring, rows = self.scoring, self.rows
+        tasks = {rows.tasks[index] for index in indices}
+        completions = [self.completions[view][index] for index in indices]
+        values = [
+            [scoring.harness.parse(rows.tasks[index], c.text) for c in group]
+            for index, group in zip(indices, completions, strict=True)
+        ]
+        known = lambda name: np.array([[_nan(getattr(c, name)) for c in group] for group in completions])  # noqa: E731
+        answers = Answers(
+            indices=indices,
+            texts=[[c.text for c in group] for group in completions],
+            values=values,
+            references=[rows.references[index] for index in indices],
+            rows=[rows.rows[index] for index in indices],
+            prompts=[prompt_text(rows.rows[index]["prompt"]) for index in indices],
+            lengths=known("length"),
+            truncated=known("truncated"),
+            rewards={name: values[indices] for name, values in self.rewards.get(view, {}).items()},
+        )
+        if len(tasks) > 1:
+            return answers
+        (task,) = tasks
+        if scoring.frame != "original" and TASKS[task].answer in ("box", "boxes", "point"):
+            self._to_pixels(answers)
+        right = scoring.harness.right(task)
+        vocabulary = scoring.vocabulary
+        if TASKS[task].answer == "objects" and vocabulary is None:
+            vocabulary = sorted({str(name) for shown in answers.references for name in shown})
+        correct = None if right is None else score(right, answers)
+        return Answers(**{**vars(answers), "correct": correct, "vocabulary": vocabulary})
+
+    def _to_pixels(self, answers: Answers) -> None:
+        """Predicted boxes and points from their frame to pixels of the original image."""
+        for index, group in zip(answers.indices, answers.values, strict=True):
+            images = self.rows.sample(index, decode=False).images
+            if not images:
+                raise ValueError(f"sample {index}: dataset must have an image to convert boxes from the frame {self.scoring.frame}")
+            resized = None if self._resized is None else [self._resized[index]]
+            for place, value in enumerate(group):
+                group[place] = _converted(value, self.scoring.frame, [images[0].size], resized)
+
+    def _groups(self) -> dict[str, Group]:
+        groups = {}
+        for name, indices in self.rows.groups().items():
+            answers = {view: self._answers(indices, view) for view in self.views}
+            groups[name] = Group(name, self._metrics(self.rows.tasks[indices[0]], answers["image"]), answers)
+        unused = [metric for metric in self.scoring.metrics if not any(metric in group.metrics for group in groups.values())]
+        if unused:
+            kind, tasks = self.scoring.harness.metric(unused[0]).kind, sorted(set(self.rows.tasks))
+            able = [task for task in TASKS if self._suits(unused[0], task)]
+            raise ValueError(f"metric {unused[0]} needs a task of {', '.join(able)} ({kind} answers), got {', '.join(tasks)}")
+        if len(groups) > 1:
+            groups[ALL] = self._whole(groups)
+        return groups
+
+    def _suits(self, name: str, task: str) -> bool:
+        kind = self.scoring.harness.metric(name).kind
+        return kind in ("", TASKS[task].answer) or (kind == "right" and TASKS[task].right is not None)
+
+    def _metrics(self, task: str, answers: Answers) -> dict[str, Metric]:
+        """The metrics of a group, but those of what is not known of its completions."""
+        names = [name for name in self.scoring.metrics if self._suits(name, task)]
+        if not self.scoring.metrics:
+            names = [*self.scoring.harness.task_metrics(task), *self._sampled(answers), *COMMON]
+        names += [REWARD + name for name in answers.rewards]
+        absent = {
+            "mean_length": np.isnan(answers.lengths).all(),
+            "truncation_rate": np.isnan(answers.truncated).all(),
+        }
+        return {name: self.scoring.harness.metric(name) for name in names if not absent.get(name, False)}
+
+    @staticmethod
+    def _sampled(answers: Answers) -> list[str]:
+        """pass@k for powers of two, and maj@n, of n completions."""
+        n = answers.shape[1]
+        if n == 1 or answers.correct is None:
+            return []
+        powers = sorted({2**i for i in range(int(math.log2(n)) + 1)} | {n})
+        return [*(f"pass@{k}" for k in powers), f"maj@{n}"]
+
+    def _whole(self, groups: dict[str, Group]) -> Group:
+        """All samples: the metrics that any task has, and those of right answers over the samples that have them."""
+        answers = {}
+        for view in self.views:
+            whole = self._answers(list(range(len(self.rows))), view)
+            correct = np.full(whole.shape, np.nan)
+            for group in groups.values():
+                if group.answers[view].correct is not None:
+                    correct[group.answers[view].indices] = group.answers[view].correct
+                for index, values in zip(group.answers[view].indices, group.answers[view].values, strict=True):
+                    whole.values[index] = values
+            answers[view] = Answers(**{**vars(whole), "correct": None if np.isnan(correct).all() else correct})
+        image = answers["image"]
+        metrics = self._metrics("open", image)
+        if image.correct is not None:
+            names = [name for name in self.scoring.metrics if self.scoring.harness.metric(name).kind == "right"]
+            names = names if self.scoring.metrics else ["accuracy", *self._sampled(image)]
+            metrics = {name: self.scoring.harness.metric(name) for name in names} | metrics
+        return Group(ALL, metrics, answers)
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """Every metric of every group, with intervals; with the image hidden beside it where it was."""
+        options = {"confidence": self.scoring.confidence, "replicates": self.scoring.replicates, "seed": self.scoring.seed}
+        found = []
+        for group in self.groups.values():
+            for name in group.metrics:
+                seen = group.statistic(name)
+                hidden = group.statistic(name, self.hidden_view) if self.hidden_view else None
+                found.append(
+                    Result(
+                        group.name,
+                        name,
+                        estimate(seen, **options),
+                        hidden and estimate(hidden, **options),
+                        hidden and compare(seen, hidden, **options),
+                    )
+                )
+        return found
+
+    def minus(self, other: "Evaluation") -> dict[tuple[str, str], Difference]:
+        """Each metric minus the other run's, by group and metric, paired by sample. Both must be of the same dataset and scoring."""
+        require(len(self.rows) == len(other.rows), "the other run", f"be of {len(self.rows)} samples", len(other.rows))
+        options = {"confidence": self.scoring.confidence, "replicates": self.scoring.replicates, "seed": self.scoring.seed}
+        return {
+            (group.name, name): compare(group.statistic(name), other.groups[group.name].statistic(name), **options)
+            for group in self.groups.values()
+            for name in group.metrics
+            if name in other.groups[group.name].metrics
+        }
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _converted(value: Any, frame: str, original, resized) -> Any:
+    """A parsed box, point or set of boxes, from a frame to pixels of the original image."""
+    if value is None:
+        return None
+    points = [value] if isinstance(value[0], (int, float)) else value.boxes
+    if not points:
+        return value
+    moved = [tuple(row) for row in convert_frame(np.array(points), frame, "original", original=original, resized=resized).tolist()]
+    return moved[0] if points[0] is value else value._replace(boxes=moved)
+
+
+def reward_parts(rewards, rows: Rows, completions: list[list[Completion]], batch: int = 256) -> dict[str, np.ndarray]:
+    """What each reward function gives each completion, by its name, (num_samples, num_generations), NaN = not scored.
+
+    Args:
+        rewards: ``vlmkernels.train.rewards.Rewards``.
+        batch: samples at a time, whose images are in memory together.
+    """
+    parts = []
+    for start in range(0, len(rows), batch):
+        samples = [rows.sample(index) for index in range(start, min(start + batch, len(rows)))]
+        groups = completions[start : start + batch]
+        repeated = [sample for sample, group in zip(samples, groups, strict=True) for _ in group]
+        flat = [completion for group in groups for completion in group]
+        columns = sorted({name for sample in samples for name in sample.row} - {"prompt", "images"})
+        parts.append(
+            rewards(
+                len(flat),
+                prompts=[sample.row["prompt"] for sample in repeated],
+                completions=[
+                    c.text if isinstance(s.prompt, str) else [{"role": "assistant", "content": c.text}]
+                    for s, c in zip(repeated, flat, strict=True)
+                ],
+                completion_ids=[c.ids or [] for c in flat],
+                images=[sample.images for sample in repeated],
+                **{name: [sample.row.get(name) for sample in repeated] for name in columns},
+            ).numpy()
+        )
+    values = np.concatenate(parts).reshape(len(rows), len(completions[0]), -1)
+    return {name: values[..., place] for place, name in enumerate(rewards.names)}

@@ -1,0 +1,166 @@
+"""Point values, confidence intervals and paired comparisons of metrics.
+
+A metric is a function of sums: each completion contributes a vector of statistics (hits and ones for an accuracy, edit distance and
+length for an error rate, true and false positives for a precision), the metric is computed from their totals. A bootstrap
+replicate then is a vector of weights per sample and per seed, and all replicates of a metric are one matrix product.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+REPLICATES = 2000
+CHUNK = 2**24  # weights at a time
+
+
+class Statistic(Protocol):
+    """What was measured on N samples with G completions each, G = 1 where the metric is one of a whole group."""
+
+    shape: tuple[int, int]
+
+    def value(self, samples: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """The metric, (R,), with weights (R, N) of samples and (R, G) of seeds; NaN where there is nothing to divide by."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """statistics: (N, G, K) fp64. finish: totals (R, K) to the metric (R,)."""
+
+    statistics: np.ndarray
+    finish: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.statistics.shape[:2]
+
+    def value(self, samples: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.finish(np.einsum("rgk,rg->rk", np.tensordot(samples, self.statistics, 1), seeds))
+
+
+def mean_of(scores: np.ndarray) -> Sums:
+    """The mean of scores (N, G); NaN counts as not scored."""
+    scored = ~np.isnan(scores)
+    return Sums(np.stack([np.where(scored, scores, 0.0), scored], -1), lambda total: total[:, 0] / total[:, 1])
+
+
+class Estimate(NamedTuple):
+    """A metric and its confidence interval; num_samples is what it was measured on."""
+
+    value: float
+    low: float
+    high: float
+    num_samples: int
+
+
+class Difference(NamedTuple):
+    """A metric of one run minus that of another on the same samples; p_value is two-sided; test names how it was made."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    test: str
+
+
+def point_value(statistic: Statistic) -> float:
+    num_samples, num_seeds = statistic.shape
+    return float(statistic.value(np.ones((1, num_samples)), np.ones((1, num_seeds)))[0])
+
+
+def _replicates(statistics: list[Statistic], replicates: int, seed: int) -> np.ndarray:
+    """The metrics of (len(statistics), R) bootstrap replicates, the same samples and seeds drawn for all statistics.
+
+    Samples and seeds are drawn independently, with replacement: where completions of one sample differ by chance alone, their
+    variance is counted in both, so that the interval is never too narrow (Owen, The pigeonhole bootstrap, 2007).
+    """
+    rng = np.random.default_rng(seed)
+    num_samples = statistics[0].shape[0]
+    num_seeds = [statistic.shape[1] for statistic in statistics]
+    step, parts = max(1, CHUNK // num_samples), []
+    for start in range(0, replicates, step):
+        rows = min(step, replicates - start)
+        samples = rng.multinomial(num_samples, np.full(num_samples, 1 / num_samples), rows).astype(np.float64)
+        seeds = {g: rng.multinomial(g, np.full(g, 1 / g), rows).astype(np.float64) for g in sorted(set(num_seeds))}
+        parts.append([statistic.value(samples, seeds[g]) for statistic, g in zip(statistics, num_seeds, strict=True)])
+    return np.concatenate(parts, 1)
+
+
+def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return np.nan, np.nan
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def estimate(statistic: Statistic, confidence: float = 0.95, replicates: int = REPLICATES, seed: int = 0) -> Estimate:
+    """The metric with its percentile bootstrap interval over samples and seeds."""
+    low, high = _interval(_replicates([statistic], replicates, seed)[0], confidence)
+    return Estimate(point_value(statistic), low, high, statistic.shape[0])
+
+
+def _outcomes(statistic: Statistic) -> np.ndarray | None:
+    """(N,) of 0 and 1, where each sample is either right or wrong and nothing else goes into the metric."""
+    if not isinstance(statistic, Sums) or statistic.statistics.shape[1:] != (1, 2):
+        return None
+    hits, ones = statistic.statistics[:, 0].T
+    return hits if (ones == 1).all() and np.isin(hits, (0, 1)).all() else None
+
+
+def compare(
+    ours: Statistic, theirs: Statistic, confidence: float = 0.95, replicates: int = REPLICATES, seed: int = 0
+) -> Difference:
+    """``ours - theirs`` on the same samples.
+
+    The interval is a paired bootstrap's. The p-value is McNemar's (exact, by scipy) where each sample is right or wrong, else the
+    paired bootstrap's: twice the smaller share of replicates on one side of 0.
+    """
+    from scipy.stats import binomtest
+
+    values = np.diff(_replicates([theirs, ours], replicates, seed), axis=0)[0]
+    low, high = _interval(values, confidence)
+    value = point_value(ours) - point_value(theirs)
+    a, b = _outcomes(ours), _outcomes(theirs)
+    if a is not None and b is not None:
+        won, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+        return Difference(value, low, high, binomtest(won, won + lost).pvalue if won + lost else 1.0, "McNemar")
+    values = values[~np.isnan(values)]
+    share = min((values <= 0).sum(), (values >= 0).sum()) + 1  # + 1: no p-value is 0
+    return Difference(value, low, high, min(1.0, 2 * share / (len(values) + 1)), "paired bootstrap")
+
+
+def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
+    """The probability that one of k completions is right, (N,): ``1 - C(n - c, k) / C(n, k)``, unbiased.
+
+    Args:
+        correct: (N, n) of 0 and 1; c of a row are right.
+
+    Source: https://arxiv.org/abs/2107.03374, equation 1.
+    """
+    n = correct.shape[1]
+    wrong = n - correct.sum(1, keepdims=True)
+    # C(n - c, k) / C(n, k) as a product of k factors; 0 as soon as there are fewer than k wrong ones.
+    return 1 - np.clip((wrong - np.arange(k)) / (n - np.arange(k)), 0, None).prod(1)
+
+
+def majority_at_k(answers: list[list], correct: np.ndarray, k: int) -> np.ndarray:
+    """Whether the most frequent of k answers is right, (N,), the mean over the ``n // k`` runs of k completions.
+
+    Args:
+        answers: N lists of n comparable answers, None where there is none: it has no vote. Of equally frequent ones the first wins.
+        correct: (N, n) of 0 and 1.
+    """
+    result = np.zeros(len(answers))
+    runs = correct.shape[1] // k
+    for row, (given, right) in enumerate(zip(answers, correct, strict=True)):
+        for start in range(0, runs * k, k):
+            votes: dict = {}
+            for index in range(start, start + k):
+                if given[index] is not None:
+                    votes.setdefault(given[index], []).append(index)
+            if votes:
+                result[row] += right[max(votes.values(), key=len)[0]] / runs
+    return result
