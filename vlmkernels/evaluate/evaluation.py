@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlmkernels.evaluate.metrics import REWARD, Answers, Metric, score
-from vlmkernels.evaluate.predictions import Completion, Predictions
-from vlmkernels.evaluate.statistics import REPLICATES, Difference, Estimate, Statistic, compare, estimate
+from vlmkernels.evaluate.predictions import VIEWS, Completion, Predictions, joined
+from vlmkernels.evaluate.statistics import REPLICATES, Bootstrap, Difference, Estimate, Statistic, compare, estimate, point_value
 from vlmkernels.evaluate.tasks import COMMON, HARNESSES, TASKS, Harness
 from vlmkernels.ops.checks import require, require_one_of
 from vlmkernels.rewards.boxes import FRAMES, convert_frame
@@ -139,7 +139,7 @@ class Evaluation:
     """What predictions are worth on a dataset.
 
     Args:
-        predictions: see ``predict`` and ``Predictions.read``.
+        predictions: see ``predict`` and ``Predictions.read``; several are runs of one method, with different training seeds.
         dataset: rows with ``prompt`` and the columns that the tasks need.
         scoring: see ``Scoring``.
         rewards: reward functions by name, (num_samples, num_generations) each; see ``reward_parts``.
@@ -148,19 +148,20 @@ class Evaluation:
 
     def __init__(
         self,
-        predictions: Predictions,
+        predictions: Predictions | Sequence[Predictions],
         dataset,
         scoring: Scoring | None = None,
         rewards: dict[str, dict[str, np.ndarray]] | None = None,
         resized: Sequence[tuple[int, int]] | None = None,
     ):
-        self.scoring, self.predictions = scoring or Scoring(), predictions
+        self.scoring = scoring or Scoring()
+        self.runs = [predictions] if isinstance(predictions, Predictions) else list(predictions)
         self.rows = dataset if isinstance(dataset, Rows) else Rows(dataset, self.scoring)
         self.rewards = rewards or {}
         self._resized = resized
-        self.views = sorted({view for _, view in predictions.by_sample}, key=lambda view: view != "image")
+        self.views = [view for view in VIEWS if all(view in run.views for run in self.runs)]
         require(self.views[:1] == ["image"], "predictions", "have the view 'image'", self.views)
-        self.completions = {view: predictions.of(len(self.rows), view) for view in self.views}
+        self.completions = {view: joined(self.runs, len(self.rows), view) for view in self.views}
         self.groups = self._groups()
 
     @property
@@ -219,9 +220,7 @@ class Evaluation:
             kind, tasks = self.scoring.harness.metric(unused[0]).kind, sorted(set(self.rows.tasks))
             able = [task for task in TASKS if self._suits(unused[0], task)]
             raise ValueError(f"metric {unused[0]} needs a task of {', '.join(able)} ({kind} answers), got {', '.join(tasks)}")
-        if len(groups) > 1:
-            groups[ALL] = self._whole(groups)
-        return groups
+        return {ALL: self._whole(groups), **groups} if len(groups) > 1 else groups
 
     def _suits(self, name: str, task: str) -> bool:
         kind = self.scoring.harness.metric(name).kind
@@ -241,12 +240,12 @@ class Evaluation:
 
     @staticmethod
     def _sampled(answers: Answers) -> list[str]:
-        """pass@k for powers of two, and maj@n, of n completions."""
+        """pass@k for powers of two, and maj@n, of n completions; pass@1 is the accuracy."""
         n = answers.shape[1]
         if n == 1 or answers.correct is None:
             return []
-        powers = sorted({2**i for i in range(int(math.log2(n)) + 1)} | {n})
-        return [*(f"pass@{k}" for k in powers), f"maj@{n}"]
+        powers = {2**i for i in range(1, n.bit_length()) if 2**i < n}
+        return [*(f"pass@{k}" for k in sorted(powers | {n})), f"maj@{n}"]
 
     def _whole(self, groups: dict[str, Group]) -> Group:
         """All samples: the metrics that any task has, and those of right answers over the samples that have them."""
@@ -268,11 +267,15 @@ class Evaluation:
             metrics = {name: self.scoring.harness.metric(name) for name in names} | metrics
         return Group(ALL, metrics, answers)
 
+    @property
+    def bootstrap(self) -> Bootstrap:
+        scoring = self.scoring
+        return Bootstrap(scoring.confidence, scoring.replicates, scoring.seed, len(self.runs))
+
     @cached_property
     def results(self) -> list[Result]:
         """Every metric of every group, with intervals; with the image hidden beside it where it was."""
-        options = {"confidence": self.scoring.confidence, "replicates": self.scoring.replicates, "seed": self.scoring.seed}
-        found = []
+        found, options = [], self.bootstrap
         for group in self.groups.values():
             for name in group.metrics:
                 seen = group.statistic(name)
@@ -281,19 +284,23 @@ class Evaluation:
                     Result(
                         group.name,
                         name,
-                        estimate(seen, **options),
-                        hidden and estimate(hidden, **options),
-                        hidden and compare(seen, hidden, **options),
+                        estimate(seen, options),
+                        hidden and estimate(hidden, options),
+                        hidden and compare(seen, hidden, options),
                     )
                 )
         return found
 
+    def value(self, group: str, metric: str) -> float:
+        """The metric of a group, without its interval."""
+        return point_value(self.groups[group].statistic(metric))
+
     def minus(self, other: "Evaluation") -> dict[tuple[str, str], Difference]:
         """Each metric minus the other run's, by group and metric, paired by sample. Both must be of the same dataset and scoring."""
         require(len(self.rows) == len(other.rows), "the other run", f"be of {len(self.rows)} samples", len(other.rows))
-        options = {"confidence": self.scoring.confidence, "replicates": self.scoring.replicates, "seed": self.scoring.seed}
+        require(len(self.runs) == len(other.runs), "the other run", f"have {len(self.runs)} seeds", len(other.runs))
         return {
-            (group.name, name): compare(group.statistic(name), other.groups[group.name].statistic(name), **options)
+            (group.name, name): compare(group.statistic(name), other.groups[group.name].statistic(name), self.bootstrap)
             for group in self.groups.values()
             for name in group.metrics
             if name in other.groups[group.name].metrics

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,10 @@ class Predictions:
         self.by_sample = Predictions.read(self.path).by_sample
         return self
 
+    @property
+    def views(self) -> set[str]:
+        return {view for _, view in self.by_sample}
+
     def append(self, view: str, completions: dict[int, list[Completion]]) -> None:
         """Add samples, and write them out before returning."""
         with self.path.open("a", encoding="utf-8") as file:
@@ -139,6 +143,14 @@ class Predictions:
         extra = [index for index, name in self.by_sample if index >= num_samples and name == view]
         require(not extra, "predictions", f"be of the dataset's {num_samples} samples", f"index {min(extra, default=0)}")
         return groups
+
+
+def joined(runs: Sequence[Predictions], num_samples: int, view: str) -> list[list[Completion]]:
+    """The completions of every sample, of all runs one after the other."""
+    found = [run.of(num_samples, view) for run in runs]
+    for run, groups in zip(runs, found, strict=True):
+        require(len(groups[0]) == len(found[0][0]), f"{run.path}", f"have {len(found[0][0])} completions each", len(groups[0]))
+    return [[completion for group in groups for completion in group] for groups in zip(*found, strict=True)]
 
 
 def hidden(sample: Sample, view: str) -> Sample:
@@ -232,14 +244,18 @@ class Sampler:
         return found
 
 
+def settings_of(model, dataset, decoding: Decoding) -> dict:
+    """All that decides what is sampled."""
+    return {"model": model_digest(model), "dataset": dataset_digest(dataset), **decoding.settings()}
+
+
 def predict(model, processor, dataset, decoding: Decoding, path: str | os.PathLike, views=("image",), progress=None) -> Predictions:
     """The completions of every sample in each view; those that ``path`` holds already are not sampled again.
 
     Args:
         progress: called with (done, all) after each batch.
     """
-    settings = {"model": model_digest(model), "dataset": dataset_digest(dataset), **decoding.settings()}
-    predictions = Predictions(path).resume(settings)
+    predictions = Predictions(path).resume(settings_of(model, dataset, decoding))
     sampler = Sampler(model, processor, decoding)
     todo = [(view, i) for view in views for i in range(len(dataset)) if (i, view) not in predictions.by_sample]
     total, step = len(views) * len(dataset), sampler.samples_at_a_time

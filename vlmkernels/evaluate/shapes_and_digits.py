@@ -18,16 +18,16 @@ by comparisons of numbers that floats hold exactly; digits are those of ``vlmker
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from itertools import islice, product
+from itertools import product
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from vlmkernels.demo.data import DIGIT_PIXELS, Scans, load_scans
-from vlmkernels.ops.checks import require
+from vlmkernels.ops.checks import require, require_one_of
 
 NAME, VERSION = "shapes-and-digits", 1
 CELL, GRID = DIGIT_PIXELS, 3
@@ -35,11 +35,12 @@ SIDE = CELL * GRID
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 97, 214), "yellow": (240, 190, 20)}
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = (14, 16, 18, 20, 22)  # pixels, height and width of a shape
-SPLITS = {"train": 4800, "dev": 600, "test": 1200}  # samples; the six categories take turns
+SPLITS = {"train": 24000, "dev": 600, "test": 1200}  # samples; the six categories take turns
+# SHA-256 of each whole split, and of its first 60 rows.
 CHECKSUMS = {
-    "train": "78bfd1f2a2e3631c232bbf94b1dbf96971f7292e853845dedbd9412a3fb306eb",
-    "dev": "1175f7a8ef7dbe3dc8fbff79d15a1d54f3a151e35dd30c5abd56537e2ba40285",
-    "test": "65b91f60909703f68af8b89980c8f7406730512db1bf2d055e71f7d1d3895b83",
+    "train": ("85d9d89a15cb47ec6a972b51e82200420e9fd66dbf8fb9b1b9b8d3d6960aa3de", "2bab93f75e0082a0d44eb85a5a7f61447076a59df60dd6526272bb46b3778e0c"),
+    "dev": ("1175f7a8ef7dbe3dc8fbff79d15a1d54f3a151e35dd30c5abd56537e2ba40285", "4ab0bef6debf32331e32b84951f69537613c430ef8ff204651232f2186bf5fde"),
+    "test": ("65b91f60909703f68af8b89980c8f7406730512db1bf2d055e71f7d1d3895b83", "f0462c7bb436c98c9b21b505d72c15cda9a5d57aed243961b663a688bd5ebbb1"),
 }
 
 T = TypeVar("T")
@@ -208,18 +209,25 @@ def sample(split: str, index: int) -> dict:
     return {**row, "task": task, "category": category}
 
 
-def generate(split: str) -> Iterator[dict]:
-    """The rows of a split, in order."""
-    require(split in SPLITS, "split", f"be one of {', '.join(SPLITS)}", repr(split))
-    return (sample(split, index) for index in range(SPLITS[split]))
+class Split(Sequence[dict]):
+    """The rows of a split, or the first ``count`` of them; each is made when it is asked for."""
+
+    def __init__(self, split: str, count: int | None = None):
+        require_one_of("split", split, SPLITS)
+        count = SPLITS[split] if count is None else count
+        require(1 <= count <= SPLITS[split], "count", f"be 1 to {SPLITS[split]}", count)
+        self.split, self.count = split, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be in [0, {self.count}), got {index}")
+        return sample(self.split, index)
 
 
-def load(split: str, count: int | None = None) -> list[dict]:
-    """The first ``count`` rows of a split, by default all."""
-    return list(islice(generate(split), count))
-
-
-def checksum(rows: Sequence[dict]) -> str:
+def checksum(rows: Iterable[dict]) -> str:
     """SHA-256 of the rows: of every pixel and every word, in order."""
     digest = hashlib.sha256()
     for row in rows:

@@ -70,22 +70,25 @@ def point_value(statistic: Statistic) -> float:
     return float(statistic.value(np.ones((1, num_samples)), np.ones((1, num_seeds)))[0])
 
 
-def _replicates(statistics: list[Statistic], replicates: int, seed: int) -> np.ndarray:
-    """The metrics of (len(statistics), R) bootstrap replicates, the same samples and seeds drawn for all statistics.
-
-    Samples and seeds are drawn independently, with replacement: where completions of one sample differ by chance alone, their
-    variance is counted in both, so that the interval is never too narrow (Owen, The pigeonhole bootstrap, 2007).
-    """
-    rng = np.random.default_rng(seed)
+def _replicates(statistics: list[Statistic], options: "Bootstrap") -> np.ndarray:
+    """The metrics of (len(statistics), R) bootstrap replicates, the same samples and runs drawn for all statistics."""
+    rng = np.random.default_rng(options.seed)
     num_samples = statistics[0].shape[0]
-    num_seeds = [statistic.shape[1] for statistic in statistics]
+    most = [getattr(statistic, "max_replicates", options.replicates) for statistic in statistics]
+    replicates = min(options.replicates, *most)
     step, parts = max(1, CHUNK // num_samples), []
     for start in range(0, replicates, step):
         rows = min(step, replicates - start)
         samples = rng.multinomial(num_samples, np.full(num_samples, 1 / num_samples), rows).astype(np.float64)
-        seeds = {g: rng.multinomial(g, np.full(g, 1 / g), rows).astype(np.float64) for g in sorted(set(num_seeds))}
-        parts.append([statistic.value(samples, seeds[g]) for statistic, g in zip(statistics, num_seeds, strict=True)])
+        runs = rng.multinomial(options.runs, np.full(options.runs, 1 / options.runs), rows).astype(np.float64)
+        parts.append([statistic.value(samples, _per_completion(runs, statistic)) for statistic in statistics])
     return np.concatenate(parts, 1)
+
+
+def _per_completion(runs: np.ndarray, statistic: Statistic) -> np.ndarray:
+    """Weights (R, G) of completions, from those of the runs (R, runs) that made them; ones for a metric of a whole group."""
+    per_run = statistic.shape[1] // runs.shape[1]
+    return np.repeat(runs, per_run, axis=1) if per_run else np.ones((len(runs), statistic.shape[1]))
 
 
 def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -96,9 +99,24 @@ def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def estimate(statistic: Statistic, confidence: float = 0.95, replicates: int = REPLICATES, seed: int = 0) -> Estimate:
-    """The metric with its percentile bootstrap interval over samples and seeds."""
-    low, high = _interval(_replicates([statistic], replicates, seed)[0], confidence)
+@dataclass(frozen=True)
+class Bootstrap:
+    """How intervals are made.
+
+    Samples are drawn with replacement, each with all its completions, so that both the choice of samples and chance in sampling
+    are counted. Where completions come from several runs (training seeds), runs are drawn too, independently of samples; where
+    they differ by chance alone that is too wide rather than too narrow (Owen, The pigeonhole bootstrap, 2007).
+    """
+
+    confidence: float = 0.95
+    replicates: int = REPLICATES
+    seed: int = 0
+    runs: int = 1
+
+
+def estimate(statistic: Statistic, options: Bootstrap = Bootstrap()) -> Estimate:  # noqa: B008
+    """The metric with its percentile bootstrap interval."""
+    low, high = _interval(_replicates([statistic], options)[0], options.confidence)
     return Estimate(point_value(statistic), low, high, statistic.shape[0])
 
 
@@ -110,9 +128,7 @@ def _outcomes(statistic: Statistic) -> np.ndarray | None:
     return hits if (ones == 1).all() and np.isin(hits, (0, 1)).all() else None
 
 
-def compare(
-    ours: Statistic, theirs: Statistic, confidence: float = 0.95, replicates: int = REPLICATES, seed: int = 0
-) -> Difference:
+def compare(ours: Statistic, theirs: Statistic, options: Bootstrap = Bootstrap()) -> Difference:  # noqa: B008
     """``ours - theirs`` on the same samples.
 
     The interval is a paired bootstrap's. The p-value is McNemar's (exact, by scipy) where each sample is right or wrong, else the
@@ -120,8 +136,8 @@ def compare(
     """
     from scipy.stats import binomtest
 
-    values = np.diff(_replicates([theirs, ours], replicates, seed), axis=0)[0]
-    low, high = _interval(values, confidence)
+    values = np.diff(_replicates([theirs, ours], options), axis=0)[0]
+    low, high = _interval(values, options.confidence)
     value = point_value(ours) - point_value(theirs)
     a, b = _outcomes(ours), _outcomes(theirs)
     if a is not None and b is not None:

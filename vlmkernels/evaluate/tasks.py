@@ -54,14 +54,10 @@ def _hit(predictions: Sequence, references: Sequence, threshold: float = 0.5, at
     return [None if v is None else float(v >= threshold if at_least else v > threshold) for v in iou]
 
 
-def _equal(predictions: Sequence, references: Sequence) -> list[float | None]:
-    return text.exact_match(predictions, references, ignore_case=True)
-
-
 YES_NO = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 
 TASKS: dict[str, Task] = {
-    "exact": Task("text", _equal, ("accuracy",), _by(text.exact_match, "")),
+    "exact": Task("text", text.exact_match, ("accuracy",), _by(text.exact_match, "")),
     "choice": Task("choice", text.choice, ("accuracy",), _by(text.choice, "A")),
     "yes_no": Task("yes_no", text.yes_no, YES_NO, _by(text.yes_no, "yes")),
     "mme": Task(
