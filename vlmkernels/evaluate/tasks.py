@@ -11,8 +11,8 @@ import numpy as np
 from vlmkernels.evaluate import metrics as m
 from vlmkernels.evaluate.statistics import Sums, mean_of
 from vlmkernels.evaluate.vqa import people
-from vlmkernels.rewards import boxes, detection, text
-from vlmkernels.rewards.answers import PARSERS, Boxes, find_answer
+from vlmkernels.rewards import boxes, text
+from vlmkernels.rewards.answers import PARSERS, as_boxes, find_answer
 
 COMMON = ("parse_failure_rate", "format_rate", "mean_length", "truncation_rate")
 
@@ -72,7 +72,7 @@ TASKS: dict[str, Task] = {
     "vqa": Task("text", None, ("vqa_accuracy",), people),
     "grounding": Task("box", _hit, (), _by(boxes.iou, (0.0, 0.0, 1.0, 1.0))),
     "pointing": Task("point", boxes.point_in_box, ("accuracy",), _by(boxes.iou, (0.0, 0.0, 1.0, 1.0))),
-    "detection": Task("boxes", None, ("ap", "ap50"), _by(detection.mean_ap, Boxes([], [], []))),
+    "detection": Task("boxes", None, ("ap", "ap50"), as_boxes),
     "open": Task("text", None, (), lambda reference: None),  # no reference: rewards and lengths alone
     "caption": Task("objects", None, ("chair_i", "chair_s"), _objects, "objects"),
 }

@@ -19,14 +19,14 @@ CONTRACTIONS = {
 }
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 _DIGIT_COMMA = re.compile(r"\d,\d")
-_PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
+_PERIOD = re.compile(r"\.(?!\d)")
 
 
 def normalise(answer: str) -> str:
     """An answer as the VQA evaluation compares it.
 
     Punctuation goes where it stands beside a space (or the answer holds a number such as 1,000), and becomes a space elsewhere;
-    periods outside numbers go; number words up to ten become digits, articles go, contractions get their apostrophes.
+    periods that no digit follows go; number words up to ten become digits, articles go, contractions get their apostrophes.
 
     Source: https://visualqa.org/evaluation.html
     """
