@@ -280,7 +280,7 @@ def test_chair():
     assert hallucination.chair(captions, objects, vocabulary=vocabulary) == [1, 0.5, 0, 0.5]
     assert hallucination.chair(["a dog"], [None], vocabulary=vocabulary) == [None]
     assert hallucination.mentions(captions[:1], objects[:1], vocabulary)[0].mentioned == ["person", "hot dog"]
-    with pytest.raises(TypeError, match=r"objects\[0\] must be a list of names, got 'dog'"):
+    with pytest.raises(TypeError, match=r"references\[0\] must be a list of names, got 'dog'"):
         hallucination.chair(["a dog"], ["dog"], vocabulary=vocabulary)
 
 

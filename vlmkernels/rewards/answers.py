@@ -44,9 +44,16 @@ class Boxes(NamedTuple):
     scores: list[float | None]
 
 
-def completion_text(completion: str | list[dict]) -> str:
-    """The text of a completion, given as text or as messages."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+def text_of(value: str | list[dict]) -> str:
+    """The text of a completion or prompt, given as text or as messages; images leave no trace."""
+    if isinstance(value, str):
+        return value
+    parts = (part for message in value for part in _parts(message["content"]))
+    return "".join(part.get("text") or "" for part in parts)
+
+
+def _parts(content: str | list[dict]) -> list[dict]:
+    return [{"text": content}] if isinstance(content, str) else content
 
 
 def find_answer(text: str) -> str | None:
@@ -66,9 +73,14 @@ def find_answer(text: str) -> str | None:
     return None if not (answer := answer.strip()) or _TAG.search(answer) else answer
 
 
-def answers_in(text: str) -> set[str]:
-    """What the ``<answer>`` elements of a prompt hold: an example that a completion can copy."""
-    return {answer.strip() for answer in _ANSWER.findall(text)}
+def is_copied(answer: str, prompt: str) -> bool:
+    """Whether an answer is an example that its prompt gives: what one of the prompt's ``<answer>`` elements holds, or boxes
+    that all occur in it."""
+    if answer in map(str.strip, _ANSWER.findall(prompt)):
+        return True
+    given = {tuple(map(float, box)) for box in _BOX.findall(prompt)}
+    found = [tuple(map(float, box)) for box in _BOX.findall(answer)] if given else []
+    return bool(found) and given.issuperset(found)
 
 
 def has_format(text: str, prompt: str = "") -> bool:
