@@ -186,7 +186,8 @@ def test_reward_model():
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Answers each request with the next of the server's ``replies``: a text, a status, or seconds to wait first."""
+    """Answers each request with the next of the server's ``replies``: a text, a body, a status, seconds
+    to wait first, or None for no HTTP."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -197,6 +198,9 @@ class Endpoint(BaseHTTPRequestHandler):
         if isinstance(text, float):
             time.sleep(text)
             text = "Score: 5"
+        if text is None:
+            self.wfile.write(b"garbage\r\n\r\n")
+            return
         status, content = (text, b"") if isinstance(text, int) else (200, text if isinstance(text, bytes) else chat(text))
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -240,9 +244,9 @@ def test_judge_scores(endpoint, monkeypatch):
 
 
 def test_judge_tries_again_and_then_names_the_sample(endpoint):
-    endpoint.replies = [500, "no number here", b"not json", "Score: 5"]
-    assert Rewards(judge(endpoint, retries=3))(1, prompts=["q"], completions=["a"]).rewards.item() == 0.5
-    assert len(endpoint.seen) == 4
+    endpoint.replies = [500, "no number here", b"not json", b"[]", None, "Score: 5"]
+    assert Rewards(judge(endpoint, retries=5))(1, prompts=["q"], completions=["a"]).rewards.item() == 0.5
+    assert len(endpoint.seen) == 6
 
     endpoint.replies = [lambda body: "Score: 99" if "bad" in str(body) else "Score: 5"]
     entries = [{"name": functools.partial(judge(endpoint, retries=1)), "on_error": "skip"}]

@@ -34,9 +34,8 @@ class AnswerReward:
         name: under which it is logged.
         score: a pure function of parsed predictions and references.
         kind: what an answer is, a key of ``answers.PARSERS``.
-        refuse_copies: take an answer that its prompt gives as an example for no answer. For scores that give part of their
-        reward
-            for being near; an option, a count or "yes" may be the example by right.
+        refuse_copies: take an answer that its prompt gives as an example for no answer. For scores that pay for being near; an
+            option, a count or "yes" may be the example by right.
         column: the dataset's column of references; None in it = not scored.
         unparsed: the reward of an answer that cannot be parsed; None = not scored.
         options: keyword arguments of ``score``.
@@ -224,8 +223,7 @@ def _options(target: Callable) -> dict[str, object]:
 
 
 def build(name: str, **options) -> Callable:
-    """The built-in reward of a name, with its options. Raises ValueError for other names and options, and lists the valid
-    ones."""
+    """The built-in reward of a name, with its options. Raises ValueError for other names and options, with the valid ones."""
     require(name in NAMES, "reward", f"be one of {', '.join(NAMES)}", repr(name))
     score, kind, target = _ROWS.get(name, (None, None, _OTHERS.get(name)))
     sources = (target,) if score is None else (AnswerReward, target, score)

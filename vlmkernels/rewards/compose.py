@@ -246,8 +246,8 @@ async def _call_async(e: Entry, count: int, arguments: dict) -> tuple[list, floa
     async def one(sample: dict):
         try:
             return await asyncio.wait_for(e.function(**sample), e.timeout)
-        except TimeoutError:
-            return TimeoutError(f"no result within {e.timeout} s")
+        except asyncio.TimeoutError as error:  # TimeoutError itself from Python 3.11 on
+            return error if e.timeout is None else TimeoutError(f"no result within {e.timeout} s")
         except Exception as error:
             return error
 

@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 
 import torch
 
@@ -136,14 +137,14 @@ class Judge:
             except urllib.error.HTTPError as error:
                 if error.code in _FINAL or attempt == self.retries:
                     raise RuntimeError(f"{self.url} answered {error.code} {error.reason}") from error
-            except (OSError, ValueError) as error:
+            except (OSError, HTTPException, ValueError) as error:
                 if attempt == self.retries:
                     raise RuntimeError(f"{self.url}, {self.retries + 1} requests: {error}") from error
             await asyncio.sleep(self.backoff * 2**attempt)
         raise AssertionError("unreachable")
 
     def _request(self, body: bytes) -> float:
-        """One request. Raises OSError (TimeoutError too) and ValueError."""
+        """One request. Raises OSError (TimeoutError too), HTTPException and ValueError."""
         headers, end = {"Content-Type": "application/json"}, time.monotonic() + self.request_timeout
         if key := os.environ.get(self.api_key_env):
             headers["Authorization"] = f"Bearer {key}"
