@@ -18,10 +18,8 @@ from PIL import Image
 
 from vlmkernels.cli import main
 from vlmkernels.evaluate.coco import CocoAP
-from vlmkernels.evaluate.evaluation import Evaluation, Rows, Scoring
-from vlmkernels.evaluate.page import Point, write_page
+from vlmkernels.evaluate.evaluation import Evaluation, Scoring
 from vlmkernels.evaluate.predictions import Decoding, Predictions, hidden, predict
-from vlmkernels.evaluate.report import curves_of_log, to_markdown
 from vlmkernels.evaluate.statistics import Bootstrap, Sums, compare, estimate, majority_at_k, mean_of, pass_at_k, point_value
 from vlmkernels.evaluate.tasks import HARNESSES, TASKS
 from vlmkernels.evaluate.vqa import normalise, vqa_accuracy
@@ -42,7 +40,9 @@ def given(path: Path, completions: list, **more) -> Predictions:
     return Predictions.read(path)
 
 
-def values(tmp_path, task: str, references: list, completions: list, columns: dict | None = None, **scoring) -> dict[str, float]:
+def values(
+    tmp_path, task: str, references: list, completions: list, columns: dict | None = None, **scoring
+) -> dict[str, float]:
     """Every metric of a task of one group."""
     rows = [{"prompt": "what?", "task": task, TASKS[task].column: r, **(columns or {})} for r in references]
     options = {"replicates": 2, **scoring}
@@ -148,17 +148,27 @@ def test_frames(tmp_path):
     for frame, answer in {"0-1000": [100, 100, 500, 500], "0-1": [0.1, 0.1, 0.5, 0.5], "original": [20, 10, 100, 50]}.items():
         found = Evaluation(given(tmp_path / "p.jsonl", [str(answer)]), rows, Scoring(frame=frame, replicates=2))
         assert found.value("grounding", "miou") == pytest.approx(1)
-    resized = Evaluation(
-        given(tmp_path / "p.jsonl", ["[10, 20, 50, 100]"]), rows, Scoring(frame="resized", replicates=2), resized=[(100, 200)]
-    )
-    assert resized.value("grounding", "miou") == pytest.approx(1)
+    scoring = Scoring(frame="resized", replicates=2)
+    resized = given(tmp_path / "p.jsonl", ["[10, 20, 50, 100]"], resized=[[100, 200]])
+    assert Evaluation(resized, rows, scoring).value("grounding", "miou") == pytest.approx(1)
+    outside = given(tmp_path / "p.jsonl", ["[10, 20, 150, 100]"], resized=[[100, 200]])
+    assert Evaluation(outside, rows, scoring).value("grounding", "parse_failure_rate") == 1
+    with pytest.raises(ValueError, match="sample 0: predictions must hold 'resized'"):
+        Evaluation(given(tmp_path / "p.jsonl", ["[10, 20, 50, 100]"]), rows, scoring)
 
 
 def test_yes_no_is_popes(tmp_path):
     references = ["yes"] * 4 + ["no"] * 4
     answers = ["Yes.", "yes", "no", "a cat", "no", "No", "yes", "maybe"]  # TP 2, FN 1 and 1 unread; TN 2, FP 1, 1 unread
     got = values(tmp_path, "yes_no", references, answers)
-    expected = {"accuracy": 4 / 8, "precision": 2 / 3, "recall": 2 / 4, "f1": 4 / 7, "yes_ratio": 3 / 8, "parse_failure_rate": 2 / 8}
+    expected = {
+        "accuracy": 4 / 8,
+        "precision": 2 / 3,
+        "recall": 2 / 4,
+        "f1": 4 / 7,
+        "yes_ratio": 3 / 8,
+        "parse_failure_rate": 2 / 8,
+    }
     assert {name: got[name] for name in expected} == pytest.approx(expected)
     always = values(tmp_path, "yes_no", references, ["yes"] * 8)
     assert (always["accuracy"], always["recall"], always["yes_ratio"]) == (0.5, 1.0, 1.0)
@@ -236,10 +246,10 @@ def detections(count: int):
         corners = rng.uniform(0, 60, (rng.integers(0, 5), 2))
         sizes = rng.uniform(5, 40, corners.shape)
         labels = [str(label) for label in rng.choice(["cat", "dog"], len(corners))]
-        references.append(Boxes([tuple(b) for b in np.hstack([corners, corners + sizes]).tolist()], labels, [None] * len(corners)))
+        references.append(Boxes(np.hstack([corners, corners + sizes]), labels, [None] * len(corners)))
         moved = np.hstack([corners, corners + sizes]) + rng.normal(0, 3, (len(corners), 4))
         moved = [(a, b, max(c, a + 1), max(d, b + 1)) for a, b, c, d in moved.tolist()] + [(0.0, 0.0, 9.0, 9.0)]
-        predictions.append([Boxes(moved, [*labels, "cat"], rng.random(len(moved)).tolist())])
+        predictions.append([Boxes(np.array(moved), [*labels, "cat"], rng.random(len(moved)).tolist())])
     return predictions, references
 
 
@@ -251,7 +261,14 @@ def test_ap_is_pycocotools_and_a_replicate_is_a_dataset_with_copies(capsys):
     ours = CocoAP(predictions, references)
     coco, found = COCO(), []
     annotations = [
-        {"id": 0, "image_id": i, "category_id": "cat dog".split().index(label) + 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        {
+            "id": 0,
+            "image_id": i,
+            "category_id": ["cat", "dog"].index(label) + 1,
+            "bbox": box,
+            "area": box[2] * box[3],
+            "iscrowd": 0,
+        }
         for i, r in enumerate(references)
         for (x1, y1, x2, y2), label in zip(r.boxes, r.labels, strict=True)
         for box in [[x1, y1, x2 - x1, y2 - y1]]
@@ -265,7 +282,7 @@ def test_ap_is_pycocotools_and_a_replicate_is_a_dataset_with_copies(capsys):
     coco.createIndex()
     for i, (p,) in enumerate(predictions):
         for (x1, y1, x2, y2), label, score in zip(*p, strict=True):
-            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": "cat dog".split().index(label) + 1}
+            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "category_id": ["cat", "dog"].index(label) + 1}
             found.append({"image_id": i, "score": score, **box})
     evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
     evaluation.evaluate()
@@ -278,7 +295,9 @@ def test_ap_is_pycocotools_and_a_replicate_is_a_dataset_with_copies(capsys):
 
     copies = np.array([2, 0, 1, 1, 3, 1, 0, 1, 1, 0, 1, 1])
     repeated = [predictions[i] for i in np.repeat(range(12), copies)], [references[i] for i in np.repeat(range(12), copies)]
-    assert ours.value(copies[None].astype(float), np.ones((1, 1)))[0] == pytest.approx(point_value(CocoAP(*repeated)), abs=1e-12)
+    assert ours.value(copies[None].astype(float), np.ones((1, 1)))[0] == pytest.approx(
+        point_value(CocoAP(*repeated)), abs=1e-12
+    )
     assert capsys.readouterr().out == ""
 
 
@@ -305,7 +324,10 @@ def test_match_says_what_each_harness_does(tmp_path):
     ours = values(tmp_path, "yes_no", skewed, ["no", "what", "yes", "no"])
     assert (ours["recall"], ours["yes_ratio"]) == pytest.approx((1 / 3, 0.25))
 
-    assert values(tmp_path, "mme", ["yes", "no"], ["Yes!", "N"], match="lmms-eval", columns={"question_id": 1})["mme_accuracy"] == 1
+    assert (
+        values(tmp_path, "mme", ["yes", "no"], ["Yes!", "N"], match="lmms-eval", columns={"question_id": 1})["mme_accuracy"]
+        == 1
+    )
     zero = values(tmp_path, "chart", ["0", "1,000"], ["0.0", "1000"])
     assert zero["relaxed_accuracy"] == 1
     for harness in ("lmms-eval", "vlmevalkit"):  # what Python's float does not take, and a reference of 0, are texts
@@ -324,7 +346,8 @@ def test_lmms_eval_pope_and_mme(tmp_path):
     references, answers = [["yes", "no"][i] for i in RNG.integers(2, size=60)], [words[i] for i in RNG.integers(8, size=60)]
     pope, mme = harnesses.load("tasks/pope/utils.py"), harnesses.load("tasks/mme/utils.py")
     theirs = [
-        pope.pope_process_results({"answer": r, "question_id": 0}, [a])["pope_accuracy"] for r, a in zip(references, answers, strict=True)
+        pope.pope_process_results({"answer": r, "question_id": 0}, [a])["pope_accuracy"]
+        for r, a in zip(references, answers, strict=True)
     ]
     got = values(tmp_path, "yes_no", references, answers, match="lmms-eval")
     for ours, name in {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "f1_score"}.items():
@@ -388,8 +411,8 @@ def sampling(path: Path):
 def die_in_the_third_line(path: Path) -> None:
     append = Predictions.append
 
-    def append_or_die(self, view, completions):
-        append(self, view, completions)
+    def append_or_die(self, *batch):
+        append(self, *batch)
         if len(self.by_sample) == 2:
             with self.path.open("a") as file:
                 file.write('{"index": 2, "view": "ima')
@@ -434,7 +457,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
 def test_the_same_whatever_the_batch_size(tmp_path, options):
     model, processor, rows = tiny.vlm(), tiny.processor(), tiny.rows(7, "mixed")
     found = [
-        predict(model, processor, rows, Decoding(max_completion_length=6, batch_size=size, **options), tmp_path / f"{size}.jsonl")
+        predict(
+            model, processor, rows, Decoding(max_completion_length=6, batch_size=size, **options), tmp_path / f"{size}.jsonl"
+        )
         for size in (1, 4, 7)
     ]
     assert found[0].by_sample == found[1].by_sample == found[2].by_sample
@@ -452,7 +477,9 @@ def test_hidden_images(tmp_path):
     none = hidden(sample, "none")
     assert none.images == []
     assert [part["type"] for part in none.prompt[0]["content"]] == ["text"]
-    predictions = predict(tiny.vlm(), tiny.processor(), rows, Decoding(max_completion_length=2), tmp_path / "p", ("image", "none"))
+    predictions = predict(
+        tiny.vlm(), tiny.processor(), rows, Decoding(max_completion_length=2), tmp_path / "p", ("image", "none")
+    )
     assert {view for _, view in predictions.by_sample} == {"image", "none"}
     with pytest.raises(ValueError, match="sample 0: prompt must be a conversation to take images out of it"):
         hidden(read_sample({"prompt": "<|image_pad|>what?", "image": rows[0]["image"]}, 0), "none")
@@ -483,8 +510,14 @@ def test_blind_accuracy(tmp_path):
         (['{"index": 0, "completions": [3]}'], "p.jsonl, line 1: completion must be a text or an object with one, got 3"),
         (['{"index": 0, "completion": "a"}'] * 2, "p.jsonl, line 2: index must occur once, got 0"),
         (['{"index": 0, "completion": "a"}'], "sample 1: .*p.jsonl has no completion of it"),
-        (['{"index": 0, "completion": "a"}', '{"index": 1, "completions": ["a", "b"]}'], "sample 1: must have 1 completions as"),
-        ([f'{{"index": {i}, "completion": "a"}}' for i in range(3)], "predictions must be of the dataset's 2 samples, got index 2"),
+        (
+            ['{"index": 0, "completion": "a"}', '{"index": 1, "completions": ["a", "b"]}'],
+            "sample 1: must have 1 completions as",
+        ),
+        (
+            [f'{{"index": {i}, "completion": "a"}}' for i in range(3)],
+            "predictions must be of the dataset's 2 samples, got index 2",
+        ),
     ],
 )
 def test_bad_predictions(tmp_path, lines, message):
@@ -497,14 +530,26 @@ def test_bad_predictions(tmp_path, lines, message):
 @pytest.mark.parametrize(
     ("rows", "scoring", "message"),
     [
-        ([{"task": "grounding", "answer": [0, 0, 1, 1]}, {"task": "grounding", "answer": "left"}], {}, "sample 1: answer must be "),
+        (
+            [{"task": "grounding", "answer": [0, 0, 1, 1]}, {"task": "grounding", "answer": "left"}],
+            {},
+            "sample 1: answer must be ",
+        ),
         ([{"task": "grounding", "answer": [3, 0, 1, 1]}], {}, r"sample 0: answer must have boxes with x1 < x2"),
-        ([{"task": "yes_no", "answer": "yes"}, {"task": "yes_no", "answer": 7}], {}, "sample 1: answer must be yes or no, got 7"),
+        (
+            [{"task": "yes_no", "answer": "yes"}, {"task": "yes_no", "answer": 7}],
+            {},
+            "sample 1: answer must be yes or no, got 7",
+        ),
         ([{"task": "counting", "answer": "some"}], {}, "sample 0: answer must be a number, got 'some'"),
         ([{"task": "vqa", "answer": "two"}], {}, "sample 0: answer must be a list of people's answers, got str"),
         ([{"task": "exact", "answer": None}], {}, "sample 0: answer must be given, got None"),
         ([{"task": "caption", "objects": "cat"}], {}, "sample 0: objects must be a list of names"),
-        ([{"task": "caption", "answer": ["cat"]}], {}, "sample 0: dataset must have a column 'objects' for the task caption, got "),
+        (
+            [{"task": "caption", "answer": ["cat"]}],
+            {},
+            "sample 0: dataset must have a column 'objects' for the task caption, got ",
+        ),
         ([{"task": "exact", "answer": "a"}, {"answer": "a"}], {}, "sample 1: task must be one of exact, choice, .*, got None"),
         ([{"task": "groundin", "answer": "a"}], {}, r"sample 0: task must be one of .* \(did you mean grounding\?\)"),
         ([{"answer": "a"}], {"task": "ocrr"}, "task must be one of exact, .*, got 'ocrr'"),
@@ -570,7 +615,8 @@ def suite_runs(tmp_path_factory):
     answers = [rows[i]["answer"] for i in range(60)]
     for name, wrong in (("good", 10), ("poor", 2)):
         lines = [
-            {"index": i, "completions": [a if (i // 6) % wrong else "<b>&wrong" for _ in range(2)]} for i, a in enumerate(answers)
+            {"index": i, "completions": [a if (i // 6) % wrong else "<b>&wrong" for _ in range(2)]}
+            for i, a in enumerate(answers)
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
@@ -641,8 +687,14 @@ def test_several_checkpoints_and_several_seeds(suite_runs, tmp_path):
     [
         (["--predictions", "p", "--dataset", "nowhere.jsonl"], "--dataset: dataset must be an existing file .*nowhere.jsonl"),
         (["--dataset", "shapes-and-digits"], "--model or --predictions must be given, one of them"),
-        (["--predictions", "p", "--dataset", "shapes-and-digits", "--split", "all"], "split must be one of train, dev, test, got 'all'"),
-        (["--predictions", "p", "--dataset", "shapes-and-digits", "--task", "poetry"], "task must be one of exact, .*got 'poetry'"),
+        (
+            ["--predictions", "p", "--dataset", "shapes-and-digits", "--split", "all"],
+            "split must be one of train, dev, test, got 'all'",
+        ),
+        (
+            ["--predictions", "p", "--dataset", "shapes-and-digits", "--task", "poetry"],
+            "task must be one of exact, .*got 'poetry'",
+        ),
         (["--predictions", "p", "--dataset", "shapes-and-digits", "--metric", "bleu"], "metric must be one of .*got 'bleu'"),
         (["--predictions", "/nowhere", "--dataset", "shapes-and-digits"], "predictions must be an existing file, got /nowhere"),
         (["--predictions", "p", "--dataset", "shapes-and-digits", "--log", "/nowhere"], "--log: .*No such file.*/nowhere"),

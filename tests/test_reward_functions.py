@@ -2,10 +2,14 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vlmkernels.rewards import answers, boxes, detection, hallucination, length, text
 from vlmkernels.rewards.answers import Boxes, as_boxes
@@ -14,7 +18,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(
-    ("parse", "given", "expected"),
+    ("parse", "written", "expected"),
     [
         (answers.find_answer, "<think>a</think><answer> b </answer>", "b"),
         (answers.find_answer, "<think>a</think> b", "b"),
@@ -42,6 +46,7 @@ torch.set_num_threads(1)
         (answers.parse_choice, "b", "B"),
         (answers.parse_choice, "(C)", "C"),
         (answers.parse_choice, "B. A cat", "B"),
+        (answers.parse_choice, "**B**", "B"),
         (answers.parse_choice, "The answer is D", "D"),
         (answers.parse_choice, "A dog", None),
         (answers.parse_choice, "A. cat B. dog", None),
@@ -67,8 +72,29 @@ torch.set_num_threads(1)
         (answers.parse_point, "[1, Infinity]", None),
     ],
 )
-def test_answers(parse, given, expected):
-    assert parse(given) == expected
+def test_answers(parse, written, expected):
+    assert parse(written) == expected
+
+
+PIECES = st.sampled_from(
+    ["<answer>", "</answer>", "<think>", "</think>", "[", "]", "(", "{", "}", ",", ":", '"bbox_2d"', "'label'", "1", "9" * 400,
+     "-", ".", "1e999", "NaN", "%", "yes", "no", "three", "A", "B.", "```", "json", "\n", " ", "null", "\\d"]
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.one_of(st.text(), st.lists(PIECES, max_size=30).map("".join)))
+def test_whatever_a_model_writes_is_an_answer_or_none(text):
+    answers.has_format(text, text)
+    for name, parse in answers.PARSERS.items():
+        value = parse(text)
+        assert (
+            value is None
+            or name in ("text", "choice", "yes_no")
+            or np.isfinite(value.boxes if name == "boxes" else value).all()
+        )
+    answer = answers.find_answer(text)
+    assert answer is None or (answer and "<answer>" not in answer)
 
 
 def test_boxes_of_an_answer():
@@ -280,7 +306,7 @@ def test_chair():
     assert hallucination.chair(captions, objects, vocabulary=vocabulary) == [1, 0.5, 0, 0.5]
     assert hallucination.chair(["a dog"], [None], vocabulary=vocabulary) == [None]
     assert hallucination.mentions(captions[:1], objects[:1], vocabulary)[0].mentioned == ["person", "hot dog"]
-    with pytest.raises(TypeError, match=r"objects\[0\] must be a list of names, got 'dog'"):
+    with pytest.raises(TypeError, match=r"references\[0\] must be a list of names, got 'dog'"):
         hallucination.chair(["a dog"], ["dog"], vocabulary=vocabulary)
 
 
@@ -329,3 +355,21 @@ def test_json_of_a_dataset_is_read():
     row = json.dumps([{"bbox_2d": [0, 0, 2, 2], "label": "cat"}])
     assert detection.matched_iou([as_boxes(row)], [row]) == [1]
     assert as_boxes(np.array([[0, 0, 1, 1]])).boxes.tolist() == [[0, 0, 1, 1]]
+
+
+def test_third_party_packages_are_imported_where_they_are_used():
+    code = (
+        "import sys\n"
+        "for name in ('torchvision', 'torchvision.ops', 'scipy', 'rapidfuzz', 'math_verify', 'transformers', 'PIL'):\n"
+        "    sys.modules[name] = None\n"
+        "import vlmkernels.rewards as rewards\n"
+        "assert not any(name.startswith('vlmkernels.train') for name in sys.modules)\n"
+        "assert rewards.Rewards(['exact_match', 'format'])(1, completions=['a'], answer=['a']).rewards.tolist() == [[1, 0]]\n"
+        "try:\n"
+        "    rewards.Rewards('cer')\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "cer needs the package rapidfuzz: pip install 'vlmkernels[rewards]'\n"

@@ -28,7 +28,9 @@ def shapes_in(pixels):
                 continue
             size = max(np.ptp(y), np.ptp(x)) + 1
             patch = (cell == value).all(-1)[y.min() : y.min() + size, x.min() : x.min() + size]
-            (name,) = [n for n in suite.SHAPES if suite._mask(n, size).shape == patch.shape and (suite._mask(n, size) == patch).all()]
+            (name,) = [
+                n for n in suite.SHAPES if suite._mask(n, size).shape == patch.shape and (suite._mask(n, size) == patch).all()
+            ]
             left, top = column * suite.CELL + x.min(), row * suite.CELL + y.min()
             found.append((colour, name, (left, top, left + size, top + size)))
     return found
@@ -97,7 +99,14 @@ def test_answers_are_balanced():
     answers = {category: [] for category in suite.CATEGORIES}
     for row in suite.Split("test"):
         answers[row["category"]].append(row["answer"])
-    for category, most in {"counting": 0.3, "colour": 0.35, "spatial": 0.35, "negation": 0.6, "ocr": 0.1, "grounding": 0.05}.items():
+    for category, most in {
+        "counting": 0.3,
+        "colour": 0.35,
+        "spatial": 0.35,
+        "negation": 0.6,
+        "ocr": 0.1,
+        "grounding": 0.05,
+    }.items():
         given = answers[category]
         assert max(given.count(answer) for answer in set(given)) <= most * len(given)
 

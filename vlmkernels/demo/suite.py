@@ -1,18 +1,12 @@
 """``vlmkernels demo --suite``: the benchmark shapes-and-digits learnt by the demo's small model, with a reward for each task."""
 
-import json
 import re
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from vlmkernels.demo.model import END_OF_TURN, build_model, build_processor, prompt_texts
+from vlmkernels.demo.model import END_OF_TURN, prompt_texts
 from vlmkernels.evaluate import shapes_and_digits as suite
-from vlmkernels.rewards import boxes, text
-from vlmkernels.rewards.answers import completion_text, parse_box
 
 BATCH_SIZE = 64
 ANSWER_TOKENS = 14  # a box of four numbers of two digits, and the end
@@ -64,7 +58,9 @@ def learn_to_see(model, processor, steps: int, rng: np.random.Generator) -> floa
 def answer_loss(model, processor, rows: list[dict]) -> torch.Tensor:
     """Cross-entropy of the answers and the end of the turn: the mean over rows, each the mean over its tokens."""
     texts = [prompt + row["answer"] + END_OF_TURN for prompt, row in zip(prompt_texts(processor, rows), rows, strict=True)]
-    inputs = processor(text=texts, images=[row["image"] for row in rows], padding=True, padding_side="left", return_tensors="pt")
+    inputs = processor(
+        text=texts, images=[row["image"] for row in rows], padding=True, padding_side="left", return_tensors="pt"
+    )
     lengths = torch.tensor([len(ids) + 1 for ids in processor.tokenizer([row["answer"] for row in rows])["input_ids"]])
     width = int(lengths.max())
     labels = inputs["input_ids"][:, -width:]
@@ -84,4 +80,5 @@ def learn_to_answer(model, processor, rows, steps: int, on_step=None) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if on_step: on_step(step + 1, loss.item())
+        if on_step:
+            on_step(step + 1, loss.item())

@@ -22,7 +22,9 @@ class CocoAP:
 
     max_replicates = 200  # each sorts all detections again
 
-    def __init__(self, predictions: Sequence[Sequence[Boxes | None]], references: Sequence[Boxes], threshold: float | None = None):
+    def __init__(
+        self, predictions: Sequence[Sequence[Boxes | None]], references: Sequence[Boxes], threshold: float | None = None
+    ):
         """predictions: N lists of G. threshold: the one IoU to take; by default the mean over 0.5, 0.55, ..., 0.95."""
         try:
             from pycocotools.coco import COCO

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from vlmkernels.cli import DATASET, REWARD, Help, add_flag, user_errors
+from vlmkernels.cli import DATASET, REWARD, REWARDS, Help, add_flag, json_list, user_errors
 
 USAGE = """vlmkernels eval --model PATH --dataset PATH [--ARGUMENT VALUE ...]
        vlmkernels eval --predictions FILE --dataset PATH [--ARGUMENT VALUE ...]"""
@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
     add_flag(
         parser, "model", action="append", default=[], help="path of a model and its processor, or of adapters; again: a curve"
     )
-    add_flag(parser, "predictions", action="append", default=[], help="saved predictions (JSON lines); again: runs of other seeds")
+    add_flag(
+        parser, "predictions", action="append", default=[], help="saved predictions (JSON lines); again: runs of other seeds"
+    )
     add_flag(parser, "dataset", required=True, help=f"{DATASET}; or {SUITE}, which is built in")
     add_flag(parser, "split", default="test", help="the split, where the dataset has several")
     add_flag(parser, "count", type=int, help="take the first samples of the dataset alone")
@@ -32,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     add_flag(scoring, "task", help=f"of every sample, where no column 'task' says it: {', '.join(TASKS)}")
     add_flag(scoring, "metric", action="append", default=[], help=f"in place of the task's own; again for more: {names()}")
     add_flag(scoring, "reward", action="append", default=[], help=REWARD)
+    add_flag(scoring, "rewards", type=json_list, default=[], help=REWARDS)
     add_flag(scoring, "match", default="vlmkernels", help=f"compare as this harness does: {', '.join(HARNESSES)}")
     add_flag(scoring, "by", help="report by this column, by default category or the task")
     add_flag(scoring, "frame", default="original", help=f"of the predicted boxes: {', '.join(FRAMES)}")
@@ -42,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     decoding = parser.add_argument_group("what is sampled")
     add_flag(decoding, "num_generations", type=int, default=1, help="completions per prompt")
     add_flag(decoding, "temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
-    add_flag(decoding, "top_p", type=float, default=1.0, help="sample among the most probable tokens that hold this probability")
+    add_flag(
+        decoding, "top_p", type=float, default=1.0, help="sample among the most probable tokens that hold this probability"
+    )
     add_flag(decoding, "top_k", type=int, default=0, help="sample among this many most probable tokens; 0 = all")
     add_flag(decoding, "max_completion_length", type=int, default=512, help="the most tokens of a completion")
     add_flag(decoding, "batch_size", type=int, default=8, help="prompts at a time, in greedy decoding")
@@ -128,10 +133,10 @@ def main(argv: list[str]) -> int:
 
     from vlmkernels.evaluate.evaluation import Evaluation, Rows, Scoring, reward_parts
     from vlmkernels.evaluate.page import write_page
-    from vlmkernels.evaluate.predictions import Decoding, Predictions, joined
+    from vlmkernels.evaluate.predictions import Decoding, Predictions
     from vlmkernels.evaluate.report import curves_of, curves_of_log, to_json, to_markdown
+    from vlmkernels.rewards import Rewards
     from vlmkernels.train.data import column_names
-    from vlmkernels.train.rewards import Rewards
 
     output = Path(args.output)
     with user_errors(flags, "--dataset"):
@@ -141,7 +146,7 @@ def main(argv: list[str]) -> int:
         vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else None
     with user_errors(flags, "--log"):
         curves = curves_of_log(args.log) if args.log else {}
-    names = list(args.reward)
+    names = [*args.reward, *args.rewards]
     if "answer" in columns and "task" not in columns and args.task is None and "exact_match" not in names:
         names.insert(0, "exact_match")
     with user_errors(flags):
@@ -156,7 +161,7 @@ def main(argv: list[str]) -> int:
 
     def evaluation(runs: list[Predictions]) -> Evaluation:
         views = set.intersection(*(run.views for run in runs))
-        parts = {view: reward_parts(rewards, rows, joined(runs, len(rows), view)) for view in views} if rewards else None
+        parts = {view: reward_parts(rewards, rows, runs, view) for view in views} if rewards else None
         return Evaluation(runs, rows, scoring, parts)
 
     with user_errors(flags):
@@ -170,7 +175,11 @@ def main(argv: list[str]) -> int:
             ]
         other = (args.baseline, evaluation([Predictions.read(args.baseline)])) if args.baseline else None
         last = found[-1][1]
-        result = {"model": args.model[-1] if args.model else None, "dataset": args.dataset, **legacy(last, names)}
+        result = {
+            "model": args.model[-1] if args.model else None,
+            "dataset": args.dataset,
+            **legacy(last, rewards.names if rewards else []),
+        }
         result |= {"predictions": [str(run.path) for run in last.runs], "match": args.match, "decoding": decoding.settings()}
         result |= to_json(last, other and other[1])
         if len(found) > 1:

@@ -3,18 +3,29 @@
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vlmkernels.evaluate.metrics import REWARD, Answers, Metric, score
-from vlmkernels.evaluate.predictions import VIEWS, Completion, Predictions, joined
-from vlmkernels.evaluate.statistics import REPLICATES, Bootstrap, Difference, Estimate, Statistic, compare, estimate, point_value
+from vlmkernels.evaluate.predictions import VIEWS, Predictions, joined
+from vlmkernels.evaluate.statistics import (
+    REPLICATES,
+    Bootstrap,
+    Difference,
+    Estimate,
+    Statistic,
+    compare,
+    estimate,
+    point_value,
+)
 from vlmkernels.evaluate.tasks import COMMON, HARNESSES, TASKS, Harness
 from vlmkernels.ops.checks import require, require_one_of
-from vlmkernels.rewards.boxes import FRAMES, convert_frame
+from vlmkernels.rewards import Rewards, Scores
+from vlmkernels.rewards.boxes import FRAMES
+from vlmkernels.rewards.builtin import PROVIDED, to_frame
 from vlmkernels.train.data import IMAGE_COLUMNS, Sample, column_names, read_sample
 from vlmkernels.train.scoring import prompt_text
 
@@ -96,7 +107,9 @@ class Rows:
     def __init__(self, dataset, scoring: Scoring):
         require(len(dataset) > 0, "dataset", "hold at least one sample", 0)
         self.dataset, names = dataset, column_names(dataset)
-        plain = dataset.remove_columns([n for n in IMAGE_COLUMNS if n in names]) if hasattr(dataset, "remove_columns") else dataset
+        plain = (
+            dataset.remove_columns([n for n in IMAGE_COLUMNS if n in names]) if hasattr(dataset, "remove_columns") else dataset
+        )
         self.rows = [{k: v for k, v in plain[i].items() if k not in IMAGE_COLUMNS} for i in range(len(plain))]
         if scoring.task is None and "task" not in names:
             default = "exact" if "answer" in names else "open"
@@ -113,7 +126,9 @@ class Rows:
         _require_task(f"sample {index}: task", task)
         column = TASKS[task].column
         if column not in row and task != "open":
-            raise ValueError(f"sample {index}: dataset must have a column {column!r} for the task {task}, got {', '.join(names)}")
+            raise ValueError(
+                f"sample {index}: dataset must have a column {column!r} for the task {task}, got {', '.join(names)}"
+            )
         try:
             TASKS[task].reference(row.get(column))
         except (ValueError, TypeError) as error:
@@ -142,8 +157,7 @@ class Evaluation:
         predictions: see ``predict`` and ``Predictions.read``; several are runs of one method, with different training seeds.
         dataset: rows with ``prompt`` and the columns that the tasks need.
         scoring: see ``Scoring``.
-        rewards: reward functions by name, (num_samples, num_generations) each; see ``reward_parts``.
-        resized: width and height of each sample's image as the model sees it, for frame="resized".
+        rewards: by view, then by name, (num_samples, num_generations); see ``reward_parts``.
     """
 
     def __init__(
@@ -152,16 +166,15 @@ class Evaluation:
         dataset,
         scoring: Scoring | None = None,
         rewards: dict[str, dict[str, np.ndarray]] | None = None,
-        resized: Sequence[tuple[int, int]] | None = None,
     ):
         self.scoring = scoring or Scoring()
         self.runs = [predictions] if isinstance(predictions, Predictions) else list(predictions)
         self.rows = dataset if isinstance(dataset, Rows) else Rows(dataset, self.scoring)
         self.rewards = rewards or {}
-        self._resized = resized
         self.views = [view for view in VIEWS if all(view in run.views for run in self.runs)]
         require(self.views[:1] == ["image"], "predictions", "have the view 'image'", self.views)
         self.completions = {view: joined(self.runs, len(self.rows), view) for view in self.views}
+        self.resized = self.runs[0].resized_sizes(len(self.rows))
         self.groups = self._groups()
 
     @property
@@ -192,23 +205,31 @@ class Evaluation:
             return answers
         (task,) = tasks
         if scoring.frame != "original" and TASKS[task].answer in ("box", "boxes", "point"):
-            self._to_pixels(answers)
+            answers = self._to_pixels(answers)
         right = scoring.harness.right(task)
         vocabulary = scoring.vocabulary
         if TASKS[task].answer == "objects" and vocabulary is None:
             vocabulary = sorted({str(name) for shown in answers.references for name in shown})
         correct = None if right is None else score(right, answers)
-        return Answers(**{**vars(answers), "correct": correct, "vocabulary": vocabulary})
+        return replace(answers, correct=correct, vocabulary=vocabulary)
 
-    def _to_pixels(self, answers: Answers) -> None:
-        """Predicted boxes and points from their frame to pixels of the original image."""
-        for index, group in zip(answers.indices, answers.values, strict=True):
+    def _to_pixels(self, answers: Answers) -> Answers:
+        """Predicted boxes and points from their frame to pixels of the original image; those outside the frame are unread."""
+        sizes: dict[str, list] = {"original": [], "resized": []}
+        for index in answers.indices:
             images = self.rows.sample(index, decode=False).images
             if not images:
-                raise ValueError(f"sample {index}: dataset must have an image to convert boxes from the frame {self.scoring.frame}")
-            resized = None if self._resized is None else [self._resized[index]]
-            for place, value in enumerate(group):
-                group[place] = _converted(value, self.scoring.frame, [images[0].size], resized)
+                raise ValueError(
+                    f"sample {index}: dataset must have an image to convert boxes from the frame {self.scoring.frame}"
+                )
+            seen = self.resized[index] or [(math.nan, math.nan)]
+            if self.scoring.frame == "resized" and math.isnan(seen[0][0]):
+                raise ValueError(f"sample {index}: predictions must hold 'resized', the image's size as the model saw it")
+            sizes["original"].append(images[0].size)
+            sizes["resized"].append(seen[0])
+        per_answer = {name: np.repeat(np.array(rows, dtype=np.float64), answers.shape[1], 0) for name, rows in sizes.items()}
+        moved = iter(to_frame(answers.pairs()[0], self.scoring.frame, "original", per_answer))
+        return replace(answers, values=[[next(moved) for _ in group] for group in answers.values])
 
     def _groups(self) -> dict[str, Group]:
         groups = {}
@@ -258,7 +279,7 @@ class Evaluation:
                     correct[group.answers[view].indices] = group.answers[view].correct
                 for index, values in zip(group.answers[view].indices, group.answers[view].values, strict=True):
                     whole.values[index] = values
-            answers[view] = Answers(**{**vars(whole), "correct": None if np.isnan(correct).all() else correct})
+            answers[view] = replace(whole, correct=None if np.isnan(correct).all() else correct)
         image = answers["image"]
         metrics = self._metrics("open", image)
         if image.correct is not None:
@@ -311,34 +332,26 @@ def _nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _converted(value: Any, frame: str, original, resized) -> Any:
-    """A parsed box, point or set of boxes, from a frame to pixels of the original image."""
-    if value is None:
-        return None
-    points = [value] if isinstance(value[0], (int, float)) else value.boxes
-    if not points:
-        return value
-    moved = [tuple(row) for row in convert_frame(np.array(points), frame, "original", original=original, resized=resized).tolist()]
-    return moved[0] if points[0] is value else value._replace(boxes=moved)
-
-
-def reward_parts(rewards, rows: Rows, completions: list[list[Completion]], batch: int = 256) -> dict[str, np.ndarray]:
+def reward_parts(
+    rewards: Rewards, rows: Rows, runs: Sequence[Predictions], view: str = "image", batch: int = 256
+) -> dict[str, np.ndarray]:
     """What each reward function gives each completion, by its name, (num_samples, num_generations), NaN = not scored.
 
     Args:
-        rewards: ``vlmkernels.train.rewards.Rewards``.
         batch: samples at a time, whose images are in memory together.
     """
+    completions, resized = joined(runs, len(rows), view), runs[0].resized_sizes(len(rows))
     parts = []
     for start in range(0, len(rows), batch):
-        samples = [rows.sample(index) for index in range(start, min(start + batch, len(rows)))]
-        groups = completions[start : start + batch]
-        repeated = [sample for sample, group in zip(samples, groups, strict=True) for _ in group]
-        flat = [completion for group in groups for completion in group]
-        columns = sorted({name for sample in samples for name in sample.row} - {"prompt", "images"})
+        indices = range(start, min(start + batch, len(rows)))
+        samples = {index: rows.sample(index) for index in indices}
+        repeated = [samples[index] for index in indices for _ in completions[index]]
+        flat = [completion for index in indices for completion in completions[index]]
+        columns = sorted({name for sample in samples.values() for name in sample.row} - {"prompt", *PROVIDED})
         parts.append(
             rewards(
                 len(flat),
+                [sample.index for sample in repeated],
                 prompts=[sample.row["prompt"] for sample in repeated],
                 completions=[
                     c.text if isinstance(s.prompt, str) else [{"role": "assistant", "content": c.text}]
@@ -346,8 +359,10 @@ def reward_parts(rewards, rows: Rows, completions: list[list[Completion]], batch
                 ],
                 completion_ids=[c.ids or [] for c in flat],
                 images=[sample.images for sample in repeated],
+                image_sizes=[[image.size for image in sample.images] for sample in repeated],
+                resized_sizes=[resized[sample.index] for sample in repeated],
                 **{name: [sample.row.get(name) for sample in repeated] for name in columns},
-            ).numpy()
+            )
         )
-    values = np.concatenate(parts).reshape(len(rows), len(completions[0]), -1)
+    values = Scores.cat(parts).rewards.double().numpy().reshape(len(rows), len(completions[0]), -1)
     return {name: values[..., place] for place, name in enumerate(rewards.names)}

@@ -145,7 +145,9 @@ def _pairs(answers: Answers) -> list[_Pair]:
     groups: dict[Any, list[int]] = {}
     for place, row in enumerate(answers.rows):
         if row.get("question_id") is None:
-            raise ValueError(f"sample {answers.indices[place]} must have a column 'question_id', one value per pair of questions")
+            raise ValueError(
+                f"sample {answers.indices[place]} must have a column 'question_id', one value per pair of questions"
+            )
         groups.setdefault((row.get("category"), row["question_id"]), []).append(place)
     right = score(text.yes_no, answers)
     for (_, name), places in groups.items():
@@ -229,7 +231,9 @@ METRICS: dict[str, Metric] = {
     "f1": Metric(pope(_f1), "yes_no", "harmonic mean of precision and recall"),
     "yes_ratio": Metric(pope(_yes_ratio), "yes_no", "the share of answers that are yes", 0),
     "mme_accuracy": Metric(partial(_mme, single=1, both=0, per_category=False), "yes_no", "questions answered right"),
-    "mme_accuracy_plus": Metric(partial(_mme, single=0, both=1, per_category=False), "yes_no", "images with both questions right"),
+    "mme_accuracy_plus": Metric(
+        partial(_mme, single=0, both=1, per_category=False), "yes_no", "images with both questions right"
+    ),
     "mme_score": Metric(
         partial(_mme, single=100, both=100, per_category=True),
         "yes_no",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
 from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import TASKS
-from vlmkernels.rewards.answers import as_boxes
+from vlmkernels.rewards.answers import Boxes, as_boxes
 from vlmkernels.train.report import STYLE, thumbnail
 
 OWN_STYLE = """
@@ -80,9 +80,7 @@ def _range(result: Result, share: bool) -> str:
     if not share or math.isnan(value):
         return ""
     low, high, value = (100 * min(max(x, 0.0), 1.0) for x in (low, high, value))
-    return (
-        f'<span class="range"><i style="left: {low:.1f}%; right: {100 - high:.1f}%"></i><b style="left: {value:.1f}%"></b></span>'
-    )
+    return f'<span class="range"><i style="left: {low:.1f}%; right: {100 - high:.1f}%"></i><b style="left: {value:.1f}%"></b></span>'
 
 
 def _tone(difference: Difference, sign: int, confidence: float) -> str:
@@ -94,7 +92,14 @@ def _tone(difference: Difference, sign: int, confidence: float) -> str:
 
 def _metrics_table(evaluation: Evaluation) -> str:
     view, confidence = evaluation.hidden_view, evaluation.scoring.confidence
-    head = ["metric", "value", f"{100 * confidence:g} % interval", "", *([f"image {view}", "image's worth"] if view else []), ""]
+    head = [
+        "metric",
+        "value",
+        f"{100 * confidence:g} % interval",
+        "",
+        *([f"image {view}", "image's worth"] if view else []),
+        "",
+    ]
     rows, last = [], None
     for result in evaluation.results:
         metric = evaluation.groups[result.group].metrics[result.metric]
@@ -104,14 +109,18 @@ def _metrics_table(evaluation: Evaluation) -> str:
             last = result.group
         value, low, high, _ = result.estimate
         cells = [f"<td>{escape(result.metric)}</td><td><b>{number(value, metric.share)}</b></td>"]
-        cells.append(f"<td>{number(low, metric.share)} to {number(high, metric.share)}</td><td>{_range(result, metric.share)}</td>")
+        cells.append(
+            f"<td>{number(low, metric.share)} to {number(high, metric.share)}</td><td>{_range(result, metric.share)}</td>"
+        )
         if view:
             tone = _tone(result.cost, metric.sign, confidence)
             cells.append(f"<td>{number(result.hidden.value, metric.share)}</td>")
             cells.append(f'<td class="{tone}">{signed(result.cost.value, metric.share)}</td>')
         rows.append(f'<tr>{"".join(cells)}<td class="doc">{escape(metric.doc)}</td></tr>')
     titles = "".join(f"<th>{title}</th>" for title in head)
-    return f'<div class="wide"><table class="metrics"><thead><tr>{titles}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table class="metrics"><thead><tr>{titles}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
 
 
 def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> str:
@@ -167,15 +176,15 @@ def _curve(title: str, points: Sequence[Point]) -> str:
     )
 
 
-def _shapes(kind: str, value: Any, name: str) -> str:
+def _shapes(value: Any, name: str) -> str:
     """SVG of the boxes or the point that an answer or a reference stands for."""
     if value is None:
         return ""
-    if name == "prediction" and kind == "point":
-        return f'<circle class="mark prediction" cx="{value[0]:g}" cy="{value[1]:g}" r="1.5%"/>'
-    boxes = [value] if isinstance(value[0], (int, float)) else as_boxes(value).boxes if name == "reference" else value.boxes
+    if len(value) == 2:
+        return f'<circle class="mark {name}" cx="{value[0]:g}" cy="{value[1]:g}" r="1.5%"/>'
     return "".join(
-        f'<rect class="{name}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}"/>' for x1, y1, x2, y2 in boxes
+        f'<rect class="{name}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}"/>'
+        for x1, y1, x2, y2 in (value.boxes if isinstance(value, Boxes) else [value])
     )
 
 
@@ -184,7 +193,7 @@ def _pictures(evaluation: Evaluation, index: int, kind: str, values: list) -> st
     shapes = ""
     if kind in ("box", "boxes", "point"):
         reference = as_boxes(evaluation.rows.references[index])
-        shapes = _shapes("boxes", reference, "reference") + "".join(_shapes(kind, value, "prediction") for value in values)
+        shapes = _shapes(reference, "reference") + "".join(_shapes(value, "prediction") for value in values)
     pictures = []
     for place, image in enumerate(images):
         overlay = f'<svg viewBox="0 0 {image.width} {image.height}">{shapes}</svg>' if place == 0 and shapes else ""
@@ -213,7 +222,7 @@ def _card(evaluation: Evaluation, group: str, place: int) -> str:
     details = "".join(f'<dt>{name}</dt><dd class="{tone}">{text}</dd>' for name, text, tone in rows)
     state = "" if right is None else "right" if right else "wrong"
     pictures = _pictures(evaluation, index, task.answer, answers.values[place])
-    title = f'<div><small>{escape(group)} · sample {index}{f" · {state}" if state else ""}</small></div>'
+    title = f"<div><small>{escape(group)} · sample {index}{f' · {state}' if state else ''}</small></div>"
     return (
         f'<div class="card {state}" data-group="{escape(group)}">{title}'
         f"{f'<div>{pictures}</div>' if pictures else ''}<pre>{escape(answers.prompts[place])}</pre><dl>{details}</dl></div>"

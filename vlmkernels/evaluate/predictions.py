@@ -1,8 +1,9 @@
 """Completions of a dataset's samples: sampled, and written to a file as they come, so that a killed run goes on where it stopped.
 
 A file of predictions is JSON lines. The first holds ``settings``, all that decides what is sampled; each other one a sample's
-``index``, ``view`` ("image", or how the image was hidden) and ``completions``: a list of texts, or of objects with ``text`` and
-optionally ``ids``, ``length`` (tokens) and ``truncated``. Predictions from elsewhere need ``index`` and ``completion`` alone.
+``index``, ``view`` ("image", or how the image was hidden), ``completions``: a list of texts, or of objects with ``text`` and
+optionally ``ids``, ``length`` (tokens) and ``truncated``; and ``resized``, width and height of its images as the model saw them.
+Predictions from elsewhere need ``index`` and ``completion`` alone.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import IMAGE_COLUMNS, Sample, encode, read_sample
 from vlmkernels.train.model import inference
 from vlmkernels.train.rollout import Generate, tokenizer_of
+from vlmkernels.train.scoring import resized_sizes
 
 GREY = (128, 128, 128)
 VIEWS = ("image", "grey", "none")  # as it is; grey, of its size; taken out of the prompt
@@ -67,6 +69,7 @@ class Predictions:
     def __init__(self, path: str | os.PathLike):
         self.path, self.settings = Path(path), None
         self.by_sample: dict[tuple[int, str], list[Completion]] = {}
+        self.resized: dict[int, list[tuple[int, int]]] = {}
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Predictions":
@@ -92,6 +95,8 @@ class Predictions:
         require(isinstance(given, list) and bool(given), "completions", "be a list of at least one", repr(given))
         require((index, view) not in self.by_sample, "index", "occur once", index)
         self.by_sample[index, view] = [Completion.of(completion) for completion in given]
+        if value.get("resized") is not None and view == "image":
+            self.resized[index] = [(width, height) for width, height in value["resized"]]
 
     def resume(self, settings: dict) -> "Predictions":
         """Start the file, or go on with it; a last line that was cut off by a kill is dropped.
@@ -116,21 +121,32 @@ class Predictions:
         if len(complete) < len(content):
             with self.path.open("r+b") as file:
                 file.truncate(len(complete))
-        self.by_sample = Predictions.read(self.path).by_sample
+        found = Predictions.read(self.path)
+        self.by_sample, self.resized = found.by_sample, found.resized
         return self
 
     @property
     def views(self) -> set[str]:
         return {view for _, view in self.by_sample}
 
-    def append(self, view: str, completions: dict[int, list[Completion]]) -> None:
+    def append(
+        self, view: str, completions: dict[int, list[Completion]], resized: dict[int, list | None] | None = None
+    ) -> None:
         """Add samples, and write them out before returning."""
+        lines = [
+            {"index": i, "view": view, "completions": [asdict(c) for c in group], "resized": (resized or {}).get(i)}
+            for i, group in completions.items()
+        ]
         with self.path.open("a", encoding="utf-8") as file:
-            for index, group in completions.items():
-                file.write(json.dumps({"index": index, "view": view, "completions": [asdict(c) for c in group]}) + "\n")
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-        self.by_sample |= {(index, view): group for index, group in completions.items()}
+        for line in lines:
+            self._add(line)
+
+    def resized_sizes(self, num_samples: int) -> list[list[tuple[int, int]] | None]:
+        """Width and height of each sample's images as the model saw them, None where that is not known."""
+        return [self.resized.get(index) for index in range(num_samples)]
 
     def of(self, num_samples: int, view: str = "image") -> list[list[Completion]]:
         """The completions of every sample, equally many each. ValueError names the first that is missing."""
@@ -160,7 +176,9 @@ def hidden(sample: Sample, view: str) -> Sample:
     if view == "grey":
         return Sample(sample.index, sample.prompt, [Image.new("RGB", i.size, GREY) for i in sample.images], sample.row)
     if isinstance(sample.prompt, str):
-        raise ValueError(f"sample {sample.index}: prompt must be a conversation to take images out of it (use grey ones), got text")
+        raise ValueError(
+            f"sample {sample.index}: prompt must be a conversation to take images out of it (use grey ones), got text"
+        )
     prompt = [{**m, "content": [part for part in m["content"] if part["type"] != "image"]} for m in sample.prompt]
     return Sample(sample.index, prompt, [], sample.row)
 
@@ -228,7 +246,8 @@ class Sampler:
     def samples_at_a_time(self) -> int:
         return self.decoding.batch_size if self.decoding.temperature == 0 else 1
 
-    def __call__(self, samples: list[Sample], view: str) -> dict[int, list[Completion]]:
+    def __call__(self, samples: list[Sample], view: str) -> tuple[dict[int, list[Completion]], dict[int, list | None]]:
+        """The completions of each sample, and the sizes of its images as the model sees them."""
         prompts = encode([hidden(sample, view) for sample in samples], self.processor, self.family)
         with torch.random.fork_rng(), inference(self.model):
             key = f"{self.decoding.seed} {view} {[sample.index for sample in samples]}"
@@ -241,7 +260,8 @@ class Sampler:
         found: dict[int, list[Completion]] = {sample.index: [] for sample in samples}
         for place, tokens, text, cut in zip(rollout.group.tolist(), ids, texts, rollout.truncated.tolist(), strict=True):
             found[samples[place].index].append(Completion(text, tokens, len(tokens), cut))
-        return found
+        sizes = resized_sizes(prompts, self.processor)
+        return found, {sample.index: size for sample, size in zip(samples, sizes, strict=True)}
 
 
 def settings_of(model, dataset, decoding: Decoding) -> dict:
@@ -249,7 +269,9 @@ def settings_of(model, dataset, decoding: Decoding) -> dict:
     return {"model": model_digest(model), "dataset": dataset_digest(dataset), **decoding.settings()}
 
 
-def predict(model, processor, dataset, decoding: Decoding, path: str | os.PathLike, views=("image",), progress=None) -> Predictions:
+def predict(
+    model, processor, dataset, decoding: Decoding, path: str | os.PathLike, views=("image",), progress=None
+) -> Predictions:
     """The completions of every sample in each view; those that ``path`` holds already are not sampled again.
 
     Args:
@@ -263,7 +285,7 @@ def predict(model, processor, dataset, decoding: Decoding, path: str | os.PathLi
         indices = [index for name, index in todo if name == view]
         for start in range(0, len(indices), step):
             samples = [read_sample(dataset[index], index) for index in indices[start : start + step]]
-            predictions.append(view, sampler(samples, view))
+            predictions.append(view, *sampler(samples, view))
             if progress:
                 progress(len(predictions.by_sample), total)
     return predictions

@@ -34,13 +34,19 @@ def to_markdown(evaluation: Evaluation, other: tuple[str, Evaluation] | None = N
     """Tables of the metrics, and of the differences from another run."""
     view, percent = evaluation.hidden_view, f"{100 * evaluation.scoring.confidence:g} % interval"
     hidden = f" image {view} | image's worth |" if view else ""
-    lines = [f"| group | metric | value | {percent} |{hidden}", f"| --- | --- | ---: | ---: |{' ---: | ---: |' if view else ''}"]
+    lines = [
+        f"| group | metric | value | {percent} |{hidden}",
+        f"| --- | --- | ---: | ---: |{' ---: | ---: |' if view else ''}",
+    ]
     for result in evaluation.results:
         share = evaluation.groups[result.group].metrics[result.metric].share
         value, low, high, _ = result.estimate
         cells = [result.group, result.metric, number(value, share), f"{number(low, share)} to {number(high, share)}"]
         if view:
-            cells += [number(result.hidden.value, share), f"{signed(result.cost.value, share)} (p {p_value(result.cost.p_value)})"]
+            cells += [
+                number(result.hidden.value, share),
+                f"{signed(result.cost.value, share)} (p {p_value(result.cost.p_value)})",
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     if other is not None:
         name, run = other
@@ -49,7 +55,14 @@ def to_markdown(evaluation: Evaluation, other: tuple[str, Evaluation] | None = N
         for (group, metric), difference in evaluation.minus(run).items():
             share = evaluation.groups[group].metrics[metric].share
             low, high = signed(difference.low, share), signed(difference.high, share)
-            cells = [group, metric, signed(difference.value, share), f"{low} to {high}", p_value(difference.p_value), difference.test]
+            cells = [
+                group,
+                metric,
+                signed(difference.value, share),
+                f"{low} to {high}",
+                p_value(difference.p_value),
+                difference.test,
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

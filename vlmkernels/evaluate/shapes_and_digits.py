@@ -38,9 +38,18 @@ SIZES = (14, 16, 18, 20, 22)  # pixels, height and width of a shape
 SPLITS = {"train": 24000, "dev": 600, "test": 1200}  # samples; the six categories take turns
 # SHA-256 of each whole split, and of its first 60 rows.
 CHECKSUMS = {
-    "train": ("85d9d89a15cb47ec6a972b51e82200420e9fd66dbf8fb9b1b9b8d3d6960aa3de", "2bab93f75e0082a0d44eb85a5a7f61447076a59df60dd6526272bb46b3778e0c"),
-    "dev": ("1175f7a8ef7dbe3dc8fbff79d15a1d54f3a151e35dd30c5abd56537e2ba40285", "4ab0bef6debf32331e32b84951f69537613c430ef8ff204651232f2186bf5fde"),
-    "test": ("65b91f60909703f68af8b89980c8f7406730512db1bf2d055e71f7d1d3895b83", "f0462c7bb436c98c9b21b505d72c15cda9a5d57aed243961b663a688bd5ebbb1"),
+    "train": (
+        "85d9d89a15cb47ec6a972b51e82200420e9fd66dbf8fb9b1b9b8d3d6960aa3de",
+        "2bab93f75e0082a0d44eb85a5a7f61447076a59df60dd6526272bb46b3778e0c",
+    ),
+    "dev": (
+        "1175f7a8ef7dbe3dc8fbff79d15a1d54f3a151e35dd30c5abd56537e2ba40285",
+        "4ab0bef6debf32331e32b84951f69537613c430ef8ff204651232f2186bf5fde",
+    ),
+    "test": (
+        "65b91f60909703f68af8b89980c8f7406730512db1bf2d055e71f7d1d3895b83",
+        "f0462c7bb436c98c9b21b505d72c15cda9a5d57aed243961b663a688bd5ebbb1",
+    ),
 }
 
 T = TypeVar("T")

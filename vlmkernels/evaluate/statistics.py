@@ -114,7 +114,7 @@ class Bootstrap:
     runs: int = 1
 
 
-def estimate(statistic: Statistic, options: Bootstrap = Bootstrap()) -> Estimate:  # noqa: B008
+def estimate(statistic: Statistic, options: Bootstrap = Bootstrap()) -> Estimate:
     """The metric with its percentile bootstrap interval."""
     low, high = _interval(_replicates([statistic], options)[0], options.confidence)
     return Estimate(point_value(statistic), low, high, statistic.shape[0])
@@ -128,7 +128,7 @@ def _outcomes(statistic: Statistic) -> np.ndarray | None:
     return hits if (ones == 1).all() and np.isin(hits, (0, 1)).all() else None
 
 
-def compare(ours: Statistic, theirs: Statistic, options: Bootstrap = Bootstrap()) -> Difference:  # noqa: B008
+def compare(ours: Statistic, theirs: Statistic, options: Bootstrap = Bootstrap()) -> Difference:
     """``ours - theirs`` on the same samples.
 
     The interval is a paired bootstrap's. The p-value is McNemar's (exact, by scipy) where each sample is right or wrong, else the

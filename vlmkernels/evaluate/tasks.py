@@ -60,9 +60,7 @@ TASKS: dict[str, Task] = {
     "exact": Task("text", text.exact_match, ("accuracy",), _by(text.exact_match, "")),
     "choice": Task("choice", text.choice, ("accuracy",), _by(text.choice, "A")),
     "yes_no": Task("yes_no", text.yes_no, YES_NO, _by(text.yes_no, "yes")),
-    "mme": Task(
-        "yes_no", text.yes_no, ("mme_score", "mme_accuracy", "mme_accuracy_plus"), _by(text.yes_no, "yes")
-    ),
+    "mme": Task("yes_no", text.yes_no, ("mme_score", "mme_accuracy", "mme_accuracy_plus"), _by(text.yes_no, "yes")),
     "counting": Task("count", text.count, ("accuracy", "soft_count"), _by(text.count, 0.0)),
     "numeric": Task("number", text.numeric, ("accuracy",), _by(text.numeric, 0.0)),
     "math": Task("text", text.math_equal, ("accuracy",), _by(text.exact_match, "")),

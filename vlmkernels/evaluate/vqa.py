@@ -6,18 +6,17 @@ from collections.abc import Sequence
 import numpy as np
 
 ARTICLES = {"a", "an", "the"}
-NUMBERS = dict(zip("none zero one two three four five six seven eight nine ten".split(), "0 0 1 2 3 4 5 6 7 8 9 10".split()))
-CONTRACTIONS = {
-    word.replace("'", ""): word
-    for word in (
-        "ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd"
-        " it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll"
-        " somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll"
-        " they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll"
-        " who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've"
-    ).split()
-}
-_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0", **{word: str(count) for count, word in enumerate(COUNTS)}}
+CONTRACTED = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd it'll
+ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's
+someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll they're they've 'twas
+wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're
+why's won't would've wouldn't y'all you'd you'll you're you've
+"""
+CONTRACTIONS = {word.replace("'", ""): word for word in CONTRACTED.split()}
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 

@@ -9,6 +9,7 @@ import ast
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ import numpy as np
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-_NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)?(?:(?<=\d)\.\d*|\.\d+)?(?:(?<=[\d.])[eE][-+]?\d+)?"
-_NUMBERS = re.compile(rf"(?<![\w.])(?=[-+.]?\.?\d){_NUMBER}%?(?!\w)")
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?%?(?!\w)"
+)  # a thousands separator, decimals, an exponent, a percentage
 _COUNT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _COUNT_WORD = re.compile(rf"\b({'|'.join(_COUNT_WORDS)})\b")
 _OPTION = re.compile(r"[(\[]?([A-Za-z])[)\].:]?")
@@ -36,17 +38,23 @@ _SCORE_KEYS = ("score", "confidence", "Confidence")
 
 
 class Boxes(NamedTuple):
-    """n boxes as an answer or a dataset gives them: (n, 4) fp64, x1, y1, x2, y2, with a label and a confidence where they have
-    one."""
+    """n boxes of an answer or a dataset: (n, 4) fp64, x1, y1, x2, y2; a label and a confidence where they have one."""
 
     boxes: np.ndarray
     labels: list[str | None]
     scores: list[float | None]
 
 
-def completion_text(completion: str | list[dict]) -> str:
-    """The text of a completion, given as text or as messages."""
-    return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+def text_of(value: str | list[dict]) -> str:
+    """The text of a completion or prompt, given as text or as messages; images leave no trace."""
+    if isinstance(value, str):
+        return value
+    parts = (part for message in value for part in _parts(message["content"]))
+    return "".join(part.get("text") or "" for part in parts)
+
+
+def _parts(content: str | list[dict]) -> list[dict]:
+    return [{"text": content}] if isinstance(content, str) else content
 
 
 def find_answer(text: str) -> str | None:
@@ -66,9 +74,14 @@ def find_answer(text: str) -> str | None:
     return None if not (answer := answer.strip()) or _TAG.search(answer) else answer
 
 
-def answers_in(text: str) -> set[str]:
-    """What the ``<answer>`` elements of a prompt hold: an example that a completion can copy."""
-    return {answer.strip() for answer in _ANSWER.findall(text)}
+def is_copied(answer: str, prompt: str) -> bool:
+    """Whether an answer is an example that its prompt gives: what one of the prompt's ``<answer>`` elements holds, or boxes
+    that all occur in it."""
+    if answer in map(str.strip, _ANSWER.findall(prompt)):
+        return True
+    given = {tuple(map(float, box)) for box in _BOX.findall(prompt)}
+    found = [tuple(map(float, box)) for box in _BOX.findall(answer)] if given else []
+    return bool(found) and given.issuperset(found)
 
 
 def has_format(text: str, prompt: str = "") -> bool:
@@ -92,7 +105,7 @@ def _only(found: list):
 def as_number(text: str) -> float:
     """The number that a text is, "1,234.5" or "12%" (0.12) too. Raises ValueError."""
     text = text.strip()
-    if not _NUMBERS.fullmatch(text):
+    if not _NUMBER.fullmatch(text):
         raise ValueError(f"must be a number, got {text!r:.80}")
     value = float(text.rstrip("%").replace(",", ""))
     return value / 100 if text.endswith("%") else value
@@ -100,35 +113,35 @@ def as_number(text: str) -> float:
 
 def parse_number(text: str) -> float | None:
     """The one number in a text, whatever words surround it; a percentage is a hundredth."""
-    return _only([value for value in map(as_number, _NUMBERS.findall(text)) if math.isfinite(value)])
+    return _only([value for value in map(as_number, _NUMBER.findall(text)) if math.isfinite(value)])
 
 
 def parse_count(text: str) -> float | None:
     """The one count in a text, in digits or as a word up to ten."""
     words = [float(_COUNT_WORDS.index(word)) for word in _COUNT_WORD.findall(text.lower())]
-    return _only([value for value in map(as_number, _NUMBERS.findall(text)) if math.isfinite(value)] + words)
+    return _only([value for value in map(as_number, _NUMBER.findall(text)) if math.isfinite(value)] + words)
 
 
 def parse_choice(text: str) -> str | None:
-    """The one option letter of a text: "B", "(b)", "B. a cat", "The answer is B"."""
-    text = text.strip()
+    """The one option letter of a text: "B", "(b)", "**B.** a cat", "The answer is B"."""
+    text = text.replace("*", "").strip()
     if match := _OPTION.fullmatch(text):
         return match[1].upper()
     return _only([next(filter(None, groups)) for groups in _OPTIONS.findall(text)])
 
 
 def parse_yes_no(text: str) -> str | None:
-    """ "yes" or "no", the one of them that occurs as a word."""
+    """The one of "yes" and "no" that occurs as a word."""
     return _only(_YES_NO.findall(text.lower()))
 
 
 def _literal(text: str) -> object:
-    """The JSON or Python literal of a text, of its one code block where it has one; None where it is none."""
+    """The list, tuple or dict that a text, or its one code block, is in JSON or Python; None where it is none."""
     blocks = _FENCE.findall(text)
     if len(blocks) > 1:
         return None
     text = (blocks[0] if blocks else text).strip()
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, ast.literal_eval) if text.startswith(("[", "{", "(")) else ():
         try:
             return read(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -149,8 +162,7 @@ def as_boxes(value: object) -> Boxes:
 
     Args:
         value: a box, a list of boxes, or a list of dicts of the same keys: the box as ``bbox_2d`` (``bbox``, ``box``,
-        ``Position``),
-            and optionally ``label`` and ``score`` (``confidence``); or such a list as JSON; or ``Boxes``.
+            ``Position``), and optionally ``label`` and ``score`` (``confidence``); or such a list as JSON; or ``Boxes``.
     """
     if isinstance(value, Boxes):
         return value
@@ -166,12 +178,12 @@ def as_boxes(value: object) -> Boxes:
             boxes = [row[box] for row in rows]
             labels = [str(row[label]).strip().lower() for row in rows] if label else labels
             scores = [float(row[score]) for row in rows] if score else scores
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             rule = f"have {' or '.join(_BOX_KEYS)}, and one label and score each or none"
             raise ValueError(f"must {rule}, got {rows!r:.80}") from error
     try:
         corners = np.array(boxes, dtype=np.float64).reshape(-1, 4) if len(boxes) else np.empty((0, 4))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"must be boxes of 4 numbers, got {boxes!r:.80}") from error
     if len(corners) != len(boxes):
         raise ValueError(f"must be boxes of 4 numbers, got {boxes!r:.80}")
@@ -211,11 +223,11 @@ def parse_point(text: str) -> tuple[float, float] | None:
     value = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
     if isinstance(value, dict) and (key := _key(value, _POINT_KEYS)):
         value = value[key]
-    if not _is_numbers(value, 2):
-        value = _only([tuple(map(float, found)) for found in _POINT.findall(text)])
-    if value is None and (box := parse_box(text)) is not None:
-        value = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    return None if value is None or not all(map(math.isfinite, value)) else (float(value[0]), float(value[1]))
+    points = [value] if _is_numbers(value, 2) else [tuple(map(float, found)) for found in _POINT.findall(text)]
+    if not points and (box := parse_box(text)) is not None:
+        points = [((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)]
+    point = _only(points)
+    return None if point is None or not all(abs(v) <= sys.float_info.max for v in point) else tuple(map(float, point))
 
 
 # What an answer is, by the name of its kind.

@@ -9,10 +9,13 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from vlmkernels.ops.checks import require
+
+
+class Unparsed(float):
+    """The reward of an answer that could not be parsed; NaN where such an answer is not scored."""
 
 
 def pure(reference: Callable) -> Callable:
@@ -35,12 +38,11 @@ def pure(reference: Callable) -> Callable:
                 i for i, (p, r) in enumerate(zip(predictions, references, strict=True)) if p is not None and r is not None
             ]
             scores: list[float | None] = [None] * len(predictions)
-            checked = [_checked(reference, references[i], i) for i in chosen]
-            if chosen:
-                values = function([predictions[i] for i in chosen], checked, **options)
-                values = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
-                for index, value in zip(chosen, values, strict=True):
-                    scores[index] = float(value)
+            checked = [check_reference(reference, references[i], i) for i in chosen]
+            values = function([predictions[i] for i in chosen], checked, **options)
+            values = values.tolist() if isinstance(values, torch.Tensor) else values
+            for index, value in zip(chosen, values, strict=True):
+                scores[index] = value
             return scores
 
         return scored
@@ -48,7 +50,8 @@ def pure(reference: Callable) -> Callable:
     return decorate
 
 
-def _checked(reference: Callable, value: object, index: int) -> object:
+def check_reference(reference: Callable, value: object, index: int) -> object:
+    """What ``reference`` makes of a value; its error names the index."""
     try:
         return reference(value)
     except (ValueError, TypeError) as error:

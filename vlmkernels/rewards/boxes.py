@@ -57,7 +57,8 @@ def convert_frame(points: np.ndarray, source: str, target: str, *, original=None
 
 
 def inside_frame(points: np.ndarray, size: np.ndarray | None, slack: float = 0.01) -> np.ndarray:
-    """Whether all coordinates lie in ``[-slack, 1 + slack]`` of the frame, (N,) bool; all do where its size is not known.
+    """Whether all coordinates lie in ``[-slack, 1 + slack]`` of the frame, (N,) bool; all do where its size is None or NaN,
+    not known.
 
     Args:
         points: (N, 2) or (N, 4).
@@ -66,7 +67,7 @@ def inside_frame(points: np.ndarray, size: np.ndarray | None, slack: float = 0.0
     if size is None:
         return np.ones(len(points), dtype=bool)
     shares = points / np.tile(size, points.shape[1] // 2)
-    return ((shares >= -slack) & (shares <= 1 + slack)).all(axis=1)
+    return ~((shares < -slack) | (shares > 1 + slack)).any(axis=1)
 
 
 def _box(value: object) -> tuple[float, float, float, float]:
@@ -78,7 +79,7 @@ def _box(value: object) -> tuple[float, float, float, float]:
 
 def _pairs(predictions: Sequence, references: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, 1, 4) each: N pairs of one box."""
-    return tuple(torch.tensor(boxes, dtype=torch.float64).unsqueeze(1) for boxes in (predictions, references))
+    return tuple(torch.tensor(boxes, dtype=torch.float64).view(-1, 1, 4) for boxes in (predictions, references))
 
 
 @pure(_box)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from vlmkernels.ops.checks import require
+from vlmkernels.rewards.batch import pure
 
 
 class Mentions(NamedTuple):
@@ -40,17 +41,22 @@ def mentions(captions: list[str], objects: list[list[str]], vocabulary) -> list[
     return found
 
 
-def chair(captions: list[str], objects: list[list[str] | None], *, vocabulary) -> list[float | None]:
+def _objects(value: object) -> list[str]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"must be a list of names, got {value!r:.80}")
+    return list(value)
+
+
+@pure(_objects)
+def chair(captions: list[str], objects: list[list[str]], *, vocabulary) -> list[float]:
     """1 - CHAIR_i of each caption: the share of the objects it names that the image shows; 0 where it names none, so that
-    silence about objects does not pay. None where the objects are not given.
+    silence about objects does not pay.
 
     CHAIR counts every mention; here an object counts once, however often a caption names it.
     Source: https://arxiv.org/abs/1809.02156
+
+    Args:
+        captions, objects, vocabulary: as in ``mentions``.
     """
-    require(len(captions) == len(objects), "objects", f"be {len(captions)} lists", len(objects))
-    for index, shown in enumerate(objects):
-        if shown is not None and (isinstance(shown, str) or not isinstance(shown, Iterable)):
-            raise TypeError(f"objects[{index}] must be a list of names, got {shown!r:.80}")
-    found = mentions(captions, [shown or [] for shown in objects], vocabulary)
-    scores = [1 - len(f.hallucinated) / len(f.mentioned) if f.mentioned else 0.0 for f in found]
-    return [None if shown is None else score for score, shown in zip(scores, objects, strict=True)]
+    found = mentions(captions, objects, vocabulary)
+    return [1 - len(f.hallucinated) / len(f.mentioned) if f.mentioned else 0.0 for f in found]
