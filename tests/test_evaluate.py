@@ -1,4 +1,4 @@
-"""Evaluation: metrics against figures from first principles, pycocotools, scipy and lmms-eval; predictions that resume; the page."""
+"""Evaluation: metrics against first principles, pycocotools, scipy and lmms-eval; predictions that resume; the page."""
 
 import itertools
 import json

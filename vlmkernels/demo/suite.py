@@ -1,4 +1,4 @@
-"""``vlmkernels demo --suite``: the benchmark shapes-and-digits learnt by the demo's small model, with a reward for each task."""
+"""``vlmkernels demo --suite``: the benchmark shapes-and-digits, learnt by the demo's small model with a mixture of rewards."""
 
 import re
 

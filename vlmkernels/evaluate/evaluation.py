@@ -1,4 +1,4 @@
-"""From predictions to metrics: samples grouped by category, each group's answers parsed and scored, intervals and comparisons."""
+"""From predictions to metrics: samples in groups, each group's answers parsed and scored, intervals and comparisons."""
 
 import difflib
 import math
@@ -317,7 +317,7 @@ class Evaluation:
         return point_value(self.groups[group].statistic(metric))
 
     def minus(self, other: "Evaluation") -> dict[tuple[str, str], Difference]:
-        """Each metric minus the other run's, by group and metric, paired by sample. Both must be of the same dataset and scoring."""
+        """Each metric minus the other run's, by group and metric, paired by sample; both are of one dataset and scoring."""
         require(len(self.rows) == len(other.rows), "the other run", f"be of {len(self.rows)} samples", len(other.rows))
         require(len(self.runs) == len(other.runs), "the other run", f"have {len(self.runs)} seeds", len(other.runs))
         return {

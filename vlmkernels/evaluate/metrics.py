@@ -1,4 +1,4 @@
-"""The metrics: a name, and what of each completion goes into it. Scores of single answers are those of ``vlmkernels.rewards``."""
+"""The metrics: a name, and what of each completion goes into it. Single answers are scored by ``vlmkernels.rewards``."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ from vlmkernels.rewards.hallucination import mentions
 class Answers:
     """G completions of each of N samples of one task.
 
-    texts: the completions. values: what was parsed from each, None where nothing could be. references: of the dataset. rows: the
-    dataset's columns. prompts: as text. correct: (N, G) of 0 and 1, None where the task's answers are not right or wrong.
-    lengths, truncated: (N, G), NaN where it is not known. rewards: (N, G) by name, NaN = not scored.
-    vocabulary: names of objects, for CHAIR.
+    indices: of the samples in the dataset. texts: the completions. values: what was parsed from each, None where nothing could
+    be. references, rows: of the dataset, rows without images. prompts: as text. correct: (N, G) of 0 and 1, None where the
+    task's answers are not right or wrong. lengths, truncated: (N, G), NaN where it is not known. rewards: (N, G) by name, NaN =
+    not scored. vocabulary: names of objects, for CHAIR.
     """
 
     indices: list[int]
@@ -102,7 +102,7 @@ def _vqa(answers: Answers) -> Sums:
     return _sums(answers, lambda value, reference: (0.0 if value is None else vqa_accuracy(value, reference), 1))
 
 
-# Yes or no: how POPE (2305.10355) counts. The totals are true, false positives; false, true negatives; unparsed of "yes", of "no".
+# Yes or no, as POPE (2305.10355) counts. Totals: true, false positives; false, true negatives; unparsed of "yes", of "no".
 
 
 def confusion(value: str | None, reference: Any) -> list[bool]:
@@ -158,7 +158,7 @@ def _pairs(answers: Answers) -> list[_Pair]:
 
 
 def _mme(answers: Answers, single: float, both: float, per_category: bool) -> Sums:
-    """``single`` times the accuracy plus ``both`` times the share of pairs with both right, each summed over categories if so."""
+    """``single`` times the accuracy plus ``both`` times the share of pairs with both right, of each category or of all."""
     pairs = _pairs(answers)
     names = sorted({pair.category for pair in pairs}) if per_category else [None]
     statistics = np.zeros((len(pairs), answers.shape[1], 2 * len(names)))
@@ -267,7 +267,7 @@ def metric(name: str, iou_at_least: bool = True) -> Metric:
     if name.startswith(REWARD):
         reward = name.removeprefix(REWARD)
         return Metric(lambda answers: mean_of(answers.rewards[reward]), "", f"mean of the reward {reward}", share=False)
-    for prefix, (what, kind) in NUMBERED.items():
+    for prefix, (_, kind) in NUMBERED.items():
         try:
             number = kind(name.removeprefix(prefix)) if name.startswith(prefix) else 0
         except ValueError:

@@ -15,7 +15,8 @@ from vlmkernels.train.report import STYLE, thumbnail
 OWN_STYLE = """
 body { max-width: 78rem; }
 h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
-nav { position: sticky; top: 0; z-index: 1; background: Canvas; padding: .4rem 0; display: flex; gap: .4rem 1rem; flex-wrap: wrap; }
+nav { position: sticky; top: 0; z-index: 1; background: Canvas; padding: .4rem 0; }
+nav { display: flex; gap: .4rem 1rem; flex-wrap: wrap; }
 nav label { cursor: pointer; }
 tbody th { text-align: left; padding-top: .9rem; font-size: 1rem; }
 .metrics td, .metrics th { white-space: nowrap; } .metrics td:first-child, .metrics th:first-child { width: auto; }
@@ -80,7 +81,8 @@ def _range(result: Result, share: bool) -> str:
     if not share or math.isnan(value):
         return ""
     low, high, value = (100 * min(max(x, 0.0), 1.0) for x in (low, high, value))
-    return f'<span class="range"><i style="left: {low:.1f}%; right: {100 - high:.1f}%"></i><b style="left: {value:.1f}%"></b></span>'
+    bar = f'<i style="left: {low:.1f}%; right: {100 - high:.1f}%"></i><b style="left: {value:.1f}%"></b>'
+    return f'<span class="range">{bar}</span>'
 
 
 def _tone(difference: Difference, sign: int, confidence: float) -> str:
@@ -245,7 +247,7 @@ def _gallery(evaluation: Evaluation, limit: int) -> str:
     return (
         '<h2>Samples</h2><nav><label><input type="checkbox" id="wrong"> wrong ones only</label>'
         f'<select id="group"><option value="">all groups</option>{options}</select>'
-        '<span><span class="key reference"></span>reference</span><span><span class="key prediction"></span>prediction</span></nav>'
+        '<span><i class="key reference"></i>reference</span><span><i class="key prediction"></i>prediction</span></nav>'
         f'<div class="cards">{cards}</div><script>{SCRIPT}</script>'
     )
 

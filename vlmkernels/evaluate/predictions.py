@@ -1,9 +1,9 @@
-"""Completions of a dataset's samples: sampled, and written to a file as they come, so that a killed run goes on where it stopped.
+"""Completions of a dataset's samples, written to a file as they are sampled, so that a killed run goes on where it stopped.
 
 A file of predictions is JSON lines. The first holds ``settings``, all that decides what is sampled; each other one a sample's
 ``index``, ``view`` ("image", or how the image was hidden), ``completions``: a list of texts, or of objects with ``text`` and
-optionally ``ids``, ``length`` (tokens) and ``truncated``; and ``resized``, width and height of its images as the model saw them.
-Predictions from elsewhere need ``index`` and ``completion`` alone.
+optionally ``ids``, ``length`` (tokens) and ``truncated``; and ``resized``, width and height of its images as the model saw
+them. Predictions from elsewhere need ``index`` and ``completion`` alone.
 """
 
 import hashlib
@@ -229,8 +229,8 @@ class Decoding:
 class Sampler:
     """Completions of samples, the same whatever the batch size.
 
-    Greedy decoding runs ``batch_size`` prompts at a time. Sampling runs one prompt's completions at a time, which share its prefix,
-    from a random state that the seed, the sample's index and the view decide.
+    Greedy decoding runs ``batch_size`` prompts at a time. Sampling runs one prompt's completions at a time, which share its
+    prefix, from a random state that the seed, the sample's index and the view decide.
     """
 
     def __init__(self, model, processor, decoding: Decoding):

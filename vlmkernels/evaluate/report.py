@@ -1,4 +1,4 @@
-"""What an evaluation leaves: JSON for programs, Markdown for notes, one HTML page for people; and curves over training steps."""
+"""What an evaluation leaves: JSON for programs, Markdown for notes; and curves over training steps."""
 
 import json
 import math

@@ -1,8 +1,8 @@
 """Point values, confidence intervals and paired comparisons of metrics.
 
-A metric is a function of sums: each completion contributes a vector of statistics (hits and ones for an accuracy, edit distance and
-length for an error rate, true and false positives for a precision), the metric is computed from their totals. A bootstrap
-replicate then is a vector of weights per sample and per seed, and all replicates of a metric are one matrix product.
+A metric is a function of sums: each completion contributes a vector of statistics (hits and ones for an accuracy, edit distance
+and length for an error rate, true and false positives for a precision), the metric is computed from their totals. A bootstrap
+replicate then is a vector of weights, and all replicates of a metric are one matrix product.
 """
 
 from collections.abc import Callable
@@ -131,8 +131,8 @@ def _outcomes(statistic: Statistic) -> np.ndarray | None:
 def compare(ours: Statistic, theirs: Statistic, options: Bootstrap = Bootstrap()) -> Difference:
     """``ours - theirs`` on the same samples.
 
-    The interval is a paired bootstrap's. The p-value is McNemar's (exact, by scipy) where each sample is right or wrong, else the
-    paired bootstrap's: twice the smaller share of replicates on one side of 0.
+    The interval is a paired bootstrap's. The p-value is McNemar's (exact, by scipy) where each sample is right or wrong, else
+    the paired bootstrap's: twice the smaller share of replicates on one side of 0.
     """
     from scipy.stats import binomtest
 
@@ -166,7 +166,7 @@ def majority_at_k(answers: list[list], correct: np.ndarray, k: int) -> np.ndarra
     """Whether the most frequent of k answers is right, (N,), the mean over the ``n // k`` runs of k completions.
 
     Args:
-        answers: N lists of n comparable answers, None where there is none: it has no vote. Of equally frequent ones the first wins.
+        answers: N lists of n answers, None where there is none: it has no vote. Of equally frequent ones the first wins.
         correct: (N, n) of 0 and 1.
     """
     result = np.zeros(len(answers))

@@ -1,4 +1,4 @@
-"""The tasks: what an answer is, what it is compared with, and which metrics are taken of it; and what other harnesses do instead."""
+"""The tasks: what an answer is, what it is compared with, which metrics are taken of it; and what other harnesses do."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ COMMON = ("parse_failure_rate", "format_rate", "mean_length", "truncation_rate")
 
 
 class Task(NamedTuple):
-    """answer: what is read from a completion, a key of ``PARSERS``; "objects": a text that names some. right: the pure function that is 1 where the answer is
-    right, None where answers are not right or wrong. reference: raises ValueError or TypeError for a reference of the wrong
-    type. column: of the reference, by default. metrics: by default."""
+    """answer: what is read from a completion, a key of ``PARSERS``; "objects": a text that names some. right: the pure function
+    that is 1 where the answer is right, None where answers are not right or wrong. metrics: by default. reference: raises
+    ValueError or TypeError for a reference of the wrong type. column: of the reference."""
 
     answer: str
     right: Callable | None
@@ -78,8 +78,8 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class Harness:
-    """How a harness compares. thresholds, at_least: of IoUs in accuracies. answer: what of a completion is looked at. parsers: in
-    place of those of ``vlmkernels.rewards``, by task. metrics: in place of those of ``METRICS``."""
+    """How a harness compares. thresholds, at_least: of IoUs in accuracies. answer: what of a completion is looked at. parsers:
+    in place of those of ``vlmkernels.rewards``, by task. metrics: in place of those of ``METRICS``."""
 
     thresholds: tuple[float, ...]
     at_least: bool
