@@ -148,16 +148,15 @@ def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> s
 
 
 def _curve(title: str, points: Sequence[Point]) -> str:
-    """A line over steps, its interval as a band."""
+    """A line over steps, its interval as a band; nothing where it does not move."""
     width, height = 300, 120
     points = sorted(point for point in points if not math.isnan(point.value))
-    if len(points) < 2:
+    if len({point.value for point in points}) < 2:
         return ""
     values = [v for p in points for v in (p.value, p.low, p.high) if not math.isnan(v)]
     bottom, top = min(values), max(values)
-    bottom, top = (bottom - 0.5, top + 0.5) if bottom == top else (bottom, top)
     first, last = points[0].step, points[-1].step
-    x = lambda step: width * (step - first) / (last - first or 1)  # noqa: E731
+    x = lambda step: width * (step - first) / (last - first)  # noqa: E731
     y = lambda value: height * (top - value) / (top - bottom)  # noqa: E731
     line = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in points)
     banded = [p for p in points if not math.isnan(p.low)]
