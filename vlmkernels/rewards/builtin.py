@@ -63,6 +63,11 @@ class AnswerReward:
         """The dataset's columns that it needs."""
         return (self.column,)
 
+    def check(self, row: dict) -> None:
+        """Raise where a row's reference is none that the score takes."""
+        if row.get(self.column) is not None:
+            check_reference(self.score.reference, row[self.column], self.column)
+
     def predictions(self, completions: list, prompts: list) -> list:
         """What each completion answers, None where that cannot be told."""
         parse, parsed = PARSERS[self.kind], []
@@ -109,7 +114,7 @@ class BoxReward(AnswerReward):
 
     def in_one_frame(self, predictions: list, references: list, columns: dict) -> tuple[list, list]:
         sizes = {"original": self._sizes(columns.get("image_sizes")), "resized": self._sizes(columns.get("resized_sizes"))}
-        references = [None if r is None else check_reference(as_boxes, r, i) for i, r in enumerate(references)]
+        references = [None if r is None else check_reference(as_boxes, r, f"references[{i}]") for i, r in enumerate(references)]
         moved = _move(references, self.reference_frame, self.reference_frame, sizes)
         for index, (before, after) in enumerate(zip(references, moved, strict=True)):
             rule = f"lie in the frame {self.reference_frame}"
@@ -162,6 +167,10 @@ class CosineLength:
     @property
     def columns(self) -> tuple[str, ...]:
         return required_columns(self.correct)
+
+    def check(self, row: dict) -> None:
+        if hasattr(self.correct, "check"):
+            self.correct.check(row)
 
     def __call__(self, completion_ids: list, **columns) -> list[float | None]:
         scores = self.correct(completion_ids=completion_ids, **columns)

@@ -137,7 +137,8 @@ class GRPOTrainer(Trainer):
         )
         for name, dataset in named.items():
             if dataset is not None:
-                check_dataset(dataset, name, processor, args.chat_template_kwargs)
+                check_row = None if args.remove_unused_columns else self.rewards.check_row
+                check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row)
                 self.rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
         if train_dataset is not None:
             prompts = args.prompts_per_generation * args.world_size
