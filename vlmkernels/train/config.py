@@ -23,7 +23,7 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
     - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
     - importance_sampling_level and epsilon_high default to what suits the loss_type;
-    - eval_temperature, kl_estimator and share_prefix are new;
+    - eval_temperature, max_num_seqs, kl_estimator and share_prefix are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
@@ -59,6 +59,7 @@ class GRPOConfig(TrainingArguments):
     top_k: int = _field(0, "Sample among this many most probable tokens; 0 = all.")
     min_p: float | None = _field(None, "Drop tokens less probable than this times the most probable one.")
     repetition_penalty: float = _field(1.0, "Above 1, tokens that occurred before become less probable.")
+    max_num_seqs: int | None = _field(None, "The most completions decoded at a time; by default all of a generation batch.")
     generation_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of apply_chat_template.")
 
@@ -112,6 +113,7 @@ class GRPOConfig(TrainingArguments):
         require(self.top_k >= 0, "top_k", "be >= 0", self.top_k)
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "be in [0, 1]", self.min_p)
         require(self.repetition_penalty > 0, "repetition_penalty", "be > 0", self.repetition_penalty)
+        require(self.max_num_seqs is None or self.max_num_seqs >= 1, "max_num_seqs", "be >= 1", self.max_num_seqs)
         require(0 <= self.epsilon <= 1, "epsilon", "be in [0, 1]", self.epsilon)
         require(self.scale_rewards in SCALES, "scale_rewards", f"be one of {', '.join(SCALES)}", repr(self.scale_rewards))
         require(self.share_prefix in ("auto", True, False), "share_prefix", "be auto, true or false", repr(self.share_prefix))
