@@ -11,7 +11,8 @@ from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.batch import Batch
 from vlmkernels.models.decode import Decoded, Sampling, decode_groups, stops
 from vlmkernels.models.families import media_token_ids
-from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions, why_not_shared
+from vlmkernels.models.group import ScoringBatch, cut_packs, pack_groups, pad_completions, prompt_positions, why_not_shared
+from vlmkernels.ops.checks import require
 from vlmkernels.train.config import GRPOConfig
 
 logger = logging.get_logger(__name__)
@@ -34,13 +35,27 @@ class Rollout:
     truncated: torch.Tensor
     logps: torch.Tensor | None = None
 
-    def padded(self, samples: slice) -> ScoringBatch:
+    def parts(self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int) -> list[torch.Tensor]:
+        """Some completions, cut so that ``packed`` (or ``padded``) makes at most ``max_tokens`` tokens of each part."""
+        chosen = torch.arange(len(self.group))[samples]
+        if max_tokens is None:
+            return [chosen]
+        prefixes = self.prompts.inputs["attention_mask"].sum(1).tolist()
+        group, lengths = self.group[samples].tolist(), self.completion_mask[samples].sum(1).tolist()
+        if shared:
+            return [chosen[pack] for pack in cut_packs(prefixes, group, lengths, max_tokens, hidden_size)]
+        prefix, length = max(prefixes[index] for index in group), max(lengths)
+        rule = f"be at least {prefix + length}, a prompt of {prefix} tokens and a completion of {length}"
+        require(prefix + length <= max_tokens, "max_tokens_per_microbatch", rule, max_tokens)
+        return list(chosen.tensor_split(-(-len(chosen) // (max_tokens // (prefix + length)))))
+
+    def padded(self, samples: torch.Tensor) -> ScoringBatch:
         """Some completions, each behind a prompt of its own, less common padding."""
         width = int(self.completion_mask[samples].any(0).sum())
         ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
         return pad_completions(self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, mask)
 
-    def packed(self, samples: slice, model) -> ScoringBatch:
+    def packed(self, samples: torch.Tensor, model) -> ScoringBatch:
         """Some completions behind prompts that those of a group share; ``model`` knows the positions of images."""
         chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
         prompts = self.prompts.select(chosen).inputs
