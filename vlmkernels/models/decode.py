@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MinPLogitsWarper, PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
 from vlmkernels.models.batch import Batch
+from vlmkernels.models.encode import once_per_image, takes_features
 from vlmkernels.models.group import pack_groups, prompt_positions
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.gather_logps import gather_logps
@@ -205,8 +206,9 @@ class _Decoder:
         self.model, self.prompts, self.group_size, self.sampling = model, prompts, num_generations, sampling
         self.tokenizer, self.device = tokenizer, prompts.inputs["input_ids"].device
         self.count = len(prompts) * num_generations
-        inner = (model.get_base_model() if is_peft_model(model) else model).base_model
-        self.positions = prompt_positions(inner, prompts.inputs)
+        plain = model.get_base_model() if is_peft_model(model) else model
+        self.once_per_image = takes_features(plain)
+        self.positions = prompt_positions(plain, prompts.inputs)
         axes = [axis for axis in range(self.positions.dim()) if axis != self.positions.dim() - 2]
         self.after = (self.positions.amax(axes) + 1).tolist()  # the position of each prompt's first completion token
         self.cache = GroupCache(num_slots)
@@ -262,7 +264,8 @@ class _Decoder:
         chosen = self.prompts.select(torch.tensor(prompts))
         none = torch.empty(0, dtype=torch.int64)
         ids = none.view(0, 0).to(self.device)
-        pack = pack_groups(chosen.inputs, self.positions[..., prompts, :], none, ids, ids.bool())
+        inputs = once_per_image(chosen) if self.once_per_image else chosen.inputs
+        pack = pack_groups(inputs, self.positions[..., prompts, :], none, ids, ids.bool())
         layout = pack.inputs["group_layout"]
         self.cache.begin(prompts, list(layout.prefixes))
         last = torch.tensor([end - 1 for _, _, end in layout.groups], device=self.device)

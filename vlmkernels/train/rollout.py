@@ -10,6 +10,7 @@ from transformers.utils import logging
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.batch import Batch
 from vlmkernels.models.decode import Decoded, Sampling, decode_groups, stops
+from vlmkernels.models.encode import once_per_image, takes_features
 from vlmkernels.models.families import media_token_ids
 from vlmkernels.models.group import ScoringBatch, cut_packs, pack_groups, pad_completions, prompt_positions, why_not_shared
 from vlmkernels.ops.checks import require
@@ -58,9 +59,10 @@ class Rollout:
     def packed(self, samples: torch.Tensor, model) -> ScoringBatch:
         """Some completions behind prompts that those of a group share; ``model`` knows the positions of images."""
         chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
-        prompts = self.prompts.select(chosen).inputs
-        positions = prompt_positions(model, prompts)
-        return pack_groups(prompts, positions, group, self.completion_ids[samples], self.completion_mask[samples])
+        prompts = self.prompts.select(chosen)
+        positions = prompt_positions(model, prompts.inputs)
+        inputs = once_per_image(prompts) if takes_features(model) else prompts.inputs
+        return pack_groups(inputs, positions, group, self.completion_ids[samples], self.completion_mask[samples])
 
 
 def tokenizer_of(processor) -> PreTrainedTokenizerBase:

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
@@ -21,6 +22,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.batch import Batch
+from vlmkernels.models.encode import encode_images, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.image_processor import with_fast_images
@@ -114,6 +117,8 @@ class GRPOTrainer(Trainer):
             self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
         self.shares_prefix = self._choose_prefix_sharing()
+        # Features of a vision tower that does not change serve all passes over a generation batch.
+        self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
             reference = frozen_copy(model)
@@ -200,11 +205,20 @@ class GRPOTrainer(Trainer):
 
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
         prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
-        rollout = self.generate(self.policy, prompts.to(self.args.device), num_generations, temperature)
+        prompts = prompts.to(self.args.device)
+        if self.encodes_once and getattr(self.generate, "by_groups", False):
+            prompts = self._encode(prompts)
+        rollout = self.generate(self.policy, prompts, num_generations, temperature)
+        if self.encodes_once:
+            rollout = replace(rollout, prompts=self._encode(rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         scored = score(per_completion, rollout, self.rewards, self.tokenizer, columns=columns, trainer_state=self.state)
         return rollout, scored
+
+    def _encode(self, prompts: Batch) -> Batch:
+        with self.accelerator.autocast():
+            return encode_images(self.text_model, prompts)
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.reward_weights.to(rewards.device)
