@@ -24,7 +24,7 @@ def cosine_length(
         right, wrong: the values at length 0 and at max_length.
         exceeded: the value of a completion of max_length tokens or more.
 
-    Source: https://arxiv.org/abs/2502.03373, which takes right=(2, 1), wrong=(-10, 0), exceeded=-10; the defaults are open-r1's.
+    Source: https://arxiv.org/abs/2502.03373, with right=(2, 1), wrong=(-10, 0), exceeded=-10; the defaults are open-r1's.
     """
     require(max_length > 0, "max_length", "be > 0", max_length)
 
