@@ -506,7 +506,7 @@ async def picky_later(completions, **kwargs):
 
 
 @pytest.mark.parametrize("function", [picky, picky_later])
-def test_a_reward_that_raises_names_the_sample_or_is_skipped(function):
+def test_a_reward_that_raises_names_the_sample_or_is_skipped(function, caplog):
     given = {"completions": ["a", "b", "bad"], "trainer_state": None}
     with pytest.raises(
         RuntimeError, match=f"reward {function.__name__} failed for completion 2 of sample 9: KeyError: 'bad one'"
@@ -516,6 +516,10 @@ def test_a_reward_that_raises_names_the_sample_or_is_skipped(function):
     assert result.rewards[:2, 0].tolist() == [1, 1]
     assert result.rewards[2, 0].isnan()
     assert result.failed[:, 0].tolist() == [False, False, True]
+    assert (
+        f"reward {function.__name__} failed for 1 of 3 completions, which it does not score; the first error: KeyError"
+        in caplog.text
+    )
 
     def whole(completions, **kwargs):
         if len(completions) > 1:
@@ -593,6 +597,16 @@ def test_missing_column_is_named_before_a_step_is_taken(tmp_path):
         with pytest.raises(
             ValueError, match=f"train_dataset must have a column '{column}', which reward {name} needs, got prompt"
         ):
+            GRPOTrainer(tiny.text_model(), [reward], args, rows, processing_class=tiny.tokenizer())
+
+
+def test_a_reference_of_the_wrong_kind_is_named_before_a_step_is_taken(tmp_path):
+    rows = [{**row, "answer": answer} for row, answer in zip(tiny.rows(3, "none"), (1, None, "cat"), strict=True)]
+    args = GRPOConfig(output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2)
+    for reward in ("numeric", {"name": "cosine_length", "max_length": 9, "correct": "numeric"}):
+        name = reward if isinstance(reward, str) else reward["name"]
+        message = rf"train_dataset: sample 2: answer must be a number, got 'cat' \(reward {name}\)"
+        with pytest.raises(ValueError, match=message):
             GRPOTrainer(tiny.text_model(), [reward], args, rows, processing_class=tiny.tokenizer())
 
 

@@ -17,9 +17,8 @@ def clip_score(image_features: torch.Tensor, text_features: torch.Tensor, *, sca
 
 
 class ClipScore:
-    """CLIPScore of a completion's answer with its image; None where there is no image, 0 where the answer
-    cannot be parsed. Each image is encoded once, however many
-    completions it has.
+    """CLIPScore of a completion's answer with its image. Each image is encoded once, however many completions it has. None
+    where there is no image, 0 where the answer cannot be parsed.
 
     Args:
         model: the path of a CLIP or SigLIP model and its processor, or the model itself, with ``processor``.

@@ -28,34 +28,32 @@ def pure(reference: Callable) -> Callable:
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def scored(predictions: Sequence, references: Sequence, **options) -> list[float | None]:
-            require(
-                len(predictions) == len(references),
-                "predictions",
-                f"be as many as the references, {len(references)}",
-                len(predictions),
-            )
-            chosen = [
-                i for i, (p, r) in enumerate(zip(predictions, references, strict=True)) if p is not None and r is not None
-            ]
-            scores: list[float | None] = [None] * len(predictions)
-            checked = [check_reference(reference, references[i], i) for i in chosen]
-            values = function([predictions[i] for i in chosen], checked, **options)
+            rule = f"be as many as the references, {len(references)}"
+            require(len(predictions) == len(references), "predictions", rule, len(predictions))
+            pairs = zip(predictions, references, strict=True)
+            chosen = [index for index, (p, r) in enumerate(pairs) if p is not None and r is not None]
+            checked = [check_reference(reference, references[index], f"references[{index}]") for index in chosen]
+            values = function([predictions[index] for index in chosen], checked, **options)
             values = values.tolist() if isinstance(values, torch.Tensor) else values
+            scores: list[float | None] = [None] * len(predictions)
             for index, value in zip(chosen, values, strict=True):
                 scores[index] = value
             return scores
 
+        scored.reference = reference
         return scored
 
     return decorate
 
 
-def check_reference(reference: Callable, value: object, index: int) -> object:
-    """What ``reference`` makes of a value; its error names the index."""
+def check_reference(reference: Callable, value: object, name: str) -> object:
+    """What ``reference`` makes of a value; its error begins with the name."""
     try:
         return reference(value)
-    except (ValueError, TypeError) as error:
-        raise type(error)(f"references[{index}] {error}") from error
+    except TypeError as error:
+        raise TypeError(f"{name} {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
 
 
 def third_party(module: str, user: str):

@@ -84,7 +84,7 @@ def _pairs(predictions: Sequence, references: Sequence) -> tuple[torch.Tensor, t
 
 @pure(_box)
 def iou(predictions: Sequence, references: Sequence, *, power: float = 1.0) -> torch.Tensor:
-    """Intersection over union of box with box, to a power: 1 as in VLM-R1 (2504.07615), 2 as in Perception-R1 (2504.07954).
+    """Intersection over union of two boxes, to a power: 1 in VLM-R1 (2504.07615), 2 in Perception-R1 (2504.07954).
 
     Args:
         predictions, references: N boxes (x1, y1, x2, y2), in one frame.

@@ -63,6 +63,11 @@ class AnswerReward:
         """The dataset's columns that it needs."""
         return (self.column,)
 
+    def check(self, row: dict) -> None:
+        """Raise where a row's reference is none that the score takes."""
+        if row.get(self.column) is not None:
+            check_reference(self.score.reference, row[self.column], self.column)
+
     def predictions(self, completions: list, prompts: list) -> list:
         """What each completion answers, None where that cannot be told."""
         parse, parsed = PARSERS[self.kind], []
@@ -109,7 +114,7 @@ class BoxReward(AnswerReward):
 
     def in_one_frame(self, predictions: list, references: list, columns: dict) -> tuple[list, list]:
         sizes = {"original": self._sizes(columns.get("image_sizes")), "resized": self._sizes(columns.get("resized_sizes"))}
-        references = [None if r is None else check_reference(as_boxes, r, i) for i, r in enumerate(references)]
+        references = [None if r is None else check_reference(as_boxes, r, f"references[{i}]") for i, r in enumerate(references)]
         moved = to_frame(references, self.reference_frame, self.reference_frame, sizes)
         for index, (before, after) in enumerate(zip(references, moved, strict=True)):
             rule = f"lie in the frame {self.reference_frame}"
@@ -146,22 +151,37 @@ def to_frame(values: list, source: str, target: str, sizes: dict[str, np.ndarray
 
 
 class CosineLength:
-    """``length.cosine_length`` of the completions' tokens, right being where another reward is at least ``threshold``.
+    """A half cosine wave of the completion's tokens, for right answers and for wrong ones; see ``length.cosine_length``.
 
     Args:
-        correct: that reward, as in a configuration: a name, or a dict with ``name`` and options.
+        correct: the reward that says what is right, as in a configuration: a name, or a dict with ``name`` and options.
+        threshold: the least value of that reward for an answer that is right.
     """
 
     __name__ = "cosine_length"
 
-    def __init__(self, *, max_length: int, correct: str | dict = "exact_match", threshold: float = 0.5, **options):
+    def __init__(
+        self,
+        *,
+        max_length: int,
+        correct: str | dict = "exact_match",
+        threshold: float = 0.5,
+        right: tuple[float, float] = (1.0, 0.5),
+        wrong: tuple[float, float] = (-1.0, -0.5),
+        exceeded: float = -1.0,
+    ):
         self.correct = build(**correct) if isinstance(correct, dict) else build(correct)
-        self.threshold, self.options = threshold, {"max_length": max_length, **options}
+        self.threshold = threshold
+        self.options = {"max_length": max_length, "right": right, "wrong": wrong, "exceeded": exceeded}
         length.cosine_length([], [], **self.options)
 
     @property
     def columns(self) -> tuple[str, ...]:
         return required_columns(self.correct)
+
+    def check(self, row: dict) -> None:
+        if hasattr(self.correct, "check"):
+            self.correct.check(row)
 
     def __call__(self, completion_ids: list, **columns) -> list[float | None]:
         scores = self.correct(completion_ids=completion_ids, **columns)
@@ -170,23 +190,25 @@ class CosineLength:
 
 
 def format(completions: list, prompts: list | None = None, **kwargs) -> list[float]:
-    """1 where a completion is ``<think>...</think><answer>...</answer>``; see ``answers.has_format``."""
+    """1 where a completion is ``<think>...</think><answer>...</answer>``, each once, with something in both; else 0."""
     prompts = [""] * len(completions) if prompts is None else prompts
     return [float(has_format(text_of(c), text_of(p))) for c, p in zip(completions, prompts, strict=True)]
 
 
 def soft_overlong(completion_ids: list, *, max_length: int, cache: int, **kwargs) -> list[float]:
+    """DAPO's penalty of the last ``cache`` tokens before ``max_length``, from 0 to -1; see ``length.soft_overlong``."""
     return length.soft_overlong([len(ids) for ids in completion_ids], max_length=max_length, cache=cache)
 
 
 def repetition(completion_ids: list, *, ngram: int = 3, max_penalty: float = -1.0, **kwargs) -> list[float]:
+    """``max_penalty`` times the share of n-grams of tokens that occurred before; see ``length.repetition``."""
     return length.repetition(completion_ids, ngram=ngram, max_penalty=max_penalty)
 
 
 _TEXT = functools.partial(AnswerReward, refuse_copies=True)
 
 # Score, what an answer is, and how it becomes a reward.
-_ROWS: dict[str, tuple[Callable, str, Callable]] = {
+ANSWERS: dict[str, tuple[Callable, str, Callable]] = {
     "exact_match": (text.exact_match, "text", AnswerReward),
     "choice": (text.choice, "choice", AnswerReward),
     "yes_no": (text.yes_no, "yes_no", AnswerReward),
@@ -205,7 +227,7 @@ _ROWS: dict[str, tuple[Callable, str, Callable]] = {
     "weighted_match": (detection.weighted_match, "boxes", BoxReward),
     "mean_ap": (detection.mean_ap, "boxes", BoxReward),
 }
-_OTHERS: dict[str, Callable] = {
+OTHERS: dict[str, Callable] = {
     "format": format,
     "cosine_length": CosineLength,
     "soft_overlong": soft_overlong,
@@ -214,10 +236,10 @@ _OTHERS: dict[str, Callable] = {
     "judge": Judge,
     "reward_model": RewardModel,
 }
-NAMES = (*_ROWS, *_OTHERS)
+NAMES = (*ANSWERS, *OTHERS)
 
 
-def _options(target: Callable) -> dict[str, object]:
+def options_of(target: Callable) -> dict[str, object]:
     """The keyword-only parameters of a function or class, with their defaults."""
     return {p.name: p.default for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
@@ -225,9 +247,11 @@ def _options(target: Callable) -> dict[str, object]:
 def build(name: str, **options) -> Callable:
     """The built-in reward of a name, with its options. Raises ValueError for other names and options, with the valid ones."""
     require(name in NAMES, "reward", f"be one of {', '.join(NAMES)}", repr(name))
-    score, kind, target = _ROWS.get(name, (None, None, _OTHERS.get(name)))
+    score, kind, target = ANSWERS.get(name, (None, None, OTHERS.get(name)))
     sources = (target,) if score is None else (AnswerReward, target, score)
-    given = {option: default for source in sources for option, default in _options(source).items() if option != "refuse_copies"}
+    given = {
+        option: default for source in sources for option, default in options_of(source).items() if option != "refuse_copies"
+    }
     check_options(name, options, list(given))
     missing = [option for option, default in given.items() if default is inspect.Parameter.empty and option not in options]
     require(not missing, f"reward {name}", f"be given {', '.join(missing)}", ", ".join(options) or "no options")

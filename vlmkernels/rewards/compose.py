@@ -14,6 +14,7 @@ and ``on_error`` are those of ``Entry``; everything else is an option of the rew
 import asyncio
 import importlib
 import inspect
+import logging
 import math
 import queue
 import threading
@@ -29,6 +30,8 @@ import torch
 from vlmkernels.ops.checks import require, require_number, require_one_of, require_positive
 from vlmkernels.rewards.batch import Unparsed
 from vlmkernels.rewards.builtin import NAMES, PROVIDED, arguments_of, build, check_options, required_columns
+
+logger = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "skip")
 
@@ -160,6 +163,14 @@ class Rewards:
                 rule = f"have a column {name!r}, which reward {e.name} needs"
                 require(name in (*PROVIDED, *columns), dataset, rule, ", ".join(columns))
 
+    def check_row(self, row: dict, where: str) -> None:
+        """Raise where a row of the dataset holds what a built-in reward cannot compare an answer with."""
+        for e in self.entries:
+            try:
+                getattr(e.function, "check", lambda row: None)(row)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{where}: {error} (reward {e.name})") from error
+
     def __call__(self, num_completions: int, rows: list[int] | None = None, /, **arguments) -> Scores:
         """Score completions. Coroutine functions run together, beside the others.
 
@@ -182,6 +193,11 @@ class Rewards:
         scores = Scores(torch.empty(shape), *marks, torch.zeros(len(self.entries), dtype=torch.float64))
         for column, e in enumerate(self.entries):
             values, scores.seconds[column] = results[e.name]
+            failed = [index for index, value in enumerate(values) if isinstance(value, Exception)]
+            if failed and e.on_error == "skip":
+                first = values[failed[0]]
+                text = "reward %s failed for %d of %d completions, which it does not score; the first error: %s: %s"
+                logger.warning(text, e.name, len(failed), num_completions, type(first).__name__, first)
             for index, value in enumerate(values):
                 where = f"completion {index}" + ("" if rows is None else f" of sample {rows[index]}")
                 number = _number(e, value, where)

@@ -49,8 +49,7 @@ def _objects(value: object) -> list[str]:
 
 @pure(_objects)
 def chair(captions: list[str], objects: list[list[str]], *, vocabulary) -> list[float]:
-    """1 - CHAIR_i of each caption: the share of the objects it names that the image shows; 0 where it names none, so that
-    silence about objects does not pay.
+    """1 - CHAIR_i: the share of the objects a caption names that the image shows. 0 where it names none: silence does not pay.
 
     CHAIR counts every mention; here an object counts once, however often a caption names it.
     Source: https://arxiv.org/abs/1809.02156

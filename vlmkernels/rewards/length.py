@@ -23,7 +23,8 @@ def cosine_length(
         correct: whether each is right.
         right, wrong: the values at length 0 and at max_length.
         exceeded: the value of a completion of max_length tokens or more.
-    Source: https://arxiv.org/abs/2502.03373, equation 2; the defaults are its own but for ``wrong``, there (-10, 0).
+
+    Source: https://arxiv.org/abs/2502.03373, with right=(2, 1), wrong=(-10, 0), exceeded=-10; the defaults are open-r1's.
     """
     require(max_length > 0, "max_length", "be > 0", max_length)
 

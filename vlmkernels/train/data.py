@@ -5,10 +5,12 @@ image, a path, bytes, or a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` 
 functions. ``encode`` alone knows how a processor turns prompts and images into the one dict of model inputs.
 """
 
+import hashlib
 import io
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,15 @@ def encode(samples: list[Sample], processor, family: Family, chat_template_kwarg
         arguments["images"] = [sample.images for sample in samples]
     inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **arguments)
     num_images = torch.tensor([len(sample.images) for sample in samples])
-    return Batch.of(dict(inputs), family, num_images)
+    keys = torch.tensor([_key(image) for sample in samples for image in sample.images], dtype=torch.int64)
+    return replace(Batch.of(dict(inputs), family, num_images), image_keys=keys)
+
+
+def _key(image: Image.Image) -> int:
+    """A number that tells the image from others by its content."""
+    content = hashlib.blake2b(repr((image.mode, image.size, image.getpalette())).encode(), digest_size=8)
+    content.update(image.tobytes())
+    return int.from_bytes(content.digest(), "little", signed=True)
 
 
 def column_names(dataset) -> list[str]:
@@ -160,8 +170,15 @@ def _undecoded(dataset):
     return dataset
 
 
-def check_dataset(dataset, name: str, processor, chat_template_kwargs: dict | None = None) -> None:
-    """Raise for the first row that cannot be trained on: what ``read_sample`` and ``render`` refuse.
+def check_dataset(
+    dataset,
+    name: str,
+    processor,
+    chat_template_kwargs: dict | None = None,
+    check_row: Callable[[dict, str], None] | None = None,
+) -> None:
+    """Raise for the first row that cannot be trained on: what ``read_sample``, ``render`` and ``check_row`` refuse, which gets
+    the row and how to name it.
 
     Reads every row, of each image the header alone.
     """
@@ -177,6 +194,8 @@ def check_dataset(dataset, name: str, processor, chat_template_kwargs: dict | No
         if "prompt" not in rows[index]:
             raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
         render(read_sample(rows[index], index, decode=False), processor, **(chat_template_kwargs or {}))
+        if check_row is not None:
+            check_row(rows[index], f"{name}: sample {index}")
 
 
 def _resolve(row: dict, folder: Path) -> dict:
