@@ -2,17 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test bench lint gpu-build gpu-test gpu-bench clean
+.PHONY: setup demo demo-suite test bench lint gpu-build gpu-test gpu-bench clean
 setup: .venv/.installed
 
-# constraints.txt pins every package; CUDA code is compiled where nvcc is found.
+# constraints.txt pins every package; CUDA code is compiled where nvcc is found. Of lmms-eval the tests load a few functions,
+# which need none of its dependencies.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/lmms-eval lmms-eval==0.7.3
 	touch $@
 
 demo: setup
 	$(BIN)/vlmkernels demo
+
+demo-suite: setup
+	$(BIN)/vlmkernels demo --suite --output demo-suite-output
 
 test: setup
 	$(BIN)/python -m pytest -q tests
@@ -36,4 +41,4 @@ gpu-bench: gpu-build
 	$(PYTHON) -m pytest -q -p no:cacheprovider bench
 
 clean:
-	rm -rf .venv build vlmkernels/*.so *.egg-info demo-output
+	rm -rf .venv build vlmkernels/*.so *.egg-info demo-output demo-suite-output

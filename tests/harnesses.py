@@ -1,4 +1,4 @@
-"""The metric functions of lmms-eval's wheel, where `make harnesses` put it: .venv/lmms-eval, with none of its dependencies."""
+"""The metric functions of lmms-eval's wheel, where `make setup` put it: .venv/lmms-eval, with none of its dependencies."""
 
 import importlib.util
 import sys

@@ -404,7 +404,7 @@ def test_lmms_eval_text(tmp_path):
 
 def sampling(path: Path):
     """Arguments of predict: two completions of five samples."""
-    decoding = Decoding(num_generations=2, temperature=1.0, max_completion_length=4)
+    decoding = Decoding(num_generations=2, temperature=1.0, max_completion_length=4, batch_size=2)
     return tiny.vlm(), tiny.processor(), tiny.rows(5, "mixed"), decoding, path
 
 
@@ -624,8 +624,8 @@ def suite_runs(tmp_path_factory):
 
 def test_saved_predictions_of_the_suite(suite_runs, tmp_path, capsys):
     output = tmp_path / "out" / "eval.json"
-    state = {"log_history": [{"step": s, "reward": s / 10, "rewards/iou/mean": 0.5, "loss": 1.0} for s in (1, 2, 3)]}
-    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    log = [{"step": s, "reward": s / 10, "rewards/iou/mean": s / 5, "reward_std": s, "loss": 1.0} for s in (1, 2, 3)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     files = ["--predictions", str(suite_runs / "good.jsonl"), "--baseline", str(suite_runs / "poor.jsonl")]
     dataset = ["--dataset", "shapes-and-digits", "--count", "60", "--log", str(tmp_path / "trainer_state.json")]
     assert main(["eval", *files, *dataset, "--samples", "3", "--output", str(output)]) == 0
@@ -667,7 +667,7 @@ def test_several_checkpoints_and_several_seeds(suite_runs, tmp_path):
     assert [entry["step"] for entry in result["steps"]] == [10, 20]
     assert {"hidden", "cost"} < set(result["metrics"]["exact"]["accuracy"])
     assert 0 <= result["metrics"]["exact"]["rewards/cer"]["value"] <= 1
-    assert structure(output.with_suffix(".html")).count["polyline"] >= 3
+    assert structure(output.with_suffix(".html")).count["polyline"] >= 1
     files = sorted(tmp_path.glob("eval-*.jsonl"))
     assert len(files) == 2  # one of each model
     before = [file.stat().st_mtime_ns for file in files]

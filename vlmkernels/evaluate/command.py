@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_flag(decoding, "top_k", type=int, default=0, help="sample among this many most probable tokens; 0 = all")
     add_flag(decoding, "max_completion_length", type=int, default=512, help="the most tokens of a completion")
-    add_flag(decoding, "batch_size", type=int, default=8, help="prompts at a time, in greedy decoding")
+    add_flag(decoding, "batch_size", type=int, default=8, help="completions at a time")
     add_flag(decoding, "seed", type=int, default=0, help="of sampling")
     add_flag(decoding, "hide", choices=VIEWS[1:], help="measure again with the image grey, or none")
     add_flag(parser, "samples", type=int, default=12, help="samples of each group on the page")

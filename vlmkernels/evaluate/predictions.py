@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vlmkernels.models.batch import Batch
 from vlmkernels.models.families import family_of
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import IMAGE_COLUMNS, Sample, encode, read_sample
 from vlmkernels.train.model import inference
-from vlmkernels.train.rollout import Generate, tokenizer_of
+from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.scoring import resized_sizes
 
 GREY = (128, 128, 128)
@@ -229,8 +230,8 @@ class Decoding:
 class Sampler:
     """Completions of samples, the same whatever the batch size.
 
-    Greedy decoding runs ``batch_size`` prompts at a time. Sampling runs one prompt's completions at a time, which share its
-    prefix, from a random state that the seed, the sample's index and the view decide.
+    What is drawn for a sample is decided by the seed, its index and the view. A model whose completions ``generate`` samples
+    (see ``Generate``) takes one prompt at a time where the temperature is not 0.
     """
 
     def __init__(self, model, processor, decoding: Decoding):
@@ -241,20 +242,30 @@ class Sampler:
         names = ("max_completion_length", "top_p", "top_k")
         config = GRPOConfig(output_dir="unused", report_to="none", **{name: getattr(decoding, name) for name in names})
         self.generate = Generate(model, self.processor, config)
+        self.draws = decoding.temperature > 0
+        together = self.generate.by_groups or not self.draws
+        self.samples_at_a_time = max(1, decoding.batch_size // decoding.num_generations) if together else 1
 
-    @property
-    def samples_at_a_time(self) -> int:
-        return self.decoding.batch_size if self.decoding.temperature == 0 else 1
+    def _seed(self, sample: Sample, view: str) -> int:
+        key = f"{self.decoding.seed} {view} {sample.index}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+    def _rollout(self, samples: list[Sample], view: str, prompts: Batch) -> Rollout:
+        decoding, arguments = self.decoding, {}
+        if self.draws and self.generate.by_groups:
+            shape = decoding.num_generations, decoding.max_completion_length
+            seeded = [torch.Generator().manual_seed(self._seed(sample, view)) for sample in samples]
+            uniform = [torch.rand(shape, generator=generator, dtype=torch.float64) for generator in seeded]
+            arguments["uniform"] = torch.cat(uniform)
+        with torch.random.fork_rng(enabled=self.draws), inference(self.model):
+            if self.draws:
+                torch.manual_seed(self._seed(samples[0], view))
+            return self.generate(self.model, prompts, decoding.num_generations, decoding.temperature, **arguments)
 
     def __call__(self, samples: list[Sample], view: str) -> tuple[dict[int, list[Completion]], dict[int, list | None]]:
         """The completions of each sample, and the sizes of its images as the model sees them."""
         prompts = encode([hidden(sample, view) for sample in samples], self.processor, self.family)
-        with torch.random.fork_rng(), inference(self.model):
-            key = f"{self.decoding.seed} {view} {[sample.index for sample in samples]}"
-            torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big"))
-            rollout = self.generate(
-                self.model, prompts.to(self.model.device), self.decoding.num_generations, self.decoding.temperature
-            )
+        rollout = self._rollout(samples, view, prompts.to(self.model.device))
         ids = [i[m].tolist() for i, m in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         found: dict[int, list[Completion]] = {sample.index: [] for sample in samples}

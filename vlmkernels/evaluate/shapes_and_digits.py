@@ -103,7 +103,7 @@ def _mask(name: str, size: int) -> np.ndarray:
     return np.ones((size, size), bool)
 
 
-def _paint(shapes: Sequence[Shape], digits: Sequence[tuple[np.ndarray, tuple[int, int]]] = ()) -> Image.Image:
+def paint(shapes: Sequence[Shape], digits: Sequence[tuple[np.ndarray, tuple[int, int]]] = ()) -> Image.Image:
     pixels = np.full((SIDE, SIDE, 3), 255, np.uint8)
     for scan, (column, row) in digits:
         pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = scan[..., None]
@@ -138,13 +138,13 @@ def _counting(draw: Draw, scans: Scans) -> Task:
     rest = [kind for kind in KINDS if asked not in kind]
     kinds = [draw.of(fits) for _ in range(count)] + _others(draw, rest, 1, 3)
     what = f"{asked} shapes" if by_colour else f"{asked}es" if asked == "cross" else f"{asked}s"
-    return Task(f"How many {what}?", str(count), _paint(_scene(draw, kinds)))
+    return Task(f"How many {what}?", str(count), paint(_scene(draw, kinds)))
 
 
 def _colour(draw: Draw, scans: Scans) -> Task:
     colour, name = draw.of(KINDS)
     kinds = [(colour, name), *_others(draw, [kind for kind in KINDS if kind[1] != name], 1, 3)]
-    return Task(f"What colour is the {name}?", colour, _paint(_scene(draw, kinds)))
+    return Task(f"What colour is the {name}?", colour, paint(_scene(draw, kinds)))
 
 
 def _spatial(draw: Draw, scans: Scans) -> Task:
@@ -158,7 +158,7 @@ def _spatial(draw: Draw, scans: Scans) -> Task:
     free = [cell for cell in draw.shuffled(CELLS) if cell not in cells]
     kinds = [first, second, *others[: draw.of(range(3))]]
     shapes = [draw.shape(*kind, cell) for kind, cell in zip(kinds, cells + free, strict=False)]
-    return Task(f"Where is the {' '.join(first)} from the {' '.join(second)}?", answer, _paint(shapes))
+    return Task(f"Where is the {' '.join(first)} from the {' '.join(second)}?", answer, paint(shapes))
 
 
 def _grounding(draw: Draw, scans: Scans) -> Task:
@@ -166,7 +166,7 @@ def _grounding(draw: Draw, scans: Scans) -> Task:
     asked, *rest = draw.shuffled(KINDS)
     alike = draw.of([kind for kind in rest if kind[0] == asked[0] or kind[1] == asked[1]])
     shapes = _scene(draw, [asked, alike, *_others(draw, rest, 0, 2)])
-    return Task(f"Box the {' '.join(asked)}.", "[{},{},{},{}]".format(*shapes[0].box), _paint(shapes))
+    return Task(f"Box the {' '.join(asked)}.", "[{},{},{},{}]".format(*shapes[0].box), paint(shapes))
 
 
 def _ocr(draw: Draw, scans: Scans) -> Task:
@@ -176,7 +176,7 @@ def _ocr(draw: Draw, scans: Scans) -> Task:
     digits = [(scans.pixels[index], (start + place, row)) for place, index in enumerate(chosen)]
     free = [cell for cell in draw.shuffled(CELLS) if cell[1] != row]
     shapes = [draw.shape(*kind, cell) for kind, cell in zip(_others(draw, KINDS, 0, 2), free, strict=False)]
-    return Task("Read the number.", "".join(str(scans.digits[index]) for index in chosen), _paint(shapes, digits))
+    return Task("Read the number.", "".join(str(scans.digits[index]) for index in chosen), paint(shapes, digits))
 
 
 def _negation(draw: Draw, scans: Scans) -> Task:
@@ -186,7 +186,7 @@ def _negation(draw: Draw, scans: Scans) -> Task:
     decoys = [(colour, draw.of([s for s in SHAPES if s != name])), (draw.of([c for c in COLOURS if c != colour]), name)]
     rest = [kind for kind in KINDS if kind != asked]
     kinds = [asked, draw.of(decoys)] if present else decoys
-    image = _paint(_scene(draw, kinds + _others(draw, rest, 0, 2)))
+    image = paint(_scene(draw, kinds + _others(draw, rest, 0, 2)))
     return Task(f"Is there {'no' if negated else 'a'} {colour} {name}?", "yes" if present != negated else "no", image)
 
 
@@ -201,7 +201,7 @@ CATEGORIES: dict[str, tuple[str, Callable[[Draw, Scans], Task]]] = {
 
 
 @cache
-def _scans() -> dict[str, Scans]:
+def scans() -> dict[str, Scans]:
     """The scans of each split; dev and test share out those that the demo holds out."""
     train, held_out = load_scans()
     dev, test = (Scans(held_out.pixels[part::2], held_out.digits[part::2]) for part in (0, 1))
@@ -212,7 +212,7 @@ def sample(split: str, index: int) -> dict:
     """One row: prompt (a conversation), image, answer (text), task (of the evaluation) and category."""
     category = list(CATEGORIES)[index % len(CATEGORIES)]
     task, make = CATEGORIES[category]
-    question, answer, image = make(Draw(NAME, VERSION, split, index), _scans()[split])
+    question, answer, image = make(Draw(NAME, VERSION, split, index), scans()[split])
     content = [{"type": "image"}, {"type": "text", "text": question}]
     row = {"prompt": [{"role": "user", "content": content}], "image": image, "answer": answer}
     return {**row, "task": task, "category": category}

@@ -202,7 +202,7 @@ def stops(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedT
 
 
 class _Decoder:
-    def __init__(self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer) -> None:
+    def __init__(self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer, uniform) -> None:
         self.model, self.prompts, self.group_size, self.sampling = model, prompts, num_generations, sampling
         self.tokenizer, self.max_tokens, self.device = tokenizer, max_tokens, prompts.inputs["input_ids"].device
         self.count = len(prompts) * num_generations
@@ -219,7 +219,9 @@ class _Decoder:
         self.drawn: list[tuple[list[int], list[int]]] = []  # (completions, their lengths before) of each element of logps
         self.first: dict[int, torch.Tensor] = {}  # logits (V,) of each prompt's first completion token
         # A number for every token there may be: so what is drawn does not depend on which completions share a step.
-        self.uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64) if sampling.temperature else None
+        if uniform is None and sampling.temperature:
+            uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64)
+        self.uniform = uniform
         self.seen = None
         self.eos = torch.tensor(sampling.eos_token_id, device=self.device)
         self.suppressed = torch.tensor(sampling.suppress_tokens, device=self.device, dtype=torch.int64)
@@ -361,17 +363,19 @@ def decode_groups(
     max_num_seqs: int | None = None,
     max_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    uniform: torch.Tensor | None = None,
 ) -> Decoded:
     """Completions of prompts, equal to those of ``model.generate`` on ``num_generations`` copies of each up to rounding.
 
     A prompt is run once; its keys and values are held once. Completions leave the batch when they end, and others take their
-    slots. What is drawn depends on the CPU's random state alone, not on how many completions are decoded at a time.
+    slots. What is drawn depends on ``uniform`` alone, not on how many completions are decoded at a time.
 
     Args:
         model: one that ``vlmkernels.models.attention.use_group_attention`` was called on; perhaps with adapters.
         max_num_seqs: completions decoded at a time; default all.
         max_tokens: of the prompts run at a time; default all of those whose completions get slots.
         tokenizer: needed with stop strings.
+        uniform: (B, max_new_tokens) fp64 in [0, 1), on the CPU, which tokens are drawn with; default by its random state.
 
     Returns:
         See ``Decoded``.
@@ -383,4 +387,5 @@ def decode_groups(
     require(max_num_seqs is None or max_num_seqs >= 1, "max_num_seqs", "be None or >= 1", max_num_seqs)
     require(not sampling.stop_strings or tokenizer is not None, "tokenizer", "be given with stop_strings", None)
     count = len(prompts) * num_generations
-    return _Decoder(model, prompts, num_generations, sampling, min(max_num_seqs or count, count), max_tokens, tokenizer).run()
+    slots = min(max_num_seqs or count, count)
+    return _Decoder(model, prompts, num_generations, sampling, slots, max_tokens, tokenizer, uniform).run()
