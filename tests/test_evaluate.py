@@ -179,6 +179,8 @@ def test_text_metrics(tmp_path):
     assert got["cer"] == pytest.approx((1 + 4) / 9)
     assert got["wer"] == pytest.approx((1 + 1) / 3)
     assert got["exact_match"] == 0
+    several = values(tmp_path, "docvqa", [["abcd", "ab"]], ["ax"], metrics=("cer",))
+    assert several["cer"] == 0.5
     got = values(tmp_path, "chart", ["100", "yes", "0.25"], ["104.9", "Yes", "25%"])
     assert got["relaxed_accuracy"] == 1
     assert values(tmp_path, "chart", ["100", "100"], ["105", "105.1"])["relaxed_accuracy"] == 0.5
@@ -556,6 +558,12 @@ def test_bad_predictions(tmp_path, lines, message):
         ([{"answer": "a"}], {"metrics": ("acc@2",)}, "metric must be one of exact_match, .*acc@<IoU>.*, got 'acc@2'"),
         ([{"answer": "a"}], {"metrics": ("precison",)}, r"got 'precison' \(did you mean precision\?\)"),
         ([{"answer": "a"}], {"metrics": ("miou",)}, r"metric miou needs a task of grounding \(box answers\), got exact"),
+        ([{"answer": "a"}], {"metrics": ("pass@2",)}, "metric pass@2 must take at most the 1 completions of a sample, got 2"),
+        (
+            [{"answer": "a"}],
+            {"metrics": ("vqa_accuracy",)},
+            r"metric vqa_accuracy needs a task of vqa \(vqa answers\), got exact",
+        ),
         ([{"answer": "a"}], {"match": "lmms"}, "match must be one of vlmkernels, lmms-eval, vlmevalkit, vlm-r1, got 'lmms'"),
         ([{"answer": "a"}], {"by": "kind"}, r"by must be a column of the dataset \(prompt, answer\), got 'kind'"),
         ([{"answer": "a"}], {"confidence": 95}, r"confidence must be in \(0, 1\), got 95"),

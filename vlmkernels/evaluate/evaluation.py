@@ -182,18 +182,13 @@ class Evaluation:
         return self.views[1] if len(self.views) > 1 else None
 
     def _answers(self, indices: list[int], view: str) -> Answers:
-        scoring, rows = self.scoring, self.rows
-        tasks = {rows.tasks[index] for index in indices}
-        completions = [self.completions[view][index] for index in indices]
-        values = [
-            [scoring.harness.parse(rows.tasks[index], c.text) for c in group]
-            for index, group in zip(indices, completions, strict=True)
-        ]
+        """Completions of samples beside what the dataset says, not parsed yet."""
+        rows, completions = self.rows, [self.completions[view][index] for index in indices]
         known = lambda name: np.array([[_nan(getattr(c, name)) for c in group] for group in completions])  # noqa: E731
-        answers = Answers(
+        return Answers(
             indices=indices,
             texts=[[c.text for c in group] for group in completions],
-            values=values,
+            values=[[None for _ in group] for group in completions],
             references=[rows.references[index] for index in indices],
             rows=[rows.rows[index] for index in indices],
             prompts=[prompt_text(rows.rows[index]["prompt"]) for index in indices],
@@ -201,17 +196,17 @@ class Evaluation:
             truncated=known("truncated"),
             rewards={name: values[indices] for name, values in self.rewards.get(view, {}).items()},
         )
-        if len(tasks) > 1:
-            return answers
-        (task,) = tasks
-        if scoring.frame != "original" and TASKS[task].answer in ("box", "boxes", "point"):
+
+    def _parsed(self, answers: Answers, task: str) -> Answers:
+        """Answers of one task, read and told right from wrong."""
+        harness, vocabulary, kind = self.scoring.harness, self.scoring.vocabulary, TASKS[task].answer
+        answers = replace(answers, values=[[harness.parse(task, text) for text in group] for group in answers.texts])
+        if self.scoring.frame != "original" and kind in ("box", "boxes", "point"):
             answers = self._to_pixels(answers)
-        right = scoring.harness.right(task)
-        vocabulary = scoring.vocabulary
-        if TASKS[task].answer == "objects" and vocabulary is None:
+        if kind == "objects" and vocabulary is None:
             vocabulary = sorted({str(name) for shown in answers.references for name in shown})
-        correct = None if right is None else score(right, answers)
-        return replace(answers, correct=correct, vocabulary=vocabulary)
+        right = harness.right(task)
+        return replace(answers, correct=None if right is None else score(right, answers), vocabulary=vocabulary)
 
     def _to_pixels(self, answers: Answers) -> Answers:
         """Predicted boxes and points from their frame to pixels of the original image; those outside the frame are unread."""
@@ -234,18 +229,23 @@ class Evaluation:
     def _groups(self) -> dict[str, Group]:
         groups = {}
         for name, indices in self.rows.groups().items():
-            answers = {view: self._answers(indices, view) for view in self.views}
-            groups[name] = Group(name, self._metrics(self.rows.tasks[indices[0]], answers["image"]), answers)
-        unused = [metric for metric in self.scoring.metrics if not any(metric in group.metrics for group in groups.values())]
-        if unused:
-            kind, tasks = self.scoring.harness.metric(unused[0]).kind, sorted(set(self.rows.tasks))
-            able = [task for task in TASKS if self._suits(unused[0], task)]
-            raise ValueError(f"metric {unused[0]} needs a task of {', '.join(able)} ({kind} answers), got {', '.join(tasks)}")
+            task = self.rows.tasks[indices[0]]
+            answers = {view: self._parsed(self._answers(indices, view), task) for view in self.views}
+            groups[name] = Group(name, self._metrics(task, answers["image"]), answers)
+        for metric in self.scoring.metrics:
+            kind, tasks = self.scoring.harness.metric(metric).kind, sorted(set(self.rows.tasks))
+            if not any(metric in group.metrics for group in groups.values()):
+                able = [task for task in TASKS if self._suits(metric, task)]
+                raise ValueError(f"metric {metric} needs a task of {', '.join(able)} ({kind} answers), got {', '.join(tasks)}")
+            at, _, k = metric.partition("@")
+            count = len(self.completions["image"][0])
+            if at in ("pass", "maj"):
+                require(int(k) <= count, f"metric {metric}", f"take at most the {count} completions of a sample", k)
         return {ALL: self._whole(groups), **groups} if len(groups) > 1 else groups
 
     def _suits(self, name: str, task: str) -> bool:
         kind = self.scoring.harness.metric(name).kind
-        return kind in ("", TASKS[task].answer) or (kind == "right" and TASKS[task].right is not None)
+        return kind in ("", task, TASKS[task].answer) or (kind == "right" and TASKS[task].right is not None)
 
     def _metrics(self, task: str, answers: Answers) -> dict[str, Metric]:
         """The metrics of a group, but those of what is not known of its completions."""
@@ -274,10 +274,10 @@ class Evaluation:
         for view in self.views:
             whole = self._answers(list(range(len(self.rows))), view)
             correct = np.full(whole.shape, np.nan)
-            for group in groups.values():
-                if group.answers[view].correct is not None:
-                    correct[group.answers[view].indices] = group.answers[view].correct
-                for index, values in zip(group.answers[view].indices, group.answers[view].values, strict=True):
+            for part in (group.answers[view] for group in groups.values()):
+                if part.correct is not None:
+                    correct[part.indices] = part.correct
+                for index, values in zip(part.indices, part.values, strict=True):
                     whole.values[index] = values
             answers[view] = replace(whole, correct=None if np.isnan(correct).all() else correct)
         image = answers["image"]

@@ -88,12 +88,14 @@ def average_precision(threshold: float | None, answers: Answers) -> Statistic:
 
 
 def _error_rate(split: Callable[[str], Sequence], answers: Answers) -> Sums:
-    """Edit distance over the reference's length, both summed over samples, not clipped; no answer counts as an empty one."""
+    """Edit distance over the reference's length, both summed over samples, not clipped; no answer counts as an empty one. Of
+    several references, the one with the least share of errors."""
     from rapidfuzz.distance import Levenshtein
 
-    def statistic(value: str | None, reference: str) -> tuple[int, int]:
-        ours, theirs = split((value or "").strip()), split(str(reference).strip())
-        return Levenshtein.distance(ours, theirs), len(theirs)
+    def statistic(value: str | None, reference: Any) -> tuple[int, int]:
+        ours = split((value or "").strip())
+        several = [split(str(r).strip()) for r in (reference if isinstance(reference, (list, tuple)) else [reference])]
+        return min(((Levenshtein.distance(ours, r), len(r)) for r in several), key=lambda pair: pair[0] / max(pair[1], 1))
 
     return _sums(answers, statistic)
 
@@ -207,8 +209,8 @@ def _hashable(value):
 
 @dataclass(frozen=True)
 class Metric:
-    """statistic: of the answers. kind: of the answers that it takes, "" = of any task, "right" = those that are right or wrong.
-    sign: +1 where more is better, -1 where less is, 0 where neither. share: shown in percent."""
+    """statistic: of the answers. kind: of the answers that it takes, or their task; "" = any, "right" = those that are right
+    or wrong. sign: +1 where more is better, -1 where less is, 0 where neither. share: shown in percent."""
 
     statistic: Callable[[Answers], Statistic]
     kind: str
@@ -225,18 +227,16 @@ METRICS: dict[str, Metric] = {
     "anls": Metric(_mean(text.anls), "text", "average normalised Levenshtein similarity, 0 below 0.5"),
     "cer": Metric(partial(_error_rate, str), "text", "character error rate over all samples", -1),
     "wer": Metric(partial(_error_rate, str.split), "text", "word error rate over all samples", -1),
-    "vqa_accuracy": Metric(_vqa, "text", "agreement with people (VQAv2)"),
+    "vqa_accuracy": Metric(_vqa, "vqa", "agreement with people (VQAv2)"),
     "precision": Metric(pope(_precision), "yes_no", "of the answers yes, those that are right"),
     "recall": Metric(pope(_recall), "yes_no", "of what is there, what was found"),
     "f1": Metric(pope(_f1), "yes_no", "harmonic mean of precision and recall"),
     "yes_ratio": Metric(pope(_yes_ratio), "yes_no", "the share of answers that are yes", 0),
-    "mme_accuracy": Metric(partial(_mme, single=1, both=0, per_category=False), "yes_no", "questions answered right"),
-    "mme_accuracy_plus": Metric(
-        partial(_mme, single=0, both=1, per_category=False), "yes_no", "images with both questions right"
-    ),
+    "mme_accuracy": Metric(partial(_mme, single=1, both=0, per_category=False), "mme", "questions answered right"),
+    "mme_accuracy_plus": Metric(partial(_mme, single=0, both=1, per_category=False), "mme", "images with both questions right"),
     "mme_score": Metric(
         partial(_mme, single=100, both=100, per_category=True),
-        "yes_no",
+        "mme",
         "100 (accuracy + accuracy plus), summed over categories",
         share=False,
     ),
