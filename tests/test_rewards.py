@@ -532,8 +532,9 @@ def test_a_reward_that_raises_names_the_sample_or_is_skipped(function, caplog):
     def needs(**kwargs):
         raise ImportError("no such package")
 
-    with pytest.raises(ImportError, match="no such package"):  # no fault of a sample's
-        Rewards({"name": needs, "on_error": "skip"})(3, **given)
+    for timeout in ({}, {"timeout": 1}):
+        with pytest.raises(ImportError, match="no such package"):  # no fault of a sample's
+            Rewards({"name": needs, "on_error": "skip", **timeout})(3, **given)
 
 
 def slow(completions, **kwargs):

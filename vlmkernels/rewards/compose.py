@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from numbers import Real
 from typing import NamedTuple
 
@@ -171,6 +171,14 @@ class Rewards:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{where}: {error} (reward {e.name})") from error
 
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """One loop for coroutine functions, in a thread of its own: the caller may be in another, and what they keep belongs to
+        the loop that made it."""
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        return loop
+
     def __call__(self, num_completions: int, rows: list[int] | None = None, /, **arguments) -> Scores:
         """Score completions. Coroutine functions run together, beside the others.
 
@@ -181,40 +189,48 @@ class Rewards:
         """
         results: dict[str, tuple[list, float]] = {}
         waiting = [e for e in self.entries if e.is_async]
-        with _Loop(_all(waiting, num_completions, arguments)) as later:
+        later = waiting and asyncio.run_coroutine_threadsafe(_all(waiting, num_completions, arguments), self._loop)
+        try:
             for e in self.entries:
                 if not e.is_async:
                     start = time.perf_counter()
                     results[e.name] = _call(e, num_completions, arguments), time.perf_counter() - start
-        results |= dict(zip([e.name for e in waiting], later.result, strict=True))
+            if waiting:
+                results |= dict(zip([e.name for e in waiting], later.result(), strict=True))
+        finally:
+            if waiting:
+                later.cancel()
 
-        shape = num_completions, len(self.entries)
-        marks = [torch.zeros(shape, dtype=torch.bool) for _ in ("unparsed", "failed")]
-        scores = Scores(torch.empty(shape), *marks, torch.zeros(len(self.entries), dtype=torch.float64))
-        for column, e in enumerate(self.entries):
-            values, scores.seconds[column] = results[e.name]
-            failed = [index for index, value in enumerate(values) if isinstance(value, Exception)]
-            if failed and e.on_error == "skip":
-                first = values[failed[0]]
-                text = "reward %s failed for %d of %d completions, which it does not score; the first error: %s: %s"
-                logger.warning(text, e.name, len(failed), num_completions, type(first).__name__, first)
-            for index, value in enumerate(values):
-                where = f"completion {index}" + ("" if rows is None else f" of sample {rows[index]}")
-                number = _number(e, value, where)
-                scores.rewards[index, column] = math.nan if number is None else number
-                scores.unparsed[index, column] = isinstance(value, Unparsed)
-                scores.failed[index, column] = isinstance(value, Exception)
-        return scores
+        where = lambda i: f"completion {i}" + ("" if rows is None else f" of sample {rows[i]}")  # noqa: E731
+        values = [results[e.name][0] for e in self.entries]
+        numbers = [
+            [_number(e, value, where(i)) for i, value in enumerate(of)] for e, of in zip(self.entries, values, strict=True)
+        ]
+        for e, of in zip(self.entries, values, strict=True):
+            _warn(e, of)
+        return Scores(
+            torch.tensor(numbers, dtype=torch.float32).T.contiguous(),
+            *(torch.tensor([[isinstance(v, kind) for v in of] for of in values]).T for kind in (Unparsed, Exception)),
+            torch.tensor([results[e.name][1] for e in self.entries], dtype=torch.float64),
+        )
 
 
-def _number(e: Entry, value, where: str) -> float | None:
-    """What a function returned for a completion, as a number, or None where it is not scored."""
+def _warn(e: Entry, values: list) -> None:
+    """Say which completions were skipped, and why the first of them."""
+    errors = [value for value in values if isinstance(value, Exception)]
+    if errors:
+        text = "reward %s failed for %d of %d completions, which it does not score; the first error: %s: %s"
+        logger.warning(text, e.name, len(errors), len(values), type(errors[0]).__name__, errors[0])
+
+
+def _number(e: Entry, value, where: str) -> float:
+    """What a function returned for a completion, as a number, NaN where it is not scored."""
     if isinstance(value, Exception):
         if e.on_error == "skip":
-            return None
+            return math.nan
         raise RuntimeError(f"reward {e.name} failed for {where}: {type(value).__name__}: {value}") from value
     if value is None or isinstance(value, Unparsed):
-        return value
+        return math.nan if value is None else value
     value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"reward {e.name} must return finite numbers or None, got {value!r:.80} for {where}")
@@ -247,11 +263,10 @@ def _call(e: Entry, count: int, arguments: dict) -> list:
             results = [_attempt(e.function, one) for one in _each(arguments, count)]
             return _attributed(e, results, error)
         return _as_list(scores, e.name, count)
-    worker = _Worker(e.function)
-    results = []
+    worker, results = _Worker(e.function), []
     for one in _each(arguments, count):
+        worker = _Worker(e.function) if worker.left else worker
         results.append(worker.call(one, e.timeout))
-        worker = _Worker(e.function) if isinstance(results[-1], TimeoutError) else worker
     worker.stop()
     return _single(e, results)
 
@@ -274,11 +289,12 @@ async def _call_async(e: Entry, count: int, arguments: dict) -> tuple[list, floa
         scores = _single(e, await all_of_them())
     else:
         try:
-            scores = _as_list(await e.function(**arguments), e.name, count)
+            scores = await e.function(**arguments)
         except ImportError:
             raise
         except Exception as error:
             scores = _attributed(e, await all_of_them(), error)
+        scores = _as_list(scores, e.name, count)
     return scores, time.perf_counter() - start
 
 
@@ -295,6 +311,9 @@ def _attempt(function: Callable, arguments: dict):
 
 def _single(e: Entry, results: list) -> list:
     """Of calls with one completion each, the score or exception."""
+    for result in results:
+        if isinstance(result, ImportError):
+            raise result
     return [r if isinstance(r, Exception) else _as_list(r, e.name, 1)[0] for r in results]
 
 
@@ -306,12 +325,13 @@ def _attributed(e: Entry, results: list, error: Exception) -> list:
 
 
 class _Worker:
-    """A thread that calls a function, so that the caller need not wait for it for ever. A call that takes too long is left
-    behind: Python cannot end it, but the thread does not keep the process alive."""
+    """A thread that calls a function, so that the caller need not wait for it for ever. ``left``: a call took too long and was
+    left behind; Python cannot end it, but the thread does not keep the process alive."""
 
     def __init__(self, function: Callable):
         self.tasks: queue.SimpleQueue = queue.SimpleQueue()
         self.results: queue.SimpleQueue = queue.SimpleQueue()
+        self.left = False
         threading.Thread(target=self._run, args=(function,), daemon=True).start()
 
     def _run(self, function: Callable) -> None:
@@ -323,31 +343,9 @@ class _Worker:
         try:
             return self.results.get(timeout=timeout)
         except queue.Empty:
+            self.left = True
             self.stop()
             return TimeoutError(f"no result within {timeout} s")
 
     def stop(self) -> None:
         self.tasks.put(None)
-
-
-class _Loop:
-    """Runs a coroutine in a thread of its own while the block runs, whatever event loop the caller is in; then ``result``."""
-
-    def __init__(self, coroutine):
-        self.coroutine, self.result, self.error = coroutine, None, None
-        self.thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        try:
-            self.result = asyncio.run(self.coroutine)
-        except Exception as error:
-            self.error = error
-
-    def __enter__(self) -> "_Loop":
-        self.thread.start()
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self.thread.join()
-        if self.error is not None and kind is None:
-            raise self.error

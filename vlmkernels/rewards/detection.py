@@ -18,7 +18,7 @@ from vlmkernels.rewards.batch import pure, third_party
 
 CHUNK = 2**18  # pairs of boxes at a time
 IOU_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10))  # COCO's
-RECALLS = torch.linspace(0, 1, 101, dtype=torch.float64)
+RECALLS = torch.from_numpy(np.linspace(0, 1, 101))  # to the bit; torch.linspace rounds otherwise
 
 
 class Pairs(NamedTuple):
@@ -45,7 +45,8 @@ def _in_order(boxes: Boxes) -> Boxes:
     """The most confident first; those without a score are certain."""
     if boxes.scores.count(None) == len(boxes.scores):
         return boxes
-    order = sorted(range(len(boxes.scores)), key=lambda i: -math.inf if boxes.scores[i] is None else -boxes.scores[i])
+    key = [-math.inf if score is None else -score for score in boxes.scores]
+    order = sorted(range(len(key)), key=key.__getitem__)
     return Boxes(boxes.boxes[order], [boxes.labels[i] for i in order], [boxes.scores[i] for i in order])
 
 
