@@ -7,11 +7,12 @@ replicate then is a vector of weights, and all replicates of a metric are one ma
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-REPLICATES = 2000
+REPLICATES = 1000
 CHUNK = 2**24  # weights at a time
 
 
@@ -70,19 +71,26 @@ def point_value(statistic: Statistic) -> float:
     return float(statistic.value(np.ones((1, num_samples)), np.ones((1, num_seeds)))[0])
 
 
-def _replicates(statistics: list[Statistic], options: "Bootstrap") -> np.ndarray:
-    """The metrics of (len(statistics), R) bootstrap replicates, the same samples and runs drawn for all statistics."""
-    rng = np.random.default_rng(options.seed)
-    num_samples = statistics[0].shape[0]
-    most = [getattr(statistic, "max_replicates", options.replicates) for statistic in statistics]
-    replicates = min(options.replicates, *most)
+@lru_cache(maxsize=2)
+def _weights(num_samples: int, options: "Bootstrap", start: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each sample, (rows, num_samples), and each run, (rows, runs), is drawn; kept for the next metric of a group."""
+    rng = np.random.default_rng([options.seed, start])
+    draw = lambda n: rng.multinomial(n, np.full(n, 1 / n), rows).astype(np.float64)  # noqa: E731
+    return draw(num_samples), draw(options.runs)
+
+
+def _replicates(statistic: Statistic, options: "Bootstrap") -> np.ndarray:
+    """The metric of R bootstrap replicates: the same ones for all metrics of as many samples, so that two runs are paired."""
+    num_samples = statistic.shape[0]
+    count = min(options.replicates, getattr(statistic, "max_replicates", options.replicates))
     step, parts = max(1, CHUNK // num_samples), []
-    for start in range(0, replicates, step):
-        rows = min(step, replicates - start)
-        samples = rng.multinomial(num_samples, np.full(num_samples, 1 / num_samples), rows).astype(np.float64)
-        runs = rng.multinomial(options.runs, np.full(options.runs, 1 / options.runs), rows).astype(np.float64)
-        parts.append([statistic.value(samples, _per_completion(runs, statistic)) for statistic in statistics])
-    return np.concatenate(parts, 1)
+    for start in range(0, options.replicates, step):
+        samples, runs = _weights(num_samples, options, start, min(step, options.replicates - start))
+        samples, runs = samples[: count - start], runs[: count - start]
+        parts.append(statistic.value(samples, _per_completion(runs, statistic)))
+        if start + step >= count:
+            break
+    return np.concatenate(parts)
 
 
 def _per_completion(runs: np.ndarray, statistic: Statistic) -> np.ndarray:
@@ -116,7 +124,7 @@ class Bootstrap:
 
 def estimate(statistic: Statistic, options: Bootstrap = Bootstrap()) -> Estimate:
     """The metric with its percentile bootstrap interval."""
-    low, high = _interval(_replicates([statistic], options)[0], options.confidence)
+    low, high = _interval(_replicates(statistic, options), options.confidence)
     return Estimate(point_value(statistic), low, high, statistic.shape[0])
 
 
@@ -136,7 +144,7 @@ def compare(ours: Statistic, theirs: Statistic, options: Bootstrap = Bootstrap()
     """
     from scipy.stats import binomtest
 
-    values = np.diff(_replicates([theirs, ours], options), axis=0)[0]
+    values = _replicates(ours, options) - _replicates(theirs, options)
     low, high = _interval(values, options.confidence)
     value = point_value(ours) - point_value(theirs)
     a, b = _outcomes(ours), _outcomes(theirs)
