@@ -576,6 +576,25 @@ def test_bad_datasets(tmp_path, rows, scoring, message):
         Evaluation(given(tmp_path / "p.jsonl", ["a"] * len(rows)), rows, Scoring(**scoring))
 
 
+def test_rows_of_datasets(tmp_path):
+    """A datasets.Dataset with images gives what a list of rows does, and saves to a folder that the command line reads."""
+    from datasets import Dataset
+
+    rows = [{**row, "task": "ocr"} for row in tiny.rows(4, "one")]
+    stored = Dataset.from_list(rows)
+    saved = given(tmp_path / "p.jsonl", ["0", "1", "x", "3"])
+    ours, theirs = (Evaluation(saved, data, Scoring(replicates=2)) for data in (stored, rows))
+    assert ours.value("ocr", "exact_match") == theirs.value("ocr", "exact_match") == 0.75
+    assert ours.rows.sample(1).images[0].tobytes() == rows[1]["image"].tobytes()
+    stored.save_to_disk(tmp_path / "data")
+    flags = ["--dataset", str(tmp_path / "data"), "--count", "3", "--predictions", str(tmp_path / "three.jsonl")]
+    given(tmp_path / "three.jsonl", ["0", "1", "x"])
+    assert main(["eval", *flags, "--reward", "cer", "--output", str(tmp_path / "eval.json")]) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["metrics"]["ocr"]["exact_match"]["value"] == pytest.approx(2 / 3)
+    assert result["rewards"] == {"cer": pytest.approx(2 / 3)}
+
+
 def test_bad_decoding():
     with pytest.raises(ValueError, match="temperature must be > 0 for several completions"):
         Decoding(num_generations=2)

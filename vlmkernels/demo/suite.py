@@ -66,10 +66,10 @@ GRPO = {
 
 
 class Rows(Sequence[dict]):
-    """The rows of a split with the columns that ``REWARDS`` take."""
+    """The first rows of the train split, with the columns that ``REWARDS`` take."""
 
-    def __init__(self, split: str):
-        self.rows = suite.Split(split)
+    def __init__(self, count: int):
+        self.rows = suite.Split("train", min(count, suite.SPLITS["train"]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -198,7 +198,8 @@ def train(model, processor, seed: int, steps: int, output: Path) -> list[dict]:
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = GRPOTrainer(model, REWARDS, config, Rows("train"), processing_class=processor, callbacks=[Progress()])
+    rows = Rows(steps * config.prompts_per_generation)
+    trainer = GRPOTrainer(model, REWARDS, config, rows, processing_class=processor, callbacks=[Progress()])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.state.log_history
@@ -247,6 +248,7 @@ def run(seed: int, steps: int, output: Path) -> int:
         "seed": seed,
         "steps": steps,
         "grpo_config": GRPO,
+        "reported": {ALL: "accuracy", **METRICS},
         "seconds": {"supervised": round(warmup_seconds, 1), "grpo": round(train_seconds, 1)},
         "before": to_json(before)["metrics"],
         **to_json(after, before),

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -128,6 +129,8 @@ def legacy(evaluation, rewards: list[str]) -> dict:
 def main(argv: list[str]) -> int:
     flags = parser()
     args = flags.parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        flags.error("it runs in one process, not under torchrun: its predictions go to one file")
     if bool(args.model) == bool(args.predictions):
         flags.error("--model or --predictions must be given, one of them")
 
