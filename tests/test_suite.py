@@ -17,7 +17,7 @@ PART = 60
 
 
 def parts(row):
-    words = row["prompt"][0]["content"][1]["text"].rstrip("?.").split()
+    words = row["prompt"][0]["content"][0]["text"].rstrip("?.").split()
     return words, np.asarray(row["image"]).astype(int), row["answer"]
 
 
@@ -161,7 +161,7 @@ def test_every_word_is_a_token_and_every_answer_fits():
     rows = suite.Split("train", 600)
     tokenizer = build_tokenizer(demo.words(rows))
     for row in rows:
-        for word in row["prompt"][0]["content"][1]["text"].rstrip("?.").split():
+        for word in row["prompt"][0]["content"][0]["text"].rstrip("?.").split():
             assert len(tokenizer.tokenize(f" {word}")) <= 2  # a first word has no space before it
         assert (
             len(tokenizer.tokenize(row["answer"]))

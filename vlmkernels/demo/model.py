@@ -66,15 +66,15 @@ def build_processor(texts: Sequence[str] = (PROMPT,)) -> Qwen2_5_VLProcessor:
     )
 
 
-def build_model(processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Some 600 thousand random weights: a windowed and a full block in the vision tower, two layers in the text model."""
+def build_model(processor: Qwen2_5_VLProcessor, seed: int, num_layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
+    """Some 600 thousand random weights: a windowed and a full block in the vision tower, ``num_layers`` in the text model."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

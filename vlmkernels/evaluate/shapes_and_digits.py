@@ -39,16 +39,16 @@ SPLITS = {"train": 24000, "dev": 600, "test": 1200}  # samples; the six categori
 # SHA-256 of each whole split, and of its first 60 rows.
 CHECKSUMS = {
     "train": (
-        "5d8bff51d10693d9b5f5a9b95fbf3baa08861646c563f5be73351bdea3019963",
-        "4b60ea1e26fe0693bea5114979fb5ea4ef39152f6eee9cf4dbd1789f0d057925",
+        "3dc1a7fcbd6e5c7a2957f6da2a07c98d5d44e7fb6d7e8a58a2a1b4c54b0e132d",
+        "dffbdd459291f6f595485f8fbe743da8144095d6c03d6b379f79daab9d290132",
     ),
     "dev": (
-        "d6b80950600bee26ec56ff370fda98e014a77dc6bc36df52cdb89c2ba56b1dca",
-        "2a88cd2d71e13c935236ecfed974981028431b4bfd0b907c38133464c6eb7be8",
+        "8ced79c1aa3479d8f266cf7b3287cb0b3fb5ed4fefc3543dbf98cba4ad93c44e",
+        "394413d4cbfd1298109f8819abba76106038782cb006dc78c4937e7d4a31fa3b",
     ),
     "test": (
-        "69cc8142bb8da617216fe159e140461ef130866778d9f1abb5f5ea91763657dd",
-        "bc9fc5d6c16bb28c6f79ea814e32d52b518e59bf74996579a93f76b318afc0c8",
+        "f4cc2cbe69fcf6f1cc6271b7963226d50f31cd4578e4d031643a8e4dafe1fe9f",
+        "bd24649975502e1d0b12d488a4bc83f8182e3f851b0221e1f779b1db74730820",
     ),
 }
 
@@ -220,7 +220,7 @@ def sample(split: str, index: int) -> dict:
     category = list(CATEGORIES)[index % len(CATEGORIES)]
     task, make = CATEGORIES[category]
     question, answer, image = make(Draw(NAME, VERSION, split, index), scans()[split])
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    content = [{"type": "text", "text": question}, {"type": "image"}]
     row = {"prompt": [{"role": "user", "content": content}], "image": image, "answer": answer}
     return {**row, "task": task, "category": category}
 
