@@ -567,11 +567,12 @@ def test_bad_predictions(tmp_path, lines, message):
         ([{"answer": "a"}], {"match": "lmms"}, "match must be one of vlmkernels, lmms-eval, vlmevalkit, vlm-r1, got 'lmms'"),
         ([{"answer": "a"}], {"by": "kind"}, r"by must be a column of the dataset \(prompt, answer\), got 'kind'"),
         ([{"answer": "a"}], {"confidence": 95}, r"confidence must be in \(0, 1\), got 95"),
+        ([{"question": "?", "answer": "a"}], {}, "sample 0: dataset must have a column 'prompt', got question, answer"),
         ([], {}, "dataset must hold at least one sample, got 0"),
     ],
 )
 def test_bad_datasets(tmp_path, rows, scoring, message):
-    rows = [{"prompt": "?", **row} for row in rows]
+    rows = [row if "question" in row else {"prompt": "?", **row} for row in rows]
     with pytest.raises((ValueError, TypeError), match=message):
         Evaluation(given(tmp_path / "p.jsonl", ["a"] * len(rows)), rows, Scoring(**scoring))
 

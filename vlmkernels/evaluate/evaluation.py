@@ -123,6 +123,8 @@ class Rows:
 
     def _reference(self, index: int, names: Sequence[str]) -> Any:
         row, task = self.rows[index], self.tasks[index]
+        if "prompt" not in row:
+            raise ValueError(f"sample {index}: dataset must have a column 'prompt', got {', '.join(row)}")
         _require_task(f"sample {index}: task", task)
         column = TASKS[task].column
         if column not in row and task != "open":
