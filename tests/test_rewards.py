@@ -92,7 +92,9 @@ def test_sizes_of_boxes():
     iou = build("iou", frame="resized")
     with pytest.raises(ValueError, match="resized sizes must be given to convert from the frame resized to original, got None"):
         iou(["[1, 1, 2, 2]"], answer=[[1, 1, 2, 2]])
-    with pytest.raises(ValueError, match=r"references\[1\] must lie in the frame original, got \[\[0.0, 0.0, 500.0, 10.0\]\]"):
+    with pytest.raises(
+        ValueError, match=r"references\[1\] must lie in the frame original of 400 x 200, got \[\[0.0, 0.0, 500.0, 10.0\]\]"
+    ):
         build("iou")(["[1, 1, 2, 2]"] * 2, answer=[None, [0, 0, 500, 10]], image_sizes=[[(400, 200)]] * 2)
     with pytest.raises(ValueError, match=r"image_sizes and resized_sizes must be known to convert .* got None at index 1"):
         iou(["[1, 1, 2, 2]"] * 2, answer=[[1, 1, 2, 2]] * 2, image_sizes=[[(4, 4)]] * 2, resized_sizes=[[(4, 4)], None])
@@ -293,6 +295,18 @@ def test_judge_that_is_down_slow_or_spent(endpoint):
 def test_wrong_judges(options, message):
     with pytest.raises(ValueError, match=message):
         Judge(**{"url": "http://127.0.0.1/v1", "model": "m", **options})
+
+
+def test_scores_of_replies():
+    for reply, score in {"Score: 8": 0.8, "**Score:** 8.5/10": 0.85, " 10 ": 1, "Score: 3\nscore = 3.0": 0.3}.items():
+        assert parse_score(reply, 0, 10) == pytest.approx(score)
+    assert parse_score("Score: -5", -10, 10) == 0.25
+    for reply in ("", "good", "Score: high", "Score: 3, no, score: 4", "3 of 10"):
+        with pytest.raises(ValueError, match="the judge's reply must hold one score, got"):
+            parse_score(reply, 0, 10)
+    for reply in ("Score: 11", "Score: -1", "Score: 12345678901"):
+        with pytest.raises(ValueError, match=r"the judge's score must be in \[0, 10\], got"):
+            parse_score(reply, 0, 10)
 
 
 # Hacks

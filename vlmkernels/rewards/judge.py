@@ -23,7 +23,7 @@ Question: {prompt}
 Right answer: {reference}
 Answer: {completion}
 Reply with one line, "Score: " and a number."""
-_SCORE = re.compile(r"score\W{1,4}([-+]?\d+(?:\.\d+)?)(?![\d.]*\d)", re.IGNORECASE)
+_SCORE = re.compile(r"score[^\w+-]{1,4}([-+]?\d+(?:\.\d+)?)(?![\d.]*\d)", re.IGNORECASE)
 _FINAL = (400, 401, 403, 404, 405, 413, 422)  # statuses that another try would get again
 
 
