@@ -235,9 +235,11 @@ def test_judge_scores(endpoint, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     endpoint.replies = [lambda body: "Score: 10" if "good" in body["messages"][0]["content"][0]["text"] else "score = 2.5"]
     reward = judge(endpoint, column="answer", with_images=True, api_key_env="JUDGE_KEY")
-    images = [[Image.new("RGB", (4, 4))]] * 2
-    result = Rewards(reward)(2, prompts=["q"] * 2, completions=["a good one", message("bad")], images=images, answer=["r", "r"])
-    assert result.rewards[:, 0].tolist() == [1, 0.25]
+    images = [[Image.new("RGB", (4, 4))]] * 3
+    completions = ["a good one", message("bad"), "good, but of another task"]
+    result = Rewards(reward)(3, prompts=["q"] * 3, completions=completions, images=images, answer=["r", "r", None])
+    assert result.rewards[:, 0].nan_to_num(9).tolist() == [1, 0.25, 9]
+    assert len(endpoint.seen) == 2
     path, key, body = endpoint.seen[0]
     assert (path, key, body["model"], body["temperature"]) == ("/v1/chat/completions", "Bearer secret", "m", 0)
     content = body["messages"][0]["content"]
@@ -288,6 +290,10 @@ def test_judge_that_is_down_slow_or_spent(endpoint):
     [
         ({"url": "localhost"}, "url must begin with http:// or https://, got 'localhost'"),
         ({"template": "rate it"}, "template must hold {completion}, got 'rate it'"),
+        (
+            {"template": "{completion} as {'score': 1}"},
+            "template must have no fields but prompt, completion, .* for a brace, got",
+        ),
         ({"scale": (1, 1)}, r"scale must be \(lowest, highest\), got \(1, 1\)"),
         ({"retries": -1}, "retries must be >= 0, got -1"),
     ],
