@@ -4,13 +4,12 @@ import importlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-from vlmkernels.ops.checks import require
+import torch
 
-# Where a function stands, "module:name", and what is put there.
-Replacements = dict[str, Callable]
+from vlmkernels.ops.checks import require
 
 
 def parameters(function: Callable) -> list[tuple]:
@@ -18,6 +17,9 @@ def parameters(function: Callable) -> list[tuple]:
     if isinstance(function, type):
         methods = [vars(function).get(name) for name in ("__init__", "forward", "apply")]
         return [row for method in methods if method is not None for row in parameters(method)]
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return parameters(owner.forward)[1:]  # its apply takes what forward takes after ctx
     function = getattr(function, "__func__", function)  # of a staticmethod
     return [(str(p.kind), p.name, p.default) for p in inspect.signature(function).parameters.values()]
 
@@ -37,8 +39,9 @@ class Patch:
     Args:
         name: of the call that makes it, for errors.
         library: the distribution patched, for errors.
-        version: those whose functions are known to mean what ours do, as prefixes.
-        replacements: ours, which take the same parameters: "module:name" -> function or class.
+        versions: those whose functions are known to mean what ours do, as prefixes.
+        replacements: "module:name" -> our function or class, which takes the same parameters.
+        entries: "module:name" of a dict -> what to add to it.
 
     Raises:
         ModuleNotFoundError: the library is not installed.
@@ -48,38 +51,52 @@ class Patch:
 
     _active: ClassVar[dict[str, "Patch"]] = {}
 
-    def __init__(self, name: str, library: str, version: tuple[str, ...], replacements: Replacements) -> None:
+    def __init__(
+        self,
+        name: str,
+        library: str,
+        versions: tuple[str, ...],
+        replacements: Mapping[str, Callable],
+        entries: Mapping[str, Mapping] | None = None,
+    ) -> None:
         require(name not in self._active, name, "be undone before it is called again", "a second call", RuntimeError)
         try:
             installed = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError as error:
             raise ModuleNotFoundError(f"{name} needs {library}, which is not installed") from error
-        rule = f"be given {library} {' or '.join(v + '*' for v in version)}"
-        require(installed.startswith(version), name, rule, installed, RuntimeError)
-        found = []
-        for place, ours in replacements.items():
+        rule = f"be given {library} {' or '.join(v + '*' for v in versions)}"
+        require(installed.startswith(versions), name, rule, installed, RuntimeError)
+        functions, self._entries = [], []
+        for place, ours in (*replacements.items(), *(entries or {}).items()):
             module, attribute = place.split(":")
             theirs = vars(importlib.import_module(module)).get(attribute)
-            rule = f"find {place} with the parameters of {library} {version[0]}*"
-            same = theirs is not None and parameters(theirs) == parameters(ours)
-            require(same, name, rule, f"{theirs} of {installed}", RuntimeError)
-            found.append((attribute, theirs, ours))
-        self.name = name
+            if place in replacements:
+                same = theirs is not None and parameters(theirs) == parameters(ours)
+                functions.append((attribute, theirs, ours, held_by(ours, attribute)))
+            else:
+                same = isinstance(theirs, dict)
+                self._entries.append((theirs, ours))
+            require(same, name, f"find {place} as in {library} {versions[0]}*", f"{theirs} of {installed}", RuntimeError)
+        self.name, self._functions = name, functions
         self._active[name] = self
-        self._replaced = [(attribute, theirs, ours, held_by(ours, attribute)) for attribute, theirs, ours in found]
-        for attribute, theirs, ours, _ in self._replaced:
+        for attribute, theirs, ours, _ in functions:
             for space in held_by(theirs, attribute):
                 space[attribute] = ours
+        for registry, ours in self._entries:
+            registry.update(ours)
 
     def undo(self) -> None:
         """Put everything back; a second call does nothing."""
-        for attribute, theirs, ours, before in self._replaced:
+        if self._active.get(self.name) is not self:
+            return
+        del self._active[self.name]
+        for attribute, theirs, ours, before in self._functions:
             for space in held_by(ours, attribute):
                 if not any(space is own for own in before):
                     space[attribute] = theirs
-        self._replaced = []
-        if self._active.get(self.name) is self:
-            del self._active[self.name]
+        for registry, ours in self._entries:
+            for key in ours:
+                registry.pop(key, None)
 
     def __enter__(self) -> "Patch":
         return self
