@@ -32,7 +32,7 @@ from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.head import completion_logps, completion_loss, logit_arguments, output_head
-from vlmkernels.train.metrics import completion_metrics, reward_metrics
+from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.report import write_report
 from vlmkernels.train.rewards import Rewards
@@ -267,15 +267,21 @@ class GRPOTrainer(Trainer):
                 for index in micro_batches:
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
-    def _batch(self, experience: Experience, samples: slice) -> ScoringBatch:
+    def _parts(self, experience: Experience, index: int) -> list[torch.Tensor]:
+        """A micro-batch in parts within the token budget."""
+        width = self.text_model.config.get_text_config().hidden_size
+        samples, budget = self._micro_batch(index), self.args.max_tokens_per_microbatch
+        return experience.rollout.parts(samples, budget, shared=self.shares_prefix, hidden_size=width)
+
+    def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
         return rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
 
     def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
-        samples = self._micro_batch(index)
-        logps = completion_logps(model, self._batch(experience, samples), head=head, **self._head_arguments)
-        mask = experience.rollout.completion_mask[samples]
-        out[samples] = torch.zeros_like(out[samples]).masked_scatter_(mask, logps)
+        for samples in self._parts(experience, index):
+            logps = completion_logps(model, self._batch(experience, samples), head=head, **self._head_arguments)
+            mask = experience.rollout.completion_mask[samples]
+            out[samples] = out.new_zeros(mask.shape).masked_scatter_(mask, logps)
 
     @property
     def _head_arguments(self) -> dict:
@@ -299,10 +305,32 @@ class GRPOTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs: int, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
-        """The loss of the ``inputs``-th use of the generation batch, as a share of the accumulated batch."""
-        experience, args = self._experience, self.args
-        samples = self._micro_batch(inputs % args.steps_per_generation)
-        on_policy = inputs < min(args.gradient_accumulation_steps, args.steps_per_generation)
+        """The loss of the ``inputs``-th use of the generation batch, as a share of the accumulated batch.
+
+        Of a micro-batch in several parts, those before the last are taken back through the model here.
+        """
+        experience, total = self._experience, 0.0
+        parts = self._parts(experience, inputs % self.args.steps_per_generation)
+        # What each part counts of the means that its loss is made of: over completions, or over tokens.
+        sequences = self.loss_config.aggregation.sequences
+        sizes = [len(part) if sequences else experience.mask[part].sum().item() for part in parts] if len(parts) > 1 else [1]
+        metrics = []
+        for number, (samples, size) in enumerate(zip(parts, sizes, strict=True), 1):
+            share = size / sum(sizes) if size else 1.0  # without tokens there is nothing to weight
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                loss, measured = self._loss(model, experience, inputs, samples, share)
+                if number < len(parts):
+                    self.accelerator.backward(loss)
+                    loss = loss.detach()
+            total, metrics = total + loss, [*metrics, measured]
+        for name, value in combine(metrics).items():
+            self._metrics[name].append(value)
+        return total
+
+    def _loss(self, model, experience: Experience, use: int, samples: torch.Tensor, share: float) -> tuple[torch.Tensor, dict]:
+        """The loss and metrics of some completions, ``share`` of their micro-batch."""
+        args = self.args
+        on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
         window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
         batch = self._batch(experience, samples).of(counts[experience.rollout.completion_mask[samples]])
@@ -317,14 +345,12 @@ class GRPOTrainer(Trainer):
             ref_logps=cut(experience.ref_logps),
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
-            accumulation_steps=window,
+            accumulation_steps=window / share,
             config=self.loss_config,
         )
         if on_policy and experience.old_logps is not None:
             experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
-        return loss
+        return loss, metrics
 
     def _entropy_threshold(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
