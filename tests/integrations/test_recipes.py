@@ -5,6 +5,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -17,21 +18,27 @@ SWIFT = Path(sys.prefix) / "peers" / "swift" / "rlhf_trainers" / "grpo_trainer.p
 
 @pytest.fixture
 def recipe(monkeypatch):
-    """recipe(trainer, module): the block of ``trainer`` run; the stub that stands for ``module``, which it patches."""
+    """recipe(trainer, modules): its block run with stubs of these modules and the classes in them; the last class, patched."""
 
-    def run(trainer: str, module: str, *classes: str):
-        parts = module.split(".")
-        for end in range(1, len(parts) + 1):
-            stub = types.ModuleType(".".join(parts[:end]))
-            monkeypatch.setitem(sys.modules, stub.__name__, stub)
-            if end > 1:
-                setattr(sys.modules[".".join(parts[: end - 1])], parts[end - 1], stub)
-        for name in classes:
-            setattr(stub, name, type(name, (), {}))
+    def run(trainer: str, modules: dict[str, list[str]]) -> type:
+        for module, names in modules.items():
+            parts = module.split(".")
+            for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):
+                if not isinstance(sys.modules.get(name), Stub):
+                    monkeypatch.setitem(sys.modules, name, Stub(name))
+            for name in names:
+                own = {method: lambda *arguments, **options: "its own" for method in ("forward", "_forward_micro_batch")}
+                setattr(sys.modules[module], name, type(name, (), own))
         exec(BLOCKS[trainer], {})
-        return stub
+        return getattr(sys.modules[module], name)
 
     return run
+
+
+class Stub(types.ModuleType):
+    """A package of a trainer that is not installed."""
+
+    __path__: ClassVar[list[str]] = []
 
 
 def test_every_trainer_has_a_block():
@@ -51,7 +58,8 @@ def prompts_with_completions():
     completion = torch.tensor([[1, 2, 3], [7, 5, 6]])
     inputs["input_ids"] = torch.cat([inputs["input_ids"], completion], 1)
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(completion)], 1)
-    inputs.pop("mm_token_type_ids", None)
+    kinds = inputs["mm_token_type_ids"]
+    inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(completion)], 1).to(kinds.dtype)
     return model, inputs
 
 
@@ -98,7 +106,7 @@ def swifts_own():
 
 @pytest.mark.parametrize("oracle", ["formula", "ms-swift"])
 def test_ms_swift(recipe, oracle):
-    cls = recipe("ms-swift", "swift.rlhf_trainers.grpo_trainer", "GRPOTrainer").GRPOTrainer
+    cls = recipe("ms-swift", {"swift.rlhf_trainers.grpo_trainer": ["GRPOTrainer"]})
     model, inputs = prompts_with_completions()
     trainer = trainer_of(cls, model, temperature=0.7)
     arguments = (model, inputs, 3, inputs["input_ids"])
@@ -124,7 +132,7 @@ def test_ms_swift(recipe, oracle):
 
 @pytest.mark.parametrize(("name", "cls"), [("VLM-R1", "VLMGRPOTrainer"), ("R1-V", "Qwen2VLGRPOTrainer")])
 def test_r1(recipe, name, cls):
-    cls = getattr(recipe(name, "open_r1.trainer.grpo_trainer", cls), cls)
+    cls = recipe(name, {"open_r1.trainer.grpo_trainer": [cls]})
     model, inputs = prompts_with_completions()
     ids, mask, pixels, grid = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], inputs["image_grid_thw"]
     trainer = trainer_of(cls, model)
@@ -149,40 +157,60 @@ def test_r1(recipe, name, cls):
     torch.testing.assert_close(again, mine.detach())
 
 
-def logits_and_labels():
-    rng = torch.Generator().manual_seed(0)
-    return torch.randn(2, 7, 31, generator=rng), torch.randint(31, (2, 5), generator=rng)
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_easy_r1(recipe, compiled):
-    """Of a view, as the padded actor passes it, and flat, as the padding-free one does; compiled, as the actor compiles it."""
-    function = recipe("EasyR1", "verl.utils.torch_functional").log_probs_from_logits
-    if compiled:
-        function = torch.compile(function, dynamic=True, backend="eager", fullgraph=True)
-    for flat in (False, True):
-        logits, labels = logits_and_labels()
-        results = []
-        for of in (function, lambda x, y: x.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)):
-            leaf = logits.clone().requires_grad_()
-            scaled = leaf / 0.7  # EasyR1 divides in place before
-            view = scaled[:, 1:-1]
-            result = of(view.reshape(-1, 31), labels.flatten()) if flat else of(view, labels)
-            results.append((result.detach(), torch.autograd.grad(result.square().sum(), leaf)[0]))
-        torch.testing.assert_close(*results)
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_easy_r1(recipe, monkeypatch, padding_free):
+    """Padded, with images; or packed, of a text model, whose attention tells the sequences apart by their positions."""
+    protocol = Stub("verl.protocol")
+    protocol.batch_collate = lambda rows: {name: [row[name] for row in rows] for name in rows[0]}
+    monkeypatch.setitem(sys.modules, "verl.protocol", protocol)
+    cls = recipe("EasyR1", {"verl.workers.actor.dp_actor": ["DataParallelPPOActor"]})
+    model, inputs = prompts_with_completions()
+    if padding_free:
+        model = tiny.text_model()
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        inputs["input_ids"] = inputs["input_ids"] % model.config.vocab_size
+    inputs["attention_mask"][1, -1] = 0  # a response that is shorter
+    mask, ids = inputs["attention_mask"], inputs["input_ids"]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    micro_batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "responses": ids[:, -3:]}
+    if not padding_free:
+        patches = inputs["image_grid_thw"].prod(1).tolist()
+        images = zip(inputs["pixel_values"].split(patches), inputs["image_grid_thw"].split(1), strict=True)
+        micro_batch["multi_modal_inputs"] = [{"pixel_values": p, "image_grid_thw": g} for p, g in images]
+        kinds, grid = inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+        positions = model.model.get_rope_index(ids, kinds, grid, attention_mask=mask)[0]
+        positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0).unsqueeze(0), positions])  # text first: (4, B, S)
+        micro_batch["position_ids"] = positions.transpose(0, 1)
+    actor = cls()
+    actor.config = types.SimpleNamespace(ulysses_size=1, padding_free=padding_free)
+    actor.actor_module = model
+    mine = actor._forward_micro_batch(micro_batch, 0.7)
+    expected, _ = formula(model, inputs | {"position_ids": positions}, 0.7)
+    assert_same(model, mine, expected[:, -3:] * mask[:, -3:])
+    assert mine[1, -1] == 0
+    actor.config.ulysses_size = 2
+    assert actor._forward_micro_batch(micro_batch, 0.7) == "its own"
 
 
 def test_open_rlhf(recipe):
-    actor = recipe("OpenRLHF", "openrlhf.models.actor")
-    logits, labels = logits_and_labels()
-    logits = logits[:, :5].clone().requires_grad_()
-    logp = (logits / 0.7).log_softmax(-1)
-    expected = logp.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    mine = actor.log_probs_from_logits(logits, labels, temperature=0.7)
-    entropy, expected_entropy = actor.compute_entropy(logits), -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-    torch.testing.assert_close((mine, entropy), (expected, expected_entropy))
-    gradients = [
-        torch.autograd.grad((a.square() + b).sum(), logits, retain_graph=True)[0]
-        for a, b in ((mine, entropy), (expected, expected_entropy))
-    ]
-    torch.testing.assert_close(*gradients)
+    cls = recipe("OpenRLHF", {"openrlhf.models.actor": ["Actor"]})
+    model, inputs = prompts_with_completions()
+    ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    action_mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    actor = cls()
+    vars(actor).update(is_vlm=True, model=model, temperature=0.7, _vlm_config=model.config)
+    logps, output = actor.forward(
+        ids, action_mask, attention_mask=mask, return_output=True, ring_attn_group=None, packed_seq_lens=None,
+        return_entropy=True, **{name: inputs[name] for name in ("pixel_values", "image_grid_thw")},
+    )  # fmt: skip
+    expected, entropy = (
+        x[:, -3:] * action_mask for x in formula(model, inputs | {"input_ids": ids, "attention_mask": mask}, 0.7)
+    )
+    torch.testing.assert_close(output.entropy, entropy, atol=1e-5, rtol=1e-5)
+    assert_same(model, logps, expected)
+    again = actor.forward(ids, action_mask, mask, **{name: inputs[name] for name in ("pixel_values", "image_grid_thw")})
+    torch.testing.assert_close(again, logps)
+    assert not model._forward_hooks
+    assert actor.forward(ids, None, mask, return_output=True) == "its own"
+    actor.is_vlm = False
+    assert actor.forward(ids, action_mask, mask) == "its own"
