@@ -9,35 +9,59 @@ from vlmkernels.models.decode import GroupCache
 from vlmkernels.ops.group_attention import GroupLayout, group_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 
+NAME = "vlmkernels"
 # Vision towers hand on cu_seqlens, instead of cutting the sequence themselves, to implementations with "flash" in their name.
 VARLEN = "vlmkernels_flash_varlen"
-GROUP = "vlmkernels_group"
 
 
 def _attention(
     module: torch.nn.Module,
-    query: torch.Tensor,  # (1, H, N, D)
+    query: torch.Tensor,  # (B, Hq, T, D); B = 1 of what is packed
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cu_seq_lens_q: torch.Tensor,
+    group_layout: GroupLayout | None = None,
+    group_cache: GroupCache | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    is_causal: bool = False,
+    is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """(1, N, H, D), as transformers' attention functions return it."""
-    if dropout:
-        raise NotImplementedError(f"{VARLEN} has no dropout, got {dropout}")
+    """(B, T, Hq, D), as transformers' attention functions return it. Keywords of the model's forward pass choose:
+
+    - ``group_layout``, in causal layers: packs of ``vlmkernels.models.group``. With ``group_cache`` the pack is of prompts,
+      whose keys and values the cache takes; with ``group_cache`` alone there is a token of each completion that it holds;
+    - ``cu_seq_lens_q``, of transformers' FlashAttentionKwargs: packed sequences, or the images and windows of a vision tower;
+    - neither: "sdpa", with its masks.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:  # a vision tower, which is passed what the language model is
+        group_layout = group_cache = None
+    if group_layout is None and group_cache is not None:
+        return group_cache.attend(module.layer_idx, query, key, value, scaling), None
+    if group_layout is None and cu_seq_lens_q is None:
+        settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings, **kwargs)
+    given = {"dropout": dropout or None, "sliding_window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap")}
+    if group_layout is not None:
+        given["attention_mask"] = attention_mask  # that of cu_seq_lens_q says the same as they do
+    if given := {name: x for name, x in given.items() if x is not None}:
+        raise NotImplementedError(f"{NAME} takes packed sequences alone, got {given} in {type(module).__name__}")
+    if group_cache is not None:
+        group_cache.fill(module.layer_idx, key, value)
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    if group_layout is not None:
+        return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
     cu_seqlens = cu_seq_lens_q.to(torch.int32)
-    out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=is_causal, scale=scaling)
-    return out.unsqueeze(0), None
+    return varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=causal, scale=scaling).unsqueeze(0), None
 
 
-AttentionInterface.register(VARLEN, _attention)
+for _name in (NAME, VARLEN):
+    AttentionInterface.register(_name, _attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # none where nothing is padding
 
 
 def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
@@ -50,41 +74,6 @@ def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _group_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # (1, Hq, T, D)
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    group_layout: GroupLayout | None = None,
-    group_cache: GroupCache | None = None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """(1, T, Hq, D). Without ``group_layout`` and ``group_cache``, keywords of the model's forward pass, it is "sdpa".
-
-    With both the pack is of prompts, whose keys and values the cache takes; with ``group_cache`` alone there is a token of each
-    completion that it holds.
-    """
-    if group_layout is None and group_cache is not None:
-        return group_cache.attend(module.layer_idx, query, key, value, scaling), None
-    if group_layout is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if dropout or attention_mask is not None or kwargs.get("sliding_window") is not None:
-        given = {"dropout": dropout, "attention_mask": attention_mask, "sliding_window": kwargs.get("sliding_window")}
-        raise NotImplementedError(f"{GROUP} takes group_layout alone, got {given} in {type(module).__name__}")
-    if group_cache is not None:
-        group_cache.fill(module.layer_idx, key, value)
-    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-    return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
-
-
-AttentionInterface.register(GROUP, _group_attention)
-AttentionMaskInterface.register(GROUP, sdpa_mask)  # none where nothing is padding
-
-
 def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Let the language model of ``model`` take packs of ``vlmkernels.models.group``; without group_layout it is as before.
 
@@ -92,5 +81,5 @@ def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
     """
     text = model.config.get_text_config()
     name = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
-    model.set_attn_implementation(GROUP if name is None else {name: GROUP})
+    model.set_attn_implementation(NAME if name is None else {name: NAME})
     return model
