@@ -70,7 +70,7 @@ def test_packs_of_groups(paths):
 
 
 def test_packed_sequences(paths):
-    """Of transformers' own arguments for flash attention; as each sequence alone."""
+    """By transformers' own arguments for flash attention, as each sequence alone."""
     model = AutoModelForCausalLM.from_pretrained(paths / "text", attn_implementation="vlmkernels").eval()
     sequences = [torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2]), torch.tensor([6, 5, 3, 5])]
     lengths = torch.tensor([len(s) for s in sequences])
@@ -90,9 +90,27 @@ def test_packed_sequences(paths):
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    message = r"vlmkernels takes packed sequences alone, got \{'dropout': 0.5\} in Qwen2Attention"
+    message = r"vlmkernels takes packed sequences without these, got \{'dropout': 0.5\} in Qwen2Attention"
     with pytest.raises(NotImplementedError, match=message):
         model.train()(**packed)
+
+
+def test_packed_sequences_with_images(paths):
+    """The vision tower, which is handed the sequences' bounds too, does not take them for those of its images."""
+    model = AutoModelForImageTextToText.from_pretrained(paths / "vlm", attn_implementation="vlmkernels").eval()
+    padded = encoded()
+    kept = padded["attention_mask"].bool()
+    cu_seqlens = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+    packed = {
+        "input_ids": padded["input_ids"][kept].unsqueeze(0),
+        "position_ids": ours.prompt_positions(model, padded)[:, kept].unsqueeze(1),
+        **{name: padded[name] for name in ("pixel_values", "image_grid_thw")},
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), cu_seqlens),
+        **dict.fromkeys(("max_length_q", "max_length_k"), int(kept.sum(1).max())),
+    }
+    with torch.no_grad():
+        expected = model(**padded).logits[kept]
+        torch.testing.assert_close(model(**packed, use_cache=False).logits[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SHARING)

@@ -14,6 +14,36 @@ NAME = "vlmkernels"
 VARLEN = "vlmkernels_flash_varlen"
 
 
+def _refuse(module: torch.nn.Module, **settings: object) -> None:
+    if given := {name: x for name, x in settings.items() if x is not None}:
+        raise NotImplementedError(f"{NAME} takes packed sequences without these, got {given} in {type(module).__name__}")
+
+
+def _varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, Hq, N, D)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # says what cu_seq_lens_q does
+    *,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """(1, N, Hq, D), as transformers' attention functions return it; of a tower that packs nothing it is "sdpa"."""
+    if cu_seq_lens_q is None:
+        settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings, **kwargs)
+    _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"))
+    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    cu_seqlens = cu_seq_lens_q.to(torch.int32)
+    out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=is_causal is not False, scale=scaling)
+    return out.unsqueeze(0), None
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (B, Hq, T, D); B = 1 of what is packed
@@ -24,51 +54,44 @@ def _attention(
     group_layout: GroupLayout | None = None,
     group_cache: GroupCache | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """(B, T, Hq, D), as transformers' attention functions return it. Keywords of the model's forward pass choose:
+    """(B, T, Hq, D). In causal layers keywords of the model's forward pass choose:
 
-    - ``group_layout``, in causal layers: packs of ``vlmkernels.models.group``. With ``group_cache`` the pack is of prompts,
-      whose keys and values the cache takes; with ``group_cache`` alone there is a token of each completion that it holds;
-    - ``cu_seq_lens_q``, of transformers' FlashAttentionKwargs: packed sequences, or the images and windows of a vision tower;
-    - neither: "sdpa", with its masks.
+    - ``group_layout``: packs of ``vlmkernels.models.group``. With ``group_cache`` the pack is of prompts, whose keys and values
+      the cache takes; with ``group_cache`` alone there is a token of each completion that it holds;
+    - ``cu_seq_lens_q``, of transformers' FlashAttentionKwargs: packed sequences.
+
+    Otherwise, and in vision towers, which are handed the language model's keywords too, it is "sdpa" with its masks.
     """
+    settings = {"scaling": scaling, "dropout": dropout, **kwargs}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal:  # a vision tower, which is passed what the language model is
-        group_layout = group_cache = None
+    if not causal or (group_layout is None and group_cache is None and cu_seq_lens_q is None):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **settings)
     if group_layout is None and group_cache is not None:
         return group_cache.attend(module.layer_idx, query, key, value, scaling), None
-    if group_layout is None and cu_seq_lens_q is None:
-        settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings, **kwargs)
-    given = {"dropout": dropout or None, "sliding_window": kwargs.get("sliding_window"), "softcap": kwargs.get("softcap")}
-    if group_layout is not None:
-        given["attention_mask"] = attention_mask  # that of cu_seq_lens_q says the same as they do
-    if given := {name: x for name, x in given.items() if x is not None}:
-        raise NotImplementedError(f"{NAME} takes packed sequences alone, got {given} in {type(module).__name__}")
+    if group_layout is None:
+        return _varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **settings)
+    _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), attention_mask=attention_mask)
     if group_cache is not None:
         group_cache.fill(module.layer_idx, key, value)
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-    if group_layout is not None:
-        return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
-    cu_seqlens = cu_seq_lens_q.to(torch.int32)
-    return varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=causal, scale=scaling).unsqueeze(0), None
+    return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
 
 
-for _name in (NAME, VARLEN):
-    AttentionInterface.register(_name, _attention)
+AttentionInterface.register(VARLEN, _varlen_attention)
+AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)  # none where nothing is padding
 
 
 def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
     """Let the vision tower of ``model`` attend within its images and windows by ``varlen_attention``.
 
-    Instead of one attention call per image or window and layer: Qwen2-VL to Qwen3-VL, GLM-4V, whose towers pack patches.
-    Equal up to rounding. Changed in place and returned.
+    Instead of one attention call per image or window and layer: Qwen2-VL to Qwen3-VL, GLM-4V, whose towers pack patches. Equal
+    up to rounding; other towers attend as with "sdpa". Changed in place and returned.
     """
     model.set_attn_implementation({"vision_config": VARLEN})
     return model
