@@ -33,10 +33,11 @@ def _varlen_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """(1, N, Hq, D), as transformers' attention functions return it; of a tower that packs nothing it is "sdpa"."""
+    """(1, N, Hq, D), as transformers' attention functions return it."""
     if cu_seq_lens_q is None:
-        settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings, **kwargs)
+        raise NotImplementedError(
+            f"{VARLEN} needs cu_seq_lens_q, of a tower that packs patches: {type(module).__name__} gives none"
+        )
     _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"))
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
     cu_seqlens = cu_seq_lens_q.to(torch.int32)
@@ -90,8 +91,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # none where nothing is paddin
 def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
     """Let the vision tower of ``model`` attend within its images and windows by ``varlen_attention``.
 
-    Instead of one attention call per image or window and layer: Qwen2-VL to Qwen3-VL, GLM-4V, whose towers pack patches. Equal
-    up to rounding; other towers attend as with "sdpa". Changed in place and returned.
+    Instead of one attention call per image or window and layer: Qwen2-VL to Qwen3-VL, GLM-4V, whose towers pack patches; others
+    raise NotImplementedError in their forward pass. Equal up to rounding. Changed in place and returned.
     """
     model.set_attn_implementation({"vision_config": VARLEN})
     return model
