@@ -4,7 +4,7 @@ Importing this module registers the attention::
 
     from vlmkernels.integrations.transformers import use_varlen_vision
     model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="vlmkernels")
-    use_varlen_vision(model)  # where its vision tower packs patches: Qwen2-VL to Qwen3-VL, GLM-4V
+    use_varlen_vision(model)  # where its vision tower packs patches: Qwen2-VL to Qwen3-VL, GLM-4V, Pixtral
 
 With the first line the model takes, beside what it takes with "sdpa", packs of groups (``group_layout`` of ``pack_groups``) and
 packed sequences (``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``, as of transformers'

@@ -19,6 +19,11 @@ def _refuse(module: torch.nn.Module, **settings: object) -> None:
         raise NotImplementedError(f"{NAME} takes packed sequences without these, got {given} in {type(module).__name__}")
 
 
+def _is_causal(module: torch.nn.Module, given: bool | None) -> bool:
+    """As transformers' functions read it."""
+    return getattr(module, "is_causal", True) if given is None else given
+
+
 def _varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (1, Hq, N, D)
@@ -40,8 +45,8 @@ def _varlen_attention(
         )
     _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"))
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-    cu_seqlens = cu_seq_lens_q.to(torch.int32)
-    out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=is_causal is not False, scale=scaling)
+    cu_seqlens, causal = cu_seq_lens_q.to(torch.int32), _is_causal(module, is_causal)
+    out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=causal, scale=scaling)
     return out.unsqueeze(0), None
 
 
@@ -69,7 +74,7 @@ def _attention(
     Otherwise, and in vision towers, which are handed the language model's keywords too, it is "sdpa" with its masks.
     """
     settings = {"scaling": scaling, "dropout": dropout, **kwargs}
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = _is_causal(module, is_causal)
     if not causal or (group_layout is None and group_cache is None and cu_seq_lens_q is None):
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **settings)
     if group_layout is None and group_cache is not None:
@@ -91,8 +96,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # none where nothing is paddin
 def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
     """Let the vision tower of ``model`` attend within its images and windows by ``varlen_attention``.
 
-    Instead of one attention call per image or window and layer: Qwen2-VL to Qwen3-VL, GLM-4V, whose towers pack patches; others
-    raise NotImplementedError in their forward pass. Equal up to rounding. Changed in place and returned.
+    Instead of one attention call per image or window and layer, or a mask: Qwen2-VL to Qwen3-VL, GLM-4V, Pixtral, whose towers
+    pack patches; others raise NotImplementedError in their forward pass. Equal up to rounding. Changed in place and returned.
     """
     model.set_attn_implementation({"vision_config": VARLEN})
     return model
