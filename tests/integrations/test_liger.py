@@ -316,12 +316,12 @@ def test_errors(call, message):
 def test_patch():
     """Everyone who holds them gets ours, before and after, and Liger's again at the end."""
     holder = types.ModuleType("holder")
-    holder.triton_grpo_loss = theirs.triton_grpo_loss
+    holder.triton_grpo_loss = holder.alias = theirs.triton_grpo_loss
     sys.modules["holder"] = holder
     original = theirs.triton_grpo_loss, chunked_loss.LigerFusedLinearGRPOLoss
     try:
         with ours.patch_liger() as patch:
-            assert holder.triton_grpo_loss is theirs.triton_grpo_loss is ours.triton_grpo_loss
+            assert holder.triton_grpo_loss is holder.alias is theirs.triton_grpo_loss is ours.triton_grpo_loss
             assert theirs.fused_selective_log_softmax is ours.fused_selective_log_softmax
             assert chunked_loss.LigerFusedLinearGRPOLoss is ours.LigerFusedLinearGRPOLoss
             assert chunked_loss.grpo_loss.LigerFusedLinearGRPOLoss is ours.LigerFusedLinearGRPOLoss
@@ -330,7 +330,7 @@ def test_patch():
             with pytest.raises(RuntimeError, match="patch_liger must be undone before it is called again"):
                 ours.patch_liger()
             holder.LigerFusedLinearGRPOLoss = chunked_loss.LigerFusedLinearGRPOLoss  # imported meanwhile
-        assert (holder.triton_grpo_loss, holder.LigerFusedLinearGRPOLoss) == original
+        assert (holder.triton_grpo_loss, holder.LigerFusedLinearGRPOLoss) == (holder.alias, original[1]) == original
         assert (theirs.triton_grpo_loss, chunked_loss.grpo_loss.LigerFusedLinearGRPOLoss) == original
         assert ours.triton_grpo_loss.__module__ == ours.__name__
         patch.undo()  # once more does nothing
@@ -364,6 +364,18 @@ def test_patch_of_another_version(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ModuleNotFoundError, match="patch_liger needs liger-kernel, which is not installed"):
         ours.patch_liger()
+
+
+def test_settings_are_attributes():
+    """As in Liger: what is changed between steps counts."""
+    d = make()
+    results = []
+    for cls in (ours.LigerFusedLinearGRPOLoss, chunked_loss.LigerFusedLinearGRPOLoss):
+        function = cls(compiled=False, loss_type="grpo", temperature=0.9)
+        function.beta, function.epsilon_low, function.temperature = 0.5, 0.01, 0.8
+        loss, metrics = function(d.hidden, d.weight.clone().requires_grad_(), d.ids, d.mask, d.advantages, d.bias, d.ref, d.old)
+        results.append([loss.detach(), *metrics])
+    assert_equal(*results, "attributes")
 
 
 def test_defaults_are_ligers():

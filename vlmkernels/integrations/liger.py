@@ -16,6 +16,8 @@ Beside speed and memory there are these differences, all on purpose:
 - The entropy of ``LigerFusedLinearScaledCrossEntropyFunction`` is fp32, not rounded to the dtype of the hidden states.
 """
 
+from dataclasses import fields
+
 import torch
 import torch.distributed as dist
 
@@ -35,6 +37,9 @@ __all__ = [
     "patch_liger",
     "triton_grpo_loss",
 ]
+
+
+_OBJECTIVE = {field.name for field in fields(GRPOLossConfig)}
 
 
 def _num_items(mask: torch.Tensor, num_items: torch.Tensor | float | None) -> torch.Tensor | float | None:
@@ -278,24 +283,14 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vespo_k_neg: float = 3.0,
         vespo_lambda_neg: float = 2.0,
     ):
+        settings = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.use_ref_model, self.temperature = use_ref_model, temperature
-        self.config = GRPOLossConfig(
-            loss_type=loss_type,
-            importance_sampling_level=importance_sampling_level,
-            beta=beta,
-            use_bias_correction_kl=use_bias_correction_kl,
-            epsilon_low=epsilon_low,
-            epsilon_high=epsilon_high,
-            delta=delta,
-            max_completion_length=max_completion_length,
-            sapo_temperature_pos=sapo_temperature_pos,
-            sapo_temperature_neg=sapo_temperature_neg,
-            vespo_k_pos=vespo_k_pos,
-            vespo_lambda_pos=vespo_lambda_pos,
-            vespo_k_neg=vespo_k_neg,
-            vespo_lambda_neg=vespo_lambda_neg,
-        )
+        vars(self).update(settings)  # under Liger's names, to be changed between steps
+        _ = self.config  # refuses wrong settings now, not in the first step
+
+    @property
+    def config(self) -> GRPOLossConfig:
+        return GRPOLossConfig(**{name: value for name, value in vars(self).items() if name in _OBJECTIVE})
 
     def forward(
         self,

@@ -24,10 +24,11 @@ def parameters(function: Callable) -> list[tuple]:
     return [(str(p.kind), p.name, p.default) for p in inspect.signature(function).parameters.values()]
 
 
-def held_by(value: object, name: str) -> list[dict]:
-    """The namespaces of all loaded modules in which ``name`` is ``value``."""
-    spaces = (getattr(module, "__dict__", {}) for module in list(sys.modules.values()))
-    return [space for space in spaces if space.get(name) is value]
+def places_of(values: list[object]) -> list[tuple[dict, str]]:
+    """Where loaded modules hold one of ``values``, under whatever name: their namespaces, and the names."""
+    wanted = {id(value) for value in values}
+    spaces = [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
+    return [(space, name) for space in spaces for name, value in list(space.items()) if id(value) in wanted]
 
 
 class Patch:
@@ -66,34 +67,35 @@ class Patch:
             raise ModuleNotFoundError(f"{name} needs {library}, which is not installed") from error
         rule = f"be given {library} {' or '.join(v + '*' for v in versions)}"
         require(installed.startswith(versions), name, rule, installed, RuntimeError)
-        functions, self._entries = [], []
+        pairs, self._entries = [], []
         for place, ours in (*replacements.items(), *(entries or {}).items()):
             module, attribute = place.split(":")
             theirs = vars(importlib.import_module(module)).get(attribute)
             if place in replacements:
                 same = theirs is not None and parameters(theirs) == parameters(ours)
-                functions.append((attribute, theirs, ours, held_by(ours, attribute)))
+                pairs.append((theirs, ours))
             else:
                 same = isinstance(theirs, dict)
                 self._entries.append((theirs, ours))
             require(same, name, f"find {place} as in {library} {versions[0]}*", f"{theirs} of {installed}", RuntimeError)
-        self.name, self._functions = name, functions
+        self.name, self._pairs = name, pairs
+        self._own = {(id(space), key) for space, key in places_of([ours for _, ours in pairs])}
         self._active[name] = self
-        for attribute, theirs, ours, _ in functions:
-            for space in held_by(theirs, attribute):
-                space[attribute] = ours
+        self._replace({id(theirs): ours for theirs, ours in pairs})
         for registry, ours in self._entries:
             registry.update(ours)
+
+    def _replace(self, new: dict[int, object]) -> None:
+        for space, key in places_of([value for pair in self._pairs for value in pair]):
+            if id(space[key]) in new and (id(space), key) not in self._own:
+                space[key] = new[id(space[key])]
 
     def undo(self) -> None:
         """Put everything back; a second call does nothing."""
         if self._active.get(self.name) is not self:
             return
         del self._active[self.name]
-        for attribute, theirs, ours, before in self._functions:
-            for space in held_by(ours, attribute):
-                if not any(space is own for own in before):
-                    space[attribute] = theirs
+        self._replace({id(ours): theirs for theirs, ours in self._pairs})
         for registry, ours in self._entries:
             for key in ours:
                 registry.pop(key, None)
