@@ -36,6 +36,7 @@ def make(padded=True, dtype=torch.float32):
         "ref": logp + 0.3 * normal(B, T),
         "advantages": normal(B),
         "ratios": normal(B, T).exp(),
+        "upstream": normal(B, T).exp(),
         "mask": mask.double(),
     }
     return types.SimpleNamespace(ids=ids, **{name: x.to(dtype) for name, x in data.items()})
@@ -65,7 +66,7 @@ def from_logits(function, d, reduce=True, ratio=None, **settings):
         flat = [loss, *metrics]
     else:
         assert type(results) is tuple
-        loss, flat = (results[0] * d.ratios).sum(), list(results)  # any gradient per token
+        loss, flat = (results[0] * d.upstream).sum(), list(results)  # any gradient per token
     return [x if x is None else x.detach() for x in flat] + [*torch.autograd.grad(loss, logits)]
 
 
@@ -182,28 +183,39 @@ def test_gradient_of_a_cap_below_the_clip():
 def test_an_advantage_per_token():
     d = make()
     d.advantages = d.ratios - 1
+    d.upstream = d.mask / d.mask.sum(1, keepdim=True) / B  # the weights of grpo
+    expected = formula(d, "grpo", "token")
     for reduce in (True, False):
-        d.ratios = d.mask / d.mask.sum(1, keepdim=True) / B  # the weights of grpo
         results = from_logits(ours.triton_grpo_loss, d, reduce, loss_type="grpo", beta=0.2)
-        loss = results[0] if reduce else (results[0] * d.ratios).sum()
-        assert_equal([loss, results[-1]], formula(d, "grpo", "token"), reduce)
+        loss = results[0] if reduce else (results[0] * d.upstream).sum()
+        assert_equal([loss, results[-1]], expected, reduce)
     fused, *_, dhidden, _, _ = from_hidden(ours.LigerFusedLinearGRPOLoss, d, loss_type="grpo", beta=0.2)
-    loss, gradient = formula(d, "grpo", "token")
-    assert_equal([fused, dhidden], [loss, gradient[:, :-1] @ d.weight.double()], "hidden")
+    assert_equal([fused, dhidden], [expected[0], expected[1][:, :-1] @ d.weight.double()], "hidden")
 
 
-def test_what_the_mask_leaves_out_is_not_read():
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
+@pytest.mark.parametrize("reduce", [True, False])
+def test_what_the_mask_leaves_out_is_not_read(loss_type, reduce):
     """Liger's vespo multiplies the weights of padding into that of the sequence."""
     d = make()
-    clean = from_logits(ours.triton_grpo_loss, d, loss_type="vespo", ratio="(B, L)")
+    settings = {"reduce": reduce, "loss_type": loss_type, "ratio": "(B, L)"}
+    clean = from_logits(ours.triton_grpo_loss, d, **settings)
     for name in ("old", "ref", "ratios"):
         getattr(d, name)[d.mask == 0] = torch.nan
     d.logits[:, :-1][d.mask == 0] = torch.nan
+    assert_equal(from_logits(ours.triton_grpo_loss, d, **settings), clean, loss_type)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_finite_where_liger_is_not():
+    """A ratio of e^100 counts as e^20."""
+    d = make()
+    d.old -= 100
+    d.advantages = -d.advantages.abs()
     for reduce in (True, False):
-        results = from_logits(ours.triton_grpo_loss, d, reduce, loss_type="vespo", ratio="(B, L)")
-        assert all(x.isfinite().all() for x in (results if reduce else results[:3]))
-        if reduce:
-            assert_equal(results, clean, "vespo")
+        mine, liger = (from_logits(f, d, reduce) for f in (ours.triton_grpo_loss, theirs.triton_grpo_loss))
+        assert all(x.isfinite().all() for x in mine)
+        assert not all(x.isfinite().all() for x in liger)
 
 
 @pytest.mark.parametrize("layout", ["strided", "long"])

@@ -75,7 +75,8 @@ class _Objective:
             shapes = ((len(mask),), (len(mask), 1), tuple(mask.shape))
             rule = f"be (B,), (B, 1) or (B, L), one of {shapes}"
             require(tuple(correction.shape) in shapes, "vllm_is_ratio", rule, tuple(correction.shape))
-            self.correction = correction.view(len(mask), -1)
+            correction = correction.reshape(len(mask), -1)
+            self.correction = correction if correction.shape[1] == 1 else torch.where(self.mask, correction, 1)
 
     def arguments(self, logps: torch.Tensor | None = None) -> dict:
         """Keywords of ``grpo_loss``; logps: (B, T), needed for the ``vespo`` of a correction."""
