@@ -5,6 +5,9 @@ that of the gradients by hidden states and weight against fp64, as one minus the
 """
 
 import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
 
 import harness
 import pytest
@@ -78,6 +81,22 @@ def liger_hopper(hidden, weight, targets, advantages):
     return on_policy(-nll.view_as(targets), advantages)
 
 
+VERL = Path(sys.prefix) / "peers" / "verl" / "utils" / "experimental" / "torch_functional.py"
+
+
+@cache
+def verl_module():
+    """The file alone: the package imports Ray."""
+    spec = importlib.util.spec_from_file_location("verl_torch_functional", VERL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def verl(hidden, weight, targets, advantages):
+    return on_policy(verl_module().FusedLinearForPPO()(hidden, weight, targets)[0], advantages)
+
+
 def peers() -> dict:
     providers = {}
     if importlib.util.find_spec("trl"):
@@ -86,6 +105,8 @@ def peers() -> dict:
         providers["Liger LigerFusedLinearGRPOLoss"] = liger
         if harness.GPU and torch.cuda.get_device_capability() == (9, 0):
             providers["Liger scaled cross-entropy (Hopper)"] = liger_hopper
+    if VERL.exists():
+        providers["verl FusedLinearForPPO"] = verl
     return providers | {"full logits": naive}
 
 
