@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PEERS = Path(sys.prefix) / "peers"
+TEXT = (ROOT / "docs" / "dropins.md").read_text()
+BLOCK = re.search(r"## Hugging Face kernels\n.*?```python\n(.*?)```", TEXT, flags=re.DOTALL)[1]
 SCRIPT = """
 import sys
-from pathlib import Path
 
 import torch
-from kernels import get_local_kernel
 
-kernel = get_local_kernel(Path(sys.argv[1]), backend="cpu")
+kernel = vlmkernels
 assert "vlmkernels" not in sys.modules
 logits, targets = torch.randn(3, 5, 17, requires_grad=True), torch.randint(17, (3, 5))
 expected = logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
@@ -54,6 +55,7 @@ def test_kernel(tmp_path):
     subprocess.run([sys.executable, "hub/kernel.py", tmp_path], cwd=ROOT, check=True)
     assert {path.name for path in (tmp_path / "build").iterdir()} == {"torch-cpu", "torch-cuda"}
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{PEERS}", "TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", SCRIPT, tmp_path]
+    block = BLOCK.replace('Path("OUT")', f'Path("{tmp_path}"), backend="cpu"')
+    command = [sys.executable, "-c", block + SCRIPT]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.stdout.startswith("done _vlmkernels_"), result.stdout + result.stderr

@@ -42,7 +42,26 @@ class Stub(types.ModuleType):
 
 
 def test_every_trainer_has_a_block():
-    assert set(BLOCKS) == {"ms-swift", "VLM-R1", "R1-V", "EasyR1", "OpenRLHF"}
+    modules = {"Liger-Kernel", "transformers", "Hugging Face kernels"}
+    assert set(BLOCKS) == modules | {"ms-swift", "VLM-R1", "R1-V", "EasyR1", "OpenRLHF"}
+
+
+def test_liger_kernel():
+    chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
+    names: dict = {}
+    exec(BLOCKS["Liger-Kernel"], names)
+    assert chunked_loss.LigerFusedLinearGRPOLoss.__module__ == "vlmkernels.integrations.liger"
+    names["patch"].undo()
+    assert chunked_loss.LigerFusedLinearGRPOLoss.__module__.startswith("liger_kernel")
+
+
+def test_transformers(tmp_path):
+    tiny.vlm().save_pretrained(tmp_path)
+    names: dict = {}
+    exec(BLOCKS["transformers"].replace("path/to/Qwen2.5-VL", str(tmp_path)), names)
+    config = names["model"].config
+    assert config.text_config._attn_implementation == "vlmkernels"
+    assert config.vision_config._attn_implementation == "vlmkernels_flash_varlen"
 
 
 def prompts_with_completions():

@@ -6,6 +6,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlmkernels.models.decode import GroupCache
+from vlmkernels.models.encode import use_image_features
 from vlmkernels.ops.group_attention import GroupLayout, group_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 
@@ -104,11 +105,10 @@ def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the language model of ``model`` take packs of ``vlmkernels.models.group``; without group_layout it is as before.
-
-    Changed in place and returned.
+    """Let ``model`` take packs of ``vlmkernels.models.group``, and image features as ``vlmkernels.models.encode`` makes them;
+    without the keywords of these it is as before. Changed in place and returned.
     """
     text = model.config.get_text_config()
     name = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
     model.set_attn_implementation(NAME if name is None else {name: NAME})
-    return model
+    return use_image_features(model)

@@ -29,7 +29,7 @@ class Experience:
     def state_dict(self) -> dict:
         """Tensors and numbers alone, for a checkpoint."""
         rollout, prompts = vars(self.rollout).copy(), self.rollout.prompts
-        rollout["prompts"] = {"inputs": prompts.inputs, "rows": prompts.rows}
+        rollout["prompts"] = {"inputs": prompts.inputs, "rows": prompts.rows, "image_keys": prompts.image_keys}
         return {**vars(self), "rollout": rollout}
 
     @classmethod

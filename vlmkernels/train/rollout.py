@@ -10,6 +10,7 @@ from transformers.utils import logging
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.batch import Batch
 from vlmkernels.models.decode import Decoded, Sampling, decode_groups, stops
+from vlmkernels.models.encode import once_per_image, takes_features
 from vlmkernels.models.families import media_token_ids
 from vlmkernels.models.group import ScoringBatch, cut_packs, pack_groups, pad_completions, prompt_positions, why_not_shared
 from vlmkernels.ops.checks import require
@@ -58,9 +59,10 @@ class Rollout:
     def packed(self, samples: torch.Tensor, model) -> ScoringBatch:
         """Some completions behind prompts that those of a group share; ``model`` knows the positions of images."""
         chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
-        prompts = self.prompts.select(chosen).inputs
-        positions = prompt_positions(model, prompts)
-        return pack_groups(prompts, positions, group, self.completion_ids[samples], self.completion_mask[samples])
+        prompts = self.prompts.select(chosen)
+        positions = prompt_positions(model, prompts.inputs)
+        inputs = once_per_image(prompts) if takes_features(model) else prompts.inputs
+        return pack_groups(inputs, positions, group, self.completion_ids[samples], self.completion_mask[samples])
 
 
 def tokenizer_of(processor) -> PreTrainedTokenizerBase:
@@ -85,7 +87,7 @@ class Generate:
     def __init__(self, model, processor, args: GRPOConfig):
         self.tokenizer = tokenizer_of(processor)
         self.eos = eos_token_ids(model, self.tokenizer)
-        self.max_num_seqs = args.max_num_seqs
+        self.limits = {"max_num_seqs": args.max_num_seqs, "max_tokens": args.max_tokens_per_microbatch}
         self.options = {
             "max_new_tokens": args.max_completion_length,
             "top_p": args.top_p,
@@ -136,9 +138,7 @@ class Generate:
     def __call__(self, model, prompts: Batch, num_generations: int, temperature: float) -> Rollout:
         if self.by_groups:
             sampling = Sampling(**self.options | {"temperature": temperature})
-            decoded = decode_groups(
-                model, prompts, num_generations, sampling, max_num_seqs=self.max_num_seqs, tokenizer=self.tokenizer
-            )
+            decoded = decode_groups(model, prompts, num_generations, sampling, tokenizer=self.tokenizer, **self.limits)
         else:
             decoded = self._generated(model, prompts, num_generations, temperature)
         group = torch.arange(len(prompts)).repeat_interleave(num_generations)
