@@ -144,6 +144,12 @@ def test_ms_swift(recipe, oracle):
             expected, expected_entropy = own(trainer, *arguments, compute_entropy=True)
         torch.testing.assert_close(logps.detach(), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(entropy.detach(), expected_entropy, atol=1e-5, rtol=1e-5)
+        trainer.template.padding_free = True  # two sequences in one row
+        packed = {"input_ids": torch.tensor([[3, 1, 4, 1, 5, 9, 2]]), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]])}
+        arguments = (tiny.text_model(), packed, 6, packed["input_ids"])
+        with torch.no_grad():
+            results = [f(trainer, *arguments, compute_entropy=True) for f in (cls._get_logps_via_local_forward, own)]
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
         return
     torch.testing.assert_close(entropy, expected_entropy, atol=1e-5, rtol=1e-5)
     assert_same(model, logps, expected)
