@@ -19,13 +19,9 @@ from vlmkernels.train.rollout import Rollout
 torch.set_num_threads(1)
 
 WRAPPED = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
-ADAM = {
-    "optim": "adamw_torch",
-    "learning_rate": 1e-3,
-    "lr_scheduler_type": "constant",
-    "save_strategy": "steps",
-    "save_steps": 2,
-}
+SAVES = {
+    "optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2,
+}  # fmt: skip
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
 # Images of each row: three processes have one row of a step each.
 CASES = {
