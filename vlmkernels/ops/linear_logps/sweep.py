@@ -74,6 +74,11 @@ def narrowed(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
+def flat(hidden: torch.Tensor) -> torch.Tensor:
+    """(..., H) as (R, H), rows of adjacent elements."""
+    return (hidden if hidden.stride(-1) == 1 else hidden.contiguous()).reshape(-1, hidden.shape[-1])
+
+
 class Sweep:
     """Logits of the rows asked for, a chunk at a time, in one buffer; and what their gradient adds up to."""
 
@@ -86,7 +91,7 @@ class Sweep:
             kept: (K, V): where the logits of the first K rows stay, instead of passing through the buffer.
         """
         self.shape = hidden.shape
-        self.hidden = (hidden if hidden.stride(-1) == 1 else hidden.contiguous()).reshape(-1, hidden.shape[-1])
+        self.hidden = flat(hidden)
         self.head, self.index = head, index
         self.num = len(self.hidden) if index is None else len(index)
         self.kept = min(self.num, 0 if kept is None else len(kept))
