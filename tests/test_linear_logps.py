@@ -111,6 +111,27 @@ def test_only_what_is_asked_for(need, device, nan_filled, backend, dtype, select
         assert result["entropy"][~options["mask"]].eq(0).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda", "without logits"])
+def test_a_target_that_is_no_token_is_nan(need, device, monkeypatch, backend):
+    """On a GPU, where no check waits for the device, what lies outside the vocabulary shows."""
+    monkeypatch.setattr(linear_logps_module, "require_indices", lambda *args: None)
+    (hidden, weight, _), targets = make((3,), 20, 8, torch.float32, device, bias=False)
+    targets[1:] = torch.tensor([20, -1])
+    if backend == "without logits":
+        need("linear_logps_fused", "triton", hidden)
+        logps, entropy = linear_logps(hidden, weight, targets, return_entropy=True, chunk_bytes=0, backend="triton")
+        rows = torch.tensor([0, 3, -1], device=device)
+        of_rows = linear_logps(hidden, weight, targets.clamp(0, 19), rows=rows, chunk_bytes=0, backend="triton")
+        assert of_rows.isnan().tolist() == [False, True, True]
+        assert entropy.isfinite().all()
+    else:
+        need("linear_logps", backend, hidden)
+        logps = linear_logps(hidden.requires_grad_(), weight, targets, backend=backend)
+        (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+        assert gradient.isnan().all(1).tolist() == [False, True, True]
+    assert logps.isnan().tolist() == [False, True, True]
+
+
 def test_equals_gather_logps(device):
     """The formula of the docstring, by other code."""
     (hidden, weight, bias), targets = make((3, 4), 50, 8, torch.float64, device)

@@ -56,7 +56,7 @@ def _fwd(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, so
     outputs = _outputs(hidden, weight, targets, keep)
     head = Head.of(hidden, weight, bias, temperature, logit_scale, softcap)
     asked, index = asked_for(mask, rows)
-    (tokens,) = select_results(asked, local_targets(targets, start, len(weight)))
+    (tokens,) = select_results(asked, local_targets(targets, start, len(weight), size))
     logp, entropy, stats = (out.new_empty(len(tokens), *out.shape[targets.dim() :]) for out in outputs[:3])
     if chunk_bytes == 0:
         select("linear_logps_fused", backend, hidden).fwd(flat(hidden), index, tokens, head, logp, entropy, stats)
@@ -88,7 +88,7 @@ def _bwd(
     sweep = Sweep(hidden, head, index, chunk_bytes, kept)
     rows_of = select("linear_logps", backend, hidden)
     tokens, dlogp, dentropy, logp, entropy = select_results(
-        asked, local_targets(targets, start, len(weight)), dlogp, dentropy, logp, entropy
+        asked, local_targets(targets, start, len(weight), size), dlogp, dentropy, logp, entropy
     )
     stats = stats.reshape(-1, 2) if asked is None else stats.reshape(-1, 2)[asked]
     gradients = Gradients(sweep, needed, repeated=rows is not None, weight_dtype=weight.dtype, out=weight_grad)
@@ -243,9 +243,7 @@ def linear_logps(
     require(accumulates, "accumulate_weight_grad", "be False unless weight is a leaf that this process holds whole", True)
     check_parallel(weight, vocab_parallel)
     check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
-    chunk_bytes, keep_logits_bytes = budget(
-        hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes, backend
-    )
+    chunk_bytes, keep_logits_bytes = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes, backend)
     group, start, size = (None, 0, len(weight)) if vocab_parallel is None else vocab_parallel
     softcap = None if softcap is None else float(softcap)
     logps, entropy = _LinearLogps.apply(

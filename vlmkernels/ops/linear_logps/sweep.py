@@ -48,10 +48,11 @@ def select_results(asked: torch.Tensor | None, *results: torch.Tensor | None) ->
     return flat if asked is None else [r if r is None else r[asked] for r in flat]
 
 
-def local_targets(targets: torch.Tensor, vocab_start: int, vocab: int) -> torch.Tensor:
-    """Counted from the first token of this part of the vocabulary; -1 for tokens of other parts."""
+def local_targets(targets: torch.Tensor, vocab_start: int, vocab: int, vocab_size: int) -> torch.Tensor:
+    """Counted from the first token of this part of the vocabulary; -1 for tokens of other parts, ``vocab`` for no token."""
     local = targets - vocab_start
-    return torch.where((local >= 0) & (local < vocab), local, -1)
+    elsewhere = torch.where((targets >= 0) & (targets < vocab_size), -1, vocab)
+    return torch.where((local >= 0) & (local < vocab), local, elsewhere)
 
 
 def result_dtype(hidden: torch.Tensor) -> torch.dtype:

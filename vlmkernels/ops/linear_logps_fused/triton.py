@@ -29,14 +29,15 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# Of 16-bit operands, by compute capability; FEWER elsewhere. FULL: of fp32, whose products have no tensor cores.
+# Of 16-bit operands, by compute capability: the largest that tests/compile_gate.py finds to spill nothing.
 BLOCKS = {
     (8, 0): Blocks(128, 128, 64, 8, 4),
     (9, 0): Blocks(128, 256, 64, 8, 4),
-    (10, 0): Blocks(128, 256, 64, 8, 4),
+    (10, 0): Blocks(128, 256, 64, 8, 3),
 }
-FEWER = Blocks(128, 128, 32, 8, 3)
-FULL = Blocks(64, 128, 16, 8, 3)
+ELSEWHERE = Blocks(128, 128, 32, 8, 3)  # in 48 KiB of shared memory
+CAPPED = Blocks(128, 64, 64, 8, 3)  # tanh needs registers
+FP32 = Blocks(64, 64, 16, 8, 3)  # no tensor cores
 
 
 def unsupported(hidden: torch.Tensor) -> str | None:
@@ -142,7 +143,7 @@ def linear_logps_merge_kernel(
     for part in range(splits):
         own = partial_ptr + tl.cast(part, tl.int64) * 4 * N + n
         m_part = tl.load(own, mask=inside, other=LOWEST)
-        s_part = tl.load(own + N, mask=inside, other=0.0)
+        s_part = tl.load(own + N, mask=inside, other=1.0)
         top = tl.maximum(m, m_part)
         shift = tl.maximum((m - top) * scale, -126.0)
         shift_part = tl.maximum((m_part - top) * scale, -126.0)
@@ -153,20 +154,18 @@ def linear_logps_merge_kernel(
         m = top
     target = tl.load(targets_ptr + n, mask=inside, other=0)
     row = n if index_ptr is None else tl.load(index_ptr + n, mask=inside, other=0)
-    # An index out of range makes the results NaN.
-    m = tl.where((target < V) & (row >= 0) & (row < R), m, float("nan"))
-    log_sum = tl.log(s)
-    logp = tl.where((target >= 0) | (m != m), (u_target - m) * inverse - log_sum, -float("inf"))
-    tl.store(logp_ptr + n, logp, mask=inside)
+    log_sum = tl.where((row >= 0) & (row < R), tl.log(s), float("nan"))  # no such row
+    logp = tl.where(target >= 0, (u_target - m) * inverse - log_sum, -float("inf"))
+    tl.store(logp_ptr + n, tl.where(target < V, logp, float("nan")), mask=inside)  # no such token
     tl.store(entropy_ptr + n, log_sum - sy / s * LN2, mask=inside)
     tl.store(stats_ptr + 2 * n, m, mask=inside)
     tl.store(stats_ptr + 2 * n + 1, log_sum, mask=inside)
 
 
-def blocks_of(hidden: torch.Tensor) -> Blocks:
-    if hidden.dtype == torch.float32:
-        return FULL
-    return FEWER if hidden.device.type == "cpu" else BLOCKS.get(torch.cuda.get_device_capability(hidden.device), FEWER)
+def blocks_of(dtype: torch.dtype, capability: tuple[int, int] | None, capped: bool) -> Blocks:
+    if dtype == torch.float32:
+        return FP32
+    return CAPPED if capped else BLOCKS.get(capability, ELSEWHERE)
 
 
 def processors(device: torch.device) -> int:
@@ -188,7 +187,8 @@ def fwd(hidden, index, targets, head, logp, entropy, stats) -> None:
     num, vocab = len(targets), len(head.weight)
     if not num:
         return
-    blocks = blocks_of(hidden)
+    capability = torch.cuda.get_device_capability(hidden.device) if hidden.device.type == "cuda" else None
+    blocks = blocks_of(hidden.dtype, capability, head.softcap is not None)
     row_blocks = triton.cdiv(num, blocks.rows)
     splits = splits_of(row_blocks, triton.cdiv(vocab, blocks.vocab), processors(hidden.device))
     partial = logp.new_empty(splits, 4, num)
