@@ -4,7 +4,7 @@ import torch
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require, require_indices
+from vlmkernels.ops.checks import require, require_indices, require_nowhere
 from vlmkernels.ops.linear_logps.check import budget, check, check_parallel, operands
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, gathered
 from vlmkernels.ops.linear_logps.sweep import (
@@ -66,6 +66,8 @@ def _fwd(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, so
         for chunk, states, room in sweep:
             logits = sweep.logits(states, room)
             rows_of.fwd(logits, states, tokens[chunk], head, logp[chunk], entropy[chunk], stats[chunk])
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float16:  # other logits have the range of fp32
+        require_nowhere(stats[:, 0].isposinf(), "hidden", "have logits within fp16's range, up to 65504", stats[:, 0])
     for out, result in zip(outputs, (logp, entropy, stats), strict=False):
         out = out.view(targets.numel(), *result.shape[1:])
         out.copy_(result) if asked is None else out.index_copy_(0, asked, result)

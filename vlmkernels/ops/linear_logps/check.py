@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmkernels.ops.checks import require, require_device, require_dtype, require_positive, require_shape
+from vlmkernels.ops.checks import require, require_device, require_dtype, require_factor, require_shape
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, whole
 from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes, row_bytes
 from vlmkernels.ops.linear_logps_fused import is_faster
@@ -43,10 +43,13 @@ def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, s
     if bias is not None:
         require_dtype("bias", bias, weight.dtype)
         require_shape("bias", bias, weight.shape[:1], "the rows of weight")
-    require_positive("temperature", temperature)
-    require_positive("logit_scale", logit_scale)
-    if softcap is not None:
-        require_positive("softcap", softcap)
+    require_factor("temperature", temperature)
+    require_factor("logit_scale", logit_scale)
+    if softcap is None:
+        require_factor("logit_scale / temperature", logit_scale / temperature)
+    else:
+        require_factor("softcap", softcap)
+        require_factor("logit_scale / softcap", logit_scale / softcap)
     require(isinstance(targets, torch.Tensor), "targets", "be a tensor", type(targets).__name__, TypeError)
     for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool), ("rows", rows, torch.int64)):
         if tensor is not None:
