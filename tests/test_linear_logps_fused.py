@@ -165,6 +165,9 @@ def test_it_is_chosen_only_where_it_was_measured_to_be_faster(fused, device, mon
         linear_logps(hidden, weight, targets, backend="reference")
         linear_logps(hidden, weight, targets, backend="triton", chunk_bytes=80)
     assert chosen == [4]
+    compiled = torch.compile(lambda h: linear_logps(h, weight, targets, backend="triton"), fullgraph=True, backend="eager")
+    compiled(hidden)
+    assert chosen == [4]
 
 
 def test_fp32_master_weight(fused, device):

@@ -1,6 +1,7 @@
 """The rows of ``linear_logps`` straight from hidden states and weight, with no logits: what ``chunk_bytes=0`` asks for.
 
-Without gradients only, and taken unasked only where it was measured to be faster than a GEMM and a kernel for its rows.
+Without gradients only, and taken unasked only where it was measured to be faster than a GEMM and a kernel for its rows;
+docs/head.md says how it is measured. Its one implementation is Triton's.
 """
 
 import torch
@@ -13,8 +14,8 @@ FASTER_FROM: dict[tuple[tuple[int, int] | None, torch.dtype], int] = {}
 
 
 def is_faster(hidden: torch.Tensor, num: int, backend: str) -> bool:
-    """Whether ``num`` rows of ``hidden`` are best served without logits, by a backend that the caller leaves open."""
-    if backend not in ("auto", "triton"):
+    """Whether ``num`` rows of ``hidden`` are best served without logits, where the caller leaves that open."""
+    if torch.compiler.is_compiling() or backend not in ("auto", "triton"):  # which asks what cannot be traced
         return False
     capability = torch.cuda.get_device_capability(hidden.device) if hidden.device.type == "cuda" else None
     least = FASTER_FROM.get((capability, hidden.dtype))
