@@ -75,7 +75,7 @@ FUSED_FORWARD = {
     **dict.fromkeys(("V", "H", "stride_hidden", "stride_weight"), "i32:16"),
     **dict.fromkeys(("scale", "softcap", "logit_scale"), "fp32"),
 }  # fmt: skip
-WITHOUT_LOGITS = {"step_weight": 1, "WIDEN": False, "GROUP": linear_logps_fused.GROUP}
+WITHOUT_LOGITS = {"step_weight": 1, "WIDEN": False, "TMA": False, "GROUP": linear_logps_fused.GROUP}
 LINEAR_MERGE = {**FUSED_FORWARD, **MERGE, "inverse": "fp32"}
 
 
@@ -84,12 +84,16 @@ def surrogate(name: str) -> dict:
     return {"SURROGATE": function, "THROUGH_RATIO": through_ratio, "PRODUCT": name == "vespo"}
 
 
-def fused_forward(dtype: str, capability: int, capped: bool) -> tuple:
+def fused_forward(dtype: str, capability: int, capped: bool, tma: bool = False) -> tuple:
     """The arguments of compile_kernel, with the blocks that the launcher takes on that GPU."""
     wide = torch.float32 if dtype == "fp32" else torch.bfloat16
-    rows, vocab, width, num_warps, num_stages = linear_logps_fused.blocks_of(wide, divmod(capability, 10), capped)
+    blocks = linear_logps_fused.blocks_of(wide, divmod(capability, 10), capped)
+    rows, vocab, width, num_warps, num_stages, _ = blocks
     types = {name: kind.replace("bf16", dtype) for name, kind in FUSED_FORWARD.items()}
     constants = {**WITHOUT_LOGITS, "CAP": capped, "BLOCK_N": rows, "BLOCK_V": vocab, "BLOCK_H": width}
+    if tma:
+        assert blocks.tma
+        types["weight_ptr"], constants["TMA"] = f"tensordesc<{dtype}[{vocab},{width}]>", True
     return "linear_logps_fused", "linear_logps_fused_kernel", types, constants, num_warps, capability, num_stages
 
 
@@ -158,11 +162,13 @@ def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps
         "shared": compiled.metadata.shared,
         "tensor_cores": re.findall(r"\b(tcgen05.mma|wgmma.mma|mma.sync)", compiled.asm["ptx"])[:1],
     }
+    row["tma"] = "cp.async.bulk.tensor" in compiled.asm["ptx"]
     return row | {key: int(value) for key, value in usage.items()}
 
 
 JOBS = [(*row, capability) for row in KERNELS for capability in (80, 90, 100)]
 JOBS += [fused_forward("bf16", capability, False) for capability in (80, 86, 90, 100)]
+JOBS += [fused_forward("bf16", 90, False, tma=True)]
 JOBS += [fused_forward(dtype, 100, True) for dtype in ("bf16", "fp32")]  # where ptxas leaves the fewest registers
 
 

@@ -50,6 +50,21 @@ def test_matches_fp64(fused, device, monkeypatch, nan_filled, processors, dtype,
     check([*operands[:2], None], targets, temperature=1.3, logit_scale=0.5, softcap=4.0)
 
 
+@pytest.mark.parametrize(("width", "aligned"), [(64, True), (40, True), (36, False)])  # in rows of 16 bytes, or not
+def test_weights_by_tensor_descriptors(fused, device, monkeypatch, nan_filled, width, aligned):
+    """The same results, wherever the last blocks of V and H end; where no descriptor can be made, without."""
+    made = []
+    new = fused.TensorDescriptor.from_tensor
+    monkeypatch.setattr(fused.TensorDescriptor, "from_tensor", lambda *args: made.append(args) or new(*args))
+    operands, targets = make((5,), 301, width, torch.bfloat16, device)
+    results = []
+    for tma in (False, True):
+        monkeypatch.setattr(fused, "blocks_of", lambda *_, tma=tma: fused.ELSEWHERE._replace(tma=tma))
+        results.append(check(operands, targets, temperature=0.7))
+    assert len(made) == aligned
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("level", [-3e4, 3e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_that_are_all_strongly_negative_or_positive(fused, device, monkeypatch, dtype, level):

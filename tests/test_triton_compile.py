@@ -49,6 +49,7 @@ def test_tensor_cores(compiled):
     used = {(row["dtype"], row["sm"], *row["tensor_cores"]) for row in compiled if row["kernel"] == GEMM}
     instructions = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
     assert used == {("bf16", *item) for item in instructions.items()} | {("fp32", 100)}
+    assert {row["sm"] for row in compiled if row["tma"]} == {90}
 
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled):

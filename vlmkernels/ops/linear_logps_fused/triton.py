@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vlmkernels.ops.gather_logps.triton import LN2, LOWEST, exp2_and_exponent
 from vlmkernels.ops.launch import unsupported_dtype
@@ -27,12 +28,13 @@ class Blocks(NamedTuple):
     width: int
     num_warps: int
     num_stages: int
+    tma: bool = False  # the weight by a tensor descriptor, where its strides and address allow one
 
 
 # Of 16-bit operands, by compute capability: the largest that tests/compile_gate.py finds to spill nothing.
 BLOCKS = {
     (8, 0): Blocks(128, 128, 64, 8, 4),
-    (9, 0): Blocks(128, 256, 64, 8, 4),
+    (9, 0): Blocks(128, 256, 64, 8, 4, tma=True),
     (10, 0): Blocks(128, 256, 64, 8, 3),
 }
 ELSEWHERE = Blocks(128, 128, 32, 8, 3)  # in 48 KiB of shared memory
@@ -48,7 +50,7 @@ def unsupported(hidden: torch.Tensor) -> str | None:
 def linear_logps_fused_kernel(
     hidden_ptr,  # (R, H)
     index_ptr,  # (N,): the rows of it; None: N = R, each
-    weight_ptr,  # (V, H)
+    weight_ptr,  # (V, H), or with TMA a descriptor of it
     bias_ptr,  # (V,) or None
     targets_ptr,  # (N,): below 0: in another part of the vocabulary
     partial_ptr,  # (splits, 4, N) out: m, s, sy, u of the target, 0 where it is in another split
@@ -65,6 +67,7 @@ def linear_logps_fused_kernel(
     logit_scale,
     CAP: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter's products are not those of bf16
+    TMA: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -91,11 +94,13 @@ def linear_logps_fused_kernel(
     for start in range(part * size, tl.minimum(part * size + size, V), BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         column = tl.minimum(v, V - 1).to(tl.int64)
-        w_ptr = weight_ptr + column[None, :] * stride_weight + h[:, None] * step_weight
+        if not TMA:
+            w_ptr = weight_ptr + column[None, :] * stride_weight + h[:, None] * step_weight
         x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in range(0, H, BLOCK_H):
             a = tl.load(a_ptr + k, mask=k + h[None, :] < H, other=0.0)
-            w = tl.load(w_ptr + k * step_weight, mask=k + h[:, None] < H, other=0.0)
+            in_width = k + h[:, None] < H
+            w = weight_ptr.load([start, k]).T if TMA else tl.load(w_ptr + k * step_weight, mask=in_width, other=0.0)
             if WIDEN:
                 a = a.to(tl.float32)
                 w = w.to(tl.float32)
@@ -182,6 +187,12 @@ def splits_of(row_blocks: int, vocab_blocks: int, processors: int) -> int:
     return min(range(1, min(vocab_blocks, 4 * processors) + 1), key=rounds)
 
 
+def has_descriptor(weight: torch.Tensor) -> bool:
+    """Rows of adjacent elements, each at a multiple of 16 bytes."""
+    stride, step = weight.stride()
+    return step == 1 and stride * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+
+
 def fwd(hidden, index, targets, head, logp, entropy, stats) -> None:
     """logp, entropy and stats, as in linear_logps/reference.py, of the rows ``index`` (None: all) of ``hidden`` (R, H)."""
     num, vocab = len(targets), len(head.weight)
@@ -192,10 +203,11 @@ def fwd(hidden, index, targets, head, logp, entropy, stats) -> None:
     row_blocks = triton.cdiv(num, blocks.rows)
     splits = splits_of(row_blocks, triton.cdiv(vocab, blocks.vocab), processors(hidden.device))
     partial = logp.new_empty(splits, 4, num)
+    tma = blocks.tma and has_descriptor(head.weight)
     linear_logps_fused_kernel[(row_blocks * splits,)](
         hidden,
         index,
-        head.weight,
+        TensorDescriptor.from_tensor(head.weight, [blocks.vocab, blocks.width]) if tma else head.weight,
         head.bias,
         targets,
         partial,
@@ -211,6 +223,7 @@ def fwd(hidden, index, targets, head, logp, entropy, stats) -> None:
         head.logit_scale,
         CAP=head.softcap is not None,
         WIDEN=INTERPRETED,
+        TMA=tma,
         GROUP=GROUP,
         BLOCK_N=blocks.rows,
         BLOCK_V=blocks.vocab,
