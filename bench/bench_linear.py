@@ -211,9 +211,10 @@ def test_forward(benchmark, case):
     functions |= {name: others[loss] for name, loss in peers().items() if loss in others}
 
     def check(name, results):
-        errors = [(a.double() - b).abs().max().item() for a, b in zip(results, exact, strict=True)]
-        assert max(errors) < 0.2, f"{name} is wrong: {errors}"
-        return ", ".join(f"{error:.0e}" for error in errors)
+        errors = [(a.double() - b).abs() for a, b in zip(results, exact, strict=True)]
+        means = [error.mean().item() for error in errors]
+        assert max(means) < 0.05, f"{name} is wrong: {means}"
+        return ", ".join(f"{error.max():.0e}" for error in errors)
 
     out = hidden.new_empty(targets.numel(), len(weight))
     floors = {"1 bare GEMM": lambda: torch.mm(hidden.flatten(0, 1), weight.T, out=out)}

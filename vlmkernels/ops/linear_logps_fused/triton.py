@@ -85,6 +85,7 @@ def linear_logps_fused_kernel(
     row = tl.minimum(tl.maximum(row, 0), R - 1)  # what lies outside is computed, and not kept
     target = tl.load(targets_ptr + n, mask=inside, other=-1).to(tl.int32)
     h = tl.arange(0, BLOCK_H)
+    step = tl.cast(step_weight, tl.int64)
     a_ptr = hidden_ptr + row[:, None] * stride_hidden + h[None, :]
     size = tl.cdiv(tl.cdiv(V, BLOCK_V), splits) * BLOCK_V
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
@@ -95,12 +96,12 @@ def linear_logps_fused_kernel(
         v = start + tl.arange(0, BLOCK_V)
         column = tl.minimum(v, V - 1).to(tl.int64)
         if not TMA:
-            w_ptr = weight_ptr + column[None, :] * stride_weight + h[:, None] * step_weight
+            w_ptr = weight_ptr + column[None, :] * stride_weight + h[:, None] * step
         x = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for k in range(0, H, BLOCK_H):
             a = tl.load(a_ptr + k, mask=k + h[None, :] < H, other=0.0)
             in_width = k + h[:, None] < H
-            w = weight_ptr.load([start, k]).T if TMA else tl.load(w_ptr + k * step_weight, mask=in_width, other=0.0)
+            w = weight_ptr.load([start, k]).T if TMA else tl.load(w_ptr + k * step, mask=in_width, other=0.0)
             if WIDEN:
                 a = a.to(tl.float32)
                 w = w.to(tl.float32)
