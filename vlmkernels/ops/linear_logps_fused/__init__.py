@@ -15,7 +15,9 @@ FASTER_FROM: dict[tuple[tuple[int, int] | None, torch.dtype], int] = {}
 
 def is_faster(hidden: torch.Tensor, num: int, backend: str) -> bool:
     """Whether ``num`` rows of ``hidden`` are best served without logits, where the caller leaves that open."""
-    if torch.compiler.is_compiling() or backend not in ("auto", "triton"):  # which asks what cannot be traced
+    if torch.compiler.is_compiling():  # what follows cannot be traced
+        return False
+    if backend not in ("auto", "triton"):
         return False
     capability = torch.cuda.get_device_capability(hidden.device) if hidden.device.type == "cuda" else None
     least = FASTER_FROM.get((capability, hidden.dtype))
