@@ -19,6 +19,9 @@ from vlmkernels.train.rollout import Rollout
 torch.set_num_threads(1)
 
 WRAPPED = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
+SAVES = {
+    "optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2,
+}  # fmt: skip
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
 # Images of each row: three processes have one row of a step each.
 CASES = {
@@ -29,6 +32,8 @@ CASES = {
     "fsdp, frozen tower": {"images": "one", "frozen": True, "num_iterations": 2, "max_steps": 4, **FSDP},
     "fsdp, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **FSDP},
     "fsdp, lora": {"images": "one", "beta": 0.1, "peft_config": True, **FSDP},
+    "fsdp, saved": {"images": "mixed", **SAVES, **FSDP},
+    "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
     "ddp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4},
     "fsdp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **FSDP},
 }
@@ -49,7 +54,8 @@ def completions_of(model, prompts, num_generations, temperature):
 
 
 def build(output_dir, name: str) -> GRPOTrainer:
-    options = {"max_completion_length": 4, "max_steps": 2, "learning_rate": 1e-2, **CASES[name]}
+    options = {"optim": "sgd", "max_completion_length": 4, "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    options |= {key: value for key, value in CASES[name].items() if key != "resumes"}
     images, samples, frozen, adapters, evaluates = (
         options.pop(key, False) for key in ("images", "samples", "frozen", "peft_config", "evaluates")
     )
@@ -61,7 +67,7 @@ def build(output_dir, name: str) -> GRPOTrainer:
     AcceleratorState._reset_state(reset_partial_state=False)
     args = GRPOConfig(
         output_dir=str(output_dir), per_device_train_batch_size=12 // processes, num_generations=2 if samples else 4,
-        gradient_accumulation_steps=2, logging_steps=1, optim="sgd", max_grad_norm=0.0, save_strategy="no", disable_tqdm=True,
+        gradient_accumulation_steps=2, logging_steps=1, max_grad_norm=0.0, disable_tqdm=True,
         use_cpu=True, report_to="none", **options,
     )  # fmt: skip
     if processes > 1:
@@ -85,7 +91,8 @@ def build(output_dir, name: str) -> GRPOTrainer:
 def run(output_dir, name: str) -> dict:
     """Logs, and the sum of squares of every parameter at the end."""
     trainer = build(output_dir, name)
-    trainer.train()
+    several = "WORLD_SIZE" in os.environ
+    trainer.train(resume_from_checkpoint=True if several and "resumes" in CASES[name] else None)
     whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # noqa: E731
     size = {key: whole(p.detach()).double().square().sum().item() for key, p in trainer.policy.named_parameters()}
     sharded = any(hasattr(p, "full_tensor") for p in trainer.policy.parameters())

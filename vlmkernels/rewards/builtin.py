@@ -117,8 +117,11 @@ class BoxReward(AnswerReward):
         references = [None if r is None else check_reference(as_boxes, r, f"references[{i}]") for i, r in enumerate(references)]
         moved = to_frame(references, self.reference_frame, self.reference_frame, sizes)
         for index, (before, after) in enumerate(zip(references, moved, strict=True)):
-            rule = f"lie in the frame {self.reference_frame}"
-            require(before is None or after is not None, f"references[{index}]", rule, before and before.boxes.tolist())
+            if before is not None and after is None:
+                of_row = {name: None if size is None else size[[index]] for name, size in sizes.items()}
+                width, height = boxes.frame_sizes(self.reference_frame, **of_row)[0].tolist()
+                rule = f"lie in the frame {self.reference_frame} of {width:g} x {height:g}"
+                raise ValueError(f"references[{index}] must {rule}, got {before.boxes.tolist()}")
         return to_frame(predictions, self.frame, self.reference_frame, sizes), references
 
 

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
+from itertools import count
 
 import torch
 
@@ -23,7 +24,7 @@ Question: {prompt}
 Right answer: {reference}
 Answer: {completion}
 Reply with one line, "Score: " and a number."""
-_SCORE = re.compile(r"score\W{1,4}([-+]?\d+(?:\.\d+)?)(?![\d.]*\d)", re.IGNORECASE)
+_SCORE = re.compile(r"score[^\w+-]{1,4}([-+]?\d+(?:\.\d+)?)(?![\d.]*\d)", re.IGNORECASE)
 _FINAL = (400, 401, 403, 404, 405, 413, 422)  # statuses that another try would get again
 
 
@@ -53,7 +54,7 @@ class Judge:
         that
             a completion cannot pose as the instruction, and ``{low}``, ``{high}``.
         scale: the lowest and highest score.
-        column: the dataset's column of right answers, if the judge is to see them.
+        column: the dataset's column of right answers, if the judge is to see them; None in it = not scored.
         with_images: send the sample's images too, as PNG.
         request_timeout: seconds, for each request whole.
         retries: how often a request is repeated after a time-out, a refused connection, a server's error or a reply without a
@@ -84,7 +85,12 @@ class Judge:
         api_key_env: str = "OPENAI_API_KEY",
     ):
         require(url.startswith(("http://", "https://")), "url", "begin with http:// or https://", repr(url))
-        require("{completion}" in template, "template", "hold {completion}", repr(template)[:80])
+        require("{completion}" in template, "template", "hold {completion}", f"{template!r:.80}")
+        try:
+            template.format(prompt="", completion="", reference="", low=0, high=0)
+        except (KeyError, IndexError, ValueError) as error:
+            rule = "have no fields but prompt, completion, reference, low, high, and {{ for a brace"
+            raise ValueError(f"template must {rule}, got {template!r:.80}") from error
         require(len(scale) == 2 and scale[0] < scale[1], "scale", "be (lowest, highest)", scale)
         require_positive("request_timeout", request_timeout)
         require_positive("concurrency", concurrency)
@@ -102,13 +108,15 @@ class Judge:
 
     async def __call__(
         self, prompts: list, completions: list, images: list | None = None, **columns
-    ) -> list[float | Exception]:
+    ) -> list[float | Exception | None]:
         references = columns[self.column] if self.column else [None] * len(completions)
         images = images if self.with_images and images is not None else [()] * len(completions)
         limit = asyncio.Semaphore(self.concurrency)
         executor = ThreadPoolExecutor(self.concurrency)
 
-        async def one(*sample) -> float:
+        async def one(*sample) -> float | None:
+            if self.column and sample[2] is None:
+                return None
             async with limit:
                 return await self._judge(executor, self._body(*sample))
 
@@ -127,7 +135,7 @@ class Judge:
         return json.dumps({"model": self.model, "messages": [message], "temperature": 0}).encode()
 
     async def _judge(self, executor: ThreadPoolExecutor, body: bytes) -> float:
-        for attempt in range(self.retries + 1):
+        for attempt in count():
             if self.requests_left is not None:
                 if self.requests_left == 0:
                     raise BudgetSpent("max_requests are spent")
@@ -141,7 +149,6 @@ class Judge:
                 if attempt == self.retries:
                     raise RuntimeError(f"{self.url}, {self.retries + 1} requests: {error}") from error
             await asyncio.sleep(self.backoff * 2**attempt)
-        raise AssertionError("unreachable")
 
     def _request(self, body: bytes) -> float:
         """One request. Raises OSError (TimeoutError too), HTTPException and ValueError."""
