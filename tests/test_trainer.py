@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 
 from vlmkernels.models.families import media_token_ids
 from vlmkernels.models.group import pad_completions
+from vlmkernels.models.head import completion_logps, logit_arguments, output_head
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.checkpoint import last_complete_checkpoint
-from vlmkernels.train.head import completion_logps, logit_arguments, output_head
 from vlmkernels.train.rollout import Rollout
 
 torch.set_num_threads(1)

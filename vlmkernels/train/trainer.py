@@ -23,6 +23,7 @@ from transformers.utils import logging
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
+from vlmkernels.models.head import completion_logps, completion_loss, logit_arguments, output_head
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
@@ -31,7 +32,6 @@ from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_w
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
-from vlmkernels.train.head import completion_logps, completion_loss, logit_arguments, output_head
 from vlmkernels.train.metrics import completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.report import write_report
@@ -110,8 +110,7 @@ class GRPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
         self.head = output_head(model)
-        with inference(model):
-            self.logit_arguments = logit_arguments(model, self.head)
+        self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
         self.shares_prefix = self._choose_prefix_sharing()
         self.ref_head, self.ref_model = self.head, None
