@@ -117,10 +117,14 @@ def measure(provider: str, setting: dict) -> dict:
         "logging_steps": 1, "use_bias_correction_kl": False,
     }  # fmt: skip
     reward = lambda completions, **_: [float(len(c[0]["content"])) for c in completions]  # noqa: E731
-    if provider == "trl":
+    if provider.startswith("trl"):
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
+        if provider == "trl patched":
+            from vlmkernels.integrations.trl import patch_trl
+
+            patch_trl()
         data = Dataset.from_list(rows * (num_steps + 1))
     else:
         from vlmkernels.train import GRPOConfig, GRPOTrainer
@@ -130,7 +134,7 @@ def measure(provider: str, setting: dict) -> dict:
     trainer = GRPOTrainer(model, reward, args=GRPOConfig(**common), train_dataset=data, processing_class=processor)
     clock = Clock()
     clock.watch(type(model), "generate", "rollout")
-    if provider != "trl":
+    if not provider.startswith("trl"):
         clock.watch(trainer, "generate", "rollout")
     clock.watch(trainer.ref_model, "forward", "reference")
     clock.watch(model, "forward", "policy forward")

@@ -114,6 +114,29 @@ class Batch:
                 chosen.inputs[name] = tensor[index[axis].to(tensor.device)]
         return chosen
 
+    def originals(self) -> torch.Tensor:
+        """(B,) int64 on the CPU: for each sample the first one with the same inputs, which may be itself.
+
+        Padding is no input. On a GPU this waits for the device, once per pair of samples with the same tokens.
+        """
+        ids = self.inputs["input_ids"].masked_fill(self.inputs["attention_mask"] == 0, -1).tolist()
+        ends = {axis: counts.cumsum(0).tolist() for axis, counts in self.rows.items()}
+        others = [name for name in self.inputs if self.family.axis(name) != "token"]
+
+        def part(name: str, sample: int) -> torch.Tensor:
+            end = ends[self.family.axis(name)]
+            return self.inputs[name][end[sample - 1] if sample else 0 : end[sample]]
+
+        seen: dict[tuple, list[int]] = {}
+        result = []
+        for sample, tokens in enumerate(ids):
+            alike = seen.setdefault(tuple(tokens), [])
+            same = (k for k in alike if all(torch.equal(part(name, k), part(name, sample)) for name in others))
+            result.append(next(same, sample))
+            if result[-1] == sample:
+                alike.append(sample)
+        return torch.tensor(result, dtype=torch.int64)
+
     def split(self, sizes: list[int]) -> list["Batch"]:
         """Batches of the first sizes[0] samples, the next sizes[1], and so on."""
         require(sum(sizes) == len(self), "sizes", f"add up to the {len(self)} samples", sizes)
