@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
@@ -21,6 +22,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.batch import Batch
+from vlmkernels.models.encode import encode_images, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.head import completion_logps, completion_loss, logit_arguments, output_head
@@ -32,7 +35,7 @@ from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_w
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
-from vlmkernels.train.metrics import completion_metrics, reward_metrics
+from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.report import write_report
 from vlmkernels.train.rewards import Rewards
@@ -113,6 +116,8 @@ class GRPOTrainer(Trainer):
         self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
         self.shares_prefix = self._choose_prefix_sharing()
+        # Features of a vision tower that does not change serve all passes over a generation batch.
+        self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
             reference = frozen_copy(model)
@@ -199,11 +204,20 @@ class GRPOTrainer(Trainer):
 
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
         prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
-        rollout = self.generate(self.policy, prompts.to(self.args.device), num_generations, temperature)
+        prompts = prompts.to(self.args.device)
+        if self.encodes_once and getattr(self.generate, "by_groups", False):
+            prompts = self._encode(prompts)
+        rollout = self.generate(self.policy, prompts, num_generations, temperature)
+        if self.encodes_once:
+            rollout = replace(rollout, prompts=self._encode(rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         scored = score(per_completion, rollout, self.rewards, self.tokenizer, columns=columns, trainer_state=self.state)
         return rollout, scored
+
+    def _encode(self, prompts: Batch) -> Batch:
+        with self.accelerator.autocast():
+            return encode_images(self.text_model, prompts)
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.reward_weights.to(rewards.device)
@@ -266,15 +280,21 @@ class GRPOTrainer(Trainer):
                 for index in micro_batches:
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
-    def _batch(self, experience: Experience, samples: slice) -> ScoringBatch:
+    def _parts(self, experience: Experience, index: int) -> list[torch.Tensor]:
+        """A micro-batch in parts within the token budget."""
+        width = self.text_model.config.get_text_config().hidden_size
+        samples, budget = self._micro_batch(index), self.args.max_tokens_per_microbatch
+        return experience.rollout.parts(samples, budget, shared=self.shares_prefix, hidden_size=width)
+
+    def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
         return rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
 
     def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
-        samples = self._micro_batch(index)
-        logps = completion_logps(model, self._batch(experience, samples), head=head, **self._head_arguments)
-        mask = experience.rollout.completion_mask[samples]
-        out[samples] = torch.zeros_like(out[samples]).masked_scatter_(mask, logps)
+        for samples in self._parts(experience, index):
+            logps = completion_logps(model, self._batch(experience, samples), head=head, **self._head_arguments)
+            mask = experience.rollout.completion_mask[samples]
+            out[samples] = out.new_zeros(mask.shape).masked_scatter_(mask, logps)
 
     @property
     def _head_arguments(self) -> dict:
@@ -298,10 +318,32 @@ class GRPOTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs: int, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
-        """The loss of the ``inputs``-th use of the generation batch, as a share of the accumulated batch."""
-        experience, args = self._experience, self.args
-        samples = self._micro_batch(inputs % args.steps_per_generation)
-        on_policy = inputs < min(args.gradient_accumulation_steps, args.steps_per_generation)
+        """The loss of the ``inputs``-th use of the generation batch, as a share of the accumulated batch.
+
+        Of a micro-batch in several parts, those before the last are taken back through the model here.
+        """
+        experience, total = self._experience, 0.0
+        parts = self._parts(experience, inputs % self.args.steps_per_generation)
+        # What each part counts of the means that its loss is made of: over completions, or over tokens.
+        sequences = self.loss_config.aggregation.sequences
+        sizes = [len(part) if sequences else experience.mask[part].sum().item() for part in parts] if len(parts) > 1 else [1]
+        metrics = []
+        for number, (samples, size) in enumerate(zip(parts, sizes, strict=True), 1):
+            share = size / sum(sizes) if size else 1.0  # without tokens there is nothing to weight
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                loss, measured = self._loss(model, experience, inputs, samples, share)
+                if number < len(parts):
+                    self.accelerator.backward(loss)
+                    loss = loss.detach()
+            total, metrics = total + loss, [*metrics, measured]
+        for name, value in combine(metrics).items():
+            self._metrics[name].append(value)
+        return total
+
+    def _loss(self, model, experience: Experience, use: int, samples: torch.Tensor, share: float) -> tuple[torch.Tensor, dict]:
+        """The loss and metrics of some completions, ``share`` of their micro-batch."""
+        args = self.args
+        on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
         window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
         batch = self._batch(experience, samples).of(counts[experience.rollout.completion_mask[samples]])
@@ -316,14 +358,12 @@ class GRPOTrainer(Trainer):
             ref_logps=cut(experience.ref_logps),
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
-            accumulation_steps=window,
+            accumulation_steps=window / share,
             config=self.loss_config,
         )
         if on_policy and experience.old_logps is not None:
             experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
-        return loss
+        return loss, metrics
 
     def _entropy_threshold(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
