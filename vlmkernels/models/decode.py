@@ -13,7 +13,7 @@ from transformers import MinPLogitsWarper, PreTrainedTokenizerBase, TopKLogitsWa
 
 from vlmkernels.models.batch import Batch
 from vlmkernels.models.encode import once_per_image, takes_features
-from vlmkernels.models.group import pack_groups, prompt_positions
+from vlmkernels.models.group import cut_packs, pack_groups, prompt_positions
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.gather_logps import gather_logps
 
@@ -202,9 +202,9 @@ def stops(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedT
 
 
 class _Decoder:
-    def __init__(self, model, prompts: Batch, num_generations: int, sampling: Sampling, num_slots: int, tokenizer) -> None:
+    def __init__(self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer) -> None:
         self.model, self.prompts, self.group_size, self.sampling = model, prompts, num_generations, sampling
-        self.tokenizer, self.device = tokenizer, prompts.inputs["input_ids"].device
+        self.tokenizer, self.max_tokens, self.device = tokenizer, max_tokens, prompts.inputs["input_ids"].device
         self.count = len(prompts) * num_generations
         plain = model.get_base_model() if is_peft_model(model) else model
         self.once_per_image = takes_features(plain)
@@ -254,11 +254,19 @@ class _Decoder:
     def _admit(self, completions: list[int]) -> None:
         """New completions draw their first tokens and take slots."""
         new = sorted({self._prompt(k) for k in completions} - self.first.keys())
-        if new:
-            self._prefill(new)
+        for part in self._cut(new):
+            self._prefill(part)
         logits = torch.stack([self.first[self._prompt(k)] for k in completions])
         ended = self._draw(completions, logits)
         self.slots += [k for k, end in zip(completions, ended, strict=True) if not end]
+
+    def _cut(self, prompts: list[int]) -> list[list[int]]:
+        if self.max_tokens is None or not prompts:
+            return [prompts] if prompts else []
+        lengths = self.prompts.inputs["attention_mask"][prompts].sum(1).tolist()
+        width = self.model.config.get_text_config().hidden_size
+        parts = cut_packs(lengths, [*range(len(prompts))], [0] * len(prompts), self.max_tokens, width)
+        return [[prompts[index] for index in part] for part in parts]
 
     def _prefill(self, prompts: list[int]) -> None:
         chosen = self.prompts.select(torch.tensor(prompts))
@@ -351,6 +359,7 @@ def decode_groups(
     sampling: Sampling,
     *,
     max_num_seqs: int | None = None,
+    max_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Decoded:
     """Completions of prompts, equal to those of ``model.generate`` on ``num_generations`` copies of each up to rounding.
@@ -361,6 +370,7 @@ def decode_groups(
     Args:
         model: one that ``vlmkernels.models.attention.use_group_attention`` was called on; perhaps with adapters.
         max_num_seqs: completions decoded at a time; default all.
+        max_tokens: of the prompts run at a time; default all of those whose completions get slots.
         tokenizer: needed with stop strings.
 
     Returns:
@@ -373,4 +383,4 @@ def decode_groups(
     require(max_num_seqs is None or max_num_seqs >= 1, "max_num_seqs", "be None or >= 1", max_num_seqs)
     require(not sampling.stop_strings or tokenizer is not None, "tokenizer", "be given with stop_strings", None)
     count = len(prompts) * num_generations
-    return _Decoder(model, prompts, num_generations, sampling, min(max_num_seqs or count, count), tokenizer).run()
+    return _Decoder(model, prompts, num_generations, sampling, min(max_num_seqs or count, count), max_tokens, tokenizer).run()

@@ -87,7 +87,7 @@ class Generate:
     def __init__(self, model, processor, args: GRPOConfig):
         self.tokenizer = tokenizer_of(processor)
         self.eos = eos_token_ids(model, self.tokenizer)
-        self.max_num_seqs = args.max_num_seqs
+        self.limits = {"max_num_seqs": args.max_num_seqs, "max_tokens": args.max_tokens_per_microbatch}
         self.options = {
             "max_new_tokens": args.max_completion_length,
             "top_p": args.top_p,
@@ -138,9 +138,7 @@ class Generate:
     def __call__(self, model, prompts: Batch, num_generations: int, temperature: float) -> Rollout:
         if self.by_groups:
             sampling = Sampling(**self.options | {"temperature": temperature})
-            decoded = decode_groups(
-                model, prompts, num_generations, sampling, max_num_seqs=self.max_num_seqs, tokenizer=self.tokenizer
-            )
+            decoded = decode_groups(model, prompts, num_generations, sampling, tokenizer=self.tokenizer, **self.limits)
         else:
             decoded = self._generated(model, prompts, num_generations, temperature)
         group = torch.arange(len(prompts)).repeat_interleave(num_generations)
