@@ -1,7 +1,5 @@
 """TRL's own trainers with and without this package beneath them: the same losses, metrics, gradients and parameters."""
 
-import inspect
-import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,9 +9,7 @@ trl = pytest.importorskip("trl")
 import torch  # noqa: E402
 from trl_runs import STEPS, FixedEngine, build, rows, tiny_model, train  # noqa: E402
 
-from vlmkernels.integrations import trl as ours  # noqa: E402
 from vlmkernels.integrations.trl import patch_trl  # noqa: E402
-from vlmkernels.models import families  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -42,6 +42,19 @@ def _index(counts: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return first.repeat_interleave(picked) + within
 
 
+def _first_equal(keys: list, parts: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """(n,) int64: the first index with the same key and the same tensors as each; parts: n of each tensor."""
+    seen: dict = {}
+    result = []
+    for index, key in enumerate(keys):
+        alike = seen.setdefault(key, [])
+        same = (k for k in alike if all(torch.equal(part[k], part[index]) for part in parts))
+        result.append(next(same, index))
+        if result[-1] == index:
+            alike.append(index)
+    return torch.tensor(result, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Model inputs of B samples, their tokens left-padded.
@@ -124,22 +137,21 @@ class Batch:
         Padding is no input. On a GPU this waits for the device, once per pair of samples with the same tokens.
         """
         ids = self.inputs["input_ids"].masked_fill(self.inputs["attention_mask"] == 0, -1).tolist()
-        ends = {axis: counts.cumsum(0).tolist() for axis, counts in self.rows.items()}
-        others = [name for name in self.inputs if self.family.axis(name) != "token"]
+        others = {name: axis for name in self.inputs if (axis := self.family.axis(name)) != "token"}
+        parts = [self.inputs[name].split(self.rows[axis].tolist()) for name, axis in others.items()]
+        return _first_equal(list(map(tuple, ids)), parts)
 
-        def part(name: str, sample: int) -> torch.Tensor:
-            end = ends[self.family.axis(name)]
-            return self.inputs[name][end[sample - 1] if sample else 0 : end[sample]]
-
-        seen: dict[tuple, list[int]] = {}
-        result = []
-        for sample, tokens in enumerate(ids):
-            alike = seen.setdefault(tuple(tokens), [])
-            same = (k for k in alike if all(torch.equal(part(name, k), part(name, sample)) for name in others))
-            result.append(next(same, sample))
-            if result[-1] == sample:
-                alike.append(sample)
-        return torch.tensor(result, dtype=torch.int64)
+    def equal_images(self) -> torch.Tensor | None:
+        """(images,) int64 on the CPU, for ``image_keys``: the first image with the same pixels as each. None where a family's
+        inputs do not tell which pixels are an image's."""
+        others = {name: axis for name in self.inputs if (axis := self.family.axis(name)) != "token"}
+        if not others or not {*others.values()} <= {"image", "image_patch"}:
+            return None
+        sizes = {"image": [1] * int(self.num_images.sum())}
+        if "image_patch" in others.values():
+            sizes["image_patch"] = self.inputs["image_grid_thw"].prod(-1).tolist()
+        parts = [self.inputs[name].split(sizes[axis]) for name, axis in others.items()]
+        return _first_equal([part.shape for part in parts[0]], parts)
 
     def of_images(self, name: str, images: torch.Tensor) -> torch.Tensor:
         """The rows of an input that belong to the images at ``images``, (n,) int64 on the CPU."""

@@ -202,7 +202,7 @@ def stops(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedT
 
 
 class _Decoder:
-    def __init__(self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer) -> None:
+    def __init__(self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer, as_generate) -> None:
         self.model, self.prompts, self.group_size, self.sampling = model, prompts, num_generations, sampling
         self.tokenizer, self.max_tokens, self.device = tokenizer, max_tokens, prompts.inputs["input_ids"].device
         self.count = len(prompts) * num_generations
@@ -219,7 +219,8 @@ class _Decoder:
         self.drawn: list[tuple[list[int], list[int]]] = []  # (completions, their lengths before) of each element of logps
         self.first: dict[int, torch.Tensor] = {}  # logits (V,) of each prompt's first completion token
         # A number for every token there may be: so what is drawn does not depend on which completions share a step.
-        self.uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64) if sampling.temperature else None
+        drawn = sampling.temperature and not as_generate
+        self.uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64) if drawn else None
         self.seen = None
         self.eos = torch.tensor(sampling.eos_token_id, device=self.device)
         self.suppressed = torch.tensor(sampling.suppress_tokens, device=self.device, dtype=torch.int64)
@@ -315,7 +316,12 @@ class _Decoder:
             scores = scores / sampling.temperature
             for warper in self.warpers:
                 scores = warper(None, scores)
-            chosen = draw(scores, self.uniform[completions, lengths].to(self.device))
+            if self.uniform is None:
+                # torch.multinomial of a row for each completion, ended or not.
+                noise = scores.new_empty(self.count, scores.shape[1]).exponential_()
+                chosen = (scores.softmax(-1) / noise[completions]).argmax(-1)
+            else:
+                chosen = draw(scores, self.uniform[completions, lengths].to(self.device))
         else:
             chosen = scores.argmax(-1)
         self.logps.append(gather_logps(logits, chosen, temperature=sampling.temperature or 1.0))
@@ -361,6 +367,7 @@ def decode_groups(
     max_num_seqs: int | None = None,
     max_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    as_generate: bool = False,
 ) -> Decoded:
     """Completions of prompts, equal to those of ``model.generate`` on ``num_generations`` copies of each up to rounding.
 
@@ -372,6 +379,7 @@ def decode_groups(
         max_num_seqs: completions decoded at a time; default all.
         max_tokens: of the prompts run at a time; default all of those whose completions get slots.
         tokenizer: needed with stop strings.
+        as_generate: draw from the device's random state what ``generate`` draws from it; without max_num_seqs.
 
     Returns:
         See ``Decoded``.
@@ -382,5 +390,7 @@ def decode_groups(
     require(num_generations >= 1, "num_generations", "be >= 1", num_generations)
     require(max_num_seqs is None or max_num_seqs >= 1, "max_num_seqs", "be None or >= 1", max_num_seqs)
     require(not sampling.stop_strings or tokenizer is not None, "tokenizer", "be given with stop_strings", None)
+    require(not as_generate or max_num_seqs is None, "max_num_seqs", "be None with as_generate", max_num_seqs)
     count = len(prompts) * num_generations
-    return _Decoder(model, prompts, num_generations, sampling, min(max_num_seqs or count, count), max_tokens, tokenizer).run()
+    slots = min(max_num_seqs or count, count)
+    return _Decoder(model, prompts, num_generations, sampling, slots, max_tokens, tokenizer, as_generate).run()

@@ -14,16 +14,16 @@ from vlmkernels.ops.linear_logps import linear_logps
 
 
 @contextmanager
-def _forward_of(module: torch.nn.Module, forward):
-    """Inside, ``module`` runs ``forward`` in place of its own."""
-    previous = vars(module).get("forward")  # another wrapper's
-    module.forward = forward
+def method_replaced(module: torch.nn.Module, name: str, function: Callable):
+    """Inside, ``module`` runs ``function`` in place of its method ``name``."""
+    previous = vars(module).get(name)  # another wrapper's
+    setattr(module, name, function)
     try:
         yield
     finally:
-        del module.forward
+        delattr(module, name)
         if previous is not None:
-            module.forward = previous
+            setattr(module, name, previous)
 
 
 def logit_arguments(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, float]:
@@ -46,7 +46,7 @@ def logit_arguments(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, 
     training = model.training
     model.eval()
     try:
-        with _forward_of(head, lambda hidden: probe.to(hidden.dtype).expand(1, 1, 2)), torch.no_grad():
+        with method_replaced(head, "forward", lambda hidden: probe.to(hidden.dtype).expand(1, 1, 2)), torch.no_grad():
             seen = model(input_ids=token, attention_mask=token + 1, use_cache=False).logits.float().flatten()
     finally:
         model.train(training)
@@ -102,7 +102,7 @@ def in_head(model, batch: ScoringBatch, head: torch.nn.Module, function: Callabl
         first = results[0] if isinstance(results[0], torch.Tensor) else results[0][0]
         return first.reshape(1, -1, 1)
 
-    with _forward_of(head, in_place_of_logits):
+    with method_replaced(head, "forward", in_place_of_logits):
         output = model(**batch.inputs, use_cache=False)
     return results[0], output
 

@@ -20,8 +20,10 @@ from functools import partial, wraps
 import trl
 from transformers.utils import logging
 
+from vlmkernels.integrations.trl.generation import generate_of
 from vlmkernels.integrations.trl.loss import MEDIA, compute_loss, loss_config
 from vlmkernels.integrations.trl.scoring import Options, Scoring
+from vlmkernels.models.head import method_replaced
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
 
@@ -29,12 +31,13 @@ __all__ = ["GRPOTrainer", "RLOOTrainer", "patch_trl"]
 
 logger = logging.get_logger(__name__)
 
-_LOGPS, _LOSS = "_get_per_token_logps_and_entropies", "_compute_loss"
+_LOGPS, _LOSS, _GENERATE = "_get_per_token_logps_and_entropies", "_compute_loss", "_generate_single_turn"
 # What is taken from TRL's trainers, and the arguments that must be there.
 _SEAMS = {
     "__init__": ("model", "args"),
     _LOGPS: ("model", "input_ids", "attention_mask", "logits_to_keep", "compute_entropy", "compute_aux_loss", *MEDIA),
     _LOSS: ("model", "inputs"),
+    _GENERATE: ("prompt_ids", "images"),
 }
 _TRL = {cls: {name: vars(cls).get(name) for name in _SEAMS} for cls in (trl.GRPOTrainer, trl.RLOOTrainer)}
 _TESTED = "1.16"
@@ -103,6 +106,17 @@ class _Trainer:
             return _trl(self, _LOSS)(self, model, inputs)
         return compute_loss(self, self._scoring, self._loss_config, _trl(self, _LOGPS), model, inputs)
 
+    def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
+        original, scoring = _trl(self, _GENERATE), self._scoring
+        engine = self.use_vllm or self.use_transformers_continuous_batching
+        turns = isinstance(self, trl.GRPOTrainer) and self.tools  # prompts that hold completions
+        if scoring is None or not scoring.shares or engine or turns:
+            return original(self, prompt_ids, images, *args, **kwargs)
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        num_images = None if images is None else [len(of_row or ()) for of_row in images]
+        with method_replaced(model, "generate", generate_of(scoring, model, num_images)):
+            return original(self, prompt_ids, images, *args, **kwargs)
+
 
 class GRPOTrainer(_Trainer, trl.GRPOTrainer):
     """``trl.GRPOTrainer``, scored by this package; takes the fields of ``Options`` beside TRL's arguments."""
@@ -129,7 +143,7 @@ class Patch:
             raise RuntimeError("patch_trl must not be called while TRL is patched: undo() the first patch")
         self._replaced = {cls: {name: vars(cls).get(name) for name in (*_SEAMS, *_ADDED)} for cls in _TRL}
         for cls in _TRL:
-            for name in (_LOGPS, _LOSS, *_ADDED):
+            for name in (_LOGPS, _LOSS, _GENERATE, *_ADDED):
                 setattr(cls, name, vars(_Trainer)[name])
             cls.__init__ = _constructor(cls, options)
         Patch.active = self

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from vlmkernels.models.attention import GROUP, use_group_attention
 from vlmkernels.models.batch import Batch
+from vlmkernels.models.encode import once_per_image, takes_features
 from vlmkernels.models.families import family_of
 from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions, why_not_shared
 from vlmkernels.models.head import in_head, logit_arguments, output_head
@@ -111,13 +112,21 @@ class Scoring:
             return Micro(pad_completions(inputs, tokens), torch.arange(len(tokens), device=tokens.device), tokens)
         axis = self._family.axis
         prompts = {name: x[:, :-width] if axis(name) == "token" else x for name, x in inputs.items()}
-        counts = torch.zeros(len(tokens), dtype=torch.int64) if num_images is None else torch.tensor(num_images)
-        prompts = Batch.of(prompts, self._family, counts)
-        first, group = prompts.originals().unique(return_inverse=True)
-        prompts, order = prompts.select(first).inputs, group.argsort(stable=True)
+        prompts, group = self.groups(prompts, num_images)
+        order = group.argsort(stable=True)
         group, order = group[order], order.to(tokens.device)
-        positions = prompt_positions(base_of(self._unwrap(model)), prompts)
-        return Micro(pack_groups(prompts, positions, group, completions[order], tokens[order]), order, tokens[order])
+        base = base_of(self._unwrap(model))
+        positions = prompt_positions(base, prompts.inputs)
+        inputs = once_per_image(prompts) if takes_features(base) else prompts.inputs
+        return Micro(pack_groups(inputs, positions, group, completions[order], tokens[order]), order, tokens[order])
+
+    def groups(self, inputs: dict, num_images: list[int] | None) -> tuple[Batch, torch.Tensor]:
+        """The prompts among model inputs, each once in the order in which they first come, and the prompt (B,) of each row."""
+        counts = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64) if num_images is None else torch.tensor(num_images)
+        prompts = Batch.of(inputs, self._family, counts)
+        first, group = prompts.originals().unique(return_inverse=True)
+        prompts = prompts.select(first)
+        return replace(prompts, image_keys=prompts.equal_images()), group
 
     def _has_images(self, completions: torch.Tensor) -> bool:
         """As tools put them there."""
