@@ -133,9 +133,7 @@ def measure(provider: str, setting: dict) -> dict:
         data = rows * (num_steps + 1)
     trainer = GRPOTrainer(model, reward, args=GRPOConfig(**common), train_dataset=data, processing_class=processor)
     clock = Clock()
-    clock.watch(type(model), "generate", "rollout")
-    if not provider.startswith("trl"):
-        clock.watch(trainer, "generate", "rollout")
+    clock.watch(trainer, "_generate_single_turn" if provider.startswith("trl") else "generate", "rollout")
     clock.watch(trainer.ref_model, "forward", "reference")
     clock.watch(model, "forward", "policy forward")
     steps, before = [], peak_bytes()

@@ -10,23 +10,25 @@ from vlmkernels.models.decode import Sampling, decode_groups
 
 logger = logging.get_logger(__name__)
 
-# What a generation configuration may hold beside the fields of Sampling: all the same to a group.
-_OTHERS = {
-    *("do_sample", "bos_token_id", "decoder_start_token_id", "max_length", "use_cache", "disable_compile"),
-    *("transformers_version", "_from_model_config"),
+# What a generation configuration may hold beside the fields of Sampling: what is read here or changes nothing, and values that
+# switch a feature off, as falsy ones do.
+_READ = {"do_sample", "bos_token_id", "max_length", "use_cache", "disable_compile", "transformers_version", "_from_model_config"}
+_OFF = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "length_penalty"), 1.0),
 }
 
 
 def _sampling(config: GenerationConfig, of_model: GenerationConfig) -> Sampling | str:
     """What ``generate`` is asked for: by ``config`` and, where it says nothing, by the model's own; or why not."""
     given = {**of_model.to_diff_dict(), **config.to_diff_dict()}
-    given = {name: value for name, value in given.items() if value is not None}
-    if others := sorted(given.keys() - (Sampling.names() - {"stop_strings"}) - _OTHERS):
+    given = {name: value for name, value in given.items() if value and value != _OFF.get(name)}
+    if others := sorted(given.keys() - (Sampling.names() - {"stop_strings"}) - _READ):
         return f"its generation configuration holds {', '.join(others)}"
     if not given.get("do_sample"):
         given["temperature"] = 0.0
-    eos = given["eos_token_id"]
-    given["eos_token_id"] = [eos] if isinstance(eos, int) else eos
+    eos = config.eos_token_id
+    given |= {"pad_token_id": config.pad_token_id, "eos_token_id": [eos] if isinstance(eos, int) else eos}
     return Sampling(**{name: value for name, value in given.items() if name in Sampling.names()})
 
 
