@@ -15,6 +15,12 @@ VARLEN = "vlmkernels_flash_varlen"
 GROUP = "vlmkernels_group"
 
 
+def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast casts the inputs of "sdpa": rotary positions leave queries and keys, not values, in fp32 under it."""
+    device = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (1, H, N, D)
@@ -32,7 +38,7 @@ def _attention(
     """(1, N, H, D), as transformers' attention functions return it."""
     if dropout:
         raise NotImplementedError(f"{VARLEN} has no dropout, got {dropout}")
-    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    packed = [x.squeeze(0).transpose(0, 1) for x in _cast(query, key, value)]
     cu_seqlens = cu_seq_lens_q.to(torch.int32)
     out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=is_causal, scale=scaling)
     return out.unsqueeze(0), None
@@ -69,6 +75,7 @@ def _group_attention(
     With both the pack is of prompts, whose keys and values the cache takes; with ``group_cache`` alone there is a token of each
     completion that it holds.
     """
+    query, key, value = _cast(query, key, value)
     if group_layout is None and group_cache is not None:
         return group_cache.attend(module.layer_idx, query, key, value, scaling), None
     if group_layout is None:

@@ -12,7 +12,15 @@ logger = logging.get_logger(__name__)
 
 # What a generation configuration may hold beside the fields of Sampling: what is read here or changes nothing, and values that
 # switch a feature off, as falsy ones do.
-_READ = {"do_sample", "bos_token_id", "max_length", "use_cache", "disable_compile", "transformers_version", "_from_model_config"}
+_READ = {
+    "do_sample",
+    "bos_token_id",
+    "max_length",
+    "use_cache",
+    "disable_compile",
+    "transformers_version",
+    "_from_model_config",
+}
 _OFF = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "length_penalty"), 1.0),
