@@ -22,6 +22,8 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TEXT, ONE, SEVERAL = [[]], [[(28, 28)], [(56, 28)]], [[(28, 28)], [(56, 28), (28, 28)]]
+DRAWN = {"top_k": 100, "top_p": 0.95, "repetition_penalty": 1.2, "generation_kwargs": {"min_new_tokens": 2}}
+NOT_BY_GROUPS = {"generation_kwargs": {"no_repeat_ngram_size": 2}}
 SEQUENCE = {"importance_sampling_level": "sequence"}
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_clip_max": 2.0}
 
@@ -42,11 +44,11 @@ class Case:
 CASES = {
     # every family, every loss
     "dapo": Case("qwen2_5_vl", SEVERAL, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
-    "grpo": Case("qwen3_vl", ONE, {"loss_type": "grpo", "beta": 0.1}),
+    "grpo": Case("qwen3_vl", ONE, {"loss_type": "grpo", "beta": 0.1, **DRAWN}),
     "bnpo, LoRA": Case("llava", ONE, {"loss_type": "bnpo", "beta": 0.1}, lora=True),
     "dr_grpo": Case("smolvlm", ONE, {"loss_type": "dr_grpo", "delta": 1.5, "steps_per_generation": 2}),
     "cispo": Case("gemma3", [[(28, 28)]], {"loss_type": "cispo", "beta": 0.1, "epsilon_high": 5.0}, shares=False),
-    "sapo": Case("internvl", ONE, {"loss_type": "sapo", "top_entropy_quantile": 0.6, "entropy_coef": 0.01}),
+    "sapo": Case("internvl", ONE, {"loss_type": "sapo", "top_entropy_quantile": 0.6, "entropy_coef": 0.01, **NOT_BY_GROUPS}),
     "vespo": Case("text", TEXT, {"loss_type": "vespo", "use_adaptive_entropy": True, "entropy_target": 5.56}),
     "luspo, LoRA": Case("text", TEXT, {"loss_type": "luspo", **SEQUENCE, "beta": 0.05}, lora=True),
     # other options
@@ -56,7 +58,7 @@ CASES = {
     "experts": Case("moe", TEXT, {"router_aux_loss_coef": 0.1}, shares=False),
     "engine, tokens": Case("text", TEXT, {**VLLM, "vllm_importance_sampling_mode": "token_truncate"}),
     "engine, sequences": Case("text", TEXT, {**VLLM, "vllm_importance_sampling_mode": "sequence_mask"}),
-    "rloo": Case("qwen2_5_vl", ONE, {"beta": 0.1, "gradient_accumulation_steps": 2}, trainer="RLOO"),
+    "rloo": Case("qwen2_5_vl", ONE, {"beta": 0.1, "gradient_accumulation_steps": 2, "min_p": 0.01}, trainer="RLOO"),
 }
 # fmt: on
 
