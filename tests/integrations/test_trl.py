@@ -210,7 +210,7 @@ def test_patched_twice_late_and_a_subclass(tmp_path):
     early = build(*arguments)
     patch = patch_trl()
     try:
-        with pytest.raises(RuntimeError, match=r"patch_trl must not be called while TRL is patched: undo\(\) the first patch"):
+        with pytest.raises(RuntimeError, match="patch_trl must be undone before it is called again, got a second call"):
             patch_trl()
         assert_same(train(early), theirs)
         assert early._scoring is None  # TRL's own code, though TRL is patched
@@ -260,7 +260,7 @@ def test_notices_and_refusals(tmp_path, monkeypatch):
     model, _ = tiny_model("text")
     monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
     reason = ours.scoring._why_not_shared(model)
-    assert reason == "attn_implementation must be 'sdpa' or 'eager', got 'flex_attention'"
+    assert reason == "attn_implementation must be 'sdpa', 'eager' or 'vlmkernels', got 'flex_attention'"
 
 
 def test_a_trl_whose_seams_differ_is_named(monkeypatch):

@@ -1,1 +1,1 @@
-"""Other trainers and libraries, with this package's ops beneath them. Each is imported by its own name."""
+"""Other libraries' functions, on this package's kernels: one module per library, which imports that library on use."""

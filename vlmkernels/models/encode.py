@@ -2,9 +2,12 @@
 
 transformers' models take features in place of pixels (``mm_encoder_outputs``, from 5.23 on); a hook makes them of two keywords:
 
-    image_index: (images,) int64, which of the images whose pixels are given each one is.
+    image_index: (images,) int64, which of the images whose pixels are given each one is; None: each itself.
     image_features: (tokens, H), features of all images one behind the other, in place of their pixels; with
-        deepstack_features: (tokens, layers, H), where the tower has some.
+        deepstack_features: (tokens, layers, H), where the tower has some;
+    idle_images: inputs of images that stand nowhere and count for nothing, so that a process without images runs its tower.
+
+With any of them the tower runs before the token embedding.
 """
 
 import inspect
@@ -27,10 +30,12 @@ def takes_features(model: PreTrainedModel) -> bool:
 
 
 def use_image_features(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model take ``image_index`` and ``image_features`` where ``takes_features`` holds. Changed in place and returned."""
+    """Let a model take ``image_index`` and ``image_features`` where ``takes_features`` holds, and ``idle_images``. Changed in
+    place and returned."""
     inner = model.base_model
-    if takes_features(model) and _as_features not in inner._forward_pre_hooks.values():
+    if _as_features not in inner._forward_pre_hooks.values():
         inner.register_forward_pre_hook(_as_features, with_kwargs=True)
+        inner.register_forward_hook(_count_for_nothing, with_kwargs=True)
     return model
 
 
@@ -40,14 +45,28 @@ def _encoded(encode: Callable, inputs: dict) -> ModelOutput:
     return encode(**{name: x for name, x in inputs.items() if name in taken}, return_dict=True)
 
 
+def _count_for_nothing(module: torch.nn.Module, args: tuple, kwargs: dict, output: ModelOutput) -> ModelOutput | None:
+    if (nothing := kwargs.get("nothing")) is None:
+        return None
+    output.last_hidden_state = output.last_hidden_state + nothing
+    return output
+
+
 def _as_features(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    index, features = kwargs.pop("image_index", None), kwargs.pop("image_features", None)
-    layers = kwargs.pop("deepstack_features", None)
-    if index is not None:
-        given, order = _encoded(module.get_image_features, kwargs), index.tolist()
-        layers = getattr(given, "deepstack_features", None)
-        pooled = tuple(given.pooler_output[image] for image in order)
-        layers = None if layers is None else [tuple(layer[image] for image in order) for layer in layers]
+    if (idle := kwargs.pop("idle_images", None)) is not None:
+        given = _encoded(module.get_image_features, idle)
+        parts = [*given.pooler_output]
+        for layer in getattr(given, "deepstack_features", None) or ():
+            parts += layer
+        return args, {**kwargs, "nothing": 0.0 * sum(part.sum() for part in parts)}
+    features, layers = kwargs.pop("image_features", None), kwargs.pop("deepstack_features", None)
+    if "image_index" in kwargs:
+        index, given = kwargs.pop("image_index"), _encoded(module.get_image_features, kwargs)
+        pooled, layers = given.pooler_output, getattr(given, "deepstack_features", None)
+        if index is not None:
+            order = index.tolist()
+            pooled = tuple(pooled[image] for image in order)
+            layers = None if layers is None else [tuple(layer[image] for image in order) for layer in layers]
     elif features is not None:
         pooled = (features,) if family_of(module.config).features_in_list else features
         layers = None if layers is None else [(layer,) for layer in layers.unbind(1)]
@@ -60,7 +79,7 @@ def _as_features(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     return args, {**kwargs, "mm_encoder_outputs": outputs}
 
 
-def _of_images(prompts: Batch) -> dict[str, str]:
+def image_axes(prompts: Batch) -> dict[str, str]:
     """The axes of the inputs that describe images."""
     axes = {name: prompts.family.axis(name) for name in prompts.inputs}
     return {name: axis for name, axis in axes.items() if axis in ("image", "image_patch", "tile", "stack", "illustrated")}
@@ -71,7 +90,7 @@ def once_per_image(prompts: Batch) -> dict[str, torch.Tensor]:
 
     Families whose processors do not say which rows of pixels are an image's keep them all.
     """
-    axes = _of_images(prompts)
+    axes = image_axes(prompts)
     keys = [] if prompts.image_keys is None else prompts.image_keys.tolist()
     unique = list(dict.fromkeys(keys))
     if len(unique) == len(keys) or "pixel_values" not in axes or not {*axes.values()} <= {"image", "image_patch"}:
@@ -116,6 +135,6 @@ def encode_images(model: PreTrainedModel, prompts: Batch) -> Batch:
         features["deepstack_features"] = torch.stack([flat(layer) for layer in layers], 1)
     found = len(features["image_features"])
     require(found == tokens.sum(), "image_features", f"be one per image token, {int(tokens.sum())}", found)
-    used = {name for name in _of_images(prompts) if name != "image_grid_thw"}  # that one tells the positions too
+    used = {name for name in image_axes(prompts) if name != "image_grid_thw"}  # that one tells the positions too
     kept = {name: x for name, x in prompts.inputs.items() if name not in used}
     return replace(prompts, inputs=kept | features, rows=prompts.rows | {"image_token": tokens})

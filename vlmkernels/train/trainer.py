@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,7 +24,7 @@ from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.batch import Batch
-from vlmkernels.models.encode import encode_images, why_not_frozen
+from vlmkernels.models.encode import encode_images, image_axes, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.head import completion_logps, completion_loss, logit_arguments, output_head
@@ -37,6 +38,7 @@ from vlmkernels.train.data import Sample, check_dataset, column_names, encode, r
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
+from vlmkernels.train.parallel import gathered, most, prepared_reference
 from vlmkernels.train.report import write_report
 from vlmkernels.train.rewards import Rewards
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
@@ -118,11 +120,17 @@ class GRPOTrainer(Trainer):
         self.shares_prefix = self._choose_prefix_sharing()
         # Features of a vision tower that does not change serve all passes over a generation batch.
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
+        self.idle_images = None
+        if self.is_fsdp_enabled and self.family is not TEXT and not self.encodes_once:
+            rule = "be off: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
+            require(takes_features(self.text_model), "fsdp", rule, True)
+            self.idle_images = self._an_image(processing_class)
+            use_image_features(self.text_model)
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
             reference = frozen_copy(model)
             self.ref_head = output_head(reference)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.ref_model = prepared_reference(self.accelerator, reference)
         self.generate = Generate(model, processing_class, args)
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
@@ -154,8 +162,8 @@ class GRPOTrainer(Trainer):
     def _check_parallelism(self) -> None:
         if self.args.n_gpu > 1:
             raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NotImplementedError("FSDP and DeepSpeed are not supported yet: the head's weight is read whole")
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
 
     def _choose_prefix_sharing(self) -> bool:
         """Whether the completions of a group run behind one copy of their prompt; says once what was chosen, and why."""
@@ -167,6 +175,12 @@ class GRPOTrainer(Trainer):
         use_group_attention(self.text_model)
         logger.info("Prompts and images run once per group (share_prefix)")
         return True
+
+    def _an_image(self, processor) -> dict[str, torch.Tensor]:
+        """Model inputs of one small image: what a process without images runs its sharded vision tower on."""
+        row = {"prompt": [{"role": "user", "content": "?"}], "images": [Image.new("RGB", (64, 64))]}
+        prompt = encode([read_sample(row, 0)], processor, self.family, self.args.chat_template_kwargs)
+        return {name: prompt.inputs[name] for name in image_axes(prompt)}
 
     # Data
 
@@ -205,11 +219,12 @@ class GRPOTrainer(Trainer):
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
         prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
         prompts = prompts.to(self.args.device)
-        if self.encodes_once and getattr(self.generate, "by_groups", False):
-            prompts = self._encode(prompts)
-        rollout = self.generate(self.policy, prompts, num_generations, temperature)
-        if self.encodes_once:
-            rollout = replace(rollout, prompts=self._encode(rollout.prompts))
+        with gathered(self.policy, self.head):
+            if self.encodes_once and getattr(self.generate, "by_groups", False):
+                prompts = self._encode(prompts)
+            rollout = self.generate(self.policy, prompts, num_generations, temperature)
+            if self.encodes_once:
+                rollout = replace(rollout, prompts=self._encode(rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         scored = score(per_completion, rollout, self.rewards, self.tokenizer, columns=columns, trainer_state=self.state)
@@ -281,14 +296,22 @@ class GRPOTrainer(Trainer):
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
     def _parts(self, experience: Experience, index: int) -> list[torch.Tensor]:
-        """A micro-batch in parts within the token budget."""
+        """A micro-batch in parts within the token budget; the last one perhaps several times, to be run for nothing."""
         width = self.text_model.config.get_text_config().hidden_size
         samples, budget = self._micro_batch(index), self.args.max_tokens_per_microbatch
-        return experience.rollout.parts(samples, budget, shared=self.shares_prefix, hidden_size=width)
+        parts = experience.rollout.parts(samples, budget, shared=self.shares_prefix, hidden_size=width)
+        if budget is not None and self.is_fsdp_enabled:  # every process runs the model as often
+            parts += parts[-1:] * (most(self.accelerator, len(parts)) - len(parts))
+        return parts
 
     def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
-        return rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+        batch = rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+        if self.idle_images is not None and "pixel_values" in batch.inputs:
+            batch.inputs.setdefault("image_index", None)
+        elif self.idle_images is not None:
+            batch.inputs["idle_images"] = {name: x.to(self.args.device) for name, x in self.idle_images.items()}
+        return batch
 
     def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
         for samples in self._parts(experience, index):
@@ -324,18 +347,26 @@ class GRPOTrainer(Trainer):
         """
         experience, total = self._experience, 0.0
         parts = self._parts(experience, inputs % self.args.steps_per_generation)
+        repeats = sum(part is parts[-1] for part in parts) - 1
+        real = parts[: len(parts) - repeats]
         # What each part counts of the means that its loss is made of: over completions, or over tokens.
         sequences = self.loss_config.aggregation.sequences
-        sizes = [len(part) if sequences else experience.mask[part].sum().item() for part in parts] if len(parts) > 1 else [1]
+        sizes = [len(part) if sequences else experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
         metrics = []
-        for number, (samples, size) in enumerate(zip(parts, sizes, strict=True), 1):
+        for number, samples in enumerate(parts):
+            last = number == len(parts) - 1
+            size = sizes[min(number, len(real) - 1)]
             share = size / sum(sizes) if size else 1.0  # without tokens there is nothing to weight
-            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+            with nullcontext() if last else self.accelerator.no_sync(model):
                 loss, measured = self._loss(model, experience, inputs, samples, share)
-                if number < len(parts):
+                if number < len(real):
+                    metrics.append(measured)
+                else:
+                    loss = 0.0 * loss
+                if not last:
                     self.accelerator.backward(loss)
                     loss = loss.detach()
-            total, metrics = total + loss, [*metrics, measured]
+            total = total + loss
         for name, value in combine(metrics).items():
             self._metrics[name].append(value)
         return total

@@ -41,6 +41,10 @@ _SEAMS = {
 }
 _TRL = {cls: {name: vars(cls).get(name) for name in _SEAMS} for cls in (trl.GRPOTrainer, trl.RLOOTrainer)}
 _TESTED = "1.16"
+# What TRL's objective calls, which a subclass may override.
+_PARTS = {
+    name: getattr(trl.GRPOTrainer, name) for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
+}
 
 
 def _check_seams() -> None:
@@ -100,8 +104,9 @@ class _Trainer:
         return original(self, stand_in, *args, **kwargs)
 
     def _compute_loss(self, model, inputs):
-        # A subclass that scores in its own way gets TRL's objective of its scores.
+        # A subclass with scores or parts of the objective of its own gets TRL's function of them.
         own = getattr(type(self), _LOGPS) is not _Trainer._get_per_token_logps_and_entropies
+        own = own or any(getattr(type(self), name, None) is not part for name, part in _PARTS.items())
         if self._scoring is None or own or not isinstance(self, trl.GRPOTrainer):
             return _trl(self, _LOSS)(self, model, inputs)
         return compute_loss(self, self._scoring, self._loss_config, _trl(self, _LOGPS), model, inputs)
@@ -139,8 +144,8 @@ class Patch:
 
     def __init__(self, options: Options) -> None:
         _check_seams()
-        if Patch.active is not None:
-            raise RuntimeError("patch_trl must not be called while TRL is patched: undo() the first patch")
+        rule = "be undone before it is called again"
+        require(Patch.active is None, "patch_trl", rule, "a second call", RuntimeError)
         self._replaced = {cls: {name: vars(cls).get(name) for name in (*_SEAMS, *_ADDED)} for cls in _TRL}
         for cls in _TRL:
             for name in (_LOGPS, _LOSS, _GENERATE, *_ADDED):

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers.utils import logging
 
-from vlmkernels.models.attention import GROUP, use_group_attention
+from vlmkernels.models import attention
 from vlmkernels.models.batch import Batch
 from vlmkernels.models.encode import once_per_image, takes_features
 from vlmkernels.models.families import family_of
@@ -52,9 +52,9 @@ def _why_not_shared(model: torch.nn.Module) -> str | None:
         reason = why_not_shared(model)
     except NotImplementedError as error:
         return f"{type(model).__name__}: {error}"
-    attention = model.config.get_text_config()._attn_implementation
-    if reason is None and attention not in ("sdpa", "eager", GROUP):
-        return f"attn_implementation must be 'sdpa' or 'eager', got {attention!r}"
+    chosen = model.config.get_text_config()._attn_implementation
+    if reason is None and chosen not in ("sdpa", "eager", attention.NAME):
+        return f"attn_implementation must be 'sdpa', 'eager' or {attention.NAME!r}, got {chosen!r}"
     return reason
 
 
@@ -102,7 +102,7 @@ class Scoring:
         if self.shares:
             self._family = family_of(base_of(model).config)
             for each in filter(None, (model, trainer.ref_model)):
-                use_group_attention(base_of(self._unwrap(each)))
+                attention.use_group_attention(base_of(self._unwrap(each)))
 
     def micro(self, model: torch.nn.Module, inputs: dict, width: int, num_images: list[int] | None) -> Micro:
         """TRL's inputs of a model, whose last ``width`` tokens are completions, as the model is to run them."""
@@ -153,7 +153,7 @@ class Scoring:
         def forward(*, labels, fused_lm_head, **inputs):
             images = list(islice(remaining, len(inputs["input_ids"]))) if num_images else None
             logps, entropy, output = score(self.micro(model, inputs, width, images))
-            return SimpleNamespace(log_probs=logps, entropy=entropy, aux_loss=getattr(output, "aux_loss", None))
+            return SimpleNamespace(log_probs=logps, entropy=entropy, aux_loss=output.get("aux_loss"))
 
         return forward
 
