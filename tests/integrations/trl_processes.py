@@ -9,6 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import trl
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 from trl_runs import build, rows, tiny_model, train
 
 from vlmkernels.integrations.trl import patch_trl
@@ -24,21 +27,38 @@ CASES = {
         "entropy_coef": 0.01,
     },
     "sequence": {"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 3},
+    "fsdp": {"beta": 0.1, "num_iterations": 2},
+}
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]},
 }
 
 
+def config(**options) -> trl.GRPOConfig:
+    """accelerate turns FSDP on where it sees several accelerators only."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    args = trl.GRPOConfig(**options)
+    kind = DistributedType.MULTI_GPU if "fsdp" in options else DistributedType.MULTI_CPU
+    PartialState._shared_state["distributed_type"] = kind
+    return args
+
+
 def logs(path: Path, options: dict) -> list[dict]:
-    steps = {"max_steps": 3, "per_device_train_batch_size": 4}
-    return train(build(path, trl.GRPOTrainer, *tiny_model("qwen2_5_vl"), rows(4, [[(28, 28)]]), **steps | options)).logs
+    steps = {"max_steps": 3, "per_device_train_batch_size": 4, "config": config}
+    run = train(build(path, trl.GRPOTrainer, *tiny_model("qwen2_5_vl"), rows(4, [[(28, 28)]]), **steps | options))
+    assert any(isinstance(p, DTensor) for p in run.trainer.model.parameters()) == ("fsdp" in options)
+    return run.logs
 
 
 if __name__ == "__main__":
     folder, results = Path(sys.argv[1]), []
-    for options in CASES.values():
+    for name, options in CASES.items():
         own = folder / os.environ["RANK"]
+        # TRL's with replicated parameters: under FSDP2 its gradient by the head is wrong from the second iteration on.
         theirs = logs(own, options)
         with patch_trl():
-            results.append((theirs, logs(own, options)))
+            results.append((theirs, logs(own, options | (FSDP if name == "fsdp" else {}))))
     if os.environ["RANK"] == "0":
         (folder / "logs.json").write_text(json.dumps(results))
     torch.distributed.barrier()

@@ -82,8 +82,8 @@ class _Trainer:
             require(not config.torch_compile, "torch_compile", rule, config.torch_compile)
             self._make_loss_config(config)
         original(self, *args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NotImplementedError("FSDP and DeepSpeed are not supported: the head's weight is read whole")
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
         self._make_loss_config(self.args)
         if options.fast_images:
             self.processing_class = with_fast_images(self.processing_class)
@@ -114,12 +114,16 @@ class _Trainer:
     def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
         original, scoring = _trl(self, _GENERATE), self._scoring
         engine = self.use_vllm or self.use_transformers_continuous_batching
-        turns = isinstance(self, trl.GRPOTrainer) and self.tools  # prompts that hold completions
-        if scoring is None or not scoring.shares or engine or turns:
+        if scoring is None or not scoring.shares or engine:
             return original(self, prompt_ids, images, *args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
+        reason = None
+        if self.is_fsdp_enabled:
+            reason = "under FSDP2 every process must run the model as often"
+        elif isinstance(self, trl.GRPOTrainer) and self.tools:
+            reason = "with tools prompts hold completions"
         num_images = None if images is None else [len(of_row or ()) for of_row in images]
-        with method_replaced(model, "generate", generate_of(scoring, model, num_images)):
+        with method_replaced(model, "generate", generate_of(scoring, model, num_images, reason)):
             return original(self, prompt_ids, images, *args, **kwargs)
 
 
@@ -196,7 +200,7 @@ def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True) ->
 
     Raises:
         NotImplementedError: the installed TRL differs where this one takes hold of it; the message names its version and what
-            is missing. By a trainer's constructor: FSDP, DeepSpeed, a model whose head does more than scale and cap.
+            is missing. By a trainer's constructor: FSDP1, DeepSpeed, a model whose head does more than scale and cap.
         RuntimeError: TRL is patched already.
         ValueError: by a trainer's constructor: an option of TRL's that cannot be honoured, by name (torch_compile; what
             ``GRPOLossConfig.from_trl`` refuses; share_prefix=True for a model that does not allow it).

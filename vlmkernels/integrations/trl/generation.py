@@ -40,19 +40,22 @@ def _sampling(config: GenerationConfig, of_model: GenerationConfig) -> Sampling 
     return Sampling(**{name: value for name, value in given.items() if name in Sampling.names()})
 
 
-def generate_of(scoring, model: torch.nn.Module, num_images: list[int] | None) -> Callable:
-    """``model.generate``, by groups where rows of its prompts are the same, one behind another and equally many of each."""
+def generate_of(scoring, model: torch.nn.Module, num_images: list[int] | None, reason: str | None) -> Callable:
+    """``model.generate``, by groups where rows of its prompts are the same, one behind another and equally many of each.
+
+    reason: why not by groups, where that is known.
+    """
     generate = model.generate
 
     def by_groups(*, generation_config: GenerationConfig, **inputs) -> torch.Tensor:
-        prompts, group = scoring.groups(inputs, num_images)
-        sizes = group.bincount()
-        sampling = _sampling(generation_config, model.generation_config)
-        reason = sampling if isinstance(sampling, str) else None
-        if not torch.equal(group, torch.arange(len(sizes)).repeat_interleave(sizes[0])):
-            reason = "its completions are not equally many per prompt in this process"
-        if reason is not None:
-            logger.warning_once(f"Each completion is generated behind a copy of its prompt and images: {reason}")
+        sampling = reason or _sampling(generation_config, model.generation_config)
+        if isinstance(sampling, Sampling):
+            prompts, group = scoring.groups(inputs, num_images)
+            sizes = group.bincount()
+            if not torch.equal(group, torch.arange(len(sizes)).repeat_interleave(sizes[0])):
+                sampling = "its completions are not equally many per prompt in this process"
+        if isinstance(sampling, str):
+            logger.warning_once(f"Each completion is generated behind a copy of its prompt and images: {sampling}")
             return generate(**inputs, generation_config=generation_config)
         decoded = decode_groups(model, prompts, int(sizes[0]), sampling, as_generate=True)
         return torch.cat([inputs["input_ids"], decoded.ids], 1)
