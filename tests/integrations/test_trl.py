@@ -243,6 +243,8 @@ def test_notices_and_refusals(tmp_path, monkeypatch):
         made("gemma3", [[(28, 28)]], with_prefix)
     with pytest.raises(ValueError, match=r"share_prefix must be 'auto' or False: the router's loss .* router_aux_loss_coef=0"):
         made("moe", TEXT, with_prefix, router_aux_loss_coef=0.1)
+    with pytest.raises(ValueError, match="share_prefix must be 'auto' or False: use_transformers_continuous_batching sets"):
+        made("text", TEXT, with_prefix, use_transformers_continuous_batching=True)
     with pytest.raises(ValueError, match="importance_sampling_level must be one of the token level with loss_type = 'vespo'"):
         made("text", TEXT, loss_type="vespo", **SEQUENCE)
     with pytest.raises(ValueError, match=r"torch_compile must be False: .*, got True"):

@@ -95,6 +95,8 @@ class Scoring:
         reason = _why_not_shared(base_of(model))
         if reason is None and trainer.aux_loss_enabled:
             reason = "the router's loss counts the tokens of every copy of a prompt; router_aux_loss_coef=0 leaves it out"
+        if reason is None and trainer.use_transformers_continuous_batching:
+            reason = "use_transformers_continuous_batching sets an attention of its own"
         require(options.share_prefix is not True or reason is None, "share_prefix", f"be 'auto' or False: {reason}", True)
         if options.share_prefix and reason is not None:
             logger.warning_once(f"Prompts and images run once per completion, as TRL runs them: {reason}")
