@@ -165,6 +165,25 @@ def test_prompts_and_images_run_once(tmp_path):
     assert last == (1, sum(lengths.values()) + int(inputs["completion_mask"].sum()))
 
 
+@pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
+def test_regrouped(tmp_path, trainer):
+    """Four micro-batches of two rows, of two prompts by four completions: each of one prompt, and the steps are the same."""
+    arguments = (tmp_path, getattr(trl, f"{trainer}Trainer"), *tiny_model("qwen2_5_vl"), rows(4, ONE))
+    options = {"config": getattr(trl, f"{trainer}Config"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    options |= {"beta": 0.1, "num_iterations": 3} | ({"loss_type": "grpo"} if trainer == "GRPO" else {})
+    theirs = train(build(*arguments, **options))
+    with patch_trl(regroup=True):
+        mine = train(build(*arguments, **options))
+    assert [len(batch["prompt_index"].unique()) for batch in mine.trainer._buffered_inputs] == [1] * 4
+    grids = [len(batch["image_grid_thw"].unique(dim=0)) for batch in theirs.trainer._buffered_inputs]
+    assert max(grids) == 2  # TRL's own are of two prompts, whose images differ in size
+    for run in (mine, theirs):
+        for log in run.logs:
+            for name in [name for name in log if name.startswith(("clip_ratio", "entropy", "kl"))]:
+                del log[name]  # means of other micro-batches
+    assert_same(mine, theirs)
+
+
 def test_images_of_tools_run_unshared(tmp_path):
     trainer, inputs = one_batch(tmp_path, "qwen2_5_vl", ONE)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -250,9 +269,20 @@ def test_notices_and_refusals(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"torch_compile must be False: .*, got True"):
         made("text", TEXT, torch_compile=True)
     for options, message in (
+        ({"loss_type": "bnpo"}, "regroup must be False with loss_type='bnpo', a mean over a micro-batch, got True"),
+        ({"use_adaptive_entropy": True}, "regroup must be False with use_adaptive_entropy, a mean"),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 3},
+            "regroup must be False where gradient_accumulation_steps and .* do not divide one another, got 2 and 3",
+        ),
+    ):
+        with patch_trl(regroup=True), pytest.raises(ValueError, match=message):
+            made("text", TEXT, trl.GRPOTrainer, **options)
+    for options, message in (
         ({"share_prefix": "yes"}, "share_prefix must be 'auto', True or False, got 'yes'"),
         ({"share_prefix": 1}, "share_prefix must be 'auto', True or False, got 1"),
         ({"fast_images": None}, "fast_images must be a bool, got None"),
+        ({"regroup": "auto"}, "regroup must be a bool, got 'auto'"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             patch_trl(**options)

@@ -17,9 +17,11 @@ TRL's up to rounding. What changes:
 import inspect
 from functools import partial, wraps
 
+import torch
 import trl
 from transformers.utils import logging
 
+from vlmkernels.integrations.trl.batches import PROMPT, check_regroup, regrouped, window_of
 from vlmkernels.integrations.trl.generation import generate_of
 from vlmkernels.integrations.trl.loss import MEDIA, compute_loss, loss_config
 from vlmkernels.integrations.trl.scoring import Options, Scoring
@@ -32,12 +34,15 @@ __all__ = ["GRPOTrainer", "RLOOTrainer", "patch_trl"]
 logger = logging.get_logger(__name__)
 
 _LOGPS, _LOSS, _GENERATE = "_get_per_token_logps_and_entropies", "_compute_loss", "_generate_single_turn"
+_SAMPLE, _PREPARE = "_generate_and_score_completions", "_prepare_inputs"
 # What is taken from TRL's trainers, and the arguments that must be there.
 _SEAMS = {
     "__init__": ("model", "args"),
     _LOGPS: ("model", "input_ids", "attention_mask", "logits_to_keep", "compute_entropy", "compute_aux_loss", *MEDIA),
     _LOSS: ("model", "inputs"),
     _GENERATE: ("prompt_ids", "images"),
+    _SAMPLE: ("inputs",),
+    _PREPARE: ("generation_batch",),
 }
 _TRL = {cls: {name: vars(cls).get(name) for name in _SEAMS} for cls in (trl.GRPOTrainer, trl.RLOOTrainer)}
 _TESTED = "1.16"
@@ -72,6 +77,7 @@ class _Trainer:
     """
 
     _scoring: Scoring | None = None
+    _regroups = False
 
     def _construct(self, options: Options, args: tuple, kwargs: dict) -> None:
         _check_seams()
@@ -81,6 +87,8 @@ class _Trainer:
             rule = "be False: what stands in for the model's head differs from call to call"
             require(not config.torch_compile, "torch_compile", rule, config.torch_compile)
             self._make_loss_config(config)
+            if options.regroup:
+                check_regroup(config)
         original(self, *args, **kwargs)
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
@@ -88,6 +96,7 @@ class _Trainer:
         if options.fast_images:
             self.processing_class = with_fast_images(self.processing_class)
         self._scoring = Scoring(self, options)
+        self._regroups = options.regroup and self._scoring.shares
 
     def _make_loss_config(self, args) -> None:
         if isinstance(self, trl.GRPOTrainer):  # RLOO's objective is a few operations on (B,)
@@ -126,19 +135,34 @@ class _Trainer:
         with method_replaced(model, "generate", generate_of(scoring, model, num_images, reason)):
             return original(self, prompt_ids, images, *args, **kwargs)
 
+    def _generate_and_score_completions(self, inputs):
+        batch = _trl(self, _SAMPLE)(self, inputs)
+        if self._regroups:
+            rows = torch.arange(len(inputs)) + self.accelerator.process_index * len(inputs)
+            batch[PROMPT] = (rows // self.num_generations).to(self.accelerator.device)
+        return batch
+
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        batch = _trl(self, _PREPARE)(self, generation_batch)
+        if self._regroups and self._buffered_inputs is not before:
+            self._buffered_inputs = regrouped(self._buffered_inputs, window_of(self.args))
+            batch = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return batch
+
 
 class GRPOTrainer(_Trainer, trl.GRPOTrainer):
     """``trl.GRPOTrainer``, scored by this package; takes the fields of ``Options`` beside TRL's arguments."""
 
-    def __init__(self, *args, share_prefix: str | bool = "auto", fast_images: bool = True, **kwargs):
-        self._construct(Options(share_prefix, fast_images), args, kwargs)
+    def __init__(self, *args, share_prefix: str | bool = "auto", fast_images: bool = True, regroup: bool = False, **kwargs):
+        self._construct(Options(share_prefix, fast_images, regroup), args, kwargs)
 
 
 class RLOOTrainer(_Trainer, trl.RLOOTrainer):
     """``trl.RLOOTrainer``, scored by this package; takes the fields of ``Options`` beside TRL's arguments."""
 
-    def __init__(self, *args, share_prefix: str | bool = "auto", fast_images: bool = True, **kwargs):
-        self._construct(Options(share_prefix, fast_images), args, kwargs)
+    def __init__(self, *args, share_prefix: str | bool = "auto", fast_images: bool = True, regroup: bool = False, **kwargs):
+        self._construct(Options(share_prefix, fast_images, regroup), args, kwargs)
 
 
 class Patch:
@@ -152,9 +176,8 @@ class Patch:
         require(Patch.active is None, "patch_trl", rule, "a second call", RuntimeError)
         self._replaced = {cls: {name: vars(cls).get(name) for name in (*_SEAMS, *_ADDED)} for cls in _TRL}
         for cls in _TRL:
-            for name in (_LOGPS, _LOSS, _GENERATE, *_ADDED):
-                setattr(cls, name, vars(_Trainer)[name])
-            cls.__init__ = _constructor(cls, options)
+            for name in (*_SEAMS, *_ADDED):
+                setattr(cls, name, _constructor(cls, options) if name == "__init__" else vars(_Trainer)[name])
         Patch.active = self
 
     def undo(self) -> None:
@@ -173,7 +196,7 @@ class Patch:
         self.undo()
 
 
-_ADDED = ("_scoring", "_construct", "_make_loss_config")
+_ADDED = ("_scoring", "_regroups", "_construct", "_make_loss_config")
 
 
 def _constructor(cls: type, options: Options):
@@ -184,7 +207,7 @@ def _constructor(cls: type, options: Options):
     return __init__
 
 
-def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True) -> Patch:
+def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True, regroup: bool = False) -> Patch:
     """Let ``trl.GRPOTrainer`` and ``trl.RLOOTrainer``, and their subclasses, score by this package.
 
     Called as a function it lasts until ``undo()`` of its result; as a context manager, until its end::
@@ -196,7 +219,7 @@ def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True) ->
     Trainers built before keep TRL's own code, with a notice. A method that a subclass overrides stays the subclass's.
 
     Args:
-        share_prefix, fast_images: see ``Options``.
+        share_prefix, fast_images, regroup: see ``Options``.
 
     Raises:
         NotImplementedError: the installed TRL differs where this one takes hold of it; the message names its version and what
@@ -205,4 +228,4 @@ def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True) ->
         ValueError: by a trainer's constructor: an option of TRL's that cannot be honoured, by name (torch_compile; what
             ``GRPOLossConfig.from_trl`` refuses; share_prefix=True for a model that does not allow it).
     """
-    return Patch(Options(share_prefix, fast_images))
+    return Patch(Options(share_prefix, fast_images, regroup))

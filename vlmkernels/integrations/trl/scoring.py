@@ -30,15 +30,20 @@ class Options:
     share_prefix: "auto": prompts and images run once for the completions that share them, in models that allow it, with a
         notice where they do not; True: an error there; False: a copy for every completion, as TRL does.
     fast_images: ``FastImageProcessor`` in the place of ``Qwen2VLImageProcessor``.
+    regroup: TRL shuffles rows before it cuts them into micro-batches; True brings the rows that one optimiser step adds up into
+        the order of their prompts again, so that more of them share one. Losses, gradients and parameters stay TRL's; of the
+        metrics, means of micro-batches are of others than TRL's.
     """
 
     share_prefix: str | bool = "auto"
     fast_images: bool = True
+    regroup: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.share_prefix, bool):
             require(self.share_prefix == "auto", "share_prefix", "be 'auto', True or False", repr(self.share_prefix))
-        require(isinstance(self.fast_images, bool), "fast_images", "be a bool", repr(self.fast_images), TypeError)
+        for name in ("fast_images", "regroup"):
+            require(isinstance(getattr(self, name), bool), name, "be a bool", repr(getattr(self, name)), TypeError)
 
 
 def base_of(model: torch.nn.Module) -> torch.nn.Module:
