@@ -39,7 +39,8 @@ class Family:
     model_types: those of its configurations. inputs: what its models take. media_tokens: attributes of its configuration or
     processor, those that hold ids of tokens that stand for or enclose images and videos. share_prefix: None where a group of
     completions may share one prompt, otherwise why not; see ``why_not_share_prefix``. unused: what its processor makes beside
-    model inputs. image_token_id: of one model, set by ``family_of``.
+    model inputs. frames_apart: of families whose positions ``mrope_positions`` gives, whether a video is a run of tokens per
+    frame; None: the model's own function gives them. image_token_id: of one model, set by ``family_of``.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     media_tokens: tuple[str, ...] = ("image_token_id", "video_token_id")
     share_prefix: str | None = None
     unused: tuple[str, ...] = ()
+    frames_apart: bool | None = None
     image_token_id: int | None = None
 
     def axis(self, name: str) -> str:
@@ -78,9 +80,9 @@ _PIXTRAL_TOKENS = ("image_token_id", "image_break_token_id", "image_end_token_id
 
 TEXT = Family("text", (), _TEXT, media_tokens=())
 FAMILIES = (
-    Family("qwen2_vl", ("qwen2_vl",), _GRIDS, _QWEN_TOKENS),
-    Family("qwen2_5_vl", ("qwen2_5_vl",), {**_GRIDS, "second_per_grid_ts": _VIDEO}, _QWEN_TOKENS),
-    Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), _GRIDS, _QWEN_TOKENS),
+    Family("qwen2_vl", ("qwen2_vl",), _GRIDS, _QWEN_TOKENS, frames_apart=False),
+    Family("qwen2_5_vl", ("qwen2_5_vl",), {**_GRIDS, "second_per_grid_ts": _VIDEO}, _QWEN_TOKENS, frames_apart=False),
+    Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), _GRIDS, _QWEN_TOKENS, frames_apart=True),
     Family(
         "qwen3_5",
         ("qwen3_5", "qwen3_5_moe"),
