@@ -314,3 +314,10 @@ def test_models_that_turn_otherwise_are_refused(tiny):
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(NotImplementedError, match=r"model must have attention modules that call .*, got Linear"):
         use_fused_rotary(torch.nn.Linear(1, 1))
+    hooked = tiny.text_model()
+    attention = hooked.model.layers[1].self_attn
+    attention.forward = attention.forward
+    with pytest.raises(NotImplementedError, match="have the forward of its classes, got another in Qwen2Attention"):
+        use_fused_rotary(hooked)
+    del attention.forward
+    use_fused_rotary(use_fused_rotary(hooked))

@@ -52,15 +52,19 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
             pairs other features. Changed in place and returned.
 
     Raises:
-        NotImplementedError: a function by that name does something else, or no attention module calls one.
+        NotImplementedError: a function by that name does something else, no attention module calls one, or somebody else has
+            replaced the forward of one.
     """
     forwards: dict[type, FunctionType] = {}
     chosen = []
     for module in model.modules():
-        forward = getattr(type(module).forward, "__wrapped__", type(module).forward)
+        forward = type(module).forward
         names = _FUSED.keys() & set(forward.__code__.co_names)
         if not names:
             continue
+        replaced = vars(module).get("forward")
+        free = replaced is None or replaced.__module__ == __name__
+        require(free, "model", "have the forward of its classes", f"another in {type(module).__name__}", NotImplementedError)
         if type(module) not in forwards:
             for name in names:
                 _check(name, forward.__globals__[name], type(module))
@@ -68,7 +72,7 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
             scope = {name: value for name, value in forward.__globals__.items() if name != "__name__"}
             scope |= {name: _FUSED[name][0] for name in names}
             bound = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-            bound.__kwdefaults__ = forward.__kwdefaults__
+            bound.__kwdefaults__, bound.__module__ = forward.__kwdefaults__, __name__
             forwards[type(module)] = bound
         chosen.append(module)
     rule = f"have attention modules that call {' or '.join(_FUSED)}"
