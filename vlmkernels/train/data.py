@@ -127,14 +127,17 @@ def render(sample: Sample, processor, **chat_template_kwargs) -> str:
     return text
 
 
-def encode(samples: list[Sample], processor, family: Family, chat_template_kwargs: dict | None = None) -> Batch:
+def encode(
+    samples: list[Sample], processor, family: Family, chat_template_kwargs: dict | None = None, **processor_arguments
+) -> Batch:
     """The model inputs of the samples' prompts, by one call of the processor (or tokenizer): each image once, however many
-    completions its prompt gets."""
+    completions its prompt gets. ``processor_arguments``: further ones of that call."""
     texts = [render(sample, processor, **(chat_template_kwargs or {})) for sample in samples]
     # A chat template writes the beginning-of-sequence token itself.
     arguments = {"add_special_tokens": isinstance(samples[0].prompt, str)}
     if any(sample.images for sample in samples):
         arguments["images"] = [sample.images for sample in samples]
+    arguments |= processor_arguments
     inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **arguments)
     num_images = torch.tensor([len(sample.images) for sample in samples])
     return Batch.of(dict(inputs), family, num_images)

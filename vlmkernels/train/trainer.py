@@ -24,6 +24,7 @@ from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.train.callbacks import RewardProgress
@@ -113,6 +114,7 @@ class GRPOTrainer(Trainer):
         with inference(model):
             self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
+        self.processor_arguments = use_vision_ops(self.text_model, processing_class)
         self.shares_prefix = self._choose_prefix_sharing()
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
@@ -199,7 +201,9 @@ class GRPOTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
-        prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
+        prompts = encode(
+            samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
+        )
         rollout = self.generate(self.policy, prompts.to(self.args.device), num_generations, temperature)
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
