@@ -6,11 +6,13 @@ import pytest
 import tiny
 import tiny_families
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_families import whole
 
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import family_of, why_not_share_prefix
-from vlmkernels.models.group import pack_groups, prompt_positions
+from vlmkernels.models.group import cut_packs, pack_groups, prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 
 MODELS = {"qwen2-vl": tiny.qwen2_vl, "qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qwen3_vl, "qwen2": tiny.text_model}
@@ -124,3 +126,42 @@ def test_every_family_equals_copies(name):
     size = max(g.abs().max() for g in gradients.values())
     bad = {n: (ours[n] - g).abs().max().item() for n, g in gradients.items() if (ours[n] - g).abs().max() > 1e-5 * size}
     assert not bad
+
+
+@given(
+    prefixes=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    sizes=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=9), min_size=6, max_size=6),
+    slack=st.integers(0, 200),
+)
+def test_packs_hold_everything_once_within_the_budget(prefixes, sizes, slack):
+    sizes = sizes[: len(prefixes)]
+    group = [g for g, own in enumerate(sizes) for _ in own]
+    lengths = [length for own in sizes for length in own]
+    budget = max(p + max(own) for p, own in zip(prefixes, sizes, strict=True)) + slack
+    packs = cut_packs(prefixes, group, lengths, budget, hidden_size=64)
+    assert sorted(k for pack in packs for k in pack) == list(range(len(group)))
+    assert all(pack == sorted(pack) for pack in packs)
+    tokens = [sum(prefixes[g] for g in {group[k] for k in pack}) + sum(lengths[k] for k in pack) for pack in packs]
+    assert max(tokens) <= budget
+    whole = sum(prefixes) + sum(lengths)
+    assert (len(packs) == 1) == (whole <= budget)
+    for g, own in enumerate(sizes):
+        times = sum(g in {group[k] for k in pack} for pack in packs)
+        if prefixes[g] + sum(own) <= budget:
+            assert times == 1
+        else:  # first-fit decreasing leaves no two parts that would fit in one
+            assert times <= 2 * sum(own) // (budget - prefixes[g]) + 1
+
+
+def test_packs_are_balanced_by_cost():
+    """Eight short groups and two long ones: not the long ones together."""
+    prefixes, group, lengths = [100] * 8 + [900] * 2, [*range(10)], [10] * 10
+    packs = cut_packs(prefixes, group, lengths, 2000, hidden_size=64)
+    assert len(packs) == 2
+    assert all(len({8, 9} & set(pack)) == 1 for pack in packs)
+
+
+def test_a_budget_that_is_too_small_names_what_is_needed():
+    rule = "max_tokens_per_microbatch must be at least 47, a prompt of 40 tokens and a completion of 7, got 46"
+    with pytest.raises(ValueError, match=rule):
+        cut_packs([40, 3], [0, 0, 1], [2, 7, 40], 46, hidden_size=64)

@@ -1,56 +1,214 @@
-"""Sampling behind a cache that each prompt fills once, against ``generate`` on copies of the prompts."""
+"""Completions decoded by groups, each prompt run and kept once, against ``generate`` on copies of the prompts."""
 
 import pytest
 import tiny
+import tiny_families
 import torch
-from test_group import prompts_of
+from test_families import whole
+from test_group import SHARING, prompts_of
 
+from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.decode import Sampling, decode_groups, draw
+from vlmkernels.models.families import media_token_ids
+from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.train import GRPOConfig
 from vlmkernels.train.rollout import Generate
 
+MODELS = {"qwen2-vl": tiny.qwen2_vl, "qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qwen3_vl, "qwen2": tiny.text_model}
+EOS, PAD, LENGTH = [5, 12, 30, 37], 0, 12
 
-@pytest.mark.parametrize("images", [(1, 1), (2, 0, 1), (0, 0)])
-@pytest.mark.parametrize(("build", "temperature"), [(tiny.vlm, 0), (tiny.vlm, 1.0), (tiny.qwen2_vl, 1.0), (tiny.qwen3_vl, 1.0)])
-def test_same_tokens_as_copies_of_the_prompt(tmp_path, monkeypatch, images, build, temperature):
-    model = build()
+
+def generated(model, prompts, times, **options):
+    inputs = prompts.repeat(times).inputs
+    options = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD, **options}
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+
+def assert_same_tokens(decoded, expected):
+    ended = torch.isin(expected, torch.tensor(EOS))
+    mask = ended.cumsum(1) - ended.int() == 0
+    width = decoded.mask.shape[1]
+    assert not mask[:, width:].any()
+    assert torch.equal(decoded.mask, mask[:, :width])
+    assert torch.equal(decoded.ids, expected[:, :width].masked_fill(~decoded.mask, PAD))
+    assert torch.equal(decoded.truncated, ~ended.any(1))
+
+
+def lively(model):
+    """Weights under which what comes depends on what came, as it hardly does with those of initialisation."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layers." in name and weight.dim() == 2:
+                weight *= 4
+    return model.eval()
+
+
+CASES = [(name, images) for name in MODELS for images in ((1, 1), (2, 0, 1), (0, 0)) if name != "qwen2" or not any(images)]
+
+
+@pytest.mark.parametrize(("name", "images"), CASES)
+def test_greedy_equals_generate(name, images):
+    """However many completions are decoded at a time; each image is encoded once."""
+    model = lively(MODELS[name]())
     prompts = prompts_of(images, model)
-    args = GRPOConfig(output_dir=str(tmp_path), max_completion_length=12, use_cpu=True)
-    generate = Generate(model, tiny.processor(), args)
-    rollouts, filled = [], []
-    visual = model.model.visual.forward
-    monkeypatch.setattr(model.model.visual, "forward", lambda *a, **k: filled.append(len(a[0])) or visual(*a, **k))
-    for copies in (False, True):
-        if copies:
-            monkeypatch.setattr(generate, "_prefilled", lambda m, p, n: p.repeat(n).inputs)
-        filled.clear()
-        torch.manual_seed(0)
-        rollouts.append((generate(model, prompts, 4, temperature), sum(filled)))
-    (ours, patches), (theirs, all_patches) = rollouts
-    assert torch.equal(ours.completion_ids, theirs.completion_ids)
+    expected = generated(model, prompts, 3)
+    use_group_attention(model)
+    patches = []
+    if name != "qwen2":
+        model.model.visual.register_forward_pre_hook(lambda module, args: patches.append(len(args[0])))
+    longest = int(prompts.inputs["attention_mask"].sum(1).max())
+    for slots, tokens in ((None, None), (1, None), (4, None), (None, longest)):
+        patches.clear()
+        sampling = Sampling(LENGTH, EOS, PAD, temperature=0)
+        decoded = decode_groups(model, prompts, 3, sampling, max_num_seqs=slots, max_tokens=tokens)
+        assert_same_tokens(decoded, expected)
+        assert sum(patches) == (len(prompts.inputs["pixel_values"]) if any(images) else 0)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_every_family_equals_generate(name):
+    case = tiny_families.case(name)
+    model, batch = case.model, whole(name)
+    previous = model.config.get_text_config()._attn_implementation
+    expected = generated(model, batch, 2, max_new_tokens=4, suppress_tokens=EOS)
+    try:
+        use_group_attention(model)
+        sampling = Sampling(4, EOS, PAD, temperature=0, suppress_tokens=EOS)
+        assert_same_tokens(decode_groups(model, batch, 2, sampling, max_num_seqs=3), expected)
+    finally:
+        model.set_attn_implementation(previous)
+
+
+OPTIONS = {
+    "suppressed": {"suppress_tokens": [7, 8, 9, 10, 11]},
+    "at least": {"min_new_tokens": 9},
+    "penalty": {"repetition_penalty": 1.7},
+    "one token": {"max_new_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_equal_those_of_generate(case):
+    model = lively(tiny.text_model())
+    prompts = prompts_of((0, 0), model).select(torch.tensor([1, 1]))  # no padding, which generate's penalty counts as seen
+    expected = generated(model, prompts, 2, **OPTIONS[case])
+    assert not torch.equal(expected, generated(model, prompts, 2)[:, : expected.shape[1]]) or case == "one token"
+    use_group_attention(model)
+    sampling = Sampling(
+        **{"max_new_tokens": LENGTH, "eos_token_id": EOS, "pad_token_id": PAD, "temperature": 0} | OPTIONS[case]
+    )
+    assert_same_tokens(decode_groups(model, prompts, 2, sampling, max_num_seqs=3), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}, {"repetition_penalty": 2.0}]
+)
+def test_samples_do_not_depend_on_the_slots(options):
+    """... and their log-probabilities are those of the model at the temperature."""
+    model = lively(tiny.vlm())
+    prompts = prompts_of((1, 0, 2), model)
+    use_group_attention(model)
+    options = {"suppress_tokens": media_token_ids(model.config, tiny.processor()), **options}
+    results = []
+    for slots in (None, 1, 5):
+        torch.manual_seed(3)
+        results.append(decode_groups(model, prompts, 4, Sampling(LENGTH, EOS, PAD, **options), max_num_seqs=slots))
+    first = results[0]
+    assert len({tuple(row) for row in first.ids.tolist()}) > 4
+    assert len(set(first.mask.sum(1).tolist())) > 2
+    for other in results[1:]:
+        assert torch.equal(other.ids, first.ids)
+        torch.testing.assert_close(other.logps, first.logps, rtol=1e-5, atol=1e-5)
+    inputs = prompts.repeat(4).append(first.ids, first.mask.long()).inputs
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, -first.ids.shape[1] - 1 : -1]
+    expected = gather_logps(logits, first.ids, temperature=options.get("temperature", 1.0), mask=first.mask)
+    torch.testing.assert_close(first.logps, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_draw_inverts_the_distribution():
+    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
+    scores[:, ::7] = -torch.inf
+    scores[2, :] = -torch.inf
+    scores[2, 13] = 0.0
+    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    for row in scores:
+        drawn = draw(row.expand(len(uniform), -1), uniform)
+        shares = torch.bincount(drawn, minlength=50) / len(uniform)
+        torch.testing.assert_close(shares, row.softmax(-1), rtol=0, atol=2e-5)
+        assert not shares[row == -torch.inf].any()
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the least and the greatest that torch.rand gives
+    assert draw(scores[:1].expand(2, -1), ends).tolist() == [1, 48]
+    assert draw(scores[2:].expand(2, -1), ends).tolist() == [13, 13]
+
+
+def test_stop_strings(tmp_path):
+    """A completion ends with the token that completes one, by either engine."""
+    model, tokenizer = lively(tiny.text_model()), tiny.tokenizer()
+    prompts = prompts_of((0, 0), model)
+    plain = generated(model, prompts, 2, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    stop = tokenizer.decode(plain[0, 3:6])
+    kwargs = {"stop_strings": [stop]}
+    rollouts = []
+    for share in ("auto", False):
+        options = {"max_completion_length": LENGTH, "use_cpu": True, "generation_kwargs": kwargs, "share_prefix": share}
+        engine = Generate(model, tokenizer, GRPOConfig(output_dir=str(tmp_path), **options))
+        rollouts.append(engine(model, prompts, 2, 0))
+    ours, theirs = rollouts
+    assert ours.completion_mask[0].sum() <= 6
+    assert stop in tokenizer.decode(ours.completion_ids[0, ours.completion_mask[0]])
+    assert not ours.truncated[0]
     assert torch.equal(ours.completion_mask, theirs.completion_mask)
-    assert all_patches == 4 * patches
-    assert patches > 0 or not any(images)
+    assert torch.equal(ours.completion_ids, theirs.completion_ids)
+    assert torch.equal(ours.truncated, theirs.truncated)
 
 
-def test_text_model(tmp_path):
+@pytest.mark.parametrize("reason", ["model", "options", "off"])
+def test_otherwise_generate_on_copies(tmp_path, reason, caplog):
     model = tiny.text_model()
-    args = GRPOConfig(output_dir=str(tmp_path), max_completion_length=12, use_cpu=True)
-    generate = Generate(model, tiny.tokenizer(), args)
-    prompts = prompts_of((0, 0), model)
-    rollout = generate(model, prompts, 3, 0)
-    inputs = prompts.repeat(3).inputs
-    expected = model.generate(**inputs, generation_config=generate._config(0))[:, inputs["input_ids"].shape[1] :]
-    width = rollout.completion_ids.shape[1]
-    mask = rollout.completion_mask
-    assert torch.equal(rollout.completion_ids[mask], expected[:, :width][mask])
+    options = {"max_completion_length": 4, "use_cpu": True}
+    if reason == "model":
+        model.config.attention_dropout, said = 0.1, "attention_dropout must be 0, got 0.1"
+    elif reason == "options":
+        options["generation_kwargs"] = {"num_beams": 2, "typical_p": 0.9}
+        said = "generation_kwargs holds num_beams, typical_p"
+    else:
+        options["share_prefix"], said = False, "share_prefix is off"
+    engine = Generate(model, tiny.tokenizer(), GRPOConfig(output_dir=str(tmp_path), **options))
+    assert not engine.by_groups
+    assert f"Each completion is generated behind a copy of its prompt and images: {said}" in caplog.text
+    rollout = engine(model, prompts_of((0, 0), model), 3, 1.0)
+    assert rollout.completion_ids.shape[0] == 6
+    assert rollout.logps is None
 
 
-def test_models_that_cannot_share_fill_each_copy(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ({"temperature": -1}, "temperature must be >= 0, got -1"),
+        ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+        ({"top_k": -1}, "top_k must be >= 0, got -1"),
+        ({"min_p": 2}, r"min_p must be None or in \[0, 1\], got 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be > 0, got 0"),
+        ({"stop_strings": "x"}, "stop_strings must be a list of strings, got 'x'"),
+        ({"stop_strings": [""]}, "stop_strings must hold no empty string"),
+    ],
+)
+def test_bad_sampling(change, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**{"max_new_tokens": 2, "eos_token_id": EOS, "pad_token_id": PAD} | change)
+
+
+def test_bad_calls():
     model = tiny.text_model()
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    args = GRPOConfig(output_dir=str(tmp_path), max_completion_length=4, use_cpu=True)
-    generate = Generate(model, tiny.tokenizer(), args)
-    prompts = prompts_of((0, 0), model)
-    inputs = generate._prefilled(model, prompts, 3)
-    assert "past_key_values" not in inputs
-    assert torch.equal(inputs["input_ids"], prompts.inputs["input_ids"].repeat_interleave(3, 0))
+    prompts = prompts_of((0,), model)
+    for times, sampling, slots, message in (
+        (0, Sampling(2, EOS, PAD), None, "num_generations must be >= 1, got 0"),
+        (1, Sampling(2, EOS, PAD), 0, "max_num_seqs must be None or >= 1, got 0"),
+        (1, Sampling(2, EOS, PAD, stop_strings=["a"]), None, "tokenizer must be given with stop_strings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_groups(model, prompts, times, sampling, max_num_seqs=slots)
+    with pytest.raises(ValueError, match=r"max_tokens_per_microbatch must be at least \d+, a prompt of \d+ tokens"):
+        decode_groups(model, prompts, 1, Sampling(2, EOS, PAD), max_tokens=1)

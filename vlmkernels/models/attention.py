@@ -5,6 +5,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vlmkernels.models.decode import GroupCache
+from vlmkernels.models.encode import use_image_features
 from vlmkernels.ops.group_attention import GroupLayout, group_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 
@@ -57,16 +59,25 @@ def _group_attention(
     attention_mask: torch.Tensor | None,
     *,
     group_layout: GroupLayout | None = None,
+    group_cache: GroupCache | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """(1, T, Hq, D). Without ``group_layout``, a keyword of the model's forward pass, it is "sdpa"."""
+    """(1, T, Hq, D). Without ``group_layout`` and ``group_cache``, keywords of the model's forward pass, it is "sdpa".
+
+    With both the pack is of prompts, whose keys and values the cache takes; with ``group_cache`` alone there is a token of each
+    completion that it holds.
+    """
+    if group_layout is None and group_cache is not None:
+        return group_cache.attend(module.layer_idx, query, key, value, scaling), None
     if group_layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if dropout or attention_mask is not None or kwargs.get("sliding_window") is not None:
         given = {"dropout": dropout, "attention_mask": attention_mask, "sliding_window": kwargs.get("sliding_window")}
         raise NotImplementedError(f"{GROUP} takes group_layout alone, got {given} in {type(module).__name__}")
+    if group_cache is not None:
+        group_cache.fill(module.layer_idx, key, value)
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
     return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
 
@@ -76,11 +87,10 @@ AttentionMaskInterface.register(GROUP, sdpa_mask)  # none where nothing is paddi
 
 
 def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the language model of ``model`` take packs of ``vlmkernels.models.group``; without group_layout it is as before.
-
-    Changed in place and returned.
+    """Let ``model`` take packs of ``vlmkernels.models.group``, and image features as ``vlmkernels.models.encode`` makes them;
+    without the keywords of these it is as before. Changed in place and returned.
     """
     text = model.config.get_text_config()
     name = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
     model.set_attn_implementation(GROUP if name is None else {name: GROUP})
-    return model
+    return use_image_features(model)

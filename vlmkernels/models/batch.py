@@ -47,12 +47,14 @@ class Batch:
     """Model inputs of B samples, their tokens left-padded.
 
     inputs: what the model is called with. rows: for each axis of the family's inputs, (B,) int64 on the CPU, the rows that each
-    sample owns along it, so that choosing and joining samples never waits for a device. Made by ``Batch.of``.
+    sample owns along it, so that choosing and joining samples never waits for a device. image_keys: (images,) int64 on the CPU,
+    equal where images are, or None. Made by ``Batch.of``.
     """
 
     inputs: dict[str, torch.Tensor]
     rows: dict[str, torch.Tensor]
     family: Family
+    image_keys: torch.Tensor | None = None
 
     @classmethod
     def of(cls, inputs: dict, family: Family, num_images: torch.Tensor, num_videos: torch.Tensor | None = None) -> "Batch":
@@ -107,12 +109,22 @@ class Batch:
 
     def select(self, samples: torch.Tensor) -> "Batch":
         """The samples at ``samples``, (n,) int64 on the CPU, in that order; indices may repeat."""
-        chosen = replace(self, inputs={}, rows={axis: counts[samples] for axis, counts in self.rows.items()})
+        keys = None if self.image_keys is None else self.image_keys[_index(self.num_images, samples)]
+        rows = {axis: counts[samples] for axis, counts in self.rows.items()}
+        chosen = replace(self, inputs={}, rows=rows, image_keys=keys)
         index = {axis: _index(counts, samples) for axis, counts in self.rows.items() if chosen.has(axis)}
         for name, tensor in self.inputs.items():
             if (axis := self.family.axis(name)) in index:
                 chosen.inputs[name] = tensor[index[axis].to(tensor.device)]
         return chosen
+
+    def of_images(self, name: str, images: torch.Tensor) -> torch.Tensor:
+        """The rows of an input that belong to the images at ``images``, (n,) int64 on the CPU."""
+        tensor, axis = self.inputs[name], self.family.axis(name)
+        require(axis in ("image", "image_patch"), name, "tell which of its rows are an image's", AXES[axis])
+        if axis == "image_patch":
+            images = _index(self.inputs["image_grid_thw"].cpu().prod(-1), images)
+        return tensor[images.to(tensor.device)]
 
     def split(self, sizes: list[int]) -> list["Batch"]:
         """Batches of the first sizes[0] samples, the next sizes[1], and so on."""
@@ -148,7 +160,8 @@ def concat(batches: list[Batch], pad_token_id: int) -> Batch:
     inputs = {
         name: _join(name, [_part(b, name, tensor) for b in batches], family, pad_token_id) for name, tensor in given.items()
     }
-    return Batch(inputs, rows, family)
+    keys = [batch.image_keys for batch in batches]
+    return Batch(inputs, rows, family, None if any(key is None for key in keys) else torch.cat(keys))
 
 
 def _part(batch: Batch, name: str, like: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ AXES = {
     "video_patch": "patches of videos; video i has video_grid_thw[i].prod() of them",
     "tile": "tiles or crops of images, and frames of videos, each of which stands for the same number of image tokens",
     "illustrated": "samples that have an image",
+    "image_token": "tokens that stand for images",
 }
 
 
@@ -40,7 +41,8 @@ class Family:
     processor, those that hold ids of tokens that stand for or enclose images and videos. share_prefix: None where a group of
     completions may share one prompt, otherwise why not; see ``why_not_share_prefix``. unused: what its processor makes beside
     model inputs. frames_apart: of families whose positions ``mrope_positions`` gives, whether a video is a run of tokens per
-    frame; None: the model's own function gives them. image_token_id: of one model, set by ``family_of``.
+    frame; None: the model's own function gives them. features_in_list: whether its models hold the features of images as a list
+    of (tokens, H), or as one tensor. image_token_id: of one model, set by ``family_of``.
     """
 
     name: str
@@ -50,15 +52,19 @@ class Family:
     share_prefix: str | None = None
     unused: tuple[str, ...] = ()
     frames_apart: bool | None = None
+    features_in_list: bool = True
     image_token_id: int | None = None
 
     def axis(self, name: str) -> str:
         """The axis of an input; raises where the family has no such input."""
+        if name in _ENCODED:
+            return "image_token"
         if name not in self.inputs:
             raise ValueError(f"model inputs of the family {self.name} must be among {', '.join(self.inputs)}, got {name!r}")
         return self.inputs[name].axis
 
 
+_ENCODED = ("image_features", "deepstack_features")  # in place of pixels: see vlmkernels.models.encode
 _TOKEN, _IMAGE, _VIDEO = Input("token"), Input("image"), Input("video")
 _TEXT = {"input_ids": _TOKEN, "attention_mask": _TOKEN}
 # Images and videos of any size as rows of patches, with M-RoPE: token types tell images (1) from videos (2).
@@ -112,6 +118,7 @@ FAMILIES = (
         ("internvl",),
         {**_TEXT, "pixel_values": Input("tile")},
         ("image_token_id", "start_image_token_id", "end_image_token_id"),
+        features_in_list=False,
     ),
     Family(
         "idefics3",
@@ -125,6 +132,7 @@ FAMILIES = (
         {**_TEXT, "token_type_ids": _TOKEN, "pixel_values": Input("tile")},  # pan and scan makes several crops of an image
         ("image_token_id", "boi_token_id", "eoi_token_id"),
         share_prefix="its image tokens attend in both directions, and its sliding windows would hold other completions",
+        features_in_list=False,
     ),
     Family(
         "paligemma",
@@ -132,6 +140,7 @@ FAMILIES = (
         {**_TEXT, "token_type_ids": Input("token", completion=1), "pixel_values": _IMAGE},
         ("image_token_id",),
         share_prefix="the tokens of its prompt attend in both directions",
+        features_in_list=False,
         unused=("labels",),  # all -100 for a prompt without an answer
     ),
 )

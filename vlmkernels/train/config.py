@@ -23,7 +23,7 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
     - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
     - importance_sampling_level and epsilon_high default to what suits the loss_type;
-    - eval_temperature, kl_estimator and share_prefix are new;
+    - eval_temperature, max_num_seqs, kl_estimator, share_prefix and max_tokens_per_microbatch are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
@@ -59,6 +59,7 @@ class GRPOConfig(TrainingArguments):
     top_k: int = _field(0, "Sample among this many most probable tokens; 0 = all.")
     min_p: float | None = _field(None, "Drop tokens less probable than this times the most probable one.")
     repetition_penalty: float = _field(1.0, "Above 1, tokens that occurred before become less probable.")
+    max_num_seqs: int | None = _field(None, "The most completions decoded at a time; by default all of a generation batch.")
     generation_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of apply_chat_template.")
 
@@ -66,6 +67,10 @@ class GRPOConfig(TrainingArguments):
     use_bias_correction_kl: bool = _field(True, "Multiply the KL term by the ratio, so that its gradient is unbiased.")
     kl_estimator: str = _field("k3", "Estimator of the KL divergence: k1, k2, k3.")
     share_prefix: str = _field("auto", "Run a prompt and its images once for all its completions: auto, true, false.")
+    max_tokens_per_microbatch: int | None = _field(
+        None,
+        "Run a micro-batch in parts of at most this many tokens, each prompt counted once a part; by default whole.",
+    )
     num_iterations: int = _field(1, "Optimisation passes over each generation batch.")
     loss_type: str = _field("dapo", "The objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo.")
     importance_sampling_level: str | None = _field(None, "Ratio per token or sequence; by default the loss's own.")
@@ -112,6 +117,13 @@ class GRPOConfig(TrainingArguments):
         require(self.top_k >= 0, "top_k", "be >= 0", self.top_k)
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "be in [0, 1]", self.min_p)
         require(self.repetition_penalty > 0, "repetition_penalty", "be > 0", self.repetition_penalty)
+        require(self.max_num_seqs is None or self.max_num_seqs >= 1, "max_num_seqs", "be >= 1", self.max_num_seqs)
+        budget = self.max_tokens_per_microbatch
+        require(budget is None or budget >= 1, "max_tokens_per_microbatch", "be >= 1", budget)
+        rule = "be None with top_entropy_quantile < 1 on several processes, whose parts differ in number"
+        require(
+            budget is None or self.top_entropy_quantile == 1 or self.world_size == 1, "max_tokens_per_microbatch", rule, budget
+        )
         require(0 <= self.epsilon <= 1, "epsilon", "be in [0, 1]", self.epsilon)
         require(self.scale_rewards in SCALES, "scale_rewards", f"be one of {', '.join(SCALES)}", repr(self.scale_rewards))
         require(self.share_prefix in ("auto", True, False), "share_prefix", "be auto, true or false", repr(self.share_prefix))

@@ -5,10 +5,11 @@ image, a path, bytes, or a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` 
 functions. ``encode`` alone knows how a processor turns prompts and images into the one dict of model inputs.
 """
 
+import hashlib
 import io
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,15 @@ def encode(
     arguments |= processor_arguments
     inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **arguments)
     num_images = torch.tensor([len(sample.images) for sample in samples])
-    return Batch.of(dict(inputs), family, num_images)
+    keys = torch.tensor([_key(image) for sample in samples for image in sample.images], dtype=torch.int64)
+    return replace(Batch.of(dict(inputs), family, num_images), image_keys=keys)
+
+
+def _key(image: Image.Image) -> int:
+    """A number that tells the image from others by its content."""
+    content = hashlib.blake2b(repr((image.mode, image.size, image.getpalette())).encode(), digest_size=8)
+    content.update(image.tobytes())
+    return int.from_bytes(content.digest(), "little", signed=True)
 
 
 def column_names(dataset) -> list[str]:

@@ -29,7 +29,7 @@ class Experience:
     def state_dict(self) -> dict:
         """Tensors and numbers alone, for a checkpoint."""
         rollout, prompts = vars(self.rollout).copy(), self.rollout.prompts
-        rollout["prompts"] = {"inputs": prompts.inputs, "rows": prompts.rows}
+        rollout["prompts"] = {"inputs": prompts.inputs, "rows": prompts.rows, "image_keys": prompts.image_keys}
         return {**vars(self), "rollout": rollout}
 
     @classmethod
@@ -38,5 +38,5 @@ class Experience:
         rollout = state.pop("rollout")
         prompts = Batch(**rollout.pop("prompts"), family=family).to(device)
         group = rollout.pop("group").cpu()
-        rollout = Rollout(prompts, group, **{name: tensor.to(device) for name, tensor in rollout.items()})
+        rollout = Rollout(prompts, group, **{name: None if x is None else x.to(device) for name, x in rollout.items()})
         return cls(rollout, **state)

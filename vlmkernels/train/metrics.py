@@ -14,6 +14,22 @@ def _mean_std(values: torch.Tensor) -> tuple[float, float]:
     return mean, values.std().item() if len(values) > 1 else math.nan
 
 
+def combine(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The metrics of a loss whose tokens came in several parts: what adds up is added up, means are weighted by tokens."""
+    tokens = torch.stack([part["tokens"] for part in parts])
+    result = {}
+    for name in parts[0]:
+        values = torch.stack([part[name] for part in parts])
+        if name in ("policy_loss", "tokens", "effective_tokens"):
+            result[name] = values.sum()
+        elif name.endswith(("min", "max")):
+            measured = values[~values.isnan()]
+            result[name] = (measured if len(measured) else values).aminmax()[name.endswith("max")]
+        else:
+            result[name] = (values * tokens).nansum() / tokens[~values.isnan()].sum()
+    return result
+
+
 def reward_metrics(rewards: torch.Tensor, names: list[str], result: GroupAdvantages) -> dict[str, float]:
     """rewards: (N, R), NaN = not scored; result: their ``group_advantages``."""
     metrics = {}

@@ -1,15 +1,22 @@
-"""Sampling completions: ``transformers``' ``generate`` behind one class."""
+"""Sampling completions: a batch of them as the trainer holds it, and the engine that makes it."""
 
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import is_peft_model
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.batch import Batch
+from vlmkernels.models.decode import Decoded, Sampling, decode_groups, stops
+from vlmkernels.models.encode import once_per_image, takes_features
 from vlmkernels.models.families import media_token_ids
-from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions, why_not_shared
+from vlmkernels.models.group import ScoringBatch, cut_packs, pack_groups, pad_completions, prompt_positions, why_not_shared
+from vlmkernels.ops.checks import require
 from vlmkernels.train.config import GRPOConfig
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,8 @@ class Rollout:
 
     prompts: the P prompts, each once. group: (B,) int64 on the CPU, the prompt of each completion.
     completion_ids: (B, C), right-padded. completion_mask: (B, C) bool, up to and with the end-of-sequence token.
-    truncated: (B,) bool, no end-of-sequence token within the length allowed.
+    truncated: (B,) bool, no end within the length allowed. logps: (B, C) fp32, of the tokens as they were sampled (see
+    ``Decoded``), where the engine tells them.
     """
 
     prompts: Batch
@@ -26,19 +34,35 @@ class Rollout:
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
     truncated: torch.Tensor
+    logps: torch.Tensor | None = None
 
-    def padded(self, samples: slice) -> ScoringBatch:
+    def parts(self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int) -> list[torch.Tensor]:
+        """Some completions, cut so that ``packed`` (or ``padded``) makes at most ``max_tokens`` tokens of each part."""
+        chosen = torch.arange(len(self.group))[samples]
+        if max_tokens is None:
+            return [chosen]
+        prefixes = self.prompts.inputs["attention_mask"].sum(1).tolist()
+        group, lengths = self.group[samples].tolist(), self.completion_mask[samples].sum(1).tolist()
+        if shared:
+            return [chosen[pack] for pack in cut_packs(prefixes, group, lengths, max_tokens, hidden_size)]
+        prefix, length = max(prefixes[index] for index in group), max(lengths)
+        rule = f"be at least {prefix + length}, a prompt of {prefix} tokens and a completion of {length}"
+        require(prefix + length <= max_tokens, "max_tokens_per_microbatch", rule, max_tokens)
+        return list(chosen.tensor_split(-(-len(chosen) // (max_tokens // (prefix + length)))))
+
+    def padded(self, samples: torch.Tensor) -> ScoringBatch:
         """Some completions, each behind a prompt of its own, less common padding."""
         width = int(self.completion_mask[samples].any(0).sum())
         ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
         return pad_completions(self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, mask)
 
-    def packed(self, samples: slice, model) -> ScoringBatch:
+    def packed(self, samples: torch.Tensor, model) -> ScoringBatch:
         """Some completions behind prompts that those of a group share; ``model`` knows the positions of images."""
         chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
-        prompts = self.prompts.select(chosen).inputs
-        positions = prompt_positions(model, prompts)
-        return pack_groups(prompts, positions, group, self.completion_ids[samples], self.completion_mask[samples])
+        prompts = self.prompts.select(chosen)
+        positions = prompt_positions(model, prompts.inputs)
+        inputs = once_per_image(prompts) if takes_features(model) else prompts.inputs
+        return pack_groups(inputs, positions, group, self.completion_ids[samples], self.completion_mask[samples])
 
 
 def tokenizer_of(processor) -> PreTrainedTokenizerBase:
@@ -53,71 +77,69 @@ def eos_token_ids(model, tokenizer) -> list[int]:
 
 
 class Generate:
-    """Samples completions with ``model.generate``.
+    """Samples completions: with ``decode_groups``, each prompt run and kept once, where the model and all options allow it;
+    otherwise with ``model.generate`` on a copy of the prompt for each completion, saying so once.
 
     ``engine(model, prompts, num_generations, temperature)`` returns a ``Rollout``; the completions of a prompt follow one
     another. Temperature 0 is greedy.
     """
 
     def __init__(self, model, processor, args: GRPOConfig):
-        tokenizer = tokenizer_of(processor)
-        self.eos = torch.tensor(eos_token_ids(model, tokenizer))
-        options = {
+        self.tokenizer = tokenizer_of(processor)
+        self.eos = eos_token_ids(model, self.tokenizer)
+        self.limits = {"max_num_seqs": args.max_num_seqs, "max_tokens": args.max_tokens_per_microbatch}
+        self.options = {
             "max_new_tokens": args.max_completion_length,
             "top_p": args.top_p,
             "top_k": args.top_k,
             "min_p": args.min_p,
             "repetition_penalty": args.repetition_penalty,
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": self.eos.tolist(),
-            "use_cache": True,
-            "disable_compile": True,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "eos_token_id": self.eos,
             **(args.generation_kwargs or {}),
         }
         media = media_token_ids(model.config, processor)
-        self.media = torch.tensor(media)
-        self.shares_prefill = why_not_shared(model.get_base_model() if is_peft_model(model) else model) is None
-        options["suppress_tokens"] = [*media, *options.get("suppress_tokens", ())] or None
-        self.options = options
+        self.options["suppress_tokens"] = [*media, *(self.options.get("suppress_tokens") or ())]
+        plain = model.get_base_model() if is_peft_model(model) else model
+        reason = "share_prefix is off" if args.share_prefix is False else why_not_shared(plain)
+        if others := sorted(self.options.keys() - Sampling.names()):
+            reason = reason or f"generation_kwargs holds {', '.join(others)}"
+        self.by_groups = reason is None
+        if self.by_groups:
+            use_group_attention(plain)
+        else:
+            logger.warning("Each completion is generated behind a copy of its prompt and images: %s", reason)
 
     def _config(self, temperature: float) -> GenerationConfig:
+        options = self.options | {"bos_token_id": self.tokenizer.bos_token_id, "use_cache": True, "disable_compile": True}
+        options["suppress_tokens"] = options["suppress_tokens"] or None
         if temperature == 0:
-            greedy = {k: v for k, v in self.options.items() if k not in ("top_p", "top_k", "min_p")}
+            greedy = {k: v for k, v in options.items() if k not in ("top_p", "top_k", "min_p")}
             return GenerationConfig(**greedy, do_sample=False)
-        return GenerationConfig(**self.options, do_sample=True, temperature=temperature)
+        return GenerationConfig(**options, do_sample=True, temperature=temperature)
 
-    def _prefilled(self, model, prompts: Batch, num_generations: int) -> dict:
-        """Arguments of ``generate``: every prompt ``num_generations`` times, behind a cache that each prompt filled once.
-
-        The cache holds all but the last token, so that ``generate`` goes on from there. Where that one stands for an image, or
-        there is no other, or where prompt tokens see later ones (``why_not_shared``), each copy is filled by itself.
-        """
-        ids = prompts.inputs["input_ids"]
-        if not self.shares_prefill or ids.shape[1] < 2 or torch.isin(ids[:, -1], self.media.to(ids.device)).any():
-            return prompts.repeat(num_generations).inputs
-        inner = (model.get_base_model() if is_peft_model(model) else model).base_model
-        positions = prompt_positions(inner, prompts.inputs)
-        head = {name: x[:, :-1] if prompts.family.axis(name) == "token" else x for name, x in prompts.inputs.items()}
-        cache = model(**head, position_ids=positions[..., :-1], use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(num_generations)
-        if hasattr(inner, "rope_deltas"):
-            # How far a prompt's positions are ahead of its tokens: where ``generate`` looks for it when it goes on.
-            ahead = positions.view(-1, *ids.shape).amax((0, 2)) + 1 - prompts.inputs["attention_mask"].sum(1)
-            inner.rope_deltas = ahead.repeat_interleave(num_generations).unsqueeze(1)
-        repeated = {
-            name: prompts.inputs[name].repeat_interleave(num_generations, 0) for name in ("input_ids", "attention_mask")
-        }
-        return {**repeated, "past_key_values": cache}
+    def _generated(self, model, prompts: Batch, num_generations: int, temperature: float) -> Decoded:
+        inputs = prompts.repeat(num_generations).inputs
+        stop_strings = self.options.get("stop_strings") or ()
+        more = {"tokenizer": self.tokenizer} if stop_strings else {}
+        sequences = model.generate(**inputs, generation_config=self._config(temperature), **more)
+        ids = sequences[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(ids, torch.tensor(self.eos, device=ids.device))
+        for row, tokens in enumerate(ids.tolist() if stop_strings else ()):
+            end = next((n for n in range(1, len(tokens) + 1) if stops(tokens[:n], stop_strings, self.tokenizer)), None)
+            if end is not None:
+                ended[row, end - 1] = True
+        mask = ended.cumsum(1) - ended.int() == 0  # up to and with the token that ends it
+        width = int(mask.any(0).sum())
+        ids, mask, truncated = ids[:, :width], mask[:, :width], ~ended.any(1)
+        return Decoded(ids.masked_fill(~mask, self.options["pad_token_id"]), mask, truncated, None)
 
     @torch.no_grad()
     def __call__(self, model, prompts: Batch, num_generations: int, temperature: float) -> Rollout:
+        if self.by_groups:
+            sampling = Sampling(**self.options | {"temperature": temperature})
+            decoded = decode_groups(model, prompts, num_generations, sampling, tokenizer=self.tokenizer, **self.limits)
+        else:
+            decoded = self._generated(model, prompts, num_generations, temperature)
         group = torch.arange(len(prompts)).repeat_interleave(num_generations)
-        inputs = self._prefilled(model, prompts, num_generations)
-        sequences = model.generate(**inputs, generation_config=self._config(temperature))
-        ids = sequences[:, inputs["input_ids"].shape[1] :]
-        ended = torch.isin(ids, self.eos.to(ids.device))
-        mask = ended.cumsum(1) - ended.int() == 0  # up to and with the first end-of-sequence token
-        width = int(mask.any(0).sum())
-        ids, mask, truncated = ids[:, :width], mask[:, :width], ~ended.any(1)
-        return Rollout(prompts, group, ids.masked_fill(~mask, self.options["pad_token_id"]), mask, truncated)
+        return Rollout(prompts, group, decoded.ids, decoded.mask, decoded.truncated, decoded.logps)

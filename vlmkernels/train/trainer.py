@@ -11,9 +11,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
+from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -21,6 +23,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.batch import Batch
+from vlmkernels.models.encode import encode_images, image_axes, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.image_processor import with_fast_images
@@ -33,8 +37,9 @@ from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.head import completion_logps, completion_loss, logit_arguments, output_head
-from vlmkernels.train.metrics import completion_metrics, reward_metrics
+from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
+from vlmkernels.train.parallel import gathered, most, prepared_reference
 from vlmkernels.train.report import write_report
 from vlmkernels.train.rewards import Rewards
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
@@ -116,11 +121,19 @@ class GRPOTrainer(Trainer):
         self.text_model = model.get_base_model() if is_peft_model(model) else model
         self.processor_arguments = use_vision_ops(self.text_model, processing_class)
         self.shares_prefix = self._choose_prefix_sharing()
+        # Features of a vision tower that does not change serve all passes over a generation batch.
+        self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
+        self.idle_images = None
+        if self.is_fsdp_enabled and self.family is not TEXT and not self.encodes_once:
+            rule = "be off: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
+            require(takes_features(self.text_model), "fsdp", rule, True)
+            self.idle_images = self._an_image(processing_class)
+            use_image_features(self.text_model)
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
             reference = frozen_copy(model)
             self.ref_head = output_head(reference)
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
+            self.ref_model = prepared_reference(self.accelerator, reference)
         self.generate = Generate(model, processing_class, args)
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
@@ -152,8 +165,8 @@ class GRPOTrainer(Trainer):
     def _check_parallelism(self) -> None:
         if self.args.n_gpu > 1:
             raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NotImplementedError("FSDP and DeepSpeed are not supported yet: the head's weight is read whole")
+        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+            raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
 
     def _choose_prefix_sharing(self) -> bool:
         """Whether the completions of a group run behind one copy of their prompt; says once what was chosen, and why."""
@@ -165,6 +178,12 @@ class GRPOTrainer(Trainer):
         use_group_attention(self.text_model)
         logger.info("Prompts and images run once per group (share_prefix)")
         return True
+
+    def _an_image(self, processor) -> dict[str, torch.Tensor]:
+        """Model inputs of one small image: what a process without images runs its sharded vision tower on."""
+        row = {"prompt": [{"role": "user", "content": "?"}], "images": [Image.new("RGB", (64, 64))]}
+        prompt = encode([read_sample(row, 0)], processor, self.family, self.args.chat_template_kwargs)
+        return {name: prompt.inputs[name] for name in image_axes(prompt)}
 
     # Data
 
@@ -204,11 +223,21 @@ class GRPOTrainer(Trainer):
         prompts = encode(
             samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
         )
-        rollout = self.generate(self.policy, prompts.to(self.args.device), num_generations, temperature)
+        prompts = prompts.to(self.args.device)
+        with gathered(self.policy, self.head):
+            if self.encodes_once and getattr(self.generate, "by_groups", False):
+                prompts = self._encode(prompts)
+            rollout = self.generate(self.policy, prompts, num_generations, temperature)
+            if self.encodes_once:
+                rollout = replace(rollout, prompts=self._encode(rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         scored = score(per_completion, rollout, self.rewards, self.tokenizer, columns=columns, trainer_state=self.state)
         return rollout, scored
+
+    def _encode(self, prompts: Batch) -> Batch:
+        with self.accelerator.autocast():
+            return encode_images(self.text_model, prompts)
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.reward_weights.to(rewards.device)
@@ -271,15 +300,29 @@ class GRPOTrainer(Trainer):
                 for index in micro_batches:
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
-    def _batch(self, experience: Experience, samples: slice) -> ScoringBatch:
+    def _parts(self, experience: Experience, index: int) -> list[torch.Tensor]:
+        """A micro-batch in parts within the token budget; the last one perhaps several times, to be run for nothing."""
+        width = self.text_model.config.get_text_config().hidden_size
+        samples, budget = self._micro_batch(index), self.args.max_tokens_per_microbatch
+        parts = experience.rollout.parts(samples, budget, shared=self.shares_prefix, hidden_size=width)
+        if budget is not None and self.is_fsdp_enabled:  # every process runs the model as often
+            parts += parts[-1:] * (most(self.accelerator, len(parts)) - len(parts))
+        return parts
+
+    def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
-        return rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+        batch = rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+        if self.idle_images is not None and "pixel_values" in batch.inputs:
+            batch.inputs.setdefault("image_index", None)
+        elif self.idle_images is not None:
+            batch.inputs["idle_images"] = {name: x.to(self.args.device) for name, x in self.idle_images.items()}
+        return batch
 
     def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
-        samples = self._micro_batch(index)
-        logps = completion_logps(model, self._batch(experience, samples), head=head, **self._head_arguments)
-        mask = experience.rollout.completion_mask[samples]
-        out[samples] = torch.zeros_like(out[samples]).masked_scatter_(mask, logps)
+        for samples in self._parts(experience, index):
+            logps = completion_logps(model, self._batch(experience, samples), head=head, **self._head_arguments)
+            mask = experience.rollout.completion_mask[samples]
+            out[samples] = out.new_zeros(mask.shape).masked_scatter_(mask, logps)
 
     @property
     def _head_arguments(self) -> dict:
@@ -303,10 +346,40 @@ class GRPOTrainer(Trainer):
         return loss
 
     def compute_loss(self, model, inputs: int, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
-        """The loss of the ``inputs``-th use of the generation batch, as a share of the accumulated batch."""
-        experience, args = self._experience, self.args
-        samples = self._micro_batch(inputs % args.steps_per_generation)
-        on_policy = inputs < min(args.gradient_accumulation_steps, args.steps_per_generation)
+        """The loss of the ``inputs``-th use of the generation batch, as a share of the accumulated batch.
+
+        Of a micro-batch in several parts, those before the last are taken back through the model here.
+        """
+        experience, total = self._experience, 0.0
+        parts = self._parts(experience, inputs % self.args.steps_per_generation)
+        repeats = sum(part is parts[-1] for part in parts) - 1
+        real = parts[: len(parts) - repeats]
+        # What each part counts of the means that its loss is made of: over completions, or over tokens.
+        sequences = self.loss_config.aggregation.sequences
+        sizes = [len(part) if sequences else experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
+        metrics = []
+        for number, samples in enumerate(parts):
+            last = number == len(parts) - 1
+            size = sizes[min(number, len(real) - 1)]
+            share = size / sum(sizes) if size else 1.0  # without tokens there is nothing to weight
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                loss, measured = self._loss(model, experience, inputs, samples, share)
+                if number < len(real):
+                    metrics.append(measured)
+                else:
+                    loss = 0.0 * loss
+                if not last:
+                    self.accelerator.backward(loss)
+                    loss = loss.detach()
+            total = total + loss
+        for name, value in combine(metrics).items():
+            self._metrics[name].append(value)
+        return total
+
+    def _loss(self, model, experience: Experience, use: int, samples: torch.Tensor, share: float) -> tuple[torch.Tensor, dict]:
+        """The loss and metrics of some completions, ``share`` of their micro-batch."""
+        args = self.args
+        on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
         window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
         batch = self._batch(experience, samples).of(counts[experience.rollout.completion_mask[samples]])
@@ -321,14 +394,12 @@ class GRPOTrainer(Trainer):
             ref_logps=cut(experience.ref_logps),
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
-            accumulation_steps=window,
+            accumulation_steps=window / share,
             config=self.loss_config,
         )
         if on_policy and experience.old_logps is not None:
             experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
-        for name, value in metrics.items():
-            self._metrics[name].append(value)
-        return loss
+        return loss, metrics
 
     def _entropy_threshold(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
