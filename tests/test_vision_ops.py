@@ -51,6 +51,23 @@ def test_training_is_the_same(tmp_path, monkeypatch, name):
         torch.testing.assert_close(trainer.model.eval()(**inputs).logits, loaded(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_videos_train_alike_shared_or_not(tmp_path):
+    """Images as pixels beside videos as normalised rows; one prompt for all its completions, or a copy for each."""
+    runs = []
+    for share in ("auto", False):
+        options = {"share_prefix": share, "max_steps": 3, "learning_rate": 1e-3, "beta": 0.1, "log_completions": True}
+        trainer, logs, gradients = run_ours(tmp_path / str(share), tiny.rows(6, "videos"), **options)
+        runs.append((logs, gradients))
+        assert trainer._experience.rollout.prompts.inputs["pixel_values_videos"].shape[1] == 1176
+        assert list((tmp_path / str(share) / "completions").iterdir())
+    (logs, gradients), (expected_logs, expected) = runs
+    assert [log["loss"] for log in logs] == pytest.approx([log["loss"] for log in expected_logs], rel=1e-4, abs=1e-6)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        size = max(g.abs().max() for g in theirs.values())
+        assert any(g.abs().max() > 0 for n, g in theirs.items() if "visual" in n)
+        assert all((mine[n] - g).abs().max() <= 2e-5 * size for n, g in theirs.items())
+
+
 def test_what_each_family_gets():
     """Towers that pack patches; of those, pixels where the fast image processor makes them and nothing adapts their weights."""
     for name in tiny_families.BUILDERS:
