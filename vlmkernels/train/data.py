@@ -1,10 +1,10 @@
 """From a dataset's rows to model inputs.
 
 A row has ``prompt``, a string or a conversation, and optionally ``image`` (one), ``images`` (a list), ``videos`` (a list) and
-their ``fps``. An image is a PIL image, a path, bytes, or a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it. A video is
-a list of frames, each such an image or uint8 pixels (H, W, 3) or (3, H, W), or an array or tensor of all of them. All other
-columns go to the reward functions. ``encode`` alone knows how a processor turns prompts, images and videos into the one dict
-of model inputs.
+their ``fps``. An image is a PIL image, a path, bytes, or a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it. A
+video is a list of frames, each such an image or uint8 pixels (H, W, 3) or (3, H, W), or an array or tensor of all of them. All
+other columns go to the reward functions. ``encode`` alone knows how a processor turns prompts, images and videos into the one
+dict of model inputs.
 """
 
 import hashlib
