@@ -153,14 +153,15 @@ def error_cases():
     q, k, c = torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 1, 8), torch.zeros(2, 3, 4)
     yield "query shape", (q[0, 0], k, c, c), {}, ValueError, r"query must be \(N, Hq, D\) or \(B, S, Hq, D\), got \(4, 8\)"
     yield "query dtype", (q.int(), k, c, c), {}, TypeError, "query must be floating point, got torch.int32"
-    yield "key tokens", (q, k[:, :2], c, c), {}, ValueError, r"key must be \(2, 3, 'Hk', 8\), as .*, got \(2, 2, 1, 8\)"
+    yield "key tokens", (q, k[:, :2], c, c), {}, ValueError, r"key must have the tokens and .*, got \(2, 2, 1, 8\) for \(2, 3"
     yield "key dtype", (q, k.bfloat16(), c, c), {}, TypeError, "key must have dtype float32, got bfloat16"
     wide = torch.zeros(2, 3, 5)
-    yield "too many pairs", (q, k, wide, wide), {}, ValueError, r"cos must be \(2, 3, 'P'\) with 2 P <= 8, .* got \(2, 3, 5\)"
-    yield "sin tokens", (q, k, c, c[:, :2]), {}, ValueError, r"sin must be \(2, 3, 'P'\) .*, got \(2, 2, 4\)"
-    yield "sin width", (q, k, c, c[..., :3]), {}, ValueError, "sin must have the width of cos, 4, got 3"
+    yield "too many pairs", (q, k, wide, wide), {}, ValueError, r"cos must have .* at most D / 2 pairs, got \(2, 3, 5\) for"
+    yield "cos tokens", (q, k, c[:, :2], c[:, :2]), {}, ValueError, r"cos must have the tokens of query, or 1 .* \(2, 2, 4\)"
+    yield "sin shape", (q, k, c, c[..., :3]), {}, ValueError, r"sin must have the shape of cos, \(2, 3, 4\), got \(2, 3, 3\)"
     yield "sin dtype", (q, k, c, c.bfloat16()), {}, TypeError, "sin must have dtype float32, got bfloat16"
-    yield "trained", (q, k, c.clone().requires_grad_(), c), {}, ValueError, "cos must not require a gradient"
+    yield "cos dtype", (q, k, c.int(), c.int()), {}, TypeError, "cos must have dtype float32 or .*, got int32"
+    yield "trained", (q, k, c.clone().requires_grad_(), c), {}, ValueError, "cos and sin must not require gradients"
     yield "fp64", (q.double(), k.double(), c, c), {"backend": "cpp"}, NotImplementedError, "cpp: takes float32, .* float64"
     crosswise = torch.zeros(2, 3, 8, 4).transpose(2, 3)
     yield "last axis", (crosswise, k, c, c), {"backend": "cpp"}, NotImplementedError, "cpp: takes a contiguous last axis, got"

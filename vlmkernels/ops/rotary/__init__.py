@@ -6,7 +6,7 @@ import torch
 from torch.library import define, impl, register_autograd, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require, require_device, require_dtype
+from vlmkernels.ops.checks import require, require_device, require_dtype, require_shape
 
 OP = "vlmkernels::rotary"
 # query (B, S, Hq, D), key (B, S, Hk, D), cos and sin (B, S, P); the results are contiguous. inverse: by -angle, the gradient.
@@ -81,22 +81,21 @@ def rotary(
     """
     require(query.is_floating_point(), "query", "be floating point", query.dtype, TypeError)
     require(query.dim() in (3, 4), "query", "be (N, Hq, D) or (B, S, Hq, D)", tuple(query.shape))
-    leading, width = query.shape[:-2], query.shape[-1]
-    rule = f"be {(*leading, 'Hk', width)}, as query without its heads"
-    require(key.dim() == query.dim() and (*key.shape[:-2], key.shape[-1]) == (*leading, width), "key", rule, tuple(key.shape))
+    *tokens, _, width = query.shape
+    fits = key.dim() == query.dim() and [*key.shape[:-2], key.shape[-1]] == [*tokens, width]
+    require(fits, "key", "have the tokens and the width of query", f"{tuple(key.shape)} for {tuple(query.shape)}")
+    fits = cos.dim() == len(tokens) + 1 and 2 * cos.shape[-1] <= width
+    fits = fits and all(size in (1, own) for size, own in zip(cos.shape, tokens, strict=False))
+    rule = "have the tokens of query, or 1 in their place, and at most D / 2 pairs"
+    require(fits, "cos", rule, f"{tuple(cos.shape)} for {tuple(query.shape)}")
+    require_shape("sin", sin, cos.shape, "cos")
     require_dtype("key", key, query.dtype)
-    require_device("key", key, query.device, "query")
-    for name, table in (("cos", cos), ("sin", sin)):
-        rule = f"be {(*leading, 'P')} with 2 P <= {width}, or 1 where all tokens share it"
-        fits = table.dim() == len(leading) + 1 and 2 * table.shape[-1] <= width
-        fits = fits and all(size in (1, own) for size, own in zip(table.shape, leading, strict=False))
-        require(fits, name, rule, tuple(table.shape))
-        require_dtype(name, table, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-        require_device(name, table, query.device, "query")
-        require(not table.requires_grad, name, "not require a gradient: it gets none", "one that does")
-    require(sin.shape[-1] == cos.shape[-1], "sin", f"have the width of cos, {cos.shape[-1]}", sin.shape[-1])
+    require_dtype("cos", cos, torch.float32, torch.bfloat16, torch.float16, torch.float64)
     require_dtype("sin", sin, cos.dtype)
-    cos, sin = (table.expand(*leading, -1) for table in (cos, sin))
+    for name, tensor in (("key", key), ("cos", cos), ("sin", sin)):
+        require_device(name, tensor, query.device, "query")
+    require(not (cos.requires_grad or sin.requires_grad), "cos and sin", "not require gradients: they get none", "some that do")
+    cos, sin = (table.expand(*tokens, -1) for table in (cos, sin))
     if query.dim() == 4:
         return torch.ops.vlmkernels.rotary(query, key, cos, sin, False, resolve(backend))
     packed = (x.unsqueeze(0) for x in (query, key, cos, sin))
