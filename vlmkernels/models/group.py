@@ -65,17 +65,12 @@ def prompt_positions(model: torch.nn.Module, prompts: dict[str, torch.Tensor]) -
     mask, rope_index = prompts["attention_mask"], getattr(model.base_model, "get_rope_index", None)
     if rope_index is None or not prompts.keys() & set(_POSITION_INPUTS):
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
-    frames_apart, vision = family_of(model.config).frames_apart, model.config.vision_config
-    if frames_apart is not None:
-        return mrope_positions(
-            prompts["mm_token_type_ids"],
-            *(prompts.get(name) for name in ("image_grid_thw", "video_grid_thw")),
-            attention_mask=mask,
-            merge_size=vision.spatial_merge_size,
-            frames_apart=frames_apart,
-            tokens_per_second=getattr(vision, "tokens_per_second", None),
-            second_per_grid_ts=prompts.get("second_per_grid_ts"),
-        ).position_ids
+    family = family_of(model.config)
+    timed = "second_per_grid_ts" in family.inputs and "video_grid_thw" in prompts  # versions round their seconds differently
+    if family.frames_apart is not None and not timed:
+        grids = (prompts.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+        sizes = {"merge_size": model.config.vision_config.spatial_merge_size, "frames_apart": family.frames_apart}
+        return mrope_positions(prompts["mm_token_type_ids"], *grids, attention_mask=mask, **sizes).position_ids
     # Versions of transformers differ in what they ask for.
     taken = inspect.signature(rope_index).parameters
     inputs = {name: prompts[name] for name in _POSITION_INPUTS if name in prompts and name in taken}
