@@ -5,10 +5,13 @@ BIN := .venv/bin
 .PHONY: setup demo test bench lint gpu-build gpu-test gpu-bench clean
 setup: .venv/.installed
 
-# constraints.txt pins every package; CUDA code is compiled where nvcc is found.
+# constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers that tests compare with lie beside the
+# environment, without what they depend on.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python --upgrade \
+		--target .venv/peers kernels ms-swift verl
 	touch $@
 
 demo: setup

@@ -10,7 +10,7 @@ import sys
 
 import harness
 import torch
-from bench_linear import ours, peers
+from bench_linear import full_logps, liger_hopper_logps, ours, peers, trl_logps
 
 from vlmkernels import linear_logps
 
@@ -28,15 +28,11 @@ def make():
     return hidden.requires_grad_(), weight.requires_grad_(), targets, randn(8), logits
 
 
-def trl_logps(hidden, weight, targets):
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
-
-    flat = (hidden.flatten(0, 1), weight, None, targets.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())
-    return _ChunkedLogProbFunction.apply(*flat)[0].view_as(targets)
-
-
-def full_logps(hidden, weight, targets):
-    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+LOGPS = {
+    "TRL _ChunkedLogProbFunction": trl_logps,
+    "Liger scaled cross-entropy (Hopper)": liger_hopper_logps,
+    "full logits": full_logps,
+}
 
 
 def main() -> int:
@@ -50,7 +46,7 @@ def main() -> int:
     def logps_of(name):
         if name.startswith("vlmkernels"):
             return linear_logps(hidden, weight, targets, backend=name.split()[-1])
-        return {"TRL _ChunkedLogProbFunction": trl_logps, "full logits": full_logps}.get(name, lambda *_: None)(*inputs[:3])
+        return LOGPS[name](*inputs[:3])[0] if name in LOGPS else None
 
     rows = []
     for name, loss in (ours() | peers()).items():
@@ -69,11 +65,12 @@ def main() -> int:
     path.write_text(json.dumps(content, indent=1) + "\n")
     for row in rows:
         print(", ".join(f"{key} {value:.2e}" if isinstance(value, float) else value for key, value in row.items()))
+    is_ours = lambda row: row["provider"].startswith("vlmkernels")  # noqa: E731
     worse = [
         (row["provider"], key)
-        for row in rows
+        for row in filter(is_ours, rows)
         for key in row.keys() - {"provider"}
-        if row["provider"].startswith("vlmkernels") and row[key] > min(other[key] for other in rows if key in other)
+        if row[key] > min(other[key] for other in rows if key in other and not is_ours(other))
     ]
     print(f"less exact than another: {worse}" if worse else "ours is the most exact")
     return int(bool(worse))

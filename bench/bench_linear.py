@@ -1,16 +1,22 @@
 """The language-model head and the GRPO loss on it, forward and backward, against its peers and against bare GEMMs.
 
 The objective is DAPO's on the policy's own samples with a sequence's advantage per token, the entropy a metric. The error is
-that of the gradients by hidden states and weight against fp64, as one minus their cosine.
+that of the gradients by hidden states and weight against fp64, as one minus their cosine. Without gradients (old and reference
+log-probabilities) it is the largest of log-probabilities and entropies.
 """
 
 import importlib.util
+import os
+import sys
+from functools import cache
+from pathlib import Path
 
 import harness
 import pytest
 import torch
 
 from vlmkernels import backend, gather_logps, linear_grpo_loss, linear_logps
+from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes
 
 # name: (completions, tokens of each, hidden width, vocabulary): heads of Qwen2.5-VL and Qwen3-VL, or a narrower one.
 CASES = {"512 x 1024 x 151936": (8, 64, 1024, 151936)}
@@ -22,6 +28,10 @@ if harness.GPU:
         "qwen3-vl-8b 8192 x 4096 x 151936": (16, 512, 4096, 151936),
     }
     STREAM = (2048, 2048, 151936)
+# Without gradients also few rows: from how many on no logits are faster, see vlmkernels/ops/linear_logps_fused.
+FORWARD_CASES = CASES | ({"qwen3-vl-8b 512 x 4096 x 151936": (1, 512, 4096, 151936)} if harness.GPU else {})
+LIMIT_S = 15 if harness.GPU else 60
+TRL_CHUNK = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, whose module takes more packages to import
 
 
 def make(num, length, width, vocab, dtype=torch.bfloat16):
@@ -55,11 +65,16 @@ def ours_from_logits(hidden, weight, targets, advantages):
     return on_policy(gather_logps(logits, targets, return_entropy=True, inplace_backward=True)[0], advantages)
 
 
-def trl(hidden, weight, targets, advantages):
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+def trl_logps(hidden, weight, targets):
+    """Log-probabilities and entropies."""
+    from trl.kernels import ChunkedLogProbFunction
 
-    flat = (hidden.flatten(0, 1), weight, None, targets.flatten(), 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
-    return on_policy(_ChunkedLogProbFunction.apply(*flat)[0].view_as(targets), advantages)
+    flat = (hidden.flatten(0, 1), weight, None, targets.flatten(), 1.0, TRL_CHUNK, None, 1.0, ("entropy",))
+    return [x.view_as(targets) for x in ChunkedLogProbFunction.apply(*flat)[:2]]
+
+
+def trl(hidden, weight, targets, advantages):
+    return on_policy(trl_logps(hidden, weight, targets)[0], advantages)
 
 
 def liger(hidden, weight, targets, advantages):
@@ -69,13 +84,40 @@ def liger(hidden, weight, targets, advantages):
     return loss(hidden, weight, targets, torch.ones_like(targets), advantages)[0]
 
 
-def liger_hopper(hidden, weight, targets, advantages):
+def liger_hopper_logps(hidden, weight, targets):
+    """Log-probabilities and entropies. Its kernel needs nvidia-cutlass-dsl and apache-tvm-ffi beside liger-kernel."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
-    nll, _ = LigerFusedLinearScaledCrossEntropyFunction.apply(
-        hidden.flatten(0, 1), weight, targets.flatten(), return_entropy=True
-    )
-    return on_policy(-nll.view_as(targets), advantages)
+    os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"  # a check that waits for the device
+    flat = (hidden.flatten(0, 1), weight, targets.flatten())
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(*flat, return_entropy=True)
+    return -nll.view_as(targets), entropy.view_as(targets)
+
+
+def liger_hopper(hidden, weight, targets, advantages):
+    return on_policy(liger_hopper_logps(hidden, weight, targets)[0], advantages)
+
+
+def full_logps(hidden, weight, targets):
+    """Log-probabilities and entropies of full logits."""
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+VERL = Path(sys.prefix) / "peers" / "verl" / "utils" / "experimental" / "torch_functional.py"
+
+
+@cache
+def verl_module():
+    """The file alone: the package imports Ray."""
+    spec = importlib.util.spec_from_file_location("verl_torch_functional", VERL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def verl(hidden, weight, targets, advantages):
+    return on_policy(verl_module().FusedLinearForPPO()(hidden, weight, targets)[0], advantages)
 
 
 def peers() -> dict:
@@ -86,6 +128,8 @@ def peers() -> dict:
         providers["Liger LigerFusedLinearGRPOLoss"] = liger
         if harness.GPU and torch.cuda.get_device_capability() == (9, 0):
             providers["Liger scaled cross-entropy (Hopper)"] = liger_hopper
+    if VERL.exists():
+        providers["verl FusedLinearForPPO"] = verl
     return providers | {"full logits": naive}
 
 
@@ -167,7 +211,36 @@ def test_linear(benchmark, case, frozen):
 
     floors = {f"{2 if frozen else 3} bare GEMMs": gemms(*inputs[:2], frozen=frozen)}
     title = f"linear_grpo_loss {case}{', frozen head' if frozen else ''}"
-    harness.compare(benchmark, title, providers, check, floors, limit_s=60)
+    harness.compare(benchmark, title, providers, check, floors, limit_s=LIMIT_S)
+
+
+@pytest.mark.parametrize("case", FORWARD_CASES)
+@torch.no_grad()
+def test_forward(benchmark, case):
+    """Old and reference log-probabilities, with entropies."""
+    inputs = hidden, weight, targets = make(*FORWARD_CASES[case])[:3]
+    budget = {"return_entropy": True, "chunk_bytes": default_chunk_bytes(hidden.device)}
+    exact = linear_logps(hidden.double(), weight.double(), targets, backend="reference", **budget)
+    names = [name.split()[-1] for name in ours()]
+    functions = {
+        f"vlmkernels {name}": lambda *inputs, name=name: linear_logps(*inputs, backend=name, **budget) for name in names
+    }
+    if backend.why_not("linear_logps_fused", "triton", hidden) is None:
+        fused = {"backend": "triton", "return_entropy": True, "chunk_bytes": 0}
+        functions["vlmkernels triton, no logits"] = lambda *inputs: linear_logps(*inputs, **fused)
+    others = {trl: trl_logps, liger_hopper: liger_hopper_logps, naive: full_logps}
+    functions |= {name: others[loss] for name, loss in peers().items() if loss in others}
+
+    def check(name, results):
+        errors = [(a.double() - b).abs() for a, b in zip(results, exact, strict=True)]
+        means = [error.mean().item() for error in errors]
+        assert max(means) < 0.05, f"{name} is wrong: {means}"
+        return ", ".join(f"{error.max():.0e}" for error in errors)
+
+    out = hidden.new_empty(targets.numel(), len(weight))
+    floors = {"1 bare GEMM": lambda: torch.mm(hidden.flatten(0, 1), weight.T, out=out)}
+    providers = {name: lambda f=function: f(*inputs) for name, function in functions.items()}
+    harness.compare(benchmark, f"linear_logps {case}, no gradient", providers, check, floors, limit_s=LIMIT_S)
 
 
 def test_stream_of_lengths(benchmark):
@@ -201,5 +274,5 @@ def test_stream_of_lengths(benchmark):
         providers,
         check,
         {},
-        limit_s=30,
+        limit_s=LIMIT_S / 2,
     )

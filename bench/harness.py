@@ -140,9 +140,21 @@ def compare(
     """Measure ``providers`` and ``floors`` (what bounds them, such as a copy); the first provider is ours.
 
     ``check(name, result)`` raises if a provider's result is wrong, and describes its error otherwise: no provider that is
-    wrong is timed. Returns a row per provider, and gives ours to pytest-benchmark.
+    wrong is timed. What a peer raises instead of a result stands in its row; what ours raises ends the benchmark. Returns a
+    row per provider, and gives ours to pytest-benchmark.
     """
-    errors = {name: check(name, run()) for name, run in providers.items()}
+    errors, missing = {}, []
+    for name, run in providers.items():
+        try:
+            errors[name] = check(name, run())
+        except Exception as error:
+            if name.startswith("vlmkernels"):
+                raise
+            reason = str(error).strip().partition("\n")[0][:120]
+            missing.append({"provider": name, "error": f"not measured: {type(error).__name__}: {reason}"})
+        if GPU:
+            torch.cuda.empty_cache()  # what one provider kept is not missing to the next
+    providers = {name: run for name, run in providers.items() if name in errors}
     memory = {name: peak_memory(run) for name, run in providers.items()}
     times = interleave({**providers, **floors}, limit_s)
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -157,7 +169,7 @@ def compare(
             **({"peak_mib": round(memory[name] / 2**20, 1), "error": errors[name]} if name in providers else {"floor": True}),
         }
         for name in times
-    ]
+    ] + missing
     benchmark.extra_info.update(case=case, rows=rows)
     benchmark.pedantic(providers[ours], rounds=5)
     record(case, rows)
@@ -168,7 +180,9 @@ _records: dict[str, list[dict]] = {}
 
 
 def record(case: str, rows: list[dict]) -> None:
+    """Kept at once: a run that is cut short leaves what it measured."""
     _records[case] = rows
+    write_results()
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -176,6 +190,9 @@ def table(rows: list[dict]) -> list[str]:
     last = "parts" if "parts" in rows[0] else "error"
     lines = [f"| provider | ms | times ours | peak MiB | {last} |", "| --- | ---: | ---: | ---: | --- |"]
     for row in rows:
+        if "ms" not in row:
+            lines.append(f"| {row['provider']} |  |  |  | {row['error']} |")
+            continue
         name = f"*{row['provider']}*" if row.get("floor") else row["provider"]
         peak, rest = row.get("peak_mib", ""), row.get(last, "")
         lines.append(f"| {name} | {row['ms']:.2f} | {row['ratio_to_ours']:.2f} | {peak} | {rest} |")

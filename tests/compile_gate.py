@@ -5,10 +5,12 @@ A script of its own because triton's interpreter, in which the tests run, replac
 
 import importlib
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -16,6 +18,7 @@ from triton.compiler import ASTSource
 from vlmkernels.ops.group_advantages.triton import BASELINES
 from vlmkernels.ops.grpo_loss.config import Scalars
 from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
+from vlmkernels.ops.linear_logps_fused import triton as linear_logps_fused
 
 # (op, kernel, argument types, compile-time arguments, num_warps). Integers are "i32" or "i64"; "16" after a type says that
 # the value is a multiple of 16, as triton finds at run time.
@@ -72,11 +75,32 @@ FP32 = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "H", "stride_hidde
 FUSED = STAGES | FP32 | dict.fromkeys(("dlogp_ptr", "dentropy_ptr"))
 ALONE = STAGES | dict.fromkeys(("old_logp_ptr", "ref_logp_ptr", "rollout_logp_ptr", "adv_ptr", "share_ptr", "entropy_scale"))
 ALONE |= {"SURROGATE": None, "KL": None, "p": None, "BIAS_CORRECTED": False, "ROLLOUT": False}
+FUSED_FORWARD = {
+    **dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), "*bf16:16"), "partial_ptr": "*fp32:16",
+    **dict.fromkeys(("index_ptr", "targets_ptr"), "*i64:16"), **dict.fromkeys(("N", "R", "splits"), "i32"),
+    **dict.fromkeys(("V", "H", "stride_hidden", "stride_weight"), "i32:16"),
+    **dict.fromkeys(("scale", "softcap", "logit_scale"), "fp32"),
+}  # fmt: skip
+WITHOUT_LOGITS = {"step_weight": 1, "WIDEN": False, "TMA": False, "GROUP": linear_logps_fused.GROUP}
+LINEAR_MERGE = {**FUSED_FORWARD, **MERGE, "inverse": "fp32"}
 
 
 def surrogate(name: str) -> dict:
     function, through_ratio = SURROGATES[name]
     return {"SURROGATE": function, "THROUGH_RATIO": through_ratio, "PRODUCT": name == "vespo"}
+
+
+def fused_forward(dtype: str, capability: int, capped: bool, tma: bool = False) -> tuple:
+    """The arguments of compile_kernel, with the blocks that the launcher takes on that GPU."""
+    wide = torch.float32 if dtype == "fp32" else torch.bfloat16
+    blocks = linear_logps_fused.blocks_of(wide, divmod(capability, 10), capped)
+    rows, vocab, width, num_warps, num_stages, _ = blocks
+    types = {name: kind.replace("bf16", dtype) for name, kind in FUSED_FORWARD.items()}
+    constants = {**WITHOUT_LOGITS, "CAP": capped, "BLOCK_N": rows, "BLOCK_V": vocab, "BLOCK_H": width}
+    if tma:
+        assert blocks.tma
+        types["weight_ptr"], constants["TMA"] = f"tensordesc<{dtype}[{vocab},{width}]>", True
+    return "linear_logps_fused", "linear_logps_fused_kernel", types, constants, num_warps, capability, num_stages
 
 
 KERNELS = [
@@ -98,6 +122,7 @@ KERNELS = [
     ),
     ("group_advantages", "group_advantages_kernel", GROUPS, {**RULES, "BASELINE": BASELINES["pass_at_k"]}, 8),
     ("gather_logps", "gather_logps_fwd_kernel", {**FWD, "splits": "i32", "scale": "fp32"}, {"BLOCK_V": 4096}, 8),
+    ("linear_logps_fused", "linear_logps_merge_kernel", LINEAR_MERGE, {"BLOCK_N": linear_logps_fused.BLOCK_MERGE}, 4),
     (
         "gather_logps",
         "gather_logps_merge_kernel",
@@ -123,7 +148,7 @@ KERNELS = [
 ]
 
 
-def compile_kernel(op: str, name: str, types: dict[str, str | tuple], constants: dict, num_warps: int, capability: int) -> dict:
+def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps, capability: int, num_stages=3) -> dict:
     kernel = getattr(importlib.import_module(f"vlmkernels.ops.{op}.triton"), name)
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
@@ -137,17 +162,34 @@ def compile_kernel(op: str, name: str, types: dict[str, str | tuple], constants:
         if divisor:
             attributes[(index,)] = [["tt.divisibility", int(divisor)]]
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    return {"op": op, "kernel": name, "sm": capability, **{key: int(value) for key, value in usage.items()}}
+    row = {"op": op, "kernel": name, "sm": capability, "dtype": types.get("hidden_ptr", "")[1:].partition(":")[0]}
+    row |= {
+        "shared": compiled.metadata.shared,
+        "tensor_cores": re.findall(r"\b(tcgen05.mma|wgmma.mma|mma.sync)", compiled.asm["ptx"])[:1],
+    }
+    row["tma"] = "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    return row | {key: int(value) for key, value in usage.items()}
+
+
+JOBS = [(*row, capability) for row in KERNELS for capability in (80, 90, 100)]
+JOBS += [fused_forward("bf16", capability, False) for capability in (80, 86, 90, 100)]
+JOBS += [fused_forward("bf16", 90, False, tma=True)]
+JOBS += [fused_forward(dtype, 100, True) for dtype in ("bf16", "fp32")]  # where ptxas leaves the fewest registers
+
+
+def run(job: int) -> dict:
+    return compile_kernel(*JOBS[job])
 
 
 if __name__ == "__main__":
-    for row in KERNELS:
-        for capability in (80, 90, 100):
-            print(json.dumps(compile_kernel(*row, capability)), flush=True)
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for row in pool.imap(run, range(len(JOBS))):
+            print(json.dumps(row), flush=True)

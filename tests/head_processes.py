@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from vlmkernels import GRPOLossConfig, VocabParallel, linear_grpo_loss, linear_logps
+from vlmkernels.integrations.verl import linear_cross_entropy
 
 torch.set_num_threads(1)
 SIZES = (17, 5, 9)  # of the shards, of however many processes
@@ -63,6 +64,21 @@ def vocabulary_parallel(rank: int, processes: int) -> None:
         torch.testing.assert_close(gradients(of_parts.loss, *parts)[0], gradients(of_whole.loss, *whole)[0])
 
 
+def of_verl(rank: int, processes: int) -> None:
+    """verl's function over processes: results of the whole on each, gradients by hidden states that add up to the whole."""
+    hidden, weight, _, targets, _ = inputs(0, 12 * processes)
+    own = slice(12 * rank, 12 * rank + 12)
+    results = []
+    for w, group in ((weight, None), (weight[own].clone(), dist.group.WORLD)):
+        h, w = hidden.clone().requires_grad_(), w.requires_grad_()
+        logp, entropy = linear_cross_entropy(h, w, targets, 0.7, "none", group)
+        results.append([logp, entropy, *gradients((logp * logp.detach()).sum() + entropy.sum(), h, w)])
+    expected, actual = results
+    expected[3] = expected[3][own]
+    dist.all_reduce(actual[2])
+    torch.testing.assert_close(actual, expected)
+
+
 def fsdp(rank: int, processes: int) -> None:
     """A sharded weight, and a sharded module's own forward pass: the gradient is the mean over the processes."""
     mesh = init_device_mesh("cpu", (processes,))
@@ -99,7 +115,7 @@ def unsupported_placements(rank: int, processes: int) -> None:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for check in (vocabulary_parallel, fsdp, unsupported_placements):
+    for check in (vocabulary_parallel, of_verl, fsdp, unsupported_placements):
         check(dist.get_rank(), dist.get_world_size())
     dist.barrier()
     print("equal to one process", flush=True)

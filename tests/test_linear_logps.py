@@ -111,6 +111,27 @@ def test_only_what_is_asked_for(need, device, nan_filled, backend, dtype, select
         assert result["entropy"][~options["mask"]].eq(0).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton", "cuda", "without logits"])
+def test_a_target_that_is_no_token_is_nan(need, device, monkeypatch, backend):
+    """On a GPU, where no check waits for the device, what lies outside the vocabulary shows."""
+    monkeypatch.setattr(linear_logps_module, "require_indices", lambda *args: None)
+    (hidden, weight, _), targets = make((3,), 20, 8, torch.float32, device, bias=False)
+    targets[1:] = torch.tensor([20, -1])
+    if backend == "without logits":
+        need("linear_logps_fused", "triton", hidden)
+        logps, entropy = linear_logps(hidden, weight, targets, return_entropy=True, chunk_bytes=0, backend="triton")
+        rows = torch.tensor([0, 3, -1], device=device)
+        of_rows = linear_logps(hidden, weight, targets.clamp(0, 19), rows=rows, chunk_bytes=0, backend="triton")
+        assert of_rows.isnan().tolist() == [False, True, True]
+        assert entropy.isfinite().all()
+    else:
+        need("linear_logps", backend, hidden)
+        logps = linear_logps(hidden.requires_grad_(), weight, targets, backend=backend)
+        (gradient,) = torch.autograd.grad(logps.sum(), hidden)
+        assert gradient.isnan().all(1).tolist() == [False, True, True]
+    assert logps.isnan().tolist() == [False, True, True]
+
+
 def test_equals_gather_logps(device):
     """The formula of the docstring, by other code."""
     (hidden, weight, bias), targets = make((3, 4), 50, 8, torch.float64, device)
@@ -431,6 +452,18 @@ BAD = {
     "temperature": ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0, got 0.0"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap must be finite and > 0, got -1.0"),
     "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and > 0, got 0.0"),
+    "temperature beyond fp32": (
+        {"temperature": 1e-60},
+        ValueError,
+        r"temperature must be within \[1.2e-38, 1.7e\+38\], .* 1e-60",
+    ),
+    "softcap beyond fp32": ({"softcap": 1e39}, ValueError, r"softcap must be within .*, the range of fp32, got 1e\+39"),
+    "quotient": ({"logit_scale": 1e20, "temperature": 1e-20}, ValueError, "logit_scale / temperature must be within .* got 1e"),
+    "capped quotient": (
+        {"logit_scale": 1e-20, "softcap": 1e20},
+        ValueError,
+        "logit_scale / softcap must be within .* got 1e-40",
+    ),
     "chunk_bytes": ({"chunk_bytes": 39}, ValueError, "chunk_bytes must hold one row of logits, 40 bytes, got 39"),
     "keep_logits_bytes": (
         {"keep_logits_bytes": -1, "weight": W.clone().requires_grad_()},
@@ -457,6 +490,18 @@ def test_bad_input(case):
     changes, error, message = BAD[case]
     with pytest.raises(error, match=message):
         linear_logps(**{"hidden": H, "weight": W, "targets": T} | changes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="logits are fp32 there")
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_logits_beyond_fp16_are_named(need, backend):
+    """In fp16 a GEMM that leaves 16 bits makes them inf, and everything that follows NaN; under a cap they are only capped."""
+    hidden, weight = torch.tensor([[1.0], [300.0]]).half(), torch.full((5, 1), 300.0).half()
+    need("linear_logps", backend, hidden)
+    targets = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"hidden must have logits within fp16's range, up to 65504, got inf at index \(1,\)"):
+        linear_logps(hidden, weight, targets, backend=backend)
+    assert linear_logps(hidden, weight, targets, softcap=30.0, backend=backend).isfinite().all()
 
 
 def test_masked_targets_may_be_anything(device):

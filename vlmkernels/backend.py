@@ -55,7 +55,7 @@ def use_backend(name: str):
 def native():
     """The compiled module ``vlmkernels._C``, or the ``ImportError`` that says why there is none."""
     try:
-        return importlib.import_module("vlmkernels._C")
+        return importlib.import_module(f"{__package__}._C")
     except ImportError as error:
         return error
 
@@ -113,13 +113,13 @@ def device_type(name: str) -> str | None:
 @cache
 def load(op: str, name: str):
     """The implementation of ``op`` for backend ``name``: a module, or the ``Native`` object of ``native.py``."""
-    module = importlib.import_module(f"vlmkernels.ops.{op}.{_MODULE[name]}")
+    module = importlib.import_module(f"{__package__}.ops.{op}.{_MODULE[name]}")
     return module.Native(name) if _MODULE[name] == "native" else module
 
 
 def is_written(op: str, name: str) -> bool:
     """Whether ``op`` has code for backend ``name``."""
-    return _installed(f"vlmkernels.ops.{op}.{_MODULE[name]}")
+    return _installed(f"{__package__}.ops.{op}.{_MODULE[name]}")
 
 
 def why_not(op: str, name: str, *tensors: torch.Tensor) -> str | None:

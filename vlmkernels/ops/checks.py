@@ -46,6 +46,13 @@ def require_positive(name: str, value: float) -> None:
     require(0 < value < math.inf, name, "be finite and > 0", value)
 
 
+def require_factor(name: str, value: float) -> None:
+    """``value`` is what a kernel multiplies or divides by in fp32, where it must be neither 0 nor, times log2(e), inf."""
+    require_positive(name, value)
+    low, high = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 2
+    require(low <= value <= high, name, f"be within [{low:.2g}, {high:.2g}], the range of fp32", value)
+
+
 def require_nowhere(bad: torch.Tensor, name: str, rule: str, tensor: torch.Tensor) -> None:
     """Raise, with the first value and its index, where ``bad`` holds. Waits for the device."""
     if bad.any():

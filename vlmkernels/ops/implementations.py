@@ -20,7 +20,7 @@ class Implementations(NamedTuple):
     otherwise: tuple[str, ...]  # the order on any other device
 
     def load(self, name: str):
-        return importlib.import_module(f"vlmkernels.ops.{self.op}.{self.modules[name]}")
+        return importlib.import_module(f"{__package__}.{self.op}.{self.modules[name]}")
 
     def choose(self, name: str, query: torch.Tensor) -> str:
         """The implementation that serves ``query``; a named one does or raises ``NotImplementedError`` with the reason."""

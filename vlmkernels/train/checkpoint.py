@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -48,13 +50,14 @@ def find_checkpoint(resume: str | bool, output_dir: str | os.PathLike) -> str:
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
-    """Give the model the checkpoint's weights, all of them.
+    """Give the model, sharded or not, the checkpoint's weights, all of them.
 
     ``Trainer`` reads the file without the renaming that ``save_pretrained`` did and passes over what does not fit: a
     Qwen2.5-VL would go on with its initial weights and a warning.
     """
-    saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)
-    model.load_state_dict(saved.state_dict())
+    kind = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # which fully_shard derives from it
+    saved = kind.from_pretrained(checkpoint, dtype=torch.float32)
+    set_model_state_dict(model, saved.state_dict(), options=StateDictOptions(full_state_dict=True, strict=True))
 
 
 def experience_path(checkpoint: str | os.PathLike, process: int) -> Path:

@@ -101,16 +101,23 @@ def _in_head(model, batch: ScoringBatch, head, function):
 
 
 def completion_logps(
-    model: torch.nn.Module, batch: ScoringBatch, *, head: torch.nn.Module, arguments: dict[str, float], temperature: float
-) -> torch.Tensor:
-    """Log-probabilities (N,) of the batch's completion tokens.
+    model: torch.nn.Module,
+    batch: ScoringBatch,
+    *,
+    head: torch.nn.Module,
+    arguments: dict[str, float],
+    temperature: float,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities (N,) of the batch's completion tokens; with ``return_entropy`` the entropies too.
 
     Args:
         model: wrapped or not. Gradients go to it.
         head: the model's language-model head.
         arguments: see ``logit_arguments``.
     """
-    return _in_head(model, batch, head, partial(linear_logps, temperature=temperature, **arguments))
+    function = partial(linear_logps, temperature=temperature, return_entropy=return_entropy, **arguments)
+    return _in_head(model, batch, head, function)
 
 
 def completion_loss(

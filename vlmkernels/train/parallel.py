@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 def most(accelerator: Accelerator, number: int) -> int:
@@ -23,6 +23,8 @@ def gathered(model: torch.nn.Module, head: torch.nn.Module):
         head: its language-model head, which FSDP2 keeps whole between forward and backward pass.
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if sharded:
+        fully_shard.state(model)._lazy_init()  # so that a part of the model may be called before the whole
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

@@ -4,7 +4,7 @@ import torch
 from torch.library import define, impl, register_autograd, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require_device, require_dtype, require_indices, require_positive, require_shape
+from vlmkernels.ops.checks import require_device, require_dtype, require_factor, require_indices, require_shape
 
 FWD = "vlmkernels::gather_logps_fwd"
 BWD = "vlmkernels::gather_logps_bwd"
@@ -169,7 +169,7 @@ def gather_logps(
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
-    require_positive("temperature", temperature)
+    require_factor("temperature", temperature)
     for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool), ("rows", rows, torch.int64)):
         if tensor is not None:
             require_dtype(name, tensor, dtype)

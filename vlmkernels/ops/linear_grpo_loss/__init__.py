@@ -200,6 +200,7 @@ def linear_grpo_loss(
     Source: https://arxiv.org/abs/2402.03300; gradients made in the forward pass: https://arxiv.org/abs/2410.10989.
     """
     require(isinstance(config, GRPOLossConfig), "config", "be a GRPOLossConfig", type(config).__name__, TypeError)
+    backend = resolve(backend)
     hidden, weight, bias = operands(hidden, weight, bias)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     shared = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "rows": rows}
@@ -215,7 +216,7 @@ def linear_grpo_loss(
         loss, metrics_ = grpo_loss(**batch._asdict(), config=config, backend=backend)
         return LinearGRPOLossOutput(loss, metrics_, logps.detach(), entropy.detach())
     check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
-    chunk_bytes, _ = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes)
+    chunk_bytes, _ = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes, backend)
     results = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     results = results.expand(targets.shape)  # in the place of the log-probabilities and entropies to come
     batch = Batch(results, *inputs, results, None, num_items, accumulation_steps)
@@ -224,7 +225,6 @@ def linear_grpo_loss(
     batch = prepare(batch, config)
     loss, stats, logps, entropy = _LinearGRPOLoss.apply(
         hidden, weight, bias, targets, rows, float(temperature), float(logit_scale),
-        None if softcap is None else float(softcap), chunk_bytes, *batch[1:7], *batch[9:], needed, config.text,
-        resolve(backend),
+        None if softcap is None else float(softcap), chunk_bytes, *batch[1:7], *batch[9:], needed, config.text, backend,
     )  # fmt: skip
     return LinearGRPOLossOutput(loss, metrics(stats, batch, config), logps, entropy)

@@ -4,7 +4,7 @@ import torch
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require, require_indices
+from vlmkernels.ops.checks import require, require_indices, require_nowhere
 from vlmkernels.ops.linear_logps.check import budget, check, check_parallel, operands
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, gathered
 from vlmkernels.ops.linear_logps.sweep import (
@@ -12,6 +12,7 @@ from vlmkernels.ops.linear_logps.sweep import (
     Head,
     Sweep,
     asked_for,
+    flat,
     local_targets,
     narrowed,
     result_dtype,
@@ -55,13 +56,18 @@ def _fwd(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, so
     outputs = _outputs(hidden, weight, targets, keep)
     head = Head.of(hidden, weight, bias, temperature, logit_scale, softcap)
     asked, index = asked_for(mask, rows)
-    sweep = Sweep(hidden, head, index, chunk_bytes, outputs[3])
-    rows_of = select("linear_logps", backend, hidden)
-    (tokens,) = select_results(asked, local_targets(targets, start, len(weight)))
-    logp, entropy, stats = (out.new_empty(sweep.num, *out.shape[targets.dim() :]) for out in outputs[:3])
-    for chunk, states, room in sweep:
-        logits = sweep.logits(states, room)
-        rows_of.fwd(logits, states, tokens[chunk], head, logp[chunk], entropy[chunk], stats[chunk])
+    (tokens,) = select_results(asked, local_targets(targets, start, len(weight), size))
+    logp, entropy, stats = (out.new_empty(len(tokens), *out.shape[targets.dim() :]) for out in outputs[:3])
+    if chunk_bytes == 0:
+        select("linear_logps_fused", backend, hidden).fwd(flat(hidden), index, tokens, head, logp, entropy, stats)
+    else:
+        rows_of = select("linear_logps", backend, hidden)
+        sweep = Sweep(hidden, head, index, chunk_bytes, outputs[3])
+        for chunk, states, room in sweep:
+            logits = sweep.logits(states, room)
+            rows_of.fwd(logits, states, tokens[chunk], head, logp[chunk], entropy[chunk], stats[chunk])
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float16:  # other logits have the range of fp32
+        require_nowhere(stats[:, 0].isposinf(), "hidden", "have logits within fp16's range, up to 65504", stats[:, 0])
     for out, result in zip(outputs, (logp, entropy, stats), strict=False):
         out = out.view(targets.numel(), *result.shape[1:])
         out.copy_(result) if asked is None else out.index_copy_(0, asked, result)
@@ -84,7 +90,7 @@ def _bwd(
     sweep = Sweep(hidden, head, index, chunk_bytes, kept)
     rows_of = select("linear_logps", backend, hidden)
     tokens, dlogp, dentropy, logp, entropy = select_results(
-        asked, local_targets(targets, start, len(weight)), dlogp, dentropy, logp, entropy
+        asked, local_targets(targets, start, len(weight), size), dlogp, dentropy, logp, entropy
     )
     stats = stats.reshape(-1, 2) if asked is None else stats.reshape(-1, 2)[asked]
     gradients = Gradients(sweep, needed, repeated=rows is not None, weight_dtype=weight.dtype, out=weight_grad)
@@ -209,7 +215,8 @@ def linear_logps(
         rows: int64: flat indices into the leading axes of ``hidden``, one per result. Rows may repeat (their gradients add
             up, in fp32): in a packed group the last prompt token predicts the first token of every completion.
         return_entropy: also return the entropy, in nats, differentiable.
-        chunk_bytes: the most that the logits of a chunk take; default 2**28, on a GPU 2**30.
+        chunk_bytes: the most that the logits of a chunk take; default 2**28, on a GPU 2**30. 0, where no gradient is needed:
+            none at all, in one kernel of Triton's; it is the default there on GPUs where it was measured to be faster.
         keep_logits_bytes: the most that logits kept for the backward pass take, beside the chunk. Default: those of the whole
             call where they fit in ``chunk_bytes``, which then is all that the call takes; else none.
         accumulate_weight_grad: add the gradient by ``weight`` to ``weight.grad`` itself, chunk by chunk in its dtype, so that
@@ -232,18 +239,18 @@ def linear_logps(
     Source: the log-probability of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300), equation 3; never holding the
     logits: Wijmans et al. (https://arxiv.org/abs/2411.09009).
     """
-    given = weight
+    given, backend = weight, resolve(backend)
     hidden, weight, bias = operands(hidden, weight, bias)
     accumulates = not accumulate_weight_grad or (weight is given and weight.is_leaf)
     require(accumulates, "accumulate_weight_grad", "be False unless weight is a leaf that this process holds whole", True)
     check_parallel(weight, vocab_parallel)
     check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
-    chunk_bytes, keep_logits_bytes = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes)
+    chunk_bytes, keep_logits_bytes = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes, backend)
     group, start, size = (None, 0, len(weight)) if vocab_parallel is None else vocab_parallel
     softcap = None if softcap is None else float(softcap)
     logps, entropy = _LinearLogps.apply(
         hidden, weight, bias, targets, mask, rows,
-        float(temperature), float(logit_scale), softcap, start, size, chunk_bytes, keep_logits_bytes, resolve(backend),
+        float(temperature), float(logit_scale), softcap, start, size, chunk_bytes, keep_logits_bytes, backend,
         group, accumulate_weight_grad,
     )  # fmt: skip
     return (logps, entropy) if return_entropy else logps

@@ -2,9 +2,10 @@
 
 import torch
 
-from vlmkernels.ops.checks import require, require_device, require_dtype, require_positive, require_shape
+from vlmkernels.ops.checks import require, require_device, require_dtype, require_factor, require_shape
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, whole
 from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes, row_bytes
+from vlmkernels.ops.linear_logps_fused import is_faster
 
 
 def operands(hidden, weight, bias):
@@ -42,10 +43,13 @@ def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, s
     if bias is not None:
         require_dtype("bias", bias, weight.dtype)
         require_shape("bias", bias, weight.shape[:1], "the rows of weight")
-    require_positive("temperature", temperature)
-    require_positive("logit_scale", logit_scale)
-    if softcap is not None:
-        require_positive("softcap", softcap)
+    require_factor("temperature", temperature)
+    require_factor("logit_scale", logit_scale)
+    if softcap is None:
+        require_factor("logit_scale / temperature", logit_scale / temperature)
+    else:
+        require_factor("softcap", softcap)
+        require_factor("logit_scale / softcap", logit_scale / softcap)
     require(isinstance(targets, torch.Tensor), "targets", "be a tensor", type(targets).__name__, TypeError)
     for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool), ("rows", rows, torch.int64)):
         if tensor is not None:
@@ -61,15 +65,18 @@ def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, s
         require_shape("mask", mask, targets.shape, "targets")
 
 
-def budget(hidden, weight, bias, num: int, chunk_bytes: int | None, keep_logits_bytes: int | None) -> tuple[int, int]:
+def budget(hidden, weight, bias, num, chunk_bytes, keep_logits_bytes, backend) -> tuple[int, int]:
     """chunk_bytes and keep_logits_bytes, or what stands for them where they are None."""
-    chunk_bytes = default_chunk_bytes(hidden.device) if chunk_bytes is None else chunk_bytes
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if chunk_bytes is None:
+        chunk_bytes = 0 if not needed and is_faster(hidden, num, backend) else default_chunk_bytes(hidden.device)
     least = row_bytes(hidden, len(weight))
     for name, value in (("chunk_bytes", chunk_bytes), ("keep_logits_bytes", keep_logits_bytes)):
         sound = value is None or (isinstance(value, int) and 0 <= value < 2**63)
         require(sound, name, "be an integer in [0, 2**63)", repr(value))
-    require(chunk_bytes >= least, "chunk_bytes", f"hold one row of logits, {least} bytes", chunk_bytes)
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+    rule = f"hold one row of logits, {least} bytes{', or where no gradient is needed be 0' * (chunk_bytes == 0)}"
+    require(chunk_bytes >= least or (chunk_bytes == 0 and not needed), "chunk_bytes", rule, chunk_bytes)
+    if not needed:
         return chunk_bytes, 0
     if keep_logits_bytes is None:
         keep_logits_bytes = chunk_bytes if num * least <= chunk_bytes else 0

@@ -62,10 +62,10 @@ def whole(name: str, parameter: torch.Tensor | None) -> torch.Tensor | None:
     sound = len(parameter.placements) == 1 and (parameter.placements[0].is_shard() or parameter.placements[0].is_replicate())
     require(sound, name, rule, f"placements {parameter.placements} on {parameter.device_mesh}", NotImplementedError)
     gathered = parameter.redistribute(placements=[Replicate()])
-    return _Mean.apply(gathered.to_local(grad_placements=[Partial()]), parameter.device_mesh.size())
+    return Mean.apply(gathered.to_local(grad_placements=[Partial()]), parameter.device_mesh.size())
 
 
-class _Mean(torch.autograd.Function):
+class Mean(torch.autograd.Function):
     """The identity; the gradients of the processes, which are summed next, are divided by their number."""
 
     @staticmethod

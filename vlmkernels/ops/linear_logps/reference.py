@@ -24,15 +24,16 @@ def _softmaxed(logits, head):
 def fwd(logits, hidden, targets, head, logp, entropy, stats) -> None:
     """Write logp, entropy and stats, the maximum m of u and log sum exp((u - m) inverse), of each row.
 
-    A target below 0 is in another part of the vocabulary: its logp is -inf.
+    A target below 0 is in another part of the vocabulary: its logp is -inf. One of V or more is no token: NaN.
     """
     u, _ = _softmaxed(logits, head)
     maximum = u.max(-1, keepdim=True).values
     z = (u - maximum) * head.inverse
     log_sum = z.logsumexp(-1, keepdim=True)
     log_p = z - log_sum
-    here = targets >= 0
-    logp.copy_(torch.where(here, log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1), -torch.inf))
+    vocab = logits.shape[1]
+    logp.copy_(log_p.gather(-1, targets.clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1))
+    logp.masked_fill_(targets < 0, -torch.inf).masked_fill_(targets >= vocab, torch.nan)
     entropy.copy_(-(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum(-1))
     stats.copy_(torch.cat([maximum, log_sum], -1))
 
@@ -41,11 +42,12 @@ def bwd(logits, targets, dlogp, dentropy, logp, entropy, stats, head, out) -> No
     """Write the gradient by the logits to ``out``, which may share their memory. ``dentropy`` may be None: 0."""
     u, slope = _softmaxed(logits, head)
     log_p = (u - stats[:, :1]) * head.inverse - stats[:, 1:]
+    dlogp = dlogp.masked_fill(targets >= logits.shape[1], torch.nan)
     coefficient = dlogp.unsqueeze(-1)
     if dentropy is not None:
         finite = log_p.masked_fill(log_p == -torch.inf, 0)
         coefficient = coefficient + dentropy.unsqueeze(-1) * (finite + entropy.unsqueeze(-1))
     here = targets >= 0
     one_hot = torch.where(here, dlogp, 0).unsqueeze(-1)
-    dz = (-coefficient * log_p.exp()).scatter_add_(-1, targets.clamp(min=0).unsqueeze(-1), one_hot)
+    dz = (-coefficient * log_p.exp()).scatter_add_(-1, targets.clamp(0, logits.shape[1] - 1).unsqueeze(-1), one_hot)
     out.copy_(dz * (head.inverse * slope))

@@ -48,10 +48,11 @@ def select_results(asked: torch.Tensor | None, *results: torch.Tensor | None) ->
     return flat if asked is None else [r if r is None else r[asked] for r in flat]
 
 
-def local_targets(targets: torch.Tensor, vocab_start: int, vocab: int) -> torch.Tensor:
-    """Counted from the first token of this part of the vocabulary; -1 for tokens of other parts."""
+def local_targets(targets: torch.Tensor, vocab_start: int, vocab: int, vocab_size: int) -> torch.Tensor:
+    """Counted from the first token of this part of the vocabulary; -1 for tokens of other parts, ``vocab`` for no token."""
     local = targets - vocab_start
-    return torch.where((local >= 0) & (local < vocab), local, -1)
+    elsewhere = torch.where((targets >= 0) & (targets < vocab_size), -1, vocab)
+    return torch.where((local >= 0) & (local < vocab), local, elsewhere)
 
 
 def result_dtype(hidden: torch.Tensor) -> torch.dtype:
@@ -74,6 +75,11 @@ def narrowed(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
+def flat(hidden: torch.Tensor) -> torch.Tensor:
+    """(..., H) as (R, H), rows of adjacent elements."""
+    return (hidden if hidden.stride(-1) == 1 else hidden.contiguous()).reshape(-1, hidden.shape[-1])
+
+
 class Sweep:
     """Logits of the rows asked for, a chunk at a time, in one buffer; and what their gradient adds up to."""
 
@@ -86,7 +92,7 @@ class Sweep:
             kept: (K, V): where the logits of the first K rows stay, instead of passing through the buffer.
         """
         self.shape = hidden.shape
-        self.hidden = (hidden if hidden.stride(-1) == 1 else hidden.contiguous()).reshape(-1, hidden.shape[-1])
+        self.hidden = flat(hidden)
         self.head, self.index = head, index
         self.num = len(self.hidden) if index is None else len(index)
         self.kept = min(self.num, 0 if kept is None else len(kept))

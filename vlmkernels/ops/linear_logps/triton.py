@@ -164,6 +164,7 @@ def linear_logps_kernel(
         else:
             dlogp = tl.load(dlogp_ptr + k)
             dentropy = 0.0 if dentropy_ptr is None else tl.load(dentropy_ptr + k)
+        dlogp = tl.where(target < V, dlogp, float("nan"))  # throughout, as its logp is
         # From logp, which knows the target's logit better than the row does; and 1 - p without cancellation.
         p_target = tl.exp(logp)
         other = tl.where(logp > -0.01, -logp * (1.0 + logp * (0.5 + logp / 6.0)), 1.0 - p_target)

@@ -1,0 +1,107 @@
+"""The same steps by however many processes run them: the subprocess of tests, and what they compare it with."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))
+import tiny
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from test_trainer import lora
+
+from vlmkernels.train import GRPOConfig, GRPOTrainer
+from vlmkernels.train.rollout import Rollout
+
+torch.set_num_threads(1)
+
+WRAPPED = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
+SAVES = {
+    "optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2,
+}  # fmt: skip
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
+# Images of each row: three processes have one row of a step each.
+CASES = {
+    "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True},
+    "fsdp": {"images": "mixed", "beta": 0.1, **FSDP},
+    "fsdp, text": {"images": "none", "loss_type": "grpo", **FSDP},
+    "fsdp, every completion behind its prompt": {"images": "mixed", "share_prefix": "false", **FSDP},
+    "fsdp, frozen tower": {"images": "one", "frozen": True, "num_iterations": 2, "max_steps": 4, **FSDP},
+    "fsdp, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **FSDP},
+    "fsdp, lora": {"images": "one", "beta": 0.1, "peft_config": True, **FSDP},
+    "fsdp, saved": {"images": "mixed", **SAVES, **FSDP},
+    "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
+    "ddp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4},
+    "fsdp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **FSDP},
+}
+
+
+def length(completions, **kwargs):
+    return [float(len(c[0]["content"])) for c in completions]
+
+
+def completions_of(model, prompts, num_generations, temperature):
+    """In place of sampling: completions that depend on the prompt alone."""
+    group = torch.arange(len(prompts)).repeat_interleave(num_generations)
+    sums = (prompts.inputs["input_ids"] * prompts.inputs["attention_mask"]).sum(1) % 7
+    member = torch.arange(num_generations).repeat(len(sums))
+    ids = (sums[group, None] + 3 * member[:, None] + torch.arange(4)) % 30
+    lengths = 1 + (sums[group] + member) % 4
+    return Rollout(prompts, group, ids, torch.arange(4) < lengths[:, None], lengths < 3)
+
+
+def build(output_dir, name: str) -> GRPOTrainer:
+    options = {"optim": "sgd", "max_completion_length": 4, "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
+    options |= {key: value for key, value in CASES[name].items() if key != "resumes"}
+    images, samples, frozen, adapters, evaluates = (
+        options.pop(key, False) for key in ("images", "samples", "frozen", "peft_config", "evaluates")
+    )
+    if evaluates:
+        options |= {"num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        options = {key: value for key, value in options.items() if key not in FSDP}
+    AcceleratorState._reset_state(reset_partial_state=False)
+    args = GRPOConfig(
+        output_dir=str(output_dir), per_device_train_batch_size=12 // processes, num_generations=2 if samples else 4,
+        gradient_accumulation_steps=2, logging_steps=1, max_grad_norm=0.0, disable_tqdm=True,
+        use_cpu=True, report_to="none", **options,
+    )  # fmt: skip
+    if processes > 1:
+        # accelerate turns FSDP on where it sees several accelerators only.
+        kind = DistributedType.MULTI_GPU if "fsdp" in options else DistributedType.MULTI_CPU
+        PartialState._shared_state["distributed_type"] = kind
+    torch.manual_seed(0)
+    model = tiny.vlm(tied=False)
+    if frozen:
+        model.model.visual.requires_grad_(False)
+    data = tiny.rows(12, images)
+    trainer = GRPOTrainer(
+        model, length, args, data, data[:5] if evaluates else None, processing_class=tiny.processor(),
+        peft_config=lora() if adapters else None,
+    )  # fmt: skip
+    if not samples:
+        trainer.generate = completions_of
+    return trainer
+
+
+def run(output_dir, name: str) -> dict:
+    """Logs, and the sum of squares of every parameter at the end."""
+    trainer = build(output_dir, name)
+    several = "WORLD_SIZE" in os.environ
+    trainer.train(resume_from_checkpoint=True if several and "resumes" in CASES[name] else None)
+    whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # noqa: E731
+    size = {key: whole(p.detach()).double().square().sum().item() for key, p in trainer.policy.named_parameters()}
+    sharded = any(hasattr(p, "full_tensor") for p in trainer.policy.parameters())
+    return {"logs": trainer.state.log_history[:-1], "parameters": size, "sharded": sharded}
+
+
+if __name__ == "__main__":
+    results = {name: run(sys.argv[1], name) for name in sys.argv[2:]}
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[1], "results.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may ask for the interpreter while it ends, which aborts the process
