@@ -93,9 +93,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_strides_are_taken_as_they_are(need, device, nan_filled, backend, layout, dtype):
-    query, key, cos, sin = make((2, 5), 6, 2, 32, 16, dtype, device)
+def test_strides_are_taken_as_they_are(need, device, nan_filled, backend, layout):
+    query, key, cos, sin = make((2, 5), 6, 2, 32, 16, torch.bfloat16, device)
     need("rotary", backend, query)
     query, key = (x.detach() for x in LAYOUTS[layout](query, key))
     check(query, key, cos, sin, backend)

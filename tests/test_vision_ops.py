@@ -55,7 +55,7 @@ def test_videos_train_alike_shared_or_not(tmp_path):
     """Images as pixels beside videos as normalised rows; one prompt for all its completions, or a copy for each."""
     runs = []
     for share in ("auto", False):
-        options = {"share_prefix": share, "max_steps": 3, "learning_rate": 1e-3, "beta": 0.1, "log_completions": True}
+        options = {"share_prefix": share, "max_steps": 2, "learning_rate": 1e-3, "beta": 0.1, "log_completions": True}
         trainer, logs, gradients = run_ours(tmp_path / str(share), tiny.rows(6, "videos"), **options)
         runs.append((logs, gradients))
         assert trainer._experience.rollout.prompts.inputs["pixel_values_videos"].shape[1] == 1176
@@ -82,5 +82,7 @@ def test_what_each_family_gets():
     assert not patch_embeds(model)
     assert use_vision_ops(model, with_fast_images(tiny.processor())) == {}
     processor = with_fast_images(tiny.processor())
+    processor.image_processor.image_mean = 0.5  # one for all channels
+    assert use_vision_ops(tiny.vlm(), processor)
     processor.image_processor.do_normalize = False
     assert use_vision_ops(tiny.vlm(), processor) == {}

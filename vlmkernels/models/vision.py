@@ -1,5 +1,6 @@
 """The vision tower of a model on the ops of this package, as far as its family lets it."""
 
+import torch
 from transformers import PreTrainedModel
 
 from vlmkernels.models.attention import use_varlen_vision
@@ -27,6 +28,6 @@ def use_vision_ops(model: PreTrainedModel, processor) -> dict[str, dict]:
     fast = isinstance(images, FastImageProcessor) and images.do_rescale and images.do_normalize
     if not fast or not patch_embeds(model):
         return {}
-    normalisation = {"mean": images.image_mean, "std": images.image_std, "rescale": images.rescale_factor}
-    fold_patch_embed(model, **normalisation, stills_only=True)
+    mean, std = (torch.tensor(x).expand(3).tolist() for x in (images.image_mean, images.image_std))
+    fold_patch_embed(model, mean=mean, std=std, rescale=images.rescale_factor, stills_only=True)
     return {"images_kwargs": {"do_rescale": False, "do_normalize": False, "temporal_patch_size": 1}}
