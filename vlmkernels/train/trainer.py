@@ -28,6 +28,7 @@ from vlmkernels.models.encode import encode_images, image_axes, takes_features, 
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.rewards import Rewards, Scores
@@ -115,6 +116,7 @@ class GRPOTrainer(Trainer):
         with inference(model):
             self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
+        self.processor_arguments = use_vision_ops(self.text_model, processing_class)
         self.shares_prefix = self._choose_prefix_sharing()
         # Features of a vision tower that does not change serve all passes over a generation batch.
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
@@ -216,7 +218,9 @@ class GRPOTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
-        prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
+        prompts = encode(
+            samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
+        )
         prompts = prompts.to(self.args.device)
         with gathered(self.policy, self.head):
             if self.encodes_once and getattr(self.generate, "by_groups", False):
