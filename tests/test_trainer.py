@@ -13,6 +13,7 @@ import torch
 from killed_run import build
 from transformers import TrainerCallback
 
+from vlmkernels.models.encode import use_image_features
 from vlmkernels.models.families import media_token_ids
 from vlmkernels.models.group import pad_completions
 from vlmkernels.models.vision import use_vision_ops
@@ -327,6 +328,7 @@ def check_logps(trainer, logps):
     inputs, width = rollout.padded(slice(0, len(rollout.group))).inputs, rollout.completion_mask.shape[1]
     model = tiny.vlm()
     use_vision_ops(model, trainer.processing_class)  # it takes pixels
+    use_image_features(model)  # and features in their place
     with torch.no_grad():
         logits = model(**inputs).logits[:, -width - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -width:, None]).squeeze(-1)
