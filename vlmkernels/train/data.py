@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -234,8 +235,15 @@ def _undecoded(dataset):
     return dataset
 
 
-def check_dataset(dataset, name: str, processor, chat_template_kwargs: dict | None = None) -> None:
-    """Raise for the first row that cannot be trained on: what ``read_sample`` and ``render`` refuse.
+def check_dataset(
+    dataset,
+    name: str,
+    processor,
+    chat_template_kwargs: dict | None = None,
+    check_row: Callable[[dict, str], None] | None = None,
+) -> None:
+    """Raise for the first row that cannot be trained on: what ``read_sample``, ``render`` and ``check_row`` refuse, which gets
+    the row and how to name it.
 
     Reads every row, of each image the header alone.
     """
@@ -251,6 +259,8 @@ def check_dataset(dataset, name: str, processor, chat_template_kwargs: dict | No
         if "prompt" not in rows[index]:
             raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
         render(read_sample(rows[index], index, decode=False), processor, **(chat_template_kwargs or {}))
+        if check_row is not None:
+            check_row(rows[index], f"{name}: sample {index}")
 
 
 def _resolve(row: dict, folder: Path) -> dict:
