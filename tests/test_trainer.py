@@ -326,9 +326,8 @@ def check_logps(trainer, logps):
     """Those of the experience are the initial model's, from full logits of padded inputs."""
     rollout = trainer._experience.rollout
     inputs, width = rollout.padded(slice(0, len(rollout.group))).inputs, rollout.completion_mask.shape[1]
-    model = tiny.vlm()
-    use_vision_ops(model, trainer.processing_class)  # it takes pixels
-    use_image_features(model)  # and features in their place
+    model = use_image_features(tiny.vlm())  # of a frozen tower there are features in place of pixels
+    use_vision_ops(model, trainer.processing_class)  # otherwise rows are uint8
     with torch.no_grad():
         logits = model(**inputs).logits[:, -width - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -width:, None]).squeeze(-1)
