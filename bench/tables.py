@@ -1,6 +1,7 @@
 """Writes the tables of README.md from the code and from bench/results/; with --check, fails where they are out of date."""
 
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -76,7 +77,30 @@ def accuracy() -> list[str]:
     return lines[:-1]
 
 
-TABLES = {"accuracy": accuracy, "demo": demo, "installs": installs, "bench": bench, "losses": losses, "backends": backends}
+def rewards() -> list[str]:
+    from vlmkernels.rewards import builtin
+
+    kinds = {"point": "point, or box", "choice": "option's letter", "yes_no": "yes or no"}
+    lines = ["| reward | takes | score | options |", "| --- | --- | --- | --- |"]
+    for name in builtin.NAMES:
+        score, kind, target = builtin.ANSWERS.get(name, (None, None, builtin.OTHERS.get(name)))
+        text = inspect.getdoc(target if score is None else score).split("\n\n")[0]
+        text = re.split(r"\.\s|\.$", re.sub(r"\s+", " ", text))[0].replace("``", "`").replace("|", "\\|")
+        options = list(builtin.options_of(target if score is None else score))
+        options += ["frame", "reference_frame", "image"] if target is builtin.BoxReward else []
+        lines.append(f"| `{name}` | {kinds.get(kind, kind or '')} | {text} | {', '.join(options)} |")
+    return lines
+
+
+TABLES = {
+    "accuracy": accuracy,
+    "demo": demo,
+    "installs": installs,
+    "bench": bench,
+    "losses": losses,
+    "backends": backends,
+    "rewards": rewards,
+}
 
 
 def fill(text: str) -> str:

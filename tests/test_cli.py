@@ -35,8 +35,9 @@ def arguments(files, *more):
 
 def test_train_from_yaml_and_flags_then_resume_then_eval(files, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(
-        f"model: {files / 'model'}\ndataset: {files / 'data.jsonl'}\nreward: [cer, exact_match]\nlearning_rate: 1e-3\n"
-        "num_generations: 4\nmax_completion_length: 4\nmax_steps: 9\nreward_weights: [1.0, 2.0]\nlogging_steps: 1\n"
+        f"model: {files / 'model'}\ndataset: {files / 'data.jsonl'}\nlearning_rate: 1e-3\n"
+        "rewards: [{name: cer, weight: 1.0}, {name: exact_match, weight: 2.0, log_as: exact}]\n"
+        "num_generations: 4\nmax_completion_length: 4\nmax_steps: 9\nlogging_steps: 1\n"
         f"disable_tqdm: true\noutput_dir: {tmp_path / 'out'}\ngeneration_kwargs: {{suppress_tokens: [0]}}\n"
     )
     run = ["train", "--config", str(tmp_path / "run.yaml"), "--save-steps", "1"]
@@ -45,7 +46,9 @@ def test_train_from_yaml_and_flags_then_resume_then_eval(files, tmp_path, capsys
     assert main([*run, "--max_steps", "2", "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "last"]) == 0
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert [log["step"] for log in state["log_history"] if "loss" in log] == [1, 2]
-    assert state["log_history"][0]["learning_rate"] == 1e-3
+    first = state["log_history"][0]
+    assert first["learning_rate"] == 1e-3
+    assert first["reward"] == pytest.approx(first["rewards/cer/mean"] + 2 * first["rewards/exact/mean"])
     assert f"model saved in {tmp_path / 'out'}" in capsys.readouterr().out
 
     output = tmp_path / "eval.json"
@@ -74,7 +77,7 @@ def test_train_and_eval_lora(files, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--reward", "bleu"], "reward must be one of cer, exact_match or an import path 'module:function', got 'bleu'"),
+        (["--reward", "bleu"], "reward must be one of exact_match, .* or an import path 'module:function', got 'bleu'"),
         (["--reward", "cer", "--num_generations", "3"], "num_generations must divide .* = 8, got 3"),
         (["--reward", "cer", "--num_generations", "many"], "argument --num_generations.*: invalid int value: 'many'"),
         (["--reward", "cer", "--colour", "red"], "unrecognized arguments: --colour red"),
@@ -83,6 +86,9 @@ def test_train_and_eval_lora(files, tmp_path):
         (["--reward", "cer", "--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint must be a complete .*/nowhere"),
         (["--reward", "cer", "--config", "/nowhere.yaml"], "--config /nowhere.yaml: .*No such file"),
         ([], "--reward must be given"),
+        (["--rewards", "[cer]"], "argument --rewards: invalid json_list value: '.cer.'"),
+        (["--rewards", '[{"name": "cer"}]', "--reward", "cer"], "--reward must be absent where --rewards is given"),
+        (["--rewards", '[{"name": "iou", "fram": "resized"}]'], "options of the reward iou must be among .*frame.*, got fram"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +24,20 @@ def test_snippets():
     assert len(names["rows"]) == names["layout"].cu_seqlens[-1]
 
 
-@pytest.mark.parametrize("name", ["losses", "backends"])
+def test_configuration_of_rewards(monkeypatch):
+    import yaml
+
+    from vlmkernels.rewards import Rewards
+
+    async def politeness(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    monkeypatch.setitem(sys.modules, "my_rewards", SimpleNamespace(politeness=politeness))
+    (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert Rewards(yaml.safe_load(text)["rewards"]).names == ["iou", "format", "cosine_length", "politeness"]
+
+
+@pytest.mark.parametrize("name", ["losses", "backends", "rewards"])
 def test_tables_are_current(name):
     import tables
 

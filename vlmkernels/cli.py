@@ -30,7 +30,8 @@ COMMON = {
     "seed",
 }
 DATASET = "a .jsonl or .parquet file, or a folder written by datasets' save_to_disk"
-REWARD = "a built-in reward (exact_match, cer) or module:function; give it again for more"
+REWARD = "a built-in reward (exact_match, cer, iou, ...) or module:function; give it again for more"
+REWARDS = "in place of --reward, a JSON list (in --config, a list) of {name, weight, options of that reward}"
 
 
 class Help(argparse.HelpFormatter):
@@ -54,6 +55,13 @@ def user_errors(parser: argparse.ArgumentParser, argument: str = "") -> Iterator
         yield
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
         parser.error(f"{argument}: {error}" if argument else str(error))
+
+
+def json_list(text: str) -> list:
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise ValueError
+    return value
 
 
 def add_flag(parser, name: str, **options) -> None:
@@ -106,6 +114,7 @@ def train_parser(argv: list[str]) -> argparse.ArgumentParser:
     add_flag(own, "split", default="train", help="the split of --dataset, where it has several")
     add_flag(own, "eval_split", default="test", help="the split of --eval-dataset, where it has several")
     add_flag(own, "reward", action="append", help=REWARD)
+    add_flag(own, "rewards", type=json_list, help=REWARDS)
     lora = parser.add_argument_group("LoRA")
     add_flag(lora, "lora_r", type=int, help="rank of the adapters to train in place of the model; by default none")
     add_flag(lora, "lora_alpha", type=int, default=32, help="their scale is lora_alpha / lora_r")
@@ -126,7 +135,9 @@ def train(argv: list[str]) -> int:
     if path := parser.parse_known_args(argv)[0].config:
         read_yaml(parser, path)
     args = parser.parse_args(argv)
-    require_given(parser, args, "model", "dataset", "reward")
+    require_given(parser, args, "model", "dataset", *([] if args.rewards else ["reward"]))
+    if args.rewards and args.reward:
+        parser.error("--reward must be absent where --rewards is given")
 
     from dataclasses import fields
 
@@ -147,7 +158,7 @@ def train(argv: list[str]) -> int:
     with user_errors(parser, "--model"):
         model = load_model(args.model, config.model_init_kwargs)
     with user_errors(parser):
-        trainer = GRPOTrainer(model, args.reward, config, dataset, eval_dataset, peft_config=lora_config(args))
+        trainer = GRPOTrainer(model, args.rewards or args.reward, config, dataset, eval_dataset, peft_config=lora_config(args))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     print(f"model saved in {config.output_dir}")
@@ -175,6 +186,7 @@ def eval_parser() -> argparse.ArgumentParser:
     add_flag(parser, "dataset", required=True, help=f"prompts: {DATASET}")
     add_flag(parser, "split", default="test", help="the split, where the dataset has several")
     add_flag(parser, "reward", action="append", default=[], help=REWARD)
+    add_flag(parser, "rewards", type=json_list, default=[], help=REWARDS)
     add_flag(parser, "num_generations", type=int, default=1, help="completions per prompt")
     add_flag(parser, "temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
     add_flag(parser, "max_completion_length", type=int, default=512, help="the most tokens of a completion")
@@ -193,7 +205,7 @@ def evaluate(argv: list[str]) -> int:
 
     with user_errors(parser, "--dataset"):
         dataset = load_dataset(args.dataset, args.split)
-    rewards = list(args.reward)
+    rewards = [*args.reward, *args.rewards]
     if len(dataset) and "answer" in column_names(dataset) and "exact_match" not in rewards:
         rewards.insert(0, "exact_match")
     with user_errors(parser, "--model"):

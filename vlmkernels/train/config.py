@@ -87,7 +87,7 @@ class GRPOConfig(TrainingArguments):
     top_entropy_quantile: float = _field(1.0, "The share of tokens, those of greatest entropy, that the loss takes.")
     entropy_coef: float = _field(0.0, "Weight of an entropy bonus.")
     scale_rewards: str = _field("group", "Divide advantages by the standard deviation of: group, batch, none.")
-    reward_weights: list[float] | None = _field(None, "A weight per reward function; by default 1 each.")
+    reward_weights: list[float] | None = _field(None, "A weight per reward function; by default its own, or 1.")
     mask_truncated_completions: bool = _field(False, "Leave completions that were cut off out of the loss.")
 
     log_completions: bool = _field(False, "Write <output_dir>/completions/step-<n>.html at each logging step.")

@@ -3,24 +3,40 @@
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 
+from vlmkernels.models.batch import Batch
+from vlmkernels.rewards import Rewards, Scores
+from vlmkernels.rewards.answers import text_of
+from vlmkernels.rewards.builtin import PROVIDED
 from vlmkernels.train.data import Sample
 from vlmkernels.train.report import Row
-from vlmkernels.train.rewards import Rewards
-from vlmkernels.train.rewards.text import completion_text
 from vlmkernels.train.rollout import Rollout
 
 
 @dataclass(frozen=True)
 class Scored:
-    """N completions as the reward functions saw them: each one's sample, itself, and its rewards, (N, R) on the CPU."""
+    """N completions as the reward functions saw them: each one's sample, itself, and its scores."""
 
     samples: list[Sample]
     completions: list
-    rewards: torch.Tensor
+    scores: Scores
 
 
-def score(samples: list[Sample], rollout: Rollout, rewards: Rewards, tokenizer, *, columns: bool = True, **arguments) -> Scored:
+def resized_sizes(prompts: Batch, processor) -> list[list[tuple[int, int]] | None]:
+    """(width, height) of each prompt's images as its model sees them, after the processor's resize; None where the model inputs
+    do not tell, as they do of images that are rows of patches."""
+    if "image_grid_thw" not in prompts.inputs:
+        return [None if count else [] for count in prompts.num_images.tolist()]
+    patch = processor.image_processor.patch_size
+    sizes = [(width * patch, height * patch) for _, height, width in prompts.inputs["image_grid_thw"].tolist()]
+    ends = prompts.num_images.cumsum(0).tolist()
+    return [sizes[end - count : end] for end, count in zip(ends, prompts.num_images.tolist(), strict=True)]
+
+
+def score(
+    samples: list[Sample], rollout: Rollout, rewards: Rewards, processor, tokenizer, *, columns: bool = True, **arguments
+) -> Scored:
     """Call the reward functions on a rollout.
 
     Args:
@@ -33,15 +49,19 @@ def score(samples: list[Sample], rollout: Rollout, rewards: Rewards, tokenizer, 
         text if isinstance(sample.prompt, str) else [{"role": "assistant", "content": text}]
         for sample, text in zip(samples, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True)
     ]
+    resized = resized_sizes(rollout.prompts, processor)
     if columns:
-        names = {name for sample in samples for name in sample.row} - {"prompt", "images"}
+        names = {name for sample in samples for name in sample.row} - {"prompt", *PROVIDED}
         arguments |= {name: [sample.row.get(name) for sample in samples] for name in sorted(names)}
     result = rewards(
         len(samples),
+        [sample.index for sample in samples],
         prompts=[sample.row["prompt"] for sample in samples],
         completions=completions,
         completion_ids=ids,
         images=[sample.images for sample in samples],
+        image_sizes=[[image.size for image in sample.images] for sample in samples],
+        resized_sizes=[resized[index] for index in rollout.group.tolist()],
         **arguments,
     )
     return Scored(samples, completions, result)
@@ -54,11 +74,16 @@ def _prompt_text(prompt: str | list[dict]) -> str:
     return "\n".join(f"{message['role']}: {text(message)}" for message in prompt)
 
 
+def _pictures(sample: Sample) -> list[Image.Image]:
+    """Its images, and the first frame of each of its videos."""
+    return sample.images + [Image.fromarray(video[0].permute(1, 2, 0).cpu().numpy()) for video in sample.videos]
+
+
 def page_groups(scored: Scored, names: list[str], advantages: torch.Tensor, group_size: int, limit: int | None):
     """The rows of ``write_report``, group by group, of at most ``limit`` completions."""
-    advantages, rewards = advantages.tolist(), scored.rewards.tolist()
+    advantages, rewards = advantages.tolist(), scored.scores.rewards.tolist()
     rows = [
-        Row(_prompt_text(s.prompt), s.images, completion_text(c), dict(zip(names, r, strict=True)), a)
+        Row(_prompt_text(s.prompt), _pictures(s), text_of(c), dict(zip(names, r, strict=True)), a)
         for s, c, r, a in zip(scored.samples, scored.completions, rewards, advantages, strict=True)
     ][:limit]
     return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]

@@ -29,8 +29,10 @@ from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.head import completion_logps, completion_loss, logit_arguments, output_head
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
+from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.train.callbacks import RewardProgress
 from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
 from vlmkernels.train.config import GRPOConfig
@@ -40,7 +42,6 @@ from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.parallel import gathered, most, prepared_reference
 from vlmkernels.train.report import write_report
-from vlmkernels.train.rewards import Rewards
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler, Rows
 from vlmkernels.train.scoring import Scored, page_groups, score
@@ -54,7 +55,8 @@ class GRPOTrainer(Trainer):
     Args:
         model: a model, or the path of one. With beta > 0 a frozen copy of it is the reference; a model with LoRA adapters is
             its own reference, with them disabled.
-        reward_funcs: one or more functions, names of built-in ones or import paths; see ``vlmkernels.train.rewards``.
+        reward_funcs: one or more functions, names of built-in ones, import paths, or dicts of a name, a weight and options; see
+            ``vlmkernels.rewards.compose``.
         args: see ``GRPOConfig``.
         train_dataset, eval_dataset: rows with a length (``datasets.Dataset``, a list of dicts, ...); see
             ``vlmkernels.train.data``. Every row is checked here. eval_dataset may be a dict of several.
@@ -66,7 +68,7 @@ class GRPOTrainer(Trainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: str | Callable | list[str | Callable],
+        reward_funcs: str | Callable | dict | list[str | Callable | dict],
         args: GRPOConfig | None = None,
         train_dataset=None,
         eval_dataset=None,
@@ -87,11 +89,7 @@ class GRPOTrainer(Trainer):
         self.family = family_of(model.config)
         if self.family is not TEXT and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
-        self.rewards = Rewards(reward_funcs)
-        weights = [1.0] * len(self.rewards.names) if args.reward_weights is None else args.reward_weights
-        rule = f"hold one number per reward function, {len(self.rewards.names)}"
-        require(len(weights) == len(self.rewards.names), "reward_weights", rule, weights)
-        self.reward_weights = torch.tensor(weights)
+        self.rewards = Rewards(reward_funcs, args.reward_weights)
         self._check_datasets(train_dataset, eval_dataset, processing_class, args)
 
         if peft_config is not None:
@@ -117,6 +115,7 @@ class GRPOTrainer(Trainer):
         self.head = output_head(model)
         self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
+        self.processor_arguments = use_vision_ops(self.text_model, processing_class)
         self.shares_prefix = self._choose_prefix_sharing()
         # Features of a vision tower that does not change serve all passes over a generation batch.
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
@@ -152,7 +151,8 @@ class GRPOTrainer(Trainer):
         )
         for name, dataset in named.items():
             if dataset is not None:
-                check_dataset(dataset, name, processor, args.chat_template_kwargs)
+                check_row = None if args.remove_unused_columns else self.rewards.check_row
+                check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row)
                 self.rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
         if train_dataset is not None:
             prompts = args.prompts_per_generation * args.world_size
@@ -217,7 +217,9 @@ class GRPOTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
-        prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
+        prompts = encode(
+            samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
+        )
         prompts = prompts.to(self.args.device)
         with gathered(self.policy, self.head):
             if self.encodes_once and getattr(self.generate, "by_groups", False):
@@ -227,7 +229,8 @@ class GRPOTrainer(Trainer):
                 rollout = replace(rollout, prompts=self._encode(rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
-        scored = score(per_completion, rollout, self.rewards, self.tokenizer, columns=columns, trainer_state=self.state)
+        processors = self.processing_class, self.tokenizer
+        scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
         return rollout, scored
 
     def _encode(self, prompts: Batch) -> Batch:
@@ -235,7 +238,7 @@ class GRPOTrainer(Trainer):
             return encode_images(self.text_model, prompts)
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
-        weights = self.reward_weights.to(rewards.device)
+        weights = self.rewards.weights.to(rewards.device)
         return group_advantages(rewards, num_generations, weights=weights, scale=self.args.scale_rewards)
 
     def _new_experience(self, indices: list[int]) -> Experience:
@@ -243,7 +246,7 @@ class GRPOTrainer(Trainer):
         samples = [read_sample(self.train_dataset[index], index) for index in indices]
         with inference(self.policy):
             rollout, scored = self._sample(samples, self.args.num_generations, self.args.temperature)
-        rewards = self.accelerator.gather(scored.rewards.to(self.args.device))
+        rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
         result = self._advantages(rewards, self.args.num_generations)
         local = slice(self.args.process_index * len(scored.samples), (self.args.process_index + 1) * len(scored.samples))
         mask = rollout.completion_mask
@@ -252,18 +255,19 @@ class GRPOTrainer(Trainer):
         num_items = self.accelerator.reduce(mask.sum().float(), "mean").item()
         experience = Experience(rollout, result.advantages[local], mask, max(num_items, 1.0))
         self._last_scored = scored, result.advantages[local]
-        self._record_rollout(rollout, rewards, result)
+        self._record_rollout(rollout, rewards, result, scored.scores)
         self._add_fixed_logps(experience)
         return experience
 
-    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, result: GroupAdvantages) -> None:
+    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, result: GroupAdvantages, scores: Scores) -> None:
+        """rewards: of all processes; scores: of this one."""
         lengths = self.accelerator.gather(rollout.completion_mask.sum(1))
         truncated = self.accelerator.gather(rollout.truncated)
         prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1)[rollout.group.to(lengths.device)]
         self.state.num_input_tokens_seen += int(lengths.sum() + self.accelerator.gather(prompt_lengths).sum())
         self._metrics["num_tokens"] = [self.state.num_input_tokens_seen]
         metrics = reward_metrics(rewards, self.rewards.names, result) | completion_metrics(lengths, truncated)
-        for name, value in metrics.items():
+        for name, value in (metrics | scores.metrics(self.rewards.names)).items():
             self._metrics[name].append(value)
 
     # Log-probabilities and loss
@@ -419,13 +423,15 @@ class GRPOTrainer(Trainer):
             for rows in dataloader:
                 samples = [read_sample(row, index) for index, row in rows]
                 rollout, scored = self._sample(samples, args.num_generations_eval, args.eval_temperature)
-                parts.append((scored.rewards, rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()))
+                parts.append((scored.scores, rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()))
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-        rewards, lengths, truncated = (torch.cat(tensors) for tensors in zip(*gather_object(parts), strict=True))
-        result = self._advantages(rewards, args.num_generations_eval)
-        metrics = reward_metrics(rewards, self.rewards.names, result) | completion_metrics(lengths, truncated)
+        scores, lengths, truncated = zip(*gather_object(parts), strict=True)
+        scores, lengths, truncated = Scores.cat(scores), torch.cat(lengths), torch.cat(truncated)
+        result = self._advantages(scores.rewards, args.num_generations_eval)
+        metrics = reward_metrics(scores.rewards, self.rewards.names, result) | completion_metrics(lengths, truncated)
+        metrics |= scores.metrics(self.rewards.names)
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, metrics, len(rewards) // args.num_generations_eval)
+        return EvalLoopOutput(None, None, metrics, len(lengths) // args.num_generations_eval)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
