@@ -222,8 +222,9 @@ def test_undone_on_leaving(tmp_path):
     assert members() == before
 
 
-def test_patched_twice_late_and_a_subclass(tmp_path):
-    before = members()
+def test_patched_twice_late_and_a_subclass(tmp_path, monkeypatch):
+    before, notices = members(), []
+    monkeypatch.setattr(ours.logger, "warning_once", notices.append)
     arguments = (tmp_path, trl.GRPOTrainer, *tiny_model("text"), rows(4, TEXT))
     theirs = train(build(*arguments))
     early = build(*arguments)
@@ -233,6 +234,7 @@ def test_patched_twice_late_and_a_subclass(tmp_path):
             patch_trl()
         assert_same(train(early), theirs)
         assert early._scoring is None  # TRL's own code, though TRL is patched
+        assert set(notices) == {"A trainer built before patch_trl() runs TRL's own code"}
         ours_alone = train(build(tmp_path, ours.GRPOTrainer, *arguments[2:]))
     finally:
         patch.undo()
