@@ -311,6 +311,8 @@ class GRPOTrainer(Trainer):
     def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
         batch = rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+        if self.idle_images is not None and "pixel_values_videos" in batch.inputs:
+            raise NotImplementedError("videos under FSDP2 are not supported: processes without one would not run their tower")
         if self.idle_images is not None and "pixel_values" in batch.inputs:
             batch.inputs.setdefault("image_index", None)
         elif self.idle_images is not None:
