@@ -26,6 +26,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 # Two prompts of eight completions of 64 tokens, an image of 448 x 448 each.
 SETTING = {"prompts": 2, "generations": 8, "tokens": 64, "side": 448}
 STEPS = 3
+NO_PARTS = ("step", "peak_mib", "grad_norm")  # of a result
 SIZES = {"width": 256, "layers": 6, "depth": 4, "vocab": 32000}
 if harness.GPU:
     SETTING = {"prompts": 4, "generations": 8, "tokens": 256, "side": 896}
@@ -93,7 +94,7 @@ def peak_bytes() -> int:
 
 
 def measure(provider: str, setting: dict) -> dict:
-    """Median seconds of a step and of its parts, and peak bytes above those with the model loaded."""
+    """Median seconds of a step and its parts, peak bytes above those with the model loaded, the last step's gradient norm."""
     num_steps = setting.get("steps", STEPS)
     import tiny
     from transformers import TrainerCallback
@@ -117,10 +118,14 @@ def measure(provider: str, setting: dict) -> dict:
         "logging_steps": 1, "use_bias_correction_kl": False,
     }  # fmt: skip
     reward = lambda completions, **_: [float(len(c[0]["content"])) for c in completions]  # noqa: E731
-    if provider == "trl":
+    if provider.startswith("trl"):
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
+        if provider == "trl patched":
+            from vlmkernels.integrations.trl import patch_trl
+
+            patch_trl()
         data = Dataset.from_list(rows * (num_steps + 1))
     else:
         from vlmkernels.train import GRPOConfig, GRPOTrainer
@@ -129,9 +134,7 @@ def measure(provider: str, setting: dict) -> dict:
         data = rows * (num_steps + 1)
     trainer = GRPOTrainer(model, reward, args=GRPOConfig(**common), train_dataset=data, processing_class=processor)
     clock = Clock()
-    clock.watch(type(model), "generate", "rollout")
-    if provider != "trl":
-        clock.watch(trainer, "generate", "rollout")
+    clock.watch(trainer, "_generate_single_turn" if provider.startswith("trl") else "generate", "rollout")
     clock.watch(trainer.ref_model, "forward", "reference")
     clock.watch(model, "forward", "policy forward")
     steps, before = [], peak_bytes()
@@ -150,7 +153,12 @@ def measure(provider: str, setting: dict) -> dict:
     trainer.train()
     parts = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[-1]}
     parts["backward and rest"] = parts["step"] - sum(value for name, value in parts.items() if name != "step")
-    return {**{name: round(value, 3) for name, value in parts.items()}, "peak_mib": round((peak_bytes() - before) / 2**20, 1)}
+    whole = {"peak_mib": round((peak_bytes() - before) / 2**20, 1), "grad_norm": trainer.state.log_history[-2]["grad_norm"]}
+    return {**{name: round(value, 3) for name, value in parts.items()}, **whole}
+
+
+def parts_of(result: dict) -> str:
+    return ", ".join(f"{part} {value:.2f} s" for part, value in result.items() if part not in NO_PARTS)
 
 
 def in_process(provider: str, **changes) -> dict:
@@ -168,10 +176,9 @@ def test_step(benchmark):
     ours = results["vlmkernels"]["step"]
     rows = []
     for name, result in results.items():
-        parts = ", ".join(f"{part} {value:.2f} s" for part, value in result.items() if part not in ("step", "peak_mib"))
         rows.append({
             "provider": name, "ms": 1e3 * result["step"], "rounds": STEPS, "ratio_to_ours": round(result["step"] / ours, 2),
-            "peak_mib": result["peak_mib"], "parts": parts,
+            "peak_mib": result["peak_mib"], "parts": parts_of(result),
         })  # fmt: skip
     title = ", ".join(f"{name} {value}" for name, value in SETTING.items())
     harness.record(f"step {title}", rows)

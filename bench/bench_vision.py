@@ -1,4 +1,4 @@
-"""Images to rows, and positions, against the processors and functions of transformers."""
+"""Images to rows, rows to tokens, and positions, against the processors and functions of transformers."""
 
 from types import SimpleNamespace
 
@@ -8,10 +8,15 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VLModel,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_vision,
+)
 
-from vlmkernels import mrope_positions, pack_patches
+from vlmkernels import merge_image_features, mrope_positions, pack_patches, placeholder_positions
 from vlmkernels.models.image_processor import FastImageProcessor
+from vlmkernels.models.rotary import fused_text_rotary, fused_vision_rotary
 
 NUM = 8
 SIZES = {"patch_size": 14, "mean": Qwen2VLImageProcessor.image_mean, "std": Qwen2VLImageProcessor.image_std}
@@ -107,3 +112,93 @@ def test_mrope_positions(benchmark):
     positions = torch.empty_like(expected[0])
     floors = {"write the positions": lambda: positions.fill_(1)}
     harness.compare(benchmark, f"mrope_positions 64 x {length}, 4 images each", providers, check, floors)
+
+
+def relative_error(actual, expected):
+    return max(((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True))
+
+
+def test_merge_image_features(benchmark):
+    """Forward and backward: four prompts of 1024 tokens, 64 of them text; a hidden size of 2048 in bf16."""
+    image_token, width = 7, 2048
+    ids = torch.full((4, 1024), image_token)
+    ids[:, :64] = 1
+    num_features = (ids == image_token).sum(1)
+    rng = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=rng).to(harness.DEVICE, torch.bfloat16).requires_grad_()  # noqa: E731
+    embeddings, features = make(*ids.shape, width), make(int(num_features.sum()), width)
+    positions = placeholder_positions(ids, image_token, num_features).to(harness.DEVICE)  # once per batch
+    on_device = ids.to(harness.DEVICE)
+
+    def masked_scatter():
+        """What the models of transformers do, their check of the number of features with it."""
+        mask = (on_device == image_token).unsqueeze(-1).expand_as(embeddings)
+        assert embeddings[mask].numel() == features.numel()
+        return embeddings.masked_scatter(mask, features)
+
+    def with_gradients(merge):
+        merged = merge()
+        return merged.detach(), *torch.autograd.grad(merged, (embeddings, features), merged.detach())
+
+    forwards = {
+        "vlmkernels": lambda: merge_image_features(embeddings, features, positions),
+        "vlmkernels, positions too": lambda: merge_image_features(
+            embeddings, features, placeholder_positions(ids, image_token, num_features)
+        ),
+        "transformers masked_scatter": masked_scatter,
+    }
+    providers = {name: lambda f=f: with_gradients(f) for name, f in forwards.items()}
+    expected = providers["transformers masked_scatter"]()
+
+    def check(name, result):
+        assert all(torch.equal(a, e) for a, e in zip(result, expected, strict=True)), f"{name} is wrong"
+        return "none"
+
+    buffer = torch.empty_like(embeddings)
+    floors = {"copy the embeddings twice": lambda: [buffer.data.copy_(embeddings.data) for _ in range(2)]}
+    harness.compare(benchmark, "merge_image_features 4 x 1024 x 2048", providers, check, floors)
+
+
+# (leading axes), heads of query and key, features of a head
+ROTARY = {
+    "rotary vision 4096 x 16 x 80": (4096, 16, 16, 80),  # the tower of Qwen2.5-VL, one image of 896 x 896
+    "rotary text 2048 x 16 + 2 x 128": (2048, 16, 2, 128),  # Qwen2.5-VL 3B
+}
+
+
+@pytest.mark.parametrize("case", ROTARY)
+def test_rotary(benchmark, case):
+    """Forward and backward of a layer's queries and keys in bf16, as attention modules hand them on."""
+    num, query_heads, key_heads, width = ROTARY[case]
+    rng = torch.Generator().manual_seed(0)
+    noise = lambda *shape: torch.randn(*shape, generator=rng).to(harness.DEVICE)  # noqa: E731
+    angles = noise(num, width // 2).repeat(1, 2)
+    if "vision" in case:
+        qkv = noise(num, 3, query_heads, width).bfloat16()
+        query, key, _ = qkv.unbind(1)
+        tables = angles.cos(), angles.sin()
+        ours, theirs = fused_vision_rotary, apply_rotary_pos_emb_vision
+    else:
+        query, key = (noise(1, num, heads, width).bfloat16().transpose(1, 2) for heads in (query_heads, key_heads))
+        tables = angles.cos().bfloat16().unsqueeze(0), angles.sin().bfloat16().unsqueeze(0)
+        ours, theirs = fused_text_rotary, apply_rotary_pos_emb
+    query.requires_grad_()
+    key.requires_grad_()
+
+    def with_gradients(rotate):
+        outputs = rotate(query, key, *tables)
+        return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, (query, key), [x.detach() for x in outputs])
+
+    functions = {"vlmkernels": ours, "transformers": theirs, "torch.compile of it": torch.compile(theirs)}
+    providers = {name: lambda f=f: with_gradients(f) for name, f in functions.items()}
+    double = [x.detach().double() for x in (query, key)]
+    exact = theirs(*double, *(table.double() for table in tables))
+
+    def check(name, result):
+        error = relative_error(result[:2], exact)
+        assert error < 0.02, f"{name} is wrong by {error}"
+        return f"{error:.0e}"
+
+    buffers = [torch.empty_like(x) for x in (query.detach(), key.detach())]
+    copy = lambda: [b.copy_(x.detach()) for _ in range(2) for b, x in zip(buffers, (query, key), strict=True)]  # noqa: E731
+    harness.compare(benchmark, case, providers, check, {"copy both twice": copy})

@@ -12,6 +12,7 @@
 #include "common/linear_logps.h"
 #include "common/pack_patches.h"
 #include "common/params.h"
+#include "common/rotary.h"
 
 // The functions of every op: on the CPU once per instruction set.
 #define VLMK_CPU_OPS(ISA)                               \
@@ -22,6 +23,7 @@
     void grpo_loss(const GrpoLoss&, int);               \
     void linear_logps(const LinearLogps&, int);         \
     void pack_patches(const PackPatches&, int);         \
+    void rotary(const Rotary&, int);                    \
     }
 VLMK_CPU_OPS(baseline)
 #ifdef VLMK_X86
@@ -40,6 +42,7 @@ void group_advantages(const GroupAdvantages&, int, uintptr_t);
 void grpo_loss(const GrpoLoss&, int, uintptr_t);
 void linear_logps(const LinearLogps&, int, uintptr_t);
 void pack_patches(const PackPatches&, int, uintptr_t);
+void rotary(const Rotary&, int, uintptr_t);
 }  // namespace vlmk::cuda
 #define VLMK_CUDA(OP) cuda::OP
 #else
@@ -166,4 +169,18 @@ PYBIND11_MODULE(_C, m) {
             VLMK_FIELD(element_size) VLMK_FIELD(table) VLMK_FIELD(rows) VLMK_FIELD(fresh);
 #undef VLMK_FIELD
     VLMK_DEF(pack_patches);
+
+    m.attr("rotary_max_pairs") = kRotaryMaxPairs;
+#define VLMK_FIELD(F) .field(#F, &RotaryHeads::F)
+    ParamsClass<RotaryHeads>(m, "RotaryHeads") VLMK_FIELD(x) VLMK_FIELD(out) VLMK_FIELD(num) VLMK_FIELD(stride_batch)
+        VLMK_FIELD(stride_token) VLMK_FIELD(stride_head);
+#undef VLMK_FIELD
+#define VLMK_FIELD(F) .field(#F, &RotaryTable::F)
+    ParamsClass<RotaryTable>(m, "RotaryTable") VLMK_FIELD(values) VLMK_FIELD(stride_batch) VLMK_FIELD(stride_token);
+#undef VLMK_FIELD
+#define VLMK_FIELD(F) .field(#F, &Rotary::F)
+    ParamsClass<Rotary>(m, "Rotary") VLMK_FIELD(query) VLMK_FIELD(key) VLMK_FIELD(cos) VLMK_FIELD(sin) VLMK_FIELD(dtype)
+        VLMK_FIELD(table_dtype) VLMK_FIELD(batch) VLMK_FIELD(tokens) VLMK_FIELD(width) VLMK_FIELD(pairs) VLMK_FIELD(inverse);
+#undef VLMK_FIELD
+    VLMK_DEF(rotary);
 }

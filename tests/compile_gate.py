@@ -51,6 +51,12 @@ GROUPS = {
     "N": "i32", "K": "i32", "R": "i32", "group_size": "i32", "eps": "fp32",
 }  # fmt: skip
 PATCHES = {"images_ptr": "*i64:16", "table_ptr": "*bf16:16", "out_ptr": "*bf16:16", "num_images": "i32"}
+ROTARY = {
+    **{f"{name}_ptr": "*bf16:16" for name in ("query", "key", "query_out", "key_out")}, "cos_ptr": "*fp32:16",
+    "sin_ptr": "*fp32:16", "S": "i32", "query_heads": "i32", "key_heads": "i32",
+    **{f"{x}_stride_{axis}": "i32:16" for x in ("query", "key") for axis in "bsh"},
+    **{f"{x}_stride_{axis}": "i32" for x in ("cos", "sin") for axis in "bs"},
+}  # fmt: skip
 RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
 
 
@@ -130,6 +136,13 @@ KERNELS = [
         for sizes in (
             {"SIZE": 14, "MERGE": 2, "SLOTS": 2, "CHANNELS_LAST": False},
             {"SIZE": 16, "MERGE": 1, "SLOTS": 1, "CHANNELS_LAST": True},
+        )
+    ),
+    *(
+        ("rotary", "rotary_kernel", ROTARY, {**sizes, "BLOCK_H": 16}, 4)
+        for sizes in (
+            {"INVERSE": False, "WIDTH": 80, "PAIRS": 40, "BLOCK_P": 64, "BLOCK_R": 1},  # the vision towers of Qwen-VL
+            {"INVERSE": True, "WIDTH": 256, "PAIRS": 32, "BLOCK_P": 32, "BLOCK_R": 256},  # a quarter of each head: Qwen3.5
         )
     ),
 ]

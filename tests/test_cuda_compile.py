@@ -24,6 +24,7 @@ MAX_REGISTERS |= {
     "grpo_loss_kernel": 64,
     "grpo_loss_finish_kernel": 64,
     "group_advantages_kernel": 64,
+    "rotary_kernel": 64,
 }
 
 NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)

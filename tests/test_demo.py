@@ -86,6 +86,12 @@ def test_run_that_does_not_improve(tmp_path, monkeypatch, capsys):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["seed"] == 3
     assert {"accuracy_before", "accuracy_after", "warmup_seconds", "train_seconds", "machine", "versions"} < set(metrics)
+    shares, seconds = metrics["image_share_of_step"], metrics["image_seconds_per_step"]
+    assert 0 < shares["after"] < 1
+    assert shares["before"] == pytest.approx(  # the rest of the step is the same
+        seconds["before"] / (metrics["step_seconds"] - seconds["after"] + seconds["before"]), abs=0.02
+    )
+    assert f"Images: {shares['after']:.0%} of a step" in printed
     assert metrics["curves"]["step"] == [1, 2]
     assert len(metrics["curves"]["held_out_accuracy"]) == 2  # before, and after the last step
     page = (tmp_path / "samples.html").read_text()

@@ -231,3 +231,33 @@ def test_other_errors_are_named():
     stacked = whole("idefics3")
     with pytest.raises(ValueError, match="pixel_values must be absent where no sample has an image or video, got 4 rows"):
         Batch.of(stacked.inputs, stacked.family, torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_equal_samples_and_images_are_found(name):
+    """In any order; the same question about other pixels is another sample."""
+    batch = whole(name)
+    last = len(batch) - 1
+    chosen = torch.tensor([last, 1, 0, 1, last, 1])
+    repeated = batch.select(chosen)
+    assert repeated.originals().tolist() == [0, 1, 2, 1, 0, 1]
+    pixels = next((input_name for input_name in batch.inputs if input_name.startswith("pixel_values")), None)
+    if pixels is None:
+        return
+    axis = batch.family.axis(pixels)
+    owner = int(repeated.rows[axis].nonzero()[-1])  # the last sample that has any
+    end = int(repeated.rows[axis][: owner + 1].sum())
+    repeated.inputs[pixels][end - 1] += 1
+    first = chosen.tolist().index(int(chosen[owner]))
+    assert repeated.originals()[owner] == owner != first
+    images = batch.select(chosen).equal_images()
+    if {batch.family.axis(n) for n in batch.inputs} <= {"token", "image", "image_patch"}:
+        numbers = [n for sample in chosen.tolist() for n in range(*_range(batch.num_images, sample))]
+        assert images.tolist() == [numbers.index(n) for n in numbers]
+    else:
+        assert images is None
+
+
+def _range(counts: torch.Tensor, sample: int) -> tuple[int, int]:
+    end = int(counts[: sample + 1].sum())
+    return end - int(counts[sample]), end

@@ -1,6 +1,7 @@
 """Packs of groups through real models, against each completion behind a prompt of its own."""
 
 import copy
+import functools
 
 import pytest
 import tiny
@@ -87,6 +88,25 @@ def test_equals_unshared(name, case):
     # Rotary angles are fp32 in a model of fp64 too.
     bad = [n for n, g in gradients.items() if g is not None and (ours[n] - g).abs().max() > 1e-6 * g.abs().max()]
     assert not bad
+
+
+WITH_POSITIONS = [n for n in tiny_families.BUILDERS if hasattr(tiny_families.case(n).model.base_model, "get_rope_index")]
+
+
+@pytest.mark.parametrize("name", WITH_POSITIONS)
+@pytest.mark.parametrize("videos", [False, True])
+def test_positions_are_those_of_the_model(monkeypatch, name, videos):
+    """Its own function is asked where ``mrope_positions`` does not serve it."""
+    model, batch = tiny_families.case(name).model, whole(name)
+    inputs = (batch if videos else batch.select((batch.rows["video"] == 0).nonzero()[:, 0])).inputs
+    own, asked = model.base_model.get_rope_index, []
+    expected = own(**{n: x for n, x in inputs.items() if not n.startswith("pixel")})[0]
+    counted = functools.wraps(own)(lambda *args, **kwargs: asked.append(1) or own(*args, **kwargs))  # its signature is read
+    monkeypatch.setattr(model.base_model, "get_rope_index", counted)
+    assert torch.equal(prompt_positions(model, inputs), expected)
+    # Versions of transformers round the seconds of Qwen2.5-VL's videos differently.
+    served = name in ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe") or (name == "qwen2_5_vl" and not videos)
+    assert bool(asked) == (not served)
 
 
 SHARING = [name for name in tiny_families.BUILDERS if not name.startswith(("qwen3_5", "gemma3", "paligemma"))]

@@ -65,6 +65,21 @@ def test_equals_normalised_patches(name, still):
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_stills_alone(name):
+    """Rows of one frame are pixels; what the processor makes goes in as ever, bit by bit."""
+    model = MODELS[name]()
+    pixels, normalised = patches(model, torch.float32)
+    with torch.no_grad():
+        expected = encode(model, normalised)
+        fold_patch_embed(model, **NORMALISATION, stills_only=True)
+        assert torch.equal(encode(model, normalised), expected)
+        torch.testing.assert_close(encode(model, pixels[:, :, 0].flatten(1)), expected, rtol=1e-3, atol=1e-4)
+    model.model.visual.patch_embed.proj.kernel_size = (1, 14, 14)
+    with pytest.raises(NotImplementedError, match=r"model must have rows of more than one frame, .* got \[1\]"):
+        fold_patch_embed(model, **NORMALISATION, stills_only=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_bf16_is_as_exact_as_unfolded(name):
     exact_model, model = MODELS[name]().double(), MODELS[name]().bfloat16()
     exact_model.load_state_dict(model.state_dict())

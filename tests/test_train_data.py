@@ -4,8 +4,10 @@ import io
 import json
 
 import datasets
+import numpy as np
 import pytest
 import tiny
+import tiny_families
 import torch
 from PIL import Image
 
@@ -61,6 +63,59 @@ def test_images_go_to_the_prompt_s_image_parts():
     assert block + "what?" in text_of({"prompt": system, "image": image})
 
 
+def test_videos_in_every_form_give_the_same_frames(tmp_path):
+    frames = [tiny.image(k, 56, 28) for k in range(3)]
+    for k, frame in enumerate(frames):
+        frame.save(tmp_path / f"{k}.png")
+    pixels = torch.stack([torch.from_numpy(np.array(frame)) for frame in frames])  # (3, 28, 56, 3)
+    forms = [frames, [tmp_path / f"{k}.png" for k in range(3)], [{"bytes": as_bytes(frame), "path": None} for frame in frames]]
+    forms += [
+        list(pixels.numpy()),
+        list(pixels.movedim(-1, 1)),
+        pixels,
+        pixels.numpy(),
+        [frames[0], pixels[1], pixels[2].numpy()],
+    ]
+    for form in forms:
+        sample = read_sample({"prompt": ask(), "videos": [form]}, 0)
+        assert torch.equal(sample.videos[0], pixels.movedim(-1, 1))
+        assert read_sample({"prompt": ask(), "videos": [form]}, 0, decode=False).videos[0].shape == (3, 3, 28, 56)
+    assert (sample.fps, read_sample({"prompt": ask(), "videos": [frames], "fps": 4}, 0).fps) == (2.0, 4.0)
+
+
+def test_videos_go_to_the_prompt_s_video_parts():
+    frames, picture = [tiny.image(0), tiny.image(1)], tiny.image(2)
+    image, video = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    row = {"prompt": ask(), "image": picture, "videos": [frames]}
+    assert text_of(row) == turn.format(image + video + "what?")
+    parts = [{"type": "video"}, {"type": "text", "text": "or"}, {"type": "image"}, {"type": "video"}]
+    row = {"prompt": [{"role": "user", "content": parts}], "image": picture, "videos": [frames, frames]}
+    assert text_of(row) == turn.format(video + "or" + image + video)
+    inside = [{"role": "user", "content": [{"type": "video", "video": frames}, {"type": "text", "text": "?"}]}]
+    assert text_of({"prompt": inside}) == turn.format(video + "?")
+
+
+WITH_VIDEOS = [name for name in tiny_families.BUILDERS if tiny_families.case(name).video]
+
+
+@pytest.mark.parametrize("name", WITH_VIDEOS)
+def test_videos_of_every_family(name):
+    """What encode makes of rows is what the processor makes of the same pixels."""
+    case, rows = tiny_families.case(name), []
+    for index, sample in enumerate(case.samples):
+        noise = np.random.default_rng(index)
+        pixels = [noise.integers(0, 256, (*size, 3), dtype=np.uint8) for size in (*sample.images, *sample.videos)]
+        split = len(sample.images)
+        text = case.image * split + case.video * len(sample.videos) + "why" * index + "?"
+        rows.append({"prompt": text, "images": [Image.fromarray(x) for x in pixels[:split]], "videos": pixels[split:]})
+    batch = encode([read_sample(row, i) for i, row in enumerate(rows)], case.processor, family_of(case.model.config))
+    expected = case.inputs()
+    assert batch.inputs.keys() == expected.keys() - set(batch.family.unused)
+    assert all(torch.equal(x, expected[n]) for n, x in batch.inputs.items())
+    assert batch.rows["video"].tolist() == [len(sample.videos) for sample in case.samples]
+
+
 def test_encode_pads_left_and_keeps_each_image_once():
     rows = tiny.rows(3, "mixed")
     prompts = encode([read_sample(row, i) for i, row in enumerate(rows)], tiny.processor(), QWEN_VL)
@@ -104,6 +159,33 @@ def test_encode_text_model():
             {"prompt": ask("is <|image_pad|> a token?"), "image": tiny.image(0)},
             r"sample 1: prompt must hold one <\|image_pad\|> per image, 1, got 2",
         ),
+        ({"prompt": ask(), "videos": [[]]}, r"sample 1: videos\[0\] must hold at least one frame, got 0"),
+        (
+            {"prompt": ask(), "videos": [tiny.image(0), tiny.image(1)]},
+            r"sample 1: videos\[0\] must be a list of frames, an array or a tensor, got Image",
+        ),
+        (
+            {"prompt": ask(), "videos": [[tiny.image(0), tiny.image(1, 56, 28)]]},
+            r"sample 1: videos\[0\]\[1\] must have the size of the first frame, 28 x 28, got 28 x 56",
+        ),
+        (
+            {"prompt": ask(), "videos": [[tiny.image(0), "nowhere.png"]]},
+            r"sample 1: videos\[0\]\[1\] cannot be read: .*nowhere.png",
+        ),
+        (
+            {"prompt": ask(), "videos": [np.zeros((28, 28, 3), np.uint8)]},
+            r"sample 1: videos\[0\] must be frames .* \(28, 28, 3\)",
+        ),
+        (
+            {"prompt": ask(), "videos": [[np.zeros((28, 28, 3))]]},
+            r"sample 1: videos\[0\]\[0\] must have dtype uint8, got float64",
+        ),
+        ({"prompt": ask(), "videos": [torch.zeros(2, 4, 28, 28).byte()]}, r"sample 1: videos\[0\] must be \(H, W, 3\) or"),
+        (
+            {"prompt": "<|video_pad|><|video_pad|>", "videos": [[tiny.image(0)]]},
+            r"sample 1: prompt must hold one <\|video_pad\|> per video, 1, got 2",
+        ),
+        ({"prompt": ask(), "videos": [[tiny.image(0)]], "fps": 0}, "sample 1: fps must be finite and > 0, got 0"),
         ({"answer": "1"}, "train_dataset: sample 1 must have 'prompt', got answer"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:60],
@@ -132,6 +214,9 @@ def test_bad_datasets():
         check(row for row in tiny.rows(2))
     with pytest.raises(ValueError, match="sample 0: images must be absent for a text model, got 1"):
         check_dataset(tiny.rows(2, "one"), "train_dataset", tiny.tokenizer())
+    without = tiny_families.case("llava").processor
+    with pytest.raises(ValueError, match="sample 1: videos must be absent for a processor without videos, got 1"):
+        check_dataset([{"prompt": "?"}, {"prompt": "?", "videos": [[tiny.image(0)]]}], "train_dataset", without)
 
 
 def test_huggingface_dataset_with_images():
@@ -141,6 +226,13 @@ def test_huggingface_dataset_with_images():
     several = datasets.Dataset.from_list(tiny.rows(3, "mixed")).cast_column("images", datasets.List(datasets.Image()))
     check_dataset(several, "train_dataset", tiny.processor())
     assert [len(read_sample(several[i], i).images) for i in range(3)] == [0, 1, 2]
+    frames = [row["videos"] for row in tiny.rows(3, "videos")[1:]]
+    videos = datasets.Dataset.from_dict({"prompt": ["<|video_pad|>?"] * 2, "videos": frames})
+    assert [read_sample(videos[i], i).videos[0].shape[0] for i in range(2)] == [3, 4]  # stored as bytes
+    videos = videos.cast_column("videos", datasets.List(datasets.List(datasets.Image())))
+    assert isinstance(videos[0]["videos"][0][0], Image.Image)
+    check_dataset(videos, "train_dataset", tiny.processor())
+    assert [read_sample(videos[i], i).videos[0].shape[0] for i in range(2)] == [3, 4]
     broken = datasets.Dataset.from_dict({"prompt": ["<|image_pad|>"], "image": [{"bytes": b"no", "path": None}]})
     with pytest.raises(ValueError, match="sample 0: image cannot be read: cannot identify"):
         check_dataset(broken.cast_column("image", datasets.Image()), "train_dataset", tiny.processor())
@@ -157,6 +249,10 @@ def test_jsonl_and_parquet_and_folders(tmp_path):
     assert [read_sample(row, i).images[0].tobytes() for i, row in enumerate(loaded)] == [
         tiny.image(i).tobytes() for i in range(2)
     ]
+
+    video = {"prompt": "<|video_pad|>", "videos": [["pictures/0.png", "pictures/1.png"]]}
+    (tmp_path / "videos.jsonl").write_text(json.dumps(video))
+    assert len(read_sample(load_dataset(tmp_path / "videos.jsonl")[0], 0).videos[0]) == 2
 
     paths = datasets.Dataset.from_list([{"prompt": "<|image_pad|>?", "image": f"pictures/{i}.png"} for i in range(2)])
     paths.to_parquet(tmp_path / "paths.parquet")

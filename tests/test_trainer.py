@@ -13,11 +13,13 @@ import torch
 from killed_run import build
 from transformers import TrainerCallback
 
+from vlmkernels.models.encode import use_image_features
 from vlmkernels.models.families import media_token_ids
 from vlmkernels.models.group import pad_completions
+from vlmkernels.models.head import completion_logps, logit_arguments, output_head
+from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.checkpoint import last_complete_checkpoint
-from vlmkernels.train.head import completion_logps, logit_arguments, output_head
 from vlmkernels.train.rollout import Rollout
 
 torch.set_num_threads(1)
@@ -324,8 +326,10 @@ def check_logps(trainer, logps):
     """Those of the experience are the initial model's, from full logits of padded inputs."""
     rollout = trainer._experience.rollout
     inputs, width = rollout.padded(slice(0, len(rollout.group))).inputs, rollout.completion_mask.shape[1]
+    model = use_image_features(tiny.vlm())  # of a frozen tower there are features in place of pixels
+    use_vision_ops(model, trainer.processing_class)  # otherwise rows are uint8
     with torch.no_grad():
-        logits = tiny.vlm()(**inputs).logits[:, -width - 1 : -1]
+        logits = model(**inputs).logits[:, -width - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -width:, None]).squeeze(-1)
     mask = rollout.completion_mask
     torch.testing.assert_close(logps[mask], expected[mask], rtol=1e-4, atol=1e-5)

@@ -32,7 +32,8 @@ SPECIAL = {
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -161,12 +162,18 @@ def image(index: int, width: int = 28, height: int = 28) -> Image.Image:
 
 
 def rows(num: int, images: str = "one") -> list[dict]:
-    """Samples with an answer. images: "none", "one" (column image), "several" (1 or 2 in column images), "mixed" (0 to 2)."""
+    """Samples with an answer. images: "none", "one" (column image), "several" (1 or 2 in column images), "mixed" (0 to 2),
+    "videos" (by turns an image, a video of 2 to 4 frames, both)."""
     samples = []
     for index in range(num):
         row = {"prompt": [{"role": "user", "content": f"what is {index}?"}], "answer": str(index)}
         if images == "one":
             row["image"] = image(index, width=28 * (1 + index % 2))
+        elif images == "videos":
+            if index % 3 != 1:
+                row["images"] = [image(index)]
+            if index % 3:
+                row["videos"] = [[image(10 * index + k, width=56) for k in range(2 + index % 3)]]
         elif images != "none":
             count = 1 + index % 2 if images == "several" else index % 3
             row["images"] = [image(10 * index + k, width=28 * (1 + k)) for k in range(count)]

@@ -9,6 +9,7 @@ from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_lo
 from vlmkernels.ops.linear_logps import VocabParallel, linear_logps
 from vlmkernels.ops.mrope_positions import MropePositions, mrope_positions
 from vlmkernels.ops.pack_patches import PackedPatches, pack_patches
+from vlmkernels.ops.rotary import mrope_axes, rotary, rotary_table
 from vlmkernels.ops.varlen_attention import varlen_attention
 from vlmkernels.ops.vision_layout import VisionLayout, vision_layout
 from vlmkernels.version import __version__
@@ -29,9 +30,12 @@ __all__ = [
     "linear_grpo_loss",
     "linear_logps",
     "merge_image_features",
+    "mrope_axes",
     "mrope_positions",
     "pack_patches",
     "placeholder_positions",
+    "rotary",
+    "rotary_table",
     "use_backend",
     "varlen_attention",
     "vision_layout",

@@ -42,8 +42,17 @@ class Stub(types.ModuleType):
 
 
 def test_every_trainer_has_a_block():
-    modules = {"Liger-Kernel", "transformers", "Hugging Face kernels"}
+    modules = {"TRL", "Liger-Kernel", "transformers", "Hugging Face kernels"}
     assert set(BLOCKS) == modules | {"ms-swift", "VLM-R1", "R1-V", "EasyR1", "OpenRLHF"}
+
+
+def test_trl():
+    trl = pytest.importorskip("trl")
+    before, names = trl.GRPOTrainer._compute_loss, {}
+    exec(BLOCKS["TRL"], names)
+    assert trl.GRPOTrainer._compute_loss.__module__ == "vlmkernels.integrations.trl"
+    names["patch"].undo()
+    assert trl.GRPOTrainer._compute_loss is before
 
 
 def test_liger_kernel():

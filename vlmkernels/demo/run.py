@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import statistics
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from vlmkernels.demo.data import MAX_DIGITS, compose, load_scans, save_rows
+from vlmkernels.demo.images import image_seconds, image_shares
 from vlmkernels.demo.model import build_model, build_processor, read_numbers
 from vlmkernels.demo.report import draw_curves, write_samples
 from vlmkernels.demo.warmup import warm_up
@@ -131,12 +133,18 @@ def run(seed: int, steps: int, output: Path) -> int:
     print(f"  {warmup_steps} steps in {warmup_seconds:.0f} s, held-out accuracy {before:.1%}")
 
     print("\nGRPO: no labels in the loss, two rewards: exact match, and 1 - character error rate", flush=True)
-    trainer = build_trainer(model, processor, compose(train_scans, NUM_TRAIN, rng), test, seed, steps, output)
+    train = compose(train_scans, NUM_TRAIN, rng)
+    trainer = build_trainer(model, processor, train, test, seed, steps, output)
     train_start = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - train_start
     answers_after = read_numbers(model, processor, test)
     after = accuracy(answers_after)
+
+    prompts = GRPO["per_device_train_batch_size"] // GRPO["num_generations"]
+    images = image_seconds(processor, [row["image"] for row in train[:prompts]], GRPO["num_generations"])
+    step_seconds = statistics.median(entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry)
+    shares = image_shares(images, step_seconds)
 
     lengths = range(1, MAX_DIGITS + 1)
     broken = failures(before, after)
@@ -149,6 +157,9 @@ def run(seed: int, steps: int, output: Path) -> int:
         "warmup_steps": warmup_steps,
         "warmup_seconds": round(warmup_seconds, 1),
         "train_seconds": round(train_seconds, 1),
+        "step_seconds": round(step_seconds, 3),
+        "image_seconds_per_step": {when: round(value, 3) for when, value in images.items()},
+        "image_share_of_step": {when: round(value, 3) for when, value in shares.items()},
         "seed": seed,
         "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {name: version(name) for name in ("vlmkernels", "torch", "transformers")},
@@ -166,6 +177,9 @@ def run(seed: int, steps: int, output: Path) -> int:
     gain = 100 * (after - before)
     print(f"\nHeld-out accuracy (exact match): before GRPO {before:.1%}, after {after:.1%}, {gain:+.1f} points")
     print(f"Time: warm-up {warmup_seconds:.0f} s, GRPO {train_seconds:.0f} s, all {metrics['total_seconds']:.0f} s")
+    milliseconds = {when: f"{1e3 * value:.0f} ms" for when, value in images.items()}
+    print(f"Images: {shares['after']:.0%} of a step ({milliseconds['after']} of {1e3 * step_seconds:.0f}); with transformers'")
+    print(f"processor and tower, and an image for every completion, {shares['before']:.0%} ({milliseconds['before']})")
     print(f"Look at {output / 'curves.png'}, {output / 'samples.html'}, {output / 'metrics.json'}; go on with")
     print(f"  vlmkernels eval --model {output / 'model'} --dataset {output / 'test.jsonl'}")
     for rule in broken:

@@ -26,7 +26,7 @@ from vlmkernels.ops.checks import require, require_one_of
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.boxes import FRAMES
 from vlmkernels.rewards.builtin import PROVIDED, to_frame
-from vlmkernels.train.data import IMAGE_COLUMNS, Sample, column_names, read_sample
+from vlmkernels.train.data import MEDIA_COLUMNS, Sample, column_names, read_sample
 from vlmkernels.train.scoring import prompt_text
 
 ALL = "all"
@@ -108,9 +108,9 @@ class Rows:
         require(len(dataset) > 0, "dataset", "hold at least one sample", 0)
         self.dataset, names = dataset, column_names(dataset)
         plain = (
-            dataset.remove_columns([n for n in IMAGE_COLUMNS if n in names]) if hasattr(dataset, "remove_columns") else dataset
+            dataset.remove_columns([n for n in MEDIA_COLUMNS if n in names]) if hasattr(dataset, "remove_columns") else dataset
         )
-        self.rows = [{k: v for k, v in plain[i].items() if k not in IMAGE_COLUMNS} for i in range(len(plain))]
+        self.rows = [{k: v for k, v in plain[i].items() if k not in MEDIA_COLUMNS} for i in range(len(plain))]
         if scoring.task is None and "task" not in names:
             default = "exact" if "answer" in names else "open"
             self.tasks = [default] * len(self.rows)

@@ -11,6 +11,7 @@ from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import TASKS
 from vlmkernels.rewards.answers import Boxes, as_boxes
 from vlmkernels.train.report import STYLE, thumbnail
+from vlmkernels.train.scoring import pictures
 
 OWN_STYLE = """
 body { max-width: 78rem; }
@@ -189,17 +190,17 @@ def _shapes(value: Any, name: str) -> str:
     )
 
 
-def _pictures(evaluation: Evaluation, index: int, kind: str, values: list) -> str:
-    images = evaluation.rows.sample(index).images
+def _shown(evaluation: Evaluation, index: int, kind: str, values: list) -> str:
+    images = pictures(evaluation.rows.sample(index))
     shapes = ""
     if kind in ("box", "boxes", "point"):
         reference = as_boxes(evaluation.rows.references[index])
         shapes = _shapes(reference, "reference") + "".join(_shapes(value, "prediction") for value in values)
-    pictures = []
+    shown = []
     for place, image in enumerate(images):
         overlay = f'<svg viewBox="0 0 {image.width} {image.height}">{shapes}</svg>' if place == 0 and shapes else ""
-        pictures.append(f'<div class="picture">{thumbnail(image)}{overlay}</div>')
-    return f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
+        shown.append(f'<div class="picture">{thumbnail(image)}{overlay}</div>')
+    return f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
 
 
 def _card(evaluation: Evaluation, group: str, place: int) -> str:
@@ -222,11 +223,11 @@ def _card(evaluation: Evaluation, group: str, place: int) -> str:
         ]
     details = "".join(f'<dt>{name}</dt><dd class="{tone}">{text}</dd>' for name, text, tone in rows)
     state = "" if right is None else "right" if right else "wrong"
-    pictures = _pictures(evaluation, index, task.answer, answers.values[place])
+    images = _shown(evaluation, index, task.answer, answers.values[place])
     title = f"<div><small>{escape(group)} · sample {index}{f' · {state}' if state else ''}</small></div>"
     return (
         f'<div class="card {state}" data-group="{escape(group)}">{title}'
-        f"{f'<div>{pictures}</div>' if pictures else ''}<pre>{escape(answers.prompts[place])}</pre><dl>{details}</dl></div>"
+        f"{f'<div>{images}</div>' if images else ''}<pre>{escape(answers.prompts[place])}</pre><dl>{details}</dl></div>"
     )
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from vlmkernels.models.families import family_of
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.data import IMAGE_COLUMNS, Sample, encode, read_sample
+from vlmkernels.train.data import MEDIA_COLUMNS, Sample, encode, read_sample
 from vlmkernels.train.model import inference
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.scoring import resized_sizes
 
-GREY = (128, 128, 128)
+GREY = 128
 VIEWS = ("image", "grey", "none")  # as it is; grey, of its size; taken out of the prompt
 
 
@@ -172,16 +172,16 @@ def joined(runs: Sequence[Predictions], num_samples: int, view: str) -> list[lis
 
 def hidden(sample: Sample, view: str) -> Sample:
     """The sample as a view shows it."""
-    if view == "image" or not sample.images:
+    if view == "image" or not (sample.images or sample.videos):
         return sample
     if view == "grey":
-        return Sample(sample.index, sample.prompt, [Image.new("RGB", i.size, GREY) for i in sample.images], sample.row)
+        images = [Image.new("RGB", image.size, (GREY, GREY, GREY)) for image in sample.images]
+        return replace(sample, images=images, videos=[torch.full_like(video, GREY) for video in sample.videos])
     if isinstance(sample.prompt, str):
-        raise ValueError(
-            f"sample {sample.index}: prompt must be a conversation to take images out of it (use grey ones), got text"
-        )
-    prompt = [{**m, "content": [part for part in m["content"] if part["type"] != "image"]} for m in sample.prompt]
-    return Sample(sample.index, prompt, [], sample.row)
+        rule = "be a conversation to take images out of it (use grey ones)"
+        raise ValueError(f"sample {sample.index}: prompt must {rule}, got text")
+    text = [{**m, "content": [part for part in m["content"] if part["type"] == "text"]} for m in sample.prompt]
+    return replace(sample, prompt=text, images=[], videos=[])
 
 
 def model_digest(model: torch.nn.Module) -> str:
@@ -199,7 +199,7 @@ def dataset_digest(dataset) -> str:
         dataset = dataset.select_columns(["prompt"])
     digest = hashlib.sha256()
     for index in range(len(dataset)):
-        seen = {name: dataset[index][name] for name in ("prompt", *IMAGE_COLUMNS) if name in dataset[index]}
+        seen = {name: dataset[index][name] for name in ("prompt", *MEDIA_COLUMNS) if name in dataset[index]}
         digest.update(json.dumps(seen, sort_keys=True, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()[:16]
 

@@ -25,6 +25,12 @@ def _is_causal(module: torch.nn.Module, given: bool | None) -> bool:
     return getattr(module, "is_causal", True) if given is None else given
 
 
+def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast casts the inputs of "sdpa": rotary positions leave queries and keys, not values, in fp32 under it."""
+    device = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
+
+
 def _varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # (1, Hq, N, D)
@@ -45,7 +51,7 @@ def _varlen_attention(
             f"{VARLEN} needs cu_seq_lens_q, of a tower that packs patches: {type(module).__name__} gives none"
         )
     _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"))
-    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    packed = [x.squeeze(0).transpose(0, 1) for x in _cast(query, key, value)]
     cu_seqlens, causal = cu_seq_lens_q.to(torch.int32), _is_causal(module, is_causal)
     out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=causal, scale=scaling)
     return out.unsqueeze(0), None
@@ -78,6 +84,7 @@ def _attention(
     causal = _is_causal(module, is_causal)
     if not causal or (group_layout is None and group_cache is None and cu_seq_lens_q is None):
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **settings)
+    query, key, value = _cast(query, key, value)
     if group_layout is None and group_cache is not None:
         return group_cache.attend(module.layer_idx, query, key, value, scaling), None
     if group_layout is None:

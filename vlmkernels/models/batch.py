@@ -42,6 +42,19 @@ def _index(counts: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return first.repeat_interleave(picked) + within
 
 
+def _first_equal(keys: list, parts: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """(n,) int64: the first index with the same key and the same tensors as each; parts: n of each tensor."""
+    seen: dict = {}
+    result = []
+    for index, key in enumerate(keys):
+        alike = seen.setdefault(key, [])
+        same = (k for k in alike if all(torch.equal(part[k], part[index]) for part in parts))
+        result.append(next(same, index))
+        if result[-1] == index:
+            alike.append(index)
+    return torch.tensor(result, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Model inputs of B samples, their tokens left-padded.
@@ -117,6 +130,28 @@ class Batch:
             if (axis := self.family.axis(name)) in index:
                 chosen.inputs[name] = tensor[index[axis].to(tensor.device)]
         return chosen
+
+    def originals(self) -> torch.Tensor:
+        """(B,) int64 on the CPU: for each sample the first one with the same inputs, which may be itself.
+
+        Padding is no input. On a GPU this waits for the device, once per pair of samples with the same tokens.
+        """
+        ids = self.inputs["input_ids"].masked_fill(self.inputs["attention_mask"] == 0, -1).tolist()
+        others = {name: axis for name in self.inputs if (axis := self.family.axis(name)) != "token"}
+        parts = [self.inputs[name].split(self.rows[axis].tolist()) for name, axis in others.items()]
+        return _first_equal(list(map(tuple, ids)), parts)
+
+    def equal_images(self) -> torch.Tensor | None:
+        """(images,) int64 on the CPU, for ``image_keys``: the first image with the same pixels as each. None where a family's
+        inputs do not tell which pixels are an image's."""
+        others = {name: axis for name in self.inputs if (axis := self.family.axis(name)) != "token"}
+        if not others or not {*others.values()} <= {"image", "image_patch"}:
+            return None
+        sizes = {"image": [1] * int(self.num_images.sum())}
+        if "image_patch" in others.values():
+            sizes["image_patch"] = self.inputs["image_grid_thw"].prod(-1).tolist()
+        parts = [self.inputs[name].split(sizes[axis]) for name, axis in others.items()]
+        return _first_equal([part.shape for part in parts[0]], parts)
 
     def of_images(self, name: str, images: torch.Tensor) -> torch.Tensor:
         """The rows of an input that belong to the images at ``images``, (n,) int64 on the CPU."""

@@ -202,7 +202,9 @@ def stops(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedT
 
 
 class _Decoder:
-    def __init__(self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer, uniform) -> None:
+    def __init__(
+        self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer, as_generate, uniform
+    ) -> None:
         self.model, self.prompts, self.group_size, self.sampling = model, prompts, num_generations, sampling
         self.tokenizer, self.max_tokens, self.device = tokenizer, max_tokens, prompts.inputs["input_ids"].device
         self.count = len(prompts) * num_generations
@@ -219,7 +221,7 @@ class _Decoder:
         self.drawn: list[tuple[list[int], list[int]]] = []  # (completions, their lengths before) of each element of logps
         self.first: dict[int, torch.Tensor] = {}  # logits (V,) of each prompt's first completion token
         # A number for every token there may be: so what is drawn does not depend on which completions share a step.
-        if uniform is None and sampling.temperature:
+        if uniform is None and sampling.temperature and not as_generate:
             uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64)
         self.uniform = uniform
         self.seen = None
@@ -317,7 +319,12 @@ class _Decoder:
             scores = scores / sampling.temperature
             for warper in self.warpers:
                 scores = warper(None, scores)
-            chosen = draw(scores, self.uniform[completions, lengths].to(self.device))
+            if self.uniform is None:
+                # torch.multinomial of a row for each completion, ended or not.
+                noise = scores.new_empty(self.count, scores.shape[1]).exponential_()
+                chosen = (scores.softmax(-1) / noise[completions]).argmax(-1)
+            else:
+                chosen = draw(scores, self.uniform[completions, lengths].to(self.device))
         else:
             chosen = scores.argmax(-1)
         self.logps.append(gather_logps(logits, chosen, temperature=sampling.temperature or 1.0))
@@ -363,6 +370,7 @@ def decode_groups(
     max_num_seqs: int | None = None,
     max_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    as_generate: bool = False,
     uniform: torch.Tensor | None = None,
 ) -> Decoded:
     """Completions of prompts, equal to those of ``model.generate`` on ``num_generations`` copies of each up to rounding.
@@ -375,6 +383,7 @@ def decode_groups(
         max_num_seqs: completions decoded at a time; default all.
         max_tokens: of the prompts run at a time; default all of those whose completions get slots.
         tokenizer: needed with stop strings.
+        as_generate: draw from the device's random state what ``generate`` draws from it; without max_num_seqs.
         uniform: (B, max_new_tokens) fp64 in [0, 1), on the CPU, which tokens are drawn with; default by its random state.
 
     Returns:
@@ -386,6 +395,8 @@ def decode_groups(
     require(num_generations >= 1, "num_generations", "be >= 1", num_generations)
     require(max_num_seqs is None or max_num_seqs >= 1, "max_num_seqs", "be None or >= 1", max_num_seqs)
     require(not sampling.stop_strings or tokenizer is not None, "tokenizer", "be given with stop_strings", None)
+    require(not as_generate or uniform is None, "uniform", "be None with as_generate", "a tensor")
+    require(not as_generate or max_num_seqs is None, "max_num_seqs", "be None with as_generate", max_num_seqs)
     count = len(prompts) * num_generations
     slots = min(max_num_seqs or count, count)
-    return _Decoder(model, prompts, num_generations, sampling, slots, max_tokens, tokenizer, uniform).run()
+    return _Decoder(model, prompts, num_generations, sampling, slots, max_tokens, tokenizer, as_generate, uniform).run()

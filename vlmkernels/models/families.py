@@ -40,8 +40,9 @@ class Family:
     model_types: those of its configurations. inputs: what its models take. media_tokens: attributes of its configuration or
     processor, those that hold ids of tokens that stand for or enclose images and videos. share_prefix: None where a group of
     completions may share one prompt, otherwise why not; see ``why_not_share_prefix``. unused: what its processor makes beside
-    model inputs. features_in_list: whether its models hold the features of images as a list of (tokens, H), or as one tensor.
-    image_token_id: of one model, set by ``family_of``.
+    model inputs. frames_apart: of families whose positions ``mrope_positions`` gives, whether a video is a run of tokens per
+    frame; None: the model's own function gives them. features_in_list: whether its models hold the features of images as a list
+    of (tokens, H), or as one tensor. image_token_id: of one model, set by ``family_of``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Family:
     media_tokens: tuple[str, ...] = ("image_token_id", "video_token_id")
     share_prefix: str | None = None
     unused: tuple[str, ...] = ()
+    frames_apart: bool | None = None
     features_in_list: bool = True
     image_token_id: int | None = None
 
@@ -84,9 +86,9 @@ _PIXTRAL_TOKENS = ("image_token_id", "image_break_token_id", "image_end_token_id
 
 TEXT = Family("text", (), _TEXT, media_tokens=())
 FAMILIES = (
-    Family("qwen2_vl", ("qwen2_vl",), _GRIDS, _QWEN_TOKENS),
-    Family("qwen2_5_vl", ("qwen2_5_vl",), {**_GRIDS, "second_per_grid_ts": _VIDEO}, _QWEN_TOKENS),
-    Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), _GRIDS, _QWEN_TOKENS),
+    Family("qwen2_vl", ("qwen2_vl",), _GRIDS, _QWEN_TOKENS, frames_apart=False),
+    Family("qwen2_5_vl", ("qwen2_5_vl",), {**_GRIDS, "second_per_grid_ts": _VIDEO}, _QWEN_TOKENS, frames_apart=False),
+    Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), _GRIDS, _QWEN_TOKENS, frames_apart=True),
     Family(
         "qwen3_5",
         ("qwen3_5", "qwen3_5_moe"),

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from vlmkernels.models.families import why_not_share_prefix
+from vlmkernels.models.families import family_of, why_not_share_prefix
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_attention import GroupLayout
+from vlmkernels.ops.mrope_positions import mrope_positions
 
 # What the position ids of a prompt are made of, beside its tokens.
 _POSITION_INPUTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
@@ -60,10 +61,16 @@ def pad_completions(inputs: dict[str, torch.Tensor], completion_mask: torch.Tens
 
 
 def prompt_positions(model: torch.nn.Module, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Position ids of padded prompts, (P, S); with images (3, P, S) of M-RoPE, by the model's own function."""
+    """Position ids of padded prompts, (P, S); with images (3, P, S) of M-RoPE, as the model's own function gives them."""
     mask, rope_index = prompts["attention_mask"], getattr(model.base_model, "get_rope_index", None)
     if rope_index is None or not prompts.keys() & set(_POSITION_INPUTS):
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
+    family = family_of(model.config)
+    timed = "second_per_grid_ts" in family.inputs and "video_grid_thw" in prompts  # versions round their seconds differently
+    if family.frames_apart is not None and not timed:
+        grids = (prompts.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+        sizes = {"merge_size": model.config.vision_config.spatial_merge_size, "frames_apart": family.frames_apart}
+        return mrope_positions(prompts["mm_token_type_ids"], *grids, attention_mask=mask, **sizes).position_ids
     # Versions of transformers differ in what they ask for.
     taken = inspect.signature(rope_index).parameters
     inputs = {name: prompts[name] for name in _POSITION_INPUTS if name in prompts and name in taken}

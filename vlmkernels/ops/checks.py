@@ -32,8 +32,9 @@ def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meani
 
 
 def require_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
-    names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-    require(tensor.dtype in dtypes, name, f"have dtype {names}", str(tensor.dtype).removeprefix("torch."), TypeError)
+    if tensor.dtype not in dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        require(False, name, f"have dtype {names}", str(tensor.dtype).removeprefix("torch."), TypeError)
 
 
 def require_device(name: str, tensor: torch.Tensor, device: torch.device, owner: str) -> None:

@@ -32,3 +32,9 @@ def unsupported_rows(tensor: torch.Tensor) -> str | None:
     if row_layout(tensor) is None:
         return f"takes a contiguous last axis and leading axes that merge into at most two, got strides {tensor.stride()}"
     return None
+
+
+def unsupported_last_axis(tensor: torch.Tensor) -> str | None:
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        return f"takes a contiguous last axis, got strides {tensor.stride()}"
+    return None

@@ -1,8 +1,10 @@
 """From a dataset's rows to model inputs.
 
-A row has ``prompt``, a string or a conversation, and optionally ``image`` (one) or ``images`` (a list); an image is a PIL
-image, a path, bytes, or a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it. All other columns go to the reward
-functions. ``encode`` alone knows how a processor turns prompts and images into the one dict of model inputs.
+A row has ``prompt``, a string or a conversation, and optionally ``image`` (one), ``images`` (a list), ``videos`` (a list) and
+their ``fps``. An image is a PIL image, a path, bytes, or a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it. A
+video is a list of frames, each such an image or uint8 pixels (H, W, 3) or (3, H, W), or an array or tensor of all of them. All
+other columns go to the reward functions. ``encode`` alone knows how a processor turns prompts, images and videos into the one
+dict of model inputs.
 """
 
 import hashlib
@@ -19,18 +21,26 @@ from PIL import Image
 
 from vlmkernels.models.batch import Batch
 from vlmkernels.models.families import Family
+from vlmkernels.ops.checks import require, require_positive
+from vlmkernels.ops.pack_patches.images import as_frames
 
-IMAGE_COLUMNS = ("image", "images")
+MEDIA_COLUMNS = ("image", "images", "videos")
+DEFAULT_FPS = 2.0  # frames per second of a video, where a row has no ``fps``: what Qwen's processors sample at
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row that was read: ``prompt`` in its own form, with one image part per image where it is a conversation."""
+    """A row that was read: ``prompt`` in its own form, with one part per image or video where it is a conversation.
+
+    videos: (T, 3, H, W) uint8 each, of which ``fps`` frames make a second.
+    """
 
     index: int
     prompt: str | list[dict]
     images: list[Image.Image]
     row: dict[str, Any]
+    videos: list[torch.Tensor]
+    fps: float
 
 
 def is_conversation(prompt: Any) -> bool:
@@ -56,12 +66,42 @@ def open_image(value: Any) -> Image.Image:
     return image
 
 
-def _image_values(row: dict) -> tuple[str, list]:
-    """The name of the row's image column and its images, not opened."""
-    if row.get("images") is not None:
-        values = row["images"]
-        return "images", list(values) if isinstance(values, (list, tuple)) else [values]
-    return "image", [] if row.get("image") is None else [row["image"]]
+def _frame(value: Any, name: str, decode: bool) -> torch.Tensor:
+    """(3, H, W); with decode=False on the device "meta"."""
+    if not hasattr(value, "dtype"):  # neither an array nor a tensor
+        try:
+            value = open_image(value)
+        except (OSError, ValueError, TypeError, SyntaxError) as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
+        if not decode:
+            return torch.empty(3, value.height, value.width, dtype=torch.uint8, device="meta")
+    frames = as_frames(value, name)
+    require(len(frames) == 1, name, "be one frame", f"{len(frames)} frames")
+    return frames[0] if decode else frames[0].to("meta")
+
+
+def read_video(value: Any, name: str, decode: bool = True) -> torch.Tensor:
+    """A column's video, (T, 3, H, W) uint8; with decode=False a list of frames is on the device "meta", its pixels not read."""
+    if hasattr(value, "dtype"):
+        frames = as_frames(value, name)
+        require(len(value.shape) == 4, name, "be frames (T, H, W, 3) or (T, 3, H, W)", tuple(value.shape))
+        return frames
+    rule = "be a list of frames, an array or a tensor"
+    require(isinstance(value, (list, tuple)), name, rule, type(value).__name__, TypeError)
+    require(len(value) > 0, name, "hold at least one frame", len(value))
+    frames = [_frame(frame, f"{name}[{i}]", decode) for i, frame in enumerate(value)]
+    for i, frame in enumerate(frames):
+        sizes = f"{frame.shape[1]} x {frame.shape[2]}", f"{frames[0].shape[1]} x {frames[0].shape[2]}"
+        require(frame.shape == frames[0].shape, f"{name}[{i}]", f"have the size of the first frame, {sizes[1]}", sizes[0])
+    return torch.stack(frames)
+
+
+def _media(row: dict) -> dict[str, tuple[str, list]]:
+    """Of images and videos the name of the row's column and its values, not opened."""
+    listed = lambda x: [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]  # noqa: E731
+    several = row.get("images") is not None
+    images = ("images", listed(row["images"])) if several else ("image", [x for x in [row.get("image")] if x is not None])
+    return {"image": images, "video": ("videos", listed(row.get("videos")))}
 
 
 def _parts(message: dict) -> list[dict]:
@@ -69,25 +109,28 @@ def _parts(message: dict) -> list[dict]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
-def _conversation(prompt: list[dict], column: str, values: list) -> tuple[list[dict], list]:
-    """The conversation with one image part per image, and its images in order.
+def _conversation(prompt: list[dict], media: dict[str, tuple[str, list]]) -> tuple[list[dict], dict[str, list]]:
+    """The conversation with one part per image or video, and these in order.
 
-    Images of a column fill the conversation's image parts in order; where it has none, they go before the first user
-    message's text. Without a column, image parts bring their own image.
+    Those of a column fill the conversation's parts of their kind in order; where it has none, they go before the first user
+    message's text, images first. Without a column, parts bring their own.
     """
     messages = [{**message, "content": _parts(message)} for message in prompt]
-    slots = [part for message in messages for part in message["content"] if part["type"] == "image"]
-    if not values:
-        values = [part["image"] for part in slots if part.get("image") is not None]
-    if values and not slots:
-        first_user = next((message for message in messages if message["role"] == "user"), messages[0])
-        first_user["content"] = [{"type": "image"} for _ in values] + first_user["content"]
-        slots = values
-    if len(slots) != len(values):
-        raise ValueError(f"{column} must hold one image per image part of the prompt, {len(slots)}, got {len(values)}")
+    first_user = next((message for message in messages if message["role"] == "user"), messages[0])
+    filled, added = {}, []
+    for kind, (column, values) in media.items():
+        slots = [part for message in messages for part in message["content"] if part["type"] == kind]
+        if not values:
+            values = [part[kind] for part in slots if part.get(kind) is not None]
+        if values and not slots:
+            added += [{"type": kind} for _ in values]
+        elif len(slots) != len(values):
+            raise ValueError(f"{column} must hold one {kind} per {kind} part of the prompt, {len(slots)}, got {len(values)}")
+        filled[kind] = values
+    first_user["content"] = added + first_user["content"]
     for message in messages:
-        message["content"] = [{"type": "image"} if p["type"] == "image" else p for p in message["content"]]
-    return messages, values
+        message["content"] = [{"type": p["type"]} if p["type"] in media else p for p in message["content"]]
+    return messages, filled
 
 
 def read_sample(row: dict, index: int, decode: bool = True) -> Sample:
@@ -95,52 +138,73 @@ def read_sample(row: dict, index: int, decode: bool = True) -> Sample:
     prompt = row["prompt"]
     if not isinstance(prompt, str) and not is_conversation(prompt):
         raise TypeError(f"sample {index}: prompt must be a string or a list of messages, got {prompt!r:.80}")
-    name, values = _image_values(row)
+    media = _media(row)
+    values = {kind: values for kind, (_, values) in media.items()}
     try:
         if not isinstance(prompt, str):
-            prompt, values = _conversation(prompt, name, values)
+            prompt, values = _conversation(prompt, media)
     except ValueError as error:
         raise ValueError(f"sample {index}: {error}") from error
-    images = []
-    for position, value in enumerate(values):
+    images, column = [], media["image"][0]
+    for position, value in enumerate(values["image"]):
         try:
             image = open_image(value)
             images.append(image.convert("RGB") if decode else image)
         except (OSError, ValueError, TypeError, SyntaxError) as error:
-            which = name if name == "image" else f"{name}[{position}]"
+            which = column if column == "image" else f"{column}[{position}]"
             raise ValueError(f"sample {index}: {which} cannot be read: {error}") from error
-    return Sample(index, prompt, images, row)
+    videos = [read_video(x, f"sample {index}: videos[{k}]", decode) for k, x in enumerate(values["video"])]
+    fps = DEFAULT_FPS if row.get("fps") is None else row["fps"]
+    require_positive(f"sample {index}: fps", fps)
+    return Sample(index, prompt, images, row, videos, float(fps))
 
 
 def render(sample: Sample, processor, **chat_template_kwargs) -> str:
-    """The prompt as the text that is tokenised, one placeholder per image; checked."""
-    text, token = sample.prompt, getattr(processor, "image_token", None)
+    """The prompt as the text that is tokenised, one placeholder per image or video; checked."""
+    text, media = sample.prompt, {"image": sample.images, "video": sample.videos}
+    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in media}
+    for kind, values in media.items():
+        if tokens[kind] is None and values:
+            what = f"a processor without {kind}s" if tokens["image"] else "a text model"
+            raise ValueError(f"sample {sample.index}: {kind}s must be absent for {what}, got {len(values)}")
     if not isinstance(text, str):
         messages = text
-        if token is None and not sample.images:  # a tokenizer's template takes plain strings
+        if tokens["image"] is None:  # a tokenizer's template takes plain strings
             messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in text]
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
-    if token is None and sample.images:
-        raise ValueError(f"sample {sample.index}: images must be absent for a text model, got {len(sample.images)}")
-    placeholders = text.count(token) if token else 0
-    if placeholders != len(sample.images):
-        rule = f"hold one {token} per image, {len(sample.images)}"
-        raise ValueError(f"sample {sample.index}: prompt must {rule}, got {placeholders} in {text!r:.200}")
+    for kind, values in media.items():
+        token = tokens[kind]
+        placeholders = text.count(token) if token else 0
+        if placeholders != len(values):
+            rule = f"hold one {token} per {kind}, {len(values)}"
+            raise ValueError(f"sample {sample.index}: prompt must {rule}, got {placeholders} in {text!r:.200}")
     return text
 
 
-def encode(samples: list[Sample], processor, family: Family, chat_template_kwargs: dict | None = None) -> Batch:
+def _video_arguments(samples: list[Sample]) -> dict[str, Any]:
+    """Of a processor's call: all frames are taken, since they were chosen by whoever made the dataset."""
+    videos = [(video, sample.fps) for sample in samples for video in sample.videos]
+    metadata = [{"total_num_frames": len(x), "fps": fps, "frames_indices": list(range(len(x)))} for x, fps in videos]
+    return {"videos": [video for video, _ in videos], "video_metadata": metadata, "do_sample_frames": False}
+
+
+def encode(
+    samples: list[Sample], processor, family: Family, chat_template_kwargs: dict | None = None, **processor_arguments
+) -> Batch:
     """The model inputs of the samples' prompts, by one call of the processor (or tokenizer): each image once, however many
-    completions its prompt gets."""
+    completions its prompt gets. ``processor_arguments``: further ones of that call."""
     texts = [render(sample, processor, **(chat_template_kwargs or {})) for sample in samples]
     # A chat template writes the beginning-of-sequence token itself.
     arguments = {"add_special_tokens": isinstance(samples[0].prompt, str)}
     if any(sample.images for sample in samples):
         arguments["images"] = [sample.images for sample in samples]
+    if any(sample.videos for sample in samples):
+        arguments |= _video_arguments(samples)
+    arguments |= processor_arguments
     inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **arguments)
-    num_images = torch.tensor([len(sample.images) for sample in samples])
+    num_images, num_videos = (torch.tensor([len(getattr(s, kind)) for s in samples]) for kind in ("images", "videos"))
     keys = torch.tensor([_key(image) for sample in samples for image in sample.images], dtype=torch.int64)
-    return replace(Batch.of(dict(inputs), family, num_images), image_keys=keys)
+    return replace(Batch.of(dict(inputs), family, num_images, num_videos), image_keys=keys)
 
 
 def _key(image: Image.Image) -> int:
@@ -161,12 +225,13 @@ def _undecoded(dataset):
     from datasets import Image as ImageFeature
     from datasets import List
 
-    for name in IMAGE_COLUMNS:
-        feature = dataset.features.get(name)
-        if isinstance(feature, ImageFeature):
-            dataset = dataset.cast_column(name, ImageFeature(decode=False))
-        elif isinstance(getattr(feature, "feature", None), ImageFeature):
-            dataset = dataset.cast_column(name, List(ImageFeature(decode=False)))
+    def stored(feature):
+        if isinstance(feature, List):
+            return List(stored(feature.feature))
+        return ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature
+
+    for name in dataset.features.keys() & MEDIA_COLUMNS:
+        dataset = dataset.cast_column(name, stored(dataset.features[name]))
     return dataset
 
 
@@ -199,14 +264,14 @@ def check_dataset(
 
 
 def _resolve(row: dict, folder: Path) -> dict:
-    """The row with relative image paths taken from ``folder``."""
-    path = lambda value: str(folder / value) if isinstance(value, str) else value  # noqa: E731
-    row = dict(row)
-    if row.get("image") is not None:
-        row["image"] = path(row["image"])
-    if row.get("images") is not None:
-        row["images"] = [path(value) for value in row["images"]]
-    return row
+    """The row with relative paths of images and frames taken from ``folder``."""
+
+    def path(value):
+        if isinstance(value, list):
+            return [path(item) for item in value]
+        return str(folder / value) if isinstance(value, str) else value
+
+    return {name: path(value) if name in MEDIA_COLUMNS else value for name, value in row.items()}
 
 
 def _read_jsonl(path: Path) -> list[dict]:
@@ -227,7 +292,7 @@ def _read_jsonl(path: Path) -> list[dict]:
 def load_dataset(path: str | os.PathLike, split: str | None = None):
     """Rows of a ``.jsonl`` or ``.parquet`` file, or of a folder written by ``datasets``' ``save_to_disk``.
 
-    Relative image paths start at the file's folder. ``split`` chooses within a folder of several splits.
+    Relative paths of images start at the file's folder. ``split`` chooses within a folder of several splits.
     """
     path = Path(path)
     if not path.exists():
@@ -240,7 +305,7 @@ def load_dataset(path: str | os.PathLike, split: str | None = None):
         import pyarrow.parquet
 
         dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
-        as_text = [name for name in IMAGE_COLUMNS if "string" in str(dataset.features.get(name))]
+        as_text = [name for name in MEDIA_COLUMNS if "string" in str(dataset.features.get(name))]
         return dataset.map(lambda row: _resolve(row, path.parent), keep_in_memory=True) if as_text else dataset
     if not path.is_dir():
         raise ValueError(f"dataset must end in .jsonl or .parquet or be a folder, got {path}")

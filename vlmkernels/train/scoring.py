@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 
 from vlmkernels.models.batch import Batch
 from vlmkernels.rewards import Rewards, Scores
@@ -75,11 +76,16 @@ def prompt_text(prompt: str | list[dict]) -> str:
     return "\n".join(f"{message['role']}: {text(message)}" for message in prompt)
 
 
+def pictures(sample: Sample) -> list[Image.Image]:
+    """Its images, and the first frame of each of its videos."""
+    return sample.images + [Image.fromarray(video[0].permute(1, 2, 0).cpu().numpy()) for video in sample.videos]
+
+
 def page_groups(scored: Scored, names: list[str], advantages: torch.Tensor, group_size: int, limit: int | None):
     """The rows of ``write_report``, group by group, of at most ``limit`` completions."""
     advantages, rewards = advantages.tolist(), scored.scores.rewards.tolist()
     rows = [
-        Row(prompt_text(s.prompt), s.images, text_of(c), dict(zip(names, r, strict=True)), a)
+        Row(prompt_text(s.prompt), pictures(s), text_of(c), dict(zip(names, r, strict=True)), a)
         for s, c, r, a in zip(scored.samples, scored.completions, rewards, advantages, strict=True)
     ][:limit]
     return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]

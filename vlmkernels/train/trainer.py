@@ -27,7 +27,9 @@ from vlmkernels.models.batch import Batch
 from vlmkernels.models.encode import encode_images, image_axes, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
+from vlmkernels.models.head import completion_logps, completion_loss, logit_arguments, output_head
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.rewards import Rewards, Scores
@@ -36,7 +38,6 @@ from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_w
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
-from vlmkernels.train.head import completion_logps, completion_loss, logit_arguments, output_head
 from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.parallel import gathered, most, prepared_reference
@@ -112,9 +113,9 @@ class GRPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
         self.head = output_head(model)
-        with inference(model):
-            self.logit_arguments = logit_arguments(model, self.head)
+        self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
+        self.processor_arguments = use_vision_ops(self.text_model, processing_class)
         self.shares_prefix = self._choose_prefix_sharing()
         # Features of a vision tower that does not change serve all passes over a generation batch.
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
@@ -216,7 +217,9 @@ class GRPOTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
-        prompts = encode(samples, self.processing_class, self.family, self.args.chat_template_kwargs)
+        prompts = encode(
+            samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
+        )
         prompts = prompts.to(self.args.device)
         with gathered(self.policy, self.head):
             if self.encodes_once and getattr(self.generate, "by_groups", False):
@@ -308,6 +311,8 @@ class GRPOTrainer(Trainer):
     def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
         batch = rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+        if self.idle_images is not None and "pixel_values_videos" in batch.inputs:
+            raise NotImplementedError("videos under FSDP2 are not supported: processes without one would not run their tower")
         if self.idle_images is not None and "pixel_values" in batch.inputs:
             batch.inputs.setdefault("image_index", None)
         elif self.idle_images is not None:

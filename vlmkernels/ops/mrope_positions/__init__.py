@@ -149,5 +149,5 @@ def mrope_positions(
 
     last = torch.full((len(lengths),), -1, dtype=torch.int32, device=device)
     last.scatter_reduce_(0, sequence, positions.amax(0), "amax")
-    count = lengths if kept is None else torch.zeros_like(lengths).index_add_(0, sequence, kept.long())
+    count = lengths if kept is None else kept.view(shape).sum(1)
     return MropePositions(positions.long().view(3, *shape), (last + 1 - count)[:, None])

@@ -38,8 +38,8 @@ def varlen_attention(
         max_seqlen: the longest sequence's length, which flash kernels need on the host: without it they wait for the device.
         causal: a token attends to itself and those before it alone.
         scale: of the scores; default 1 / sqrt(D).
-        implementation: "flash_attn" (the package), "torch" (torch.nn.attention.varlen), "sdpa" (neighbouring sequences of one
-            length in one call of scaled_dot_product_attention; on a GPU it waits for the lengths), or "auto".
+        implementation: "flash_attn" (the package), "torch" (torch.nn.attention.varlen), "sdpa" (all sequences of one length in
+            one call of scaled_dot_product_attention; on a GPU it waits for the lengths), or "auto".
 
     Returns:
         (N, Hq, D) in the dtype of ``query``. Gradients go to query, key and value.

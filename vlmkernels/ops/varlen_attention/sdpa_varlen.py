@@ -1,6 +1,4 @@
-"""Packed attention by ``torch.nn.functional.scaled_dot_product_attention``: one call per run of sequences of one length."""
-
-from itertools import groupby, pairwise
+"""Packed attention by ``torch.nn.functional.scaled_dot_product_attention``: one call for all sequences of one length."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -13,17 +11,23 @@ def unsupported(query: torch.Tensor) -> str | None:
 
 
 def run(query, key, value, cu_seqlens, max_seqlen, causal, scale):
-    bounds = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    sound = bounds[0] == 0 and bounds[-1] == len(query) and min(lengths, default=0) >= 0
-    require(sound, "cu_seqlens", f"go from 0 to {len(query)} without a step back", bounds)
-    parts, start = [], 0
-    for length, group in groupby(lengths):
-        size = length * len(list(group))
-        if size:
-            # (n, H, T, D): the windows of an image are one call.
-            q, k, v = (x[start : start + size].unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
-            out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
-            parts.append(out.transpose(1, 2).flatten(0, 1))
-        start += size
-    return torch.cat(parts) if parts else torch.empty_like(query)
+    bounds = cu_seqlens.long().cpu()
+    lengths = bounds.diff()
+    sound = bounds[0] == 0 and bounds[-1] == len(query) and bool((lengths >= 0).all())
+    require(sound, "cu_seqlens", f"go from 0 to {len(query)} without a step back", bounds.tolist())
+    if not len(query):
+        return torch.empty_like(query)
+    sizes, counts = lengths[lengths > 0].unique(return_counts=True)
+    if len(sizes) > 1:
+        # Sequences of one length next to one another: the windows and the edges of all images are a call each.
+        order = lengths.repeat_interleave(lengths).argsort(stable=True).to(query.device)
+        query, key, value = (x.index_select(0, order) for x in (query, key, value))
+    parts = []
+    for length, *inputs in zip(sizes.tolist(), *(x.split((sizes * counts).tolist()) for x in (query, key, value)), strict=True):
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in inputs)  # (n, H, T, D)
+        out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    if len(parts) == 1:
+        return parts[0]
+    out = torch.cat(parts)
+    return torch.empty_like(out).index_copy(0, order, out)

@@ -1,5 +1,6 @@
 """Log-probabilities of completions under a model, and their loss: taken in its head, its logits never held."""
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 
@@ -13,23 +14,23 @@ from vlmkernels.ops.linear_logps import linear_logps
 
 
 @contextmanager
-def _forward_of(module: torch.nn.Module, forward):
-    """Inside, ``module`` runs ``forward`` in place of its own."""
-    previous = vars(module).get("forward")  # another wrapper's
-    module.forward = forward
+def method_replaced(module: torch.nn.Module, name: str, function: Callable):
+    """Inside, ``module`` runs ``function`` in place of its method ``name``."""
+    previous = vars(module).get(name)  # another wrapper's
+    setattr(module, name, function)
     try:
         yield
     finally:
-        del module.forward
+        delattr(module, name)
         if previous is not None:
-            module.forward = previous
+            setattr(module, name, previous)
 
 
 def logit_arguments(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, float]:
     """What the model does to its logits after its head, as arguments of ``linear_logps``.
 
     Configurations name a cap (Gemma), a factor (Cohere) or a divisor (Granite) that not every class with such a configuration
-    applies: two numbers are sent through to see.
+    applies: two numbers are sent through to see, in evaluation mode.
     """
     config = model.config.get_text_config()
     candidates = [{}]
@@ -42,8 +43,13 @@ def logit_arguments(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, 
 
     probe = torch.tensor([1.0, 20.0], device=head.weight.device)
     token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
-    with _forward_of(head, lambda hidden: probe.to(hidden.dtype).expand(1, 1, 2)), torch.no_grad():
-        seen = model(input_ids=token, attention_mask=token + 1, use_cache=False).logits.float().flatten()
+    training = model.training
+    model.eval()
+    try:
+        with method_replaced(head, "forward", lambda hidden: probe.to(hidden.dtype).expand(1, 1, 2)), torch.no_grad():
+            seen = model(input_ids=token, attention_mask=token + 1, use_cache=False).logits.float().flatten()
+    finally:
+        model.train(training)
     for candidate in candidates:
         expected = probe * candidate.get("logit_scale", 1.0)
         if cap := candidate.get("softcap"):
@@ -82,8 +88,9 @@ def head_weight(head: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
-def _in_head(model, batch: ScoringBatch, head, function):
-    """What ``function(hidden (.., .., H), weight, targets (N,), rows=..., bias=...)`` makes of the batch's hidden states.
+def in_head(model, batch: ScoringBatch, head: torch.nn.Module, function: Callable) -> tuple:
+    """What ``function(hidden (.., .., H), weight, targets (N,), rows=..., bias=...)`` makes of the batch's hidden states, and
+    the model's output, whose logits mean nothing.
 
     It is called where the model would compute logits, in its head: so every parameter is used inside the model's own forward
     pass, and what wraps it (autocast, DDP, LoRA) works as ever.
@@ -95,9 +102,21 @@ def _in_head(model, batch: ScoringBatch, head, function):
         first = results[0] if isinstance(results[0], torch.Tensor) else results[0][0]
         return first.reshape(1, -1, 1)
 
-    with _forward_of(head, in_place_of_logits):
-        model(**batch.inputs, use_cache=False)
-    return results[0]
+    with method_replaced(head, "forward", in_place_of_logits):
+        output = model(**batch.inputs, use_cache=False)
+    return results[0], output
+
+
+def objective_of(counts: torch.Tensor, **objective) -> Callable[..., LinearGRPOLossOutput]:
+    """``linear_grpo_loss`` of the tokens of a batch that count, as a function for ``in_head``.
+
+    Args:
+        counts: (B, C) bool, the tokens of the batch's completions that count: all N of it, (B, C) row by row.
+        objective: further arguments of ``linear_grpo_loss``; what is (B, C) is cut to the tokens that count.
+    """
+    cu_seqlens = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0)).int()
+    cut = {name: x[counts] if isinstance(x, torch.Tensor) and x.shape == counts.shape else x for name, x in objective.items()}
+    return partial(linear_grpo_loss, cu_seqlens=cu_seqlens, **cut)
 
 
 def completion_logps(
@@ -117,7 +136,7 @@ def completion_logps(
         arguments: see ``logit_arguments``.
     """
     function = partial(linear_logps, temperature=temperature, return_entropy=return_entropy, **arguments)
-    return _in_head(model, batch, head, function)
+    return in_head(model, batch, head, function)[0]
 
 
 def completion_loss(
@@ -134,10 +153,6 @@ def completion_loss(
 
     Args:
         model, batch, head, arguments: see ``completion_logps``.
-        counts: (B, C) bool, the tokens of the batch's completions that count: all N of it, (B, C) row by row.
-        objective: further arguments of ``linear_grpo_loss``; what is (B, C) is cut to the tokens that count.
+        counts, objective: see ``objective_of``.
     """
-    cu_seqlens = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0)).int()
-    cut = {name: x[counts] if isinstance(x, torch.Tensor) and x.shape == counts.shape else x for name, x in objective.items()}
-    loss = partial(linear_grpo_loss, cu_seqlens=cu_seqlens, temperature=temperature, **arguments, **cut)
-    return _in_head(model, batch, head, loss)
+    return in_head(model, batch, head, objective_of(counts, temperature=temperature, **arguments, **objective))[0]

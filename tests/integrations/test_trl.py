@@ -1,0 +1,358 @@
+"""TRL's own trainers with and without this package beneath them: the same losses, metrics, gradients and parameters."""
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+trl = pytest.importorskip("trl")
+
+import torch  # noqa: E402
+from trl_runs import STEPS, FixedEngine, build, rows, tiny_model, train  # noqa: E402
+
+from vlmkernels.integrations import trl as ours  # noqa: E402
+from vlmkernels.integrations.trl import patch_trl  # noqa: E402
+from vlmkernels.models import families  # noqa: E402
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TEXT, ONE, SEVERAL = [[]], [[(28, 28)], [(56, 28)]], [[(28, 28)], [(56, 28), (28, 28)]]
+DRAWN = {"top_k": 100, "top_p": 0.95, "repetition_penalty": 1.2, "generation_kwargs": {"min_new_tokens": 2}}
+NOT_BY_GROUPS = {"generation_kwargs": {"no_repeat_ngram_size": 2}}
+SEQUENCE = {"importance_sampling_level": "sequence"}
+VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_clip_max": 2.0}
+
+
+@dataclass
+class Case:
+    """images: the sizes of a row's, see ``rows``. shares: whether prompts run once."""
+
+    model: str
+    images: list
+    options: dict = field(default_factory=dict)
+    trainer: str = "GRPO"
+    shares: bool = True
+    lora: bool = False
+
+
+# fmt: off
+CASES = {
+    # every family, every loss
+    "dapo": Case("qwen2_5_vl", SEVERAL, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
+    "grpo": Case("qwen3_vl", ONE, {"loss_type": "grpo", "beta": 0.1, **DRAWN}),
+    "bnpo, LoRA": Case("llava", ONE, {"loss_type": "bnpo", "beta": 0.1}, lora=True),
+    "dr_grpo": Case("smolvlm", ONE, {"loss_type": "dr_grpo", "delta": 1.5, "steps_per_generation": 2}),
+    "cispo": Case("gemma3", [[(28, 28)]], {"loss_type": "cispo", "beta": 0.1, "epsilon_high": 5.0}, shares=False),
+    "sapo": Case("internvl", ONE, {"loss_type": "sapo", "top_entropy_quantile": 0.6, "entropy_coef": 0.01, **NOT_BY_GROUPS}),
+    "vespo": Case("text", TEXT, {"loss_type": "vespo", "use_adaptive_entropy": True, "entropy_target": 5.56}),
+    "luspo, LoRA": Case("text", TEXT, {"loss_type": "luspo", **SEQUENCE, "beta": 0.05}, lora=True),
+    # other options
+    "gspo, evaluated": Case("text", TEXT, {"loss_type": "grpo", **SEQUENCE, "eval_strategy": "steps", "eval_steps": 5}),
+    "masks": Case("text", TEXT, {"mask_truncated_completions": True, "off_policy_mask_threshold": 0.001, "beta": 0.1}),
+    "fp32 head": Case("text", TEXT, {"cast_lm_head_to_fp32": True, "temperature": 0.7, "pad_to_multiple_of": 8}),
+    "experts": Case("moe", TEXT, {"router_aux_loss_coef": 0.1}, shares=False),
+    "engine, tokens": Case("text", TEXT, {**VLLM, "vllm_importance_sampling_mode": "token_truncate"}),
+    "engine, sequences": Case("text", TEXT, {**VLLM, "vllm_importance_sampling_mode": "sequence_mask"}),
+    "rloo": Case("qwen2_5_vl", ONE, {"beta": 0.1, "gradient_accumulation_steps": 2, "min_p": 0.01}, trainer="RLOO"),
+}
+# fmt: on
+
+
+def options_of(case: Case) -> dict:
+    options = {"config": getattr(trl, f"{case.trainer}Config"), **case.options}
+    if case.lora:
+        from peft import LoraConfig
+
+        options["peft_config"] = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    return options
+
+
+def assert_same(mine, theirs):
+    assert len(mine.logs) == len(theirs.logs) > STEPS
+    for own, other in zip(mine.logs, theirs.logs, strict=True):
+        assert own.keys() == other.keys()
+        for name, value in other.items():
+            assert own[name] == pytest.approx(value, rel=2e-5, abs=2e-6, nan_ok=True), (other["step"], name)
+    for name, parameter in theirs.parameters.items():
+        torch.testing.assert_close(mine.parameters[name], parameter, rtol=1e-5, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_as_without_the_line(tmp_path, monkeypatch, name):
+    case = CASES[name]
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", FixedEngine)
+    arguments = (tmp_path, getattr(trl, f"{case.trainer}Trainer"), *tiny_model(case.model), rows(4, case.images))
+    theirs = train(build(*arguments, **options_of(case)))
+    with patch_trl():
+        mine = train(build(*arguments, **options_of(case)))
+    assert mine.trainer._scoring.shares == case.shares
+    assert any(log.get("grad_norm", 0) > 0 for log in theirs.logs)
+    assert_same(mine, theirs)
+
+
+def one_batch(tmp_path, name: str, images: list, trainer=None, **options):
+    """A trainer under our methods, and a micro-batch that it made."""
+    trainer = build(tmp_path, trainer or ours.GRPOTrainer, *tiny_model(name), rows(4, images), num_iterations=2, **options)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+
+def outcome(trainer, inputs: dict):
+    """Loss, metrics and gradients of a micro-batch."""
+    trainer._metrics["train"] = defaultdict(list)
+    trainer.model.zero_grad()
+    loss = trainer._compute_loss(trainer.model, inputs)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), dict(trainer._metrics["train"]), gradients
+
+
+@pytest.mark.parametrize("change", ["tool_mask", "advantages of tokens", "bf16", "bf16, fp32 head", "nothing counts"])
+def test_a_batch_is_scored_as_by_trl(tmp_path, change):
+    """What a run above does not reach: a trainer without ``_scoring`` is TRL's own."""
+    options = {"bf16": "bf16" in change, "cast_lm_head_to_fp32": "fp32 head" in change, "top_entropy_quantile": 0.7}
+    trainer, inputs = one_batch(tmp_path, "qwen2_5_vl", ONE, **options)
+    mask = inputs["completion_mask"]
+    if change == "tool_mask":
+        inputs["tool_mask"] = (torch.arange(mask.shape[1]) % 3 != 1).long().expand_as(mask)
+    elif change == "advantages of tokens":
+        inputs["advantages"] = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
+    elif change == "nothing counts":
+        inputs["completion_mask"] = torch.zeros_like(mask)
+    loss, metrics, gradients = outcome(trainer, inputs)
+    trainer._scoring = None
+    expected, their_metrics, theirs = outcome(trainer, inputs)
+    tolerance = 2e-2 if "bf16" in change else 1e-5
+    assert loss == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    assert metrics.keys() == their_metrics.keys()
+    for name, value in their_metrics.items():
+        # In bf16 a ratio or an entropy at a bound may fall on its other side.
+        loose = (
+            {"rel": 2e-2, "abs": 0.2 if name.startswith("clip") else 2e-2} if "bf16" in change else {"rel": 1e-5, "abs": 1e-6}
+        )
+        assert metrics[name] == pytest.approx(value, nan_ok=True, **loose), name
+    assert gradients.keys() >= theirs.keys()
+    size = max(gradient.abs().max() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert (gradients[name] - gradient).abs().max() <= (0.1 if "bf16" in change else 1e-5) * size + 1e-7, name
+
+
+def test_prompts_and_images_run_once(tmp_path):
+    """Two prompts of four completions: in the rollout and in the training step, whose rows TRL has shuffled."""
+    trainer = build(tmp_path, ours.GRPOTrainer, *tiny_model("qwen2_5_vl"), rows(2, ONE), num_iterations=1, max_steps=1)
+    patches, tokens = [], []
+    inner = trainer.model.model
+    inner.visual.register_forward_pre_hook(lambda module, args, kwargs: patches.append(len(args[0])), with_kwargs=True)
+    inner.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    train(trainer)
+    inputs = trainer._buffered_inputs[0]
+    lengths = {
+        tuple(ids): int(mask.sum()) for ids, mask in zip(inputs["prompt_ids"].tolist(), inputs["prompt_mask"], strict=True)
+    }
+    assert len(lengths) == 2  # of images of two sizes
+    first, *steps, last = tokens
+    assert patches == [4 + 8] * 2
+    assert first == (1, sum(lengths.values()))
+    assert all(step[1] <= 8 for step in steps)
+    assert last == (1, sum(lengths.values()) + int(inputs["completion_mask"].sum()))
+
+
+@pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
+def test_regrouped(tmp_path, trainer):
+    """Four micro-batches of two rows, of two prompts by four completions: each of one prompt, and the steps are the same."""
+    arguments = (tmp_path, getattr(trl, f"{trainer}Trainer"), *tiny_model("qwen2_5_vl"), rows(4, ONE))
+    options = {"config": getattr(trl, f"{trainer}Config"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    options |= {"beta": 0.1, "num_iterations": 3} | ({"loss_type": "grpo"} if trainer == "GRPO" else {})
+    theirs = train(build(*arguments, **options))
+    with patch_trl(regroup=True):
+        mine = train(build(*arguments, **options))
+    assert [len(batch["prompt_index"].unique()) for batch in mine.trainer._buffered_inputs] == [1] * 4
+    grids = [len(batch["image_grid_thw"].unique(dim=0)) for batch in theirs.trainer._buffered_inputs]
+    assert max(grids) == 2  # TRL's own are of two prompts, whose images differ in size
+    for run in (mine, theirs):
+        for log in run.logs:
+            for name in [name for name in log if name.startswith(("clip_ratio", "entropy", "kl"))]:
+                del log[name]  # means of other micro-batches
+    assert_same(mine, theirs)
+
+
+def test_images_of_tools_run_unshared(tmp_path):
+    trainer, inputs = one_batch(tmp_path, "qwen2_5_vl", ONE)
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    model_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    width = inputs["completion_ids"].shape[1]
+    assert (
+        "group_layout" in trainer._scoring.micro(trainer.model, _with_media(inputs, model_inputs), width, [1] * 8).batch.inputs
+    )
+    ids[3, -2] = trainer.model.config.image_token_id
+    assert "group_layout" not in trainer._scoring.micro(trainer.model, model_inputs, width, [1] * 8).batch.inputs
+
+
+def _with_media(inputs: dict, model_inputs: dict) -> dict:
+    return model_inputs | {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+
+
+def members() -> dict:
+    return {cls: dict(vars(cls)) for cls in (trl.GRPOTrainer, trl.RLOOTrainer)}
+
+
+def fail():
+    raise ZeroDivisionError
+
+
+def test_undone_on_leaving(tmp_path):
+    before = members()
+    arguments = (tmp_path, trl.GRPOTrainer, *tiny_model("text"), rows(4, TEXT))
+    theirs = train(build(*arguments))
+    with patch_trl():
+        assert members() != before
+        late = build(*arguments)
+    assert members() == before
+    assert_same(train(late), theirs)  # by TRL's own methods again
+    with pytest.raises(ZeroDivisionError), patch_trl():
+        fail()
+    assert members() == before
+
+
+def test_patched_twice_late_and_a_subclass(tmp_path, monkeypatch):
+    before, notices = members(), []
+    monkeypatch.setattr(ours.logger, "warning_once", notices.append)
+    arguments = (tmp_path, trl.GRPOTrainer, *tiny_model("text"), rows(4, TEXT))
+    theirs = train(build(*arguments))
+    early = build(*arguments)
+    patch = patch_trl()
+    try:
+        with pytest.raises(RuntimeError, match="patch_trl must be undone before it is called again, got a second call"):
+            patch_trl()
+        assert_same(train(early), theirs)
+        assert early._scoring is None  # TRL's own code, though TRL is patched
+        assert set(notices) == {"A trainer built before patch_trl() runs TRL's own code"}
+        ours_alone = train(build(tmp_path, ours.GRPOTrainer, *arguments[2:]))
+    finally:
+        patch.undo()
+    assert_same(ours_alone, theirs)
+    patch.undo()
+    assert members() == before
+
+
+def test_notices_and_refusals(tmp_path, monkeypatch):
+    notices = []
+    for module in (ours, ours.scoring, ours.generation):
+        monkeypatch.setattr(module.logger, "warning_once", notices.append)
+
+    def made(name, images, trainer=ours.GRPOTrainer, **options):
+        return build(tmp_path, trainer, *tiny_model(name), rows(4, images), **options)
+
+    def with_prefix(*args, **kwargs):
+        return ours.GRPOTrainer(*args, share_prefix=True, **kwargs)
+
+    made("gemma3", [[(28, 28)]])
+    assert notices.pop().startswith(
+        "Prompts and images run once per completion, as TRL runs them: Gemma3ForConditionalGeneration: "
+    )
+    with pytest.raises(
+        ValueError, match=r"share_prefix must be 'auto' or False: Gemma3For.* image tokens attend in both directions"
+    ):
+        made("gemma3", [[(28, 28)]], with_prefix)
+    with pytest.raises(ValueError, match=r"share_prefix must be 'auto' or False: the router's loss .* router_aux_loss_coef=0"):
+        made("moe", TEXT, with_prefix, router_aux_loss_coef=0.1)
+    with pytest.raises(ValueError, match="share_prefix must be 'auto' or False: use_transformers_continuous_batching sets"):
+        made("text", TEXT, with_prefix, use_transformers_continuous_batching=True)
+    with pytest.raises(ValueError, match="importance_sampling_level must be one of the token level with loss_type = 'vespo'"):
+        made("text", TEXT, loss_type="vespo", **SEQUENCE)
+    with pytest.raises(ValueError, match=r"torch_compile must be False: .*, got True"):
+        made("text", TEXT, torch_compile=True)
+    for options, message in (
+        ({"loss_type": "bnpo"}, "regroup must be False with loss_type='bnpo', a mean over a micro-batch, got True"),
+        ({"use_adaptive_entropy": True}, "regroup must be False with use_adaptive_entropy, a mean"),
+        (
+            {"gradient_accumulation_steps": 2, "steps_per_generation": 3},
+            "regroup must be False where gradient_accumulation_steps and .* do not divide one another, got 2 and 3",
+        ),
+    ):
+        with patch_trl(regroup=True), pytest.raises(ValueError, match=message):
+            made("text", TEXT, trl.GRPOTrainer, **options)
+    for options, message in (
+        ({"share_prefix": "yes"}, "share_prefix must be 'auto', True or False, got 'yes'"),
+        ({"share_prefix": 1}, "share_prefix must be 'auto', True or False, got 1"),
+        ({"fast_images": None}, "fast_images must be a bool, got None"),
+        ({"regroup": "auto"}, "regroup must be a bool, got 'auto'"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            patch_trl(**options)
+    assert ours.Patch.active is None
+    assert not notices
+
+    model, _ = tiny_model("text")
+    monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
+    reason = ours.scoring._why_not_shared(model)
+    assert reason == "attn_implementation must be 'sdpa', 'eager' or 'vlmkernels', got 'flex_attention'"
+
+
+def test_a_trl_whose_seams_differ_is_named(monkeypatch):
+    def without_images(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss):
+        """As if a release took them another way."""
+
+    before, name = members(), "_get_per_token_logps_and_entropies"
+    monkeypatch.setattr(trl, "__version__", "1.99.0")
+    monkeypatch.setitem(ours._TRL[trl.RLOOTrainer], name, without_images)
+    message = f"trl must be 1.16 or have its seams, got 1.99.0: RLOOTrainer.{name} does not take pixel_values, image_grid_thw"
+    with pytest.raises(NotImplementedError, match=message):
+        patch_trl()
+    monkeypatch.setitem(ours._TRL[trl.RLOOTrainer], name, None)
+    with pytest.raises(NotImplementedError, match=f"got 1.99.0: RLOOTrainer.{name} is not there"):
+        patch_trl()
+    assert members() == before
+
+
+def test_a_model_of_no_family(tmp_path, monkeypatch):
+    """Scored without logits all the same, and a notice says why its prompts run once per completion."""
+    known = tuple(family for family in families.FAMILIES if family.name != "llava")
+    monkeypatch.setattr(families, "FAMILIES", known)
+    notices = []
+    monkeypatch.setattr(ours.scoring.logger, "warning_once", notices.append)
+    trainer, inputs = one_batch(tmp_path, "llava", ONE, beta=0.1)
+    (notice,) = notices
+    assert "LlavaForConditionalGeneration: model_type must be one of" in notice
+    loss, metrics, _ = outcome(trainer, inputs)
+    trainer._scoring = None
+    expected, theirs, _ = outcome(trainer, inputs)
+    assert loss == pytest.approx(expected, abs=1e-6)
+    assert {name: value for name, (value,) in metrics.items()} == pytest.approx(
+        {name: value for name, (value,) in theirs.items()}, abs=1e-6
+    )
+
+
+def test_a_subclass_keeps_what_it_overrides(tmp_path):
+    class Doubled(trl.GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            logps, entropy, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            return 2 * logps, entropy, aux
+
+    arguments = (tmp_path, Doubled, *tiny_model("text"), rows(4, TEXT))
+    theirs = train(build(*arguments, max_steps=STEPS))
+    with patch_trl():
+        mine = train(build(*arguments, max_steps=STEPS))
+    assert mine.trainer._scoring.shares
+    assert_same(mine, theirs)
+
+
+def test_two_processes(tmp_path):
+    """Means over the tokens, and ratios over the sequences, of both."""
+    script = str(Path(__file__).with_name("trl_processes.py"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(tmp_path)]
+    result = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    runs = json.loads((tmp_path / "logs.json").read_text())
+    for theirs, mine in runs:
+        assert len(mine) == len(theirs) > 2
+        for own, other in zip(mine, theirs, strict=True):
+            assert own == pytest.approx(other, rel=2e-5, abs=2e-6, nan_ok=True)

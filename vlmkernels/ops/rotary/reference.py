@@ -1,0 +1,26 @@
+"""Rotation of pairs of features by angles, in plain PyTorch: the oracle of ``rotary``.
+
+Of P pairs, pair j of a head is (x_j, x_{j+P}):  y_j = x_j cos_j - x_{j+P} sin_j,  y_{j+P} = x_{j+P} cos_j + x_j sin_j.
+The inverse turns by -angle, and is the gradient too. Features from 2 P on stay. https://arxiv.org/abs/2104.09864, section 3.2.
+"""
+
+import torch
+
+
+def unsupported(*tensors: torch.Tensor) -> str | None:
+    return None
+
+
+def _rotate(x, cos, sin, out):
+    pairs = cos.shape[-1]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (t.to(dtype).unsqueeze(-2) for t in (cos, sin))
+    first, second, rest = x.to(dtype).split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
+    out.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1))
+
+
+def fwd(query, key, cos, sin, inverse, query_out, key_out):
+    """query, key: (B, S, H, D); cos, sin: (B, S, P)."""
+    sin = -sin if inverse else sin
+    _rotate(query, cos, sin, query_out)
+    _rotate(key, cos, sin, key_out)
