@@ -11,6 +11,7 @@ TRL's up to rounding. What changes:
 - rows of a micro-batch with the same prompt and images, in any order, run behind one copy of it, in the policy's forward and
   backward pass as in those of the old and the reference model;
 - where ``transformers`` generates, each prompt is run once for all its completions;
+- a vision tower that is not trained encodes each image once per generation batch;
 - images are prepared by ``FastImageProcessor`` where it applies.
 """
 
@@ -136,6 +137,8 @@ class _Trainer:
             return original(self, prompt_ids, images, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
+        if self._scoring is not None and self._scoring.features is not None:
+            self._scoring.features.forget()
         batch = _trl(self, _SAMPLE)(self, inputs)
         if self._regroups:
             rows = torch.arange(len(inputs)) + self.accelerator.process_index * len(inputs)
