@@ -1,5 +1,6 @@
 """TRL's own trainers with and without this package beneath them: the same losses, metrics, gradients and parameters."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -330,6 +331,13 @@ def test_a_trl_whose_seams_differ_is_named(monkeypatch):
     with pytest.raises(NotImplementedError, match=f"got 1.99.0: RLOOTrainer.{name} is not there"):
         patch_trl()
     assert members() == before
+
+    # One that lacks a function which this module imports.
+    monkeypatch.delattr("trl.trainer.utils.split_tensor_dict")
+    for name in [name for name in sys.modules if name.startswith("vlmkernels.integrations.trl")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"trl must be 1.16 or have its seams, got 1.99.0: .* 'split_tensor_dict'"):
+        importlib.import_module("vlmkernels.integrations.trl")
 
 
 def test_a_model_of_no_family(tmp_path, monkeypatch):

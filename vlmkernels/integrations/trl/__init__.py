@@ -22,13 +22,17 @@ import torch
 import trl
 from transformers.utils import logging
 
-from vlmkernels.integrations.trl.batches import PROMPT, check_regroup, regrouped, window_of
 from vlmkernels.integrations.trl.generation import generate_of
-from vlmkernels.integrations.trl.loss import MEDIA, compute_loss, loss_config
 from vlmkernels.integrations.trl.scoring import Options, Scoring
 from vlmkernels.models.head import method_replaced
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
+
+try:
+    from vlmkernels.integrations.trl.batches import PROMPT, check_regroup, regrouped, window_of
+    from vlmkernels.integrations.trl.loss import MEDIA, compute_loss, loss_config
+except ImportError as error:
+    raise ImportError(f"trl must be 1.16 or have its seams, got {trl.__version__}: {error}") from error
 
 __all__ = ["GRPOTrainer", "RLOOTrainer", "patch_trl"]
 
@@ -49,7 +53,7 @@ _TRL = {cls: {name: vars(cls).get(name) for name in _SEAMS} for cls in (trl.GRPO
 _TESTED = "1.16"
 # What TRL's objective calls, which a subclass may override.
 _PARTS = {
-    name: getattr(trl.GRPOTrainer, name) for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
+    name: getattr(trl.GRPOTrainer, name, None) for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
 }
 
 
