@@ -40,7 +40,7 @@ def measure(turns: int) -> list[dict]:
 def test_step_of_trl(benchmark):
     pytest.importorskip("trl")
     title = ", ".join(f"{name} {value}" for name, value in SETTING.items())
-    harness.record(f"step of TRL, {title}", measure(TURNS))
+    harness.record(f"TRL step, {title}", measure(TURNS))
     benchmark.pedantic(lambda: None)  # measured above, in processes of their own
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 
 def test_snippets():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 6
     names: dict = {}
     for snippet in SNIPPETS:
         exec(snippet, names)

@@ -1,5 +1,6 @@
 """TRL's own trainers with and without this package beneath them: the same losses, metrics, gradients and parameters."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -143,20 +144,26 @@ def test_a_batch_is_scored_as_by_trl(tmp_path, change):
         assert (gradients[name] - gradient).abs().max() <= (0.1 if "bf16" in change else 1e-5) * size + 1e-7, name
 
 
-def test_prompts_and_images_run_once(tmp_path):
-    """Two prompts of four completions: in the rollout and in the training step, whose rows TRL has shuffled."""
-    trainer = build(tmp_path, ours.GRPOTrainer, *tiny_model("qwen2_5_vl"), rows(2, ONE), num_iterations=1, max_steps=1)
+def watched(trainer) -> tuple[list[int], list[tuple[int, int]]]:
+    """Patches that the vision tower takes, and the size of what the language model takes, call by call."""
     patches, tokens = [], []
-    inner = trainer.model.model
+    inner = trainer.accelerator.unwrap_model(trainer.model)
+    inner = ours.scoring.base_of(inner).model
     inner.visual.register_forward_pre_hook(lambda module, args, kwargs: patches.append(len(args[0])), with_kwargs=True)
     inner.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
+    return patches, tokens
+
+
+def test_prompts_and_images_run_once(tmp_path):
+    """Two prompts of four completions: in the rollout and in the training step, whose rows TRL has shuffled."""
+    trainer = build(tmp_path, ours.GRPOTrainer, *tiny_model("qwen2_5_vl"), rows(2, ONE), num_iterations=1, max_steps=1)
+    patches, tokens = watched(trainer)
     train(trainer)
     inputs = trainer._buffered_inputs[0]
-    lengths = {
-        tuple(ids): int(mask.sum()) for ids, mask in zip(inputs["prompt_ids"].tolist(), inputs["prompt_mask"], strict=True)
-    }
+    prompts = zip(inputs["prompt_ids"].tolist(), inputs["prompt_mask"], strict=True)
+    lengths = {tuple(ids): int(mask.sum()) for ids, mask in prompts}
     assert len(lengths) == 2  # of images of two sizes
     first, *steps, last = tokens
     assert patches == [4 + 8] * 2
@@ -165,16 +172,29 @@ def test_prompts_and_images_run_once(tmp_path):
     assert last == (1, sum(lengths.values()) + int(inputs["completion_mask"].sum()))
 
 
+def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path):
+    """For the rollout, the old and the reference model, and ten passes of training in micro-batches of their own order."""
+    case = Case("qwen2_5_vl", ONE, {"beta": 0.1, "steps_per_generation": 2, "max_steps": 10}, lora=True)
+    arguments = (tmp_path, trl.GRPOTrainer, *tiny_model(case.model), rows(4, case.images))
+    theirs = train(build(*arguments, **options_of(case)))
+    with patch_trl():
+        trainer = build(*arguments, **options_of(case))
+        patches, _ = watched(trainer)
+        mine = train(trainer)
+    assert patches == [2 * (4 + 8)]
+    assert_same(mine, theirs)
+
+
 @pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
 def test_regrouped(tmp_path, trainer):
-    """Four micro-batches of two rows, of two prompts by four completions: each of one prompt, and the steps are the same."""
+    """Two micro-batches of four rows, of two prompts by four completions: each of one prompt, and the steps are the same."""
     arguments = (tmp_path, getattr(trl, f"{trainer}Trainer"), *tiny_model("qwen2_5_vl"), rows(4, ONE))
-    options = {"config": getattr(trl, f"{trainer}Config"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    options |= {"beta": 0.1, "num_iterations": 3} | ({"loss_type": "grpo"} if trainer == "GRPO" else {})
+    options = {"config": getattr(trl, f"{trainer}Config"), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    options |= {"beta": 0.1} | ({"loss_type": "grpo"} if trainer == "GRPO" else {})
     theirs = train(build(*arguments, **options))
     with patch_trl(regroup=True):
         mine = train(build(*arguments, **options))
-    assert [len(batch["prompt_index"].unique()) for batch in mine.trainer._buffered_inputs] == [1] * 4
+    assert [len(batch["prompt_index"].unique()) for batch in mine.trainer._buffered_inputs] == [1] * 2
     grids = [len(batch["image_grid_thw"].unique(dim=0)) for batch in theirs.trainer._buffered_inputs]
     assert max(grids) == 2  # TRL's own are of two prompts, whose images differ in size
     for run in (mine, theirs):
@@ -311,6 +331,13 @@ def test_a_trl_whose_seams_differ_is_named(monkeypatch):
     with pytest.raises(NotImplementedError, match=f"got 1.99.0: RLOOTrainer.{name} is not there"):
         patch_trl()
     assert members() == before
+
+    # One that lacks a function which this module imports.
+    monkeypatch.delattr("trl.trainer.utils.split_tensor_dict")
+    for name in [name for name in sys.modules if name.startswith("vlmkernels.integrations.trl")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"trl must be 1.16 or have its seams, got 1.99.0: .* 'split_tensor_dict'"):
+        importlib.import_module("vlmkernels.integrations.trl")
 
 
 def test_a_model_of_no_family(tmp_path, monkeypatch):

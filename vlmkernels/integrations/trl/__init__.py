@@ -11,6 +11,7 @@ TRL's up to rounding. What changes:
 - rows of a micro-batch with the same prompt and images, in any order, run behind one copy of it, in the policy's forward and
   backward pass as in those of the old and the reference model;
 - where ``transformers`` generates, each prompt is run once for all its completions;
+- a vision tower that is not trained encodes each image once per generation batch;
 - images are prepared by ``FastImageProcessor`` where it applies.
 """
 
@@ -21,13 +22,17 @@ import torch
 import trl
 from transformers.utils import logging
 
-from vlmkernels.integrations.trl.batches import PROMPT, check_regroup, regrouped, window_of
 from vlmkernels.integrations.trl.generation import generate_of
-from vlmkernels.integrations.trl.loss import MEDIA, compute_loss, loss_config
 from vlmkernels.integrations.trl.scoring import Options, Scoring
 from vlmkernels.models.head import method_replaced
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
+
+try:
+    from vlmkernels.integrations.trl.batches import PROMPT, check_regroup, regrouped, window_of
+    from vlmkernels.integrations.trl.loss import MEDIA, compute_loss, loss_config
+except ImportError as error:
+    raise ImportError(f"trl must be 1.16 or have its seams, got {trl.__version__}: {error}") from error
 
 __all__ = ["GRPOTrainer", "RLOOTrainer", "patch_trl"]
 
@@ -48,7 +53,7 @@ _TRL = {cls: {name: vars(cls).get(name) for name in _SEAMS} for cls in (trl.GRPO
 _TESTED = "1.16"
 # What TRL's objective calls, which a subclass may override.
 _PARTS = {
-    name: getattr(trl.GRPOTrainer, name) for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
+    name: getattr(trl.GRPOTrainer, name, None) for name in ("get_high_entropy_mask", "get_off_policy_mask", "get_gamma_weights")
 }
 
 
@@ -136,6 +141,8 @@ class _Trainer:
             return original(self, prompt_ids, images, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
+        if self._scoring is not None and self._scoring.features is not None:
+            self._scoring.features.forget()
         batch = _trl(self, _SAMPLE)(self, inputs)
         if self._regroups:
             rows = torch.arange(len(inputs)) + self.accelerator.process_index * len(inputs)

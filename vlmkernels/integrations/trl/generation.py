@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from vlmkernels.integrations.trl.scoring import base_of
 from vlmkernels.models.decode import Sampling, decode_groups
 
 logger = logging.get_logger(__name__)
@@ -50,7 +51,7 @@ def generate_of(scoring, model: torch.nn.Module, num_images: list[int] | None, r
     def by_groups(*, generation_config: GenerationConfig, **inputs) -> torch.Tensor:
         sampling = reason or _sampling(generation_config, model.generation_config)
         if isinstance(sampling, Sampling):
-            prompts, group = scoring.groups(inputs, num_images)
+            prompts, group = scoring.groups(base_of(model), inputs, num_images)
             sizes = group.bincount()
             if not torch.equal(group, torch.arange(len(sizes)).repeat_interleave(sizes[0])):
                 sampling = "its completions are not equally many per prompt in this process"

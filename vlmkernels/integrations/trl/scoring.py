@@ -11,10 +11,11 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers.utils import logging
 
+from vlmkernels.integrations.trl.features import Features
 from vlmkernels.models import attention
 from vlmkernels.models.batch import Batch
-from vlmkernels.models.encode import once_per_image, takes_features
-from vlmkernels.models.families import family_of
+from vlmkernels.models.encode import once_per_image, takes_features, why_not_frozen
+from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions, why_not_shared
 from vlmkernels.models.head import in_head, logit_arguments, output_head
 from vlmkernels.ops.checks import require
@@ -89,11 +90,14 @@ class Micro:
 class Scoring:
     """How the models of one of TRL's trainers are scored.
 
-    shares: whether prompts run once for the completions that share them.
+    shares: whether prompts run once for the completions that share them. features: of the policy's images, where its vision
+    tower is frozen.
     """
 
+    features: Features | None = None
+
     def __init__(self, trainer, options: Options) -> None:
-        self._unwrap = trainer.accelerator.unwrap_model
+        self._unwrap, self._autocast = trainer.accelerator.unwrap_model, trainer.accelerator.autocast
         model = self._unwrap(trainer.model)
         self._arguments = logit_arguments(model, output_head(model)) | {"temperature": trainer.temperature}
         self._fp32_head = getattr(trainer.args, "cast_lm_head_to_fp32", False)
@@ -110,6 +114,9 @@ class Scoring:
             self._family = family_of(base_of(model).config)
             for each in filter(None, (model, trainer.ref_model)):
                 attention.use_group_attention(base_of(self._unwrap(each)))
+            # Under FSDP2 the tower runs within the whole model alone.
+            if self._family is not TEXT and why_not_frozen(base_of(model)) is None and not trainer.is_fsdp_enabled:
+                self.features = Features(base_of(model))
 
     def micro(self, model: torch.nn.Module, inputs: dict, width: int, num_images: list[int] | None) -> Micro:
         """TRL's inputs of a model, whose last ``width`` tokens are completions, as the model is to run them."""
@@ -119,20 +126,23 @@ class Scoring:
             return Micro(pad_completions(inputs, tokens), torch.arange(len(tokens), device=tokens.device), tokens)
         axis = self._family.axis
         prompts = {name: x[:, :-width] if axis(name) == "token" else x for name, x in inputs.items()}
-        prompts, group = self.groups(prompts, num_images)
+        base = base_of(self._unwrap(model))
+        prompts, group = self.groups(base, prompts, num_images)
         order = group.argsort(stable=True)
         group, order = group[order], order.to(tokens.device)
-        base = base_of(self._unwrap(model))
         positions = prompt_positions(base, prompts.inputs)
         inputs = once_per_image(prompts) if takes_features(base) else prompts.inputs
         return Micro(pack_groups(inputs, positions, group, completions[order], tokens[order]), order, tokens[order])
 
-    def groups(self, inputs: dict, num_images: list[int] | None) -> tuple[Batch, torch.Tensor]:
-        """The prompts among model inputs, each once in the order in which they first come, and the prompt (B,) of each row."""
+    def groups(self, base: torch.nn.Module, inputs: dict, num_images: list[int] | None) -> tuple[Batch, torch.Tensor]:
+        """The prompts among a model's inputs, each once, in the order in which they first come; the prompt (B,) of each row."""
         counts = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64) if num_images is None else torch.tensor(num_images)
         prompts = Batch.of(inputs, self._family, counts)
         first, group = prompts.originals().unique(return_inverse=True)
         prompts = prompts.select(first)
+        if self.features is not None and self.features.model is base:
+            with self._autocast():
+                return self.features.of(prompts), group
         return replace(prompts, image_keys=prompts.equal_images()), group
 
     def _has_images(self, completions: torch.Tensor) -> bool:
