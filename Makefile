@@ -5,22 +5,13 @@ BIN := .venv/bin
 .PHONY: setup demo demo-suite test bench lint gpu-build gpu-test gpu-bench clean
 setup: .venv/.installed
 
-<<<<<<< HEAD
-# constraints.txt pins every package; CUDA code is compiled where nvcc is found. Of lmms-eval the tests load a few functions,
-# which need none of its dependencies.
-.venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/lmms-eval lmms-eval==0.7.3
-=======
-# constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers that tests compare with lie beside the
-# environment, without what they depend on.
+# constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers and harnesses that tests compare with
+# lie beside the environment, without what they depend on.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python --upgrade \
-		--target .venv/peers kernels ms-swift verl
->>>>>>> rewards
+		--target .venv/peers kernels lmms-eval ms-swift verl
 	touch $@
 
 demo: setup

@@ -1,4 +1,5 @@
-"""The metric functions of lmms-eval's wheel, where `make setup` put it: .venv/lmms-eval, with none of its dependencies."""
+"""The metric functions of lmms-eval's wheel, where `make setup` put it, beside the environment and without its
+dependencies."""
 
 import importlib.util
 import sys
@@ -6,7 +7,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
-LMMS_EVAL = Path(sys.prefix) / "lmms-eval" / "lmms_eval"
+LMMS_EVAL = Path(sys.prefix) / "peers" / "lmms_eval"
 INSTALLED = LMMS_EVAL.is_dir()
 # Imported by the modules, not used by the functions that are called here.
 UNUSED = ("loguru", "sacrebleu", "lmms_eval.api.registry", "lmms_eval.tasks._task_utils.file_utils")
