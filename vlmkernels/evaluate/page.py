@@ -130,6 +130,8 @@ def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> s
     confidence = evaluation.scoring.confidence
     rows = []
     for (group, name_of_metric), difference in evaluation.minus(other).items():
+        if (difference.low, difference.high) == (0, 0):
+            continue
         metric = evaluation.groups[group].metrics[name_of_metric]
         theirs = other.value(group, name_of_metric)
         tone = _tone(difference, metric.sign, confidence)
@@ -143,13 +145,21 @@ def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> s
     titles = ("metric", "before", "now", "difference", f"{100 * confidence:g} % interval", "p", "test")
     head = "".join(f"<th>{title}</th>" for title in titles)
     return (
-        f"<h2>Compared with {escape(name)}</h2><p>Paired by sample; coloured where p &lt; {1 - confidence:.2g}.</p>"
+        f"<h2>Compared with {escape(name)}</h2>"
+        f"<p>Paired by sample; coloured where p &lt; {1 - confidence:.2g}; without what did not change.</p>"
         f'<div class="wide"><table class="metrics"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
+def _running_mean(points: Sequence[Point], width: int = 15) -> list[float]:
+    """Of each point and those around it, fewer at the ends."""
+    values = [point.value for point in points]
+    around = (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
+    return [sum(some) / len(some) for some in around]
+
+
 def _curve(title: str, points: Sequence[Point]) -> str:
-    """A line over steps, its interval as a band; nothing where it does not move."""
+    """A line over steps, its interval as a band, of many points their running mean too; nothing where it does not move."""
     width, height = 300, 120
     points = sorted(point for point in points if not math.isnan(point.value))
     if len({point.value for point in points}) < 2:
@@ -160,17 +170,20 @@ def _curve(title: str, points: Sequence[Point]) -> str:
     x = lambda step: width * (step - first) / (last - first)  # noqa: E731
     y = lambda value: height * (top - value) / (top - bottom)  # noqa: E731
     line = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in points)
+    noisy = len(points) > 40
+    mean = " ".join(f"{x(p.step):.1f},{y(value):.1f}" for p, value in zip(points, _running_mean(points), strict=True))
+    smooth = f'<polyline points="{mean}" fill="none" stroke="#3b82f6" stroke-width="2"/>'
     banded = [p for p in points if not math.isnan(p.low)]
     edge = [*((p.step, p.low) for p in banded), *((p.step, p.high) for p in reversed(banded))]
     band = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in edge)
-    marks = "".join(f'<circle cx="{x(p.step):.1f}" cy="{y(p.value):.1f}" r="2.5" fill="#3b82f6"/>' for p in points[:40])
-    marks = marks if len(points) <= 40 else ""
+    marks = "".join(f'<circle cx="{x(p.step):.1f}" cy="{y(p.value):.1f}" r="2.5" fill="#3b82f6"/>' for p in points)
     label = 'font-size="10" fill="currentColor" opacity=".7"'
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="-34 -8 {width + 42} {height + 26}">'
         f'<path d="M0 0V{height}H{width}" fill="none" stroke="currentColor" opacity=".3"/>'
         f'<polygon points="{band}" fill="#3b82f6" opacity=".2"/>'
-        f'<polyline points="{line}" fill="none" stroke="#3b82f6" stroke-width="1.8"/>{marks}'
+        f'<polyline points="{line}" fill="none" stroke="#3b82f6" stroke-width="1" opacity="{0.3 if noisy else 1}"/>'
+        f"{smooth if noisy else marks}"
         f'<text x="-4" y="4" text-anchor="end" {label}>{top:.3g}</text>'
         f'<text x="-4" y="{height}" text-anchor="end" {label}>{bottom:.3g}</text>'
         f'<text x="0" y="{height + 14}" {label}>step {first:g}</text>'

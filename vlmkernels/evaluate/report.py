@@ -86,7 +86,8 @@ def curves_of_log(path: str | Path) -> dict[str, list[Point]]:
     curves: dict[str, list[Point]] = {}
     for entry in history:
         for name, value in entry.items():
-            of_rewards = name.removeprefix("eval_").split("/")[0] in ("reward", "rewards") and not name.endswith("std")
-            if of_rewards and isinstance(value, (int, float)):
+            what = name.removeprefix("eval_")
+            is_mean = what == "reward" or (what.startswith("rewards/") and what.endswith("/mean"))
+            if is_mean and isinstance(value, (int, float)):
                 curves.setdefault(name, []).append(Point(entry["step"], value))
     return curves
