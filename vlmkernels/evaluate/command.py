@@ -103,7 +103,7 @@ def step_of(path: str, position: int) -> float:
     return float(match[1]) if match else float(position)
 
 
-def legacy(evaluation, rewards: list[str]) -> dict:
+def summary(evaluation, rewards: list[str]) -> dict:
     """The summary at the top of the JSON: accuracy, mean rewards, lengths."""
     import numpy as np
     import torch
@@ -181,7 +181,7 @@ def main(argv: list[str]) -> int:
         result = {
             "model": args.model[-1] if args.model else None,
             "dataset": args.dataset,
-            **legacy(last, rewards.names if rewards else []),
+            **summary(last, rewards.names if rewards else []),
         }
         result |= {"predictions": [str(run.path) for run in last.runs], "match": args.match, "decoding": decoding.settings()}
         result |= to_json(last, other and other[1])
