@@ -126,7 +126,7 @@ def test_no_scan_is_in_two_splits():
 def test_the_demo_learns_with_a_reward_per_category(tmp_path, monkeypatch, capsys):
     """Two steps of it, which cannot succeed."""
     monkeypatch.setattr(demo, "SEEING_STEPS", 1)
-    monkeypatch.setattr(demo, "ANSWERING_STEPS", {tuple(suite.CATEGORIES): 1})
+    monkeypatch.setattr(demo, "STAGES", [demo.Stage(tuple(suite.CATEGORIES), 1, 0.0)])
     monkeypatch.setitem(demo.GRPO, "per_device_train_batch_size", 12 * 2)
     monkeypatch.setitem(demo.GRPO, "num_generations", 2)
     monkeypatch.setitem(suite.SPLITS, "train", 1200)

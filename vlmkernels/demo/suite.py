@@ -30,8 +30,18 @@ from vlmkernels.train import GRPOConfig, GRPOTrainer
 
 BATCH_SIZE = 96
 SEEING_STEPS = 160
-# Categories asked, and steps: to look for what is asked is learnt from single questions, then used in all.
-ANSWERING_STEPS = {("colour",): 150, ("grounding",): 300, tuple(suite.CATEGORIES): 300}
+
+
+class Stage(NamedTuple):
+    """Questions of some categories, until the running mean of the loss is below ``loss``, for ``steps`` at most."""
+
+    categories: tuple[str, ...]
+    steps: int
+    loss: float
+
+
+# To look for what is asked is learnt from questions of one kind, all at once and late, then used in all.
+STAGES = (Stage(("colour",), 300, 0.1), Stage(("grounding",), 600, 0.15), Stage(tuple(suite.CATEGORIES), 300, 0.0))
 ANSWER_TOKENS = 14  # a box of four numbers of two digits, and the end
 
 # A reward for each category, of the answers in a column of its name; None in the others leaves their samples out.
@@ -152,16 +162,17 @@ def answer_loss(model, processor, rows: list[dict]) -> torch.Tensor:
 
 
 def learn_to_answer(model, processor) -> None:
-    """Train all but the vision tower, which is frozen for good, through ``ANSWERING_STEPS``."""
+    """Train all but the vision tower, which is frozen for good, through ``STAGES``."""
     model.model.visual.requires_grad_(False).eval()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98))
     model.train()
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 20, total_iters=20)
     rows, names = suite.Split("train"), list(suite.CATEGORIES)
-    for categories, steps in ANSWERING_STEPS.items():
-        asked = [index for index in range(len(rows)) if names[index % len(names)] in categories]
-        for step in range(steps):
+    for stage in STAGES:
+        asked = [index for index in range(len(rows)) if names[index % len(names)] in stage.categories]
+        mean = 1.0
+        for step in range(stage.steps):
             batch = [rows[asked[(step * BATCH_SIZE + i) % len(asked)]] for i in range(BATCH_SIZE)]
             loss = answer_loss(model, processor, batch)
             optimizer.zero_grad()
@@ -169,7 +180,10 @@ def learn_to_answer(model, processor) -> None:
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             warmup.step()
-        print(f"  {', '.join(categories)}: {steps} steps, loss {loss.item():.2f}", flush=True)
+            mean += 0.1 * (loss.item() - mean)
+            if mean < stage.loss:
+                break
+        print(f"  {', '.join(stage.categories)}: {step + 1} steps, loss {mean:.2f}", flush=True)
 
 
 class Progress(TrainerCallback):
@@ -224,7 +238,7 @@ def run(seed: int, steps: int, output: Path) -> int:
     print(f"A small vision-language model learns {suite.NAME}: {', '.join(suite.CATEGORIES)}.\n")
     print(f"Model     the Qwen2.5-VL architecture, {model.num_parameters():,} random weights, seed {seed}")
     print(
-        f"\nSupervised: what is in an image, in {SEEING_STEPS} steps; then answers, in {sum(ANSWERING_STEPS.values())}",
+        f"\nSupervised: what is in an image, in {SEEING_STEPS} steps; then answers",
         flush=True,
     )
     seen = learn_to_see(model, processor, SEEING_STEPS, seed)
