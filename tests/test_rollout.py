@@ -163,6 +163,42 @@ def test_stop_strings(tmp_path):
     assert torch.equal(ours.truncated, theirs.truncated)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"eos_token_id": 29}, {"eos_token_id": [29, 12], "top_k": None, "min_new_tokens": None, "stop_strings": None}],
+    ids=["one", "several"],
+)
+def test_both_engines_follow_the_options_alone(tmp_path, kwargs):
+    """... and not what else the model's generation config holds; a token that ends is the last one that counts."""
+    model, tokenizer = lively(tiny.text_model()), tiny.tokenizer()
+    prompts = prompts_of((0, 0), model)
+    declared = {"min_p": 0.9, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "suppress_tokens": [29]}
+    model.generation_config.update(**declared)
+    rollouts = []
+    for share in ("auto", False):
+        options = {"max_completion_length": LENGTH, "use_cpu": True, "generation_kwargs": kwargs, "share_prefix": share}
+        engine = Generate(model, tokenizer, GRPOConfig(output_dir=str(tmp_path), **options))
+        rollouts.append(engine(model, prompts, 2, 0))
+    ours, theirs = rollouts
+    assert ours.truncated.tolist() in ([False, False, True, True], [False] * 4)
+    for name in ("completion_ids", "completion_mask", "truncated"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert {name: getattr(model.generation_config, name) for name in declared} == declared
+
+
+def test_what_an_engine_refuses(tmp_path):
+    model, tokenizer = tiny.text_model(), tiny.tokenizer()
+    for share in ("auto", False):
+        options = {"use_cpu": True, "share_prefix": share}
+        with pytest.raises(ValueError, match="stop_strings must be a list of strings, got 'ab'"):
+            Generate(model, tokenizer, GRPOConfig(str(tmp_path), generation_kwargs={"stop_strings": "ab"}, **options))
+    tokenizer.eos_token = None
+    assert Generate(model, tokenizer, GRPOConfig(str(tmp_path), use_cpu=True)).eos == [model.generation_config.eos_token_id]
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token_id must be one of the tokenizer's or of the model's generation config"):
+        Generate(model, tokenizer, GRPOConfig(str(tmp_path), use_cpu=True))
+
+
 @pytest.mark.parametrize("reason", ["model", "options", "off"])
 def test_otherwise_generate_on_copies(tmp_path, reason, caplog):
     model = tiny.text_model()

@@ -465,6 +465,10 @@ def test_incomplete_checkpoints_do_not_count(tmp_path):
         ({"max_completion_length": 0}, "max_completion_length must be >= 1, got 0"),
         ({"generation_batch_size": 6}, r"generation_batch_size must be a multiple of .* = 4, got 6"),
         ({"generation_batch_size": 8, "steps_per_generation": 4}, r"generation_batch_size must equal .* = 16, got 8"),
+        (
+            {"generation_kwargs": {"temperature": 0.5}},
+            "generation_kwargs must leave these to temperature and .*, got temperature",
+        ),
         ({"steps_per_generation": 3}, r"gradient_accumulation_steps must divide, or be a multiple of, .* = 3, got 2"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
