@@ -374,7 +374,9 @@ class GRPOTrainer(Trainer):
                     self.accelerator.backward(loss)
                     loss = loss.detach()
             total = total + loss
-        for name, value in combine(metrics).items():
+        per_sequence = self.loss_config.level == "sequence" or self.loss_config.loss.surrogate == "vespo"
+        clipped = [len(part) for part in real] if per_sequence else None
+        for name, value in combine(metrics, clipped).items():
             self._metrics[name].append(value)
         return total
 
