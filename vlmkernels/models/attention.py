@@ -20,6 +20,12 @@ def _refuse(module: torch.nn.Module, **settings: object) -> None:
         raise NotImplementedError(f"{NAME} takes packed sequences without these, got {given} in {type(module).__name__}")
 
 
+def _packed(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """query, key and value (1, H, N, D) as (N, H, D), all of the dtype of value: under autocast rotary embeddings leave the
+    others in fp32, which "sdpa" casts back too."""
+    return [x.squeeze(0).transpose(0, 1).to(tensors[-1].dtype) for x in tensors]
+
+
 def _is_causal(module: torch.nn.Module, given: bool | None) -> bool:
     """As transformers' functions read it."""
     return getattr(module, "is_causal", True) if given is None else given
@@ -45,7 +51,7 @@ def _varlen_attention(
             f"{VARLEN} needs cu_seq_lens_q, of a tower that packs patches: {type(module).__name__} gives none"
         )
     _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"))
-    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
+    packed = _packed(query, key, value)
     cu_seqlens, causal = cu_seq_lens_q.to(torch.int32), _is_causal(module, is_causal)
     out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=causal, scale=scaling)
     return out.unsqueeze(0), None
@@ -79,14 +85,13 @@ def _attention(
     if not causal or (group_layout is None and group_cache is None and cu_seq_lens_q is None):
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **settings)
     if group_layout is None and group_cache is not None:
-        return group_cache.attend(module.layer_idx, query, key, value, scaling), None
+        return group_cache.attend(module.layer_idx, *(x.to(value.dtype) for x in (query, key, value)), scaling), None
     if group_layout is None:
         return _varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **settings)
     _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), attention_mask=attention_mask)
     if group_cache is not None:
-        group_cache.fill(module.layer_idx, key, value)
-    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-    return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
+        group_cache.fill(module.layer_idx, key.to(value.dtype), value)
+    return group_attention(*_packed(query, key, value), group_layout, scale=scaling).unsqueeze(0), None
 
 
 AttentionInterface.register(VARLEN, _varlen_attention)
