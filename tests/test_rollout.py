@@ -80,7 +80,7 @@ def test_every_family_equals_generate(name):
 
 
 OPTIONS = {
-    "suppressed": {"suppress_tokens": [7, 8, 9, 10, 11]},
+    "suppressed": {"suppress_tokens": [7, 8, 9, 10, 11, 151653]},  # the last: of no token that the model has
     "at least": {"min_new_tokens": 9},
     "penalty": {"repetition_penalty": 1.7},
     "one token": {"max_new_tokens": 1},
@@ -124,6 +124,21 @@ def test_samples_do_not_depend_on_the_slots(options):
         logits = model(**inputs).logits[:, -first.ids.shape[1] - 1 : -1]
     expected = gather_logps(logits, first.ids, temperature=options.get("temperature", 1.0), mask=first.mask)
     torch.testing.assert_close(first.logps, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_precision(name):
+    """Under autocast rotary embeddings leave queries and keys in fp32, beside values in bf16."""
+    model = MODELS[name]()
+    prompts = prompts_of((1, 0, 2) if name != "qwen2" else (0, 0), model)
+    use_group_attention(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        decoded = decode_groups(model, prompts, 3, Sampling(LENGTH, EOS, PAD, suppress_tokens=range(40, 60)), max_num_seqs=4)
+        inputs = prompts.repeat(3).append(decoded.ids, decoded.mask.long()).inputs
+        logits = model(**inputs).logits[:, -decoded.ids.shape[1] - 1 : -1].float()
+    expected = gather_logps(logits, decoded.ids, mask=decoded.mask)
+    torch.testing.assert_close(decoded.logps, expected, rtol=0.02, atol=0.1)
+    assert (decoded.logps - expected).abs().mean() < 0.02
 
 
 def test_draw_inverts_the_distribution():
