@@ -74,6 +74,7 @@ BUDGETS = {
     "completions": ("auto", 43, {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2, "images": "mixed"}),
     "per sequence": ("auto", 43, {"importance_sampling_level": "sequence", "epsilon": 0.003, "steps_per_generation": 4}),
     "masked": (False, 43, {"loss_type": "vespo", "mask_truncated_completions": True, "num_iterations": 2}),
+    "entropy": (False, 43, {"loss_type": "grpo", "entropy_coef": 0.1, "mask_truncated_completions": True}),
     "copies": (False, 100, {"loss_type": "luspo", "steps_per_generation": 4}),
 }
 

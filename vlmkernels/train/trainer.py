@@ -357,15 +357,14 @@ class GRPOTrainer(Trainer):
         repeats = sum(part is parts[-1] for part in parts) - 1
         real = parts[: len(parts) - repeats]
         # What each part counts of the means that its loss is made of: over completions, or over tokens.
-        sequences = self.loss_config.aggregation.sequences
-        sizes = [len(part) if sequences else experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
+        of_tokens = [experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
+        sizes = [len(part) for part in real] if self.loss_config.aggregation.sequences else of_tokens
         metrics = []
         for number, samples in enumerate(parts):
-            last = number == len(parts) - 1
-            size = sizes[min(number, len(real) - 1)]
-            share = size / sum(sizes) if size else 1.0  # without tokens there is nothing to weight
+            last, which = number == len(parts) - 1, min(number, len(real) - 1)
+            share, of_entropy = (x[which] / sum(x) if x[which] else 1.0 for x in (sizes, of_tokens))  # 1: there is nothing
             with nullcontext() if last else self.accelerator.no_sync(model):
-                loss, measured = self._loss(model, experience, inputs, samples, share)
+                loss, measured = self._loss(model, experience, inputs, samples, share, of_entropy)
                 if number < len(real):
                     metrics.append(measured)
                 else:
@@ -380,9 +379,14 @@ class GRPOTrainer(Trainer):
             self._metrics[name].append(value)
         return total
 
-    def _loss(self, model, experience: Experience, use: int, samples: torch.Tensor, share: float) -> tuple[torch.Tensor, dict]:
-        """The loss and metrics of some completions, ``share`` of their micro-batch."""
-        args = self.args
+    def _loss(
+        self, model, experience: Experience, use: int, samples: torch.Tensor, share: float, of_entropy: float
+    ) -> tuple[torch.Tensor, dict]:
+        """The loss and metrics of some completions, ``share`` of their micro-batch; of its entropy bonus, a mean over tokens
+        whatever the loss is, ``of_entropy``."""
+        args, config = self.args, self.loss_config
+        if config.entropy_coef and share != of_entropy:
+            config = replace(config, entropy_coef=config.entropy_coef * of_entropy / share)
         on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
         window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
@@ -399,7 +403,7 @@ class GRPOTrainer(Trainer):
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
             accumulation_steps=window / share,
-            config=self.loss_config,
+            config=config,
         )
         if on_policy and experience.old_logps is not None:
             experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
