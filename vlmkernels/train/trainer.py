@@ -23,7 +23,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.batch import Batch
 from vlmkernels.models.encode import encode_images, image_axes, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
@@ -222,21 +221,18 @@ class GRPOTrainer(Trainer):
             samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
         )
         prompts = prompts.to(self.args.device)
-        with gathered(self.policy, self.head):
+        # Autocast here, not in each forward pass alone, casts a weight once, not once per token.
+        with gathered(self.policy, self.head), self.accelerator.autocast():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
-                prompts = self._encode(prompts)
+                prompts = encode_images(self.text_model, prompts)
             rollout = self.generate(self.policy, prompts, num_generations, temperature)
             if self.encodes_once:
-                rollout = replace(rollout, prompts=self._encode(rollout.prompts))
+                rollout = replace(rollout, prompts=encode_images(self.text_model, rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         processors = self.processing_class, self.tokenizer
         scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
         return rollout, scored
-
-    def _encode(self, prompts: Batch) -> Batch:
-        with self.accelerator.autocast():
-            return encode_images(self.text_model, prompts)
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.rewards.weights.to(rewards.device)
