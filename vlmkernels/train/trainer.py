@@ -119,12 +119,12 @@ class GRPOTrainer(Trainer):
         self.shares_prefix = self._choose_prefix_sharing()
         # Features of a vision tower that does not change serve all passes over a generation batch.
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
+        use_image_features(self.text_model)  # also where a resumed generation batch alone has some
         self.idle_images = None
         if self.is_fsdp_enabled and self.family is not TEXT and not self.encodes_once:
             rule = "be off: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
             require(takes_features(self.text_model), "fsdp", rule, True)
             self.idle_images = self._an_image(processing_class)
-            use_image_features(self.text_model)
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
             reference = frozen_copy(model)
