@@ -160,5 +160,8 @@ def test_why_features_may_differ():
     assert why_not_frozen(model) == "visual.merger.ln_q is trained"
     freeze(model).model.visual.add_module("noise", torch.nn.Dropout(0.1))
     assert why_not_frozen(model) == "visual.noise drops out"
+    del model.model.visual.noise
+    model.model.visual.blocks[1].attn.attention_dropout = 0.1
+    assert why_not_frozen(model) == "visual.blocks.1.attn drops out"
     dense = tiny_families.case("llava_next").model
     assert why_not_frozen(dense) is not None
