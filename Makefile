@@ -2,20 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test bench lint gpu-build gpu-test gpu-bench clean
+.PHONY: setup demo demo-suite test bench lint gpu-build gpu-test gpu-bench clean
 setup: .venv/.installed
 
-# constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers that tests compare with lie beside the
-# environment, without what they depend on.
+# constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers and harnesses that tests compare with
+# lie beside the environment, without what they depend on.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python --upgrade \
-		--target .venv/peers kernels ms-swift verl
+		--target .venv/peers kernels lmms-eval ms-swift verl
 	touch $@
 
 demo: setup
 	$(BIN)/vlmkernels demo
+
+demo-suite: setup
+	$(BIN)/vlmkernels demo --suite --output demo-suite-output
 
 test: setup
 	$(BIN)/python -m pytest -q tests
@@ -39,4 +42,4 @@ gpu-bench: gpu-build
 	$(PYTHON) -m pytest -q -p no:cacheprovider bench
 
 clean:
-	rm -rf .venv build vlmkernels/*.so *.egg-info demo-output
+	rm -rf .venv build vlmkernels/*.so *.egg-info demo-output demo-suite-output

@@ -92,6 +92,32 @@ def rewards() -> list[str]:
     return lines
 
 
+def tasks() -> list[str]:
+    from vlmkernels.evaluate.tasks import HARNESSES, TASKS
+
+    lines = ["| task | an answer is | reference | metrics |", "| --- | --- | --- | --- |"]
+    for name, task in TASKS.items():
+        metrics = ", ".join(f"`{metric}`" for metric in HARNESSES["vlmkernels"].task_metrics(name))
+        column = "" if name == "open" else f"`{task.column}`"
+        lines.append(f"| `{name}` | {task.answer.replace('_', ' or ')} | {column} | {metrics} |")
+    return lines
+
+
+def suite() -> list[str]:
+    content = json.loads((RESULTS / "suite.json").read_text())
+    runs, first = content["runs"], content["runs"][0]
+    seeds = [str(run["seed"]) for run in runs]
+    lines = [f"| test split | metric | {' | '.join(f'seed {seed}: before | after' for seed in seeds)} | image grey |"]
+    lines.append("| --- | --- |" + " ---: | ---: |" * len(runs) + " ---: |")
+    for category, metric in first["reported"].items():
+        cells = [f"{run[when][category][metric]['value']:.1%}" for run in runs for when in ("before", "metrics")]
+        hidden = sum(run["metrics"][category][metric]["hidden"]["value"] for run in runs) / len(runs)
+        lines.append(f"| {category} | `{metric}` | {' | '.join(cells)} | {hidden:.1%} |")
+    times = "; ".join(f"seed {r['seed']} {r['seconds']['supervised']:.0f} s and {r['seconds']['grpo']:.0f} s" for r in runs)
+    where = f"On {content['device']}, by `python bench/suite_seeds.py`, commit {content['commit']}"
+    return [*lines, "", f"{where}; {first['steps']} steps of GRPO; supervised start and GRPO: {times}."]
+
+
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
@@ -100,6 +126,8 @@ TABLES = {
     "losses": losses,
     "backends": backends,
     "rewards": rewards,
+    "tasks": tasks,
+    "suite": suite,
 }
 
 

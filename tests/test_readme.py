@@ -37,7 +37,7 @@ def test_configuration_of_rewards(monkeypatch):
     assert Rewards(yaml.safe_load(text)["rewards"]).names == ["iou", "format", "cosine_length", "politeness"]
 
 
-@pytest.mark.parametrize("name", ["losses", "backends", "rewards"])
+@pytest.mark.parametrize("name", ["losses", "backends", "rewards", "tasks"])
 def test_tables_are_current(name):
     import tables
 

@@ -179,64 +179,10 @@ def lora_config(args: argparse.Namespace):
     )
 
 
-def eval_parser() -> argparse.ArgumentParser:
-    usage = "vlmkernels eval --model PATH --dataset PATH [--reward NAME] [--ARGUMENT VALUE ...]"
-    parser = argparse.ArgumentParser("vlmkernels eval", usage, "Score a model's answers.", formatter_class=Help)
-    add_flag(parser, "model", required=True, help="path of the model and its processor, or of trained adapters")
-    add_flag(parser, "dataset", required=True, help=f"prompts: {DATASET}")
-    add_flag(parser, "split", default="test", help="the split, where the dataset has several")
-    add_flag(parser, "reward", action="append", default=[], help=REWARD)
-    add_flag(parser, "rewards", type=json_list, default=[], help=REWARDS)
-    add_flag(parser, "num_generations", type=int, default=1, help="completions per prompt")
-    add_flag(parser, "temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
-    add_flag(parser, "max_completion_length", type=int, default=512, help="the most tokens of a completion")
-    add_flag(parser, "batch_size", type=int, default=8, help="completions sampled at a time")
-    add_flag(parser, "output", default="eval.json", help="where the metrics go, as JSON")
-    return parser
-
-
 def evaluate(argv: list[str]) -> int:
-    parser = eval_parser()
-    args = parser.parse_args(argv)
+    from vlmkernels.evaluate.command import main
 
-    from vlmkernels.train import GRPOConfig, GRPOTrainer
-    from vlmkernels.train.data import column_names, load_dataset
-    from vlmkernels.train.model import load_model
-
-    with user_errors(parser, "--dataset"):
-        dataset = load_dataset(args.dataset, args.split)
-    rewards = [*args.reward, *args.rewards]
-    if len(dataset) and "answer" in column_names(dataset) and "exact_match" not in rewards:
-        rewards.insert(0, "exact_match")
-    with user_errors(parser, "--model"):
-        model = load_model(args.model)
-    with user_errors(parser):
-        config = GRPOConfig(
-            output_dir=str(Path(args.output).parent),
-            num_generations_eval=args.num_generations,
-            eval_temperature=args.temperature,
-            max_completion_length=args.max_completion_length,
-            per_device_eval_batch_size=args.batch_size,
-            report_to="none",
-        )
-        trainer = GRPOTrainer(model, rewards, config, eval_dataset=dataset)
-    metrics = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-    result = {
-        "model": args.model,
-        "dataset": args.dataset,
-        "num_samples": len(dataset),
-        "accuracy": metrics.get("rewards/exact_match/mean"),
-        "rewards": {name: metrics[f"rewards/{name}/mean"] for name in trainer.rewards.names},
-        "completions": {k.removeprefix("completions/"): v for k, v in metrics.items() if k.startswith("completions/")},
-    }
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{len(dataset)} samples, {args.num_generations} completions each")
-    if result["accuracy"] is not None:
-        print(f"accuracy (exact match): {100 * result['accuracy']:.1f} %")
-    for name, value in result["rewards"].items():
-        print(f"mean reward {name}: {'not scored' if value is None else f'{value:.4f}'}")
-    print(f"written to {args.output}")
-    return 0
+    return main(argv)
 
 
 def demo(argv: list[str]) -> int:
@@ -257,7 +203,7 @@ def env(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demo": (demo, "train a small VLM to read handwritten numbers, on the CPU"),
     "train": (train, "train a model with GRPO"),
-    "eval": (evaluate, "accuracy and mean rewards of a model on a dataset"),
+    "eval": (evaluate, "metrics of a model, or of saved predictions, on a dataset"),
     "env": (env, "versions, devices, and which backend serves each op"),
 }
 

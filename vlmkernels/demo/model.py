@@ -1,5 +1,8 @@
 """A small Qwen2.5-VL built in code: the real architecture, processor and chat format, random weights, no download."""
 
+import re
+from collections.abc import Sequence
+
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -31,11 +34,12 @@ CHAT_TEMPLATE = """\
 {% endif %}"""
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """Qwen's byte-level BPE with the 256 bytes and just the merges that make each word of the prompt one token."""
+def build_tokenizer(texts: Sequence[str] = (PROMPT,)) -> Qwen2Tokenizer:
+    """Qwen's byte-level BPE with the 256 bytes and just the merges that make each word of ``texts`` one token."""
     vocab = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
     merges = []
-    for word in (*PROMPT.replace(".", "").replace(" ", " Ġ").split(), "user", "assistant"):
+    words = dict.fromkeys(word.replace(" ", "Ġ") for text in texts for word in re.findall(" ?[A-Za-z]+", text))
+    for word in (*words, "user", "assistant"):
         for end in range(2, len(word) + 1):
             if word[:end] not in vocab:
                 vocab[word[:end]] = len(vocab)
@@ -51,26 +55,26 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
+def build_processor(texts: Sequence[str] = (PROMPT,)) -> Qwen2_5_VLProcessor:
     """The processor; ``size`` leaves every image of whole digits as it is, so that a digit becomes one image token."""
     size = {"shortest_edge": DIGIT_PIXELS**2, "longest_edge": 1280 * DIGIT_PIXELS**2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(texts),
         video_processor=Qwen2VLVideoProcessor(size=size),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def build_model(processor: Qwen2_5_VLProcessor, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Some 600 thousand random weights: a windowed and a full block in the vision tower, two layers in the text model."""
+def build_model(processor: Qwen2_5_VLProcessor, seed: int, num_layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
+    """Some 600 thousand random weights: a windowed and a full block in the vision tower, ``num_layers`` in the text model."""
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
     text = dict(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -202,7 +202,9 @@ def stops(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedT
 
 
 class _Decoder:
-    def __init__(self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer, as_generate) -> None:
+    def __init__(
+        self, model, prompts, num_generations, sampling, num_slots, max_tokens, tokenizer, as_generate, uniform
+    ) -> None:
         self.model, self.prompts, self.group_size, self.sampling = model, prompts, num_generations, sampling
         self.tokenizer, self.max_tokens, self.device = tokenizer, max_tokens, prompts.inputs["input_ids"].device
         self.count = len(prompts) * num_generations
@@ -219,8 +221,9 @@ class _Decoder:
         self.drawn: list[tuple[list[int], list[int]]] = []  # (completions, their lengths before) of each element of logps
         self.first: dict[int, torch.Tensor] = {}  # logits (V,) of each prompt's first completion token
         # A number for every token there may be: so what is drawn does not depend on which completions share a step.
-        drawn = sampling.temperature and not as_generate
-        self.uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64) if drawn else None
+        if uniform is None and sampling.temperature and not as_generate:
+            uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64)
+        self.uniform = uniform
         self.seen = None
         size = model.config.get_text_config().vocab_size  # configurations may name tokens that the model does not have
         self.eos, self.suppressed = (
@@ -371,11 +374,12 @@ def decode_groups(
     max_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     as_generate: bool = False,
+    uniform: torch.Tensor | None = None,
 ) -> Decoded:
     """Completions of prompts, equal to those of ``model.generate`` on ``num_generations`` copies of each up to rounding.
 
     A prompt is run once; its keys and values are held once. Completions leave the batch when they end, and others take their
-    slots. What is drawn depends on the CPU's random state alone, not on how many completions are decoded at a time.
+    slots. What is drawn depends on ``uniform`` alone, not on how many completions are decoded at a time.
 
     Args:
         model: one that ``vlmkernels.models.attention.use_group_attention`` was called on; perhaps with adapters.
@@ -383,6 +387,7 @@ def decode_groups(
         max_tokens: of the prompts run at a time; default all of those whose completions get slots.
         tokenizer: needed with stop strings.
         as_generate: draw from the device's random state what ``generate`` draws from it; without max_num_seqs.
+        uniform: (B, max_new_tokens) fp64 in [0, 1), on the CPU, which tokens are drawn with; default by its random state.
 
     Returns:
         See ``Decoded``.
@@ -393,7 +398,8 @@ def decode_groups(
     require(num_generations >= 1, "num_generations", "be >= 1", num_generations)
     require(max_num_seqs is None or max_num_seqs >= 1, "max_num_seqs", "be None or >= 1", max_num_seqs)
     require(not sampling.stop_strings or tokenizer is not None, "tokenizer", "be given with stop_strings", None)
+    require(not as_generate or uniform is None, "uniform", "be None with as_generate", "a tensor")
     require(not as_generate or max_num_seqs is None, "max_num_seqs", "be None with as_generate", max_num_seqs)
     count = len(prompts) * num_generations
     slots = min(max_num_seqs or count, count)
-    return _Decoder(model, prompts, num_generations, sampling, slots, max_tokens, tokenizer, as_generate).run()
+    return _Decoder(model, prompts, num_generations, sampling, slots, max_tokens, tokenizer, as_generate, uniform).run()

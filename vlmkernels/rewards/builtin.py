@@ -115,14 +115,14 @@ class BoxReward(AnswerReward):
     def in_one_frame(self, predictions: list, references: list, columns: dict) -> tuple[list, list]:
         sizes = {"original": self._sizes(columns.get("image_sizes")), "resized": self._sizes(columns.get("resized_sizes"))}
         references = [None if r is None else check_reference(as_boxes, r, f"references[{i}]") for i, r in enumerate(references)]
-        moved = _move(references, self.reference_frame, self.reference_frame, sizes)
+        moved = to_frame(references, self.reference_frame, self.reference_frame, sizes)
         for index, (before, after) in enumerate(zip(references, moved, strict=True)):
             if before is not None and after is None:
                 of_row = {name: None if size is None else size[[index]] for name, size in sizes.items()}
                 width, height = boxes.frame_sizes(self.reference_frame, **of_row)[0].tolist()
                 rule = f"lie in the frame {self.reference_frame} of {width:g} x {height:g}"
                 raise ValueError(f"references[{index}] must {rule}, got {before.boxes.tolist()}")
-        return _move(predictions, self.frame, self.reference_frame, sizes), references
+        return to_frame(predictions, self.frame, self.reference_frame, sizes), references
 
 
 def _points(value) -> np.ndarray:
@@ -130,7 +130,7 @@ def _points(value) -> np.ndarray:
     return value.boxes if isinstance(value, Boxes) else np.array([value])
 
 
-def _move(values: list, source: str, target: str, sizes: dict[str, np.ndarray | None]) -> list:
+def to_frame(values: list, source: str, target: str, sizes: dict[str, np.ndarray | None]) -> list:
     """Boxes, a box or a point per sample from one frame to another; None for those outside the one they are in."""
     chosen = [i for i, value in enumerate(values) if value is not None]
     moved: list = [None] * len(values)

@@ -40,7 +40,7 @@ class Row:
     advantage: float
 
 
-def _thumbnail(image: Image.Image) -> str:
+def thumbnail(image: Image.Image) -> str:
     """An img element with the image, scaled down or (for tiny ones) up, inside the page."""
     scale = THUMBNAIL / max(image.size)
     size = tuple(max(1, round(side * min(scale, 4))) for side in image.size)
@@ -66,7 +66,7 @@ def _advantage(value: float) -> str:
 def _group(rows: list[Row]) -> str:
     """One prompt with its completions, the best first."""
     prompt, names = rows[0], list(rows[0].rewards)
-    images = "".join(_thumbnail(image) for image in prompt.images)
+    images = "".join(thumbnail(image) for image in prompt.images)
     head = "".join(f"<th>{escape(title)}</th>" for title in ("completion", *names, "advantage"))
     body = "".join(
         f"<tr><td><pre>{escape(row.completion)}</pre></td>"

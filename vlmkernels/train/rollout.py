@@ -84,6 +84,7 @@ class Generate:
 
     ``engine(model, prompts, num_generations, temperature)`` returns a ``Rollout``; the completions of a prompt follow one
     another. Temperature 0 is greedy. Of the model's own generation config the tokens that end a completion count, no more.
+    ``uniform``: see ``decode_groups``.
     """
 
     def __init__(self, model, processor, args: GRPOConfig):
@@ -148,10 +149,14 @@ class Generate:
         return Decoded(ids.masked_fill(~mask, self.options["pad_token_id"]), mask, truncated, None)
 
     @torch.no_grad()
-    def __call__(self, model, prompts: Batch, num_generations: int, temperature: float) -> Rollout:
+    def __call__(
+        self, model, prompts: Batch, num_generations: int, temperature: float, uniform: torch.Tensor | None = None
+    ) -> Rollout:
+        require(uniform is None or self.by_groups, "uniform", "be None where generate samples", "a tensor")
         if self.by_groups:
             sampling = Sampling(**self.options | {"temperature": temperature})
-            decoded = decode_groups(model, prompts, num_generations, sampling, tokenizer=self.tokenizer, **self.limits)
+            options = {"tokenizer": self.tokenizer, "uniform": uniform, **self.limits}
+            decoded = decode_groups(model, prompts, num_generations, sampling, **options)
         else:
             decoded = self._generated(model, prompts, num_generations, temperature)
         group = torch.arange(len(prompts)).repeat_interleave(num_generations)

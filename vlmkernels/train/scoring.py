@@ -67,14 +67,16 @@ def score(
     return Scored(samples, completions, result)
 
 
-def _prompt_text(prompt: str | list[dict]) -> str:
+def prompt_text(prompt: str | list[dict]) -> str:
+    """A prompt as a person reads it."""
     if isinstance(prompt, str):
         return prompt
-    text = lambda m: "".join(part["text"] for part in m["content"] if part["type"] == "text")  # noqa: E731
+    parts = lambda m: [{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]  # noqa: E731
+    text = lambda m: "".join(part["text"] for part in parts(m) if part["type"] == "text")  # noqa: E731
     return "\n".join(f"{message['role']}: {text(message)}" for message in prompt)
 
 
-def _pictures(sample: Sample) -> list[Image.Image]:
+def pictures(sample: Sample) -> list[Image.Image]:
     """Its images, and the first frame of each of its videos."""
     return sample.images + [Image.fromarray(video[0].permute(1, 2, 0).cpu().numpy()) for video in sample.videos]
 
@@ -83,7 +85,7 @@ def page_groups(scored: Scored, names: list[str], advantages: torch.Tensor, grou
     """The rows of ``write_report``, group by group, of at most ``limit`` completions."""
     advantages, rewards = advantages.tolist(), scored.scores.rewards.tolist()
     rows = [
-        Row(_prompt_text(s.prompt), _pictures(s), text_of(c), dict(zip(names, r, strict=True)), a)
+        Row(prompt_text(s.prompt), pictures(s), text_of(c), dict(zip(names, r, strict=True)), a)
         for s, c, r, a in zip(scored.samples, scored.completions, rewards, advantages, strict=True)
     ][:limit]
     return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]

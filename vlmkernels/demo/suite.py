@@ -1,0 +1,275 @@
+"""``vlmkernels demo --suite``: the benchmark shapes-and-digits, learnt by the demo's small model with a mixture of rewards.
+
+The start is supervised, in the two steps by which such models are made. First images: the vision tower learns to put what is in
+a cell where the words for it are among the token embeddings. Then answers: the text model learns the questions, the tower stays
+as it is. Then GRPO, from rewards alone.
+"""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
+from vlmkernels.demo.data import Scans
+from vlmkernels.demo.model import END_OF_TURN, build_model, build_processor, prompt_texts
+from vlmkernels.evaluate import shapes_and_digits as suite
+from vlmkernels.evaluate.evaluation import ALL, Evaluation
+from vlmkernels.evaluate.page import p_value, write_page
+from vlmkernels.evaluate.predictions import Decoding, predict
+from vlmkernels.evaluate.report import curves_of_log, to_json, to_markdown
+from vlmkernels.train import GRPOConfig, GRPOTrainer
+
+BATCH_SIZE = 96
+SEEING_STEPS = 160
+# Categories asked, and steps: to look for what is asked is learnt from single questions, then used in all.
+ANSWERING_STEPS = {("colour",): 150, ("grounding",): 300, tuple(suite.CATEGORIES): 300}
+ANSWER_TOKENS = 14  # a box of four numbers of two digits, and the end
+
+# A reward for each category, of the answers in a column of its name; None in the others leaves their samples out.
+REWARDS = [
+    {"log_as": category, "column": category, **reward}
+    for category, reward in {
+        "counting": {"name": "count", "soft": True},
+        "colour": {"name": "exact_match"},
+        "spatial": {"name": "exact_match"},
+        "grounding": {"name": "iou"},
+        "ocr": {"name": "cer"},
+        "negation": {"name": "yes_no"},
+    }.items()
+]
+# What is reported of each category.
+METRICS = {
+    "counting": "accuracy",
+    "colour": "accuracy",
+    "spatial": "accuracy",
+    "grounding": "miou",
+    "ocr": "exact_match",
+    "negation": "accuracy",
+}
+GRPO = {
+    "per_device_train_batch_size": 48 * 8,  # completions in a step
+    "num_generations": 8,
+    "max_completion_length": ANSWER_TOKENS,
+    "learning_rate": 5e-4,
+    "warmup_steps": 5,
+    "scale_rewards": "batch",
+}
+
+
+class Rows(Sequence[dict]):
+    """The first rows of the train split, with the columns that ``REWARDS`` take."""
+
+    def __init__(self, count: int):
+        self.rows = suite.Split("train", min(count, suite.SPLITS["train"]))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        row = self.rows[index]
+        return {**row, **{category: row["answer"] if category == row["category"] else None for category in suite.CATEGORIES}}
+
+
+def words(rows) -> list[str]:
+    """Every word of the questions and answers, with the space before it where there is one: a token each."""
+    texts = (text for row in rows for text in (row["prompt"][0]["content"][0]["text"], row["answer"]))
+    return sorted({word for text in texts for word in re.findall(" ?[A-Za-z]+", text)})
+
+
+class Cell(NamedTuple):
+    """The words for what is in a cell, and its box: that of a shape, or the whole cell."""
+
+    words: set[str]
+    box: tuple[int, int, int, int]
+
+
+def crowded_scene(draw: suite.Draw, scans: Scans) -> tuple[Image.Image, list[Cell]]:
+    """An image, half of whose cells hold a shape and a quarter a digit, and what is in each, in reading order."""
+    shapes, digits, cells = [], [], []
+    for row, column in product(range(suite.GRID), repeat=2):
+        kind = draw.of(("nothing", "shape", "shape", "digit"))
+        x, y = column * suite.CELL, row * suite.CELL
+        cell = Cell(set(), (x, y, x + suite.CELL, y + suite.CELL))
+        if kind == "shape":
+            shape = draw.shape(*draw.of(suite.KINDS), (column, row))
+            shapes.append(shape)
+            cell = Cell({f" {shape.colour}", f" {shape.name}"}, shape.box)
+        elif kind == "digit":
+            index = draw.of(range(len(scans.digits)))
+            digits.append((scans.pixels[index], (column, row)))
+            cell = Cell({str(scans.digits[index])}, cell.box)
+        cells.append(cell)
+    return suite.paint(shapes, digits), cells
+
+
+def learn_to_see(model, processor, steps: int, seed: int) -> float:
+    """Train the vision tower and the token embeddings so that what is in a cell and the words for it are alike, as SigLIP does
+    (2303.15343), and the box can be told by a linear map. Returns the share of the last batch's cells whose words are right."""
+    names = [*(f" {name}" for name in (*suite.COLOURS, *suite.SHAPES)), *map(str, range(10))]
+    ids = torch.tensor(processor.tokenizer(names)["input_ids"]).flatten()
+    tower, embeddings = model.model.visual.train(), model.get_input_embeddings().weight
+    scale, bias = torch.nn.Parameter(torch.tensor(3.0)), torch.nn.Parameter(torch.tensor(-2.0))
+    locate = torch.nn.Linear(embeddings.shape[1], 4)
+    optimizer = torch.optim.AdamW([*tower.parameters(), *locate.parameters(), embeddings, scale, bias], lr=1.5e-3)
+    scans = suite.scans()["train"]
+    for step in range(steps):
+        scenes = [crowded_scene(suite.Draw("scene", seed, step, index), scans) for index in range(64)]
+        images, cells = zip(*scenes, strict=True)
+        cells = [cell for scene in cells for cell in scene]
+        named = torch.tensor([[float(name in cell.words) for name in names] for cell in cells])
+        boxes = torch.tensor([cell.box for cell in cells]) / suite.SIDE
+        inputs = processor.image_processor(images=list(images), return_tensors="pt")
+        features = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        logits = features @ embeddings[ids].T * scale + bias
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, named)
+        loss = loss + torch.nn.functional.smooth_l1_loss(locate(features), boxes, beta=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return ((logits > 0) == (named > 0)).all(1).float().mean().item()
+
+
+def answer_loss(model, processor, rows: list[dict]) -> torch.Tensor:
+    """Cross-entropy of the answers and the end of the turn: the mean over rows, each the mean over its tokens."""
+    texts = [prompt + row["answer"] + END_OF_TURN for prompt, row in zip(prompt_texts(processor, rows), rows, strict=True)]
+    images = [row["image"] for row in rows]
+    inputs = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+    lengths = torch.tensor([len(ids) + 1 for ids in processor.tokenizer([row["answer"] for row in rows])["input_ids"]])
+    width = int(lengths.max())
+    labels, is_answer = inputs["input_ids"][:, -width:], torch.arange(width) >= width - lengths.unsqueeze(1)
+    logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    return ((loss * is_answer).sum(1) / lengths).mean()
+
+
+def learn_to_answer(model, processor) -> None:
+    """Train all but the vision tower, which is frozen for good, through ``ANSWERING_STEPS``."""
+    model.model.visual.requires_grad_(False).eval()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    model.train()
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 20, total_iters=20)
+    rows, names = suite.Split("train"), list(suite.CATEGORIES)
+    for categories, steps in ANSWERING_STEPS.items():
+        asked = [index for index in range(len(rows)) if names[index % len(names)] in categories]
+        for step in range(steps):
+            batch = [rows[asked[(step * BATCH_SIZE + i) % len(asked)]] for i in range(BATCH_SIZE)]
+            loss = answer_loss(model, processor, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            warmup.step()
+        print(f"  {', '.join(categories)}: {steps} steps, loss {loss.item():.2f}", flush=True)
+
+
+class Progress(TrainerCallback):
+    """Every ten steps a line of each category's reward."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % 10 == 0:
+            last = state.log_history[-10:]
+            means = {category: np.nanmean([e.get(f"rewards/{category}/mean") or np.nan for e in last]) for category in METRICS}
+            shown = "  ".join(f"{category} {mean:.2f}" for category, mean in means.items())
+            print(f"  step {state.global_step:3d}   {shown}   {time.perf_counter() - self.start:4.0f} s", flush=True)
+
+
+def train(model, processor, seed: int, steps: int, output: Path) -> list[dict]:
+    """GRPO on the train split. Returns the trainer's log."""
+    config = GRPOConfig(
+        **GRPO,
+        max_steps=steps,
+        seed=seed,
+        output_dir=str(output),
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    rows = Rows(steps * config.prompts_per_generation)
+    trainer = GRPOTrainer(model, REWARDS, config, rows, processing_class=processor, callbacks=[Progress()])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.state.log_history
+
+
+def measure(model, processor, path: Path) -> Evaluation:
+    """Greedy answers on the test split, with and without the image."""
+    path.unlink(missing_ok=True)
+    decoding = Decoding(max_completion_length=ANSWER_TOKENS, batch_size=600)
+    return Evaluation(predict(model, processor, suite.Split("test"), decoding, path, ("image", "grey")), suite.Split("test"))
+
+
+def run(seed: int, steps: int, output: Path) -> int:
+    """0 where GRPO raised the accuracy over all categories, else 1."""
+    start = time.perf_counter()
+    torch.set_num_threads(1)  # the matrices are too small to share between cores
+    disable_progress_bar()
+    output.mkdir(parents=True, exist_ok=True)
+    processor = build_processor(words(suite.Split("train", 1200)))
+    model = build_model(processor, seed, num_layers=3)
+    print(f"A small vision-language model learns {suite.NAME}: {', '.join(suite.CATEGORIES)}.\n")
+    print(f"Model     the Qwen2.5-VL architecture, {model.num_parameters():,} random weights, seed {seed}")
+    print(
+        f"\nSupervised: what is in an image, in {SEEING_STEPS} steps; then answers, in {sum(ANSWERING_STEPS.values())}",
+        flush=True,
+    )
+    seen = learn_to_see(model, processor, SEEING_STEPS, seed)
+    print(f"  {seen:.0%} of cells seen right, {time.perf_counter() - start:.0f} s", flush=True)
+    learn_to_answer(model, processor)
+    warmup_seconds = time.perf_counter() - start
+    before = measure(model, processor, output / "before.jsonl")
+    print(f"  {before.value(ALL, 'accuracy'):.1%} of the test answered right, {warmup_seconds:.0f} s")
+
+    print(f"\nGRPO, {steps} steps: no labels in the loss, a reward for each category; means of the last ten steps", flush=True)
+    train_start = time.perf_counter()
+    log = train(model, processor, seed, steps, output)
+    train_seconds = time.perf_counter() - train_start
+    after = measure(model, processor, output / "after.jsonl")
+
+    model.save_pretrained(output / "model")
+    processor.save_pretrained(output / "model")
+    (output / "trainer_state.json").write_text(json.dumps({"log_history": log}) + "\n")
+    result = {
+        "suite": suite.NAME,
+        "version": suite.VERSION,
+        "seed": seed,
+        "steps": steps,
+        "grpo_config": GRPO,
+        "reported": {ALL: "accuracy", **METRICS},
+        "seconds": {"supervised": round(warmup_seconds, 1), "grpo": round(train_seconds, 1)},
+        "before": to_json(before)["metrics"],
+        **to_json(after, before),
+    }
+    (output / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    (output / "eval.md").write_text(to_markdown(after, ("before GRPO", before)))
+    curves = curves_of_log(output / "trainer_state.json")
+    subtitle = f"{len(after.rows)} samples of the test split, greedy answers, after {steps} steps of GRPO, seed {seed}"
+    write_page(output / "eval.html", suite.NAME, subtitle, after, other=("before GRPO", before), curves=curves)
+
+    print(f"\n{'test split':12}{'metric':13}{'before':>8}{'after':>8}{'p':>9}{'image grey':>13}")
+    differences = after.minus(before)
+    for category, metric in {ALL: "accuracy", **METRICS}.items():
+        difference, (hidden,) = differences[category, metric], [r.hidden for r in after.results if r[:2] == (category, metric)]
+        values = f"{before.value(category, metric):8.1%}{after.value(category, metric):8.1%}"
+        print(f"{category:12}{metric:13}{values}{p_value(difference.p_value):>9}{hidden.value:13.1%}")
+    print(f"\nTime: supervised {warmup_seconds:.0f} s, GRPO {train_seconds:.0f} s, all {time.perf_counter() - start:.0f} s")
+    print(f"Look at {output / 'eval.html'}; go on with")
+    print(f"  vlmkernels eval --model {output / 'model'} --dataset {suite.NAME} --max_completion_length {ANSWER_TOKENS}")
+    improved = differences[ALL, "accuracy"].low > 0
+    if not improved:
+        print("FAILED GRPO must raise the accuracy over all categories")
+    return 0 if improved else 1

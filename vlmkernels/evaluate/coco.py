@@ -1,0 +1,86 @@
+"""Average precision of detections, by pycocotools."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from vlmkernels.rewards.answers import Boxes
+
+
+def _quietly(function, *arguments):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*arguments)
+
+
+class CocoAP:
+    """A ``Statistic``: COCO's AP over all areas with 100 detections per image.
+
+    Every completion is an image of its own; boxes without a label are of one category, those without a confidence are certain.
+    """
+
+    max_replicates = 200  # each sorts all detections again
+
+    def __init__(
+        self, predictions: Sequence[Sequence[Boxes | None]], references: Sequence[Boxes], threshold: float | None = None
+    ):
+        """predictions: N lists of G. threshold: the one IoU to take; by default the mean over 0.5, 0.55, ..., 0.95."""
+        try:
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+        except ImportError as error:
+            raise ImportError("ap and ap50 need the package pycocotools: pip install 'vlmkernels[eval]'") from error
+
+        self.shape = len(predictions), len(predictions[0])
+        names = {label for reference in references for label in reference.labels}
+        categories = {label: index for index, label in enumerate(sorted(names, key=str), 1)}
+        truth, found = [], []
+        for sample, (group, reference) in enumerate(zip(predictions, references, strict=True)):
+            for seed, prediction in enumerate(group):
+                image = sample * self.shape[1] + seed
+                truth += [
+                    self._annotation(image, categories[label], box, id=len(truth) + place, iscrowd=0)
+                    for place, (box, label) in enumerate(zip(reference.boxes, reference.labels, strict=True), 1)
+                ]
+                found += [
+                    self._annotation(image, categories[label], box, score=1.0 if score is None else score)
+                    for box, label, score in (zip(*prediction, strict=True) if prediction else ())
+                    if label in categories
+                ]
+        coco = COCO()
+        coco.dataset = {
+            "info": {},
+            "images": [{"id": image} for image in range(self.shape[0] * self.shape[1])],
+            "annotations": truth,
+            "categories": [{"id": index} for index in categories.values()],
+        }
+        _quietly(coco.createIndex)
+        self.evaluation = COCOeval(coco, _quietly(coco.loadRes, found) if found else COCO(), "bbox")
+        if not found:
+            self.evaluation.cocoDt.dataset = {**coco.dataset, "annotations": []}
+            _quietly(self.evaluation.cocoDt.createIndex)
+        self.evaluation.params.areaRng, self.evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        if threshold is not None:
+            self.evaluation.params.iouThrs = np.array([threshold])
+        _quietly(self.evaluation.evaluate)
+        self.images = np.array(self.evaluation.evalImgs, dtype=object).reshape(len(categories), -1)
+
+    @staticmethod
+    def _annotation(image: int, category: int, box: tuple[float, ...], **more) -> dict:
+        x1, y1, x2, y2 = box
+        size = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+        return {"image_id": image, "category_id": category, **size, **more}
+
+    def value(self, samples: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        return np.array([self._ap(np.outer(*weights).flatten().astype(int)) for weights in zip(samples, seeds, strict=True)])
+
+    def _ap(self, copies: np.ndarray) -> float:
+        """AP of the images, each as often as ``copies`` says: COCOeval's own accumulation of what it found in each image."""
+        evaluation = self.evaluation
+        chosen = np.repeat(np.arange(len(copies)), copies)
+        evaluation.evalImgs = self.images[:, chosen].flatten().tolist()
+        evaluation.params.imgIds = evaluation._paramsEval.imgIds = list(range(len(chosen)))
+        _quietly(evaluation.accumulate)
+        precision = evaluation.eval["precision"][..., 0, -1]  # (thresholds, recalls, categories), -1 without a reference box
+        return float(precision[precision > -1].mean()) if (precision > -1).any() else np.nan

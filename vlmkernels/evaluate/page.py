@@ -1,0 +1,296 @@
+"""One HTML file that needs nothing else: metrics with intervals, curves, a comparison, and samples with boxes drawn."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
+from vlmkernels.evaluate.statistics import Difference
+from vlmkernels.evaluate.tasks import TASKS
+from vlmkernels.rewards.answers import Boxes, as_boxes
+from vlmkernels.train.report import STYLE, thumbnail
+from vlmkernels.train.scoring import pictures
+
+OWN_STYLE = """
+body { max-width: 78rem; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
+nav { position: sticky; top: 0; z-index: 1; background: Canvas; padding: .4rem 0; }
+nav { display: flex; gap: .4rem 1rem; flex-wrap: wrap; }
+nav label { cursor: pointer; }
+tbody th { text-align: left; padding-top: .9rem; font-size: 1rem; }
+.metrics td, .metrics th { white-space: nowrap; } .metrics td:first-child, .metrics th:first-child { width: auto; }
+.metrics td.doc { text-align: left; opacity: .7; width: 100%; white-space: normal; } .wide { overflow-x: auto; }
+.range { position: relative; width: 9rem; height: 1em; background: var(--soft); border-radius: 3px; display: inline-block; }
+.range i { position: absolute; top: 0; bottom: 0; background: #3b82f677; border-radius: 3px; min-width: 2px; }
+.range b { position: absolute; top: -2px; bottom: -2px; width: 2px; background: #3b82f6; }
+.good { color: rgb(var(--good)); } .bad { color: rgb(var(--bad)); }
+.curves, .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+.curves svg { width: 100%; height: auto; overflow: visible; } .curves figure { margin: 0; } figcaption { font-size: .85rem; }
+.card { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; display: flex; flex-direction: column; }
+.card > div, .card > pre { padding: .5rem .8rem; } .card pre { background: var(--soft); }
+.pictures { display: flex; gap: .5rem; flex-wrap: wrap; }
+.picture { position: relative; line-height: 0; } .picture img { background: #fff; image-rendering: pixelated; }
+.picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+rect, circle.mark { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
+.reference { stroke: rgb(46 160 67); } .prediction { stroke: #c026d3; stroke-dasharray: 5 3; }
+.key { display: inline-block; width: 1.6em; border-top: 2px solid; vertical-align: middle; margin-right: .3em; }
+.key.prediction { border-color: #c026d3; border-top-style: dashed; } .key.reference { border-color: rgb(46 160 67); }
+dl { margin: 0; padding: .5rem .8rem .7rem; display: grid; grid-template-columns: auto 1fr; gap: .1rem .8rem; }
+dt { opacity: .7; font-size: .85rem; } dd { margin: 0; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; }
+.wrong-only .card.right, .card.off { display: none; }
+"""
+SCRIPT = """
+const wrong = document.querySelector('#wrong'), group = document.querySelector('#group')
+const show = () => {
+  document.querySelector('.cards').classList.toggle('wrong-only', wrong.checked)
+  for (const card of document.querySelectorAll('.card'))
+    card.classList.toggle('off', group.value !== '' && card.dataset.group !== group.value)
+}
+wrong.onchange = group.onchange = show
+"""
+
+
+class Point(NamedTuple):
+    """A value of a curve, with its interval where it has one."""
+
+    step: float
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
+def number(value: float, share: bool) -> str:
+    """A metric's value as text: percent where it is a share."""
+    if math.isnan(value):
+        return "–"
+    return f"{100 * value:.1f} %" if share else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def signed(value: float, share: bool) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:+.1f}" if share else f"{value:+.3f}"
+
+
+def p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _range(result: Result, share: bool) -> str:
+    """The interval as a bar from 0 to 1."""
+    value, low, high, _ = result.estimate
+    if not share or math.isnan(value):
+        return ""
+    low, high, value = (100 * min(max(x, 0.0), 1.0) for x in (low, high, value))
+    bar = f'<i style="left: {low:.1f}%; right: {100 - high:.1f}%"></i><b style="left: {value:.1f}%"></b>'
+    return f'<span class="range">{bar}</span>'
+
+
+def _tone(difference: Difference, sign: int, confidence: float) -> str:
+    """Green for better, red for worse, where it is significant."""
+    if sign == 0 or math.isnan(difference.value) or difference.p_value > 1 - confidence:
+        return ""
+    return "good" if difference.value * sign > 0 else "bad"
+
+
+def _metrics_table(evaluation: Evaluation) -> str:
+    view, confidence = evaluation.hidden_view, evaluation.scoring.confidence
+    head = [
+        "metric",
+        "value",
+        f"{100 * confidence:g} % interval",
+        "",
+        *([f"image {view}", "image's worth"] if view else []),
+        "",
+    ]
+    rows, last = [], None
+    for result in evaluation.results:
+        metric = evaluation.groups[result.group].metrics[result.metric]
+        if result.group != last:
+            count = len(evaluation.groups[result.group].answers["image"].indices)
+            rows.append(f'<tr><th colspan="{len(head)}">{escape(result.group)} <small>({count} samples)</small></th></tr>')
+            last = result.group
+        value, low, high, _ = result.estimate
+        cells = [f"<td>{escape(result.metric)}</td><td><b>{number(value, metric.share)}</b></td>"]
+        cells.append(
+            f"<td>{number(low, metric.share)} to {number(high, metric.share)}</td><td>{_range(result, metric.share)}</td>"
+        )
+        if view:
+            tone = _tone(result.cost, metric.sign, confidence)
+            cells.append(f"<td>{number(result.hidden.value, metric.share)}</td>")
+            cells.append(f'<td class="{tone}">{signed(result.cost.value, metric.share)}</td>')
+        rows.append(f'<tr>{"".join(cells)}<td class="doc">{escape(metric.doc)}</td></tr>')
+    titles = "".join(f"<th>{title}</th>" for title in head)
+    return (
+        f'<div class="wide"><table class="metrics"><thead><tr>{titles}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> str:
+    confidence = evaluation.scoring.confidence
+    rows = []
+    for (group, name_of_metric), difference in evaluation.minus(other).items():
+        if (difference.low, difference.high) == (0, 0):
+            continue
+        metric = evaluation.groups[group].metrics[name_of_metric]
+        theirs = other.value(group, name_of_metric)
+        tone = _tone(difference, metric.sign, confidence)
+        rows.append(
+            f"<tr><td>{escape(group)}: {escape(name_of_metric)}</td><td>{number(theirs, metric.share)}</td>"
+            f"<td>{number(theirs + difference.value, metric.share)}</td>"
+            f'<td class="{tone}"><b>{signed(difference.value, metric.share)}</b></td>'
+            f"<td>{signed(difference.low, metric.share)} to {signed(difference.high, metric.share)}</td>"
+            f"<td>{p_value(difference.p_value)}</td><td>{difference.test}</td></tr>"
+        )
+    titles = ("metric", "before", "now", "difference", f"{100 * confidence:g} % interval", "p", "test")
+    head = "".join(f"<th>{title}</th>" for title in titles)
+    return (
+        f"<h2>Compared with {escape(name)}</h2>"
+        f"<p>Paired by sample; coloured where p &lt; {1 - confidence:.2g}; without what did not change.</p>"
+        f'<div class="wide"><table class="metrics"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _running_mean(points: Sequence[Point], width: int = 15) -> list[float]:
+    """Of each point and those around it, fewer at the ends."""
+    values = [point.value for point in points]
+    around = (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
+    return [sum(some) / len(some) for some in around]
+
+
+def _curve(title: str, points: Sequence[Point]) -> str:
+    """A line over steps, its interval as a band, of many points their running mean too; nothing where it does not move."""
+    width, height = 300, 120
+    points = sorted(point for point in points if not math.isnan(point.value))
+    if len({point.value for point in points}) < 2:
+        return ""
+    values = [v for p in points for v in (p.value, p.low, p.high) if not math.isnan(v)]
+    bottom, top = min(values), max(values)
+    first, last = points[0].step, points[-1].step
+    x = lambda step: width * (step - first) / (last - first)  # noqa: E731
+    y = lambda value: height * (top - value) / (top - bottom)  # noqa: E731
+    line = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in points)
+    noisy = len(points) > 40
+    mean = " ".join(f"{x(p.step):.1f},{y(value):.1f}" for p, value in zip(points, _running_mean(points), strict=True))
+    smooth = f'<polyline points="{mean}" fill="none" stroke="#3b82f6" stroke-width="2"/>'
+    banded = [p for p in points if not math.isnan(p.low)]
+    edge = [*((p.step, p.low) for p in banded), *((p.step, p.high) for p in reversed(banded))]
+    band = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in edge)
+    marks = "".join(f'<circle cx="{x(p.step):.1f}" cy="{y(p.value):.1f}" r="2.5" fill="#3b82f6"/>' for p in points)
+    label = 'font-size="10" fill="currentColor" opacity=".7"'
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="-34 -8 {width + 42} {height + 26}">'
+        f'<path d="M0 0V{height}H{width}" fill="none" stroke="currentColor" opacity=".3"/>'
+        f'<polygon points="{band}" fill="#3b82f6" opacity=".2"/>'
+        f'<polyline points="{line}" fill="none" stroke="#3b82f6" stroke-width="1" opacity="{0.3 if noisy else 1}"/>'
+        f"{smooth if noisy else marks}"
+        f'<text x="-4" y="4" text-anchor="end" {label}>{top:.3g}</text>'
+        f'<text x="-4" y="{height}" text-anchor="end" {label}>{bottom:.3g}</text>'
+        f'<text x="0" y="{height + 14}" {label}>step {first:g}</text>'
+        f'<text x="{width}" y="{height + 14}" text-anchor="end" {label}>{last:g}</text></svg></figure>'
+    )
+
+
+def _shapes(value: Any, name: str) -> str:
+    """SVG of the boxes or the point that an answer or a reference stands for."""
+    if value is None:
+        return ""
+    if len(value) == 2:
+        return f'<circle class="mark {name}" cx="{value[0]:g}" cy="{value[1]:g}" r="1.5%"/>'
+    return "".join(
+        f'<rect class="{name}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}"/>'
+        for x1, y1, x2, y2 in (value.boxes if isinstance(value, Boxes) else [value])
+    )
+
+
+def _shown(evaluation: Evaluation, index: int, kind: str, values: list) -> str:
+    images = pictures(evaluation.rows.sample(index))
+    shapes = ""
+    if kind in ("box", "boxes", "point"):
+        reference = as_boxes(evaluation.rows.references[index])
+        shapes = _shapes(reference, "reference") + "".join(_shapes(value, "prediction") for value in values)
+    shown = []
+    for place, image in enumerate(images):
+        overlay = f'<svg viewBox="0 0 {image.width} {image.height}">{shapes}</svg>' if place == 0 and shapes else ""
+        shown.append(f'<div class="picture">{thumbnail(image)}{overlay}</div>')
+    return f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
+
+
+def _card(evaluation: Evaluation, group: str, place: int) -> str:
+    """One sample: images, prompt, reference, and each completion with what it got."""
+    answers = evaluation.groups[group].answers["image"]
+    index = answers.indices[place]
+    task = TASKS[evaluation.rows.tasks[index]]
+    right = None if answers.correct is None else bool(answers.correct[place].all())
+    reference = answers.references[place]
+    rows = [] if reference is None else [("reference", escape(str(reference)), "")]
+    for seed, completion in enumerate(answers.texts[place]):
+        value = answers.values[place][seed]
+        tone = "" if answers.correct is None else "good" if answers.correct[place, seed] else "bad"
+        rows.append(("prediction", escape(completion) or "–", tone))
+        if value is None:
+            rows.append(("", "no answer could be read", "bad"))
+        rows += [
+            (escape(name), "not scored" if math.isnan(values[place, seed]) else f"{values[place, seed]:.3f}", "")
+            for name, values in answers.rewards.items()
+        ]
+    details = "".join(f'<dt>{name}</dt><dd class="{tone}">{text}</dd>' for name, text, tone in rows)
+    state = "" if right is None else "right" if right else "wrong"
+    images = _shown(evaluation, index, task.answer, answers.values[place])
+    title = f"<div><small>{escape(group)} · sample {index}{f' · {state}' if state else ''}</small></div>"
+    return (
+        f'<div class="card {state}" data-group="{escape(group)}">{title}'
+        f"{f'<div>{images}</div>' if images else ''}<pre>{escape(answers.prompts[place])}</pre><dl>{details}</dl></div>"
+    )
+
+
+def _chosen(evaluation: Evaluation, group: str, limit: int) -> list[int]:
+    """The first samples of a group, at least half of them wrong ones where there are as many."""
+    answers = evaluation.groups[group].answers["image"]
+    every = range(len(answers.indices))
+    wrong = [] if answers.correct is None else [place for place in every if not answers.correct[place].all()]
+    chosen = wrong[: (limit + 1) // 2]
+    return sorted({*chosen, *[place for place in every if place not in chosen][: limit - len(chosen)]})
+
+
+def _gallery(evaluation: Evaluation, limit: int) -> str:
+    names = [name for name in evaluation.groups if name != ALL]
+    cards = "".join(_card(evaluation, name, place) for name in names for place in _chosen(evaluation, name, limit))
+    options = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in names)
+    return (
+        '<h2>Samples</h2><nav><label><input type="checkbox" id="wrong"> wrong ones only</label>'
+        f'<select id="group"><option value="">all groups</option>{options}</select>'
+        '<span><i class="key reference"></i>reference</span><span><i class="key prediction"></i>prediction</span></nav>'
+        f'<div class="cards">{cards}</div><script>{SCRIPT}</script>'
+    )
+
+
+def write_page(
+    path: Path,
+    title: str,
+    subtitle: str,
+    evaluation: Evaluation,
+    *,
+    other: tuple[str, Evaluation] | None = None,
+    curves: dict[str, Sequence[Point]] | None = None,
+    samples_per_group: int = 12,
+) -> None:
+    """Write the page.
+
+    Args:
+        other: name and evaluation of a run to compare with.
+        curves: by title.
+        samples_per_group: in the gallery.
+    """
+    drawn = "".join(_curve(name, points) for name, points in (curves or {}).items())
+    parts = [
+        f'<h1>{escape(title)}</h1><p class="summary">{escape(subtitle)}</p>',
+        f"<h2>Metrics</h2>{_metrics_table(evaluation)}",
+        _comparison_table(evaluation, other[1], other[0]) if other else "",
+        f'<h2>Over training steps</h2><div class="curves">{drawn}</div>' if drawn else "",
+        _gallery(evaluation, samples_per_group),
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    page = f'<!doctype html><html lang="en">{head}<style>{STYLE}{OWN_STYLE}</style>{"".join(parts)}</html>\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
