@@ -9,12 +9,13 @@ import tiny_families
 import torch
 from test_families import whole
 from test_group import SHARING, completions_of
-from test_trainer import length_reward, lora, run_ours
+from test_trainer import config, length_reward, lora, run_ours
 
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.encode import encode_images, once_per_image, why_not_frozen
 from vlmkernels.models.families import family_of
 from vlmkernels.models.group import pack_groups, prompt_positions
+from vlmkernels.train import GRPOTrainer
 from vlmkernels.train.data import encode, read_sample
 from vlmkernels.train.experience import Experience
 
@@ -125,6 +126,21 @@ def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path, adapters):
         torch.testing.assert_close(parameters[key], parameter, rtol=1e-4, atol=1e-6)
 
 
+def test_features_of_a_checkpoint_serve_a_run_that_makes_none(tmp_path):
+    """A run resumed with other options goes on within the generation batch."""
+    logs = []
+    for share in ("auto", False):
+        options = {"max_steps": 2, "num_iterations": 2, "beta": 0.1, "save_strategy": "steps", "save_steps": 1}
+        args = config(tmp_path, share_prefix=share, **options)
+        trainer = GRPOTrainer(freeze(tiny.vlm()), [length_reward], args, tiny.rows(4), processing_class=tiny.processor())
+        assert trainer.encodes_once == (share == "auto")
+        trainer.train(resume_from_checkpoint=None if share == "auto" else str(tmp_path / "checkpoint-1"))
+        assert "image_features" in trainer._experience.rollout.prompts.inputs
+        logs.append([log for log in trainer.state.log_history if "loss" in log])
+    for name in ("loss", "grad_norm", "kl", "entropy"):
+        assert logs[1][1][name] == pytest.approx(logs[0][1][name], rel=1e-4), name
+
+
 def test_a_trained_tower_runs_for_each_pass(tmp_path):
     """... on equal images once."""
     seen, model = [], tiny.vlm()
@@ -144,5 +160,8 @@ def test_why_features_may_differ():
     assert why_not_frozen(model) == "visual.merger.ln_q is trained"
     freeze(model).model.visual.add_module("noise", torch.nn.Dropout(0.1))
     assert why_not_frozen(model) == "visual.noise drops out"
+    del model.model.visual.noise
+    model.model.visual.blocks[1].attn.attention_dropout = 0.1
+    assert why_not_frozen(model) == "visual.blocks.1.attn drops out"
     dense = tiny_families.case("llava_next").model
     assert why_not_frozen(dense) is not None

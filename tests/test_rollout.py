@@ -80,7 +80,7 @@ def test_every_family_equals_generate(name):
 
 
 OPTIONS = {
-    "suppressed": {"suppress_tokens": [7, 8, 9, 10, 11]},
+    "suppressed": {"suppress_tokens": [7, 8, 9, 10, 11, 151653]},  # the last: of no token that the model has
     "at least": {"min_new_tokens": 9},
     "penalty": {"repetition_penalty": 1.7},
     "one token": {"max_new_tokens": 1},
@@ -126,6 +126,21 @@ def test_samples_do_not_depend_on_the_slots(options):
     torch.testing.assert_close(first.logps, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_precision(name):
+    """Under autocast rotary embeddings leave queries and keys in fp32, beside values in bf16."""
+    model = MODELS[name]()
+    prompts = prompts_of((1, 0, 2) if name != "qwen2" else (0, 0), model)
+    use_group_attention(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        decoded = decode_groups(model, prompts, 3, Sampling(LENGTH, EOS, PAD, suppress_tokens=range(40, 60)), max_num_seqs=4)
+        inputs = prompts.repeat(3).append(decoded.ids, decoded.mask.long()).inputs
+        logits = model(**inputs).logits[:, -decoded.ids.shape[1] - 1 : -1].float()
+    expected = gather_logps(logits, decoded.ids, mask=decoded.mask)
+    torch.testing.assert_close(decoded.logps, expected, rtol=0.02, atol=0.1)
+    assert (decoded.logps - expected).abs().mean() < 0.02
+
+
 def test_draw_inverts_the_distribution():
     scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
     scores[:, ::7] = -torch.inf
@@ -161,6 +176,42 @@ def test_stop_strings(tmp_path):
     assert torch.equal(ours.completion_mask, theirs.completion_mask)
     assert torch.equal(ours.completion_ids, theirs.completion_ids)
     assert torch.equal(ours.truncated, theirs.truncated)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"eos_token_id": 29}, {"eos_token_id": [29, 12], "top_k": None, "min_new_tokens": None, "stop_strings": None}],
+    ids=["one", "several"],
+)
+def test_both_engines_follow_the_options_alone(tmp_path, kwargs):
+    """... and not what else the model's generation config holds; a token that ends is the last one that counts."""
+    model, tokenizer = lively(tiny.text_model()), tiny.tokenizer()
+    prompts = prompts_of((0, 0), model)
+    declared = {"min_p": 0.9, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "suppress_tokens": [29]}
+    model.generation_config.update(**declared)
+    rollouts = []
+    for share in ("auto", False):
+        options = {"max_completion_length": LENGTH, "use_cpu": True, "generation_kwargs": kwargs, "share_prefix": share}
+        engine = Generate(model, tokenizer, GRPOConfig(output_dir=str(tmp_path), **options))
+        rollouts.append(engine(model, prompts, 2, 0))
+    ours, theirs = rollouts
+    assert ours.truncated.tolist() in ([False, False, True, True], [False] * 4)
+    for name in ("completion_ids", "completion_mask", "truncated"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert {name: getattr(model.generation_config, name) for name in declared} == declared
+
+
+def test_what_an_engine_refuses(tmp_path):
+    model, tokenizer = tiny.text_model(), tiny.tokenizer()
+    for share in ("auto", False):
+        options = {"use_cpu": True, "share_prefix": share}
+        with pytest.raises(ValueError, match="stop_strings must be a list of strings, got 'ab'"):
+            Generate(model, tokenizer, GRPOConfig(str(tmp_path), generation_kwargs={"stop_strings": "ab"}, **options))
+    tokenizer.eos_token = None
+    assert Generate(model, tokenizer, GRPOConfig(str(tmp_path), use_cpu=True)).eos == [model.generation_config.eos_token_id]
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token_id must be one of the tokenizer's or of the model's generation config"):
+        Generate(model, tokenizer, GRPOConfig(str(tmp_path), use_cpu=True))
 
 
 @pytest.mark.parametrize("reason", ["model", "options", "off"])

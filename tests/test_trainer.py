@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from killed_run import build
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from vlmkernels.models.encode import use_image_features
@@ -369,6 +370,36 @@ def test_trains_a_vlm_on_sampled_completions(tmp_path, images):
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("share", ["auto", False])
+def test_mixed_precision_casts_weights_once_to_sample(tmp_path, share):
+    """Once for all tokens; and the casts end with the sampling: all of the model trains."""
+    model, casts = tiny.text_model(), []
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                casts[-1] += 1
+            return function(*args, **(kwargs or {}))
+
+    options = {"bf16": True, "use_cpu": True, "share_prefix": share, "max_completion_length": 16}
+    args = config(tmp_path, **options)
+    trainer = GRPOTrainer(model, [length_reward], args, tiny.rows(4, "none"), processing_class=tiny.tokenizer())
+    generate = trainer.generate
+
+    def counted(*args):
+        casts.append(0)
+        with Casts():
+            return generate(*args)
+
+    trainer.generate = counted
+    trainer.train()
+    assert casts
+    assert 0 < max(casts) <= len(weights)
+    assert not any(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if parameter.dim() > 1)
+
+
 def test_media_tokens_are_never_sampled(tmp_path):
     model = tiny.vlm()
     banned = [tiny.tokenizer().convert_tokens_to_ids(tiny.SPECIAL[n]) for n in ("image", "video", "vision_start", "vision_end")]
@@ -465,6 +496,10 @@ def test_incomplete_checkpoints_do_not_count(tmp_path):
         ({"max_completion_length": 0}, "max_completion_length must be >= 1, got 0"),
         ({"generation_batch_size": 6}, r"generation_batch_size must be a multiple of .* = 4, got 6"),
         ({"generation_batch_size": 8, "steps_per_generation": 4}, r"generation_batch_size must equal .* = 16, got 8"),
+        (
+            {"generation_kwargs": {"temperature": 0.5}},
+            "generation_kwargs must leave these to temperature and .*, got temperature",
+        ),
         ({"steps_per_generation": 3}, r"gradient_accumulation_steps must divide, or be a multiple of, .* = 3, got 2"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

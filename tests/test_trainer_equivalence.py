@@ -52,10 +52,29 @@ def test_same_losses_gradients_and_parameters(tmp_path, case):
     assert_same(*runs)
 
 
+def test_mixed_precision(tmp_path):
+    """Sampling, log-probabilities and gradients under autocast, close to those of copies of the prompts."""
+    results = []
+    for share in ("auto", False):
+        options = {"images": "mixed", "bf16": True, "use_cpu": True, "max_steps": 2, "num_iterations": 2, "entropy_coef": 0.1}
+        assert run(tmp_path / str(share), share_prefix=share, fixed=False, **options)[0].shares_prefix == (share == "auto")
+        results.append(run(tmp_path / str(share), share_prefix=share, **options)[1])
+    (ours, gradients, _), (theirs, expected, _) = results
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["entropy"] == pytest.approx(other["entropy"], rel=1e-2)
+    for mine, other in zip(gradients, expected, strict=True):
+        assert mine.keys() == other.keys()
+        flat, reference = (torch.cat([g[name].flatten() for name in other]) for g in (mine, other))
+        assert (flat - reference).norm() < 0.1 * reference.norm()
+
+
 BUDGETS = {
     "cut groups": ("auto", 43, {"loss_type": "dapo", "entropy_coef": 0.1}),
     "tokens": ("auto", 43, {"loss_type": "bnpo", "images": "mixed"}),
     "completions": ("auto", 43, {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2, "images": "mixed"}),
+    "per sequence": ("auto", 43, {"importance_sampling_level": "sequence", "epsilon": 0.003, "steps_per_generation": 4}),
+    "masked": (False, 43, {"loss_type": "vespo", "mask_truncated_completions": True, "num_iterations": 2}),
+    "entropy": (False, 43, {"loss_type": "grpo", "entropy_coef": 0.1, "mask_truncated_completions": True}),
     "copies": (False, 100, {"loss_type": "luspo", "steps_per_generation": 4}),
 }
 

@@ -225,8 +225,11 @@ class _Decoder:
             uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64)
         self.uniform = uniform
         self.seen = None
-        self.eos = torch.tensor(sampling.eos_token_id, device=self.device)
-        self.suppressed = torch.tensor(sampling.suppress_tokens, device=self.device, dtype=torch.int64)
+        size = model.config.get_text_config().vocab_size  # configurations may name tokens that the model does not have
+        self.eos, self.suppressed = (
+            torch.tensor([token for token in tokens if token < size], device=self.device, dtype=torch.int64)
+            for tokens in (sampling.eos_token_id, sampling.suppress_tokens)
+        )
         self.warpers = []
         if sampling.temperature:
             if sampling.top_k:

@@ -111,7 +111,10 @@ def why_not_frozen(model: PreTrainedModel) -> str | None:
             continue
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             return f"{name} is trained"
-        if getattr(module, "p", 0.0) and isinstance(module, torch.nn.Dropout):
+        # Of attention the rate is a number, under either name; elsewhere they may be modules, which come by themselves.
+        rates = [getattr(module, rate, None) for rate in ("attention_dropout", "dropout")]
+        rates += [module.p] if isinstance(module, torch.nn.Dropout) else []
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
             return f"{name} drops out"
     return None
 

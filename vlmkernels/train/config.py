@@ -117,6 +117,8 @@ class GRPOConfig(TrainingArguments):
         require(self.top_k >= 0, "top_k", "be >= 0", self.top_k)
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "be in [0, 1]", self.min_p)
         require(self.repetition_penalty > 0, "repetition_penalty", "be > 0", self.repetition_penalty)
+        fixed = sorted({"temperature", "do_sample"} & (self.generation_kwargs or {}).keys())
+        require(not fixed, "generation_kwargs", "leave these to temperature and eval_temperature", ", ".join(fixed))
         require(self.max_num_seqs is None or self.max_num_seqs >= 1, "max_num_seqs", "be >= 1", self.max_num_seqs)
         budget = self.max_tokens_per_microbatch
         require(budget is None or budget >= 1, "max_tokens_per_microbatch", "be >= 1", budget)

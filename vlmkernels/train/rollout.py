@@ -72,8 +72,10 @@ def tokenizer_of(processor) -> PreTrainedTokenizerBase:
 def eos_token_ids(model, tokenizer) -> list[int]:
     """Every token that ends a completion: the tokenizer's and those of the model's generation config."""
     declared = model.generation_config.eos_token_id
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return list(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+    declared = [declared] if declared is None or isinstance(declared, int) else declared
+    found = [token for token in dict.fromkeys([tokenizer.eos_token_id, *declared]) if token is not None]
+    require(bool(found), "eos_token_id", "be one of the tokenizer's or of the model's generation config", None)
+    return found
 
 
 class Generate:
@@ -81,12 +83,15 @@ class Generate:
     otherwise with ``model.generate`` on a copy of the prompt for each completion, saying so once.
 
     ``engine(model, prompts, num_generations, temperature)`` returns a ``Rollout``; the completions of a prompt follow one
-    another. Temperature 0 is greedy. ``uniform``: see ``decode_groups``.
+    another. Temperature 0 is greedy. Of the model's own generation config the tokens that end a completion count, no more.
+    ``uniform``: see ``decode_groups``.
     """
 
     def __init__(self, model, processor, args: GRPOConfig):
         self.tokenizer = tokenizer_of(processor)
-        self.eos = eos_token_ids(model, self.tokenizer)
+        given = {name: value for name, value in (args.generation_kwargs or {}).items() if value is not None}
+        eos = given.pop("eos_token_id") if "eos_token_id" in given else eos_token_ids(model, self.tokenizer)
+        self.eos = [eos] if isinstance(eos, int) else list(eos)
         self.limits = {"max_num_seqs": args.max_num_seqs, "max_tokens": args.max_tokens_per_microbatch}
         self.options = {
             "max_new_tokens": args.max_completion_length,
@@ -96,10 +101,11 @@ class Generate:
             "repetition_penalty": args.repetition_penalty,
             "pad_token_id": self.tokenizer.pad_token_id,
             "eos_token_id": self.eos,
-            **(args.generation_kwargs or {}),
+            **given,
         }
         media = media_token_ids(model.config, processor)
         self.options["suppress_tokens"] = [*media, *(self.options.get("suppress_tokens") or ())]
+        Sampling(**{name: value for name, value in self.options.items() if name in Sampling.names()})  # refuses bad values now
         plain = model.get_base_model() if is_peft_model(model) else model
         reason = "share_prefix is off" if args.share_prefix is False else why_not_shared(plain)
         if others := sorted(self.options.keys() - Sampling.names()):
@@ -122,7 +128,15 @@ class Generate:
         inputs = prompts.repeat(num_generations).inputs
         stop_strings = self.options.get("stop_strings") or ()
         more = {"tokenizer": self.tokenizer} if stop_strings else {}
-        sequences = model.generate(**inputs, generation_config=self._config(temperature), **more)
+        plain = model.get_base_model() if is_peft_model(model) else model
+        declared, plain.generation_config = (
+            plain.generation_config,
+            GenerationConfig(),
+        )  # it would fill in what ours leaves open
+        try:
+            sequences = model.generate(**inputs, generation_config=self._config(temperature), **more)
+        finally:
+            plain.generation_config = declared
         ids = sequences[:, inputs["input_ids"].shape[1] :]
         ended = torch.isin(ids, torch.tensor(self.eos, device=ids.device))
         for row, tokens in enumerate(ids.tolist() if stop_strings else ()):

@@ -23,7 +23,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.batch import Batch
 from vlmkernels.models.encode import encode_images, image_axes, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
@@ -119,12 +118,12 @@ class GRPOTrainer(Trainer):
         self.shares_prefix = self._choose_prefix_sharing()
         # Features of a vision tower that does not change serve all passes over a generation batch.
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
+        use_image_features(self.text_model)  # also where a resumed generation batch alone has some
         self.idle_images = None
         if self.is_fsdp_enabled and self.family is not TEXT and not self.encodes_once:
             rule = "be off: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
             require(takes_features(self.text_model), "fsdp", rule, True)
             self.idle_images = self._an_image(processing_class)
-            use_image_features(self.text_model)
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
             reference = frozen_copy(model)
@@ -221,21 +220,18 @@ class GRPOTrainer(Trainer):
             samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
         )
         prompts = prompts.to(self.args.device)
-        with gathered(self.policy, self.head):
+        # Autocast here, not in each forward pass alone, casts a weight once, not once per token.
+        with gathered(self.policy, self.head), self.accelerator.autocast():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
-                prompts = self._encode(prompts)
+                prompts = encode_images(self.text_model, prompts)
             rollout = self.generate(self.policy, prompts, num_generations, temperature)
             if self.encodes_once:
-                rollout = replace(rollout, prompts=self._encode(rollout.prompts))
+                rollout = replace(rollout, prompts=encode_images(self.text_model, rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         processors = self.processing_class, self.tokenizer
         scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
         return rollout, scored
-
-    def _encode(self, prompts: Batch) -> Batch:
-        with self.accelerator.autocast():
-            return encode_images(self.text_model, prompts)
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.rewards.weights.to(rewards.device)
@@ -356,15 +352,14 @@ class GRPOTrainer(Trainer):
         repeats = sum(part is parts[-1] for part in parts) - 1
         real = parts[: len(parts) - repeats]
         # What each part counts of the means that its loss is made of: over completions, or over tokens.
-        sequences = self.loss_config.aggregation.sequences
-        sizes = [len(part) if sequences else experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
+        of_tokens = [experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
+        sizes = [len(part) for part in real] if self.loss_config.aggregation.sequences else of_tokens
         metrics = []
         for number, samples in enumerate(parts):
-            last = number == len(parts) - 1
-            size = sizes[min(number, len(real) - 1)]
-            share = size / sum(sizes) if size else 1.0  # without tokens there is nothing to weight
+            last, which = number == len(parts) - 1, min(number, len(real) - 1)
+            share, of_entropy = (x[which] / sum(x) if x[which] else 1.0 for x in (sizes, of_tokens))  # 1: there is nothing
             with nullcontext() if last else self.accelerator.no_sync(model):
-                loss, measured = self._loss(model, experience, inputs, samples, share)
+                loss, measured = self._loss(model, experience, inputs, samples, share, of_entropy)
                 if number < len(real):
                     metrics.append(measured)
                 else:
@@ -373,13 +368,20 @@ class GRPOTrainer(Trainer):
                     self.accelerator.backward(loss)
                     loss = loss.detach()
             total = total + loss
-        for name, value in combine(metrics).items():
+        per_sequence = self.loss_config.level == "sequence" or self.loss_config.loss.surrogate == "vespo"
+        clipped = [len(part) for part in real] if per_sequence else None
+        for name, value in combine(metrics, clipped).items():
             self._metrics[name].append(value)
         return total
 
-    def _loss(self, model, experience: Experience, use: int, samples: torch.Tensor, share: float) -> tuple[torch.Tensor, dict]:
-        """The loss and metrics of some completions, ``share`` of their micro-batch."""
-        args = self.args
+    def _loss(
+        self, model, experience: Experience, use: int, samples: torch.Tensor, share: float, of_entropy: float
+    ) -> tuple[torch.Tensor, dict]:
+        """The loss and metrics of some completions, ``share`` of their micro-batch; of its entropy bonus, a mean over tokens
+        whatever the loss is, ``of_entropy``."""
+        args, config = self.args, self.loss_config
+        if config.entropy_coef and share != of_entropy:
+            config = replace(config, entropy_coef=config.entropy_coef * of_entropy / share)
         on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
         window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
@@ -396,7 +398,7 @@ class GRPOTrainer(Trainer):
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
             accumulation_steps=window / share,
-            config=self.loss_config,
+            config=config,
         )
         if on_policy and experience.old_logps is not None:
             experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
