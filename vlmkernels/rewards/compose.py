@@ -126,6 +126,10 @@ class Scores(NamedTuple):
         *by_completion, seconds = zip(*parts, strict=True)
         return cls(*map(torch.cat, by_completion), torch.stack(seconds).sum(0))
 
+    def of(self, chosen: torch.Tensor) -> "Scores":
+        """Of some completions; the times are those of all."""
+        return Scores(self.rewards[chosen], self.unparsed[chosen], self.failed[chosen], self.seconds)
+
     def metrics(self, names: list[str]) -> dict[str, float]:
         """The shares of answers that could not be parsed and of rewards that failed, and the time that each function took."""
         rates = {"unparsed": self.unparsed.double().mean(0), "failed": self.failed.double().mean(0), "time": self.seconds}

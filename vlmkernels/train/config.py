@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from vlmkernels.ops.checks import require
+from vlmkernels.ops.checks import require, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
+
+ON_FAULT = ("raise", "skip")
 
 
 # ruff: noqa: RUF009 (_field is dataclasses.field)
@@ -23,7 +25,8 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
     - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
     - importance_sampling_level and epsilon_high default to what suits the loss_type;
-    - eval_temperature, max_num_seqs, kl_estimator, share_prefix and max_tokens_per_microbatch are new;
+    - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch and on_save_error, on_bad_sample,
+      on_nonfinite are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
@@ -90,6 +93,10 @@ class GRPOConfig(TrainingArguments):
     reward_weights: list[float] | None = _field(None, "A weight per reward function; by default its own, or 1.")
     mask_truncated_completions: bool = _field(False, "Leave completions that were cut off out of the loss.")
 
+    on_save_error: str = _field("raise", "A checkpoint that cannot be written (a full disk): raise, skip it.")
+    on_bad_sample: str = _field("raise", "A row that cannot be read (a corrupt image): raise, skip (another takes its place).")
+    on_nonfinite: str = _field("raise", "A loss or gradient that is NaN or infinite: raise, skip the optimiser step.")
+
     log_completions: bool = _field(False, "Write <output_dir>/completions/step-<n>.html at each logging step.")
     num_completions_to_print: int | None = _field(None, "The most completions on such a page; by default all.")
 
@@ -129,6 +136,8 @@ class GRPOConfig(TrainingArguments):
         require(0 <= self.epsilon <= 1, "epsilon", "be in [0, 1]", self.epsilon)
         require(self.scale_rewards in SCALES, "scale_rewards", f"be one of {', '.join(SCALES)}", repr(self.scale_rewards))
         require(self.share_prefix in ("auto", True, False), "share_prefix", "be auto, true or false", repr(self.share_prefix))
+        for name in ("on_save_error", "on_bad_sample", "on_nonfinite"):
+            require_one_of(name, getattr(self, name), ON_FAULT)
         require(not self.auto_find_batch_size, "auto_find_batch_size", "be off: groups must stay whole", True)
 
     def _derive_batches(self) -> None:

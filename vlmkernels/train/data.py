@@ -25,6 +25,7 @@ from vlmkernels.ops.checks import require, require_positive
 from vlmkernels.ops.pack_patches.images import as_frames
 
 MEDIA_COLUMNS = ("image", "images", "videos")
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises, and we
 DEFAULT_FPS = 2.0  # frames per second of a video, where a row has no ``fps``: what Qwen's processors sample at
 
 
@@ -71,7 +72,7 @@ def _frame(value: Any, name: str, decode: bool) -> torch.Tensor:
     if not hasattr(value, "dtype"):  # neither an array nor a tensor
         try:
             value = open_image(value)
-        except (OSError, ValueError, TypeError, SyntaxError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         if not decode:
             return torch.empty(3, value.height, value.width, dtype=torch.uint8, device="meta")
@@ -150,7 +151,7 @@ def read_sample(row: dict, index: int, decode: bool = True) -> Sample:
         try:
             image = open_image(value)
             images.append(image.convert("RGB") if decode else image)
-        except (OSError, ValueError, TypeError, SyntaxError) as error:
+        except UNREADABLE as error:
             which = column if column == "image" else f"{column}[{position}]"
             raise ValueError(f"sample {index}: {which} cannot be read: {error}") from error
     videos = [read_video(x, f"sample {index}: videos[{k}]", decode) for k, x in enumerate(values["video"])]
@@ -241,9 +242,10 @@ def check_dataset(
     processor,
     chat_template_kwargs: dict | None = None,
     check_row: Callable[[dict, str], None] | None = None,
-) -> None:
+    on_bad: str = "raise",
+) -> dict[int, str]:
     """Raise for the first row that cannot be trained on: what ``read_sample``, ``render`` and ``check_row`` refuse, which gets
-    the row and how to name it.
+    the row and how to name it. With on_bad="skip", return the indices of all such rows, and why.
 
     Reads every row, of each image the header alone.
     """
@@ -254,13 +256,19 @@ def check_dataset(
     columns = column_names(dataset)
     if "prompt" not in columns:
         raise ValueError(f"{name} must have a column 'prompt', got {', '.join(columns)}")
-    rows = _undecoded(dataset)
+    rows, bad = _undecoded(dataset), {}
     for index in range(len(rows)):
-        if "prompt" not in rows[index]:
-            raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
-        render(read_sample(rows[index], index, decode=False), processor, **(chat_template_kwargs or {}))
-        if check_row is not None:
-            check_row(rows[index], f"{name}: sample {index}")
+        try:
+            if "prompt" not in rows[index]:
+                raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
+            render(read_sample(rows[index], index, decode=False), processor, **(chat_template_kwargs or {}))
+            if check_row is not None:
+                check_row(rows[index], f"{name}: sample {index}")
+        except (ValueError, TypeError) as error:
+            if on_bad == "raise" or len(bad) + 1 == len(rows):
+                raise
+            bad[index] = str(error)
+    return bad
 
 
 def _resolve(row: dict, folder: Path) -> dict:

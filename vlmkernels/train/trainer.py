@@ -18,8 +18,7 @@ from accelerate.utils import gather_object, is_peft_model, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
@@ -33,16 +32,24 @@ from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.train.callbacks import RewardProgress
-from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
+from vlmkernels.train.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    load_experience,
+    load_weights,
+    save_checkpoint,
+    save_experience,
+)
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
+from vlmkernels.train.faults import FiniteSteps, Samples, for_all, lost_processes_named
 from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.parallel import gathered, most, prepared_reference
 from vlmkernels.train.report import write_report
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
-from vlmkernels.train.sampler import PromptSampler, Rows
+from vlmkernels.train.sampler import PromptSampler
 from vlmkernels.train.scoring import Scored, page_groups, score
 
 logger = logging.get_logger(__name__)
@@ -89,7 +96,8 @@ class GRPOTrainer(Trainer):
         if self.family is not TEXT and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
         self.rewards = Rewards(reward_funcs, args.reward_weights)
-        self._check_datasets(train_dataset, eval_dataset, processing_class, args)
+        self._bad_samples = self._check_datasets(train_dataset, eval_dataset, processing_class, args)
+        self._samples = Samples(train_dataset, args.on_bad_sample, self._bad_samples.get("train_dataset"))
 
         if peft_config is not None:
             from peft import get_peft_model
@@ -133,6 +141,7 @@ class GRPOTrainer(Trainer):
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
+        self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
         self._last_scored: tuple[Scored, torch.Tensor] | None = None
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -141,22 +150,29 @@ class GRPOTrainer(Trainer):
 
     # Set-up
 
-    def _check_datasets(self, train_dataset, eval_dataset, processor, args: GRPOConfig) -> None:
+    def _check_datasets(self, train_dataset, eval_dataset, processor, args: GRPOConfig) -> dict[str, dict[int, str]]:
+        """Of each dataset the rows that are left out, and why."""
         named = {"train_dataset": train_dataset}
         named |= (
             {f"eval_dataset[{k!r}]": v for k, v in eval_dataset.items()}
             if isinstance(eval_dataset, dict)
             else {"eval_dataset": eval_dataset}
         )
+        bad = {}
         for name, dataset in named.items():
             if dataset is not None:
                 check_row = None if args.remove_unused_columns else self.rewards.check_row
-                check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row)
+                arguments = processor, args.chat_template_kwargs, check_row, args.on_bad_sample
+                bad[name] = check_dataset(dataset, name, *arguments)
+                for reason in list(bad[name].values())[:1]:
+                    text = "%s: %d of %d samples are left out (on_bad_sample='skip'); the first: %s"
+                    logger.warning(text, name, len(bad[name]), len(dataset), reason)
                 self.rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
         if train_dataset is not None:
             prompts = args.prompts_per_generation * args.world_size
             rule = f"hold at least the {prompts} prompts of one generation batch"
             require(len(train_dataset) >= prompts, "train_dataset", rule, len(train_dataset))
+        return bad
 
     def _check_parallelism(self) -> None:
         if self.args.n_gpu > 1:
@@ -202,12 +218,14 @@ class GRPOTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """This process's share of the evaluation rows, in order, with their indices."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        name = f"eval_dataset[{dataset!r}]" if isinstance(dataset, str) else "eval_dataset"
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         if dataset is None:
             raise ValueError("eval_dataset must be given to evaluate, got None")
         size = max(1, self.args.per_device_eval_batch_size // self.args.num_generations_eval)
         share = range(self.args.process_index, len(dataset), self.args.world_size)
-        return DataLoader(Rows(dataset), batch_size=size, sampler=share, collate_fn=list)
+        samples = Samples(dataset, self.args.on_bad_sample, self._bad_samples.get(name))
+        return DataLoader(samples, batch_size=size, sampler=share, collate_fn=list)
 
     # Sampling and scoring
 
@@ -239,9 +257,16 @@ class GRPOTrainer(Trainer):
 
     def _new_experience(self, indices: list[int]) -> Experience:
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches."""
-        samples = [read_sample(self.train_dataset[index], index) for index in indices]
-        with inference(self.policy):
-            rollout, scored = self._sample(samples, self.args.num_generations, self.args.temperature)
+
+        def sampled() -> tuple[list[Sample], Rollout, Scored]:
+            samples = [self._samples[index][1] for index in indices]
+            with inference(self.policy):
+                return samples, *self._sample(samples, self.args.num_generations, self.args.temperature)
+
+        samples, rollout, scored = for_all(self.accelerator, sampled)
+        if self.args.on_bad_sample == "skip":
+            replaced = [sample.index != index for sample, index in zip(samples, indices, strict=True)]
+            self._metrics["frac_samples_replaced"].append(sum(replaced) / len(replaced))
         rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
         result = self._advantages(rewards, self.args.num_generations)
         local = slice(self.args.process_index * len(scored.samples), (self.args.process_index + 1) * len(scored.samples))
@@ -338,6 +363,9 @@ class GRPOTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch=1)
         self._step_time += time.perf_counter() - start
         if self.accelerator.sync_gradients:
+            skipped = self._finite_steps(self.policy, self.state.global_step + 1)
+            if self.args.on_nonfinite == "skip":
+                self._metrics["frac_steps_skipped"].append(skipped)
             self._metrics["step_time"].append(self._step_time)
             self._step_time = 0.0
         return loss
@@ -370,7 +398,9 @@ class GRPOTrainer(Trainer):
             total = total + loss
         per_sequence = self.loss_config.level == "sequence" or self.loss_config.loss.surrogate == "vespo"
         clipped = [len(part) for part in real] if per_sequence else None
-        for name, value in combine(metrics, clipped).items():
+        combined = combine(metrics, clipped)
+        self._finite_steps.observe(total, combined)
+        for name, value in combined.items():
             self._metrics[name].append(value)
         return total
 
@@ -425,9 +455,13 @@ class GRPOTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         with inference(self.policy):
             for rows in dataloader:
-                samples = [read_sample(row, index) for index, row in rows]
+                samples = [sample for _, sample in rows]
                 rollout, scored = self._sample(samples, args.num_generations_eval, args.eval_temperature)
-                parts.append((scored.scores, rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()))
+                # One in the place of a sample that cannot be read runs, since all processes run as many, and does not count.
+                own = torch.tensor([sample.index == index for index, sample in rows])
+                own = own.repeat_interleave(args.num_generations_eval)
+                lengths, truncated = rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()
+                parts.append((scored.scores.of(own), lengths[own], truncated[own]))
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         scores, lengths, truncated = zip(*gather_object(parts), strict=True)
         scores, lengths, truncated = Scores.cat(scores), torch.cat(lengths), torch.cat(truncated)
@@ -464,10 +498,12 @@ class GRPOTrainer(Trainer):
         self._experience = None
         if resume_from_checkpoint:
             resume_from_checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            check_checkpoint(resume_from_checkpoint, self.policy, self.args.world_size)
             state = load_experience(resume_from_checkpoint, self.args.process_index)
             if state is not None:
                 self._experience = Experience.from_state_dict(state, self.family, self.args.device)
-        return super().train(resume_from_checkpoint or None, **kwargs)
+        with lost_processes_named(self.accelerator):
+            return super().train(resume_from_checkpoint or None, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if is_peft_model(self.model):
@@ -482,15 +518,10 @@ class GRPOTrainer(Trainer):
             load_weights(self.model, self.state.best_model_checkpoint)
 
     def _save_checkpoint(self, model, trial) -> None:
-        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        state = os.path.join(folder, TRAINER_STATE_NAME)
-        if self.args.should_save and os.path.exists(state):
-            os.remove(state)
-        super()._save_checkpoint(model, trial)
+        save_checkpoint(self, self._get_output_dir(trial), skip=self.args.on_save_error == "skip")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """With the random states, the generation batch still in use: a resumed run goes on within it."""
         super()._save_rng_state(output_dir)
         if self._experience is not None and self._experience.uses < self.args.steps_per_rollout:
             save_experience(self._experience, output_dir, self.args.process_index)
-        self.accelerator.wait_for_everyone()  # the trainer state is written next, and makes the checkpoint count
