@@ -1,3 +1,7 @@
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import runs
 
@@ -6,3 +10,10 @@ import runs
 def server():
     """Where processes are forked from."""
     return runs.server()
+
+
+@pytest.fixture
+def tmp_path():
+    """In memory where there is such a folder: checkpoints are flushed to the disk, which takes its time."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)

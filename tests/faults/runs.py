@@ -4,6 +4,7 @@ They are forked from a server that has imported everything, which takes hundredt
 """
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,16 +23,18 @@ import tiny  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
 from vlmkernels.train import GRPOConfig, GRPOTrainer  # noqa: E402
+from vlmkernels.train.checkpoint import last_complete_checkpoint  # noqa: E402
 
 torch.set_num_threads(1)
 PORT = "29517"
+SHORT = {"max_steps": 5, "save_steps": 2}
 
 
 def brevity(completions, **kwargs):
     return [1 / (1 + len(c[0]["content"])) for c in completions]
 
 
-def build(output_dir, data=None, rewards=("cer", brevity), peft_config=None, **options) -> GRPOTrainer:
+def build(output_dir, data=None, rewards=("cer", brevity), eval_data=None, peft_config=None, **options) -> GRPOTrainer:
     """9 steps over 2 epochs of 6 by default; a generation batch serves 4 steps, a checkpoint is due every 3."""
     AcceleratorState._reset_state(reset_partial_state=False)
     defaults = {
@@ -42,7 +45,7 @@ def build(output_dir, data=None, rewards=("cer", brevity), peft_config=None, **o
     args = GRPOConfig(output_dir=str(output_dir), **{**defaults, **options})
     data = tiny.rows(3 * args.world_size, "mixed") if data is None else data
     model, processor = tiny.vlm(), tiny.processor()
-    return GRPOTrainer(model, list(rewards), args, data, processing_class=processor, peft_config=peft_config)
+    return GRPOTrainer(model, list(rewards), args, data, eval_data, processing_class=processor, peft_config=peft_config)
 
 
 def losses(trainer) -> dict[int, dict]:
@@ -101,13 +104,11 @@ def ended(processes, timeout: float) -> list[int]:
     return codes
 
 
-def train(folder, **options) -> None:
+def train(folder, options: dict) -> None:
     """A run to its end, from the last checkpoint where there is one; writes what it logged."""
-    resume = any(Path(folder).glob("checkpoint-*"))
     trainer = build(folder, **options)
-    trainer.train(resume_from_checkpoint=resume or None)
-    rank = trainer.args.process_index
-    Path(folder, f"losses-{rank}.json").write_text(json.dumps(losses(trainer)))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    Path(folder, f"losses-{trainer.args.process_index}.json").write_text(json.dumps(losses(trainer)))
 
 
 # Faults
@@ -155,44 +156,39 @@ def file_events(folder, on_event):
 
 def save_and_die(save, folder, event: int) -> None:
     """... at that file event, by SIGKILL, where there are so many."""
-    count = [0]
+    events = itertools.count()
 
     def on_event(what):
-        if count[0] == event:
-            os.write(1, f"killed at event {event}: {what}\n".encode())
+        if next(events) == event:
             os.kill(os.getpid(), signal.SIGKILL)
-        count[0] += 1
 
     with file_events(folder, on_event):
         save()
 
 
-def killed_at_every_file(folder) -> None:
-    """Saves the checkpoint of step 6 again and again, each time in a forked process that is killed one file event later, into
-    folder/fresh-<event>, which holds checkpoint-3, and folder/again-<event>, which holds an older checkpoint-6 too."""
-    trainer = build(f"{folder}/run", max_steps=6, save_steps=3)
+def seen_at_every_file(folder) -> None:
+    """Saves the checkpoint of step 6, with save_total_limit=1, beside that of step 3, and once more. A copy of the run's folder
+    at each file event, what a process killed there leaves, is folder/<save>-<event>; the events are in events.json."""
+    trainer, events = build(f"{folder}/run", save_total_limit=1), []
     save = trainer._save_checkpoint
 
-    def save_often(model, trial):
-        save(model, trial)
-        if trainer.state.global_step < 6:
-            return
-        event = 0
-        for kind in ("fresh", "again"):
-            event, killed = max(event - 8, 0), True  # an older one makes no difference until the new one is to replace it
-            while killed:
-                copy = f"{folder}/{kind}-{event}"
-                shutil.copytree(f"{folder}/run", copy)
-                if kind == "fresh":
-                    shutil.rmtree(f"{copy}/checkpoint-6")
-                if (child := os.fork()) == 0:
-                    trainer.args.output_dir, trainer.args.save_total_limit = copy, 1
-                    save_and_die(lambda: save(model, trial), copy, event)
-                    os._exit(0)
-                killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-                event += 1
+    def watched(model, trial):
+        if trainer.state.global_step != 6:
+            return save(model, trial)
+        for number in (1, 2):
+            names = []
 
-    trainer._save_checkpoint = save_often
+            def on_event(what, number=number, names=names):
+                shutil.copytree(f"{folder}/run", f"{folder}/{number}-{len(names)}")
+                names.append(what)
+
+            with file_events(f"{folder}/run", on_event):
+                save(model, trial)
+            events.append(names)
+        Path(folder, "events.json").write_text(json.dumps(events))
+        os._exit(0)
+
+    trainer._save_checkpoint = watched
     trainer.train()
 
 
@@ -208,8 +204,8 @@ def die_in_step(trainer, rank: int, step: int) -> None:
     trainer.compute_loss = loss_or_die
 
 
-def train_and_die(folder, rank: int, step: int) -> None:
-    trainer = build(folder)
+def train_and_die(folder, rank: int, step: int, options: dict) -> None:
+    trainer = build(folder, **options)
     die_in_step(trainer, rank, step)
     trainer.train()
 
@@ -231,17 +227,17 @@ def limit_files(trainer, size: int, rank: int = 0, steps=(6,)) -> None:
 
 def spoil_loss(trainer, steps, rank: int = 0, always: bool = False) -> None:
     """The losses of one process are NaN at these steps (counted from 0), at each the first time or always."""
-    compute_loss, left = trainer.compute_loss, set(steps)
+    of_parts, left = trainer._loss, set(steps)
 
-    def spoilt(*arguments, **options):
-        loss = compute_loss(*arguments, **options)
+    def spoilt(*arguments):
+        loss, metrics = of_parts(*arguments)
         step = trainer.state.global_step
         if step not in left or trainer.args.process_index != rank:
-            return loss
+            return loss, metrics
         left.discard(None if always else step)
-        return loss * float("nan")
+        return loss * float("nan"), metrics | {"kl": metrics["kl"] * float("nan")}
 
-    trainer.compute_loss = spoilt
+    trainer._loss = spoilt
 
 
 def spoil_gradient(trainer, steps, name: str) -> None:
@@ -263,7 +259,7 @@ def what_two_do(folder) -> None:
 
     def attempt(name: str, change=None, **options):
         resume = options.pop("resume", None)
-        trainer = build(f"{folder}/{name}", **{"max_steps": 5, "save_steps": 2, **options})
+        trainer = build(f"{folder}/{name}", **{**SHORT, **options})
         if change is not None:
             change(trainer)
         try:

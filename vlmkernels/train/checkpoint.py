@@ -221,7 +221,7 @@ def _parts(trainer: Trainer, folder: str) -> Iterator[Callable[[], None]]:
 def _seal(trainer: Trainer, partial: Path) -> None:
     """The trainer's state, the manifest, and everything on the disk."""
     if not trainer.args.should_save:
-        _flush(partial)
+        _flush(*partial.rglob("*"))
         return
     callbacks = [c for c in [*trainer.callback_handler.callbacks, trainer.control] if isinstance(c, ExportableState)]
     for callback in callbacks:
@@ -235,14 +235,14 @@ def _seal(trainer: Trainer, partial: Path) -> None:
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     model = trainer.accelerator.unwrap_model(trainer.model)
     manifest = {"format": FORMAT, "vlmkernels": __version__, "model_type": model.config.model_type, "files": files}
-    _flush(partial)
+    _flush(*partial.rglob("*"))
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    _flush(partial)
+    _flush(partial / MANIFEST, partial)
 
 
-def _flush(folder: Path) -> None:
-    """Have the operating system write the folder to the disk: some tell only now that it is full."""
-    for path in [*folder.rglob("*"), folder]:
+def _flush(*paths: Path) -> None:
+    """Have the operating system write files and folders to the disk: some tell only now that it is full."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -255,11 +255,7 @@ def _publish(partial: Path) -> None:
     final = partial.with_name(partial.name[1:].removesuffix(".partial"))
     _discard(final)
     partial.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _flush(final.parent)
 
 
 def _discard(folder: Path) -> None:

@@ -1,0 +1,150 @@
+"""Hundreds of steps in which something breaks every few of them, against the same steps of a run that nothing interrupts.
+
+Both runs meet images that cannot be read and losses that are NaN, and skip them alike. One is besides killed at random
+moments (in a step, at a file of a checkpoint, by the clock), finds its disk full, and waits for a reward that hangs; whatever
+ends it, it is started again from its last checkpoint. In the end every step's log must be that of the other run, and memory
+flat.
+
+    python tests/faults/soak.py --steps 500
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import runs
+import tiny
+import torch
+
+from vlmkernels.train.checkpoint import last_complete_checkpoint
+
+ENDS = ("killed in a step", "killed in a save", "killed by the clock", "reward hangs")
+ROWS, TIMEOUT_S = 12, 5.0
+
+
+class Hangs:
+    """A reward for short answers, which at one call of its run does not return in time."""
+
+    __name__ = "hangs"
+
+    def __init__(self):
+        self.at = None
+
+    def __call__(self, completions, trainer_state, **kwargs):
+        if self.at is not None and trainer_state.global_step >= self.at:
+            self.at = None
+            time.sleep(10 * TIMEOUT_S)
+        return runs.brevity(completions)
+
+
+def options(steps: int) -> dict:
+    rows = tiny.rows(ROWS, "mixed")
+    data = [runs.corrupt(row) if index in (4, 9) else row for index, row in enumerate(rows)]
+    return {
+        "data": data, "max_steps": steps, "save_steps": 5, "save_total_limit": 2, "lr_scheduler_type": "constant",
+        "learning_rate": 1e-3, "on_bad_sample": "skip", "on_save_error": "skip", "on_nonfinite": "skip",
+    }  # fmt: skip
+
+
+def life(folder, steps: int, end: str | None, at: int, full: int | None = None) -> None:
+    """A run from the last checkpoint to its end, or to one of ``ENDS`` at step ``at``; from step ``full`` its disk is full for
+    five steps. Its memory goes to ``memory.jsonl``."""
+    hangs = Hangs()
+    trainer = runs.build(folder, rewards=["cer", {"name": hangs, "timeout": TIMEOUT_S}], **options(steps))
+    runs.spoil_loss(trainer, range(30, steps, 50), always=True)
+    if end == "killed in a step":
+        runs.die_in_step(trainer, 0, at)
+    if end == "reward hangs":
+        hangs.at = at
+    if full is not None:
+        runs.limit_files(trainer, 300_000, steps=range(full, full + 5))
+    save, log = trainer._save_checkpoint, trainer.log
+
+    def save_or_die(model, trial):
+        if end == "killed in a save" and trainer.state.global_step >= at:
+            runs.save_and_die(lambda: save(model, trial), folder, at % 40)
+        else:
+            save(model, trial)
+
+    def log_memory(logs, *arguments):
+        if "loss" in logs:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            with open(f"{folder}/memory.jsonl", "a") as file:
+                file.write(json.dumps([os.getpid(), trainer.state.global_step, pages * os.sysconf("SC_PAGE_SIZE")]) + "\n")
+        log(logs, *arguments)
+
+    trainer._save_checkpoint, trainer.log = save_or_die, log_memory
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    Path(folder, "losses.json").write_text(json.dumps(runs.losses(trainer)))
+
+
+def growth(folder) -> float:
+    """Bytes per step: the slope of memory over steps, of processes with a level each, after their first 20 steps."""
+    lives: dict[int, list] = {}
+    for line in Path(folder, "memory.jsonl").read_text().splitlines():
+        process, step, size = json.loads(line)
+        lives.setdefault(process, []).append((step, size))
+    points = [torch.tensor(life[20:], dtype=torch.float64) for life in lives.values() if len(life) > 22]
+    centred = torch.cat([x - x.mean(0) for x in points])
+    return float((centred[:, 0] * centred[:, 1]).sum() / centred[:, 0].square().sum())
+
+
+def soak(context, folder, steps: int, ends=ENDS, seed: int = 0) -> dict:
+    """What happened, and how far the logs of the two runs are apart."""
+    chance, ended, start = random.Random(seed), Counter(), time.monotonic()
+    alone, broken = Path(folder, "alone"), Path(folder, "broken")
+    assert runs.ended(runs.start(context, life, alone, steps, None, 0), 3600) == [0], (alone / "output-0").read_text()[-3000:]
+    while not (broken / "losses.json").exists():
+        last = last_complete_checkpoint(broken)
+        step = int(last.rpartition("-")[2]) if last else 0
+        end, full = chance.choice(ends), step + chance.randrange(20)
+        processes = runs.start(context, life, broken, steps, end, step + chance.randrange(3, 40), full)
+        if end == "killed by the clock":
+            processes[0].join(chance.uniform(0.5, 4))
+            if processes[0].is_alive():
+                os.kill(processes[0].pid, signal.SIGKILL)
+        (code,) = runs.ended(processes, 3600)
+        output = (broken / "output-0").read_text()
+        if code == 1 and "no result within" in output[-2000:]:
+            end = "reward hangs"
+        elif code == 0:
+            end = "nothing more"
+        else:
+            assert code == -signal.SIGKILL, output[-3000:]
+        ended[end] += 1
+    one, other = (json.loads((path / "losses.json").read_text()) for path in (alone, broken))
+    assert list(one) == list(other) == [str(step) for step in range(1, steps + 1)]
+    apart = [abs(one[s][k] - other[s][k]) for s in one for k in one[s] if one[s][k] is not None and other[s][k] is not None]
+    return {
+        "steps": steps,
+        "ended by": dict(ended),
+        "saves that failed": (broken / "output-0").read_text().count("could not be written"),
+        "steps skipped": sum(log["frac_steps_skipped"] for log in one.values()),
+        "samples replaced": sum(log.get("frac_samples_replaced") or 0 for log in one.values()),
+        "greatest difference of a logged number": max(apart),
+        "logs equal": one == other,
+        "seconds": round(time.monotonic() - start),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = soak(runs.server(), folder, args.steps, seed=args.seed)
+        report["memory, bytes per step"] = {name: round(growth(Path(folder, name))) for name in ("alone", "broken")}
+    print(json.dumps(report, indent=1))
+    sys.exit(not report["logs equal"] or max(report["memory, bytes per step"].values()) > 20_000)
+
+
+if __name__ == "__main__":
+    main()
