@@ -1,4 +1,4 @@
-"""The trainer: against TRL on the same weights and completions, on every mix of images, and through a kill."""
+"""The trainer: against TRL on the same weights and completions, and on every mix of images."""
 
 import math
 import os

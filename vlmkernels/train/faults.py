@@ -137,7 +137,7 @@ class FiniteSteps:
         self.metrics = metrics
 
     def __call__(self, model: torch.nn.Module, step: int) -> bool:
-        # A gradient scaler makes infinite gradients, and skips their steps, as it looks for its scale.
+        # A gradient scaler makes infinite gradients as it looks for its scale, and skips the steps of all that are not finite.
         scaled = self.accelerator.scaler is not None
         gradients = {} if scaled else {name: _local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
         total = torch.stack(self.losses).float().norm()
@@ -157,7 +157,8 @@ class FiniteSteps:
             again = f", after {MOST_SKIPPED} skipped steps in a row" if self.skipped_in_a_row > MOST_SKIPPED else ""
             raise FloatingPointError(f"step {step}{again}: {reason}")
         logger.warning("step %d is skipped (on_nonfinite='skip'): %s", step, reason)
-        model.zero_grad(set_to_none=True)
+        if not scaled:
+            model.zero_grad(set_to_none=True)
         return True
 
     def _losses_that_are_not(self) -> str | None:
