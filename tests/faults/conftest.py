@@ -1,3 +1,4 @@
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +11,14 @@ import runs
 def server():
     """Where processes are forked from."""
     return runs.server()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen():
+    """Every ``train`` collects garbage, half a second through the modules imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -91,18 +91,18 @@ def growth(folder, start: int = 100) -> float:
     return float((step * size).sum() / step.square().sum())
 
 
-def soak(context, folder, steps: int, ends=ENDS, seed: int = 0) -> dict:
-    """What happened, and how far the logs of the two runs are apart."""
+def soak(context, folder, steps: int, ends=ENDS, reach: int = 40, seed: int = 0) -> dict:
+    """What happened, and how far the logs of the two runs are apart. A run is ended at most ``reach`` steps from its start."""
     chance, ended, start = random.Random(seed), Counter(), time.monotonic()
     alone, broken = Path(folder, "alone"), Path(folder, "broken")
     assert runs.ended(runs.start(context, life, alone, steps), 3600) == [0], (alone / "output-0").read_text()[-3000:]
     while not (broken / "losses.json").exists():
         last = last_complete_checkpoint(broken)
         step = int(last.rpartition("-")[2]) if last else 0
-        end, at = chance.choice(ends), step + chance.randrange(3, 40)
+        end, at = chance.choice(ends), step + chance.randrange(3, reach)
         processes = runs.start(context, life, broken, steps, end, at)
         if end == "killed by the clock":
-            processes[0].join(chance.uniform(0.5, 4))
+            processes[0].join(chance.uniform(0.2, 2))
             if processes[0].is_alive():
                 os.kill(processes[0].pid, signal.SIGKILL)
         (code,) = runs.ended(processes, 3600)
