@@ -9,9 +9,9 @@ from typing import Any
 from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
 from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import TASKS
-from vlmkernels.rewards.answers import Boxes, as_boxes
 from vlmkernels.report.curves import Point, curve
 from vlmkernels.report.html import document, picture, thumbnail
+from vlmkernels.rewards.answers import Boxes, as_boxes
 from vlmkernels.train.scoring import pictures
 
 OWN_STYLE = """

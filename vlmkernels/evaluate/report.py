@@ -1,6 +1,5 @@
 """What an evaluation leaves: JSON for programs, Markdown for notes; and curves over training steps."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from vlmkernels.report.html import number
+from vlmkernels.report.html import number, short
 
-COLORS = ("#3b82f6", "#e08a1e", "#2ea043", "#c026d3", "#0ea5a5", "#dc4c4c", "#8b5cf6", "#a3a31a", "#64748b", "#db2777", "#b07a4f")
+COLORS = ("#3b82f6", "#e08a1e", "#2ea043", "#c026d3", "#0ea5a5", "#dc4c4c", "#8b5cf6", "#64748b", "#db2777", "#b07a4f")
 WIDTH, HEIGHT = 300, 120
 MOST_POINTS = 300  # of a curve that is drawn
 LABEL = 'font-size="10" fill="currentColor" opacity=".7"'
@@ -47,10 +47,10 @@ def _frame(title: str, note: str, drawing: str, bounds: tuple[float, float], ste
     (bottom, top), (first, last) = bounds, steps
     tip = f'<span title="{escape(note)}">{escape(title)}</span>' if note else escape(title)
     return (
-        f'<figure><figcaption>{tip}</figcaption><svg viewBox="-40 -8 {WIDTH + 48} {HEIGHT + 26}">'
+        f'<figure><figcaption>{tip}</figcaption><svg viewBox="-44 -8 {WIDTH + 52} {HEIGHT + 26}">'
         f'<path d="M0 0V{HEIGHT}H{WIDTH}" fill="none" stroke="currentColor" opacity=".3"/>{drawing}'
-        f'<text x="-4" y="4" text-anchor="end" {LABEL}>{top:.3g}</text>'
-        f'<text x="-4" y="{HEIGHT}" text-anchor="end" {LABEL}>{bottom:.3g}</text>'
+        f'<text x="-4" y="4" text-anchor="end" {LABEL}>{short(top)}</text>'
+        f'<text x="-4" y="{HEIGHT}" text-anchor="end" {LABEL}>{short(bottom)}</text>'
         f'<text x="0" y="{HEIGHT + 14}" {LABEL}>step {first:g}</text>'
         f'<text x="{WIDTH}" y="{HEIGHT + 14}" text-anchor="end" {LABEL}>{last:g}</text></svg></figure>'
     )
@@ -111,8 +111,9 @@ def bars(rows: Sequence[tuple[str, float, str]], colors: Sequence[str] = COLORS[
     """A table of (name, value >= 0, text), with a bar for each value; colours in turn."""
     most = max((value for _, value, _ in rows), default=0.0) or 1.0
     lines = "".join(
-        f'<tr><td>{escape(name)}</td><td><i style="width: {100 * value / most:.1f}%; background: {colors[k % len(colors)]}"></i>'
-        f"</td><td>{escape(text) or number(value)}</td></tr>"
+        f"<tr><td>{escape(name)}</td>"
+        f'<td><i style="width: {100 * value / most:.1f}%; background: {colors[k % len(colors)]}"></i></td>'
+        f"<td>{escape(text) or number(value)}</td></tr>"
         for k, (name, value, text) in enumerate(rows)
     )
     return f'<table class="bars">{lines}</table>'

@@ -75,6 +75,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
+def short(value: float) -> str:
+    """Three digits, with k, M, G or T for thousands."""
+    if not 1e3 <= abs(value) < 1e15:
+        return f"{value:.3g}"
+    power = min(int(math.log10(abs(value))) // 3, 4)
+    return f"{value / 1e3**power:.3g}{'kMGT'[power - 1]}"
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is never seen half written."""
     path.parent.mkdir(parents=True, exist_ok=True)

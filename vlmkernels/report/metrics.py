@@ -8,11 +8,16 @@ EVALUATION = "eval_"  # of evaluation, before names of SAMPLED
 
 
 class Metric(NamedTuple):
-    """name: a pattern, * standing for a name that the run gives. section: of the report."""
+    """name: a pattern, * standing for a name that the run gives. section: of the report. meaning: with ... before it, one more
+    number on what the row before is about, which the report folds away."""
 
     name: str
     section: str
     meaning: str
+
+    @property
+    def is_detail(self) -> bool:
+        return self.meaning.startswith("...")
 
 
 # What ``vlmkernels.train.phases.Phases`` divides time among.
@@ -40,17 +45,17 @@ SAMPLED = (
     Metric("reward_std", REWARDS, "its standard deviation"),
     Metric("frac_reward_zero_std", REWARDS, "share of completions whose group got one reward throughout, and teaches nothing"),
     Metric("rewards/*/mean", REWARDS, "a reward function's mean"),
-    Metric("rewards/*/std", REWARDS, "... standard deviation"),
-    Metric("rewards/*/unparsed", REWARDS, "... share of completions in which it found no answer"),
-    Metric("rewards/*/failed", REWARDS, "... share of completions that it raised or ran out of time on"),
-    Metric("rewards/*/time", REWARDS, "... seconds per call"),
+    Metric("rewards/*/unparsed", REWARDS, "share of completions in which it found no answer"),
+    Metric("rewards/*/failed", REWARDS, "share of completions that it raised or ran out of time on"),
+    Metric("rewards/*/std", REWARDS, "... its standard deviation"),
+    Metric("rewards/*/time", REWARDS, "... its seconds per call"),
     Metric("completions/mean_length", COMPLETIONS, "tokens of a completion, mean"),
     Metric("completions/min_length", COMPLETIONS, "... least"),
     Metric("completions/max_length", COMPLETIONS, "... greatest"),
     Metric("completions/clipped_ratio", COMPLETIONS, "share of completions cut off at max_completion_length"),
-    Metric("completions/mean_terminated_length", COMPLETIONS, "tokens of a completion that ended by itself, mean"),
-    Metric("completions/min_terminated_length", COMPLETIONS, "... least"),
-    Metric("completions/max_terminated_length", COMPLETIONS, "... greatest"),
+    Metric("completions/mean_terminated_length", COMPLETIONS, "... of those that ended by themselves, mean"),
+    Metric("completions/min_terminated_length", COMPLETIONS, "... of those, least"),
+    Metric("completions/max_terminated_length", COMPLETIONS, "... of those, greatest"),
 )
 METRICS = (
     *SAMPLED,
@@ -80,7 +85,7 @@ METRICS = (
     Metric("tokens_if_unshared", WORK, "... with a copy of the prompt for each completion, G·(P + C) a group and pass"),
     Metric("images_run", WORK, "images through the vision tower, per optimiser step"),
     Metric("images_if_unshared", WORK, "... with a copy of the images for each completion, in every pass"),
-    Metric("tokens_per_second", WORK, "tokens_run over the time since the last log, all of it"),
+    Metric("tokens_per_second", WORK, "tokens_run over the time they took, evaluation and checkpoints aside"),
     Metric("num_tokens", WORK, "tokens of prompts and completions sampled so far, a prompt counted for each completion"),
 )
 # fmt: on
@@ -97,6 +102,12 @@ def describe(name: str) -> Metric | None:
         if evaluated and (name == EVALUATION + metric.name or fnmatchcase(name, f"{EVALUATION}*{metric.name}")):
             return metric
     return None
+
+
+def order(name: str) -> int:
+    """The place of a metric in ``METRICS``; at the end where it has none."""
+    metric = describe(name)
+    return METRICS.index(metric) if metric else len(METRICS)
 
 
 def is_summary(name: str) -> bool:

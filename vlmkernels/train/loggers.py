@@ -1,4 +1,4 @@
-"""Completions with their images in Weights & Biases, trackio and TensorBoard, in the runs that transformers' callbacks opened."""
+"""Completions with images in Weights & Biases, trackio and TensorBoard, in the runs that transformers' callbacks opened."""
 
 from collections.abc import Callable
 

@@ -96,8 +96,8 @@ def changed(args) -> list[str]:
 class RunRecord(TrainerCallback):
     """Keeps, in output_dir, by the main process:
 
-    - ``metrics.jsonl``: an object per log, as in ``trainer_state.json``'s log_history but at once; NaN and infinities as strings.
-      A resumed run has each step once: it begins with the log of its checkpoint.
+    - ``metrics.jsonl``: an object per log, as in the log_history of ``trainer_state.json``, but at once; NaN and infinities are
+      strings. A resumed run has each step once: it begins with the log of its checkpoint.
     - ``run.json``: configuration, versions and environment of the process that trains.
     - ``completions/step-*.json`` and pages of them (``log_completions``), which also go to the loggers.
 

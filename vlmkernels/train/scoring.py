@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from vlmkernels.models.batch import Batch
+from vlmkernels.report.completions import Row
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.answers import text_of
 from vlmkernels.rewards.builtin import PROVIDED
-from vlmkernels.report.completions import Row
 from vlmkernels.train.data import Sample
 from vlmkernels.train.rollout import Rollout
 

@@ -294,9 +294,10 @@ class GRPOTrainer(Trainer):
         empty = torch.zeros(experience.mask.shape, device=experience.mask.device)
         if off_policy or self.args.num_iterations > 1:
             experience.old_logps = empty.clone()
-        with self.phases("old_logps"), inference(self.model_wrapped):
+        with inference(self.model_wrapped):
             for index in off_policy:
-                self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
+                with self.phases("old_logps"):
+                    self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
         if self.args.beta > 0:
             experience.ref_logps = empty.clone()
             model, as_reference = self.ref_model, nullcontext()

@@ -79,4 +79,5 @@ def step_metrics(phases: Phases, work: Work, num_processes: int) -> dict[str, fl
     metrics = {f"time/{name}": value / steps for name, value in seconds.items()}
     names = ("tokens_run", "tokens_if_unshared", "images_run", "images_if_unshared")
     metrics |= {name: counts[name] * num_processes / steps for name in names}
-    return metrics | {"tokens_per_second": metrics["tokens_run"] * steps / max(sum(seconds.values()), 1e-9)}
+    training = sum(seconds.values()) - seconds["evaluate"] - seconds["save"]
+    return metrics | {"tokens_per_second": metrics["tokens_run"] * steps / max(training, 1e-9)}
