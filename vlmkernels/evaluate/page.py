@@ -9,6 +9,7 @@ from typing import Any
 from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
 from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import TASKS
+from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.curves import Point, curve
 from vlmkernels.report.html import document, picture, thumbnail
 from vlmkernels.rewards.answers import Boxes, as_boxes
@@ -237,7 +238,7 @@ def write_page(
         f'<h1>{escape(title)}</h1><p class="summary">{escape(subtitle)}</p>',
         f"<h2>Metrics</h2>{_metrics_table(evaluation)}",
         _comparison_table(evaluation, other[1], other[0]) if other else "",
-        f'<h2>Over training steps</h2><div class="curves">{drawn}</div>' if drawn else "",
+        f'<h2>Over training steps</h2><div class="curves">{drawn}</div><script>{CURVES_SCRIPT}</script>' if drawn else "",
         _gallery(evaluation, samples_per_group),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -107,15 +107,22 @@ def _advantage(value: float | None) -> str:
 
 
 def _group(group: dict) -> str:
-    """One prompt with its completions, the best first."""
-    rows = sorted(group["completions"], key=lambda row: -(row["advantage"] or 0.0))
+    """One prompt with its completions, the best first, equal ones in one row."""
+    rows: list[dict] = []
+    counts: list[int] = []
+    for row in sorted(group["completions"], key=lambda row: -(row["advantage"] or 0.0)):
+        if row in rows:
+            counts[rows.index(row)] += 1
+        else:
+            rows.append(row)
+            counts.append(1)
     head = "".join(f"<th>{escape(title)}</th>" for title in ("completion", *rows[0]["rewards"], "advantage"))
     show = lambda value: "–" if value is None else f"{value:.3f}"  # noqa: E731
     body = "".join(
-        f"<tr><td><pre>{escape(row['text'])}</pre></td>"
+        f"<tr><td><pre>{escape(row['text'])}{f'<small> × {count}</small>' if count > 1 else ''}</pre></td>"
         + "".join(f"<td>{show(value)}</td>" for value in row["rewards"].values())
         + f"{_advantage(row['advantage'])}</tr>"
-        for row in rows
+        for row, count in zip(rows, counts, strict=True)
     )
     images = "".join(map(picture, group["images"]))
     top = f"<header>{images}<pre>{escape(group['prompt'])}</pre></header>"

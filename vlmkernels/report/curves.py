@@ -7,10 +7,31 @@ from typing import NamedTuple
 
 from vlmkernels.report.html import number, short
 
-COLORS = ("#3b82f6", "#e08a1e", "#2ea043", "#c026d3", "#0ea5a5", "#dc4c4c", "#8b5cf6", "#64748b", "#db2777", "#b07a4f")
+COLORS = (
+    *("#3b82f6", "#e08a1e", "#2ea043", "#c026d3", "#0ea5a5", "#b07a4f", "#dc4c4c"),
+    *("#8b5cf6", "#eab308", "#db2777", "#84cc16", "#0369a1", "#94a3b8"),
+)
+GREY = COLORS[-1]
 WIDTH, HEIGHT = 300, 120
 MOST_POINTS = 300  # of a curve that is drawn
 LABEL = 'font-size="10" fill="currentColor" opacity=".7"'
+# The step and the value under the pointer, in the caption.
+SCRIPT = """
+for (const figure of document.querySelectorAll('figure')) {
+  const svg = figure.querySelector('svg'), line = figure.querySelector('.line'), caption = figure.querySelector('figcaption')
+  if (!line) continue
+  const [first, last, bottom, top] = svg.dataset.bounds.split(' ').map(Number), read = document.createElement('output')
+  caption.append(read)
+  svg.onpointermove = event => {
+    const x = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()).x
+    let near = line.points[0]
+    for (const point of line.points) if (Math.abs(point.x - x) < Math.abs(near.x - x)) near = point
+    const step = first + (last - first) * near.x / WIDTH, value = top - (top - bottom) * near.y / HEIGHT
+    read.value = ` ${value.toPrecision(4)} at step ${Math.round(step)}`
+  }
+  svg.onpointerleave = () => read.value = ''
+}
+""".replace("WIDTH", str(WIDTH)).replace("HEIGHT", str(HEIGHT))
 
 
 class Point(NamedTuple):
@@ -47,7 +68,8 @@ def _frame(title: str, note: str, drawing: str, bounds: tuple[float, float], ste
     (bottom, top), (first, last) = bounds, steps
     tip = f'<span title="{escape(note)}">{escape(title)}</span>' if note else escape(title)
     return (
-        f'<figure><figcaption>{tip}</figcaption><svg viewBox="-44 -8 {WIDTH + 52} {HEIGHT + 26}">'
+        f'<figure><figcaption>{tip}</figcaption><svg viewBox="-44 -8 {WIDTH + 52} {HEIGHT + 26}"'
+        f' data-bounds="{first:g} {last:g} {bottom:.6g} {top:.6g}">'
         f'<path d="M0 0V{HEIGHT}H{WIDTH}" fill="none" stroke="currentColor" opacity=".3"/>{drawing}'
         f'<text x="-4" y="4" text-anchor="end" {LABEL}>{short(top)}</text>'
         f'<text x="-4" y="{HEIGHT}" text-anchor="end" {LABEL}>{short(bottom)}</text>'
@@ -70,7 +92,7 @@ def curve(title: str, points: Sequence[Point], note: str = "") -> str:
     first, last = points[0].step, points[-1].step
     x = lambda step: WIDTH * (step - first) / (last - first)  # noqa: E731
     y = lambda value: HEIGHT * (top - value) / (top - bottom)  # noqa: E731
-    line = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in points)
+    line = " ".join(f"{x(p.step):.2f},{y(p.value):.2f}" for p in points)
     noisy = len(points) > 40
     mean = " ".join(f"{x(p.step):.1f},{y(value):.1f}" for p, value in zip(points, running_mean(points), strict=True))
     smooth = f'<polyline points="{mean}" fill="none" stroke="{COLORS[0]}" stroke-width="2"/>'
@@ -80,16 +102,17 @@ def curve(title: str, points: Sequence[Point], note: str = "") -> str:
     marks = "".join(f'<circle cx="{x(p.step):.1f}" cy="{y(p.value):.1f}" r="2.5" fill="{COLORS[0]}"/>' for p in points)
     drawing = (
         f'<polygon points="{band}" fill="{COLORS[0]}" opacity=".2"/>'
-        f'<polyline points="{line}" fill="none" stroke="{COLORS[0]}" stroke-width="1" opacity="{0.3 if noisy else 1}"/>'
+        f'<polyline class="line" points="{line}" fill="none" stroke="{COLORS[0]}" opacity="{0.3 if noisy else 1}"/>'
         f"{smooth if noisy else marks}"
     )
     return _frame(title, note, drawing, (bottom, top), (first, last))
 
 
-def stack(title: str, steps: Sequence[float], parts: dict[str, Sequence[float]], note: str = "") -> str:
-    """Areas over steps, one on another, the first at the bottom, in the order of ``COLORS``; nothing for fewer than 2 steps.
+def stack(title: str, steps: Sequence[float], parts: dict[str, Sequence[float]], colors: Sequence[str]) -> str:
+    """Areas over steps, one on another, the first at the bottom; nothing for fewer than 2 steps.
 
     Args:
+        colors: of the parts, in order.
         parts: by name, a value >= 0 for each of the steps, ascending.
     """
     if len(steps) < 2:
@@ -99,12 +122,12 @@ def stack(title: str, steps: Sequence[float], parts: dict[str, Sequence[float]],
     top = max(sum(points[i].value for points in series.values()) for i in range(len(at))) or 1.0
     x = [WIDTH * (step - at[0]) / (at[-1] - at[0]) for step in at]
     below, drawing = [float(HEIGHT)] * len(at), ""
-    for points, color in zip(series.values(), COLORS * len(series), strict=False):
+    for points, color in zip(series.values(), colors, strict=True):
         above = [y - HEIGHT * point.value / top for y, point in zip(below, points, strict=True)]
         outline = [*zip(x, above, strict=True), *reversed([*zip(x, below, strict=True)])]
         drawing += f'<polygon points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in outline)}" fill="{color}"/>'
         below = above
-    return _frame(title, note, drawing, (0.0, top), (at[0], at[-1]))
+    return _frame(title, "", drawing, (0.0, top), (at[0], at[-1]))
 
 
 def bars(rows: Sequence[tuple[str, float, str]], colors: Sequence[str] = COLORS[:1]) -> str:

@@ -27,10 +27,11 @@ th, td { border-top: 1px solid var(--line); padding: .35rem .7rem; text-align: r
 th { font-weight: 600; font-size: .85rem; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; width: 100%; }
 td { font-variant-numeric: tabular-nums; }
-td pre { min-width: 10rem; }
+td pre { min-width: 8rem; }
+@media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding: .3rem .4rem; } td pre { min-width: 5rem; } }
 .curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .curves svg { width: 100%; height: auto; overflow: visible; } figure { margin: 0; }
-figcaption { font-size: .85rem; overflow-wrap: anywhere; }
+figcaption { font-size: .85rem; overflow-wrap: anywhere; } figcaption output { opacity: .7; }
 .wide { overflow-x: auto; }
 """
 

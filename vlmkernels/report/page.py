@@ -8,7 +8,8 @@ from html import escape
 from typing import Any
 
 from vlmkernels.report.completions import load, step_html
-from vlmkernels.report.curves import COLORS, Point, bars, curve, stack
+from vlmkernels.report.curves import COLORS, GREY, Point, bars, curve, stack
+from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.html import document, number, short
 from vlmkernels.report.metrics import (
     COMPLETIONS,
@@ -38,7 +39,7 @@ h2 small { font-weight: 400; opacity: .7; }
 .warning { border-left: 4px solid rgb(var(--bad)); padding: .3rem .8rem; background: var(--soft); }
 .two { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .two { align-items: start; }
-.two svg { width: 100%; height: auto; overflow: visible; }
+.two svg { width: 100%; height: auto; overflow: visible; } .two svg text { font-size: 7px; }
 .bars td { white-space: nowrap; } .bars td:first-child { width: auto; } .bars td:nth-child(2) { width: 100%; text-align: left; }
 .bars i { display: block; height: .8em; margin-top: .35em; border-radius: 3px; min-width: 1px; }
 .still { opacity: .75; font-size: .85rem; overflow-wrap: anywhere; }
@@ -47,7 +48,7 @@ h2 small { font-weight: 400; opacity: .7; }
 .facts td:last-child { width: 100%; font: 13px/1.45 ui-monospace, monospace; }
 .steps { display: flex; gap: .3rem .9rem; flex-wrap: wrap; } .steps label { cursor: pointer; } .step[hidden] { display: none; }
 details { margin: .5rem 0; } summary { cursor: pointer; }
-@media (max-width: 40rem) { .facts td:first-child { white-space: normal; } body { margin: 1rem auto; } }
+@media (max-width: 40rem) { .facts td { display: block; width: auto; } .facts td + td { border: 0; padding-top: 0; } }
 """
 SCRIPT = """
 const chosen = document.querySelectorAll('.steps input')
@@ -153,12 +154,13 @@ def _phases(run: Run) -> str:
     apart = [end - start for start, end in zip([_before(run, steps[0]), *steps], steps, strict=False)]
     totals = {name: sum(v * n for v, n in zip(values, apart, strict=True)) for name, values in parts.items()}
     whole = sum(totals.values()) or 1.0
-    rows = [(name, total, f"{_seconds(total)}  {total / whole:.1%}") for name, total in totals.items()]
-    drawing = stack("seconds per optimiser step", steps, parts)
+    rows = [(name, total, f"{_seconds(total)} · {total / whole:.1%}") for name, total in totals.items()]
+    colors = [color for name, color in zip(PHASES, COLORS, strict=True) if name in parts]
+    drawing = stack("seconds per optimiser step", steps, parts, colors)
     meanings = "".join(f"<tr><td>{name}</td><td>{escape(PHASES[name])}</td></tr>" for name in parts)
     return (
         f"<h2>Time <small>{_seconds(whole)} in {sum(apart):,} steps</small></h2>"
-        f'<div class="two">{drawing}<div class="wide">{bars(rows, COLORS * 2)}</div></div>'
+        f'<div class="two">{drawing}<div class="wide">{bars(rows, colors)}</div></div>'
         f'<details><summary>What each phase is</summary><table class="facts">{meanings}</table></details>'
     )
 
@@ -184,7 +186,7 @@ def _work(curves: dict[str, list[Point]]) -> str:
     if not rows:
         return ""
     # Tokens and images have scales of their own.
-    tables = "".join(bars(rows[start : start + 2], (COLORS[0], COLORS[8])) for start in range(0, len(rows), 2))
+    tables = "".join(bars(rows[start : start + 2], (COLORS[0], GREY)) for start in range(0, len(rows), 2))
     return (
         "<h2>Tokens and images per step <small>through the model, in sampling and every pass, beside what a copy of the prompt"
         f' for each completion would take</small></h2><div class="two">{tables}</div>'
@@ -217,7 +219,9 @@ def _text(value: Any) -> str:
 
 
 def _facts(facts: dict) -> str:
-    rows = "".join(f"<tr><td>{escape(str(name))}</td><td>{escape(_text(value))}</td></tr>" for name, value in facts.items())
+    rows = "".join(
+        f"<tr><td>{escape(str(name))}</td><td>{escape(_text(value))}</td></tr>" for name, value in facts.items() if value != ""
+    )
     return f'<table class="facts">{rows}</table>'
 
 
@@ -252,5 +256,6 @@ def run_page(run: Run) -> str:
         _curves({name: points for name, points in curves.items() if _section_of(name) not in (REWARDS, EVALUATION)}),
         _samples(run),
         _configuration(run.about),
+        f"<script>{CURVES_SCRIPT}</script>",
     ]
     return document(name, "".join(parts), STYLE)

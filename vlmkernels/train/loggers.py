@@ -18,14 +18,16 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def _rows(step: int, groups: list[list[Row]], as_image: Callable) -> tuple[list[str], list[list]]:
-    """Columns and rows of a table; the images of a group are made once."""
+    """Columns and rows of a table, with a column for each image, so that the cells of a column are alike."""
     rewards = list(groups[0][0].rewards)
+    most = max(len(group[0].images) for group in groups)
     rows = []
     for group in groups:
-        images = [as_image(_small(image)) for image in group[0].images]
+        images = [as_image(_small(image)) for image in group[0].images]  # once for all rows
+        images += [None] * (most - len(images))
         for row in group:
-            rows.append([step, images, row.prompt, row.completion, *(row.rewards[name] for name in rewards), row.advantage])
-    return ["step", "images", "prompt", "completion", *rewards, "advantage"], rows
+            rows.append([step, *images, row.prompt, row.completion, *(row.rewards[name] for name in rewards), row.advantage])
+    return ["step", *(f"image {k}" for k in range(1, most + 1)), "prompt", "completion", *rewards, "advantage"], rows
 
 
 def wandb_table(step: int, groups: list[list[Row]], callbacks: list[TrainerCallback]) -> None:

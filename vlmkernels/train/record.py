@@ -6,12 +6,13 @@ import os
 import platform
 import re
 import shutil
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from vlmkernels.env import PACKAGES, version
 from vlmkernels.report import completions
@@ -89,7 +90,12 @@ def about(args, state, model) -> dict:
 def changed(args) -> list[str]:
     """Names of the arguments that were given, or derived from such."""
     default = lambda f: f.default if f.default_factory is MISSING else f.default_factory()  # noqa: E731
-    same = lambda f: getattr(args, f.name) == default(f)  # noqa: E731
+    off = lambda value: value is None or value is False or value in ("", "none") or value == []  # noqa: E731
+
+    def same(field: Field) -> bool:
+        value, usual = getattr(args, field.name), default(field)
+        return value == usual or (off(value) and off(usual)) or value == AcceleratorConfig()
+
     return [field.name for field in fields(args) if field.init and not same(field)]
 
 
