@@ -127,9 +127,9 @@ class RunRecord(TrainerCallback):
         write_whole(folder / ABOUT_FILE, json.dumps(_plain(about(args, state, model)), indent=1, ensure_ascii=False) + "\n")
         self._before = []
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            entry = {**logs, "step": state.global_step}
+            entry = state.log_history[-1]  # callbacks change their logs
             if not self._begun:
                 self._before.append(entry)
             append(Path(args.output_dir) / METRICS_FILE, line(entry))
