@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the code and from bench/results/; with --check, fails where they are out of date."""
+"""Writes the tables of README.md and docs/ from the code and from bench/results/; with --check, fails where they are out of date."""
 
 import importlib
 import inspect
@@ -119,6 +119,12 @@ def suite() -> list[str]:
     return [*lines, "", f"{where}; {first['steps']} steps of GRPO; supervised start and GRPO: {times}."]
 
 
+def metrics() -> list[str]:
+    from vlmkernels.report.metrics import markdown
+
+    return markdown()
+
+
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
@@ -128,6 +134,7 @@ TABLES = {
     "backends": backends,
     "rewards": rewards,
     "tasks": tasks,
+    "metrics": metrics,
     "suite": suite,
 }
 
@@ -141,11 +148,12 @@ def fill(text: str) -> str:
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text, filled = readme.read_text(), fill(readme.read_text())
+    texts = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+    filled = {path: fill(text) for path, text in texts.items()}
     if "--check" in sys.argv:
-        return int(text != filled)
-    readme.write_text(filled)
+        return int(texts != filled)
+    for path, text in filled.items():
+        path.write_text(text)
     return 0
 
 
