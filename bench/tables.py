@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ from the code and from bench/results/; with --check, fails where they are out of date."""
+"""Writes the tables of README.md and docs/ from the code and bench/results/; with --check, fails where they are out of date."""
 
 import importlib
 import inspect

@@ -23,6 +23,7 @@ class Work:
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
         self._measured: Rollout | None = None
+        self._samples: torch.Tensor | None = None
 
     def _measure(self, rollout: Rollout) -> None:
         """Tokens and images of each completion with its prompt; once per generation batch."""
@@ -47,8 +48,12 @@ class Work:
         self._add(tokens, self._lengths.sum(), images, self._images.sum())
 
     def scored(self, rollout: Rollout, samples: torch.Tensor, batch: ScoringBatch) -> None:
-        """Count one pass over some completions; batch: what the model runs on."""
+        """Count one pass over some completions; batch: what the model runs on.
+
+        The same ``samples``, the very tensor, twice in a row are a pass for nothing: run, but needed by nobody.
+        """
         self._measure(rollout)
+        needed, self._samples = samples is not self._samples, samples
         index = batch.inputs.get("image_index")
         if "image_features" in batch.inputs:  # of the tower's one pass, in sampled
             images = 0
@@ -57,7 +62,7 @@ class Work:
         else:
             chosen = rollout.group[samples]
             images = rollout.prompts.num_images[chosen.unique() if "group_layout" in batch.inputs else chosen].sum()
-        unshared = self._lengths[samples].sum(), self._images[samples].sum()
+        unshared = needed * self._lengths[samples].sum(), needed * self._images[samples].sum()
         self._add(batch.inputs["input_ids"].numel(), unshared[0], images, unshared[1])
 
     def _add(self, tokens: int, tokens_unshared: int, images: int, images_unshared: int) -> None:
