@@ -1,5 +1,7 @@
-"""Writes the tables of README.md, docs/ and bench/README.md from the code and from bench/results/; with --check, fails where they
-are out of date."""
+"""Writes the tables of README.md, docs/ and bench/README.md from the code and from bench/results/.
+
+With --check it writes nothing, and fails where they are out of date.
+"""
 
 import importlib
 import inspect

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 SNIPPETS = [s for s in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL) if "path/to" not in s]
