@@ -38,6 +38,7 @@ from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
+from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.parallel import gathered, most, prepared_reference
 from vlmkernels.train.report import write_report
@@ -111,6 +112,7 @@ class GRPOTrainer(Trainer):
         # compute_loss normalises over the accumulated batch itself; see training_step.
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
+        self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.head = output_head(model)
         self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
@@ -359,9 +361,11 @@ class GRPOTrainer(Trainer):
             last, which = number == len(parts) - 1, min(number, len(real) - 1)
             share, of_entropy = (x[which] / sum(x) if x[which] else 1.0 for x in (sizes, of_tokens))  # 1: there is nothing
             with nullcontext() if last else self.accelerator.no_sync(model):
-                loss, measured = self._loss(model, experience, inputs, samples, share, of_entropy)
+                loss, measured, old_logps = self._loss(model, experience, inputs, samples, share, of_entropy)
                 if number < len(real):
                     metrics.append(measured)
+                    if inputs < self.args.steps_per_generation:
+                        self.mismatch.add(experience.rollout, samples, experience.mask[samples], old_logps)
                 else:
                     loss = 0.0 * loss
                 if not last:
@@ -376,9 +380,9 @@ class GRPOTrainer(Trainer):
 
     def _loss(
         self, model, experience: Experience, use: int, samples: torch.Tensor, share: float, of_entropy: float
-    ) -> tuple[torch.Tensor, dict]:
-        """The loss and metrics of some completions, ``share`` of their micro-batch; of its entropy bonus, a mean over tokens
-        whatever the loss is, ``of_entropy``."""
+    ) -> tuple[torch.Tensor, dict, torch.Tensor]:
+        """The loss, metrics and old log-probabilities of some completions, ``share`` of their micro-batch; of its entropy
+        bonus, a mean over tokens whatever the loss is, ``of_entropy``."""
         args, config = self.args, self.loss_config
         if config.entropy_coef and share != of_entropy:
             config = replace(config, entropy_coef=config.entropy_coef * of_entropy / share)
@@ -395,14 +399,18 @@ class GRPOTrainer(Trainer):
             advantages=experience.advantages[samples],
             old_logps=None if on_policy else cut(experience.old_logps),
             ref_logps=cut(experience.ref_logps),
+            rollout_logps=self.mismatch.rollout_logps(experience.rollout, samples),
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
             accumulation_steps=window / share,
             config=config,
         )
-        if on_policy and experience.old_logps is not None:
-            experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
-        return loss, metrics
+        if not on_policy:
+            return loss, metrics, experience.old_logps[samples]
+        old_logps = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
+        if experience.old_logps is not None:
+            experience.old_logps[samples] = old_logps
+        return loss, metrics, old_logps
 
     def _entropy_threshold(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
@@ -439,7 +447,7 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._flush_metrics())
+            logs.update(self._flush_metrics() | self.mismatch.flush(self.accelerator))
             if self.args.log_completions and self._last_scored and self.is_world_process_zero():
                 self._write_page(*self._last_scored)
         super().log(logs, start_time)
