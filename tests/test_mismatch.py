@@ -286,6 +286,19 @@ def test_trainer_against_the_formulas(tmp_path, case):
         assert parts[f"sampling/{name}"] == pytest.approx(log[f"sampling/{name}"], rel=1e-4), name
 
 
+def test_the_trainers_own_engine(tmp_path):
+    """It agrees with the trainer, and the mean ratio to what top_p left is the mass that it kept."""
+    options = {"top_p": 0.9, "max_completion_length": 16, "per_device_train_batch_size": 16}
+    args = config(tmp_path, rollout_correction="token_truncate", **options)
+    data = tiny.rows(8, "mixed")
+    trainer = GRPOTrainer(lively(tiny.vlm()), [length_reward, vowel_reward], args, data, processing_class=tiny.processor())
+    (log,) = train(trainer, Gradients())
+    assert log["sampling/sampling_logp_difference/max"] < 1e-4
+    assert log["sampling/kept_mass/mean"] == pytest.approx(log["sampling/importance_sampling_ratio/raw_mean"], rel=1e-4)
+    assert 0.4 < log["sampling/kept_mass/min"] < log["sampling/kept_mass/mean"] < 0.95
+    assert log["sampling/effective_sample_size"] < 0.9
+
+
 def test_metrics_without_a_correction(tmp_path):
     """... are there, and the loss is as if the engine did not tell; a second pass over a batch measures nothing again."""
     options = {"num_iterations": 2, "steps_per_generation": 4, "max_steps": 4, "loss_type": "grpo"}

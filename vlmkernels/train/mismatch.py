@@ -133,7 +133,7 @@ def metrics(total: dict[str, float], config: GRPOLossConfig) -> dict[str, float 
         return total[name] / total[of] if total[of] else None
 
     scored, sequences = total["scored"] > 0, total["sequences"]
-    effective = math.exp(2 * total["log_weight"] - total["log_squared_weight"]) / sequences if sequences else None
+    effective = min(math.exp(2 * total["log_weight"] - total["log_squared_weight"]) / sequences, 1.0) if sequences else None
     named = {
         "sampling_logp_difference/mean": share("difference", "scored"),
         "sampling_logp_difference/max": total["greatest_difference"] if scored else None,
