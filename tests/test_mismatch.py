@@ -8,7 +8,8 @@ import tiny
 import torch
 from test_group import prompts_of
 from test_rollout import lively
-from test_trainer import FixedGenerate, Gradients, config, length_reward, perturb, train, vowel_reward
+from test_trainer import FixedGenerate, Gradients, config, fixed_completions, length_reward, perturb, train, vowel_reward
+from torch.nn.utils.rnn import pad_sequence
 
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.decode import Sampling, decode_groups
@@ -284,6 +285,43 @@ def test_trainer_against_the_formulas(tmp_path, case):
     _, (parts,), _ = run(tmp_path / "parts", max_tokens_per_microbatch=43, **options)
     for name in by_formula:
         assert parts[f"sampling/{name}"] == pytest.approx(log[f"sampling/{name}"], rel=1e-4), name
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
+def test_gradient_and_differences_are_those_of_trl(tmp_path, monkeypatch, mode):
+    """TRL told of the same log-probabilities as those of its vLLM; its fields under their names here."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
+    data, funcs, low, high = tiny.rows(4, "none"), [length_reward, vowel_reward], 0.6, 1.5
+    generator = torch.Generator().manual_seed(4)
+    logps = [[-3.9 + 0.2 * torch.randn((), generator=generator).item() for _ in ids] for ids in fixed_completions(8)]
+    logps[2][1] = None
+
+    given = {f"vllm_importance_sampling_{name}": value for name, value in (("mode", mode), ("clip_min", low), ("clip_max", high))}
+    args = config(tmp_path / "trl", trl.GRPOConfig, gradient_checkpointing=False, **given)
+    dataset = Dataset.from_list(data)
+    theirs = trl.GRPOTrainer(tiny.text_model(), funcs, args=args, train_dataset=dataset, processing_class=tiny.tokenizer())
+    theirs._generate_single_turn = lambda prompt_ids, *_, **__: (fixed_completions(len(prompt_ids)), logps)
+    theirs.use_vllm = True
+
+    given = {"rollout_correction": mode, "rollout_clip_min": low, "rollout_clip_max": high, "rollout_policy": "full"}
+    args = config(tmp_path / "ours", **given)
+    ours = GRPOTrainer(tiny.text_model(), funcs, args, data, processing_class=tiny.tokenizer())
+    fixed = FixedGenerate(ours)
+    told = pad_sequence([torch.tensor([torch.nan if x is None else x for x in row]) for row in logps], batch_first=True)
+    ours.generate = lambda *inputs: replace(fixed(*inputs), logps=told)
+
+    gradients = Gradients(), Gradients()
+    logs = [train(trainer, kept)[0] for trainer, kept in zip((ours, theirs), gradients, strict=True)]
+    for name in ("loss", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=2e-4), name
+    assert 0 < logs[0]["sampling/importance_sampling_ratio/clipped"] < 1
+    (mine,), (other,) = (kept.steps for kept in gradients)
+    size = float(max(g.abs().max() for g in other.values()))
+    for name, gradient in other.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=2e-5 * size, msg=name)
 
 
 def test_the_trainers_own_engine(tmp_path):

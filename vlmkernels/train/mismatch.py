@@ -32,7 +32,7 @@ COLUMNS = {
     "kept": _sum,  # of tokens that the engine tells it of
     "kept_of": _sum,
     "least_kept": _least,
-}  # fmt: skip
+}
 
 
 class Mismatch:
