@@ -299,7 +299,8 @@ def test_gradient_and_differences_are_those_of_trl(tmp_path, monkeypatch, mode):
     logps = [[-3.9 + 0.2 * torch.randn((), generator=generator).item() for _ in ids] for ids in fixed_completions(8)]
     logps[2][1] = None
 
-    given = {f"vllm_importance_sampling_{name}": value for name, value in (("mode", mode), ("clip_min", low), ("clip_max", high))}
+    given = {"mode": mode, "clip_min": low, "clip_max": high}
+    given = {f"vllm_importance_sampling_{name}": value for name, value in given.items()}
     args = config(tmp_path / "trl", trl.GRPOConfig, gradient_checkpointing=False, **given)
     dataset = Dataset.from_list(data)
     theirs = trl.GRPOTrainer(tiny.text_model(), funcs, args=args, train_dataset=dataset, processing_class=tiny.tokenizer())
