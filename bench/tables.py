@@ -1,4 +1,7 @@
-"""Writes the tables of README.md and docs/ from the code and bench/results/; with --check, fails where they are out of date."""
+"""Writes the tables of README.md, docs/ and bench/README.md from the code and from bench/results/.
+
+With --check it writes nothing, and fails where they are out of date.
+"""
 
 import importlib
 import inspect
@@ -45,6 +48,22 @@ def bench(op: str) -> list[str]:
                 versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
                 heading = f"**{case}**, on {content['device']} (commit {result['commit']}; {versions})"
                 lines += [heading, "", *table(result["rows"]), ""]
+    return lines[:-1]
+
+
+def speed() -> list[str]:
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        if "cases" not in content:
+            continue
+        lines += [f"| on {content['device']} | ms | times as long |", "| --- | ---: | --- |"]
+        for case, result in sorted(content["cases"].items()):
+            ours, *others = (row for row in result["rows"] if "ms" in row and not row.get("floor"))
+            peers = [row for row in others if not row["provider"].startswith("vlmkernels")]
+            shown = "; ".join(f"{row['provider']}: {row['ratio_to_ours']:.1f}" for row in peers)
+            lines.append(f"| {case} | {ours['ms']:.{0 if ours['ms'] > 100 else 1}f} | {shown} |")
+        lines.append("")
     return lines[:-1]
 
 
@@ -135,6 +154,7 @@ TABLES = {
     "rewards": rewards,
     "tasks": tasks,
     "metrics": metrics,
+    "speed": speed,
     "suite": suite,
 }
 
@@ -147,13 +167,16 @@ def fill(text: str) -> str:
     return re.sub(r"<!-- table: (?P<name>[\w -]+?) -->.*?<!-- end -->", render, text, flags=re.DOTALL)
 
 
+PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def main() -> int:
-    texts = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-    filled = {path: fill(text) for path, text in texts.items()}
+    stale = [page for page in PAGES if page.read_text() != fill(page.read_text())]
     if "--check" in sys.argv:
-        return int(texts != filled)
-    for path, text in filled.items():
-        path.write_text(text)
+        print(*(f"out of date: {page.relative_to(ROOT)}" for page in stale), sep="\n")
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(fill(page.read_text()))
     return 0
 
 

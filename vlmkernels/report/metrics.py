@@ -37,7 +37,8 @@ PHASES = {
     "other": "the rest",
 }
 
-REWARDS, COMPLETIONS, POLICY, OPTIMISER, TIME, WORK = "Rewards", "Completions", "Policy", "Optimiser", "Time", "Work"
+REWARDS, COMPLETIONS, POLICY, MISMATCH = "Rewards", "Completions", "Policy", "Training and rollout"
+OPTIMISER, TIME, WORK = "Optimiser", "Time", "Work"
 
 # fmt: off
 SAMPLED = (
@@ -73,7 +74,15 @@ METRICS = (
     Metric("ratio/mean", POLICY, "policy over the policy that sampled, of a token, mean"),
     Metric("ratio/min", POLICY, "... least"),
     Metric("ratio/max", POLICY, "... greatest"),
-    Metric("sampling/*", POLICY, "training over rollout engine: the correction of their mismatch"),
+    Metric("sampling/sampling_logp_difference/mean", MISMATCH, "difference from the engine's log-probabilities, mean"),
+    Metric("sampling/sampling_logp_difference/max", MISMATCH, "... greatest"),
+    Metric("sampling/scored_ratio", MISMATCH, "share of tokens that the engine tells a log-probability of"),
+    Metric("sampling/effective_sample_size", MISMATCH, "of completions weighted by their ratio, a share of them"),
+    Metric("sampling/importance_sampling_ratio/raw_mean", MISMATCH, "ratio of the correction before its bounds, mean"),
+    Metric("sampling/importance_sampling_ratio/clipped", MISMATCH, "share of ratios outside of the bounds"),
+    Metric("sampling/importance_sampling_ratio/mean", MISMATCH, "ratio as the loss takes it, mean"),
+    Metric("sampling/kept_mass/mean", MISMATCH, "probability that sampling left of the vocabulary (top-p, top-k, min-p), mean"),
+    Metric("sampling/kept_mass/min", MISMATCH, "... least"),
     Metric("tokens", POLICY, "completion tokens in the loss of a micro-batch"),
     Metric("effective_tokens", POLICY, "... whose weight is not 0"),
     Metric("grad_norm", OPTIMISER, "norm of the gradient before clipping"),

@@ -13,6 +13,7 @@ from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.html import document, number, short
 from vlmkernels.report.metrics import (
     COMPLETIONS,
+    MISMATCH,
     OPTIMISER,
     PHASES,
     POLICY,
@@ -27,7 +28,7 @@ from vlmkernels.report.run import Run
 
 MOST_STEPS, MOST_GROUPS = 8, 8  # of samples: steps, and prompts of each
 EVALUATION, OTHER = "Evaluation", "Other"
-SECTIONS = (REWARDS, EVALUATION, COMPLETIONS, POLICY, OPTIMISER, WORK, OTHER)
+SECTIONS = (REWARDS, EVALUATION, COMPLETIONS, POLICY, MISMATCH, OPTIMISER, WORK, OTHER)
 
 STYLE = """
 body { max-width: 78rem; }

@@ -81,7 +81,7 @@ def pictures(sample: Sample) -> list[Image.Image]:
     return sample.images + [Image.fromarray(video[0].permute(1, 2, 0).cpu().numpy()) for video in sample.videos]
 
 
-def page_groups(scored: Scored, names: list[str], advantages: torch.Tensor, group_size: int, limit: int | None):
+def page_groups(scored: Scored, advantages: torch.Tensor, names: list[str], group_size: int, limit: int | None):
     """The rows of a page of completions, group by group, of at most ``limit`` completions."""
     advantages, rewards = advantages.tolist(), scored.scores.rewards.tolist()
     rows = [
