@@ -15,13 +15,15 @@ from PIL import Image
 from test_trainer import FixedGenerate, config, fixed_completions, length_reward, vowel_reward
 from transformers import TrainerControl, TrainerState
 
-from vlmkernels import cli
+from vlmkernels import cli, grpo_loss
+from vlmkernels.ops.grpo_loss import GRPOLossConfig
+from vlmkernels.ops.grpo_loss.config import LOSSES
 from vlmkernels.report import completions
 from vlmkernels.report.completions import Row
 from vlmkernels.report.curves import MOST_POINTS, Point, curve, thin
 from vlmkernels.report.metrics import METRICS, PHASES, describe, is_summary, markdown
 from vlmkernels.report.run import read_lines
-from vlmkernels.train import GRPOConfig, GRPOTrainer, phases
+from vlmkernels.train import GRPOConfig, GRPOTrainer, mismatch, phases
 from vlmkernels.train.phases import Phases
 from vlmkernels.train.record import RunRecord, line
 
@@ -107,6 +109,17 @@ def test_every_metric_is_described(run):
     assert describe("eval_easy_rewards/cer/mean").name == "rewards/*/mean"
     assert describe("eval_loss") is None
     assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_metrics_of_every_objective_are_described(loss_type):
+    logps, advantages = -torch.rand(2, 3), torch.tensor([1.0, -1.0])
+    known = GRPOLossConfig(loss_type=loss_type, beta=0.1, rollout_correction="token_mask", max_completion_length=3)
+    others = {"old_logps": logps - 0.1, "ref_logps": logps, "rollout_logps": logps, "entropy": -logps}
+    names = [*grpo_loss(logps, advantages, **others, config=known).metrics]
+    names += mismatch.metrics(dict.fromkeys(mismatch.COLUMNS, 1.0), known)
+    assert {"ratio/mean", "kl", "entropy", "sampling/kept_mass/min", "sampling/effective_sample_size"} < set(names)
+    assert [name for name in names if describe(name) is None] == []
 
 
 def test_documentation_has_the_metrics():
