@@ -40,8 +40,8 @@ def build(output_dir, data=None, rewards=("cer", brevity), eval_data=None, peft_
     AcceleratorState._reset_state(reset_partial_state=False)
     defaults = {
         "per_device_train_batch_size": 4, "num_generations": 4, "steps_per_generation": 2, "num_iterations": 2,
-        "max_completion_length": 6, "beta": 0.1, "learning_rate": 1e-2, "max_steps": 9, "save_steps": 3, "logging_steps": 1,
-        "disable_tqdm": True, "report_to": "none", "use_cpu": True, "bf16": False,
+        "max_completion_length": 6, "beta": 0.1, "rollout_correction": "token_truncate", "learning_rate": 1e-2, "max_steps": 9,
+        "save_steps": 3, "logging_steps": 1, "disable_tqdm": True, "report_to": "none", "use_cpu": True, "bf16": False,
     }  # fmt: skip
     args = GRPOConfig(output_dir=str(output_dir), **{**defaults, **options})
     data = tiny.rows(3 * args.world_size, "mixed") if data is None else data
@@ -232,12 +232,12 @@ def spoil_loss(trainer, steps, rank: int = 0, always: bool = False) -> None:
     of_parts, left = trainer._loss, set(steps)
 
     def spoilt(*arguments):
-        loss, metrics = of_parts(*arguments)
+        loss, metrics, *more = of_parts(*arguments)
         step = trainer.state.global_step
-        if step not in left or trainer.args.process_index != rank:
-            return loss, metrics
-        left.discard(None if always else step)
-        return loss * float("nan"), metrics | {"kl": metrics["kl"] * float("nan")}
+        if step in left and trainer.args.process_index == rank:
+            left.discard(None if always else step)
+            loss, metrics = loss * float("nan"), metrics | {"kl": metrics["kl"] * float("nan")}
+        return loss, metrics, *more
 
     trainer._loss = spoilt
 

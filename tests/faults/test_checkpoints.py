@@ -25,6 +25,11 @@ def whole(tmp_path_factory):
     return trainer
 
 
+def folders(run) -> list[str]:
+    """What there is of checkpoints, hidden ones too."""
+    return sorted(path.name for path in Path(run).iterdir() if "checkpoint" in path.name)
+
+
 def weights(folder) -> dict[str, torch.Tensor]:
     model = tiny.vlm(seed=1)
     load_weights(model, folder)
@@ -62,7 +67,7 @@ def test_killed_at_every_file(server, tmp_path, whole):
         resumed = build(tmp_path / folder)
         resumed.train(resume_from_checkpoint=True)
         assert_same_run(resumed, whole)
-        assert not list((tmp_path / folder).glob(".checkpoint*"))
+        assert not any(name.startswith(".") for name in folders(tmp_path / folder))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, whol
     runs.limit_files(trainer, size)
     with pytest.raises(OSError, match=rf"checkpoint-6 could not be written \(({error}).* GiB are free\); .*checkpoint-3$"):
         trainer.train()
-    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    assert folders(tmp_path) == ["checkpoint-3"]
     resumed = build(tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert_same_run(resumed, whole)
@@ -90,7 +95,7 @@ def test_a_full_disk_may_cost_a_checkpoint_alone(tmp_path, whole):
     rewards = iter([0.1, 0.9, 0.2])
     trainer.evaluation_loop = lambda *_, **__: EvalLoopOutput(None, None, {"eval_reward": next(rewards)}, 2)
     trainer.train()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-9"]
+    assert folders(tmp_path) == ["checkpoint-3", "checkpoint-9"]
     assert list(losses(trainer)) == list(range(1, 10))
     # That of step 6 would have been the best.
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
@@ -110,7 +115,7 @@ def test_a_disk_that_is_full(tmp_path, whole):
         trainer = build(disk)
         with pytest.raises(OSError, match=r"checkpoint-6 could not be written .* 0.0 GiB are free\); .*checkpoint-3$"):
             trainer.train()
-        assert os.listdir(disk) == ["checkpoint-3"]
+        assert folders(disk) == ["checkpoint-3"]
         assert is_complete(disk / "checkpoint-3")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -141,7 +146,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     rewards, kept = iter([0.1, 0.9, 0.2, 0.3, 0.4]), []
     trainer.evaluation_loop = lambda *_, **__: EvalLoopOutput(None, None, {"eval_reward": next(rewards)}, 2)
     save = trainer._save_checkpoint
-    trainer._save_checkpoint = lambda *a: (save(*a), kept.append(sorted(path.name[-1] for path in tmp_path.iterdir())))
+    trainer._save_checkpoint = lambda *a: (save(*a), kept.append([name[-1] for name in folders(tmp_path)]))
     trainer.train()
     assert kept == [["1"], ["1", "2"], ["2", "3"], ["2", "4"], ["2", "5"]]
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())

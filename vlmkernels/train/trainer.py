@@ -6,7 +6,6 @@ into advantages and log-probabilities into a loss (``vlmkernels.ops``), and use 
 """
 
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
+from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.train.callbacks import RewardProgress
 from vlmkernels.train.checkpoint import (
@@ -44,13 +44,16 @@ from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, Samples, for_all, lost_processes_named
-from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
+from vlmkernels.train.metrics import completion_metrics, reward_metrics
+from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.parallel import gathered, most, prepared_reference
-from vlmkernels.train.report import write_report
+from vlmkernels.train.phases import Phases, phase
+from vlmkernels.train.record import RunRecord
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler
 from vlmkernels.train.scoring import Scored, page_groups, score
+from vlmkernels.train.work import Work, step_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -119,6 +122,7 @@ class GRPOTrainer(Trainer):
         # compute_loss normalises over the accumulated batch itself; see training_step.
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
+        self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.head = output_head(model)
         self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
@@ -142,6 +146,10 @@ class GRPOTrainer(Trainer):
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
+        self.phases, self.work = Phases(args.device), Work()
+        self.add_callback(self.phases)
+        self.record = RunRecord()
+        self.add_callback(self.record)
         self._last_scored: tuple[Scored, torch.Tensor] | None = None
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -234,12 +242,13 @@ class GRPOTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model_wrapped)
 
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
-        prompts = encode(
-            samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
-        )
-        prompts = prompts.to(self.args.device)
+        with self.phases("data"):
+            prompts = encode(
+                samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
+            )
+            prompts = prompts.to(self.args.device)
         # Autocast here, not in each forward pass alone, casts a weight once, not once per token.
-        with gathered(self.policy, self.head), self.accelerator.autocast():
+        with self.phases("generate"), gathered(self.policy, self.head), self.accelerator.autocast():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
                 prompts = encode_images(self.text_model, prompts)
             rollout = self.generate(self.policy, prompts, num_generations, temperature)
@@ -248,7 +257,8 @@ class GRPOTrainer(Trainer):
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         processors = self.processing_class, self.tokenizer
-        scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
+        with self.phases("reward"):
+            scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
         return rollout, scored
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
@@ -259,15 +269,19 @@ class GRPOTrainer(Trainer):
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches."""
 
         def sampled() -> tuple[list[Sample], Rollout, Scored]:
-            samples = [self._samples[index][1] for index in indices]
+            with self.phases("data"):
+                samples = [self._samples[index][1] for index in indices]
             with inference(self.policy):
                 return samples, *self._sample(samples, self.args.num_generations, self.args.temperature)
 
-        samples, rollout, scored = for_all(self.accelerator, sampled)
+        with self.phases("wait"):  # around the phases of sampling
+            samples, rollout, scored = for_all(self.accelerator, sampled)
         if self.args.on_bad_sample == "skip":
             replaced = [sample.index != index for sample, index in zip(samples, indices, strict=True)]
             self._metrics["frac_samples_replaced"].append(sum(replaced) / len(replaced))
-        rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
+        self.work.sampled(rollout, shared=getattr(self.generate, "by_groups", False))
+        with self.phases("wait"):
+            rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
         result = self._advantages(rewards, self.args.num_generations)
         local = slice(self.args.process_index * len(scored.samples), (self.args.process_index + 1) * len(scored.samples))
         mask = rollout.completion_mask
@@ -310,13 +324,14 @@ class GRPOTrainer(Trainer):
             experience.old_logps = empty.clone()
         with inference(self.model_wrapped):
             for index in off_policy:
-                self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
+                with self.phases("old_logps"):
+                    self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
         if self.args.beta > 0:
             experience.ref_logps = empty.clone()
             model, as_reference = self.ref_model, nullcontext()
             if model is None:
                 model, as_reference = self.model_wrapped, self.policy.disable_adapter()
-            with inference(model), as_reference:
+            with self.phases("ref_logps"), inference(model), as_reference:
                 for index in micro_batches:
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
@@ -332,6 +347,7 @@ class GRPOTrainer(Trainer):
     def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
         batch = rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+        self.work.scored(rollout, samples, batch)
         if self.idle_images is not None and "pixel_values_videos" in batch.inputs:
             raise NotImplementedError("videos under FSDP2 are not supported: processes without one would not run their tower")
         if self.idle_images is not None and "pixel_values" in batch.inputs:
@@ -350,6 +366,7 @@ class GRPOTrainer(Trainer):
     def _head_arguments(self) -> dict:
         return {"arguments": self.logit_arguments, "temperature": self.args.temperature}
 
+    @phase("other")
     def _prepare_inputs(self, inputs: list[int]) -> int:
         """From the prompts of a generation batch to the index of the micro-batch to train on; samples when it is time."""
         if self._experience is None or self._experience.uses == self.args.steps_per_rollout:
@@ -360,14 +377,16 @@ class GRPOTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
         # Any number of items tells Trainer not to divide the loss by the accumulation steps again.
-        loss = super().training_step(model, inputs, num_items_in_batch=1)
+        with self.phases("backward"):  # around the phases of _prepare_inputs and _loss
+            loss = super().training_step(model, inputs, num_items_in_batch=1)
         self._step_time += time.perf_counter() - start
         if self.accelerator.sync_gradients:
+            self._metrics["step_time"].append(self._step_time)
+            self._step_time = 0.0
+            self.phases.between_steps("optimizer")
             skipped = self._finite_steps(self.policy, self.state.global_step + 1)
             if self.args.on_nonfinite == "skip":
                 self._metrics["frac_steps_skipped"].append(skipped)
-            self._metrics["step_time"].append(self._step_time)
-            self._step_time = 0.0
         return loss
 
     def compute_loss(self, model, inputs: int, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
@@ -379,39 +398,37 @@ class GRPOTrainer(Trainer):
         parts = self._parts(experience, inputs % self.args.steps_per_generation)
         repeats = sum(part is parts[-1] for part in parts) - 1
         real = parts[: len(parts) - repeats]
-        # What each part counts of the means that its loss is made of: over completions, or over tokens.
-        of_tokens = [experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
-        sizes = [len(part) for part in real] if self.loss_config.aggregation.sequences else of_tokens
+        sizes, tokens = [len(part) for part in real], [1]
+        if len(real) > 1:  # for the only one nothing need wait for the device
+            tokens = [int(experience.mask[part].sum()) for part in real]
+        calls = in_parts(self.loss_config, sizes, tokens, self.current_gradient_accumulation_steps)
         metrics = []
         for number, samples in enumerate(parts):
-            last, which = number == len(parts) - 1, min(number, len(real) - 1)
-            share, of_entropy = (x[which] / sum(x) if x[which] else 1.0 for x in (sizes, of_tokens))  # 1: there is nothing
+            last, call = number == len(parts) - 1, calls[min(number, len(real) - 1)]
             with nullcontext() if last else self.accelerator.no_sync(model):
-                loss, measured = self._loss(model, experience, inputs, samples, share, of_entropy)
+                loss, measured, old_logps = self._loss(model, experience, inputs, samples, call)
                 if number < len(real):
                     metrics.append(measured)
+                    if inputs < self.args.steps_per_generation:
+                        self.mismatch.add(experience.rollout, samples, experience.mask[samples], old_logps)
                 else:
                     loss = 0.0 * loss
                 if not last:
                     self.accelerator.backward(loss)
                     loss = loss.detach()
             total = total + loss
-        per_sequence = self.loss_config.level == "sequence" or self.loss_config.loss.surrogate == "vespo"
-        clipped = [len(part) for part in real] if per_sequence else None
-        combined = combine(metrics, clipped)
+        combined = combine_metrics(self.loss_config, sizes, metrics)
         self._finite_steps.observe(total, combined)
         for name, value in combined.items():
             self._metrics[name].append(value)
         return total
 
+    @phase("forward")
     def _loss(
-        self, model, experience: Experience, use: int, samples: torch.Tensor, share: float, of_entropy: float
-    ) -> tuple[torch.Tensor, dict]:
-        """The loss and metrics of some completions, ``share`` of their micro-batch; of its entropy bonus, a mean over tokens
-        whatever the loss is, ``of_entropy``."""
-        args, config = self.args, self.loss_config
-        if config.entropy_coef and share != of_entropy:
-            config = replace(config, entropy_coef=config.entropy_coef * of_entropy / share)
+        self, model, experience: Experience, use: int, samples: torch.Tensor, call: Part
+    ) -> tuple[torch.Tensor, dict, torch.Tensor]:
+        """The loss, metrics and old log-probabilities of some completions."""
+        args = self.args
         on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
         window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
@@ -425,14 +442,17 @@ class GRPOTrainer(Trainer):
             advantages=experience.advantages[samples],
             old_logps=None if on_policy else cut(experience.old_logps),
             ref_logps=cut(experience.ref_logps),
+            rollout_logps=self.mismatch.rollout_logps(experience.rollout, samples),
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
-            accumulation_steps=window / share,
-            config=config,
+            **call._asdict(),
         )
-        if on_policy and experience.old_logps is not None:
-            experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
-        return loss, metrics
+        if not on_policy:
+            return loss, metrics, experience.old_logps[samples]
+        old_logps = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
+        if experience.old_logps is not None:
+            experience.old_logps[samples] = old_logps
+        return loss, metrics, old_logps
 
     def _entropy_threshold(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
@@ -447,6 +467,7 @@ class GRPOTrainer(Trainer):
 
     # Evaluation, logs and checkpoints
 
+    @phase("evaluate")
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
@@ -471,17 +492,18 @@ class GRPOTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(lengths) // args.num_generations_eval)
 
+    @phase("log")
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._flush_metrics())
-            if self.args.log_completions and self._last_scored and self.is_world_process_zero():
-                self._write_page(*self._last_scored)
+            for name, value in step_metrics(self.phases, self.work, self.args.world_size).items():
+                self._metrics[name].append(value)
+            logs.update(self._flush_metrics() | self.mismatch.flush(self.accelerator))
         super().log(logs, start_time)
-
-    def _write_page(self, scored: Scored, advantages: torch.Tensor) -> None:
-        args, step = self.args, self.state.global_step
-        groups = page_groups(scored, self.rewards.names, advantages, args.num_generations, args.num_completions_to_print)
-        write_report(os.path.join(args.output_dir, "completions", f"step-{step:06d}.html"), f"Step {step}", groups)
+        args = self.args
+        if "loss" in logs and args.log_completions and self._last_scored and self.is_world_process_zero():
+            limits = args.num_generations, args.num_completions_to_print
+            groups = page_groups(*self._last_scored, self.rewards.names, *limits)
+            self.record.completions(args, self.state, groups, self.callback_handler.callbacks)
 
     def _flush_metrics(self) -> dict[str, float | None]:
         """The mean of each metric since the last call, over all processes; None where nothing was measured."""
@@ -517,6 +539,7 @@ class GRPOTrainer(Trainer):
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
 
+    @phase("save")
     def _save_checkpoint(self, model, trial) -> None:
         save_checkpoint(self, self._get_output_dir(trial), skip=self.args.on_save_error == "skip")
 
