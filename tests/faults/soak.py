@@ -67,7 +67,7 @@ def life(folder, steps: int, end: str | None = None, at: int | None = None) -> N
 
     def save_or_die(model, trial):
         if end == "killed in a save" and trainer.state.global_step >= at:
-            runs.save_and_die(lambda: save(model, trial), folder, at % 40)
+            runs.save_and_die(lambda: save(model, trial), folder, at % 30)
         else:
             save(model, trial)
 

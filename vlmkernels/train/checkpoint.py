@@ -70,6 +70,10 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
                 _publish(partial)
             except FileNotFoundError:  # another process was faster
                 continue
+    return _last_complete(output_dir)
+
+
+def _last_complete(output_dir: str | os.PathLike) -> str | None:
     complete = {step: str(folder) for step, folder in _checkpoints(output_dir).items() if is_complete(folder)}
     return complete[max(complete)] if complete else None
 
@@ -158,7 +162,8 @@ def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
     stages: tuple[Iterable[Callable], ...] = (
         [lambda: _prepare(partial)] if writes else [],
         _parts(trainer, str(partial)),
-        [lambda: _seal(trainer, partial)],
+        [lambda: _flush(*partial.rglob("*"))],
+        [lambda: _seal(trainer, partial)] if writes else [],
         [lambda: _publish(partial)] if writes else [],
     )
     for stage in stages:
@@ -169,7 +174,7 @@ def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
         state.best_model_checkpoint = previous_best
         if writes:
             _discard(partial)
-        free, last = shutil.disk_usage(output_dir).free / 2**30, last_complete_checkpoint(output_dir)
+        free, last = shutil.disk_usage(output_dir).free / 2**30, _last_complete(output_dir)
         text = f"{final} could not be written ({error}; {free:.1f} GiB are free); the last complete checkpoint is {last}"
         if not skip:
             raise OSError(text)
@@ -182,7 +187,7 @@ def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
 
 
 def _attempt(parts: Iterable[Callable[[], None]]) -> str | None:
-    """Do all of them; what went wrong first."""
+    """Do all of them, whatever fails; what went wrong first."""
     first = None
     for part in parts:
         try:
@@ -219,10 +224,7 @@ def _parts(trainer: Trainer, folder: str) -> Iterator[Callable[[], None]]:
 
 
 def _seal(trainer: Trainer, partial: Path) -> None:
-    """The trainer's state, the manifest, and everything on the disk."""
-    if not trainer.args.should_save:
-        _flush(*partial.rglob("*"))
-        return
+    """The trainer's state and the manifest, when all else is on the disk."""
     callbacks = [c for c in [*trainer.callback_handler.callbacks, trainer.control] if isinstance(c, ExportableState)]
     for callback in callbacks:
         states = trainer.state.stateful_callbacks
@@ -235,7 +237,7 @@ def _seal(trainer: Trainer, partial: Path) -> None:
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     model = trainer.accelerator.unwrap_model(trainer.model)
     manifest = {"format": FORMAT, "vlmkernels": __version__, "model_type": model.config.model_type, "files": files}
-    _flush(*partial.rglob("*"))
+    _flush(partial / TRAINER_STATE_NAME)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _flush(partial / MANIFEST, partial)
 
