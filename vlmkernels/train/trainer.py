@@ -39,7 +39,7 @@ from vlmkernels.train.data import Sample, check_dataset, column_names, encode, r
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
-from vlmkernels.train.parallel import gathered, most, prepared_reference
+from vlmkernels.train.parallel import backward, check_parallelism, gathered, in_step, most, prepare_head, prepared_reference, whole
 from vlmkernels.train.report import write_report
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler, Rows
@@ -107,12 +107,14 @@ class GRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._check_parallelism()
+        check_parallelism(self.accelerator, model, args.n_gpu)
         # compute_loss normalises over the accumulated batch itself; see training_step.
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
         self.head = output_head(model)
-        self.logit_arguments = logit_arguments(model, self.head)
+        prepare_head(self.accelerator, self.head)
+        with whole(model):
+            self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
         self.processor_arguments = use_vision_ops(self.text_model, processing_class)
         self.shares_prefix = self._choose_prefix_sharing()
@@ -120,13 +122,14 @@ class GRPOTrainer(Trainer):
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
         use_image_features(self.text_model)  # also where a resumed generation batch alone has some
         self.idle_images = None
-        if self.is_fsdp_enabled and self.family is not TEXT and not self.encodes_once:
+        if in_step(self.accelerator) and self.family is not TEXT and not self.encodes_once:
             rule = "be off: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
             require(takes_features(self.text_model), "fsdp", rule, True)
             self.idle_images = self._an_image(processing_class)
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
-            reference = frozen_copy(model)
+            with whole(model):
+                reference = frozen_copy(model)
             self.ref_head = output_head(reference)
             self.ref_model = prepared_reference(self.accelerator, reference)
         self.generate = Generate(model, processing_class, args)
@@ -157,12 +160,6 @@ class GRPOTrainer(Trainer):
             prompts = args.prompts_per_generation * args.world_size
             rule = f"hold at least the {prompts} prompts of one generation batch"
             require(len(train_dataset) >= prompts, "train_dataset", rule, len(train_dataset))
-
-    def _check_parallelism(self) -> None:
-        if self.args.n_gpu > 1:
-            raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
 
     def _choose_prefix_sharing(self) -> bool:
         """Whether the completions of a group run behind one copy of their prompt; says once what was chosen, and why."""
@@ -221,7 +218,7 @@ class GRPOTrainer(Trainer):
         )
         prompts = prompts.to(self.args.device)
         # Autocast here, not in each forward pass alone, casts a weight once, not once per token.
-        with gathered(self.policy, self.head), self.accelerator.autocast():
+        with gathered(self.accelerator, self.policy, self.head), self.accelerator.autocast():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
                 prompts = encode_images(self.text_model, prompts)
             rollout = self.generate(self.policy, prompts, num_generations, temperature)
@@ -300,7 +297,7 @@ class GRPOTrainer(Trainer):
         width = self.text_model.config.get_text_config().hidden_size
         samples, budget = self._micro_batch(index), self.args.max_tokens_per_microbatch
         parts = experience.rollout.parts(samples, budget, shared=self.shares_prefix, hidden_size=width)
-        if budget is not None and self.is_fsdp_enabled:  # every process runs the model as often
+        if budget is not None and in_step(self.accelerator):  # every process runs the model as often
             parts += parts[-1:] * (most(self.accelerator, len(parts)) - len(parts))
         return parts
 
@@ -365,7 +362,7 @@ class GRPOTrainer(Trainer):
                 else:
                     loss = 0.0 * loss
                 if not last:
-                    self.accelerator.backward(loss)
+                    backward(self.accelerator, loss)
                     loss = loss.detach()
             total = total + loss
         per_sequence = self.loss_config.level == "sequence" or self.loss_config.loss.surrogate == "vespo"
@@ -476,7 +473,7 @@ class GRPOTrainer(Trainer):
             load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if is_peft_model(self.model):
+        if is_peft_model(self.model) or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
