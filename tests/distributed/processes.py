@@ -13,16 +13,26 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from test_trainer import lora
 
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from vlmkernels.train import GRPOConfig, GRPOTrainer
+from vlmkernels.train.parallel import gathered
 from vlmkernels.train.rollout import Rollout
 
 torch.set_num_threads(1)
 
 WRAPPED = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"]
 SAVES = {
-    "optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2,
+    "optim": "adamw_torch", "adam_epsilon": 1e-4, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+    "save_strategy": "steps", "save_steps": 2,
 }  # fmt: skip
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
+# DeepSpeed's stage; no parameter is too small to be cut.
+ZERO2, ZERO3 = {"zero": 2}, {"zero": 3}
+DEEPSPEED = {
+    "zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True},
+    **dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto"),
+    "gradient_clipping": "auto",
+}
 # Images of each row: three processes have one row of a step each.
 CASES = {
     "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True},
@@ -36,6 +46,15 @@ CASES = {
     "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
     "ddp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4},
     "fsdp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **FSDP},
+    "zero2": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO2},
+    "zero2, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **ZERO2},
+    "zero3": {"images": "mixed", "beta": 0.1, **ZERO3},
+    "zero3, text": {"images": "none", "loss_type": "grpo", **ZERO3},
+    "zero3, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **ZERO3},
+    "zero3, lora": {"images": "one", "beta": 0.1, "peft_config": True, **ZERO3},
+    "zero3, saved": {"images": "mixed", **SAVES, **ZERO3},
+    "zero3, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **ZERO3},
+    "zero3, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **ZERO3},
 }
 
 
@@ -56,28 +75,36 @@ def completions_of(model, prompts, num_generations, temperature):
 def build(output_dir, name: str) -> GRPOTrainer:
     options = {"optim": "sgd", "max_completion_length": 4, "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
     options |= {key: value for key, value in CASES[name].items() if key != "resumes"}
-    images, samples, frozen, adapters, evaluates = (
-        options.pop(key, False) for key in ("images", "samples", "frozen", "peft_config", "evaluates")
+    images, samples, frozen, adapters, evaluates, zero = (
+        options.pop(key, False) for key in ("images", "samples", "frozen", "peft_config", "evaluates", "zero")
     )
     if evaluates:
         options |= {"num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         options = {key: value for key, value in options.items() if key not in FSDP}
-    AcceleratorState._reset_state(reset_partial_state=False)
-    args = GRPOConfig(
-        output_dir=str(output_dir), per_device_train_batch_size=12 // processes, num_generations=2 if samples else 4,
-        gradient_accumulation_steps=2, logging_steps=1, max_grad_norm=0.0, disable_tqdm=True,
-        use_cpu=True, report_to="none", **options,
-    )  # fmt: skip
-    if processes > 1:
-        # accelerate turns FSDP on where it sees several accelerators only.
-        kind = DistributedType.MULTI_GPU if "fsdp" in options else DistributedType.MULTI_CPU
-        PartialState._shared_state["distributed_type"] = kind
+        zero = False
+    unset_hf_deepspeed_config()  # the last case's, by which transformers would cut the model while it is made
     torch.manual_seed(0)
     model = tiny.vlm(tied=False)
     if frozen:
         model.model.visual.requires_grad_(False)
+    AcceleratorState._reset_state(reset_partial_state=bool(zero))
+    if zero:
+        config = {**DEEPSPEED, "zero_optimization": {**DEEPSPEED["zero_optimization"], "stage": zero}}
+        file = Path(output_dir, f"zero{zero}_{os.environ['RANK']}.json")
+        file.write_text(json.dumps(config))
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+        options |= {"ddp_backend": "gloo"}  # accelerate knows DeepSpeed on accelerators only, unless a backend is named
+    args = GRPOConfig(
+        output_dir=str(output_dir), per_device_train_batch_size=12 // processes, num_generations=2 if samples else 4,
+        gradient_accumulation_steps=2, logging_steps=1, max_grad_norm=0.0, disable_tqdm=True,
+        use_cpu=not zero, bf16=False, report_to="none", **options,
+    )  # fmt: skip
+    if processes > 1 and not zero:
+        # accelerate turns FSDP on where it sees several accelerators only.
+        kind = DistributedType.MULTI_GPU if "fsdp" in options else DistributedType.MULTI_CPU
+        PartialState._shared_state["distributed_type"] = kind
     data = tiny.rows(12, images)
     trainer = GRPOTrainer(
         model, length, args, data, data[:5] if evaluates else None, processing_class=tiny.processor(),
@@ -93,9 +120,10 @@ def run(output_dir, name: str) -> dict:
     trainer = build(output_dir, name)
     several = "WORLD_SIZE" in os.environ
     trainer.train(resume_from_checkpoint=True if several and "resumes" in CASES[name] else None)
+    sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in trainer.policy.parameters())
     whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # noqa: E731
-    size = {key: whole(p.detach()).double().square().sum().item() for key, p in trainer.policy.named_parameters()}
-    sharded = any(hasattr(p, "full_tensor") for p in trainer.policy.parameters())
+    with gathered(trainer.accelerator, trainer.policy, trainer.head):
+        size = {key: whole(p.detach()).double().square().sum().item() for key, p in trainer.policy.named_parameters()}
     return {"logs": trainer.state.log_history[:-1], "parameters": size, "sharded": sharded}
 
 

@@ -175,7 +175,8 @@ class GRPOTrainer(Trainer):
     def _an_image(self, processor) -> dict[str, torch.Tensor]:
         """Model inputs of one small image: what a process without images runs its sharded vision tower on."""
         row = {"prompt": [{"role": "user", "content": "?"}], "images": [Image.new("RGB", (64, 64))]}
-        prompt = encode([read_sample(row, 0)], processor, self.family, self.args.chat_template_kwargs)
+        options = self.processor_arguments
+        prompt = encode([read_sample(row, 0)], processor, self.family, self.args.chat_template_kwargs, **options)
         return {name: prompt.inputs[name] for name in image_axes(prompt)}
 
     # Data
