@@ -12,8 +12,8 @@ import tiny
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from test_trainer import lora
-
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.parallel import gathered
 from vlmkernels.train.rollout import Rollout
@@ -36,7 +36,8 @@ DEEPSPEED = {
 # Images of each row: three processes have one row of a step each.
 CASES = {
     "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True},
-    "fsdp": {"images": "mixed", "beta": 0.1, **FSDP},
+    "fsdp": {"images": "mixed", "beta": 0.1, "evaluates": True, **FSDP},
+    "fsdp, videos": {"images": "videos", **FSDP},
     "fsdp, text": {"images": "none", "loss_type": "grpo", **FSDP},
     "fsdp, every completion behind its prompt": {"images": "mixed", "share_prefix": "false", **FSDP},
     "fsdp, frozen tower": {"images": "one", "frozen": True, "num_iterations": 2, "max_steps": 4, **FSDP},
@@ -48,7 +49,8 @@ CASES = {
     "fsdp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **FSDP},
     "zero2": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO2},
     "zero2, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **ZERO2},
-    "zero3": {"images": "mixed", "beta": 0.1, **ZERO3},
+    "zero3": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO3},
+    "zero3, videos": {"images": "videos", **ZERO3},
     "zero3, text": {"images": "none", "loss_type": "grpo", **ZERO3},
     "zero3, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **ZERO3},
     "zero3, lora": {"images": "one", "beta": 0.1, "peft_config": True, **ZERO3},

@@ -17,7 +17,7 @@ def zero_stage(accelerator: Accelerator) -> int | None:
 
 
 def in_step(accelerator: Accelerator) -> bool:
-    """Whether every process must run the same layers as often: where each call of a layer, or each gradient, is a collective."""
+    """Whether all processes must run the same layers as often: each call of a layer, or each gradient, is a collective."""
     return accelerator.is_fsdp2 or zero_stage(accelerator) is not None
 
 
@@ -61,7 +61,7 @@ def _cut_by_zero3(model: torch.nn.Module) -> bool:
 
 
 def whole(model: torch.nn.Module):
-    """Inside, before training, the parameters of a model that DeepSpeed cut while it was loaded are whole, not to be changed."""
+    """Inside, before training, the parameters of a model that DeepSpeed cut while it was loaded are whole, to be read."""
     if not _cut_by_zero3(model):
         return nullcontext()
     import deepspeed
@@ -71,8 +71,8 @@ def whole(model: torch.nn.Module):
 
 @contextmanager
 def gathered(accelerator: Accelerator, model: torch.nn.Module, head: torch.nn.Module):
-    """Inside, the parameters of a policy under FSDP2 or ZeRO-3 are whole, so that processes may call it unequally often, without
-    gradients; any other is as it is.
+    """Inside, the parameters of a policy under FSDP2 or ZeRO-3 are whole, so that processes may call it unequally often,
+    without gradients; any other is as it is.
 
     Args:
         model: the policy without what wraps it. head: its language-model head, which FSDP2 keeps whole between forward and
