@@ -1,4 +1,4 @@
-"""The same steps by however many processes run them: the subprocess of tests, and what they compare it with."""
+"""The same steps by however many processes run them, and how they compare."""
 
 import json
 import os
@@ -58,6 +58,17 @@ CASES = {
     "zero3, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **ZERO3},
     "zero3, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **ZERO3},
 }
+SAMPLED = ("ddp, sampled", "fsdp, sampled")
+LAUNCHES = {
+    2: [name for name in CASES if not name.startswith("zero") and name != "fsdp, resumed"],
+    # One without images or videos, one with fewer parts, one with fewer rows to evaluate; what two saved.
+    3: ["ddp", "fsdp", "fsdp, videos", "fsdp, token budget", "fsdp, resumed"],
+}
+
+
+def options_alone(name: str) -> dict:
+    """Of a case run by one process."""
+    return {key: value for key, value in CASES[name].items() if key not in (*FSDP, "zero")}
 
 
 def length(completions, **kwargs):
@@ -76,16 +87,14 @@ def completions_of(model, prompts, num_generations, temperature):
 
 def build(output_dir, name: str) -> GRPOTrainer:
     options = {"optim": "sgd", "max_completion_length": 4, "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no"}
-    options |= {key: value for key, value in CASES[name].items() if key != "resumes"}
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    options |= CASES[name] if processes > 1 else options_alone(name)
+    options.pop("resumes", None)
     images, samples, frozen, adapters, evaluates, zero = (
         options.pop(key, False) for key in ("images", "samples", "frozen", "peft_config", "evaluates", "zero")
     )
     if evaluates:
         options |= {"num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes == 1:
-        options = {key: value for key, value in options.items() if key not in FSDP}
-        zero = False
     unset_hf_deepspeed_config()  # the last case's, by which transformers would cut the model while it is made
     torch.manual_seed(0)
     model = tiny.vlm(tied=False)
@@ -127,11 +136,3 @@ def run(output_dir, name: str) -> dict:
     with gathered(trainer.accelerator, trainer.policy, trainer.head):
         size = {key: whole(p.detach()).double().square().sum().item() for key, p in trainer.policy.named_parameters()}
     return {"logs": trainer.state.log_history[:-1], "parameters": size, "sharded": sharded}
-
-
-if __name__ == "__main__":
-    results = {name: run(sys.argv[1], name) for name in sys.argv[2:]}
-    if os.environ["RANK"] == "0":
-        Path(sys.argv[1], "results.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may ask for the interpreter while it ends, which aborts the process

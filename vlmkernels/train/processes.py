@@ -68,7 +68,9 @@ class Processes:
         except distributed.DistStoreError as error:
             if time.monotonic() - start < self.timeout:  # the store is gone
                 raise
-            raise TimeoutError(f"waited {self.timeout:g} s before {at} for {', '.join(self._late(number))}") from error
+            reason = f"waited {self.timeout:g} s before {at} for {', '.join(self._late(number))}"
+            self._store.set(f"{number}/error", f"process {self.rank} {reason}")  # for those that come after all
+            raise TimeoutError(reason) from error
         if self._store.check([f"{number}/error"]):
             raise RuntimeError(self._store.get(f"{number}/error").decode())
 
