@@ -33,6 +33,12 @@ DEEPSPEED = {
     **dict.fromkeys(["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"], "auto"),
     "gradient_clipping": "auto",
 }
+# What accelerate tells the processes that it launches of its configuration; of one of those that are shipped, see conftest.py.
+CONFIGURED = {
+    name: os.environ.pop(name)
+    for name in [*os.environ]
+    if name.startswith(("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_", "FSDP_"))
+}
 # Images of each row: three processes have one row of a step each.
 CASES = {
     "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True},
@@ -47,6 +53,7 @@ CASES = {
     "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
     "ddp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4},
     "fsdp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **FSDP},
+    "as configured": {"images": "mixed", "beta": 0.1, "configured": True},
     "zero2": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO2},
     "zero2, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **ZERO2},
     "zero3": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO3},
@@ -62,13 +69,13 @@ SAMPLED = ("ddp, sampled", "fsdp, sampled")
 LAUNCHES = {
     2: [name for name in CASES if not name.startswith("zero") and name != "fsdp, resumed"],
     # One without images or videos, one with fewer parts, one with fewer rows to evaluate; what two saved.
-    3: ["ddp", "fsdp", "fsdp, videos", "fsdp, token budget", "fsdp, resumed"],
+    3: ["as configured", "ddp", "fsdp", "fsdp, videos", "fsdp, token budget", "fsdp, resumed"],
 }
 
 
 def options_alone(name: str) -> dict:
     """Of a case run by one process."""
-    return {key: value for key, value in CASES[name].items() if key not in (*FSDP, "zero")}
+    return {key: value for key, value in CASES[name].items() if key not in (*FSDP, "zero", "configured")}
 
 
 def length(completions, **kwargs):
@@ -90,8 +97,8 @@ def build(output_dir, name: str) -> GRPOTrainer:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     options |= CASES[name] if processes > 1 else options_alone(name)
     options.pop("resumes", None)
-    images, samples, frozen, adapters, evaluates, zero = (
-        options.pop(key, False) for key in ("images", "samples", "frozen", "peft_config", "evaluates", "zero")
+    images, samples, frozen, adapters, evaluates, zero, configured = (
+        options.pop(key, False) for key in ("images", "samples", "frozen", "peft_config", "evaluates", "zero", "configured")
     )
     if evaluates:
         options |= {"num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
@@ -100,21 +107,29 @@ def build(output_dir, name: str) -> GRPOTrainer:
     model = tiny.vlm(tied=False)
     if frozen:
         model.model.visual.requires_grad_(False)
-    AcceleratorState._reset_state(reset_partial_state=bool(zero))
+    environment = CONFIGURED if configured else {}
     if zero:
         config = {**DEEPSPEED, "zero_optimization": {**DEEPSPEED["zero_optimization"], "stage": zero}}
         file = Path(output_dir, f"zero{zero}_{os.environ['RANK']}.json")
         file.write_text(json.dumps(config))
-        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    for name in [*os.environ]:
+        if name.startswith(("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_")):  # the last case's
+            del os.environ[name]
+    os.environ |= environment
+    deepspeed = "ACCELERATE_USE_DEEPSPEED" in environment
+    AcceleratorState._reset_state(reset_partial_state=deepspeed)
+    if deepspeed:
         options |= {"ddp_backend": "gloo"}  # accelerate knows DeepSpeed on accelerators only, unless a backend is named
     args = GRPOConfig(
         output_dir=str(output_dir), per_device_train_batch_size=12 // processes, num_generations=2 if samples else 4,
         gradient_accumulation_steps=2, logging_steps=1, max_grad_norm=0.0, disable_tqdm=True,
-        use_cpu=not zero, bf16=False, report_to="none", **options,
+        use_cpu=not deepspeed, bf16=False, report_to="none", **options,
     )  # fmt: skip
-    if processes > 1 and not zero:
+    if processes > 1 and not deepspeed:
         # accelerate turns FSDP on where it sees several accelerators only.
-        kind = DistributedType.MULTI_GPU if "fsdp" in options else DistributedType.MULTI_CPU
+        sharded = "fsdp" in options or "ACCELERATE_USE_FSDP" in environment
+        kind = DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
         PartialState._shared_state["distributed_type"] = kind
     data = tiny.rows(12, images)
     trainer = GRPOTrainer(
