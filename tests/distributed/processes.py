@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import tiny
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from test_trainer import lora
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -131,6 +132,10 @@ def build(output_dir, name: str) -> GRPOTrainer:
         sharded = "fsdp" in options or "ACCELERATE_USE_FSDP" in environment
         kind = DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
         PartialState._shared_state["distributed_type"] = kind
+    if configured:  # loaded under that configuration
+        model.save_pretrained(path := Path(output_dir, "model"))  # by one process
+        args.distributed_state.wait_for_everyone()
+        model = str(path)
     data = tiny.rows(12, images)
     trainer = GRPOTrainer(
         model, length, args, data, data[:5] if evaluates else None, processing_class=tiny.processor(),
@@ -142,12 +147,22 @@ def build(output_dir, name: str) -> GRPOTrainer:
 
 
 def run(output_dir, name: str) -> dict:
-    """Logs, and the sum of squares of every parameter at the end."""
+    """Logs, and the sum of squares of every parameter at the end, of a shipped configuration as they are saved."""
     trainer = build(output_dir, name)
     several = "WORLD_SIZE" in os.environ
     trainer.train(resume_from_checkpoint=True if several and "resumes" in CASES[name] else None)
     sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in trainer.policy.parameters())
-    whole = lambda p: p.full_tensor() if hasattr(p, "full_tensor") else p  # noqa: E731
-    with gathered(trainer.accelerator, trainer.policy, trainer.head):
-        size = {key: whole(p.detach()).double().square().sum().item() for key, p in trainer.policy.named_parameters()}
+    if "configured" in CASES[name]:
+        trainer.save_model(folder := str(Path(output_dir, "saved")))
+        trainer.accelerator.wait_for_everyone()
+        parameters = load_file(Path(folder, "model.safetensors"))
+    else:
+        parameters = whole_parameters(trainer)
+    size = {key: p.double().square().sum().item() for key, p in parameters.items()}
     return {"logs": trainer.state.log_history[:-1], "parameters": size, "sharded": sharded}
+
+
+def whole_parameters(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
+    with gathered(trainer.accelerator, trainer.policy, trainer.head), torch.no_grad():
+        parameters = trainer.policy.named_parameters()
+        return {key: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for key, p in parameters}
