@@ -16,14 +16,14 @@ from vlmkernels.train.processes import Processes
 SECOND = os.environ.get("RANK") == "1"
 
 
-def train(output_dir, *, model=None, data=None, reward=processes.length, fsdp=False, **options):
+def train(output_dir, *, model=None, data=None, reward=processes.length, fsdp=None, **options):
     AcceleratorState._reset_state(reset_partial_state=False)
     args = GRPOConfig(
         output_dir=str(output_dir), **{"per_device_train_batch_size": 4, "num_generations": 4, **options},
         max_completion_length=4, max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-        **(processes.FSDP if fsdp else {}),
+        **({"fsdp": True, "fsdp_config": {**processes.FSDP["fsdp_config"], **fsdp}} if fsdp is not None else {}),
     )  # fmt: skip
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU if fsdp else DistributedType.MULTI_CPU
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU if fsdp is None else DistributedType.MULTI_GPU
     model = tiny.vlm(tied=False) if model is None else model
     data = tiny.rows(8, "one") if data is None else data
     trainer = GRPOTrainer(model, reward, args, data, processing_class=tiny.processor())
@@ -101,7 +101,7 @@ CASES = {
         "ValueError: sample ",
     ),
     "an image that cannot be read, under FSDP2": (
-        lambda output_dir: train(output_dir, fsdp=True, **({"data": truncated_images()} if SECOND else {})),
+        lambda output_dir: train(output_dir, fsdp={}, **({"data": truncated_images()} if SECOND else {})),
         "RuntimeError: process 1 stopped at the completions of step 0: ValueError: sample ",
         "ValueError: sample ",
     ),
@@ -121,8 +121,11 @@ CASES = {
     "half precision": (
         both(model=lambda: tiny.vlm(tied=False).half()), *["ValueError: model must have trained parameters in float32 or"] * 2
     ),
+    "weights on one process alone": (
+        both(fsdp=lambda: {"cpu_ram_efficient_loading": True}), *["ValueError: cpu_ram_efficient_loading must be false"] * 2
+    ),
     "two dtypes under FSDP2": (
-        both(model=mixed_dtypes, fsdp=lambda: True), *["ValueError: model must have trained parameters of one dtype"] * 2
+        both(model=mixed_dtypes, fsdp=lambda: {}), *["ValueError: model must have trained parameters of one dtype"] * 2
     ),
 }  # fmt: skip
 

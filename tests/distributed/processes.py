@@ -35,11 +35,7 @@ DEEPSPEED = {
     "gradient_clipping": "auto",
 }
 # What accelerate tells the processes that it launches of its configuration; of one of those that are shipped, see conftest.py.
-CONFIGURED = {
-    name: os.environ.pop(name)
-    for name in [*os.environ]
-    if name.startswith(("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "ACCELERATE_GRADIENT_", "FSDP_"))
-}
+CONFIGURED = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(("ACCELERATE_", "FSDP_"))}
 # Images of each row: three processes have one row of a step each.
 CASES = {
     "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True},
@@ -115,7 +111,7 @@ def build(output_dir, name: str) -> GRPOTrainer:
         file.write_text(json.dumps(config))
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
     for name in [*os.environ]:
-        if name.startswith(("ACCELERATE_USE_", "ACCELERATE_DEEPSPEED_", "FSDP_")):  # the last case's
+        if name.startswith(("ACCELERATE_", "FSDP_")):  # the last case's
             del os.environ[name]
     os.environ |= environment
     deepspeed = "ACCELERATE_USE_DEEPSPEED" in environment

@@ -32,6 +32,8 @@ def check_parallelism(accelerator: Accelerator, model: torch.nn.Module, n_gpu: i
     require(trained <= {torch.float32, torch.bfloat16}, "model", rule, _names(trained))
     if accelerator.is_fsdp2:
         require(len(trained) <= 1, "model", "have trained parameters of one dtype under FSDP2", _names(trained))
+        lean = accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
+        require(not lean, "cpu_ram_efficient_loading", "be false: the reference is a copy of what each process loaded", lean)
     stage = zero_stage(accelerator)
     if stage is None:
         return
