@@ -26,6 +26,7 @@ SAVES = {
     "optim": "adamw_torch", "adam_epsilon": 1e-4, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
     "save_strategy": "steps", "save_steps": 2,
 }  # fmt: skip
+CORRECTED = {"rollout_correction": "sequence_mask", "rollout_sequence_ratio": "mean", "rollout_clip_max": 1.0}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
 # DeepSpeed's stage; no parameter is too small to be cut.
 ZERO2, ZERO3 = {"zero": 2}, {"zero": 3}
@@ -38,13 +39,13 @@ DEEPSPEED = {
 CONFIGURED = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(("ACCELERATE_", "FSDP_"))}
 # Images of each row: three processes have one row of a step each.
 CASES = {
-    "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True},
+    "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True, "rollout_correction": "token_truncate"},
     "fsdp": {"images": "mixed", "beta": 0.1, "evaluates": True, **FSDP},
     "fsdp, videos": {"images": "videos", **FSDP},
     "fsdp, text": {"images": "none", "loss_type": "grpo", **FSDP},
     "fsdp, every completion behind its prompt": {"images": "mixed", "share_prefix": "false", **FSDP},
     "fsdp, frozen tower": {"images": "one", "frozen": True, "num_iterations": 2, "max_steps": 4, **FSDP},
-    "fsdp, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **FSDP},
+    "fsdp, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **CORRECTED, **FSDP},
     "fsdp, lora": {"images": "one", "beta": 0.1, "peft_config": True, **FSDP},
     "fsdp, saved": {"images": "mixed", **SAVES, **FSDP},
     "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
@@ -56,7 +57,7 @@ CASES = {
     "zero3": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO3},
     "zero3, videos": {"images": "videos", **ZERO3},
     "zero3, text": {"images": "none", "loss_type": "grpo", **ZERO3},
-    "zero3, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **ZERO3},
+    "zero3, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **CORRECTED, **ZERO3},
     "zero3, lora": {"images": "one", "beta": 0.1, "peft_config": True, **ZERO3},
     "zero3, saved": {"images": "mixed", **SAVES, **ZERO3},
     "zero3, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **ZERO3},
@@ -80,13 +81,14 @@ def length(completions, **kwargs):
 
 
 def completions_of(model, prompts, num_generations, temperature):
-    """In place of sampling: completions that depend on the prompt alone."""
+    """In place of sampling: completions and log-probabilities that depend on the prompt alone."""
     group = torch.arange(len(prompts)).repeat_interleave(num_generations)
     sums = (prompts.inputs["input_ids"] * prompts.inputs["attention_mask"]).sum(1) % 7
     member = torch.arange(num_generations).repeat(len(sums))
     ids = (sums[group, None] + 3 * member[:, None] + torch.arange(4)) % 30
     lengths = 1 + (sums[group] + member) % 4
-    return Rollout(prompts, group, ids, torch.arange(4) < lengths[:, None], lengths < 3)
+    logps, log_kept_mass = -3.0 - 0.2 * (ids % 5), -0.1 * (ids % 3)
+    return Rollout(prompts, group, ids, torch.arange(4) < lengths[:, None], lengths < 3, logps, log_kept_mass)
 
 
 def build(output_dir, name: str) -> GRPOTrainer:

@@ -31,13 +31,15 @@ from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
+from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.train.callbacks import RewardProgress
 from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
-from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
+from vlmkernels.train.metrics import completion_metrics, reward_metrics
+from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.parallel import (
     backward,
@@ -124,6 +126,7 @@ class GRPOTrainer(Trainer):
         # compute_loss normalises over the accumulated batch itself; see training_step.
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
+        self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.head = output_head(model)
         prepare_head(self.accelerator, self.head)
         with whole(model):
@@ -372,37 +375,34 @@ class GRPOTrainer(Trainer):
         parts = self._parts(experience, inputs % self.args.steps_per_generation)
         repeats = sum(part is parts[-1] for part in parts) - 1
         real = parts[: len(parts) - repeats]
-        # What each part counts of the means that its loss is made of: over completions, or over tokens.
-        of_tokens = [experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
-        sizes = [len(part) for part in real] if self.loss_config.aggregation.sequences else of_tokens
+        sizes, tokens = [len(part) for part in real], [1]
+        if len(real) > 1:  # for the only one nothing need wait for the device
+            tokens = [int(experience.mask[part].sum()) for part in real]
+        calls = in_parts(self.loss_config, sizes, tokens, self.current_gradient_accumulation_steps)
         metrics = []
         for number, samples in enumerate(parts):
-            last, which = number == len(parts) - 1, min(number, len(real) - 1)
-            share, of_entropy = (x[which] / sum(x) if x[which] else 1.0 for x in (sizes, of_tokens))  # 1: there is nothing
+            last, call = number == len(parts) - 1, calls[min(number, len(real) - 1)]
             with nullcontext() if last else self.accelerator.no_sync(model):
-                loss, measured = self._loss(model, experience, inputs, samples, share, of_entropy)
+                loss, measured, old_logps = self._loss(model, experience, inputs, samples, call)
                 if number < len(real):
                     metrics.append(measured)
+                    if inputs < self.args.steps_per_generation:
+                        self.mismatch.add(experience.rollout, samples, experience.mask[samples], old_logps)
                 else:
                     loss = 0.0 * loss
                 if not last:
                     backward(self.accelerator, loss)
                     loss = loss.detach()
             total = total + loss
-        per_sequence = self.loss_config.level == "sequence" or self.loss_config.loss.surrogate == "vespo"
-        clipped = [len(part) for part in real] if per_sequence else None
-        for name, value in combine(metrics, clipped).items():
+        for name, value in combine_metrics(self.loss_config, sizes, metrics).items():
             self._metrics[name].append(value)
         return total
 
     def _loss(
-        self, model, experience: Experience, use: int, samples: torch.Tensor, share: float, of_entropy: float
-    ) -> tuple[torch.Tensor, dict]:
-        """The loss and metrics of some completions, ``share`` of their micro-batch; of its entropy bonus, a mean over tokens
-        whatever the loss is, ``of_entropy``."""
-        args, config = self.args, self.loss_config
-        if config.entropy_coef and share != of_entropy:
-            config = replace(config, entropy_coef=config.entropy_coef * of_entropy / share)
+        self, model, experience: Experience, use: int, samples: torch.Tensor, call: Part
+    ) -> tuple[torch.Tensor, dict, torch.Tensor]:
+        """The loss, metrics and old log-probabilities of some completions."""
+        args = self.args
         on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
         window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
@@ -416,14 +416,17 @@ class GRPOTrainer(Trainer):
             advantages=experience.advantages[samples],
             old_logps=None if on_policy else cut(experience.old_logps),
             ref_logps=cut(experience.ref_logps),
+            rollout_logps=self.mismatch.rollout_logps(experience.rollout, samples),
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
-            accumulation_steps=window / share,
-            config=config,
+            **call._asdict(),
         )
-        if on_policy and experience.old_logps is not None:
-            experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
-        return loss, metrics
+        if not on_policy:
+            return loss, metrics, experience.old_logps[samples]
+        old_logps = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
+        if experience.old_logps is not None:
+            experience.old_logps[samples] = old_logps
+        return loss, metrics, old_logps
 
     def _entropy_threshold(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
@@ -464,7 +467,7 @@ class GRPOTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._flush_metrics())
+            logs.update(self._flush_metrics() | self.mismatch.flush(self.accelerator))
             if self.args.log_completions and self._last_scored and self.is_world_process_zero():
                 self._write_page(*self._last_scored)
         super().log(logs, start_time)
