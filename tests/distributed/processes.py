@@ -11,8 +11,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 import tiny
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from peft import LoraConfig
 from safetensors.torch import load_file
-from test_trainer import lora
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlmkernels.train import GRPOConfig, GRPOTrainer
@@ -46,7 +46,7 @@ CASES = {
     "fsdp, every completion behind its prompt": {"images": "mixed", "share_prefix": "false", **FSDP},
     "fsdp, frozen tower": {"images": "one", "frozen": True, "num_iterations": 2, "max_steps": 4, **FSDP},
     "fsdp, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **CORRECTED, **FSDP},
-    "fsdp, lora": {"images": "one", "beta": 0.1, "peft_config": True, **FSDP},
+    "fsdp, lora": {"images": "one", "beta": 0.1, "lora": ["q_proj", "v_proj"], **FSDP},
     "fsdp, saved": {"images": "mixed", **SAVES, **FSDP},
     "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
     "ddp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4},
@@ -58,7 +58,7 @@ CASES = {
     "zero3, videos": {"images": "videos", **ZERO3},
     "zero3, text": {"images": "none", "loss_type": "grpo", **ZERO3},
     "zero3, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **CORRECTED, **ZERO3},
-    "zero3, lora": {"images": "one", "beta": 0.1, "peft_config": True, **ZERO3},
+    "zero3, lora": {"images": "one", "beta": 0.1, "lora": ["q_proj", "lm_head"], **ZERO3},
     "zero3, saved": {"images": "mixed", **SAVES, **ZERO3},
     "zero3, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **ZERO3},
     "zero3, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **ZERO3},
@@ -97,7 +97,7 @@ def build(output_dir, name: str) -> GRPOTrainer:
     options |= CASES[name] if processes > 1 else options_alone(name)
     options.pop("resumes", None)
     images, samples, frozen, adapters, evaluates, zero, configured = (
-        options.pop(key, False) for key in ("images", "samples", "frozen", "peft_config", "evaluates", "zero", "configured")
+        options.pop(key, False) for key in ("images", "samples", "frozen", "lora", "evaluates", "zero", "configured")
     )
     if evaluates:
         options |= {"num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
@@ -137,7 +137,7 @@ def build(output_dir, name: str) -> GRPOTrainer:
     data = tiny.rows(12, images)
     trainer = GRPOTrainer(
         model, length, args, data, data[:5] if evaluates else None, processing_class=tiny.processor(),
-        peft_config=lora() if adapters else None,
+        peft_config=LoraConfig(r=4, target_modules=adapters, init_lora_weights=False) if adapters else None,
     )  # fmt: skip
     if not samples:
         trainer.generate = completions_of
