@@ -29,7 +29,7 @@ def check_parallelism(accelerator: Accelerator, model: torch.nn.Module, n_gpu: i
         raise NotImplementedError("FSDP1 is not supported: use FSDP2 (fsdp_config with version: 2)")
     trained = {p.dtype for p in model.parameters() if p.requires_grad}
     rule = "have trained parameters in float32 or bfloat16 (fp16=True computes in half precision all the same)"
-    require(trained <= {torch.float32, torch.bfloat16}, "model", rule, _names(trained))
+    require(trained <= {torch.float32, torch.bfloat16, torch.float64}, "model", rule, _names(trained))
     if accelerator.is_fsdp2:
         require(len(trained) <= 1, "model", "have trained parameters of one dtype under FSDP2", _names(trained))
         lean = accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
