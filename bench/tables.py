@@ -138,6 +138,12 @@ def suite() -> list[str]:
     return [*lines, "", f"{where}; {first['steps']} steps of GRPO; supervised start and GRPO: {times}."]
 
 
+def metrics() -> list[str]:
+    from vlmkernels.report.metrics import markdown
+
+    return markdown()
+
+
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
@@ -147,6 +153,7 @@ TABLES = {
     "backends": backends,
     "rewards": rewards,
     "tasks": tasks,
+    "metrics": metrics,
     "speed": speed,
     "suite": suite,
 }

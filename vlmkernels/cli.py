@@ -1,4 +1,4 @@
-"""The command line: ``vlmkernels demo | train | eval | env``. What a command needs is imported when it runs."""
+"""The command line: ``vlmkernels demo | train | report | eval | env``. What a command needs is imported when it runs."""
 
 import argparse
 import difflib
@@ -190,6 +190,12 @@ def evaluate(argv: list[str]) -> int:
     return main(argv)
 
 
+def report(argv: list[str]) -> int:
+    from vlmkernels.report.command import main
+
+    return main(argv)
+
+
 def demo(argv: list[str]) -> int:
     from vlmkernels.demo import main
 
@@ -208,6 +214,7 @@ def env(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demo": (demo, "train a small VLM to read handwritten numbers, on the CPU"),
     "train": (train, "train a model with GRPO"),
+    "report": (report, "one HTML page of a training run, finished or not"),
     "eval": (evaluate, "metrics of a model, or of saved predictions, on a dataset"),
     "env": (env, "versions, devices, and which backend serves each op"),
 }

@@ -25,6 +25,7 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
     - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
     - importance_sampling_level and epsilon_high default to what suits the loss_type;
+    - num_completions_to_print is 64 (None: all);
     - the rollout_* fields serve every engine, and stand for vllm_importance_sampling_* (docs/mismatch.md); off by default;
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix and max_tokens_per_microbatch are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
@@ -104,8 +105,8 @@ class GRPOConfig(TrainingArguments):
     reward_weights: list[float] | None = _field(None, "A weight per reward function; by default its own, or 1.")
     mask_truncated_completions: bool = _field(False, "Leave completions that were cut off out of the loss.")
 
-    log_completions: bool = _field(False, "Write <output_dir>/completions/step-<n>.html at each logging step.")
-    num_completions_to_print: int | None = _field(None, "The most completions on such a page; by default all.")
+    log_completions: bool = _field(False, "Store completions and a page of them at each log, and show them in report_to.")
+    num_completions_to_print: int | None = _field(64, "The most completions stored at a log.")
 
     def __post_init__(self) -> None:
         if self.bf16 is None:

@@ -51,11 +51,13 @@ from vlmkernels.train.parallel import (
     prepared_reference,
     whole,
 )
+from vlmkernels.train.phases import Phases, phase
 from vlmkernels.train.processes import Processes, described
-from vlmkernels.train.report import write_report
+from vlmkernels.train.record import RunRecord
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler, Rows
 from vlmkernels.train.scoring import Scored, page_groups, score
+from vlmkernels.train.work import Work, step_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -153,6 +155,10 @@ class GRPOTrainer(Trainer):
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
+        self.phases, self.work = Phases(args.device), Work()
+        self.add_callback(self.phases)
+        self.record = RunRecord()
+        self.add_callback(self.record)
         self._last_scored: tuple[Scored, torch.Tensor] | None = None
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -243,11 +249,12 @@ class GRPOTrainer(Trainer):
             yield
 
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
-        prompts = encode(
-            samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
-        )
-        prompts = prompts.to(self.args.device)
-        with self._whole_policy():
+        with self.phases("data"):
+            prompts = encode(
+                samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
+            )
+            prompts = prompts.to(self.args.device)
+        with self._whole_policy(), self.phases("generate"):
             if self.encodes_once and getattr(self.generate, "by_groups", False):
                 prompts = encode_images(self.text_model, prompts)
             rollout = self.generate(self.policy, prompts, num_generations, temperature)
@@ -256,7 +263,8 @@ class GRPOTrainer(Trainer):
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         processors = self.processing_class, self.tokenizer
-        scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
+        with self.phases("reward"):
+            scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
         return rollout, scored
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
@@ -266,9 +274,12 @@ class GRPOTrainer(Trainer):
     def _new_experience(self, indices: list[int]) -> Experience:
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches."""
         with self.processes.together(f"the completions of step {self.state.global_step}"), inference(self.policy):
-            samples = [read_sample(self.train_dataset[index], index) for index in indices]
+            with self.phases("data"):
+                samples = [read_sample(self.train_dataset[index], index) for index in indices]
             rollout, scored = self._sample(samples, self.args.num_generations, self.args.temperature)
-        rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
+        self.work.sampled(rollout, shared=getattr(self.generate, "by_groups", False))
+        with self.phases("wait"):
+            rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
         result = self._advantages(rewards, self.args.num_generations)
         local = slice(self.args.process_index * len(scored.samples), (self.args.process_index + 1) * len(scored.samples))
         mask = rollout.completion_mask
@@ -311,13 +322,14 @@ class GRPOTrainer(Trainer):
             experience.old_logps = empty.clone()
         with inference(self.model_wrapped):
             for index in off_policy:
-                self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
+                with self.phases("old_logps"):
+                    self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
         if self.args.beta > 0:
             experience.ref_logps = empty.clone()
             model, as_reference = self.ref_model, nullcontext()
             if model is None:
                 model, as_reference = self.model_wrapped, self.policy.disable_adapter()
-            with inference(model), as_reference:
+            with self.phases("ref_logps"), inference(model), as_reference:
                 for index in micro_batches:
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
@@ -333,6 +345,7 @@ class GRPOTrainer(Trainer):
     def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
         batch = rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
+        self.work.scored(rollout, samples, batch)
         if self.idle_media is not None:
             pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
             idle = {kind: inputs for kind, inputs in self.idle_media.items() if pixels[kind] not in batch.inputs}
@@ -349,6 +362,7 @@ class GRPOTrainer(Trainer):
     def _head_arguments(self) -> dict:
         return {"arguments": self.logit_arguments, "temperature": self.args.temperature}
 
+    @phase("other")
     def _prepare_inputs(self, inputs: list[int]) -> int:
         """From the prompts of a generation batch to the index of the micro-batch to train on; samples when it is time."""
         if self._experience is None or self._experience.uses == self.args.steps_per_rollout:
@@ -359,11 +373,13 @@ class GRPOTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
         # Any number of items tells Trainer not to divide the loss by the accumulation steps again.
-        loss = super().training_step(model, inputs, num_items_in_batch=1)
+        with self.phases("backward"):  # around the phases of _prepare_inputs and _loss
+            loss = super().training_step(model, inputs, num_items_in_batch=1)
         self._step_time += time.perf_counter() - start
         if self.accelerator.sync_gradients:
             self._metrics["step_time"].append(self._step_time)
             self._step_time = 0.0
+            self.phases.between_steps("optimizer")
         return loss
 
     def compute_loss(self, model, inputs: int, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
@@ -398,6 +414,7 @@ class GRPOTrainer(Trainer):
             self._metrics[name].append(value)
         return total
 
+    @phase("forward")
     def _loss(
         self, model, experience: Experience, use: int, samples: torch.Tensor, call: Part
     ) -> tuple[torch.Tensor, dict, torch.Tensor]:
@@ -441,6 +458,7 @@ class GRPOTrainer(Trainer):
 
     # Evaluation, logs and checkpoints
 
+    @phase("evaluate")
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
@@ -465,17 +483,18 @@ class GRPOTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(lengths) // args.num_generations_eval)
 
+    @phase("log")
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            for name, value in step_metrics(self.phases, self.work, self.args.world_size).items():
+                self._metrics[name].append(value)
             logs.update(self._flush_metrics() | self.mismatch.flush(self.accelerator))
-            if self.args.log_completions and self._last_scored and self.is_world_process_zero():
-                self._write_page(*self._last_scored)
         super().log(logs, start_time)
-
-    def _write_page(self, scored: Scored, advantages: torch.Tensor) -> None:
-        args, step = self.args, self.state.global_step
-        groups = page_groups(scored, self.rewards.names, advantages, args.num_generations, args.num_completions_to_print)
-        write_report(os.path.join(args.output_dir, "completions", f"step-{step:06d}.html"), f"Step {step}", groups)
+        args = self.args
+        if "loss" in logs and args.log_completions and self._last_scored and self.is_world_process_zero():
+            limits = args.num_generations, args.num_completions_to_print
+            groups = page_groups(*self._last_scored, self.rewards.names, *limits)
+            self.record.completions(args, self.state, groups, self.callback_handler.callbacks)
 
     def _flush_metrics(self) -> dict[str, float | None]:
         """The mean of each metric since the last call, over all processes; None where nothing was measured."""
@@ -509,6 +528,7 @@ class GRPOTrainer(Trainer):
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
 
+    @phase("save")
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         state = os.path.join(folder, TRAINER_STATE_NAME)
@@ -521,4 +541,5 @@ class GRPOTrainer(Trainer):
         super()._save_rng_state(output_dir)
         if self._experience is not None and self._experience.uses < self.args.steps_per_rollout:
             save_experience(self._experience, output_dir, self.args.process_index)
-        self.accelerator.wait_for_everyone()  # the trainer state is written next, and makes the checkpoint count
+        with self.phases("wait"):
+            self.accelerator.wait_for_everyone()  # the trainer state is written next, and makes the checkpoint count
