@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import accelerate
@@ -33,10 +33,12 @@ class Processes:
 
     Args:
         timeout: seconds to wait for one another.
+
+    ``waiting`` makes the context that a process waits in.
     """
 
     def __init__(self, timeout: float):
-        self.timeout, self.rank, self.world_size = timeout, 0, 1
+        self.timeout, self.rank, self.world_size, self.waiting = timeout, 0, 1, nullcontext
         self._store, self._meetings, number = None, 0, next(_numbers)
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             from torch.distributed.distributed_c10d import _get_default_store
@@ -64,7 +66,8 @@ class Processes:
                 self._store.delete_key(f"{number - 1}/{key}")
         start = time.monotonic()
         try:
-            self._store.wait([f"{number}/over"], timedelta(seconds=self.timeout))
+            with self.waiting():
+                self._store.wait([f"{number}/over"], timedelta(seconds=self.timeout))
         except distributed.DistStoreError as error:
             if time.monotonic() - start < self.timeout:  # the store is gone
                 raise

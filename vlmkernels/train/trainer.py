@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
@@ -156,6 +157,7 @@ class GRPOTrainer(Trainer):
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
         self.phases, self.work = Phases(args.device), Work()
+        self.processes.waiting = partial(self.phases, "wait")
         self.add_callback(self.phases)
         self.record = RunRecord()
         self.add_callback(self.record)
@@ -254,7 +256,7 @@ class GRPOTrainer(Trainer):
                 samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
             )
             prompts = prompts.to(self.args.device)
-        with self._whole_policy(), self.phases("generate"):
+        with self.phases("generate"), self._whole_policy():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
                 prompts = encode_images(self.text_model, prompts)
             rollout = self.generate(self.policy, prompts, num_generations, temperature)
