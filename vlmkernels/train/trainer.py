@@ -36,12 +36,13 @@ from vlmkernels.train.callbacks import RewardProgress
 from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
+from vlmkernels.train.engine import make_engine
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
 from vlmkernels.train.parallel import gathered, most, prepared_reference
 from vlmkernels.train.report import write_report
-from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
+from vlmkernels.train.rollout import Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler, Rows
 from vlmkernels.train.scoring import Scored, page_groups, score
 
@@ -129,7 +130,7 @@ class GRPOTrainer(Trainer):
             reference = frozen_copy(model)
             self.ref_head = output_head(reference)
             self.ref_model = prepared_reference(self.accelerator, reference)
-        self.generate = Generate(model, processing_class, args)
+        self.generate = make_engine(model, processing_class, args, self.accelerator)
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
@@ -224,7 +225,12 @@ class GRPOTrainer(Trainer):
         with gathered(self.policy, self.head), self.accelerator.autocast():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
                 prompts = encode_images(self.text_model, prompts)
-            rollout = self.generate(self.policy, prompts, num_generations, temperature)
+            more = {}
+            if self.args.use_vllm:
+                for name, value in self.generate.synchronise(self.policy, self.state.global_step).items():
+                    self._metrics[name].append(value)
+                more["samples"] = samples
+            rollout = self.generate(self.policy, prompts, num_generations, temperature, **more)
             if self.encodes_once:
                 rollout = replace(rollout, prompts=encode_images(self.text_model, rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
