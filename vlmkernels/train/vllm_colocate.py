@@ -2,7 +2,7 @@
 
 import atexit
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +35,33 @@ class VLLMColocate(VLLM):
             config = model.peft_config[self.adapter]
             lora = {"enable_lora": True, "max_lora_rank": max([config.r, *config.rank_pattern.values()]), "max_loras": 1}
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a spawned engine would run the user's script again
-        with tempfile.TemporaryDirectory() as folder:
-            # With adapters the base weights are read once, here; without, they come with every update.
-            if self.adapter:
-                plain.save_pretrained(folder, state_dict=_base_weights(plain, self.dtype))
-            else:
-                plain.config.save_pretrained(folder)
-                plain.generation_config.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            self.llm = vllm.LLM(
-                folder,
-                dtype=self.dtype,
-                load_format="auto" if self.adapter else "dummy",
-                logprobs_mode=self.logprobs_mode,
-                max_logprobs=max(20, len(self.told)),
-                gpu_memory_utilization=args.vllm_gpu_memory_utilization,
-                max_model_len=args.vllm_max_model_length,
-                max_num_seqs=args.max_num_seqs or 256,
-                seed=args.seed,
-                disable_log_stats=True,
-                **lora,
-            )
+        # vLLM reads the processor when it needs it, from where it read its weights last.
+        self.start = self.folder / f"{self.run}-start"
+        plain.save_pretrained(self.start, state_dict=_base_weights(plain, self.dtype))
+        processor.save_pretrained(self.start)
+        self.reads_again, self.in_use = True, None if self.adapter else self.start
+        self.llm = vllm.LLM(
+            str(self.start),
+            dtype=self.dtype,
+            logprobs_mode=self.logprobs_mode,
+            max_logprobs=max(20, len(self.told)),
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_len=args.vllm_max_model_length,
+            max_num_seqs=args.max_num_seqs or 256,
+            seed=args.seed,
+            disable_log_stats=True,
+            **lora,
+        )
         self.vllm = vllm
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back."""
+        """Stop vLLM, give its memory back and remove what it read."""
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
             self.llm = None
+            for folder in (self.start, self.in_use):
+                shutil.rmtree(folder or self.start, ignore_errors=True)
 
     def _answers(self, prompts: list[Prompt], params: dict[str, Any]) -> list[Answer]:
         inputs = [
@@ -93,6 +91,7 @@ class VLLMColocate(VLLM):
         return Answer(ids, completions, logps)
 
     def _load(self, folder: Path, version: str) -> None:
+        self.processor.save_pretrained(folder)
         if self.adapter:
             from vllm.lora.request import LoRARequest
 

@@ -185,6 +185,8 @@ class VLLM:
         self.options = options
         self.fingerprint = Fingerprint.of(model, processor, args, self.banned)
         self.run, self.step, self.version = uuid.uuid4().hex[:8], None, None
+        self.reads_again = self.adapter is not None  # vLLM reads an adapter again when it has dropped it from its memory
+        self.in_use: Path | None = None
         self.folder = Path(args.vllm_weights_dir or os.path.join(args.output_dir, "vllm-weights")).absolute()
 
     # What a subclass does
@@ -310,11 +312,15 @@ class VLLM:
 
     def _push(self, model, step: int) -> tuple[str, dict[str, float]]:
         start, version = time.perf_counter(), f"{self.run}-{step}"
-        folder = self.folder / version
+        folder, before = self.folder / version, self.in_use
         try:
             self._load(save_weights(model, folder, self.dtype), version)
-        finally:
+            self.in_use, unused = (folder, before) if self.reads_again else (None, folder)
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if unused not in (None, self.in_use):
+            shutil.rmtree(unused, ignore_errors=True)
         self.version, seconds = version, time.perf_counter() - start
         gap = self._compare(model, "after its weights were updated")
         return version, {"vllm/sync_time": seconds, "vllm/fingerprint": gap}
