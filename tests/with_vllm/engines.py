@@ -150,6 +150,32 @@ def check(trainer, name: str, steps: int = 3) -> None:
     print(f"{speed:.0f} completions/s, {sync:.2f} s an update")
 
 
+def test_every_process_is_told_why_there_is_no_server(tmp_path):
+    """Not the main one alone, which looks for it."""
+    script = (
+        "import sys, engines, pathlib; engines.trainer(pathlib.Path(sys.argv[1]), vllm_mode='server', vllm_server_timeout=1,"
+    )
+    script += " vllm_server_base_url='http://127.0.0.1:9')"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": paths}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert "vllm_server_base_url must be that of a healthy vLLM server within vllm_server_timeout = 1 s" in errors
+        assert process.returncode == 1
+
+
 def test_a_server_of_another_model_is_refused(server, tmp_path):
     """Before any weights are pushed to it."""
     with pytest.raises(RolloutError, match=r"disagree before training \(is .* the same model\?\)"):
