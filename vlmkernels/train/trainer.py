@@ -38,6 +38,7 @@ from vlmkernels.train.callbacks import RewardProgress
 from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
+from vlmkernels.train.engine import make_engine
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.metrics import completion_metrics, reward_metrics
 from vlmkernels.train.mismatch import Mismatch
@@ -55,7 +56,7 @@ from vlmkernels.train.parallel import (
 from vlmkernels.train.phases import Phases, phase
 from vlmkernels.train.processes import Processes, described
 from vlmkernels.train.record import RunRecord
-from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
+from vlmkernels.train.rollout import Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler, Rows
 from vlmkernels.train.scoring import Scored, page_groups, score
 from vlmkernels.train.work import Work, step_metrics
@@ -152,7 +153,7 @@ class GRPOTrainer(Trainer):
                 reference = frozen_copy(model)
             self.ref_head = output_head(reference)
             self.ref_model = prepared_reference(self.accelerator, reference)
-        self.generate = Generate(model, processing_class, args)
+        self.generate = make_engine(model, processing_class, args, self.accelerator)
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
@@ -259,7 +260,12 @@ class GRPOTrainer(Trainer):
         with self.phases("generate"), self._whole_policy():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
                 prompts = encode_images(self.text_model, prompts)
-            rollout = self.generate(self.policy, prompts, num_generations, temperature)
+            more = {}
+            if self.args.use_vllm:
+                for name, value in self.generate.synchronise(self.policy, self.state.global_step).items():
+                    self._metrics[name].append(value)
+                more["samples"] = samples
+            rollout = self.generate(self.policy, prompts, num_generations, temperature, **more)
             if self.encodes_once:
                 rollout = replace(rollout, prompts=encode_images(self.text_model, rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
