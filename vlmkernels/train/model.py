@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlmkernels.models.families import TEXT, family_of
 
@@ -23,7 +24,10 @@ def load_model(path: str, model_init_kwargs: dict | None = None) -> PreTrainedMo
     shared = {name: kwargs[name] for name in ("trust_remote_code", "revision") if name in kwargs}
     family = family_of(AutoConfig.from_pretrained(path, **shared))
     auto = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
-    return auto.from_pretrained(path, **kwargs)
+    model = auto.from_pretrained(path, **kwargs)
+    if is_deepspeed_zero3_enabled():  # transformers notes renamings that it did not need, and would undo them in checkpoints
+        vars(model).pop("_weight_conversions", None)
+    return model
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

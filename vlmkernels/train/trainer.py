@@ -9,8 +9,9 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
@@ -21,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.encode import encode_images, image_axes, takes_features, use_image_features, why_not_frozen
+from vlmkernels.models.encode import encode_images, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.head import completion_logps, completion_loss, logit_arguments, output_head
@@ -41,16 +42,27 @@ from vlmkernels.train.checkpoint import (
     save_experience,
 )
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
+from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample, undecoded
+from vlmkernels.train.engine import make_engine
 from vlmkernels.train.experience import Experience
-from vlmkernels.train.faults import FiniteSteps, Samples, for_all, lost_processes_named
+from vlmkernels.train.faults import FiniteSteps, Samples, lost_processes_named
 from vlmkernels.train.metrics import completion_metrics, reward_metrics
 from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
-from vlmkernels.train.parallel import gathered, most, prepared_reference
+from vlmkernels.train.parallel import (
+    backward,
+    check_parallelism,
+    gathered,
+    in_step,
+    most,
+    prepare_head,
+    prepared_reference,
+    whole,
+)
 from vlmkernels.train.phases import Phases, phase
+from vlmkernels.train.processes import Processes, described
 from vlmkernels.train.record import RunRecord
-from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
+from vlmkernels.train.rollout import Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler
 from vlmkernels.train.scoring import Scored, page_groups, score
 from vlmkernels.train.work import Work, step_metrics
@@ -87,20 +99,22 @@ class GRPOTrainer(Trainer):
         peft_config=None,
     ):
         args = GRPOConfig() if args is None else args
+        self.processes = Processes(args.ddp_timeout)
         set_seed(args.seed)  # adapters start from random weights
-        model = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
-        if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
-        processing_class = with_fast_images(processing_class)
-        self.tokenizer = tokenizer_of(processing_class)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.family = family_of(model.config)
-        if self.family is not TEXT and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
-        self.rewards = Rewards(reward_funcs, args.reward_weights)
-        self._bad_samples = self._check_datasets(train_dataset, eval_dataset, processing_class, args)
-        self._samples = Samples(train_dataset, args.on_bad_sample, self._bad_samples.get("train_dataset"))
+        with self.processes.together("the set-up"):
+            model = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
+            if processing_class is None:
+                processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+            processing_class = with_fast_images(processing_class)
+            self.tokenizer = tokenizer_of(processing_class)
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            self.family = family_of(model.config)
+            if self.family is not TEXT and args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
+            self.rewards = Rewards(reward_funcs, args.reward_weights)
+            media = self._check_datasets(train_dataset, eval_dataset, processing_class, args)
+            self._samples = Samples(train_dataset, args.on_bad_sample, self._bad_samples.get("train_dataset"))
 
         if peft_config is not None:
             from peft import get_peft_model
@@ -118,35 +132,41 @@ class GRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._check_parallelism()
+        check_parallelism(self.accelerator, model, args.n_gpu)
+        self.processes.compare(**described(args, model, self.tokenizer, self.rewards, undecoded(train_dataset)))
         # compute_loss normalises over the accumulated batch itself; see training_step.
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.head = output_head(model)
-        self.logit_arguments = logit_arguments(model, self.head)
+        prepare_head(self.accelerator, self.head)
+        with whole(model):
+            self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
         self.processor_arguments = use_vision_ops(self.text_model, processing_class)
         self.shares_prefix = self._choose_prefix_sharing()
         # Features of a vision tower that does not change serve all passes over a generation batch.
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
         use_image_features(self.text_model)  # also where a resumed generation batch alone has some
-        self.idle_images = None
-        if self.is_fsdp_enabled and self.family is not TEXT and not self.encodes_once:
-            rule = "be off: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
-            require(takes_features(self.text_model), "fsdp", rule, True)
-            self.idle_images = self._an_image(processing_class)
+        self.idle_media = None
+        if in_step(self.accelerator) and self.family is not TEXT:
+            media -= {"image"} if self.encodes_once else set()
+            rule = "be run by DDP: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
+            require(not media or takes_features(self.text_model), "model", rule, type(self.text_model).__name__)
+            self.idle_media = {kind: self._a_medium(kind, processing_class) for kind in sorted(media)} or None
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
-            reference = frozen_copy(model)
+            with whole(model):
+                reference = frozen_copy(model)
             self.ref_head = output_head(reference)
             self.ref_model = prepared_reference(self.accelerator, reference)
-        self.generate = Generate(model, processing_class, args)
+        self.generate = make_engine(model, processing_class, args, self.accelerator)
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
         self.phases, self.work = Phases(args.device), Work()
+        self.processes.waiting = partial(self.phases, "wait")
         self.add_callback(self.phases)
         self.record = RunRecord()
         self.add_callback(self.record)
@@ -158,35 +178,30 @@ class GRPOTrainer(Trainer):
 
     # Set-up
 
-    def _check_datasets(self, train_dataset, eval_dataset, processor, args: GRPOConfig) -> dict[str, dict[int, str]]:
-        """Of each dataset the rows that are left out, and why."""
+    def _check_datasets(self, train_dataset, eval_dataset, processor, args: GRPOConfig) -> set[str]:
+        """Returns which kinds of media the training rows have."""
+        kinds, self._bad_samples = {}, {}
         named = {"train_dataset": train_dataset}
         named |= (
             {f"eval_dataset[{k!r}]": v for k, v in eval_dataset.items()}
             if isinstance(eval_dataset, dict)
             else {"eval_dataset": eval_dataset}
         )
-        bad = {}
         for name, dataset in named.items():
             if dataset is not None:
                 check_row = None if args.remove_unused_columns else self.rewards.check_row
-                arguments = processor, args.chat_template_kwargs, check_row, args.on_bad_sample
-                bad[name] = check_dataset(dataset, name, *arguments)
-                for reason in list(bad[name].values())[:1]:
+                bad = self._bad_samples[name] = {}
+                left_out = bad if args.on_bad_sample == "skip" else None
+                kinds[name] = check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row, left_out)
+                for reason in list(bad.values())[:1]:
                     text = "%s: %d of %d samples are left out (on_bad_sample='skip'); the first: %s"
-                    logger.warning(text, name, len(bad[name]), len(dataset), reason)
+                    logger.warning(text, name, len(bad), len(dataset), reason)
                 self.rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
         if train_dataset is not None:
             prompts = args.prompts_per_generation * args.world_size
             rule = f"hold at least the {prompts} prompts of one generation batch"
             require(len(train_dataset) >= prompts, "train_dataset", rule, len(train_dataset))
-        return bad
-
-    def _check_parallelism(self) -> None:
-        if self.args.n_gpu > 1:
-            raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
+        return kinds.get("train_dataset", set())
 
     def _choose_prefix_sharing(self) -> bool:
         """Whether the completions of a group run behind one copy of their prompt; says once what was chosen, and why."""
@@ -199,11 +214,13 @@ class GRPOTrainer(Trainer):
         logger.info("Prompts and images run once per group (share_prefix)")
         return True
 
-    def _an_image(self, processor) -> dict[str, torch.Tensor]:
-        """Model inputs of one small image: what a process without images runs its sharded vision tower on."""
-        row = {"prompt": [{"role": "user", "content": "?"}], "images": [Image.new("RGB", (64, 64))]}
-        prompt = encode([read_sample(row, 0)], processor, self.family, self.args.chat_template_kwargs)
-        return {name: prompt.inputs[name] for name in image_axes(prompt)}
+    def _a_medium(self, kind: str, processor) -> dict[str, torch.Tensor]:
+        """Model inputs of one small image or video: what a process without any runs its part of the vision tower on."""
+        image = Image.new("RGB", (64, 64))
+        media = {"images": [image]} if kind == "image" else {"videos": [[image, image]]}
+        sample = read_sample({"prompt": [{"role": "user", "content": "?"}], **media}, 0)
+        arguments = self.args.chat_template_kwargs
+        return encode([sample], processor, self.family, arguments, **self.processor_arguments).to(self.args.device).inputs
 
     # Data
 
@@ -241,17 +258,29 @@ class GRPOTrainer(Trainer):
     def policy(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model_wrapped)
 
+    @contextmanager
+    def _whole_policy(self):
+        """The policy as sampling needs it; entered by all processes as often."""
+        self.processes.meet("sampling")
+        # Autocast here, not in each forward pass alone, casts a weight once, not once per token.
+        with gathered(self.accelerator, self.policy, self.head), self.accelerator.autocast():
+            yield
+
     def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
         with self.phases("data"):
             prompts = encode(
                 samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
             )
             prompts = prompts.to(self.args.device)
-        # Autocast here, not in each forward pass alone, casts a weight once, not once per token.
-        with self.phases("generate"), gathered(self.policy, self.head), self.accelerator.autocast():
+        with self.phases("generate"), self._whole_policy():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
                 prompts = encode_images(self.text_model, prompts)
-            rollout = self.generate(self.policy, prompts, num_generations, temperature)
+            more = {}
+            if self.args.use_vllm:
+                for name, value in self.generate.synchronise(self.policy, self.state.global_step).items():
+                    self._metrics[name].append(value)
+                more["samples"] = samples
+            rollout = self.generate(self.policy, prompts, num_generations, temperature, **more)
             if self.encodes_once:
                 rollout = replace(rollout, prompts=encode_images(self.text_model, rollout.prompts))
         per_completion = [samples[index] for index in rollout.group.tolist()]
@@ -267,15 +296,10 @@ class GRPOTrainer(Trainer):
 
     def _new_experience(self, indices: list[int]) -> Experience:
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches."""
-
-        def sampled() -> tuple[list[Sample], Rollout, Scored]:
+        with self.processes.together(f"the completions of step {self.state.global_step}"), inference(self.policy):
             with self.phases("data"):
                 samples = [self._samples[index][1] for index in indices]
-            with inference(self.policy):
-                return samples, *self._sample(samples, self.args.num_generations, self.args.temperature)
-
-        with self.phases("wait"):  # around the phases of sampling
-            samples, rollout, scored = for_all(self.accelerator, sampled)
+            rollout, scored = self._sample(samples, self.args.num_generations, self.args.temperature)
         if self.args.on_bad_sample == "skip":
             replaced = [sample.index != index for sample, index in zip(samples, indices, strict=True)]
             self._metrics["frac_samples_replaced"].append(sum(replaced) / len(replaced))
@@ -340,7 +364,7 @@ class GRPOTrainer(Trainer):
         width = self.text_model.config.get_text_config().hidden_size
         samples, budget = self._micro_batch(index), self.args.max_tokens_per_microbatch
         parts = experience.rollout.parts(samples, budget, shared=self.shares_prefix, hidden_size=width)
-        if budget is not None and self.is_fsdp_enabled:  # every process runs the model as often
+        if budget is not None and in_step(self.accelerator):  # every process runs the model as often
             parts += parts[-1:] * (most(self.accelerator, len(parts)) - len(parts))
         return parts
 
@@ -348,12 +372,10 @@ class GRPOTrainer(Trainer):
         rollout = experience.rollout
         batch = rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
         self.work.scored(rollout, samples, batch)
-        if self.idle_images is not None and "pixel_values_videos" in batch.inputs:
-            raise NotImplementedError("videos under FSDP2 are not supported: processes without one would not run their tower")
-        if self.idle_images is not None and "pixel_values" in batch.inputs:
-            batch.inputs.setdefault("image_index", None)
-        elif self.idle_images is not None:
-            batch.inputs["idle_images"] = {name: x.to(self.args.device) for name, x in self.idle_images.items()}
+        if self.idle_media is not None:
+            pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+            idle = {kind: inputs for kind, inputs in self.idle_media.items() if pixels[kind] not in batch.inputs}
+            batch.inputs["idle_media"] = idle
         return batch
 
     def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
@@ -414,7 +436,7 @@ class GRPOTrainer(Trainer):
                 else:
                     loss = 0.0 * loss
                 if not last:
-                    self.accelerator.backward(loss)
+                    backward(self.accelerator, loss)
                     loss = loss.detach()
             total = total + loss
         combined = combine_metrics(self.loss_config, sizes, metrics)
@@ -474,7 +496,8 @@ class GRPOTrainer(Trainer):
         """Sample and score the rows; no loss. Metrics have the names of training's."""
         args, parts = self.args, []
         self.callback_handler.eval_dataloader = dataloader
-        with inference(self.policy):
+        idle = most(self.accelerator, len(dataloader)) - len(dataloader)
+        with self.processes.together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
                 samples = [sample for _, sample in rows]
                 rollout, scored = self._sample(samples, args.num_generations_eval, args.eval_temperature)
@@ -484,6 +507,9 @@ class GRPOTrainer(Trainer):
                 lengths, truncated = rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()
                 parts.append((scored.scores.of(own), lengths[own], truncated[own]))
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+            for _ in range(idle):
+                with self._whole_policy():  # others have more rows
+                    pass
         scores, lengths, truncated = zip(*gather_object(parts), strict=True)
         scores, lengths, truncated = Scores.cat(scores), torch.cat(lengths), torch.cat(truncated)
         result = self._advantages(scores.rewards, args.num_generations_eval)
@@ -534,7 +560,7 @@ class GRPOTrainer(Trainer):
             load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if is_peft_model(self.model):
+        if is_peft_model(self.model) or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
