@@ -132,11 +132,19 @@ def _others(draw: Draw, kinds: Sequence[tuple[str, str]], least: int, most: int)
 
 
 class Task(NamedTuple):
-    """One sample of a category: the question, the answer, the image."""
+    """One sample of a category: the question, the answer, the image, and the cells that the question is about.
+
+    asked: one entry, or one for each place in the question or the answer, of cells (column, row).
+    """
 
     question: str
     answer: str
     image: Image.Image
+    asked: Sequence[Sequence[tuple[int, int]]]
+
+
+def _cells(shapes: Sequence[Shape]) -> list[tuple[int, int]]:
+    return [(shape.box[0] // CELL, shape.box[1] // CELL) for shape in shapes]
 
 
 def _counting(draw: Draw, scans: Scans) -> Task:
@@ -146,13 +154,15 @@ def _counting(draw: Draw, scans: Scans) -> Task:
     rest = [kind for kind in KINDS if asked not in kind]
     kinds = [draw.of(fits) for _ in range(count)] + _others(draw, rest, 1, 3)
     what = f"{asked} shapes" if by_colour else f"{asked}es" if asked == "cross" else f"{asked}s"
-    return Task(f"How many {what}?", str(count), paint(_scene(draw, kinds)))
+    shapes = _scene(draw, kinds)
+    return Task(f"How many {what}?", str(count), paint(shapes), [_cells(shapes[:count])])
 
 
 def _colour(draw: Draw, scans: Scans) -> Task:
     colour, name = draw.of(KINDS)
     kinds = [(colour, name), *_others(draw, [kind for kind in KINDS if kind[1] != name], 1, 3)]
-    return Task(f"What colour is the {name}?", colour, paint(_scene(draw, kinds)))
+    shapes = _scene(draw, kinds)
+    return Task(f"What colour is the {name}?", colour, paint(shapes), [_cells(shapes[:1])])
 
 
 def _spatial(draw: Draw, scans: Scans) -> Task:
@@ -166,7 +176,7 @@ def _spatial(draw: Draw, scans: Scans) -> Task:
     free = [cell for cell in draw.shuffled(CELLS) if cell not in cells]
     kinds = [first, second, *others[: draw.of(range(3))]]
     shapes = [draw.shape(*kind, cell) for kind, cell in zip(kinds, cells + free, strict=False)]
-    return Task(f"Where is the {' '.join(first)} from the {' '.join(second)}?", answer, paint(shapes))
+    return Task(f"Where is the {' '.join(first)} from the {' '.join(second)}?", answer, paint(shapes), [[cell] for cell in cells])
 
 
 def _grounding(draw: Draw, scans: Scans) -> Task:
@@ -174,7 +184,7 @@ def _grounding(draw: Draw, scans: Scans) -> Task:
     asked, *rest = draw.shuffled(KINDS)
     alike = draw.of([kind for kind in rest if kind[0] == asked[0] or kind[1] == asked[1]])
     shapes = _scene(draw, [asked, alike, *_others(draw, rest, 0, 2)])
-    return Task(f"Box the {' '.join(asked)}.", "[{},{},{},{}]".format(*shapes[0].box), paint(shapes))
+    return Task(f"Box the {' '.join(asked)}.", "[{},{},{},{}]".format(*shapes[0].box), paint(shapes), [_cells(shapes[:1])])
 
 
 def _ocr(draw: Draw, scans: Scans) -> Task:
@@ -184,7 +194,7 @@ def _ocr(draw: Draw, scans: Scans) -> Task:
     digits = [(scans.pixels[index], (start + place, row)) for place, index in enumerate(chosen)]
     free = [cell for cell in draw.shuffled(CELLS) if cell[1] != row]
     shapes = [draw.shape(*kind, cell) for kind, cell in zip(_others(draw, KINDS, 0, 2), free, strict=False)]
-    return Task("Read the number.", "".join(str(scans.digits[index]) for index in chosen), paint(shapes, digits))
+    return Task("Read the number.", "".join(str(scans.digits[index]) for index in chosen), paint(shapes, digits), [[cell] for _, cell in digits])
 
 
 def _negation(draw: Draw, scans: Scans) -> Task:
@@ -194,8 +204,9 @@ def _negation(draw: Draw, scans: Scans) -> Task:
     decoys = [(colour, draw.of([s for s in SHAPES if s != name])), (draw.of([c for c in COLOURS if c != colour]), name)]
     rest = [kind for kind in KINDS if kind != asked]
     kinds = [asked, draw.of(decoys)] if present else decoys
-    image = paint(_scene(draw, kinds + _others(draw, rest, 0, 2)))
-    return Task(f"Is there {'no' if negated else 'a'} {colour} {name}?", "yes" if present != negated else "no", image)
+    shapes = _scene(draw, kinds + _others(draw, rest, 0, 2))
+    answer = "yes" if present != negated else "no"
+    return Task(f"Is there {'no' if negated else 'a'} {colour} {name}?", answer, paint(shapes), [_cells(shapes[:present])])
 
 
 CATEGORIES: dict[str, tuple[str, Callable[[Draw, Scans], Task]]] = {
@@ -216,11 +227,23 @@ def scans() -> dict[str, Scans]:
     return {"train": train, "dev": dev, "test": test}
 
 
-def sample(split: str, index: int) -> dict:
-    """One row: prompt (a conversation), image, answer (text), task (of the evaluation) and category."""
+def _make(split: str, index: int) -> tuple[str, str, Task]:
+    """The category of a sample, its task of the evaluation, and what was made."""
     category = list(CATEGORIES)[index % len(CATEGORIES)]
     task, make = CATEGORIES[category]
-    question, answer, image = make(Draw(NAME, VERSION, split, index), scans()[split])
+    return category, task, make(Draw(NAME, VERSION, split, index), scans()[split])
+
+
+def asked(split: str, index: int) -> list[int]:
+    """What the question of a sample says of each cell, in reading order: 0 nothing, else the number of the place in the question
+    (or, of digits, in the answer) that is about it, from 1."""
+    places = {cell: place for place, cells in enumerate(_make(split, index)[2].asked, 1) for cell in cells}
+    return [places.get((column, row), 0) for row, column in product(range(GRID), repeat=2)]
+
+
+def sample(split: str, index: int) -> dict:
+    """One row: prompt (a conversation), image, answer (text), task (of the evaluation) and category."""
+    category, task, (question, answer, image, _) = _make(split, index)
     content = [{"type": "text", "text": question}, {"type": "image"}]
     row = {"prompt": [{"role": "user", "content": content}], "image": image, "answer": answer}
     return {**row, "task": task, "category": category}
