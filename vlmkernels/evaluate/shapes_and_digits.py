@@ -9,7 +9,7 @@ by comparisons of numbers that floats hold exactly; digits are those of ``vlmker
 | --- | --- | --- | --- |
 | counting | counting | How many red shapes? How many circles? | 0 to 4 |
 | colour | exact | What colour is the circle? | red, green, blue or yellow |
-| spatial | exact | Where is the red circle from the blue square? | left, right, above or below |
+| spatial | exact | Where is the circle from the square? | left, right, above or below |
 | grounding | grounding | Box the red circle. | its box in pixels, [x1,y1,x2,y2] |
 | ocr | ocr | Read the number. | one to three digits |
 | negation | yes_no | Is there a red circle? Is there no red circle? | yes or no |
@@ -29,7 +29,7 @@ from PIL import Image
 from vlmkernels.demo.data import DIGIT_PIXELS, Scans, load_scans
 from vlmkernels.ops.checks import require, require_one_of
 
-NAME, VERSION = "shapes-and-digits", 1
+NAME, VERSION = "shapes-and-digits", 2
 CELL, GRID = DIGIT_PIXELS, 3
 SIDE = CELL * GRID
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 97, 214), "yellow": (240, 190, 20)}
@@ -40,16 +40,16 @@ SPLITS = {"train": 24000, "dev": 600, "test": 1200}  # samples; the six categori
 # SHA-256 of each whole split, and of its first 60 rows.
 CHECKSUMS = {
     "train": (
-        "53c74fdfc7c74afd67f2495d4ab733dceb6de3b3597e4452e9b1a3e753e6429d",
-        "814f3a45921e8e83ec2058f10cb731e67887c9d3c565f3b74da806f22603805a",
+        "fce73a52cd04dbbe1938ae52a07ff1885c930b8407a8bbb345295b6112a1112d",
+        "52eb442e07bee02915fdbf4820b56739e1987467d6ee4698a91a5fc004e91747",
     ),
     "dev": (
-        "da905dc20bf7bb4ef2148301b0da63b68d726a84cb93c55179316bba4efd8eee",
-        "ae91c0daeb9e158cc0b96f46a9f99f4e6a0ea61707b4d9c1f997a9dd88f21caa",
+        "9282dda0cb776e1b6d940791485f75f8289f5ae88e96b744f7ff3a34f681bda2",
+        "8fa009b596d4a989b8725bcc088655d4bd252fc3b9261e00877d6c79c948cced",
     ),
     "test": (
-        "bdefb79e0ada9845e3d69b63d4ae363646978a8a49a36d4b3eceda2348b4b18a",
-        "021093d41628bf42229549a91923df27db086b11799e0074093a1df917ecadac",
+        "df69586ceee521ef87bc55a5cbccf39e14072166721743ec3ccddaf6d8846928",
+        "4cf1fbccc833372b56c906af77bce8b25dd48957ae48096011bd119fd2baf6d3",
     ),
 }
 
@@ -166,17 +166,19 @@ def _colour(draw: Draw, scans: Scans) -> Task:
 
 
 def _spatial(draw: Draw, scans: Scans) -> Task:
-    """The two shapes are in one row or one column, so that one answer alone is right."""
+    """The two shapes, the only ones of their forms, are in one row or one column, so that one answer alone is right."""
     answer = draw.of(("left", "right", "above", "below"))
-    first, second, *others = draw.shuffled(KINDS)
+    first, second, *others = draw.shuffled(SHAPES)
     low, high = draw.of(((0, 1), (0, 2), (1, 2)))
     line = draw.of(range(GRID))
     a, b = (low, high) if answer in ("left", "above") else (high, low)
     cells = [(a, line), (b, line)] if answer in ("left", "right") else [(line, a), (line, b)]
     free = [cell for cell in draw.shuffled(CELLS) if cell not in cells]
-    kinds = [first, second, *others[: draw.of(range(3))]]
+    colours = tuple(COLOURS)
+    kinds = [(draw.of(colours), first), (draw.of(colours), second)]
+    kinds += _others(draw, [kind for kind in KINDS if kind[1] in others], 0, 2)
     shapes = [draw.shape(*kind, cell) for kind, cell in zip(kinds, cells + free, strict=False)]
-    return Task(f"Where is the {' '.join(first)} from the {' '.join(second)}?", answer, paint(shapes), [[cell] for cell in cells])
+    return Task(f"Where is the {first} from the {second}?", answer, paint(shapes), [[cell] for cell in cells])
 
 
 def _grounding(draw: Draw, scans: Scans) -> Task:
@@ -194,7 +196,12 @@ def _ocr(draw: Draw, scans: Scans) -> Task:
     digits = [(scans.pixels[index], (start + place, row)) for place, index in enumerate(chosen)]
     free = [cell for cell in draw.shuffled(CELLS) if cell[1] != row]
     shapes = [draw.shape(*kind, cell) for kind, cell in zip(_others(draw, KINDS, 0, 2), free, strict=False)]
-    return Task("Read the number.", "".join(str(scans.digits[index]) for index in chosen), paint(shapes, digits), [[cell] for _, cell in digits])
+    return Task(
+        "Read the number.",
+        "".join(str(scans.digits[index]) for index in chosen),
+        paint(shapes, digits),
+        [[cell] for _, cell in digits],
+    )
 
 
 def _negation(draw: Draw, scans: Scans) -> Task:
@@ -235,8 +242,8 @@ def _make(split: str, index: int) -> tuple[str, str, Task]:
 
 
 def asked(split: str, index: int) -> list[int]:
-    """What the question of a sample says of each cell, in reading order: 0 nothing, else the number of the place in the question
-    (or, of digits, in the answer) that is about it, from 1."""
+    """What the question of a sample says of each cell, in reading order: 0 nothing, else the place in the question (or, of
+    digits, in the answer) that is about it, from 1."""
     places = {cell: place for place, cells in enumerate(_make(split, index)[2].asked, 1) for cell in cells}
     return [places.get((column, row), 0) for row, column in product(range(GRID), repeat=2)]
 
