@@ -71,20 +71,23 @@ GRPO = {
     "learning_rate": 5e-4,
     "warmup_steps": 5,
     "scale_rewards": "batch",
+    "shuffle_dataset": False,  # categories take turns: as many of each in every step
 }
 
 
 class Rows(Sequence[dict]):
-    """The first rows of the train split, with the columns that ``REWARDS`` take."""
+    """Rows of the train split, from those on that the supervised start leaves, with the columns that ``REWARDS`` take."""
 
     def __init__(self, count: int):
-        self.rows = suite.Split("train", min(count, suite.SPLITS["train"]))
+        self.split, self.count = suite.Split("train"), min(count, suite.SPLITS["train"])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.count
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be in [0, {self.count}), got {index}")
+        row = self.split[(ANSWER_ROWS + index) % len(self.split)]
         return {**row, **{category: row["answer"] if category == row["category"] else None for category in suite.CATEGORIES}}
 
 
