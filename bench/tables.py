@@ -134,7 +134,7 @@ def suite() -> list[str]:
         lines.append(f"| {category} | `{metric}` | {' | '.join(cells)} | {hidden:.1%} |")
     times = "; ".join(f"seed {r['seed']} {r['seconds']['supervised']:.0f} s and {r['seconds']['grpo']:.0f} s" for r in runs)
     how = "by `vlmkernels demo --suite --seed N` (`python bench/suite_seeds.py` for several)"
-    where = f"On {content['device']}, {how}, commit {content['commit']}"
+    where = f"Version {first['version']}, on {content['device']}, {how}, commit {content['commit']}"
     return [*lines, "", f"{where}; {first['steps']} steps of GRPO; supervised start and GRPO: {times}."]
 
 

@@ -40,6 +40,11 @@ def shapes_in(pixels):
     return found
 
 
+def cell_of(box):
+    """The number of its cell, in reading order."""
+    return box[1] // suite.CELL * suite.GRID + box[0] // suite.CELL
+
+
 @pytest.mark.parametrize("split", suite.SPLITS)
 def test_a_part_is_what_it_was(split):
     assert suite.checksum(suite.Split(split, PART)) == suite.CHECKSUMS[split][1]
@@ -68,34 +73,41 @@ def test_a_sample_depends_on_its_index_alone():
 def test_answers_are_right():
     """Each answer, found again from the pixels and the words of the question."""
     seen = dict.fromkeys(suite.CATEGORIES, 0)
-    for row in suite.Split("test", 360):
+    for index, row in enumerate(suite.Split("test", 360)):
         words, pixels, answer = parts(row)
+        asked = suite.asked("test", index)
         shapes = shapes_in(pixels)
         category = row["category"]
         seen[category] += 1
         if category == "counting":
             what = words[2]
             names = {"crosses": "cross"}.get(what, what.removesuffix("s"))
-            assert int(answer) == sum(what in (colour, "") or names == name for colour, name, _ in shapes)
+            cells = [cell_of(box) for colour, name, box in shapes if what == colour or names == name]
+            assert int(answer) == len(cells)
+            assert asked == [int(cell in cells) for cell in range(9)]
         elif category == "colour":
-            assert [colour for colour, name, _ in shapes if name == words[-1]] == [answer]
+            assert [(colour, cell_of(box)) for colour, name, box in shapes if name == words[-1]] == [(answer, asked.index(1))]
         elif category == "spatial":
-            (a,) = [box for colour, name, box in shapes if (colour, name) == tuple(words[3:5])]
-            (b,) = [box for colour, name, box in shapes if (colour, name) == tuple(words[7:9])]
+            a, b = ([box for _, name, box in shapes if name == word] for word in (words[3], words[6]))
+            (a,), (b,) = a, b
             axis, sign = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}[answer]
-            cells = lambda box: (box[0] // suite.CELL, box[1] // suite.CELL)  # noqa: E731
-            assert np.sign(cells(a)[axis] - cells(b)[axis]) == sign
-            assert cells(a)[1 - axis] == cells(b)[1 - axis]
+            a, b = (divmod(cell_of(box), suite.GRID)[::-1] for box in (a, b))
+            assert np.sign(a[axis] - b[axis]) == sign
+            assert a[1 - axis] == b[1 - axis]
+            assert [asked.index(place) for place in (1, 2)] == [row * suite.GRID + column for column, row in (a, b)]
         elif category == "grounding":
             assert [box for colour, name, box in shapes if (colour, name) == tuple(words[2:4])] == [parse_box(answer)]
+            assert cell_of(parse_box(answer)) == asked.index(1)
         elif category == "negation":
             there = any((colour, name) == tuple(words[3:5]) for colour, name, _ in shapes)
             assert answer == ("yes" if there != (words[2] == "no") else "no")
+            assert max(asked) == there
         elif category == "ocr":
             assert answer.isdigit()
             assert 1 <= len(answer) <= 3
-            dark = (pixels.max(-1) < 100).reshape(3, suite.CELL, 3, suite.CELL).any((1, 3)).sum()
-            assert dark == len(answer)
+            dark = (pixels.max(-1) < 100).reshape(3, suite.CELL, 3, suite.CELL).any((1, 3)).flatten()
+            assert [place for place in asked if place] == [*range(1, len(answer) + 1)]
+            assert [place > 0 for place in asked] == dark.tolist()
     assert set(seen.values()) == {60}
 
 
@@ -126,7 +138,8 @@ def test_no_scan_is_in_two_splits():
 def test_the_demo_learns_with_a_reward_per_category(tmp_path, monkeypatch, capsys):
     """Two steps of it, which cannot succeed."""
     monkeypatch.setattr(demo, "SEEING_STEPS", 1)
-    monkeypatch.setattr(demo, "STAGES", [demo.Stage(tuple(suite.CATEGORIES), 1, 0.0)])
+    monkeypatch.setattr(demo, "ANSWER_STEPS", 1)
+    monkeypatch.setattr(demo, "ANSWER_ROWS", 12)
     monkeypatch.setitem(demo.GRPO, "per_device_train_batch_size", 12 * 2)
     monkeypatch.setitem(demo.GRPO, "num_generations", 2)
     monkeypatch.setitem(suite.SPLITS, "train", 1200)

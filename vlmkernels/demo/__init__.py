@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         " from rewards alone. Takes some minutes on two CPU cores and downloads nothing.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the training images and the sampling [0]")
-    parser.add_argument("--steps", type=positive, help="GRPO steps [150, of the suite 500]")
+    parser.add_argument("--steps", type=positive, help="GRPO steps [150, of the suite 250]")
     parser.add_argument("--suite", action="store_true", help="the benchmark shapes-and-digits in place of numbers")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the results [demo-output]")
     args = parser.parse_args(argv)
@@ -30,4 +30,4 @@ def main(argv: list[str] | None = None) -> int:
             from vlmkernels.demo.run import run
     except ModuleNotFoundError as error:
         parser.error(f"{error.name} is not installed: pip install 'vlmkernels[demo]'")
-    return run(args.seed, args.steps or (500 if args.suite else 150), args.output)
+    return run(args.seed, args.steps or (250 if args.suite else 150), args.output)

@@ -1,8 +1,8 @@
 """``vlmkernels demo --suite``: the benchmark shapes-and-digits, learnt by the demo's small model with a mixture of rewards.
 
 The start is supervised, in the two steps by which such models are made. First images: the vision tower learns to put what is in
-a cell where the words for it are among the token embeddings. Then answers: the text model learns the questions, the tower stays
-as it is. Then GRPO, from rewards alone.
+a cell where the words for it are among the token embeddings. Then answers: the text model learns the questions, and which cells
+each is about; the tower stays as it is. Then GRPO, from rewards alone.
 """
 
 import json
@@ -16,32 +16,31 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from vlmkernels.demo.data import Scans
-from vlmkernels.demo.model import END_OF_TURN, build_model, build_processor, prompt_texts
+from vlmkernels.demo.model import END_OF_TURN, build_model, build_processor
 from vlmkernels.evaluate import shapes_and_digits as suite
 from vlmkernels.evaluate.evaluation import ALL, Evaluation
 from vlmkernels.evaluate.page import p_value, write_page
 from vlmkernels.evaluate.predictions import Decoding, predict
 from vlmkernels.evaluate.report import curves_of_log, to_json, to_markdown
+from vlmkernels.models.batch import Batch
+from vlmkernels.models.encode import encode_images, use_image_features
+from vlmkernels.models.families import family_of
+from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.train import GRPOConfig, GRPOTrainer
+from vlmkernels.train.data import encode, read_sample
 
-BATCH_SIZE = 96
-SEEING_STEPS = 160
-
-
-class Stage(NamedTuple):
-    """Questions of some categories, until the running mean of the loss is below ``loss``, for ``steps`` at most."""
-
-    categories: tuple[str, ...]
-    steps: int
-    loss: float
-
-
-# To look for what is asked is learnt from questions of one kind, all at once and late, then used in all.
-STAGES = (Stage(("colour",), 300, 0.1), Stage(("grounding",), 600, 0.15), Stage(tuple(suite.CATEGORIES), 300, 0.0))
+SEEING_STEPS, ANSWER_STEPS = 160, 500
+BATCH_SIZE = 96  # questions in a step
+ANSWER_ROWS = 83 * BATCH_SIZE  # of the train split, that are asked in turn
+ANSWER_LR = 2.5e-3
+PLACES = 3  # in a question or an answer
+CELLS_WEIGHT = 3.0
 ANSWER_TOKENS = 14  # a box of four numbers of two digits, and the end
 
 # A reward for each category, of the answers in a column of its name; None in the others leaves their samples out.
@@ -72,20 +71,23 @@ GRPO = {
     "learning_rate": 5e-4,
     "warmup_steps": 5,
     "scale_rewards": "batch",
+    "shuffle_dataset": False,  # categories take turns: as many of each in every step
 }
 
 
 class Rows(Sequence[dict]):
-    """The first rows of the train split, with the columns that ``REWARDS`` take."""
+    """Rows of the train split, from those on that the supervised start leaves, with the columns that ``REWARDS`` take."""
 
     def __init__(self, count: int):
-        self.rows = suite.Split("train", min(count, suite.SPLITS["train"]))
+        self.split, self.count = suite.Split("train"), min(count, suite.SPLITS["train"])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.count
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
+        if not 0 <= index < self.count:
+            raise IndexError(f"index must be in [0, {self.count}), got {index}")
+        row = self.split[(ANSWER_ROWS + index) % len(self.split)]
         return {**row, **{category: row["answer"] if category == row["category"] else None for category in suite.CATEGORIES}}
 
 
@@ -148,42 +150,66 @@ def learn_to_see(model, processor, steps: int, seed: int) -> float:
     return ((logits > 0) == (named > 0)).all(1).float().mean().item()
 
 
-def answer_loss(model, processor, rows: list[dict]) -> torch.Tensor:
-    """Cross-entropy of the answers and the end of the turn: the mean over rows, each the mean over its tokens."""
-    texts = [prompt + row["answer"] + END_OF_TURN for prompt, row in zip(prompt_texts(processor, rows), rows, strict=True)]
-    images = [row["image"] for row in rows]
-    inputs = processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-    lengths = torch.tensor([len(ids) + 1 for ids in processor.tokenizer([row["answer"] for row in rows])["input_ids"]])
-    width = int(lengths.max())
-    labels, is_answer = inputs["input_ids"][:, -width:], torch.arange(width) >= width - lengths.unsqueeze(1)
-    logits = model(**inputs, logits_to_keep=width + 1).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
-    return ((loss * is_answer).sum(1) / lengths).mean()
+class Lesson(NamedTuple):
+    """Questions, whose images are encoded once for good, and what is to be learnt of them.
+
+    ids: (B, C) int64, the answers and the ends of turns, right-padded. mask: (B, C) bool. asked: (B, cells) int64, see
+    ``shapes_and_digits.asked``.
+    """
+
+    prompts: Batch
+    ids: torch.Tensor
+    mask: torch.Tensor
+    asked: torch.Tensor
 
 
-def learn_to_answer(model, processor) -> None:
-    """Train all but the vision tower, which is frozen for good, through ``STAGES``."""
+def lessons(model, processor, count: int) -> list[Lesson]:
+    """The first ``count`` rows of the train split in batches."""
+    use_image_features(model)
+    fast, family, made = with_fast_images(processor), family_of(model.config), []
+    for indices in torch.arange(count).split(BATCH_SIZE):
+        rows = [suite.sample("train", index) for index in indices.tolist()]
+        prompts = encode([read_sample(row, index) for index, row in enumerate(rows)], fast, family)
+        answers = processor.tokenizer([row["answer"] + END_OF_TURN for row in rows])["input_ids"]
+        length = torch.tensor([len(ids) for ids in answers])
+        ids = pad_sequence([*map(torch.tensor, answers)], batch_first=True, padding_value=processor.tokenizer.pad_token_id)
+        asked = torch.tensor([suite.asked("train", index) for index in indices.tolist()])
+        made.append(Lesson(encode_images(model, prompts), ids, torch.arange(ids.shape[1]) < length.unsqueeze(1), asked))
+    return made
+
+
+def losses(model, point: torch.nn.Linear, lesson: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropies: of the answers, the mean over rows, each the mean over its tokens; and of what the question says of each
+    cell, told by ``point`` from the cell's token in front of the last layer."""
+    batch, width = lesson.prompts.append(lesson.ids, lesson.mask.long()).inputs, lesson.ids.shape[1]
+    output = model(**batch, logits_to_keep=width + 1, output_hidden_states=True, use_cache=False)
+    per_token = cross_entropy(output.logits[:, :-1].mT, lesson.ids, reduction="none")
+    cells = output.hidden_states[-2][batch["input_ids"] == model.config.image_token_id]
+    answers = ((per_token * lesson.mask).sum(1) / lesson.mask.sum(1)).mean()
+    return answers, cross_entropy(point(cells), lesson.asked.flatten())
+
+
+def learn_to_answer(model, processor, steps: int) -> tuple[float, float]:
+    """Train all but the vision tower, which is frozen for good. The means of the last ten steps' losses.
+
+    The answers alone teach late and all at once which cells are asked for; so the cells' tokens learn to tell it themselves.
+    """
     model.model.visual.requires_grad_(False).eval()
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    model.train()
+    point = torch.nn.Linear(model.config.get_text_config().hidden_size, PLACES + 1)
+    weights = [weight for weight in (*model.parameters(), *point.parameters()) if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=ANSWER_LR, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 20, total_iters=20)
-    rows, names = suite.Split("train"), list(suite.CATEGORIES)
-    for stage in STAGES:
-        asked = [index for index in range(len(rows)) if names[index % len(names)] in stage.categories]
-        mean = 1.0
-        for step in range(stage.steps):
-            batch = [rows[asked[(step * BATCH_SIZE + i) % len(asked)]] for i in range(BATCH_SIZE)]
-            loss = answer_loss(model, processor, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            warmup.step()
-            mean += 0.1 * (loss.item() - mean)
-            if mean < stage.loss:
-                break
-        print(f"  {', '.join(stage.categories)}: {step + 1} steps, loss {mean:.2f}", flush=True)
+    batches, seen = lessons(model, processor, min(ANSWER_ROWS, suite.SPLITS["train"])), []
+    model.train()
+    for step in range(steps):
+        answers, cells = losses(model, point, batches[step % len(batches)])
+        optimizer.zero_grad()
+        (answers + CELLS_WEIGHT * cells).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        warmup.step()
+        seen.append((answers.item(), cells.item()))
+    return tuple(np.mean(seen[-10:], 0))
 
 
 class Progress(TrainerCallback):
@@ -195,7 +221,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % 10 == 0:
             last = state.log_history[-10:]
-            means = {category: np.nanmean([e.get(f"rewards/{category}/mean") or np.nan for e in last]) for category in METRICS}
+            means = {category: np.mean([entry[f"rewards/{category}/mean"] for entry in last]) for category in METRICS}
             shown = "  ".join(f"{category} {mean:.2f}" for category, mean in means.items())
             print(f"  step {state.global_step:3d}   {shown}   {time.perf_counter() - self.start:4.0f} s", flush=True)
 
@@ -237,13 +263,11 @@ def run(seed: int, steps: int, output: Path) -> int:
     model = build_model(processor, seed, num_layers=3)
     print(f"A small vision-language model learns {suite.NAME}: {', '.join(suite.CATEGORIES)}.\n")
     print(f"Model     the Qwen2.5-VL architecture, {model.num_parameters():,} random weights, seed {seed}")
-    print(
-        f"\nSupervised: what is in an image, in {SEEING_STEPS} steps; then answers",
-        flush=True,
-    )
+    print(f"\nSupervised: what is in an image, {SEEING_STEPS} steps; then answers, {ANSWER_STEPS} steps", flush=True)
     seen = learn_to_see(model, processor, SEEING_STEPS, seed)
     print(f"  {seen:.0%} of cells seen right, {time.perf_counter() - start:.0f} s", flush=True)
-    learn_to_answer(model, processor)
+    answers, cells = learn_to_answer(model, processor, ANSWER_STEPS)
+    print(f"  loss of answers {answers:.2f}, of cells {cells:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
     warmup_seconds = time.perf_counter() - start
     before = measure(model, processor, output / "before.jsonl")
     print(f"  {before.value(ALL, 'accuracy'):.1%} of the test answered right, {warmup_seconds:.0f} s")

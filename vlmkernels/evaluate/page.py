@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
 from vlmkernels.evaluate.statistics import Difference
-from vlmkernels.evaluate.tasks import TASKS
+from vlmkernels.evaluate.tasks import COMMON, TASKS
 from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.curves import Point, curve
 from vlmkernels.report.html import document, picture, thumbnail
@@ -85,6 +85,7 @@ def _tone(difference: Difference, sign: int, confidence: float) -> str:
 
 
 def _metrics_table(evaluation: Evaluation) -> str:
+    """All of the first group, that of all samples where there are several; of the others without what is 0 of ``COMMON``."""
     view, confidence = evaluation.hidden_view, evaluation.scoring.confidence
     head = [
         "metric",
@@ -94,18 +95,20 @@ def _metrics_table(evaluation: Evaluation) -> str:
         *([f"image {view}", "image's worth"] if view else []),
         "",
     ]
-    rows, last = [], None
+    rows, last, first = [], None, next(iter(evaluation.groups))
     for result in evaluation.results:
         metric = evaluation.groups[result.group].metrics[result.metric]
+        hidden = [result.hidden] if view else []
+        if result.group != first and result.metric in COMMON and not any(e.value or e.high for e in (result.estimate, *hidden)):
+            continue
         if result.group != last:
             count = len(evaluation.groups[result.group].answers["image"].indices)
             rows.append(f'<tr><th colspan="{len(head)}">{escape(result.group)} <small>({count} samples)</small></th></tr>')
             last = result.group
         value, low, high, _ = result.estimate
         cells = [f"<td>{escape(result.metric)}</td><td><b>{number(value, metric.share)}</b></td>"]
-        cells.append(
-            f"<td>{number(low, metric.share)} to {number(high, metric.share)}</td><td>{_range(result, metric.share)}</td>"
-        )
+        interval = "–" if math.isnan(low) else f"{number(low, metric.share)} to {number(high, metric.share)}"
+        cells.append(f"<td>{interval}</td><td>{_range(result, metric.share)}</td>")
         if view:
             tone = _tone(result.cost, metric.sign, confidence)
             cells.append(f"<td>{number(result.hidden.value, metric.share)}</td>")

@@ -9,7 +9,7 @@ by comparisons of numbers that floats hold exactly; digits are those of ``vlmker
 | --- | --- | --- | --- |
 | counting | counting | How many red shapes? How many circles? | 0 to 4 |
 | colour | exact | What colour is the circle? | red, green, blue or yellow |
-| spatial | exact | Where is the red circle from the blue square? | left, right, above or below |
+| spatial | exact | Where is the circle from the square? | left, right, above or below |
 | grounding | grounding | Box the red circle. | its box in pixels, [x1,y1,x2,y2] |
 | ocr | ocr | Read the number. | one to three digits |
 | negation | yes_no | Is there a red circle? Is there no red circle? | yes or no |
@@ -29,7 +29,7 @@ from PIL import Image
 from vlmkernels.demo.data import DIGIT_PIXELS, Scans, load_scans
 from vlmkernels.ops.checks import require, require_one_of
 
-NAME, VERSION = "shapes-and-digits", 1
+NAME, VERSION = "shapes-and-digits", 2
 CELL, GRID = DIGIT_PIXELS, 3
 SIDE = CELL * GRID
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 97, 214), "yellow": (240, 190, 20)}
@@ -40,16 +40,16 @@ SPLITS = {"train": 24000, "dev": 600, "test": 1200}  # samples; the six categori
 # SHA-256 of each whole split, and of its first 60 rows.
 CHECKSUMS = {
     "train": (
-        "53c74fdfc7c74afd67f2495d4ab733dceb6de3b3597e4452e9b1a3e753e6429d",
-        "814f3a45921e8e83ec2058f10cb731e67887c9d3c565f3b74da806f22603805a",
+        "fce73a52cd04dbbe1938ae52a07ff1885c930b8407a8bbb345295b6112a1112d",
+        "52eb442e07bee02915fdbf4820b56739e1987467d6ee4698a91a5fc004e91747",
     ),
     "dev": (
-        "da905dc20bf7bb4ef2148301b0da63b68d726a84cb93c55179316bba4efd8eee",
-        "ae91c0daeb9e158cc0b96f46a9f99f4e6a0ea61707b4d9c1f997a9dd88f21caa",
+        "9282dda0cb776e1b6d940791485f75f8289f5ae88e96b744f7ff3a34f681bda2",
+        "8fa009b596d4a989b8725bcc088655d4bd252fc3b9261e00877d6c79c948cced",
     ),
     "test": (
-        "bdefb79e0ada9845e3d69b63d4ae363646978a8a49a36d4b3eceda2348b4b18a",
-        "021093d41628bf42229549a91923df27db086b11799e0074093a1df917ecadac",
+        "df69586ceee521ef87bc55a5cbccf39e14072166721743ec3ccddaf6d8846928",
+        "4cf1fbccc833372b56c906af77bce8b25dd48957ae48096011bd119fd2baf6d3",
     ),
 }
 
@@ -132,11 +132,19 @@ def _others(draw: Draw, kinds: Sequence[tuple[str, str]], least: int, most: int)
 
 
 class Task(NamedTuple):
-    """One sample of a category: the question, the answer, the image."""
+    """One sample of a category: the question, the answer, the image, and the cells that the question is about.
+
+    asked: one entry, or one for each place in the question or the answer, of cells (column, row).
+    """
 
     question: str
     answer: str
     image: Image.Image
+    asked: Sequence[Sequence[tuple[int, int]]]
+
+
+def _cells(shapes: Sequence[Shape]) -> list[tuple[int, int]]:
+    return [(shape.box[0] // CELL, shape.box[1] // CELL) for shape in shapes]
 
 
 def _counting(draw: Draw, scans: Scans) -> Task:
@@ -146,27 +154,31 @@ def _counting(draw: Draw, scans: Scans) -> Task:
     rest = [kind for kind in KINDS if asked not in kind]
     kinds = [draw.of(fits) for _ in range(count)] + _others(draw, rest, 1, 3)
     what = f"{asked} shapes" if by_colour else f"{asked}es" if asked == "cross" else f"{asked}s"
-    return Task(f"How many {what}?", str(count), paint(_scene(draw, kinds)))
+    shapes = _scene(draw, kinds)
+    return Task(f"How many {what}?", str(count), paint(shapes), [_cells(shapes[:count])])
 
 
 def _colour(draw: Draw, scans: Scans) -> Task:
     colour, name = draw.of(KINDS)
     kinds = [(colour, name), *_others(draw, [kind for kind in KINDS if kind[1] != name], 1, 3)]
-    return Task(f"What colour is the {name}?", colour, paint(_scene(draw, kinds)))
+    shapes = _scene(draw, kinds)
+    return Task(f"What colour is the {name}?", colour, paint(shapes), [_cells(shapes[:1])])
 
 
 def _spatial(draw: Draw, scans: Scans) -> Task:
-    """The two shapes are in one row or one column, so that one answer alone is right."""
+    """The two shapes, the only ones of their forms, are in one row or one column, so that one answer alone is right."""
     answer = draw.of(("left", "right", "above", "below"))
-    first, second, *others = draw.shuffled(KINDS)
+    first, second, *others = draw.shuffled(SHAPES)
     low, high = draw.of(((0, 1), (0, 2), (1, 2)))
     line = draw.of(range(GRID))
     a, b = (low, high) if answer in ("left", "above") else (high, low)
     cells = [(a, line), (b, line)] if answer in ("left", "right") else [(line, a), (line, b)]
     free = [cell for cell in draw.shuffled(CELLS) if cell not in cells]
-    kinds = [first, second, *others[: draw.of(range(3))]]
+    colours = tuple(COLOURS)
+    kinds = [(draw.of(colours), first), (draw.of(colours), second)]
+    kinds += _others(draw, [kind for kind in KINDS if kind[1] in others], 0, 2)
     shapes = [draw.shape(*kind, cell) for kind, cell in zip(kinds, cells + free, strict=False)]
-    return Task(f"Where is the {' '.join(first)} from the {' '.join(second)}?", answer, paint(shapes))
+    return Task(f"Where is the {first} from the {second}?", answer, paint(shapes), [[cell] for cell in cells])
 
 
 def _grounding(draw: Draw, scans: Scans) -> Task:
@@ -174,7 +186,7 @@ def _grounding(draw: Draw, scans: Scans) -> Task:
     asked, *rest = draw.shuffled(KINDS)
     alike = draw.of([kind for kind in rest if kind[0] == asked[0] or kind[1] == asked[1]])
     shapes = _scene(draw, [asked, alike, *_others(draw, rest, 0, 2)])
-    return Task(f"Box the {' '.join(asked)}.", "[{},{},{},{}]".format(*shapes[0].box), paint(shapes))
+    return Task(f"Box the {' '.join(asked)}.", "[{},{},{},{}]".format(*shapes[0].box), paint(shapes), [_cells(shapes[:1])])
 
 
 def _ocr(draw: Draw, scans: Scans) -> Task:
@@ -184,7 +196,12 @@ def _ocr(draw: Draw, scans: Scans) -> Task:
     digits = [(scans.pixels[index], (start + place, row)) for place, index in enumerate(chosen)]
     free = [cell for cell in draw.shuffled(CELLS) if cell[1] != row]
     shapes = [draw.shape(*kind, cell) for kind, cell in zip(_others(draw, KINDS, 0, 2), free, strict=False)]
-    return Task("Read the number.", "".join(str(scans.digits[index]) for index in chosen), paint(shapes, digits))
+    return Task(
+        "Read the number.",
+        "".join(str(scans.digits[index]) for index in chosen),
+        paint(shapes, digits),
+        [[cell] for _, cell in digits],
+    )
 
 
 def _negation(draw: Draw, scans: Scans) -> Task:
@@ -194,8 +211,9 @@ def _negation(draw: Draw, scans: Scans) -> Task:
     decoys = [(colour, draw.of([s for s in SHAPES if s != name])), (draw.of([c for c in COLOURS if c != colour]), name)]
     rest = [kind for kind in KINDS if kind != asked]
     kinds = [asked, draw.of(decoys)] if present else decoys
-    image = paint(_scene(draw, kinds + _others(draw, rest, 0, 2)))
-    return Task(f"Is there {'no' if negated else 'a'} {colour} {name}?", "yes" if present != negated else "no", image)
+    shapes = _scene(draw, kinds + _others(draw, rest, 0, 2))
+    answer = "yes" if present != negated else "no"
+    return Task(f"Is there {'no' if negated else 'a'} {colour} {name}?", answer, paint(shapes), [_cells(shapes[:present])])
 
 
 CATEGORIES: dict[str, tuple[str, Callable[[Draw, Scans], Task]]] = {
@@ -216,11 +234,23 @@ def scans() -> dict[str, Scans]:
     return {"train": train, "dev": dev, "test": test}
 
 
-def sample(split: str, index: int) -> dict:
-    """One row: prompt (a conversation), image, answer (text), task (of the evaluation) and category."""
+def _make(split: str, index: int) -> tuple[str, str, Task]:
+    """The category of a sample, its task of the evaluation, and what was made."""
     category = list(CATEGORIES)[index % len(CATEGORIES)]
     task, make = CATEGORIES[category]
-    question, answer, image = make(Draw(NAME, VERSION, split, index), scans()[split])
+    return category, task, make(Draw(NAME, VERSION, split, index), scans()[split])
+
+
+def asked(split: str, index: int) -> list[int]:
+    """What the question of a sample says of each cell, in reading order: 0 nothing, else the place in the question (or, of
+    digits, in the answer) that is about it, from 1."""
+    places = {cell: place for place, cells in enumerate(_make(split, index)[2].asked, 1) for cell in cells}
+    return [places.get((column, row), 0) for row, column in product(range(GRID), repeat=2)]
+
+
+def sample(split: str, index: int) -> dict:
+    """One row: prompt (a conversation), image, answer (text), task (of the evaluation) and category."""
+    category, task, (question, answer, image, _) = _make(split, index)
     content = [{"type": "text", "text": question}, {"type": "image"}]
     row = {"prompt": [{"role": "user", "content": content}], "image": image, "answer": answer}
     return {**row, "task": task, "category": category}

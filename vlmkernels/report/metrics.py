@@ -83,6 +83,8 @@ METRICS = (
     Metric("sampling/importance_sampling_ratio/mean", MISMATCH, "ratio as the loss takes it, mean"),
     Metric("sampling/kept_mass/mean", MISMATCH, "probability that sampling left of the vocabulary (top-p, top-k, min-p), mean"),
     Metric("sampling/kept_mass/min", MISMATCH, "... least"),
+    Metric("vllm/fingerprint", MISMATCH, "difference of a fixed prompt's log-probabilities in vLLM after an update, relative"),
+    Metric("vllm/sync_time", MISMATCH, "... seconds of the update"),
     Metric("tokens", POLICY, "completion tokens in the loss of a micro-batch"),
     Metric("effective_tokens", POLICY, "... whose weight is not 0"),
     Metric("grad_norm", OPTIMISER, "norm of the gradient before clipping"),
