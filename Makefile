@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite test test-deepspeed test-vllm bench lint gpu-build gpu-test gpu-bench clean
+.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint gpu-build gpu-test gpu-bench clean
 setup: .venv/.installed
 
 # constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers and harnesses that tests compare with
@@ -22,6 +22,10 @@ demo-suite: setup
 
 test: setup
 	$(BIN)/python -m pytest -q tests
+
+# 500 steps in which something breaks every few of them; see docs/faults.md.
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py
 
 # DeepSpeed beside the environment, where other tests do not import it; the first run compiles its operation for gloo.
 test-deepspeed: setup

@@ -1,16 +1,11 @@
-"""The trainer: against TRL on the same weights and completions, on every mix of images, and through a kill."""
+"""The trainer: against TRL on the same weights and completions, and on every mix of images."""
 
 import math
 import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from killed_run import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
@@ -20,7 +15,6 @@ from vlmkernels.models.group import pad_completions
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.train import GRPOConfig, GRPOTrainer
-from vlmkernels.train.checkpoint import last_complete_checkpoint
 from vlmkernels.train.rollout import Rollout
 
 torch.set_num_threads(1)
@@ -442,44 +436,6 @@ def test_completions_page_holds_everything(tmp_path):
     assert "what is &lt;b&gt;0&lt;/b&gt;?" in page
     assert "length_reward" in page
     assert "http" not in page
-
-
-def test_resumes_after_a_kill_with_the_same_losses(tmp_path):
-    """Killed while it writes the checkpoint of step 6, in the middle of a generation batch."""
-    whole = build(tmp_path / "whole")
-    whole.train()
-    script = Path(__file__).with_name("killed_run.py")
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "killed")], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    assert (tmp_path / "killed" / "checkpoint-6" / "model.safetensors").exists()
-    assert Path(last_complete_checkpoint(tmp_path / "killed")).name == "checkpoint-3"
-
-    resumed = build(tmp_path / "killed")
-    resumed.train(resume_from_checkpoint=True)
-    timeless = lambda log: {k: v for k, v in log.items() if "time" not in k and "per_second" not in k}  # noqa: E731
-    logs = [[timeless(log) for log in run.state.log_history if "loss" in log] for run in (whole, resumed)]
-    assert [log["step"] for log in logs[0]] == [log["step"] for log in logs[1]] == list(range(1, 10))
-    for one, other in zip(*logs, strict=True):
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-7)
-    for name, value in whole.model.state_dict().items():
-        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-5, atol=1e-7)
-
-
-def test_incomplete_checkpoints_do_not_count(tmp_path):
-    assert last_complete_checkpoint(tmp_path) is None
-    with pytest.raises(ValueError, match="resume_from_checkpoint must find a complete checkpoint in output_dir, got none in"):
-        build(tmp_path).train(resume_from_checkpoint=True)
-    folder = tmp_path / "checkpoint-7"
-    folder.mkdir()
-    (folder / "rng_state.pth").touch()
-    (folder / "trainer_state.json").write_text('{"global_step": 7, "log_his')
-    assert last_complete_checkpoint(tmp_path) is None
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint must be a complete checkpoint, got .*checkpoint-7"):
-        build(tmp_path).train(resume_from_checkpoint=str(folder))
-    (folder / "trainer_state.json").write_text('{"global_step": 7}')
-    assert last_complete_checkpoint(tmp_path) == str(folder)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,8 @@ METRICS = (
     Metric("grad_norm", OPTIMISER, "norm of the gradient before clipping"),
     Metric("learning_rate", OPTIMISER, "the learning rate"),
     Metric("epoch", OPTIMISER, "passes over the training prompts"),
+    Metric("frac_steps_skipped", OPTIMISER, "share of steps left out, since they were not finite (on_nonfinite)"),
+    Metric("frac_samples_replaced", OPTIMISER, "share of prompts in the place of ones that cannot be read (on_bad_sample)"),
     Metric("step_time", TIME, "seconds of an optimiser step's micro-batches on the host, sampling included (TRL's)"),
     *(Metric(f"time/{name}", TIME, f"seconds per optimiser step: {meaning}") for name, meaning in PHASES.items()),
     Metric("tokens_run", WORK, "tokens that the model ran on, per optimiser step, in sampling and every scoring pass"),

@@ -20,6 +20,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from numbers import Real
@@ -34,6 +35,7 @@ from vlmkernels.rewards.builtin import NAMES, PROVIDED, arguments_of, build, che
 logger = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "skip")
+WARN_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,10 @@ class Scores(NamedTuple):
         *by_completion, seconds = zip(*parts, strict=True)
         return cls(*map(torch.cat, by_completion), torch.stack(seconds).sum(0))
 
+    def of(self, chosen: torch.Tensor) -> "Scores":
+        """Of some completions; the times are those of all."""
+        return Scores(self.rewards[chosen], self.unparsed[chosen], self.failed[chosen], self.seconds)
+
     def metrics(self, names: list[str]) -> dict[str, float]:
         """The shares of answers that could not be parsed and of rewards that failed, and the time that each function took."""
         rates = {"unparsed": self.unparsed.double().mean(0), "failed": self.failed.double().mean(0), "time": self.seconds}
@@ -194,9 +200,12 @@ class Rewards:
             for e in self.entries:
                 if not e.is_async:
                     start = time.perf_counter()
-                    results[e.name] = _call(e, num_completions, arguments), time.perf_counter() - start
+                    with _watched(e.name):
+                        results[e.name] = _call(e, num_completions, arguments), time.perf_counter() - start
             if waiting:
-                results |= dict(zip([e.name for e in waiting], later.result(), strict=True))
+                names = [e.name for e in waiting]
+                with _watched(", ".join(names)):
+                    results |= dict(zip(names, later.result(), strict=True))
         finally:
             if waiting:
                 later.cancel()
@@ -213,6 +222,25 @@ class Rewards:
             *(torch.tensor([[isinstance(v, kind) for v in of] for of in values]).T for kind in (Unparsed, Exception)),
             torch.tensor([results[e.name][1] for e in self.entries], dtype=torch.float64),
         )
+
+
+@contextmanager
+def _watched(name: str) -> Iterator[None]:
+    """Say of a call that does not return whose it is: without a timeout nothing else ends it, and the other processes of a run
+    wait for this one."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        waited = 0.0
+        while not ended.wait(waited or WARN_AFTER_S):  # 1, 2, 4, ... times that
+            waited = 2 * waited or WARN_AFTER_S
+            logger.warning("reward %s has not returned for %g s; with a timeout it would count as failed", name, waited)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _warn(e: Entry, values: list) -> None:

@@ -11,6 +11,7 @@ from vlmkernels.ops.checks import require, require_one_of, require_positive
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
+ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
 
 
@@ -29,7 +30,8 @@ class GRPOConfig(TrainingArguments):
     - num_completions_to_print is 64 (None: all);
     - the rollout_* fields serve every engine, and stand for vllm_importance_sampling_* (docs/mismatch.md); off by default;
     - vLLM's server is given by its URL; vllm_request_timeout, vllm_weights_dir and vllm_fingerprint_tolerance are new;
-    - eval_temperature, max_num_seqs, kl_estimator, share_prefix and max_tokens_per_microbatch are new;
+    - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch and on_save_error, on_bad_sample,
+      on_nonfinite are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
@@ -123,6 +125,10 @@ class GRPOConfig(TrainingArguments):
     reward_weights: list[float] | None = _field(None, "A weight per reward function; by default its own, or 1.")
     mask_truncated_completions: bool = _field(False, "Leave completions that were cut off out of the loss.")
 
+    on_save_error: str = _field("raise", "A checkpoint that cannot be written (a full disk): raise, skip it.")
+    on_bad_sample: str = _field("raise", "A row that cannot be read (a corrupt image): raise, skip (another takes its place).")
+    on_nonfinite: str = _field("raise", "A loss or gradient that is NaN or infinite: raise, skip the optimiser step.")
+
     log_completions: bool = _field(False, "Store completions and a page of them at each log, and show them in report_to.")
     num_completions_to_print: int | None = _field(64, "The most completions stored at a log.")
 
@@ -165,6 +171,8 @@ class GRPOConfig(TrainingArguments):
         self._check_correction()
         require(self.scale_rewards in SCALES, "scale_rewards", f"be one of {', '.join(SCALES)}", repr(self.scale_rewards))
         require(self.share_prefix in ("auto", True, False), "share_prefix", "be auto, true or false", repr(self.share_prefix))
+        for name in ("on_save_error", "on_bad_sample", "on_nonfinite"):
+            require_one_of(name, getattr(self, name), ON_FAULT)
         require(not self.auto_find_batch_size, "auto_find_batch_size", "be off: groups must stay whole", True)
 
     def _check_correction(self) -> None:

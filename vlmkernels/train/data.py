@@ -25,6 +25,7 @@ from vlmkernels.ops.checks import require, require_positive
 from vlmkernels.ops.pack_patches.images import as_frames
 
 MEDIA_COLUMNS = ("image", "images", "videos")
+UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises, and we
 DEFAULT_FPS = 2.0  # frames per second of a video, where a row has no ``fps``: what Qwen's processors sample at
 
 
@@ -71,7 +72,7 @@ def _frame(value: Any, name: str, decode: bool) -> torch.Tensor:
     if not hasattr(value, "dtype"):  # neither an array nor a tensor
         try:
             value = open_image(value)
-        except (OSError, ValueError, TypeError, SyntaxError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         if not decode:
             return torch.empty(3, value.height, value.width, dtype=torch.uint8, device="meta")
@@ -150,7 +151,7 @@ def read_sample(row: dict, index: int, decode: bool = True) -> Sample:
         try:
             image = open_image(value)
             images.append(image.convert("RGB") if decode else image)
-        except (OSError, ValueError, TypeError, SyntaxError) as error:
+        except UNREADABLE as error:
             which = column if column == "image" else f"{column}[{position}]"
             raise ValueError(f"sample {index}: {which} cannot be read: {error}") from error
     videos = [read_video(x, f"sample {index}: videos[{k}]", decode) for k, x in enumerate(values["video"])]
@@ -218,7 +219,7 @@ def column_names(dataset) -> list[str]:
     return list(getattr(dataset, "column_names", None) or dataset[0])
 
 
-def _undecoded(dataset):
+def undecoded(dataset):
     """The dataset with images as they are stored: a check of every row must not read every pixel."""
     if not hasattr(dataset, "cast_column"):
         return dataset
@@ -241,9 +242,10 @@ def check_dataset(
     processor,
     chat_template_kwargs: dict | None = None,
     check_row: Callable[[dict, str], None] | None = None,
+    bad: dict[int, str] | None = None,
 ) -> set[str]:
     """Raise for the first row that cannot be trained on: what ``read_sample``, ``render`` and ``check_row`` refuse, which gets
-    the row and how to name it.
+    the row and how to name it. Where ``bad`` is given, their indices go there, with the reasons, as long as one row is left.
 
     Reads every row, of each image the header alone.
 
@@ -257,15 +259,21 @@ def check_dataset(
     columns = column_names(dataset)
     if "prompt" not in columns:
         raise ValueError(f"{name} must have a column 'prompt', got {', '.join(columns)}")
-    rows, kinds = _undecoded(dataset), set()
+    rows, kinds = undecoded(dataset), set()
     for index in range(len(rows)):
-        if "prompt" not in rows[index]:
-            raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
-        sample = read_sample(rows[index], index, decode=False)
-        render(sample, processor, **(chat_template_kwargs or {}))
+        try:
+            if "prompt" not in rows[index]:
+                raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
+            sample = read_sample(rows[index], index, decode=False)
+            render(sample, processor, **(chat_template_kwargs or {}))
+            if check_row is not None:
+                check_row(rows[index], f"{name}: sample {index}")
+        except (ValueError, TypeError) as error:
+            if bad is None or len(bad) + 1 == len(rows):
+                raise
+            bad[index] = str(error)
+            continue
         kinds |= {kind for kind, media in (("image", sample.images), ("video", sample.videos)) if media}
-        if check_row is not None:
-            check_row(rows[index], f"{name}: sample {index}")
     return kinds
 
 

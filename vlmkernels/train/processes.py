@@ -151,6 +151,6 @@ def described(args, model: torch.nn.Module, tokenizer, rewards, dataset) -> dict
         "rewards": {"names": rewards.names, "weights": rewards.weights.tolist()},
         "train_dataset": {
             "rows": None if dataset is None else len(dataset),
-            "prompts": _digest(dataset[index]["prompt"] for index in rows),
+            "prompts": _digest(dataset[index].get("prompt") for index in rows),
         },
     }

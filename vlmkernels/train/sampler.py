@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 
 class PromptSampler(Sampler):
@@ -41,16 +41,3 @@ class PromptSampler(Sampler):
         for start in range(0, self.num_prompts - self.chunk + 1, self.chunk):
             for _ in range(self.repeats):
                 yield from order[start : start + self.chunk]
-
-
-class Rows(Dataset):
-    """A dataset whose items are (index, row), so that an error can name the index."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, dict]:
-        return index, self.dataset[index]

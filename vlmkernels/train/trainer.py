@@ -6,7 +6,6 @@ into advantages and log-probabilities into a loss (``vlmkernels.ops``), and use 
 """
 
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,8 +18,7 @@ from accelerate.utils import gather_object, is_peft_model, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
@@ -35,11 +33,19 @@ from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.train.callbacks import RewardProgress
-from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
+from vlmkernels.train.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    load_experience,
+    load_weights,
+    save_checkpoint,
+    save_experience,
+)
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
+from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample, undecoded
 from vlmkernels.train.engine import make_engine
 from vlmkernels.train.experience import Experience
+from vlmkernels.train.faults import FiniteSteps, Samples, lost_processes_named
 from vlmkernels.train.metrics import completion_metrics, reward_metrics
 from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
@@ -57,7 +63,7 @@ from vlmkernels.train.phases import Phases, phase
 from vlmkernels.train.processes import Processes, described
 from vlmkernels.train.record import RunRecord
 from vlmkernels.train.rollout import Rollout, tokenizer_of
-from vlmkernels.train.sampler import PromptSampler, Rows
+from vlmkernels.train.sampler import PromptSampler
 from vlmkernels.train.scoring import Scored, page_groups, score
 from vlmkernels.train.work import Work, step_metrics
 
@@ -108,6 +114,7 @@ class GRPOTrainer(Trainer):
                 args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
             self.rewards = Rewards(reward_funcs, args.reward_weights)
             media = self._check_datasets(train_dataset, eval_dataset, processing_class, args)
+            self._samples = Samples(train_dataset, args.on_bad_sample, self._bad_samples.get("train_dataset"))
 
         if peft_config is not None:
             from peft import get_peft_model
@@ -126,7 +133,7 @@ class GRPOTrainer(Trainer):
             optimizers=optimizers,
         )
         check_parallelism(self.accelerator, model, args.n_gpu)
-        self.processes.compare(**described(args, model, self.tokenizer, self.rewards, train_dataset))
+        self.processes.compare(**described(args, model, self.tokenizer, self.rewards, undecoded(train_dataset)))
         # compute_loss normalises over the accumulated batch itself; see training_step.
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
@@ -157,6 +164,7 @@ class GRPOTrainer(Trainer):
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
+        self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
         self.phases, self.work = Phases(args.device), Work()
         self.processes.waiting = partial(self.phases, "wait")
         self.add_callback(self.phases)
@@ -172,7 +180,7 @@ class GRPOTrainer(Trainer):
 
     def _check_datasets(self, train_dataset, eval_dataset, processor, args: GRPOConfig) -> set[str]:
         """Returns which kinds of media the training rows have."""
-        kinds = {}
+        kinds, self._bad_samples = {}, {}
         named = {"train_dataset": train_dataset}
         named |= (
             {f"eval_dataset[{k!r}]": v for k, v in eval_dataset.items()}
@@ -182,7 +190,12 @@ class GRPOTrainer(Trainer):
         for name, dataset in named.items():
             if dataset is not None:
                 check_row = None if args.remove_unused_columns else self.rewards.check_row
-                kinds[name] = check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row)
+                bad = self._bad_samples[name] = {}
+                left_out = bad if args.on_bad_sample == "skip" else None
+                kinds[name] = check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row, left_out)
+                for reason in list(bad.values())[:1]:
+                    text = "%s: %d of %d samples are left out (on_bad_sample='skip'); the first: %s"
+                    logger.warning(text, name, len(bad), len(dataset), reason)
                 self.rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
         if train_dataset is not None:
             prompts = args.prompts_per_generation * args.world_size
@@ -230,12 +243,14 @@ class GRPOTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """This process's share of the evaluation rows, in order, with their indices."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        name = f"eval_dataset[{dataset!r}]" if isinstance(dataset, str) else "eval_dataset"
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
         if dataset is None:
             raise ValueError("eval_dataset must be given to evaluate, got None")
         size = max(1, self.args.per_device_eval_batch_size // self.args.num_generations_eval)
         share = range(self.args.process_index, len(dataset), self.args.world_size)
-        return DataLoader(Rows(dataset), batch_size=size, sampler=share, collate_fn=list)
+        samples = Samples(dataset, self.args.on_bad_sample, self._bad_samples.get(name))
+        return DataLoader(samples, batch_size=size, sampler=share, collate_fn=list)
 
     # Sampling and scoring
 
@@ -283,8 +298,11 @@ class GRPOTrainer(Trainer):
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches."""
         with self.processes.together(f"the completions of step {self.state.global_step}"), inference(self.policy):
             with self.phases("data"):
-                samples = [read_sample(self.train_dataset[index], index) for index in indices]
+                samples = [self._samples[index][1] for index in indices]
             rollout, scored = self._sample(samples, self.args.num_generations, self.args.temperature)
+        if self.args.on_bad_sample == "skip":
+            replaced = [sample.index != index for sample, index in zip(samples, indices, strict=True)]
+            self._metrics["frac_samples_replaced"].append(sum(replaced) / len(replaced))
         self.work.sampled(rollout, shared=getattr(self.generate, "by_groups", False))
         with self.phases("wait"):
             rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
@@ -388,6 +406,9 @@ class GRPOTrainer(Trainer):
             self._metrics["step_time"].append(self._step_time)
             self._step_time = 0.0
             self.phases.between_steps("optimizer")
+            skipped = self._finite_steps(self.policy, self.state.global_step + 1)
+            if self.args.on_nonfinite == "skip":
+                self._metrics["frac_steps_skipped"].append(skipped)
         return loss
 
     def compute_loss(self, model, inputs: int, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
@@ -418,7 +439,9 @@ class GRPOTrainer(Trainer):
                     backward(self.accelerator, loss)
                     loss = loss.detach()
             total = total + loss
-        for name, value in combine_metrics(self.loss_config, sizes, metrics).items():
+        combined = combine_metrics(self.loss_config, sizes, metrics)
+        self._finite_steps.observe(total, combined)
+        for name, value in combined.items():
             self._metrics[name].append(value)
         return total
 
@@ -476,9 +499,13 @@ class GRPOTrainer(Trainer):
         idle = most(self.accelerator, len(dataloader)) - len(dataloader)
         with self.processes.together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
-                samples = [read_sample(row, index) for index, row in rows]
+                samples = [sample for _, sample in rows]
                 rollout, scored = self._sample(samples, args.num_generations_eval, args.eval_temperature)
-                parts.append((scored.scores, rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()))
+                # One in the place of a sample that cannot be read runs, since all processes run as many, and does not count.
+                own = torch.tensor([sample.index == index for index, sample in rows])
+                own = own.repeat_interleave(args.num_generations_eval)
+                lengths, truncated = rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()
+                parts.append((scored.scores.of(own), lengths[own], truncated[own]))
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
             for _ in range(idle):
                 with self._whole_policy():  # others have more rows
@@ -519,10 +546,12 @@ class GRPOTrainer(Trainer):
         self._experience = None
         if resume_from_checkpoint:
             resume_from_checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            check_checkpoint(resume_from_checkpoint, self.policy, self.args.world_size)
             state = load_experience(resume_from_checkpoint, self.args.process_index)
             if state is not None:
                 self._experience = Experience.from_state_dict(state, self.family, self.args.device)
-        return super().train(resume_from_checkpoint or None, **kwargs)
+        with lost_processes_named(self.accelerator):
+            return super().train(resume_from_checkpoint or None, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if is_peft_model(self.model):
@@ -538,16 +567,10 @@ class GRPOTrainer(Trainer):
 
     @phase("save")
     def _save_checkpoint(self, model, trial) -> None:
-        folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        state = os.path.join(folder, TRAINER_STATE_NAME)
-        if self.args.should_save and os.path.exists(state):
-            os.remove(state)
-        super()._save_checkpoint(model, trial)
+        save_checkpoint(self, self._get_output_dir(trial), skip=self.args.on_save_error == "skip")
 
     def _save_rng_state(self, output_dir: str) -> None:
         """With the random states, the generation batch still in use: a resumed run goes on within it."""
         super()._save_rng_state(output_dir)
         if self._experience is not None and self._experience.uses < self.args.steps_per_rollout:
             save_experience(self._experience, output_dir, self.args.process_index)
-        with self.phases("wait"):
-            self.accelerator.wait_for_everyone()  # the trainer state is written next, and makes the checkpoint count
