@@ -9,6 +9,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
+from vlmkernels.train.images import ImageLimits
 
 
 # ruff: noqa: RUF009 (_field is dataclasses.field)
@@ -23,7 +24,7 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
     - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
     - importance_sampling_level and epsilon_high default to what suits the loss_type;
-    - eval_temperature, max_num_seqs, kl_estimator, share_prefix and max_tokens_per_microbatch are new;
+    - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch and the limits of images are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
@@ -90,6 +91,10 @@ class GRPOConfig(TrainingArguments):
     reward_weights: list[float] | None = _field(None, "A weight per reward function; by default its own, or 1.")
     mask_truncated_completions: bool = _field(False, "Leave completions that were cut off out of the loss.")
 
+    max_image_pixels: int = _field(ImageLimits.max_pixels, "The most pixels of an image, or of a frame of a video.")
+    max_image_bytes: int = _field(ImageLimits.max_bytes, "The most bytes of an image's file.")
+    allow_image_urls: bool = _field(False, "Fetch images whose path is an http or https address.")
+
     log_completions: bool = _field(False, "Write <output_dir>/completions/step-<n>.html at each logging step.")
     num_completions_to_print: int | None = _field(None, "The most completions on such a page; by default all.")
 
@@ -106,6 +111,7 @@ class GRPOConfig(TrainingArguments):
         self._check_values()
         self._derive_batches()
         self.loss_config()
+        self.image_limits()
 
     def _check_values(self) -> None:
         require(self.num_generations >= 2, "num_generations", "be >= 2, to compare completions", self.num_generations)
@@ -163,6 +169,9 @@ class GRPOConfig(TrainingArguments):
     def steps_per_rollout(self) -> int:
         """Micro-batches (forward and backward passes) between two generations."""
         return self.steps_per_generation * self.num_iterations
+
+    def image_limits(self) -> ImageLimits:
+        return ImageLimits(self.max_image_pixels, self.max_image_bytes, self.allow_image_urls)
 
     def loss_config(self) -> GRPOLossConfig:
         """What ``grpo_loss`` needs to know: the one place where training arguments become a loss."""

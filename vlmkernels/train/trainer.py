@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
@@ -38,7 +38,7 @@ from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
-from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
+from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model, load_processor
 from vlmkernels.train.parallel import gathered, most, prepared_reference
 from vlmkernels.train.report import write_report
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
@@ -80,7 +80,7 @@ class GRPOTrainer(Trainer):
         set_seed(args.seed)  # adapters start from random weights
         model = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+            processing_class = load_processor(model.config._name_or_path, args.model_init_kwargs)
         processing_class = with_fast_images(processing_class)
         self.tokenizer = tokenizer_of(processing_class)
         if self.tokenizer.pad_token is None:
@@ -151,7 +151,7 @@ class GRPOTrainer(Trainer):
         for name, dataset in named.items():
             if dataset is not None:
                 check_row = None if args.remove_unused_columns else self.rewards.check_row
-                check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row)
+                check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row, args.image_limits())
                 self.rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
         if train_dataset is not None:
             prompts = args.prompts_per_generation * args.world_size
@@ -239,7 +239,8 @@ class GRPOTrainer(Trainer):
 
     def _new_experience(self, indices: list[int]) -> Experience:
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches."""
-        samples = [read_sample(self.train_dataset[index], index) for index in indices]
+        limits = self.args.image_limits()
+        samples = [read_sample(self.train_dataset[index], index, limits=limits) for index in indices]
         with inference(self.policy):
             rollout, scored = self._sample(samples, self.args.num_generations, self.args.temperature)
         rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
@@ -425,7 +426,7 @@ class GRPOTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         with inference(self.policy):
             for rows in dataloader:
-                samples = [read_sample(row, index) for index, row in rows]
+                samples = [read_sample(row, index, limits=args.image_limits()) for index, row in rows]
                 rollout, scored = self._sample(samples, args.num_generations_eval, args.eval_temperature)
                 parts.append((scored.scores, rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()))
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
