@@ -38,7 +38,7 @@ class Work:
 class Machine:
     """One device and its links.
 
-    source: where the figures are from. gemm: (rows, FLOP/s) of products, ascending; between them rates are interpolated in
+    source: where the figures are from. precision: of the products that the rates are of. gemm: (rows, FLOP/s) of products, ascending; between them rates are interpolated in
     the logarithm of rows. attention, attention_backward: FLOP/s. bandwidth: bytes/s of element-wise operations; weights:
     of reading weights; fresh: of the first writes to new memory. calls: seconds that one of ``CALLS`` takes whatever its
     size. overlaps: whether these go on at the same time, so that the longest counts, or one after the other.
@@ -48,6 +48,7 @@ class Machine:
 
     name: str
     source: str
+    precision: str
     gemm: tuple[tuple[float, float], ...]
     attention: float
     attention_backward: float
@@ -122,6 +123,7 @@ def _sheet(name: str, flops: float, bandwidth: float, memory: float) -> Machine:
         name,
         source="data sheet (dense bf16, HBM, NVLink 450 GB/s each way, 400 Gb/s per GPU) times assumed efficiencies: GEMM 0.6, "
         "attention 0.4 forward and 0.3 backward, memory 0.8, links 0.7; time of calls assumed",
+        precision="bf16",
         gemm=((1, 0.6 * flops),),
         attention=0.4 * flops,
         attention_backward=0.3 * flops,
@@ -227,6 +229,7 @@ def calibrate(clock: Callable[[], float] = time.perf_counter) -> Machine:
     return Machine(
         name=f"cpu, {threads} thread{'s' * (threads > 1)}, fp32",
         source="measured on this machine",
+        precision="fp32",
         gemm=tuple(gemm),
         attention=flops / forward,
         attention_backward=2.5 * flops / (both - forward),

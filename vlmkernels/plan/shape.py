@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vlmkernels.models.families import TEXT, family_of
+from vlmkernels.models.families import TEXT, family_of, why_not_share_prefix
 from vlmkernels.ops.checks import require
 
 # Published configurations, as far as they decide shapes.
@@ -98,7 +98,7 @@ class Vision:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """params: all. head: elements of the language-model head; tied: it is the embedding too."""
+    """params: all. unshared: why completions cannot share a prompt, or None. head: elements of the language-model head; tied: it is the embedding too."""
 
     name: str
     decoder: Stack
@@ -106,6 +106,7 @@ class ModelShape:
     vocab: int
     tied: bool
     params: int
+    unshared: str | None = None
 
     @property
     def head(self) -> int:
@@ -147,7 +148,7 @@ class ModelShape:
             inside = {*decoder.modules()}
             tower = {n: m for n, m in base.named_modules() if m not in inside and m is not base}
             vision = _vision(tower, config)
-        return cls(name, stack, vision, text.vocab_size, embedding is head, params)
+        return cls(name, stack, vision, text.vocab_size, embedding is head, params, why_not_share_prefix(config))
 
 
 def _first(config, *names: str, default=None):

@@ -5,9 +5,11 @@ Per token of a decoder with W elements of weights in its linear layers a forward
 times that backward; per completion token the head takes 2 H V, and 6 H V in the loss (4 H V frozen).
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from vlmkernels.ops.checks import require
 from vlmkernels.plan.machine import Machine, Work
 from vlmkernels.plan.shape import ModelShape, Stack
 from vlmkernels.plan.workload import PRECISIONS, Tokens, Workload
@@ -151,8 +153,7 @@ class _Costs:
             rows=tokens / passes,
             attention=(10 if backward else 4) * stack.query_width * stack.layers * pairs,
             weights=(2 if backward else 1) * self.bytes * stack.linear * passes,
-            traffic=self.bytes * traffic * stack.layers * tokens,
-            fresh=WIDE * stack.params if backward and self.full else 0.0,
+            traffic=self.bytes * traffic * stack.layers * tokens + (WIDE * stack.params if backward and self.full else 0),
             calls={"backward" if backward else "forward": stack.layers * passes},
         )
 
@@ -165,8 +166,7 @@ class _Costs:
             rows=patches / passes,
             attention=(10 if backward else 4) * stack.hidden * pairs,
             weights=(2 if backward else 1) * self.bytes * (stack.linear + merger) * passes,
-            traffic=self.bytes * traffic * stack.layers * patches,
-            fresh=WIDE * stack.params if backward else 0.0,
+            traffic=self.bytes * traffic * stack.layers * patches + (WIDE * stack.params if backward else 0),
             calls={"backward" if backward else "forward": stack.layers * passes},
         )
 
@@ -329,7 +329,15 @@ class _Costs:
 
 
 def plan(shape: ModelShape, work: Workload, machine: Machine) -> Plan:
-    """The step's tokens, phases and memory on one GPU. Raises ValueError where the workload does not fit the model."""
+    """The step's tokens, phases and memory on one GPU.
+
+    Raises:
+        ValueError: the workload does not fit the model or the machine.
+    """
+    require(work.precision == machine.precision, "precision", f"be that of {machine.name}, {machine.precision}", work.precision)
+    require(work.gpus == 1 or machine.link < math.inf, "gpus", f"be 1 on {machine.name}, whose links are not known", work.gpus)
+    require(not work.images or shape.vision is not None, "images", "be 0 for a text model", work.images)
+    require(not work.share_prefix or not shape.unshared, "share_prefix", f"be false: {shape.unshared}", True)
     costs = _Costs(shape, work, machine)
     memory, moment = costs.memory()
     return Plan(shape, work, machine, costs.tokens, costs.phases(), memory, moment)
