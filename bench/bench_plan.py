@@ -101,8 +101,8 @@ def measure(sizes: dict, work: dict) -> dict:
     args = GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work["prompts"] * work["group_size"],
         num_generations=work["group_size"], max_completion_length=work["completion_tokens"], beta=0.04,
-        max_steps=STEPS + 2, report_to="none", save_strategy="no", disable_tqdm=True, share_prefix="auto" if shared else "false",
-        generation_kwargs={"min_new_tokens": work["completion_tokens"]}, logging_steps=1000,
+        max_steps=STEPS + 2, report_to="none", save_strategy="no", disable_tqdm=True,
+        share_prefix="auto" if shared else "false", generation_kwargs={"min_new_tokens": work["completion_tokens"]}, logging_steps=1000,
     )  # fmt: skip
     reward = lambda completions, **_: [float(len(c[0]["content"])) for c in completions]  # noqa: E731
     trainer = GRPOTrainer(model, reward, args, rows * (STEPS + 2), processing_class=processor, peft_config=adapters)

@@ -3,6 +3,7 @@ bench/bench_plan.py."""
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -145,7 +146,10 @@ def test_lora_takes_half_of_the_backward_products():
     full, lora = (_Costs(shape, replace(SMALL, lora_r=r), CPU) for r in (0, 4))
     of_adapters = 4 * lora.adapters * 100
     assert lora.decoder(100, 0, 1, backward=True).gemm - of_adapters == full.decoder(100, 0, 1, backward=True).gemm / 2
-    assert (lora.scores(loss=True).gemm, full.scores(loss=True).gemm) == (4 * lora.scored * shape.head, 6 * full.scored * shape.head)
+    assert (lora.scores(loss=True).gemm, full.scores(loss=True).gemm) == (
+        4 * lora.scored * shape.head,
+        6 * full.scored * shape.head,
+    )
     from peft import LoraConfig, get_peft_model
 
     layers = r"model\.language_model\.layers\..*_proj"
@@ -185,7 +189,13 @@ def cost_of_layers(name: str, tower: bool, amp: bool, many: int, rows: int):
     config["text_config"] |= layers | {"layer_types": ["full_attention"] * many}
     config["text_config"]["head_dim"] = 16
     config["text_config"]["rope_parameters"]["mrope_section"] = [2, 3, 3]
-    config["vision_config"] |= {"depth": many, "hidden_size": 64, "intermediate_size": 192, "num_heads": 4, "out_hidden_size": 64}
+    config["vision_config"] |= {
+        "depth": many,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "out_hidden_size": 64,
+    }
     config["vision_config"] |= {"fullatt_block_indexes": []} if name == "qwen2_5_vl" else {"deepstack_visual_indexes": []}
     model_class = type(MODELS[name]())
     model = model_class(model_class.config_class(**config))
@@ -195,7 +205,9 @@ def cost_of_layers(name: str, tower: bool, amp: bool, many: int, rows: int):
     kept = {}
 
     def keep(x):
-        if x.shape not in weights and x.t().shape not in weights if x.dim() == 2 else True:
+        if (
+            not amp or x.shape not in weights and x.movedim(-1, 0).shape not in weights
+        ):  # autocast's copies of weights are counted apart
             kept[x.untyped_storage().data_ptr()] = x  # alive, so that no other gets its place
         return x
 
@@ -222,7 +234,7 @@ def cost_of_layers(name: str, tower: bool, amp: bool, many: int, rows: int):
 @pytest.mark.parametrize("tower", [False, True], ids=["decoder", "tower"])
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_of_a_layer_are_those_that_torch_holds(name, tower, amp):
-    rows = 256
+    rows = 64 if tower and not amp else 144  # windows of one size; with amp no weight has so many rows
     (few, shape), (more, _) = (cost_of_layers(name, tower, amp, many, rows) for many in (1, 3))
     saved, forward, backward = ((more - few) / 2 / rows).tolist()
     stack = shape.vision.stack if tower else shape.decoder
@@ -247,8 +259,6 @@ def test_bytes_of_weights_gradients_and_optimiser_are_those_that_torch_allocates
 
 
 # Plans
-
-SHAPE_7B = {"name": "qwen2.5-vl-7b"}
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +287,7 @@ def test_what_a_choice_changes(seven):
     assert plan(seven, replace(base, reward_seconds=3.0), h100).seconds == pytest.approx(found.seconds + 3)
     big = plan(seven, replace(base, prompts=512, gpus=512), h100)
     assert big.memory["weights"] == 4 * seven.params / 512
-    assert big.phase("backward").seconds > found.phase("backward").seconds  # between nodes
+    assert big.phase("sampling").seconds > found.phase("sampling").seconds  # its gather goes from node to node
 
 
 def test_seconds_of_work():
@@ -315,9 +325,9 @@ def test_command(tmp_path, capsys):
     expected = plan(shape, Workload(prompts=2, width=112, height=56, precision="fp32"), CPU)
     assert found["seconds"] == expected.seconds
     assert [phase["name"] for phase in found["phases"]] == [phase.name for phase in expected.phases]
-    assert main(["plan", "--model", "qwen2.5-vl-7b", "--prompts", "64", "--gpus", "64", "--old", "--reference"]) == 0
+    assert main(["plan", "--model", "qwen2.5-vl-7b", "--prompts", "64", "--gpus", "2", "--old", "--reference"]) == 0
     text = capsys.readouterr().out
-    for part in ("8.29 B parameters", "64 x h100 (fsdp2)", "old log-probs", "data sheet", "It does not fit: ", "limited by"):
+    for part in ("8.29 B parameters", "2 x h100 (fsdp2)", "old log-probs", "data sheet", "It does not fit: ", "limited by"):
         assert part in text
 
 
@@ -341,10 +351,4 @@ def test_bad_arguments_are_named(capsys, flags, message):
     with pytest.raises(SystemExit) as exit:
         main(["plan", "--model", "qwen2.5-vl-7b", *flags.split()])
     assert exit.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert any(line.startswith("vlmkernels plan: error: ") for line in lines)
-    with pytest.raises(AssertionError):
-        assert "Traceback" in lines
-    import re
-
-    assert re.search(message, lines[-1])
+    assert re.search(f"vlmkernels plan: error: .*{message}", capsys.readouterr().err)

@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add_flag(parser, "model", required=True, help=f"{', '.join(MODELS)}, or the path of a model or its config.json")
     add_flag(parser, "machine", help=f"{', '.join(MACHINES)} (data sheets), or a file that --calibrate wrote [h100]")
-    add_flag(parser, "calibrate", nargs="?", const=True, help="measure this machine's CPU, and plan for it; a path: keep it there")
+    add_flag(
+        parser, "calibrate", nargs="?", const=True, help="measure this machine's CPU, and plan for it; a path: keep it there"
+    )
     add_flag(parser, "image_size", type=size, default=(896, 896), help="pixels of an image, WIDTHxHEIGHT or one side [896]")
     add_flag(parser, "share_prefix", choices=("auto", "true", "false"), default="auto", help="run a prompt once for its group")
     for field in fields(Workload):
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _count(number: float) -> str:
-    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.3g} {unit}"
     return f"{number:.0f} "
@@ -103,9 +105,9 @@ def text_of(found: Plan) -> str:
     lines = [
         f"{shape.name}: {shape.params / 1e9:.3g} B parameters{tower}",
         f"{devices}, {work.precision} over {work.weights} weights, {trained}; sampling by {work.engine}{server}",
-        f"{machine.source}",
-        f"{work.prompts} prompts x {work.group_size} completions of {work.completion_tokens} tokens; a prompt of {tokens.prompt:,}"
-        f" tokens, {of_images:,} of them of {work.images} image(s) of {work.width} x {work.height}",
+        f"figures: {machine.source}",
+        f"{work.prompts} prompts x {work.group_size} completions of {work.completion_tokens} tokens; a prompt has"
+        f" {tokens.prompt:,} tokens, {of_images:,} of them of {work.images} image(s) of {work.width} x {work.height}",
         f"a pass over a GPU's share: {tokens.passed:,} tokens in {tokens.packs} pack(s){saved}",
         "",
     ]

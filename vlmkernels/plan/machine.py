@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -38,9 +39,10 @@ class Work:
 class Machine:
     """One device and its links.
 
-    source: where the figures are from. precision: of the products that the rates are of. gemm: (rows, FLOP/s) of products, ascending; between them rates are interpolated in
-    the logarithm of rows. attention, attention_backward: FLOP/s. bandwidth: bytes/s of element-wise operations; weights:
-    of reading weights; fresh: of the first writes to new memory. calls: seconds that one of ``CALLS`` takes whatever its
+    source: where the figures are from. precision: of the products that the rates are of. gemm: (rows, FLOP/s) of products,
+    ascending; between them rates are interpolated in the logarithm of rows. attention, attention_backward: FLOP/s. bandwidth:
+    bytes/s of element-wise operations; weights: of reading weights; fresh: of the first writes to new memory. calls: seconds
+    that one of ``CALLS`` takes whatever its
     size. overlaps: whether these go on at the same time, so that the longest counts, or one after the other.
     memory: bytes; reserve: of it, what is not for tensors. link: bytes/s a device sends to and gets from one in its node;
     network: likewise to one in another node. devices: of a node.
@@ -66,7 +68,7 @@ class Machine:
     def gemm_rate(self, rows: float) -> float:
         points = [(math.log(max(r, 1)), rate) for r, rate in self.gemm]
         x = math.log(max(rows, 1))
-        for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        for (x0, y0), (x1, y1) in pairwise(points):
             if x < x1:
                 return y0 + (y1 - y0) * max(0.0, (x - x0) / (x1 - x0))
         return points[-1][1]

@@ -1,5 +1,6 @@
 """What of a model decides its cost, read from its configuration."""
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,8 @@ class Vision:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """params: all. unshared: why completions cannot share a prompt, or None. head: elements of the language-model head; tied: it is the embedding too."""
+    """params: all. head: elements of the language-model head; tied: it is the embedding too. unshared: why completions cannot
+    share a prompt; None where they can."""
 
     name: str
     decoder: Stack
@@ -137,7 +139,7 @@ class ModelShape:
         family = family_of(config)
         auto = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
         with torch.device("meta"):
-            model = auto.from_config(config)
+            model = auto.from_config(copy.deepcopy(config), attn_implementation="eager")
         text, base = config.get_text_config(), model.base_model
         decoder = base if family is TEXT else base.get_decoder()
         stack = _stack(decoder.layers, text)

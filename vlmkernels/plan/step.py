@@ -47,8 +47,8 @@ TOWER_GATED = Kind(PerToken(12, 0, 0, 4), PerToken(24.4, 0, 0, 5), PerToken(84, 
 TOWER = Kind(PerToken(10, 0, 0, 2), PerToken(14.4, 0, 0, 2), PerToken(39.5, 0, 0, 4))
 # Bytes that autograd keeps under bf16 autocast: norms and the residual stream stay fp32, and each product keeps its own copy
 # of its input.
-DECODER_BF16 = PerToken(26, 4, 4, 8)
-TOWER_BF16 = {True: PerToken(38, 0, 0, 8), False: PerToken(32, 0, 0, 4)}
+DECODER_BF16 = {False: PerToken(26, 4, 4, 8), True: PerToken(26, 10, 10, 8)}  # by qk_norm
+TOWER_BF16 = {False: PerToken(20, 0, 0, 4), True: PerToken(30, 0, 0, 8)}  # by gated
 
 # Bytes per logit and decoding step: what drawing a token reads and writes of fp32 logits, its sums being fp64.
 DRAW = 44
@@ -68,7 +68,7 @@ def saved_bytes(stack: Stack, tower: bool, precision: str) -> float:
     """Per token and layer, of what autograd keeps."""
     if precision == "fp32":
         return WIDE * kind_of(stack, tower).saved.of(stack)
-    return (TOWER_BF16[stack.gated] if tower else DECODER_BF16).of(stack)
+    return (TOWER_BF16[stack.gated] if tower else DECODER_BF16[stack.qk_norm]).of(stack)
 
 
 @dataclass(frozen=True)
@@ -238,10 +238,10 @@ class _Costs:
     @property
     def server_ways(self) -> int:
         """GPUs that a server's replica is split among: enough that its weights fill half of them at most."""
-        ways = 1
-        while ways < min(self.work.server_gpus, self.machine.devices) and 2 * self.shape.params > ways * self.machine.memory / 2:
+        ways, most = 1, min(self.work.server_gpus, self.machine.devices)
+        while ways < most and 2 * self.shape.params > ways * self.machine.memory / 2:
             ways *= 2
-        return min(ways, self.work.server_gpus)
+        return min(ways, most)
 
     # Phases
 
