@@ -5,7 +5,8 @@ Every shape is a process of one thread, whose CPU time is what is measured: what
 machine is calibrated before, between and after the steps, and the median counts. A shape passes where the whole step, its
 memory, and every phase of at least a tenth of it are predicted within 25 %.
 
-    python bench/bench_plan.py      # all shapes; also writes bench/results/plan-<device>.json
+    python bench/bench_plan.py             # all shapes; also writes bench/results/plan-<device>.json
+    python bench/bench_plan.py --scale     # the tables of docs/scale.md, by data sheets
     pytest bench/bench_plan.py
 """
 
@@ -102,7 +103,8 @@ def measure(sizes: dict, work: dict) -> dict:
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work["prompts"] * work["group_size"],
         num_generations=work["group_size"], max_completion_length=work["completion_tokens"], beta=0.04,
         max_steps=STEPS + 2, report_to="none", save_strategy="no", disable_tqdm=True,
-        share_prefix="auto" if shared else "false", generation_kwargs={"min_new_tokens": work["completion_tokens"]}, logging_steps=1000,
+        share_prefix="auto" if shared else "false", logging_steps=1000,
+        generation_kwargs={"min_new_tokens": work["completion_tokens"]},
     )  # fmt: skip
     reward = lambda completions, **_: [float(len(c[0]["content"])) for c in completions]  # noqa: E731
     trainer = GRPOTrainer(model, reward, args, rows * (STEPS + 2), processing_class=processor, peft_config=adapters)
@@ -222,12 +224,44 @@ def test_plan(benchmark):
     assert not outside
 
 
+def scale() -> None:
+    """Eight prompts a GPU, on 1 to 512 GPUs, sampled by each GPU itself or by a server on a quarter as many more."""
+    from vlmkernels.plan import MACHINES, MODELS, ModelShape, Workload, plan
+
+    machine = MACHINES["h100"]
+    for name in MODELS:
+        shape = ModelShape.named(name)
+        print(f"\n| {name}, GPUs | sampling by | step | of it sampling | exposed wire | PFLOP | wire | memory | fits |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+        for gpus in (1, 8, 64, 512):
+            for lora in (0, 32):
+                for engine in ("transformers", "server"):
+                    work = Workload(
+                        prompts=8 * gpus, gpus=gpus, reference=True, checkpointing=True, microbatch_tokens=16384, lora_r=lora,
+                        weights="bf16" if lora else "fp32", engine=engine, server_gpus=max(1, gpus // 4) * (engine == "server"),
+                    )  # fmt: skip
+                    found = plan(shape, work, machine)
+                    alone = replace(machine, link=1e30, network=1e30)
+                    exposed = found.seconds - plan(shape, work, alone).seconds
+                    held = sum(found.memory.values())
+                    cells = [
+                        f"{gpus}, {'LoRA' if lora else 'full'}", engine, f"{found.seconds:.1f} s",
+                        f"{found.phase('sampling').seconds:.1f} s", f"{exposed:.2f} s",
+                        f"{sum(p.flops for p in found.phases) / 1e15:.2f}", f"{sum(p.wire for p in found.phases) / 1e9:.0f} GB",
+                        f"{held / 2**30:.0f} GiB", "yes" if found.fits else f"no: {max(found.memory, key=found.memory.get)}",
+                    ]  # fmt: skip
+                    print(f"| {' | '.join(cells)} |")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--scale", action="store_true")
     arguments = parser.parse_args()
-    if arguments.shape:
+    if arguments.scale:
+        scale()
+    elif arguments.shape:
         result = measure(**SHAPES[arguments.shape])
         print(json.dumps(result))
         if arguments.verbose:

@@ -205,9 +205,8 @@ def cost_of_layers(name: str, tower: bool, amp: bool, many: int, rows: int):
     kept = {}
 
     def keep(x):
-        if (
-            not amp or x.shape not in weights and x.movedim(-1, 0).shape not in weights
-        ):  # autocast's copies of weights are counted apart
+        copied = amp and (x.shape in weights or x.movedim(-1, 0).shape in weights)  # weights, which are counted apart
+        if not copied:
             kept[x.untyped_storage().data_ptr()] = x  # alive, so that no other gets its place
         return x
 

@@ -101,7 +101,8 @@ class Phase:
             for name, value in part.items():
                 by_resource[name] = by_resource.get(name, 0.0) + value
         seconds = max(seconds, wire_seconds) if self.hidden else seconds + wire_seconds
-        return replace(self, seconds=seconds + self.extra, limit=max(by_resource, key=by_resource.get))
+        seconds += self.extra
+        return replace(self, seconds=seconds, limit=max(by_resource, key=by_resource.get) if seconds else "")
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ class _Costs:
         if work.engine == "transformers":
             calls = {"decode": stack.layers * steps, "step": steps}
         keys = 2 * self.bytes * stack.kv_width * stack.layers * (copies * prompt + count * length / 2)
+        if copies == count:  # generate joins the new keys to the old, and repeats both for every head, at each step
+            keys *= 3 + 2 * stack.heads / stack.kv_heads
         values = 8 * WIDE * stack.heads * stack.layers * count * held if work.engine == "transformers" else 0
         parts.append(
             Work(
