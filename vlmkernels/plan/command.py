@@ -27,10 +27,10 @@ FLAGS = {
     "old": ("a pass for the old log-probabilities: several optimiser steps per generation batch", None),
     "checkpointing": ("compute activations again in the backward pass", None),
     "microbatch_tokens": ("the most tokens of a pass; by default all", None),
-    "engine": ("what samples: on the GPUs that train, or a vLLM server on others", ENGINES),
+    "engine": ("what samples, on the GPUs that train or, the server, on others", ENGINES),
     "server_gpus": ("GPUs of the server", None),
-    "precision": ("of matrix products; by default the machine's", PRECISIONS),
-    "weights": ("of the parameters as they are kept; fp32 under bf16 is mixed precision", PRECISIONS),
+    "precision": ("of matrix products, by default the machine's", PRECISIONS),
+    "weights": ("of the parameters as they are kept (fp32 under bf16 is mixed precision)", PRECISIONS),
     "reward_seconds": ("seconds of the reward functions for the batch", None),
 }
 
@@ -55,12 +55,19 @@ def parser() -> argparse.ArgumentParser:
     add_flag(
         parser, "calibrate", nargs="?", const=True, help="measure this machine's CPU, and plan for it; a path: keep it there"
     )
-    add_flag(parser, "image_size", type=size, default=(896, 896), help="pixels of an image, WIDTHxHEIGHT or one side [896]")
-    add_flag(parser, "share_prefix", choices=("auto", "true", "false"), default="auto", help="run a prompt once for its group")
+    add_flag(parser, "image_size", type=size, default="896", help="pixels of an image, WIDTHxHEIGHT or one side")
+    add_flag(
+        parser,
+        "share_prefix",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="run a prompt once for its group: auto, true, false",
+    )
     for field in fields(Workload):
         if field.name not in FLAGS:
             continue
         text, choices = FLAGS[field.name]
+        text += f": {', '.join(choices)}" if choices else ""
         default = None if field.default is MISSING or field.name == "precision" else field.default
         if field.type is bool or field.type == "bool":
             add_flag(parser, field.name, action="store_true", help=text)
@@ -76,6 +83,10 @@ def _count(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.3g} {unit}"
     return f"{number:.0f} "
+
+
+def _params(number: int) -> str:
+    return _count(number).strip().replace("G", "B")  # billions, as models are named
 
 
 def _seconds(value: float) -> str:
@@ -95,7 +106,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 def text_of(found: Plan) -> str:
     work, shape, machine, tokens = found.work, found.shape, found.machine, found.tokens
-    tower = f", {shape.vision_params / 1e9:.3g} B of them its vision tower's" if shape.vision else ""
+    tower = f", {_params(shape.vision_params)} of them its vision tower's" if shape.vision else ""
     trained = f"LoRA of rank {work.lora_r}" if work.lora_r else "all parameters" if not work.frozen_vision else "without tower"
     devices = f"{work.gpus} x {machine.name}" + (f" ({work.parallel})" if work.gpus > 1 else "")
     server = f" on {work.server_gpus} more" if work.engine == "server" else ""
@@ -103,7 +114,7 @@ def text_of(found: Plan) -> str:
     of_images = work.images * shape.vision.image_tokens(work.width, work.height) if work.images else 0
     saved = f"; {apart.passed:,} if each completion had a prompt of its own" if work.share_prefix else ", a prompt each"
     lines = [
-        f"{shape.name}: {shape.params / 1e9:.3g} B parameters{tower}",
+        f"{shape.name}: {_params(shape.params)} parameters{tower}",
         f"{devices}, {work.precision} over {work.weights} weights, {trained}; sampling by {work.engine}{server}",
         f"figures: {machine.source}",
         f"{work.prompts} prompts x {work.group_size} completions of {work.completion_tokens} tokens; a prompt has"
@@ -162,7 +173,9 @@ def main(argv: list[str]) -> int:
     args = flags.parse_args(argv)
     with user_errors(flags):
         require(not (args.calibrate and args.machine), "machine", "be absent with --calibrate", args.machine)
+    with user_errors(flags, "--model"):
         shape = ModelShape.named(args.model)
+    with user_errors(flags):
         values = {name: getattr(args, name) for name in FLAGS if name != "precision"}
         values |= {"width": args.image_size[0], "height": args.image_size[1]}
         values["share_prefix"] = {"auto": shape.unshared is None, "true": True, "false": False}[args.share_prefix]
