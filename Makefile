@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite test bench lint gpu-build gpu-test gpu-bench clean
+.PHONY: setup demo demo-suite test test-deepspeed bench lint gpu-build gpu-test gpu-bench clean
 setup: .venv/.installed
 
 # constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers and harnesses that tests compare with
@@ -22,6 +22,12 @@ demo-suite: setup
 
 test: setup
 	$(BIN)/python -m pytest -q tests
+
+# DeepSpeed beside the environment, where other tests do not import it; the first run compiles its operation for gloo.
+test-deepspeed: setup
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/deepspeed \
+		deepspeed einops hjson msgpack ninja py-cpuinfo
+	PATH="$(CURDIR)/.venv/deepspeed/bin:$$PATH" PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py
 
 bench: setup
 	$(BIN)/python -m pytest -q bench

@@ -1,4 +1,7 @@
-"""Writes the tables of README.md from the code and from bench/results/; with --check, fails where they are out of date."""
+"""Writes the tables of README.md, docs/ and bench/README.md from the code and from bench/results/.
+
+With --check it writes nothing, and fails where they are out of date.
+"""
 
 import importlib
 import inspect
@@ -45,6 +48,22 @@ def bench(op: str) -> list[str]:
                 versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
                 heading = f"**{case}**, on {content['device']} (commit {result['commit']}; {versions})"
                 lines += [heading, "", *table(result["rows"]), ""]
+    return lines[:-1]
+
+
+def speed() -> list[str]:
+    lines = []
+    for path in sorted(RESULTS.glob("*.json")):
+        content = json.loads(path.read_text())
+        if "cases" not in content:
+            continue
+        lines += [f"| on {content['device']} | ms | times as long |", "| --- | ---: | --- |"]
+        for case, result in sorted(content["cases"].items()):
+            ours, *others = (row for row in result["rows"] if "ms" in row and not row.get("floor"))
+            peers = [row for row in others if not row["provider"].startswith("vlmkernels")]
+            shown = "; ".join(f"{row['provider']}: {row['ratio_to_ours']:.1f}" for row in peers)
+            lines.append(f"| {case} | {ours['ms']:.{0 if ours['ms'] > 100 else 1}f} | {shown} |")
+        lines.append("")
     return lines[:-1]
 
 
@@ -119,6 +138,12 @@ def suite() -> list[str]:
     return [*lines, "", f"{where}; {first['steps']} steps of GRPO; supervised start and GRPO: {times}."]
 
 
+def metrics() -> list[str]:
+    from vlmkernels.report.metrics import markdown
+
+    return markdown()
+
+
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
@@ -128,6 +153,8 @@ TABLES = {
     "backends": backends,
     "rewards": rewards,
     "tasks": tasks,
+    "metrics": metrics,
+    "speed": speed,
     "suite": suite,
 }
 
@@ -140,12 +167,16 @@ def fill(text: str) -> str:
     return re.sub(r"<!-- table: (?P<name>[\w -]+?) -->.*?<!-- end -->", render, text, flags=re.DOTALL)
 
 
+PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    text, filled = readme.read_text(), fill(readme.read_text())
+    stale = [page for page in PAGES if page.read_text() != fill(page.read_text())]
     if "--check" in sys.argv:
-        return int(text != filled)
-    readme.write_text(filled)
+        print(*(f"out of date: {page.relative_to(ROOT)}" for page in stale), sep="\n")
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(fill(page.read_text()))
     return 0
 
 

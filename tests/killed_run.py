@@ -22,6 +22,7 @@ def build(output_dir) -> GRPOTrainer:
         num_iterations=2,
         max_completion_length=6,
         beta=0.1,
+        rollout_correction="token_truncate",
         learning_rate=1e-2,
         max_steps=9,
         save_steps=3,

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -62,6 +63,23 @@ def test_train_from_yaml_and_flags_then_resume_then_eval(files, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "accuracy (exact match): " in printed
     assert f"mean reward cer: {result['rewards']['cer']:.4f}" in printed
+
+
+def test_the_shipped_configuration(files, tmp_path):
+    shipped = str(Path(__file__).parents[1] / "configs" / "grpo.yaml")
+    smaller = [
+        "--max_completion_length",
+        "4",
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "8",
+        "--save_strategy",
+        "no",
+    ]
+    smaller += ["--model_init_kwargs", '{"dtype": "float32"}', "--gradient_accumulation_steps", "1", "--disable_tqdm", "true"]
+    assert main(["train", "--config", shipped, *arguments(files), *smaller, "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "completions" / "step-000001.html").exists()
 
 
 def test_train_and_eval_lora(files, tmp_path):

@@ -1,9 +1,5 @@
 """gather_logps: every backend against the fp64 reference, values and gradients."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from budget import assert_within_budget
@@ -249,23 +245,6 @@ def test_result_does_not_depend_on_threads():
         torch.set_num_threads(threads)
     for name in results[0]:
         assert results[0][name].equal(results[1][name])
-
-
-SUBSET = "test_matches_fp64 or test_extreme or test_any_leading"
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa):
-    """The same kernels as an older processor would run them: the module picks its code when it loads."""
-    environment = {**os.environ, "VLMKERNELS_CPU_ISA": isa}
-    command = [sys.executable, "-c", "import torch; from vlmkernels import _C; print(_C.cpu_isa)"]
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if "VLMKERNELS_CPU_ISA must be at most" in shown.stderr:
-        pytest.skip(shown.stderr.strip().splitlines()[-1])
-    assert shown.stdout.strip() == isa
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", f"({SUBSET}) and cpp"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def error_cases():

@@ -94,7 +94,7 @@ def test_each_completion_is_as_if_alone(groups, seed):
     ("changes", "error", "message"),
     [
         ({"query": torch.zeros(4, 2, 8)}, ValueError, "query must hold the 5 tokens of layout, got 4"),
-        ({"query": torch.zeros(5, 16)}, ValueError, r"query must be \(T, Hq, D\), got \(5, 16\)"),
+        ({"query": torch.zeros(5, 16)}, ValueError, r"query must be \(N, Hq, D\), got \(5, 16\)"),
         ({"key": torch.zeros(5, 3, 8)}, ValueError, "key must be .* Hkv a divisor of 2"),
         ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
         ({"implementation": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),

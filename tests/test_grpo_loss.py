@@ -1,10 +1,7 @@
 """grpo_loss against first principles and, for every backend, the fp64 reference; against TRL: test_grpo_loss_trl.py."""
 
-import os
 import pickle
 import re
-import subprocess
-import sys
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -348,20 +345,6 @@ def test_result_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(results[0][name].equal(results[1][name]) for name in results[0])
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa):
-    """The same kernels as an older processor would run them: the module picks its code when it loads."""
-    environment = {**os.environ, "VLMKERNELS_CPU_ISA": isa}
-    command = [sys.executable, "-c", "import torch; from vlmkernels import _C; print(_C.cpu_isa)"]
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if "VLMKERNELS_CPU_ISA must be at most" in shown.stderr:
-        pytest.skip(shown.stderr.strip().splitlines()[-1])
-    subset = "test_matches_fp64 and cpp"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", subset]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_table_lists_every_loss():

@@ -1,9 +1,6 @@
 """pack_patches: every backend against the transformers processors and, where they cannot go, the reference; bit by bit."""
 
 import io
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -244,27 +241,6 @@ def test_result_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(threads)
     check(*results)
-
-
-def test_instruction_set():
-    """The module picks its code when it loads: what the test below asks of it."""
-    module = backends.NATIVE["cpp"]()
-    assert not isinstance(module, ImportError), module
-    assert os.environ.get("VLMKERNELS_CPU_ISA", module.cpu_isa) == module.cpu_isa
-
-
-SUBSET = "test_instruction_set or (cpp and (test_sizes or test_any_strides or test_many_images))"
-
-
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa):
-    """The same kernels as an older processor would run them."""
-    environment = {**os.environ, "VLMKERNELS_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", SUBSET]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if "VLMKERNELS_CPU_ISA must be at most" in done.stdout:
-        pytest.skip(f"this processor does not run {isa}")
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 # ---- PIL images and arrays ----

@@ -25,6 +25,10 @@ from vlmkernels.evaluate import page as evaluate_page
 from vlmkernels.evaluate.evaluation import Evaluation, Rows, Scoring, reward_parts
 from vlmkernels.evaluate.predictions import Completion, Predictions
 from vlmkernels.models.families import family_of
+from vlmkernels.report.completions import Row, save
+from vlmkernels.report.curves import Point
+from vlmkernels.report.page import run_page
+from vlmkernels.report.run import Run
 from vlmkernels.rewards import Rewards
 from vlmkernels.rewards.judge import Judge
 from vlmkernels.train import GRPOConfig, GRPOTrainer
@@ -32,7 +36,6 @@ from vlmkernels.train.checkpoint import last_complete_checkpoint
 from vlmkernels.train.data import check_dataset, encode, load_dataset, read_sample, read_video
 from vlmkernels.train.images import ImageLimits, open_image
 from vlmkernels.train.model import load_model, load_processor
-from vlmkernels.train.report import Row, write_report
 
 torch.set_num_threads(1)
 
@@ -355,13 +358,32 @@ EVIL = "</pre></title></style><script>alert(1)</script><img src=x onerror=alert(
 
 
 def test_the_page_of_completions_escapes_everything(tmp_path):
-    harmless = [[Row("prompt", [tiny.image(0)], "completion", {"reward": 1.0}, 0.5)]]
-    evil = [[Row(EVIL, [tiny.image(0)], EVIL, {EVIL: 1.0}, 0.5)]]
-    write_report(tmp_path / "a.html", "title", harmless)
-    write_report(tmp_path / "b.html", EVIL, evil)
-    pages = [Markup((tmp_path / f"{name}.html").read_text()) for name in "ab"]
-    assert pages[0].tags == pages[1].tags
-    assert not pages[1].handlers
+    pages = {}
+    for text in ("word", EVIL):
+        folder = tmp_path / str(len(pages))
+        save(folder / "completions", 1, [[Row(text, [tiny.image(0)], text, {text: 1.0}, 0.5)]])
+        lines = [
+            {"step": step, "reward": float(step), f"rewards/{text}/mean": float(step), text: float(step)} for step in (1, 2)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        one = Markup((folder / "completions" / "step-000001.html").read_text())
+        pages[text] = one, Markup(run_page(Run.read(folder)))
+    for harmless, evil in zip(*pages.values(), strict=True):
+        assert harmless.tags == evil.tags
+        assert not evil.handlers
+
+
+def test_the_page_of_another_s_run_escapes_its_images(tmp_path):
+    save(tmp_path / "completions", 1, [[Row("?", [tiny.image(0)], "!", {"cer": 1.0}, 0.5)]])
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+    harmless = Markup(run_page(Run.read(tmp_path)))
+    path = tmp_path / "completions" / "step-000001.json"
+    content = json.loads(path.read_text())
+    content["groups"][0]["images"][0][0] = 'data:image/png;base64,x" onerror="alert(1)"><script>alert(1)</script>'
+    path.write_text(json.dumps(content))
+    page = Markup(run_page(Run.read(tmp_path)))
+    assert page.tags == harmless.tags
+    assert not page.handlers
 
 
 def test_the_page_of_an_evaluation_escapes_everything(tmp_path):
@@ -377,7 +399,7 @@ def test_the_page_of_an_evaluation_escapes_everything(tmp_path):
         rewards = Rewards(["exact_match"])
         parts = {"image": reward_parts(rewards, parsed, [predictions], "image")}
         evaluation = Evaluation([predictions], parsed, scoring, parts)
-        points = [evaluate_page.Point(step, float(step), 0.0, 1.0) for step in range(3)]
+        points = [Point(step, float(step), 0.0, 1.0) for step in range(3)]
         evaluate_page.write_page(
             tmp_path / "page.html", text, text, evaluation, other=(text, evaluation), curves={text: points}
         )

@@ -1,4 +1,4 @@
-"""The command line: ``vlmkernels demo | train | eval | plan | env``. What a command needs is imported when it runs."""
+"""The command line: ``vlmkernels demo | train | report | eval | plan | env``. What a command needs is imported when it runs."""
 
 import argparse
 import difflib
@@ -141,6 +141,8 @@ def train(argv: list[str]) -> int:
 
     from dataclasses import fields
 
+    from transformers.utils import logging
+
     from vlmkernels.train import GRPOConfig, GRPOTrainer
     from vlmkernels.train.checkpoint import find_checkpoint
     from vlmkernels.train.data import load_dataset
@@ -148,6 +150,8 @@ def train(argv: list[str]) -> int:
 
     with user_errors(parser):
         config = GRPOConfig(**{field.name: getattr(args, field.name) for field in fields(GRPOConfig) if field.init})
+        if config.process_index:
+            logging.disable_progress_bar()
         resume = config.resume_from_checkpoint
         if resume:
             resume = find_checkpoint(True if resume.lower() in ("last", "true") else resume, config.output_dir)
@@ -161,7 +165,8 @@ def train(argv: list[str]) -> int:
         trainer = GRPOTrainer(model, args.rewards or args.reward, config, dataset, eval_dataset, peft_config=lora_config(args))
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    print(f"model saved in {config.output_dir}")
+    if trainer.is_world_process_zero():
+        print(f"model saved in {config.output_dir}")
     return 0
 
 
@@ -181,6 +186,12 @@ def lora_config(args: argparse.Namespace):
 
 def evaluate(argv: list[str]) -> int:
     from vlmkernels.evaluate.command import main
+
+    return main(argv)
+
+
+def report(argv: list[str]) -> int:
+    from vlmkernels.report.command import main
 
     return main(argv)
 
@@ -209,6 +220,7 @@ def plan(argv: list[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demo": (demo, "train a small VLM to read handwritten numbers, on the CPU"),
     "train": (train, "train a model with GRPO"),
+    "report": (report, "one HTML page of a training run, finished or not"),
     "eval": (evaluate, "metrics of a model, or of saved predictions, on a dataset"),
     "plan": (plan, "time and memory of a step, before it is run, and what limits it"),
     "env": (env, "versions, devices, and which backend serves each op"),

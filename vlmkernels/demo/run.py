@@ -64,6 +64,8 @@ def build_trainer(model, processor, train: list[dict], test: list[dict], seed: i
         num_generations_eval=1,
         eval_temperature=0.0,
         logging_steps=1,
+        log_completions=True,
+        num_completions_to_print=4 * GRPO["num_generations"],
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -181,6 +183,7 @@ def run(seed: int, steps: int, output: Path) -> int:
     print(f"Images: {shares['after']:.0%} of a step ({milliseconds['after']} of {1e3 * step_seconds:.0f}); with transformers'")
     print(f"processor and tower, and an image for every completion, {shares['before']:.0%} ({milliseconds['before']})")
     print(f"Look at {output / 'curves.png'}, {output / 'samples.html'}, {output / 'metrics.json'}; go on with")
+    print(f"  vlmkernels report {output}")
     print(f"  vlmkernels eval --model {output / 'model'} --dataset {output / 'test.jsonl'}")
     for rule in broken:
         print(f"FAILED {rule}")

@@ -4,34 +4,34 @@ import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
 from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import TASKS
+from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
+from vlmkernels.report.curves import Point, curve
+from vlmkernels.report.html import document, picture, thumbnail
 from vlmkernels.rewards.answers import Boxes, as_boxes
-from vlmkernels.train.report import STYLE, thumbnail
 from vlmkernels.train.scoring import pictures
 
 OWN_STYLE = """
 body { max-width: 78rem; }
-h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
 nav { position: sticky; top: 0; z-index: 1; background: Canvas; padding: .4rem 0; }
 nav { display: flex; gap: .4rem 1rem; flex-wrap: wrap; }
 nav label { cursor: pointer; }
 tbody th { text-align: left; padding-top: .9rem; font-size: 1rem; }
 .metrics td, .metrics th { white-space: nowrap; } .metrics td:first-child, .metrics th:first-child { width: auto; }
-.metrics td.doc { text-align: left; opacity: .7; width: 100%; white-space: normal; } .wide { overflow-x: auto; }
+.metrics td.doc { text-align: left; opacity: .7; width: 100%; white-space: normal; }
 .range { position: relative; width: 9rem; height: 1em; background: var(--soft); border-radius: 3px; display: inline-block; }
 .range i { position: absolute; top: 0; bottom: 0; background: #3b82f677; border-radius: 3px; min-width: 2px; }
 .range b { position: absolute; top: -2px; bottom: -2px; width: 2px; background: #3b82f6; }
 .good { color: rgb(var(--good)); } .bad { color: rgb(var(--bad)); }
-.curves, .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
-.curves svg { width: 100%; height: auto; overflow: visible; } .curves figure { margin: 0; } figcaption { font-size: .85rem; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .card { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; display: flex; flex-direction: column; }
 .card > div, .card > pre { padding: .5rem .8rem; } .card pre { background: var(--soft); }
 .pictures { display: flex; gap: .5rem; flex-wrap: wrap; }
-.picture { position: relative; line-height: 0; } .picture img { background: #fff; image-rendering: pixelated; }
+.picture { position: relative; line-height: 0; } .picture img { image-rendering: pixelated; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
 rect, circle.mark { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
 .reference { stroke: rgb(46 160 67); } .prediction { stroke: #c026d3; stroke-dasharray: 5 3; }
@@ -50,15 +50,6 @@ const show = () => {
 }
 wrong.onchange = group.onchange = show
 """
-
-
-class Point(NamedTuple):
-    """A value of a curve, with its interval where it has one."""
-
-    step: float
-    value: float
-    low: float = math.nan
-    high: float = math.nan
 
 
 def number(value: float, share: bool) -> str:
@@ -151,46 +142,6 @@ def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> s
     )
 
 
-def _running_mean(points: Sequence[Point], width: int = 15) -> list[float]:
-    """Of each point and those around it, fewer at the ends."""
-    values = [point.value for point in points]
-    around = (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
-    return [sum(some) / len(some) for some in around]
-
-
-def _curve(title: str, points: Sequence[Point]) -> str:
-    """A line over steps, its interval as a band, of many points their running mean too; nothing where it does not move."""
-    width, height = 300, 120
-    points = sorted(point for point in points if not math.isnan(point.value))
-    if len({point.value for point in points}) < 2:
-        return ""
-    values = [v for p in points for v in (p.value, p.low, p.high) if not math.isnan(v)]
-    bottom, top = min(values), max(values)
-    first, last = points[0].step, points[-1].step
-    x = lambda step: width * (step - first) / (last - first)  # noqa: E731
-    y = lambda value: height * (top - value) / (top - bottom)  # noqa: E731
-    line = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in points)
-    noisy = len(points) > 40
-    mean = " ".join(f"{x(p.step):.1f},{y(value):.1f}" for p, value in zip(points, _running_mean(points), strict=True))
-    smooth = f'<polyline points="{mean}" fill="none" stroke="#3b82f6" stroke-width="2"/>'
-    banded = [p for p in points if not math.isnan(p.low)]
-    edge = [*((p.step, p.low) for p in banded), *((p.step, p.high) for p in reversed(banded))]
-    band = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in edge)
-    marks = "".join(f'<circle cx="{x(p.step):.1f}" cy="{y(p.value):.1f}" r="2.5" fill="#3b82f6"/>' for p in points)
-    label = 'font-size="10" fill="currentColor" opacity=".7"'
-    return (
-        f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="-34 -8 {width + 42} {height + 26}">'
-        f'<path d="M0 0V{height}H{width}" fill="none" stroke="currentColor" opacity=".3"/>'
-        f'<polygon points="{band}" fill="#3b82f6" opacity=".2"/>'
-        f'<polyline points="{line}" fill="none" stroke="#3b82f6" stroke-width="1" opacity="{0.3 if noisy else 1}"/>'
-        f"{smooth if noisy else marks}"
-        f'<text x="-4" y="4" text-anchor="end" {label}>{top:.3g}</text>'
-        f'<text x="-4" y="{height}" text-anchor="end" {label}>{bottom:.3g}</text>'
-        f'<text x="0" y="{height + 14}" {label}>step {first:g}</text>'
-        f'<text x="{width}" y="{height + 14}" text-anchor="end" {label}>{last:g}</text></svg></figure>'
-    )
-
-
 def _shapes(value: Any, name: str) -> str:
     """SVG of the boxes or the point that an answer or a reference stands for."""
     if value is None:
@@ -212,7 +163,7 @@ def _shown(evaluation: Evaluation, index: int, kind: str, values: list) -> str:
     shown = []
     for place, image in enumerate(images):
         overlay = f'<svg viewBox="0 0 {image.width} {image.height}">{shapes}</svg>' if place == 0 and shapes else ""
-        shown.append(f'<div class="picture">{thumbnail(image)}{overlay}</div>')
+        shown.append(f'<div class="picture">{picture(thumbnail(image))}{overlay}</div>')
     return f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
 
 
@@ -282,15 +233,13 @@ def write_page(
         curves: by title.
         samples_per_group: in the gallery.
     """
-    drawn = "".join(_curve(name, points) for name, points in (curves or {}).items())
+    drawn = "".join(curve(name, points) for name, points in (curves or {}).items())
     parts = [
         f'<h1>{escape(title)}</h1><p class="summary">{escape(subtitle)}</p>',
         f"<h2>Metrics</h2>{_metrics_table(evaluation)}",
         _comparison_table(evaluation, other[1], other[0]) if other else "",
-        f'<h2>Over training steps</h2><div class="curves">{drawn}</div>' if drawn else "",
+        f'<h2>Over training steps</h2><div class="curves">{drawn}</div><script>{CURVES_SCRIPT}</script>' if drawn else "",
         _gallery(evaluation, samples_per_group),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    page = f'<!doctype html><html lang="en">{head}<style>{STYLE}{OWN_STYLE}</style>{"".join(parts)}</html>\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(document(title, "".join(parts), OWN_STYLE), encoding="utf-8")

@@ -1,14 +1,15 @@
 """What an evaluation leaves: JSON for programs, Markdown for notes; and curves over training steps."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmkernels.evaluate.evaluation import Evaluation
-from vlmkernels.evaluate.page import Point, number, p_value, signed
-from vlmkernels.ops.checks import require
+from vlmkernels.evaluate.page import number, p_value, signed
+from vlmkernels.report.curves import Point
+from vlmkernels.report.run import curves_of as curves_of_entries
+from vlmkernels.report.run import read_lines, read_state
 
 
 def _plain(value: Any) -> Any:
@@ -77,17 +78,8 @@ def curves_of(evaluations: Sequence[tuple[float, Evaluation]]) -> dict[str, list
 
 
 def curves_of_log(path: str | Path) -> dict[str, list[Point]]:
-    """Rewards and evaluations in a trainer's log: ``trainer_state.json``, or JSON with a list ``log_history``."""
-    try:
-        history = json.loads(Path(path).read_text(encoding="utf-8"))["log_history"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"log must be a trainer_state.json with log_history, got {path} ({error!r})") from error
-    require(isinstance(history, list), "log_history", "be a list", type(history).__name__)
-    curves: dict[str, list[Point]] = {}
-    for entry in history:
-        for name, value in entry.items():
-            what = name.removeprefix("eval_")
-            is_mean = what == "reward" or (what.startswith("rewards/") and what.endswith("/mean"))
-            if is_mean and isinstance(value, (int, float)):
-                curves.setdefault(name, []).append(Point(entry["step"], value))
-    return curves
+    """Rewards and evaluations in a trainer's log: metrics.jsonl, trainer_state.json, or JSON with a list ``log_history``."""
+    path = Path(path)
+    curves = curves_of_entries(read_lines(path) if path.suffix == ".jsonl" else read_state(path))
+    is_mean = lambda name: name == "reward" or (name.startswith("rewards/") and name.endswith("/mean"))  # noqa: E731
+    return {name: points for name, points in curves.items() if is_mean(name.removeprefix("eval_"))}

@@ -59,14 +59,19 @@ class Decoded(NamedTuple):
     """B = P * num_generations completions of C tokens at most, those of a prompt one after another.
 
     ids: (B, C) int64, right-padded. mask: (B, C) bool, up to and with the token that ended it. truncated: (B,) bool, ended by
-    max_new_tokens. logps: (B, C) fp32, of the tokens under the model at the temperature (1 where it is greedy) before any
-    were ruled out, 0 outside of the mask; None where an engine does not tell.
+    max_new_tokens. The others are None where an engine does not tell, and 0 outside of the mask:
+
+    logps: (B, C) fp32, of the tokens under the model at the temperature (1 where it is greedy), over the whole vocabulary.
+    log_kept_mass: (B, C) fp32, of the probability that the tokens which could be drawn have under the model: all but those
+    that top_k, top_p, min_p, suppress_tokens and min_new_tokens leave out. The token was drawn with the log-probability
+    logps - log_kept_mass; with a repetition penalty this is what defines it, and it is no probability. See docs/mismatch.md.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
     truncated: torch.Tensor
-    logps: torch.Tensor | None
+    logps: torch.Tensor | None = None
+    log_kept_mass: torch.Tensor | None = None
 
 
 class GroupCache:
@@ -217,7 +222,7 @@ class _Decoder:
         self.slots: list[int] = []  # the completion in each
         self.tokens: list[list[int]] = [[] for _ in range(self.count)]
         self.truncated = [True] * self.count
-        self.logps: list[torch.Tensor] = []
+        self.logps: list[torch.Tensor] = []  # (2, n): Decoded's logps and log_kept_mass
         self.drawn: list[tuple[list[int], list[int]]] = []  # (completions, their lengths before) of each element of logps
         self.first: dict[int, torch.Tensor] = {}  # logits (V,) of each prompt's first completion token
         # A number for every token there may be: so what is drawn does not depend on which completions share a step.
@@ -250,10 +255,12 @@ class _Decoder:
         mask = torch.arange(width) < torch.tensor([len(tokens) for tokens in self.tokens]).unsqueeze(1)
         ids = torch.full((self.count, width), self.sampling.pad_token_id)
         ids[mask] = torch.tensor([token for tokens in self.tokens for token in tokens])
-        logps = torch.zeros(ids.shape, device=self.device)
-        where = [[x for drawn in self.drawn for x in drawn[axis]] for axis in (0, 1)]
-        logps[tuple(torch.tensor(where, device=self.device))] = torch.cat(self.logps)
-        return Decoded(ids.to(self.device), mask.to(self.device), torch.tensor(self.truncated, device=self.device), logps)
+        logps = torch.zeros(2, *ids.shape, device=self.device)
+        completions, lengths = torch.tensor(
+            [[x for drawn in self.drawn for x in drawn[axis]] for axis in (0, 1)], device=self.device
+        )
+        logps[:, completions, lengths] = torch.cat(self.logps, 1)
+        return Decoded(ids.to(self.device), mask.to(self.device), torch.tensor(self.truncated, device=self.device), *logps)
 
     def _prompt(self, completion: int) -> int:
         return completion // self.group_size
@@ -328,9 +335,12 @@ class _Decoder:
                 chosen = (scores.softmax(-1) / noise[completions]).argmax(-1)
             else:
                 chosen = draw(scores, self.uniform[completions, lengths].to(self.device))
+            drawn_with = gather_logps(scores, chosen)
         else:
             chosen = scores.argmax(-1)
-        self.logps.append(gather_logps(logits, chosen, temperature=sampling.temperature or 1.0))
+            drawn_with = torch.zeros(len(chosen), device=self.device)
+        logps = gather_logps(logits, chosen, temperature=sampling.temperature or 1.0)
+        self.logps.append(torch.stack([logps, logps - drawn_with]))
         self.drawn.append((completions.copy(), lengths))
         if self.seen is not None:
             self.seen[torch.tensor(completions, device=self.device), chosen] = True

@@ -5,7 +5,8 @@ transformers' models take features in place of pixels (``mm_encoder_outputs``, f
     image_index: (images,) int64, which of the images whose pixels are given each one is; None: each itself.
     image_features: (tokens, H), features of all images one behind the other, in place of their pixels; with
         deepstack_features: (tokens, layers, H), where the tower has some;
-    idle_images: inputs of images that stand nowhere and count for nothing, so that a process without images runs its tower.
+    idle_media: by kind ("image", "video"), inputs of some that stand nowhere and count for nothing, so that a process without
+        any runs its tower.
 
 With any of them the tower runs before the token embedding.
 """
@@ -23,6 +24,8 @@ from vlmkernels.models.batch import Batch
 from vlmkernels.models.families import family_of
 from vlmkernels.ops.checks import require
 
+_KEYWORDS = ("image_index", "image_features", "deepstack_features", "idle_media")
+
 
 def takes_features(model: PreTrainedModel) -> bool:
     """Whether the model's forward pass takes features in place of pixels."""
@@ -30,7 +33,7 @@ def takes_features(model: PreTrainedModel) -> bool:
 
 
 def use_image_features(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model take ``image_index`` and ``image_features`` where ``takes_features`` holds, and ``idle_images``. Changed in
+    """Let a model take ``image_index`` and ``image_features`` where ``takes_features`` holds, and ``idle_media``. Changed in
     place and returned."""
     inner = model.base_model
     if _as_features not in inner._forward_pre_hooks.values():
@@ -53,30 +56,39 @@ def _count_for_nothing(module: torch.nn.Module, args: tuple, kwargs: dict, outpu
 
 
 def _as_features(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    if (idle := kwargs.pop("idle_images", None)) is not None:
-        given = _encoded(module.get_image_features, idle)
-        parts = [*given.pooler_output]
-        for layer in getattr(given, "deepstack_features", None) or ():
-            parts += layer
-        return args, {**kwargs, "nothing": 0.0 * sum(part.sum() for part in parts)}
-    features, layers = kwargs.pop("image_features", None), kwargs.pop("deepstack_features", None)
-    if "image_index" in kwargs:
-        index, given = kwargs.pop("image_index"), _encoded(module.get_image_features, kwargs)
-        pooled, layers = given.pooler_output, getattr(given, "deepstack_features", None)
-        if index is not None:
-            order = index.tolist()
-            pooled = tuple(pooled[image] for image in order)
-            layers = None if layers is None else [tuple(layer[image] for image in order) for layer in layers]
-    elif features is not None:
-        pooled = (features,) if family_of(module.config).features_in_list else features
-        layers = None if layers is None else [(layer,) for layer in layers.unbind(1)]
-    else:
+    if kwargs.get("image_features") is None and not kwargs.keys() & {"image_index", "idle_media"}:
         return None
-    outputs = {"image": SimpleNamespace(pooler_output=pooled, deepstack_features=layers)}
-    if kwargs.get("pixel_values_videos") is not None:  # not taken beside features
-        outputs["video"] = _encoded(module.get_video_features, kwargs)
+    index, features, layers, idle = (kwargs.pop(name, None) for name in _KEYWORDS)
+    outputs, nothing = {}, []
+    for kind, pixels in {"image": "pixel_values", "video": "pixel_values_videos"}.items():
+        encode = getattr(module, f"get_{kind}_features", None)
+        if kind in (idle or ()):
+            given = _encoded(encode, idle[kind])
+            nothing += [
+                *given.pooler_output,
+                *(part for layer in getattr(given, "deepstack_features", None) or () for part in layer),
+            ]
+        elif kind == "image" and features is not None:
+            pooled = (features,) if family_of(module.config).features_in_list else features
+            deep = None if layers is None else [(layer,) for layer in layers.unbind(1)]
+            outputs[kind] = SimpleNamespace(pooler_output=pooled, deepstack_features=deep)
+        elif kwargs.get(pixels) is not None:
+            outputs[kind] = _encoded(encode, kwargs)
+    if index is not None:
+        outputs["image"] = _in_order(outputs["image"], index.tolist())
     kwargs = {name: x for name, x in kwargs.items() if name not in ("pixel_values", "pixel_values_videos")}
+    if nothing:
+        kwargs["nothing"] = 0.0 * sum(part.sum() for part in nothing)
     return args, {**kwargs, "mm_encoder_outputs": outputs}
+
+
+def _in_order(given: ModelOutput, order: list[int]) -> SimpleNamespace:
+    """Features with those of the images in ``order``."""
+    layers = getattr(given, "deepstack_features", None)
+    pick = lambda parts: tuple(parts[image] for image in order)  # noqa: E731
+    return SimpleNamespace(
+        pooler_output=pick(given.pooler_output), deepstack_features=None if layers is None else [pick(x) for x in layers]
+    )
 
 
 def image_axes(prompts: Batch) -> dict[str, str]:

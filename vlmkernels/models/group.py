@@ -158,32 +158,33 @@ def pack_groups(
     require(sound, "group", f"ascend in [0, {num}), the prompts", group.tolist())
     shape = tuple(completion_mask.shape)
     require(shape == (count, width), "completion_mask", f"have the shape of completion_ids, {(count, width)}", shape)
-    lengths = completion_mask.sum(1)
-    stretch = torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)
+    # Both masks on the CPU: the device is waited for here, and nowhere else.
+    prompt_mask, held = prompts["attention_mask"].bool().cpu(), completion_mask.cpu()
+    lengths = held.sum(1)
     rule = "be true from the first token on, without holes"
-    require(bool((stretch == completion_mask).all()), "completion_mask", rule, "one with holes")
+    require(bool((held == (torch.arange(width) < lengths.unsqueeze(1))).all()), "completion_mask", rule, "one with holes")
 
-    prompt_mask, lengths = prompts["attention_mask"].bool(), lengths.tolist()
-    owners = group.tolist()
+    owners, lengths, prefixes = group.tolist(), lengths.tolist(), prompt_mask.sum(1).tolist()
     members = [[k for k, owner in enumerate(owners) if owner == g] for g in range(num)]
-    layout = GroupLayout(tuple(prompt_mask.sum(1).tolist()), tuple(tuple(lengths[k] for k in member) for member in members))
-    flat_positions = positions.unsqueeze(0) if positions.dim() == 2 else positions
-    ids, where, rows = [], [], []
+    layout = GroupLayout(tuple(prefixes), tuple(tuple(lengths[k] for k in member) for member in members))
+    # Where each token of the pack is found in all tokens of the prompts, then of the completions.
+    order, rows = [], []
     for g, (_, first, _) in enumerate(layout.groups):
-        mask = prompt_mask[g]
-        ids.append(prompts["input_ids"][g, mask])
-        where.append(flat_positions[:, g, mask])
-        after, start = where[-1].max() + 1, first
+        order.append(g * prompt_mask.shape[1] + prompt_mask[g].nonzero()[:, 0])
+        start = first
         for k in members[g]:
-            length = lengths[k]
-            ids.append(completion_ids[k, :length])
-            where.append((after + torch.arange(length, device=after.device)).expand(len(flat_positions), -1))
-            rows += [first - 1, *range(start, start + length - 1)] if length else []
-            start += length
+            order.append(prompt_mask.numel() + k * width + torch.arange(lengths[k]))
+            rows += [first - 1, *range(start, start + lengths[k] - 1)] if lengths[k] else []
+            start += lengths[k]
     device = completion_ids.device
-    packed = torch.cat(where, 1).unsqueeze(1)
+    order = torch.cat(order).to(device, non_blocking=True)
+    targets = held.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # groups ascend, so completions are in order
+    ids = torch.cat([prompts["input_ids"].flatten(), completion_ids.flatten()])[order].unsqueeze(0)
+    axes = positions if positions.dim() == 3 else positions.unsqueeze(0)
+    after = axes.masked_fill(~prompts["attention_mask"].bool(), -1).amax((0, 2)) + 1
+    behind = after[group.to(device, non_blocking=True)].unsqueeze(1) + torch.arange(width, device=device)
+    packed = torch.cat([axes.flatten(1), behind.flatten().expand(len(axes), -1)], 1)[:, order].unsqueeze(1)
     others = {name: x for name, x in prompts.items() if name not in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    ids = torch.cat(ids).unsqueeze(0)
     return ScoringBatch(
         inputs={
             "input_ids": ids,
@@ -193,5 +194,5 @@ def pack_groups(
             **others,
         },
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
-        targets=completion_ids[completion_mask],  # groups ascend, so completions are in order
+        targets=completion_ids.flatten()[targets],
     )

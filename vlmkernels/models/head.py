@@ -155,4 +155,7 @@ def completion_loss(
         model, batch, head, arguments: see ``completion_logps``.
         counts, objective: see ``objective_of``.
     """
-    return in_head(model, batch, head, objective_of(counts, temperature=temperature, **arguments, **objective))[0]
+    function = objective_of(counts, temperature=temperature, **arguments, **objective)
+    result, output = in_head(model, batch, head, function)
+    # DeepSpeed prepares for the backward pass of a module where it comes through the module's output.
+    return result._replace(loss=result.loss + 0.0 * output.logits.sum())

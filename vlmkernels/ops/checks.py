@@ -68,3 +68,30 @@ def require_indices(name: str, indices: torch.Tensor, size: int, what: str, mask
     if mask is not None:
         bad &= mask
     require_nowhere(bad, name, f"be in [0, {size}), {what}", indices)
+
+
+def require_targets(owner: str, of: torch.Tensor, leading: str, targets, mask, rows) -> None:
+    """What chooses a token of each row of ``of``, the argument ``owner``: int64 targets, one for each of ``rows`` or else for
+    each row, that is for each of its ``leading``; a bool mask like them."""
+    require_tensor("targets", targets)
+    for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool), ("rows", rows, torch.int64)):
+        if tensor is not None:
+            require_dtype(name, tensor, dtype)
+            require_device(name, tensor, of.device, owner)
+    if rows is None:
+        require_shape("targets", targets, of.shape[:-1], leading)
+    else:
+        require_shape("targets", targets, rows.shape, "rows")
+    if mask is not None:
+        require_shape("mask", mask, targets.shape, "targets")
+
+
+def require_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """query (N, Hq, D), key and value (N, Hkv, D or another width), Hkv a divisor of Hq."""
+    require(query.dim() == 3, "query", "be (N, Hq, D)", tuple(query.shape))
+    rule = f"be (N, Hkv, D) with N = {len(query)} and Hkv a divisor of {query.shape[1]}"
+    for name, tensor in (("key", key), ("value", value)):
+        fits = tensor.dim() == 3 and len(tensor) == len(query) and query.shape[1] % max(tensor.shape[1], 1) == 0
+        require(fits, name, rule, tuple(tensor.shape))
+        require_dtype(name, tensor, query.dtype)
+        require_device(name, tensor, query.device, "query")

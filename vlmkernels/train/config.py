@@ -6,10 +6,12 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from vlmkernels.ops.checks import require
+from vlmkernels.ops.checks import require, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.train.images import ImageLimits
+
+ROLLOUT_POLICIES = ("truncated", "full")
 
 
 # ruff: noqa: RUF009 (_field is dataclasses.field)
@@ -24,6 +26,8 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
     - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
     - importance_sampling_level and epsilon_high default to what suits the loss_type;
+    - num_completions_to_print is 64 (None: all);
+    - the rollout_* fields serve every engine, and stand for vllm_importance_sampling_* (docs/mismatch.md); off by default;
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch and the limits of images are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
@@ -84,6 +88,17 @@ class GRPOConfig(TrainingArguments):
     vespo_lambda_pos: float = _field(3.0, "vespo: decay for advantages >= 0.")
     vespo_k_neg: float = _field(3.0, "vespo: exponent for advantages < 0.")
     vespo_lambda_neg: float = _field(2.0, "vespo: decay for advantages < 0.")
+    rollout_correction: str | None = _field(
+        None,
+        "Weight the loss by the ratio of the trainer's policy to the one that sampled: token_truncate, token_mask, "
+        "sequence_truncate, sequence_mask. Its metrics are there without it.",
+    )
+    rollout_clip_min: float | None = _field(None, "rollout_correction: the least ratio that is not truncated or masked.")
+    rollout_clip_max: float | None = _field(3.0, "... and the greatest.")
+    rollout_sequence_ratio: str = _field("sum", "... of a sequence: exp of the sum or of the mean of its log-ratios.")
+    rollout_policy: str = _field(
+        "truncated", "... to the policy that sampled, truncated by top_p, top_k, min_p and bans, or the full one before that."
+    )
     off_policy_mask_threshold: float | None = _field(None, "Leave out bad completions that the policy has moved this far from.")
     top_entropy_quantile: float = _field(1.0, "The share of tokens, those of greatest entropy, that the loss takes.")
     entropy_coef: float = _field(0.0, "Weight of an entropy bonus.")
@@ -95,8 +110,8 @@ class GRPOConfig(TrainingArguments):
     max_image_bytes: int = _field(ImageLimits.max_bytes, "The most bytes of an image's file.")
     allow_image_urls: bool = _field(False, "Fetch images whose path is an http or https address.")
 
-    log_completions: bool = _field(False, "Write <output_dir>/completions/step-<n>.html at each logging step.")
-    num_completions_to_print: int | None = _field(None, "The most completions on such a page; by default all.")
+    log_completions: bool = _field(False, "Store completions and a page of them at each log, and show them in report_to.")
+    num_completions_to_print: int | None = _field(64, "The most completions stored at a log.")
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -133,9 +148,23 @@ class GRPOConfig(TrainingArguments):
             budget is None or self.top_entropy_quantile == 1 or self.world_size == 1, "max_tokens_per_microbatch", rule, budget
         )
         require(0 <= self.epsilon <= 1, "epsilon", "be in [0, 1]", self.epsilon)
+        self._check_correction()
         require(self.scale_rewards in SCALES, "scale_rewards", f"be one of {', '.join(SCALES)}", repr(self.scale_rewards))
         require(self.share_prefix in ("auto", True, False), "share_prefix", "be auto, true or false", repr(self.share_prefix))
         require(not self.auto_find_batch_size, "auto_find_batch_size", "be off: groups must stay whole", True)
+
+    def _check_correction(self) -> None:
+        require_one_of("rollout_policy", self.rollout_policy, ROLLOUT_POLICIES)
+        given = {name: value for name, value in (self.generation_kwargs or {}).items() if value is not None}
+        top_p, top_k, min_p = (given.get(name, getattr(self, name)) for name in ("top_p", "top_k", "min_p"))
+        truncates = top_p < 1 or top_k > 0 or bool(min_p)
+        product = (self.rollout_correction or "").startswith("sequence") and self.rollout_sequence_ratio == "sum"
+        rule = (
+            "be 'mean', or rollout_policy 'full', with a correction per sequence of sampling with top_p, top_k or min_p: the "
+            "product of what they keep of each token vanishes with the length"
+        )
+        vanishes = truncates and product and self.rollout_policy == "truncated"
+        require(not vanishes, "rollout_sequence_ratio", rule, repr(self.rollout_sequence_ratio))
 
     def _derive_batches(self) -> None:
         """Fill in generation_batch_size and steps_per_generation, each from the other."""

@@ -223,11 +223,14 @@ def check_dataset(
     chat_template_kwargs: dict | None = None,
     check_row: Callable[[dict, str], None] | None = None,
     limits: ImageLimits = DEFAULT,
-) -> None:
+) -> set[str]:
     """Raise for the first row that cannot be trained on: what ``read_sample``, ``render`` and ``check_row`` refuse, which gets
     the row and how to name it.
 
     Reads every row, of each image the header alone.
+
+    Returns:
+        Which of "image" and "video" its rows have.
     """
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(f"{name} must be a sequence of rows with a length, got {type(dataset).__name__}")
@@ -236,13 +239,16 @@ def check_dataset(
     columns = column_names(dataset)
     if "prompt" not in columns:
         raise ValueError(f"{name} must have a column 'prompt', got {', '.join(columns)}")
-    rows = _undecoded(dataset)
+    rows, kinds = _undecoded(dataset), set()
     for index in range(len(rows)):
         if "prompt" not in rows[index]:
             raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
-        render(read_sample(rows[index], index, decode=False, limits=limits), processor, **(chat_template_kwargs or {}))
+        sample = read_sample(rows[index], index, decode=False, limits=limits)
+        render(sample, processor, **(chat_template_kwargs or {}))
+        kinds |= {kind for kind, media in (("image", sample.images), ("video", sample.videos)) if media}
         if check_row is not None:
             check_row(rows[index], f"{name}: sample {index}")
+    return kinds
 
 
 def _resolve(row: dict, folder: Path) -> dict:

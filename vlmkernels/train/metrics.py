@@ -14,28 +14,6 @@ def _mean_std(values: torch.Tensor) -> tuple[float, float]:
     return mean, values.std().item() if len(values) > 1 else math.nan
 
 
-def combine(parts: list[dict[str, torch.Tensor]], clipped: list[int] | None = None) -> dict[str, torch.Tensor]:
-    """The metrics of a loss in several parts: what adds up is added up, means are weighted by what they count.
-
-    Args:
-        clipped: of each part, what its statistics of clipping count, where that is completions; default its tokens.
-    """
-    tokens = torch.stack([part["tokens"] for part in parts])
-    clipped = tokens if clipped is None else tokens.new_tensor(clipped)
-    result = {}
-    for name in parts[0]:
-        values = torch.stack([part[name] for part in parts])
-        counts = clipped if name.startswith(("clip_ratio", "cispo", "vespo")) else tokens
-        if name in ("policy_loss", "tokens", "effective_tokens"):
-            result[name] = values.sum()
-        elif name.endswith(("min", "max")):
-            measured = values[counts > 0]
-            result[name] = (measured if len(measured) else values).aminmax()[name.endswith("max")]
-        else:
-            result[name] = (values * counts).sum() / counts.sum()
-    return result
-
-
 def reward_metrics(rewards: torch.Tensor, names: list[str], result: GroupAdvantages) -> dict[str, float]:
     """rewards: (N, R), NaN = not scored; result: their ``group_advantages``."""
     metrics = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from vlmkernels.models.families import TEXT, family_of
 
@@ -38,7 +39,10 @@ def load_model(path: str, model_init_kwargs: dict | None = None) -> PreTrainedMo
     kwargs = {"dtype": torch.float32, **NO_CODE, **(model_init_kwargs or {})}
     family = family_of(AutoConfig.from_pretrained(path, **_of_files(kwargs)))
     auto = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
-    return auto.from_pretrained(path, **kwargs)
+    model = auto.from_pretrained(path, **kwargs)
+    if is_deepspeed_zero3_enabled():  # transformers notes renamings that it did not need, and would undo them in checkpoints
+        vars(model).pop("_weight_conversions", None)
+    return model
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

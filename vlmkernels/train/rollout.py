@@ -25,8 +25,8 @@ class Rollout:
 
     prompts: the P prompts, each once. group: (B,) int64 on the CPU, the prompt of each completion.
     completion_ids: (B, C), right-padded. completion_mask: (B, C) bool, up to and with the end-of-sequence token.
-    truncated: (B,) bool, no end within the length allowed. logps: (B, C) fp32, of the tokens as they were sampled (see
-    ``Decoded``), where the engine tells them.
+    truncated: (B,) bool, no end within the length allowed. logps, log_kept_mass: (B, C) fp32, of the tokens as they were
+    sampled (see ``Decoded``), where the engine tells them; NaN for a token that it does not tell them of.
     """
 
     prompts: Batch
@@ -35,6 +35,7 @@ class Rollout:
     completion_mask: torch.Tensor
     truncated: torch.Tensor
     logps: torch.Tensor | None = None
+    log_kept_mass: torch.Tensor | None = None
 
     def parts(self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int) -> list[torch.Tensor]:
         """Some completions, cut so that ``packed`` (or ``padded``) makes at most ``max_tokens`` tokens of each part."""
@@ -146,7 +147,7 @@ class Generate:
         mask = ended.cumsum(1) - ended.int() == 0  # up to and with the token that ends it
         width = int(mask.any(0).sum())
         ids, mask, truncated = ids[:, :width], mask[:, :width], ~ended.any(1)
-        return Decoded(ids.masked_fill(~mask, self.options["pad_token_id"]), mask, truncated, None)
+        return Decoded(ids.masked_fill(~mask, self.options["pad_token_id"]), mask, truncated)
 
     @torch.no_grad()
     def __call__(
@@ -160,4 +161,4 @@ class Generate:
         else:
             decoded = self._generated(model, prompts, num_generations, temperature)
         group = torch.arange(len(prompts)).repeat_interleave(num_generations)
-        return Rollout(prompts, group, decoded.ids, decoded.mask, decoded.truncated, decoded.logps)
+        return Rollout(prompts, group, *decoded)

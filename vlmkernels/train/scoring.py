@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from vlmkernels.models.batch import Batch
+from vlmkernels.report.completions import Row
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.answers import text_of
 from vlmkernels.rewards.builtin import PROVIDED
 from vlmkernels.train.data import Sample
-from vlmkernels.train.report import Row
 from vlmkernels.train.rollout import Rollout
 
 
@@ -81,8 +81,8 @@ def pictures(sample: Sample) -> list[Image.Image]:
     return sample.images + [Image.fromarray(video[0].permute(1, 2, 0).cpu().numpy()) for video in sample.videos]
 
 
-def page_groups(scored: Scored, names: list[str], advantages: torch.Tensor, group_size: int, limit: int | None):
-    """The rows of ``write_report``, group by group, of at most ``limit`` completions."""
+def page_groups(scored: Scored, advantages: torch.Tensor, names: list[str], group_size: int, limit: int | None):
+    """The rows of a page of completions, group by group, of at most ``limit`` completions."""
     advantages, rewards = advantages.tolist(), scored.scores.rewards.tolist()
     rows = [
         Row(prompt_text(s.prompt), pictures(s), text_of(c), dict(zip(names, r, strict=True)), a)

@@ -10,8 +10,9 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
@@ -23,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.encode import encode_images, image_axes, takes_features, use_image_features, why_not_frozen
+from vlmkernels.models.encode import encode_images, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.head import completion_logps, completion_loss, logit_arguments, output_head
@@ -31,19 +32,33 @@ from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
+from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.train.callbacks import RewardProgress
 from vlmkernels.train.checkpoint import find_checkpoint, load_experience, load_weights, save_experience
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample
 from vlmkernels.train.experience import Experience
-from vlmkernels.train.metrics import combine, completion_metrics, reward_metrics
+from vlmkernels.train.metrics import completion_metrics, reward_metrics
+from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model, load_processor
-from vlmkernels.train.parallel import gathered, most, prepared_reference
-from vlmkernels.train.report import write_report
+from vlmkernels.train.parallel import (
+    backward,
+    check_parallelism,
+    gathered,
+    in_step,
+    most,
+    prepare_head,
+    prepared_reference,
+    whole,
+)
+from vlmkernels.train.phases import Phases, phase
+from vlmkernels.train.processes import Processes, described
+from vlmkernels.train.record import RunRecord
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler, Rows
 from vlmkernels.train.scoring import Scored, page_groups, score
+from vlmkernels.train.work import Work, step_metrics
 
 logger = logging.get_logger(__name__)
 
@@ -77,19 +92,21 @@ class GRPOTrainer(Trainer):
         peft_config=None,
     ):
         args = GRPOConfig() if args is None else args
+        self.processes = Processes(args.ddp_timeout)
         set_seed(args.seed)  # adapters start from random weights
-        model = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
-        if processing_class is None:
-            processing_class = load_processor(model.config._name_or_path, args.model_init_kwargs)
-        processing_class = with_fast_images(processing_class)
-        self.tokenizer = tokenizer_of(processing_class)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.family = family_of(model.config)
-        if self.family is not TEXT and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
-        self.rewards = Rewards(reward_funcs, args.reward_weights)
-        self._check_datasets(train_dataset, eval_dataset, processing_class, args)
+        with self.processes.together("the set-up"):
+            model = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
+            if processing_class is None:
+                processing_class = load_processor(model.config._name_or_path, args.model_init_kwargs)
+            processing_class = with_fast_images(processing_class)
+            self.tokenizer = tokenizer_of(processing_class)
+            if self.tokenizer.pad_token is None:
+                self.tokenizer.pad_token = self.tokenizer.eos_token
+            self.family = family_of(model.config)
+            if self.family is not TEXT and args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
+            self.rewards = Rewards(reward_funcs, args.reward_weights)
+            media = self._check_datasets(train_dataset, eval_dataset, processing_class, args)
 
         if peft_config is not None:
             from peft import get_peft_model
@@ -107,32 +124,43 @@ class GRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._check_parallelism()
+        check_parallelism(self.accelerator, model, args.n_gpu)
+        self.processes.compare(**described(args, model, self.tokenizer, self.rewards, train_dataset))
         # compute_loss normalises over the accumulated batch itself; see training_step.
         self.model_accepts_loss_kwargs = True
         self.loss_config = args.loss_config()
+        self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.head = output_head(model)
-        self.logit_arguments = logit_arguments(model, self.head)
+        prepare_head(self.accelerator, self.head)
+        with whole(model):
+            self.logit_arguments = logit_arguments(model, self.head)
         self.text_model = model.get_base_model() if is_peft_model(model) else model
         self.processor_arguments = use_vision_ops(self.text_model, processing_class)
         self.shares_prefix = self._choose_prefix_sharing()
         # Features of a vision tower that does not change serve all passes over a generation batch.
         self.encodes_once = self.shares_prefix and self.family is not TEXT and why_not_frozen(self.text_model) is None
         use_image_features(self.text_model)  # also where a resumed generation batch alone has some
-        self.idle_images = None
-        if self.is_fsdp_enabled and self.family is not TEXT and not self.encodes_once:
-            rule = "be off: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
-            require(takes_features(self.text_model), "fsdp", rule, True)
-            self.idle_images = self._an_image(processing_class)
+        self.idle_media = None
+        if in_step(self.accelerator) and self.family is not TEXT:
+            media -= {"image"} if self.encodes_once else set()
+            rule = "be run by DDP: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
+            require(not media or takes_features(self.text_model), "model", rule, type(self.text_model).__name__)
+            self.idle_media = {kind: self._a_medium(kind, processing_class) for kind in sorted(media)} or None
         self.ref_head, self.ref_model = self.head, None
         if args.beta > 0 and not is_peft_model(model):
-            reference = frozen_copy(model)
+            with whole(model):
+                reference = frozen_copy(model)
             self.ref_head = output_head(reference)
             self.ref_model = prepared_reference(self.accelerator, reference)
         self.generate = Generate(model, processing_class, args)
         self._experience: Experience | None = None
         self._metrics: dict[str, list] = defaultdict(list)
         self._step_time = 0.0
+        self.phases, self.work = Phases(args.device), Work()
+        self.processes.waiting = partial(self.phases, "wait")
+        self.add_callback(self.phases)
+        self.record = RunRecord()
+        self.add_callback(self.record)
         self._last_scored: tuple[Scored, torch.Tensor] | None = None
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -141,7 +169,9 @@ class GRPOTrainer(Trainer):
 
     # Set-up
 
-    def _check_datasets(self, train_dataset, eval_dataset, processor, args: GRPOConfig) -> None:
+    def _check_datasets(self, train_dataset, eval_dataset, processor, args: GRPOConfig) -> set[str]:
+        """Returns which kinds of media the training rows have."""
+        kinds = {}
         named = {"train_dataset": train_dataset}
         named |= (
             {f"eval_dataset[{k!r}]": v for k, v in eval_dataset.items()}
@@ -151,18 +181,13 @@ class GRPOTrainer(Trainer):
         for name, dataset in named.items():
             if dataset is not None:
                 check_row = None if args.remove_unused_columns else self.rewards.check_row
-                check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row, args.image_limits())
+                kinds[name] = check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row, args.image_limits())
                 self.rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
         if train_dataset is not None:
             prompts = args.prompts_per_generation * args.world_size
             rule = f"hold at least the {prompts} prompts of one generation batch"
             require(len(train_dataset) >= prompts, "train_dataset", rule, len(train_dataset))
-
-    def _check_parallelism(self) -> None:
-        if self.args.n_gpu > 1:
-            raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
-            raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
+        return kinds.get("train_dataset", set())
 
     def _choose_prefix_sharing(self) -> bool:
         """Whether the completions of a group run behind one copy of their prompt; says once what was chosen, and why."""
@@ -175,11 +200,13 @@ class GRPOTrainer(Trainer):
         logger.info("Prompts and images run once per group (share_prefix)")
         return True
 
-    def _an_image(self, processor) -> dict[str, torch.Tensor]:
-        """Model inputs of one small image: what a process without images runs its sharded vision tower on."""
-        row = {"prompt": [{"role": "user", "content": "?"}], "images": [Image.new("RGB", (64, 64))]}
-        prompt = encode([read_sample(row, 0)], processor, self.family, self.args.chat_template_kwargs)
-        return {name: prompt.inputs[name] for name in image_axes(prompt)}
+    def _a_medium(self, kind: str, processor) -> dict[str, torch.Tensor]:
+        """Model inputs of one small image or video: what a process without any runs its part of the vision tower on."""
+        image = Image.new("RGB", (64, 64))
+        media = {"images": [image]} if kind == "image" else {"videos": [[image, image]]}
+        sample = read_sample({"prompt": [{"role": "user", "content": "?"}], **media}, 0)
+        arguments = self.args.chat_template_kwargs
+        return encode([sample], processor, self.family, arguments, **self.processor_arguments).to(self.args.device).inputs
 
     # Data
 
@@ -215,13 +242,21 @@ class GRPOTrainer(Trainer):
     def policy(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model_wrapped)
 
-    def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
-        prompts = encode(
-            samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
-        )
-        prompts = prompts.to(self.args.device)
+    @contextmanager
+    def _whole_policy(self):
+        """The policy as sampling needs it; entered by all processes as often."""
+        self.processes.meet("sampling")
         # Autocast here, not in each forward pass alone, casts a weight once, not once per token.
-        with gathered(self.policy, self.head), self.accelerator.autocast():
+        with gathered(self.accelerator, self.policy, self.head), self.accelerator.autocast():
+            yield
+
+    def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
+        with self.phases("data"):
+            prompts = encode(
+                samples, self.processing_class, self.family, self.args.chat_template_kwargs, **self.processor_arguments
+            )
+            prompts = prompts.to(self.args.device)
+        with self.phases("generate"), self._whole_policy():
             if self.encodes_once and getattr(self.generate, "by_groups", False):
                 prompts = encode_images(self.text_model, prompts)
             rollout = self.generate(self.policy, prompts, num_generations, temperature)
@@ -230,7 +265,8 @@ class GRPOTrainer(Trainer):
         per_completion = [samples[index] for index in rollout.group.tolist()]
         columns = not self.args.remove_unused_columns
         processors = self.processing_class, self.tokenizer
-        scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
+        with self.phases("reward"):
+            scored = score(per_completion, rollout, self.rewards, *processors, columns=columns, trainer_state=self.state)
         return rollout, scored
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
@@ -239,11 +275,14 @@ class GRPOTrainer(Trainer):
 
     def _new_experience(self, indices: list[int]) -> Experience:
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches."""
-        limits = self.args.image_limits()
-        samples = [read_sample(self.train_dataset[index], index, limits=limits) for index in indices]
-        with inference(self.policy):
+        with self.processes.together(f"the completions of step {self.state.global_step}"), inference(self.policy):
+            with self.phases("data"):
+                limits = self.args.image_limits()
+                samples = [read_sample(self.train_dataset[index], index, limits=limits) for index in indices]
             rollout, scored = self._sample(samples, self.args.num_generations, self.args.temperature)
-        rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
+        self.work.sampled(rollout, shared=getattr(self.generate, "by_groups", False))
+        with self.phases("wait"):
+            rewards = self.accelerator.gather(scored.scores.rewards.to(self.args.device))
         result = self._advantages(rewards, self.args.num_generations)
         local = slice(self.args.process_index * len(scored.samples), (self.args.process_index + 1) * len(scored.samples))
         mask = rollout.completion_mask
@@ -286,13 +325,14 @@ class GRPOTrainer(Trainer):
             experience.old_logps = empty.clone()
         with inference(self.model_wrapped):
             for index in off_policy:
-                self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
+                with self.phases("old_logps"):
+                    self._fill(experience.old_logps, experience, index, self.model_wrapped, self.head)
         if self.args.beta > 0:
             experience.ref_logps = empty.clone()
             model, as_reference = self.ref_model, nullcontext()
             if model is None:
                 model, as_reference = self.model_wrapped, self.policy.disable_adapter()
-            with inference(model), as_reference:
+            with self.phases("ref_logps"), inference(model), as_reference:
                 for index in micro_batches:
                     self._fill(experience.ref_logps, experience, index, model, self.ref_head)
 
@@ -301,19 +341,18 @@ class GRPOTrainer(Trainer):
         width = self.text_model.config.get_text_config().hidden_size
         samples, budget = self._micro_batch(index), self.args.max_tokens_per_microbatch
         parts = experience.rollout.parts(samples, budget, shared=self.shares_prefix, hidden_size=width)
-        if budget is not None and self.is_fsdp_enabled:  # every process runs the model as often
+        if budget is not None and in_step(self.accelerator):  # every process runs the model as often
             parts += parts[-1:] * (most(self.accelerator, len(parts)) - len(parts))
         return parts
 
     def _batch(self, experience: Experience, samples: torch.Tensor) -> ScoringBatch:
         rollout = experience.rollout
         batch = rollout.packed(samples, self.text_model) if self.shares_prefix else rollout.padded(samples)
-        if self.idle_images is not None and "pixel_values_videos" in batch.inputs:
-            raise NotImplementedError("videos under FSDP2 are not supported: processes without one would not run their tower")
-        if self.idle_images is not None and "pixel_values" in batch.inputs:
-            batch.inputs.setdefault("image_index", None)
-        elif self.idle_images is not None:
-            batch.inputs["idle_images"] = {name: x.to(self.args.device) for name, x in self.idle_images.items()}
+        self.work.scored(rollout, samples, batch)
+        if self.idle_media is not None:
+            pixels = {"image": "pixel_values", "video": "pixel_values_videos"}
+            idle = {kind: inputs for kind, inputs in self.idle_media.items() if pixels[kind] not in batch.inputs}
+            batch.inputs["idle_media"] = idle
         return batch
 
     def _fill(self, out: torch.Tensor, experience: Experience, index: int, model, head) -> None:
@@ -326,6 +365,7 @@ class GRPOTrainer(Trainer):
     def _head_arguments(self) -> dict:
         return {"arguments": self.logit_arguments, "temperature": self.args.temperature}
 
+    @phase("other")
     def _prepare_inputs(self, inputs: list[int]) -> int:
         """From the prompts of a generation batch to the index of the micro-batch to train on; samples when it is time."""
         if self._experience is None or self._experience.uses == self.args.steps_per_rollout:
@@ -336,11 +376,13 @@ class GRPOTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
         # Any number of items tells Trainer not to divide the loss by the accumulation steps again.
-        loss = super().training_step(model, inputs, num_items_in_batch=1)
+        with self.phases("backward"):  # around the phases of _prepare_inputs and _loss
+            loss = super().training_step(model, inputs, num_items_in_batch=1)
         self._step_time += time.perf_counter() - start
         if self.accelerator.sync_gradients:
             self._metrics["step_time"].append(self._step_time)
             self._step_time = 0.0
+            self.phases.between_steps("optimizer")
         return loss
 
     def compute_loss(self, model, inputs: int, return_outputs: bool = False, num_items_in_batch=None) -> torch.Tensor:
@@ -352,37 +394,35 @@ class GRPOTrainer(Trainer):
         parts = self._parts(experience, inputs % self.args.steps_per_generation)
         repeats = sum(part is parts[-1] for part in parts) - 1
         real = parts[: len(parts) - repeats]
-        # What each part counts of the means that its loss is made of: over completions, or over tokens.
-        of_tokens = [experience.mask[part].sum().item() for part in real] if len(real) > 1 else [1]
-        sizes = [len(part) for part in real] if self.loss_config.aggregation.sequences else of_tokens
+        sizes, tokens = [len(part) for part in real], [1]
+        if len(real) > 1:  # for the only one nothing need wait for the device
+            tokens = [int(experience.mask[part].sum()) for part in real]
+        calls = in_parts(self.loss_config, sizes, tokens, self.current_gradient_accumulation_steps)
         metrics = []
         for number, samples in enumerate(parts):
-            last, which = number == len(parts) - 1, min(number, len(real) - 1)
-            share, of_entropy = (x[which] / sum(x) if x[which] else 1.0 for x in (sizes, of_tokens))  # 1: there is nothing
+            last, call = number == len(parts) - 1, calls[min(number, len(real) - 1)]
             with nullcontext() if last else self.accelerator.no_sync(model):
-                loss, measured = self._loss(model, experience, inputs, samples, share, of_entropy)
+                loss, measured, old_logps = self._loss(model, experience, inputs, samples, call)
                 if number < len(real):
                     metrics.append(measured)
+                    if inputs < self.args.steps_per_generation:
+                        self.mismatch.add(experience.rollout, samples, experience.mask[samples], old_logps)
                 else:
                     loss = 0.0 * loss
                 if not last:
-                    self.accelerator.backward(loss)
+                    backward(self.accelerator, loss)
                     loss = loss.detach()
             total = total + loss
-        per_sequence = self.loss_config.level == "sequence" or self.loss_config.loss.surrogate == "vespo"
-        clipped = [len(part) for part in real] if per_sequence else None
-        for name, value in combine(metrics, clipped).items():
+        for name, value in combine_metrics(self.loss_config, sizes, metrics).items():
             self._metrics[name].append(value)
         return total
 
+    @phase("forward")
     def _loss(
-        self, model, experience: Experience, use: int, samples: torch.Tensor, share: float, of_entropy: float
-    ) -> tuple[torch.Tensor, dict]:
-        """The loss and metrics of some completions, ``share`` of their micro-batch; of its entropy bonus, a mean over tokens
-        whatever the loss is, ``of_entropy``."""
-        args, config = self.args, self.loss_config
-        if config.entropy_coef and share != of_entropy:
-            config = replace(config, entropy_coef=config.entropy_coef * of_entropy / share)
+        self, model, experience: Experience, use: int, samples: torch.Tensor, call: Part
+    ) -> tuple[torch.Tensor, dict, torch.Tensor]:
+        """The loss, metrics and old log-probabilities of some completions."""
+        args = self.args
         on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         cut = lambda logps: None if logps is None else logps[samples]  # noqa: E731
         window, counts = self.current_gradient_accumulation_steps, experience.mask[samples]
@@ -396,14 +436,17 @@ class GRPOTrainer(Trainer):
             advantages=experience.advantages[samples],
             old_logps=None if on_policy else cut(experience.old_logps),
             ref_logps=cut(experience.ref_logps),
+            rollout_logps=self.mismatch.rollout_logps(experience.rollout, samples),
             entropy_threshold=self._entropy_threshold(),
             num_items=experience.num_items * window / args.steps_per_generation,
-            accumulation_steps=window / share,
-            config=config,
+            **call._asdict(),
         )
-        if on_policy and experience.old_logps is not None:
-            experience.old_logps[samples] = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
-        return loss, metrics
+        if not on_policy:
+            return loss, metrics, experience.old_logps[samples]
+        old_logps = torch.zeros_like(counts, dtype=logps.dtype).masked_scatter_(counts, logps)
+        if experience.old_logps is not None:
+            experience.old_logps[samples] = old_logps
+        return loss, metrics, old_logps
 
     def _entropy_threshold(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """With top_entropy_quantile and several processes, the quantile over the tokens of all of them."""
@@ -418,18 +461,23 @@ class GRPOTrainer(Trainer):
 
     # Evaluation, logs and checkpoints
 
+    @phase("evaluate")
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Sample and score the rows; no loss. Metrics have the names of training's."""
         args, parts = self.args, []
         self.callback_handler.eval_dataloader = dataloader
-        with inference(self.policy):
+        idle = most(self.accelerator, len(dataloader)) - len(dataloader)
+        with self.processes.together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
                 samples = [read_sample(row, index, limits=args.image_limits()) for index, row in rows]
                 rollout, scored = self._sample(samples, args.num_generations_eval, args.eval_temperature)
                 parts.append((scored.scores, rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()))
                 self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+            for _ in range(idle):
+                with self._whole_policy():  # others have more rows
+                    pass
         scores, lengths, truncated = zip(*gather_object(parts), strict=True)
         scores, lengths, truncated = Scores.cat(scores), torch.cat(lengths), torch.cat(truncated)
         result = self._advantages(scores.rewards, args.num_generations_eval)
@@ -438,17 +486,18 @@ class GRPOTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(lengths) // args.num_generations_eval)
 
+    @phase("log")
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self._flush_metrics())
-            if self.args.log_completions and self._last_scored and self.is_world_process_zero():
-                self._write_page(*self._last_scored)
+            for name, value in step_metrics(self.phases, self.work, self.args.world_size).items():
+                self._metrics[name].append(value)
+            logs.update(self._flush_metrics() | self.mismatch.flush(self.accelerator))
         super().log(logs, start_time)
-
-    def _write_page(self, scored: Scored, advantages: torch.Tensor) -> None:
-        args, step = self.args, self.state.global_step
-        groups = page_groups(scored, self.rewards.names, advantages, args.num_generations, args.num_completions_to_print)
-        write_report(os.path.join(args.output_dir, "completions", f"step-{step:06d}.html"), f"Step {step}", groups)
+        args = self.args
+        if "loss" in logs and args.log_completions and self._last_scored and self.is_world_process_zero():
+            limits = args.num_generations, args.num_completions_to_print
+            groups = page_groups(*self._last_scored, self.rewards.names, *limits)
+            self.record.completions(args, self.state, groups, self.callback_handler.callbacks)
 
     def _flush_metrics(self) -> dict[str, float | None]:
         """The mean of each metric since the last call, over all processes; None where nothing was measured."""
@@ -477,11 +526,12 @@ class GRPOTrainer(Trainer):
             load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if is_peft_model(self.model):
+        if is_peft_model(self.model) or self.is_deepspeed_enabled:
             super()._load_best_model()
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
 
+    @phase("save")
     def _save_checkpoint(self, model, trial) -> None:
         folder = os.path.join(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         state = os.path.join(folder, TRAINER_STATE_NAME)
@@ -494,4 +544,5 @@ class GRPOTrainer(Trainer):
         super()._save_rng_state(output_dir)
         if self._experience is not None and self._experience.uses < self.args.steps_per_rollout:
             save_experience(self._experience, output_dir, self.args.process_index)
-        self.accelerator.wait_for_everyone()  # the trainer state is written next, and makes the checkpoint count
+        with self.phases("wait"):
+            self.accelerator.wait_for_everyone()  # the trainer state is written next, and makes the checkpoint count

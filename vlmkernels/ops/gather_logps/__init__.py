@@ -4,7 +4,7 @@ import torch
 from torch.library import define, impl, register_autograd, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require_device, require_dtype, require_factor, require_indices, require_shape
+from vlmkernels.ops.checks import require_factor, require_indices, require_targets
 
 FWD = "vlmkernels::gather_logps_fwd"
 BWD = "vlmkernels::gather_logps_bwd"
@@ -170,16 +170,7 @@ def gather_logps(
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     require_factor("temperature", temperature)
-    for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool), ("rows", rows, torch.int64)):
-        if tensor is not None:
-            require_dtype(name, tensor, dtype)
-            require_device(name, tensor, logits.device, "logits")
-    if rows is None:
-        require_shape("targets", targets, logits.shape[:-1], "logits without the vocabulary")
-    else:
-        require_shape("targets", targets, rows.shape, "rows")
-    if mask is not None:
-        require_shape("mask", mask, targets.shape, "targets")
+    require_targets("logits", logits, "logits without the vocabulary", targets, mask, rows)
     if inplace_backward and any(stride == 0 < size - 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(
             f"inplace_backward must be false for logits that share memory (an axis of stride 0), got {logits.stride()}"

@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmkernels.ops.checks import require, require_device, require_dtype
+from vlmkernels.ops.checks import require, require_heads
 from vlmkernels.ops.group_attention.layout import GroupLayout
 from vlmkernels.ops.implementations import Implementations
 
@@ -29,19 +29,19 @@ def group_attention(
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         scaled_dot_product_attention(q, k, v, attn_mask=layout.mask(), scale=scale, enable_gqa=True).transpose(0, 1)
 
-    without a (T, T) matrix: for a prefix of P tokens and G completions of C the scores are P² / 2 + G C (P + C / 2), and memory
-    grows like P + G C.
+    without an (N, N) matrix: for a prefix of P tokens and G completions of C the scores are P² / 2 + G C (P + C / 2), and
+    memory grows like P + G C.
 
     Args:
-        query: (T, Hq, D), T = layout.num_tokens, floating point.
-        key, value: (T, Hkv, D) in the dtype of ``query``; Hkv divides Hq.
+        query: (N, Hq, D), N = layout.num_tokens, floating point.
+        key, value: (N, Hkv, D) in the dtype of ``query``; Hkv divides Hq.
         layout: see ``GroupLayout``.
         scale: of the scores; default 1 / sqrt(D).
         implementation: "parts" (on the CPU: flash attention of each segment, and of a group's completions on its prefix, merged
             by the logarithms of their sums), "flex" (FlexAttention with a block mask) or "auto".
 
     Returns:
-        (T, Hq, D) in the dtype of ``query``. Gradients go to query, key and value, exact: the backward pass of each part takes
+        (N, Hq, D) in the dtype of ``query``. Gradients go to query, key and value, exact: the backward pass of each part takes
         the merged result.
 
     Raises:
@@ -49,13 +49,8 @@ def group_attention(
 
     Source: merging by the log-sum-exp, https://arxiv.org/abs/2402.05099.
     """
-    require(query.dim() == 3, "query", "be (T, Hq, D)", tuple(query.shape))
-    require(len(query) == layout.num_tokens, "query", f"hold the {layout.num_tokens} tokens of layout", len(query))
-    for name, tensor in (("key", key), ("value", value)):
-        fits = tensor.dim() == 3 and len(tensor) == len(query) and query.shape[1] % max(tensor.shape[1], 1) == 0
-        rule = f"be (T, Hkv, D) with T = {len(query)} and Hkv a divisor of {query.shape[1]}"
-        require(fits, name, rule, tuple(tensor.shape))
-        require_dtype(name, tensor, query.dtype)
-        require_device(name, tensor, query.device, "query")
+    num = layout.num_tokens
+    require(query.shape[:1].numel() == num, "query", f"hold the {num} tokens of layout", query.shape[:1].numel())
+    require_heads(query, key, value)
     run = IMPLEMENTATIONS.load(IMPLEMENTATIONS.choose(implementation, query)).run
     return run(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)

@@ -58,7 +58,7 @@ class GroupLayout:
         return torch.stack([torch.cat(group), torch.cat(segment)]) if group else torch.zeros(2, 0, dtype=torch.int32)
 
     def mask(self) -> torch.Tensor:
-        """(T, T) bool: whether row i sees column j. The definition; for tests, and small packs alone."""
+        """(N, N) bool: whether row i sees column j. The definition; for tests, and small packs alone."""
         group, segment = self.tokens
         own = (segment[:, None] == segment) | (segment == 0)
         return ((group[:, None] == group) & own).tril()

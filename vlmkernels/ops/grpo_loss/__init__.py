@@ -128,7 +128,8 @@ def grpo_loss(
         mask: (B, T) bool, true on the tokens that count, any of them; default all. Values elsewhere are not used.
         cu_seqlens: (B + 1,) int32: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
         rollout_logps: like ``logps``, of the engine that sampled; needed by config.rollout_correction, and used by
-            off_policy_mask_threshold. NaN: the engine gave none for this token, which is then not corrected.
+            off_policy_mask_threshold. NaN: the engine gave none for this token, which is then not corrected. Of truncated
+            sampling (top-p, ...) those of the draw or of the whole vocabulary: docs/mismatch.md says what each gives.
         entropy: like ``logps``: a metric; needed by top_entropy_quantile and entropy_coef.
         entropy_threshold: (), with top_entropy_quantile < 1: the least entropy that counts. Default: the quantile over this
             call's tokens; with several processes, that over theirs.

@@ -319,7 +319,8 @@ def grpo_loss_kernel(
         kept_sum += kept
         kept_entropy_sum += kept * entropy
         ratio_sum += ratio
-        rollout_sum += rollout
+        if ROLLOUT != "":
+            rollout_sum += rollout
         effective_sum += (weight > 0).to(tl.float32)
         ratio_min = tl.minimum(ratio_min, tl.where(valid, ratio, INFINITY))
         ratio_max = tl.maximum(ratio_max, ratio)
@@ -342,7 +343,7 @@ def grpo_loss_kernel(
     tl.store(out + 7, tl.sum(kept_sum, 0))
     tl.store(out + 8, tl.sum(kept_entropy_sum, 0))
     tl.store(out + 9, tl.sum(ratio_sum, 0))
-    tl.store(out + 10, tl.sum(rollout_sum, 0))
+    tl.store(out + 10, tl.sum(rollout_sum, 0) if ROLLOUT != "" else tokens)
     tl.store(out + 11, tl.sum(effective_sum, 0))
     tl.store(out + 12, tl.min(ratio_min, 0))
     tl.store(out + 13, tl.max(ratio_max, 0))

@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmkernels.ops.checks import require, require_device, require_dtype, require_factor, require_shape
+from vlmkernels.ops.checks import require, require_device, require_dtype, require_factor, require_shape, require_targets
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, whole
 from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes, row_bytes
 from vlmkernels.ops.linear_logps_fused import is_faster
@@ -50,19 +50,10 @@ def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, s
     else:
         require_factor("softcap", softcap)
         require_factor("logit_scale / softcap", logit_scale / softcap)
-    require(isinstance(targets, torch.Tensor), "targets", "be a tensor", type(targets).__name__, TypeError)
-    for name, tensor, dtype in (("targets", targets, torch.int64), ("mask", mask, torch.bool), ("rows", rows, torch.int64)):
-        if tensor is not None:
-            require_dtype(name, tensor, dtype)
-    for name, tensor in {"weight": weight, "bias": bias, "targets": targets, "mask": mask, "rows": rows}.items():
+    for name, tensor in {"weight": weight, "bias": bias}.items():
         if tensor is not None:
             require_device(name, tensor, hidden.device, "hidden")
-    if rows is None:
-        require_shape("targets", targets, hidden.shape[:-1], "hidden without its width")
-    else:
-        require_shape("targets", targets, rows.shape, "rows")
-    if mask is not None:
-        require_shape("mask", mask, targets.shape, "targets")
+    require_targets("hidden", hidden, "hidden without its width", targets, mask, rows)
 
 
 def budget(hidden, weight, bias, num, chunk_bytes, keep_logits_bytes, backend) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmkernels.ops.checks import require, require_device, require_dtype
+from vlmkernels.ops.checks import require, require_dtype, require_heads
 from vlmkernels.ops.implementations import Implementations
 
 IMPLEMENTATIONS = Implementations(
@@ -49,13 +49,7 @@ def varlen_attention(
 
     Source: https://arxiv.org/abs/2307.08691.
     """
-    require(query.dim() == 3, "query", "be (N, Hq, D)", tuple(query.shape))
-    for name, tensor in (("key", key), ("value", value)):
-        fits = tensor.dim() == 3 and len(tensor) == len(query) and query.shape[1] % max(tensor.shape[1], 1) == 0
-        rule = f"be (N, Hkv, D) with N = {len(query)} and Hkv a divisor of {query.shape[1]}"
-        require(fits, name, rule, tuple(tensor.shape))
-        require_dtype(name, tensor, query.dtype)
-        require_device(name, tensor, query.device, "query")
+    require_heads(query, key, value)
     require_dtype("cu_seqlens", cu_seqlens, torch.int32)
     require(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, "cu_seqlens", "be (S + 1,), from 0 to N", tuple(cu_seqlens.shape))
     run = IMPLEMENTATIONS.load(IMPLEMENTATIONS.choose(implementation, query)).run

@@ -1,0 +1,31 @@
+"""The C++ kernels as an older processor would run them: the module picks its code when it loads."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlmkernels import backend
+
+OPS = ("gather_logps", "group_advantages", "grpo_loss", "linear_logps", "pack_patches", "rotary")
+VALUES = "matches_fp64 or extreme or leading_strides or narrowed_in_place or sizes or any_strides or many_images"
+
+
+def test_instruction_set():
+    """What the test below asks of each of its processes."""
+    module = backend.NATIVE["cpp"]()
+    assert not isinstance(module, ImportError), module
+    assert os.environ.get("VLMKERNELS_CPU_ISA", module.cpu_isa) == module.cpu_isa
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets(isa):
+    files = [__file__, *(str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS)]
+    selected = f"test_instruction_set or (cpp and ({VALUES}))"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files]
+    done = subprocess.run(command, env={**os.environ, "VLMKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
+    if "VLMKERNELS_CPU_ISA must be at most" in done.stdout:
+        pytest.skip(f"this processor does not run {isa}")
+    assert done.returncode == 0, done.stdout[-3000:]
