@@ -64,9 +64,10 @@ def make_processor(side):
 
 
 class Clock:
-    """Time spent inside calls, by name; a call inside another one counts for the outer."""
+    """Time spent inside calls, by name; a call inside another one counts for the outer. now: seconds."""
 
-    def __init__(self):
+    def __init__(self, now=time.perf_counter):
+        self.now = now
         self.spent: dict[str, float] = {}
         self.inside = False
 
@@ -77,14 +78,14 @@ class Clock:
         def timed(*args, **kwargs):
             if self.inside:
                 return function(*args, **kwargs)
-            self.inside, start = True, time.perf_counter()
+            self.inside, start = True, self.now()
             try:
                 return function(*args, **kwargs)
             finally:
                 if harness.GPU:
                     torch.cuda.synchronize()
                 self.inside = False
-                self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
+                self.spent[name] = self.spent.get(name, 0.0) + self.now() - start
 
         setattr(owner, attribute, timed)
 

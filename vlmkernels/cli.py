@@ -1,4 +1,4 @@
-"""The command line: ``vlmkernels demo | train | report | eval | env``. What a command needs is imported when it runs."""
+"""The command line: ``vlmkernels demo | train | report | eval | plan | env``. What a command needs is imported when it runs."""
 
 import argparse
 import difflib
@@ -211,11 +211,18 @@ def env(argv: list[str]) -> int:
     return main() or 0
 
 
+def plan(argv: list[str]) -> int:
+    from vlmkernels.plan.command import main
+
+    return main(argv)
+
+
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "demo": (demo, "train a small VLM to read handwritten numbers, on the CPU"),
     "train": (train, "train a model with GRPO"),
     "report": (report, "one HTML page of a training run, finished or not"),
     "eval": (evaluate, "metrics of a model, or of saved predictions, on a dataset"),
+    "plan": (plan, "time and memory of a step, before it is run, and what limits it"),
     "env": (env, "versions, devices, and which backend serves each op"),
 }
 

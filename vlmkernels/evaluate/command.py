@@ -78,14 +78,13 @@ def load(path: str, split: str, count: int | None):
 def predict_to(output: Path, path: str, dataset, decoding, views: tuple[str, ...]):
     """The model's predictions, in a file beside ``output`` whose name is decided by what was sampled."""
     import torch
-    from transformers import AutoProcessor
 
     from vlmkernels.evaluate.predictions import predict, settings_of
     from vlmkernels.train.data import check_dataset
-    from vlmkernels.train.model import load_model
+    from vlmkernels.train.model import load_model, load_processor
 
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = AutoProcessor.from_pretrained(model.config._name_or_path)
+    processor = load_processor(model.config._name_or_path)
     check_dataset(dataset, "dataset", processor)
     settings = json.dumps(settings_of(model, dataset, decoding), sort_keys=True)
     file = output.with_name(f"{output.stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl")

@@ -49,8 +49,8 @@ class ClipScore:
         if isinstance(model, str):
             from transformers import AutoModel, AutoProcessor
 
-            processor = AutoProcessor.from_pretrained(model) if processor is None else processor
-            model = AutoModel.from_pretrained(model)
+            processor = AutoProcessor.from_pretrained(model, trust_remote_code=False) if processor is None else processor
+            model = AutoModel.from_pretrained(model, trust_remote_code=False)
         require(processor is not None, "processor", "be given with a model that is no path", None)
         for name in ("get_image_features", "get_text_features"):
             require(hasattr(model, name), "model", f"be a CLIP or SigLIP model, with {name}", type(model).__name__, TypeError)

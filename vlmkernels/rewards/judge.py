@@ -8,6 +8,7 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -25,7 +26,17 @@ Right answer: {reference}
 Answer: {completion}
 Reply with one line, "Score: " and a number."""
 _SCORE = re.compile(r"score[^\w+-]{1,4}([-+]?\d+(?:\.\d+)?)(?![\d.]*\d)", re.IGNORECASE)
-_FINAL = (400, 401, 403, 404, 405, 413, 422)  # statuses that another try would get again
+# Statuses that another try would get again; a redirect, which could carry prompts and the key elsewhere, is not followed.
+_FINAL = (301, 302, 303, 307, 308, 400, 401, 403, 404, 405, 413, 422)
+_MAX_REPLY = 2**24  # bytes
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class BudgetSpent(RuntimeError):
@@ -61,7 +72,8 @@ class Judge:
             score, the n-th time after ``backoff * 2 ** n`` seconds.
         concurrency: requests under way at a time.
         max_requests: the budget of this object, repetitions included; None = no limit.
-        api_key_env: the environment variable that holds the key.
+        api_key_env: the environment variable that holds the key; "" = send none. A key goes out over https alone, or to this
+            machine.
 
     A sample whose request fails for good gets its exception in place of a score, the others their scores.
     """
@@ -85,6 +97,10 @@ class Judge:
         api_key_env: str = "OPENAI_API_KEY",
     ):
         require(url.startswith(("http://", "https://")), "url", "begin with http:// or https://", repr(url))
+        host = urllib.parse.urlsplit(url).hostname
+        secret = url.startswith("https://") or host in ("localhost", "127.0.0.1", "::1") or not os.environ.get(api_key_env)
+        rule = f"begin with https:// to send the key in {api_key_env} (api_key_env='' sends none)"
+        require(secret, "url", rule, repr(url))
         require("{completion}" in template, "template", "hold {completion}", f"{template!r:.80}")
         try:
             template.format(prompt="", completion="", reference="", low=0, high=0)
@@ -156,10 +172,11 @@ class Judge:
         if key := os.environ.get(self.api_key_env):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(self.url, body, headers)
-        with urllib.request.urlopen(request, timeout=self.request_timeout) as response:
+        with _OPENER.open(request, timeout=self.request_timeout) as response:
             reply = b""
             while piece := response.read1():
                 reply += piece
+                require(len(reply) <= _MAX_REPLY, "the reply", f"have at most {_MAX_REPLY} bytes", f"{len(reply)} or more")
                 if time.monotonic() > end:  # a server that sends now and then keeps the socket's own time-out from passing
                     raise TimeoutError(f"no whole reply within {self.request_timeout} s")
         try:
@@ -192,8 +209,8 @@ class RewardModel:
         if isinstance(model, str):
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-            model = AutoModelForSequenceClassification.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False) if tokenizer is None else tokenizer
+            model = AutoModelForSequenceClassification.from_pretrained(model, trust_remote_code=False)
         require(tokenizer is not None, "tokenizer", "be given with a model that is no path", None)
         require(model.config.num_labels == 1, "model", "have one label", model.config.num_labels)
         if model.config.get_text_config().pad_token_id is None:

@@ -10,6 +10,7 @@ from vlmkernels.models.decode import Sampling
 from vlmkernels.ops.checks import require, require_one_of, require_positive
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
+from vlmkernels.train.images import ImageLimits
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
@@ -30,8 +31,8 @@ class GRPOConfig(TrainingArguments):
     - num_completions_to_print is 64 (None: all);
     - the rollout_* fields serve every engine, and stand for vllm_importance_sampling_* (docs/mismatch.md); off by default;
     - vLLM's server is given by its URL; vllm_request_timeout, vllm_weights_dir and vllm_fingerprint_tolerance are new;
-    - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch and on_save_error, on_bad_sample,
-      on_nonfinite are new;
+    - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
+      on_nonfinite and the limits of images are new;
     - fields of TRL's that are not listed do not exist: every field here is honoured.
     """
 
@@ -128,6 +129,9 @@ class GRPOConfig(TrainingArguments):
     on_save_error: str = _field("raise", "A checkpoint that cannot be written (a full disk): raise, skip it.")
     on_bad_sample: str = _field("raise", "A row that cannot be read (a corrupt image): raise, skip (another takes its place).")
     on_nonfinite: str = _field("raise", "A loss or gradient that is NaN or infinite: raise, skip the optimiser step.")
+    max_image_pixels: int = _field(ImageLimits.max_pixels, "The most pixels of an image, or of a frame of a video.")
+    max_image_bytes: int = _field(ImageLimits.max_bytes, "The most bytes of an image's file.")
+    allow_image_urls: bool = _field(False, "Fetch images whose path is an http or https address.")
 
     log_completions: bool = _field(False, "Store completions and a page of them at each log, and show them in report_to.")
     num_completions_to_print: int | None = _field(64, "The most completions stored at a log.")
@@ -147,6 +151,7 @@ class GRPOConfig(TrainingArguments):
             self._check_vllm()
         self._derive_batches()
         self.loss_config()
+        self.image_limits()
 
     def _check_values(self) -> None:
         require(self.num_generations >= 2, "num_generations", "be >= 2, to compare completions", self.num_generations)
@@ -262,6 +267,9 @@ class GRPOConfig(TrainingArguments):
     def steps_per_rollout(self) -> int:
         """Micro-batches (forward and backward passes) between two generations."""
         return self.steps_per_generation * self.num_iterations
+
+    def image_limits(self) -> ImageLimits:
+        return ImageLimits(self.max_image_pixels, self.max_image_bytes, self.allow_image_urls)
 
     def loss_config(self) -> GRPOLossConfig:
         """What ``grpo_loss`` needs to know: the one place where training arguments become a loss."""

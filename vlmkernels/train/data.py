@@ -1,14 +1,13 @@
 """From a dataset's rows to model inputs.
 
 A row has ``prompt``, a string or a conversation, and optionally ``image`` (one), ``images`` (a list), ``videos`` (a list) and
-their ``fps``. An image is a PIL image, a path, bytes, or a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it. A
-video is a list of frames, each such an image or uint8 pixels (H, W, 3) or (3, H, W), or an array or tensor of all of them. All
-other columns go to the reward functions. ``encode`` alone knows how a processor turns prompts, images and videos into the one
-dict of model inputs.
+their ``fps``. An image is a PIL image, a path, bytes, a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it, or an
+address (see ``open_image``). A video is a list of frames, each such an image or uint8 pixels (H, W, 3) or (3, H, W), or an
+array or tensor of all of them. All other columns go to the reward functions. ``encode`` alone knows how a processor turns
+prompts, images and videos into the one dict of model inputs.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable
@@ -23,9 +22,9 @@ from vlmkernels.models.batch import Batch
 from vlmkernels.models.families import Family
 from vlmkernels.ops.checks import require, require_positive
 from vlmkernels.ops.pack_patches.images import as_frames
+from vlmkernels.train.images import DEFAULT, ERRORS, ImageLimits, open_image, scheme_of
 
 MEDIA_COLUMNS = ("image", "images", "videos")
-UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises, and we
 DEFAULT_FPS = 2.0  # frames per second of a video, where a row has no ``fps``: what Qwen's processors sample at
 
 
@@ -48,31 +47,12 @@ def is_conversation(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
 
 
-def open_image(value: Any) -> Image.Image:
-    """The image that a column's value stands for; its pixels are not read yet."""
-    if isinstance(value, Image.Image):
-        image = value
-    elif isinstance(value, (str, os.PathLike)):
-        image = Image.open(value)
-    elif isinstance(value, bytes):
-        image = Image.open(io.BytesIO(value))
-    elif isinstance(value, dict) and value.get("bytes") is not None:
-        image = Image.open(io.BytesIO(value["bytes"]))
-    elif isinstance(value, dict) and value.get("path") is not None:
-        image = Image.open(value["path"])
-    else:
-        raise TypeError(f"must be a PIL image, a path, bytes or a dict with bytes or path, got {type(value).__name__}")
-    if 0 in image.size:
-        raise ValueError(f"must not be empty, got {image.width} x {image.height} pixels")
-    return image
-
-
-def _frame(value: Any, name: str, decode: bool) -> torch.Tensor:
+def _frame(value: Any, name: str, decode: bool, limits: ImageLimits) -> torch.Tensor:
     """(3, H, W); with decode=False on the device "meta"."""
     if not hasattr(value, "dtype"):  # neither an array nor a tensor
         try:
-            value = open_image(value)
-        except UNREADABLE as error:
+            value = open_image(value, limits)
+        except ERRORS as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         if not decode:
             return torch.empty(3, value.height, value.width, dtype=torch.uint8, device="meta")
@@ -81,7 +61,7 @@ def _frame(value: Any, name: str, decode: bool) -> torch.Tensor:
     return frames[0] if decode else frames[0].to("meta")
 
 
-def read_video(value: Any, name: str, decode: bool = True) -> torch.Tensor:
+def read_video(value: Any, name: str, decode: bool = True, limits: ImageLimits = DEFAULT) -> torch.Tensor:
     """A column's video, (T, 3, H, W) uint8; with decode=False a list of frames is on the device "meta", its pixels not read."""
     if hasattr(value, "dtype"):
         frames = as_frames(value, name)
@@ -90,7 +70,7 @@ def read_video(value: Any, name: str, decode: bool = True) -> torch.Tensor:
     rule = "be a list of frames, an array or a tensor"
     require(isinstance(value, (list, tuple)), name, rule, type(value).__name__, TypeError)
     require(len(value) > 0, name, "hold at least one frame", len(value))
-    frames = [_frame(frame, f"{name}[{i}]", decode) for i, frame in enumerate(value)]
+    frames = [_frame(frame, f"{name}[{i}]", decode, limits) for i, frame in enumerate(value)]
     for i, frame in enumerate(frames):
         sizes = f"{frame.shape[1]} x {frame.shape[2]}", f"{frames[0].shape[1]} x {frames[0].shape[2]}"
         require(frame.shape == frames[0].shape, f"{name}[{i}]", f"have the size of the first frame, {sizes[1]}", sizes[0])
@@ -134,7 +114,7 @@ def _conversation(prompt: list[dict], media: dict[str, tuple[str, list]]) -> tup
     return messages, filled
 
 
-def read_sample(row: dict, index: int, decode: bool = True) -> Sample:
+def read_sample(row: dict, index: int, decode: bool = True, limits: ImageLimits = DEFAULT) -> Sample:
     """A row as a ``Sample``. Errors name the row's index; ``decode=False`` opens images without reading their pixels."""
     prompt = row["prompt"]
     if not isinstance(prompt, str) and not is_conversation(prompt):
@@ -149,12 +129,12 @@ def read_sample(row: dict, index: int, decode: bool = True) -> Sample:
     images, column = [], media["image"][0]
     for position, value in enumerate(values["image"]):
         try:
-            image = open_image(value)
+            image = open_image(value, limits)
             images.append(image.convert("RGB") if decode else image)
-        except UNREADABLE as error:
+        except ERRORS as error:
             which = column if column == "image" else f"{column}[{position}]"
             raise ValueError(f"sample {index}: {which} cannot be read: {error}") from error
-    videos = [read_video(x, f"sample {index}: videos[{k}]", decode) for k, x in enumerate(values["video"])]
+    videos = [read_video(x, f"sample {index}: videos[{k}]", decode, limits) for k, x in enumerate(values["video"])]
     fps = DEFAULT_FPS if row.get("fps") is None else row["fps"]
     require_positive(f"sample {index}: fps", fps)
     return Sample(index, prompt, images, row, videos, float(fps))
@@ -243,6 +223,7 @@ def check_dataset(
     chat_template_kwargs: dict | None = None,
     check_row: Callable[[dict, str], None] | None = None,
     bad: dict[int, str] | None = None,
+    limits: ImageLimits = DEFAULT,
 ) -> set[str]:
     """Raise for the first row that cannot be trained on: what ``read_sample``, ``render`` and ``check_row`` refuse, which gets
     the row and how to name it. Where ``bad`` is given, their indices go there, with the reasons, as long as one row is left.
@@ -264,7 +245,7 @@ def check_dataset(
         try:
             if "prompt" not in rows[index]:
                 raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
-            sample = read_sample(rows[index], index, decode=False)
+            sample = read_sample(rows[index], index, decode=False, limits=limits)
             render(sample, processor, **(chat_template_kwargs or {}))
             if check_row is not None:
                 check_row(rows[index], f"{name}: sample {index}")
@@ -278,12 +259,12 @@ def check_dataset(
 
 
 def _resolve(row: dict, folder: Path) -> dict:
-    """The row with relative paths of images and frames taken from ``folder``."""
+    """The row with relative paths of images and frames, not addresses, taken from ``folder``."""
 
     def path(value):
         if isinstance(value, list):
             return [path(item) for item in value]
-        return str(folder / value) if isinstance(value, str) else value
+        return str(folder / value) if isinstance(value, str) and scheme_of(value) is None else value
 
     return {name: path(value) if name in MEDIA_COLUMNS else value for name, value in row.items()}
 

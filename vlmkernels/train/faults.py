@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from vlmkernels.ops.checks import require
-from vlmkernels.train.data import UNREADABLE, Sample, read_sample
+from vlmkernels.train.data import Sample, read_sample
+from vlmkernels.train.images import ERRORS, ImageLimits
 
 logger = logging.get_logger(__name__)
 
@@ -79,8 +80,8 @@ class Samples(Dataset):
         bad: rows known not to be usable, and why.
     """
 
-    def __init__(self, dataset, on_bad: str, bad: dict[int, str] | None = None):
-        self.dataset, self.on_bad, self.bad = dataset, on_bad, dict(bad or {})
+    def __init__(self, dataset, limits: ImageLimits, on_bad: str, bad: dict[int, str] | None = None):
+        self.dataset, self.limits, self.on_bad, self.bad = dataset, limits, on_bad, dict(bad or {})
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -88,9 +89,9 @@ class Samples(Dataset):
     def _read(self, index: int) -> Sample:
         try:
             row = self.dataset[index]
-        except UNREADABLE as error:  # datasets decodes images here
+        except ERRORS as error:  # datasets decodes images here
             raise ValueError(f"sample {index}: cannot be read: {error}") from error
-        return read_sample(row, index)
+        return read_sample(row, index, limits=self.limits)
 
     def __getitem__(self, index: int) -> tuple[int, Sample]:
         for offset in range(len(self)):

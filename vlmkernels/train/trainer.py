@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model, set_seed
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor, PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
@@ -48,7 +48,7 @@ from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, Samples, lost_processes_named
 from vlmkernels.train.metrics import completion_metrics, reward_metrics
 from vlmkernels.train.mismatch import Mismatch
-from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model
+from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model, load_processor
 from vlmkernels.train.parallel import (
     backward,
     check_parallelism,
@@ -104,7 +104,7 @@ class GRPOTrainer(Trainer):
         with self.processes.together("the set-up"):
             model = load_model(model, args.model_init_kwargs) if isinstance(model, str) else model
             if processing_class is None:
-                processing_class = AutoProcessor.from_pretrained(model.config._name_or_path)
+                processing_class = load_processor(model.config._name_or_path, args.model_init_kwargs)
             processing_class = with_fast_images(processing_class)
             self.tokenizer = tokenizer_of(processing_class)
             if self.tokenizer.pad_token is None:
@@ -114,7 +114,9 @@ class GRPOTrainer(Trainer):
                 args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
             self.rewards = Rewards(reward_funcs, args.reward_weights)
             media = self._check_datasets(train_dataset, eval_dataset, processing_class, args)
-            self._samples = Samples(train_dataset, args.on_bad_sample, self._bad_samples.get("train_dataset"))
+            self._samples = Samples(
+                train_dataset, args.image_limits(), args.on_bad_sample, self._bad_samples.get("train_dataset")
+            )
 
         if peft_config is not None:
             from peft import get_peft_model
@@ -192,7 +194,8 @@ class GRPOTrainer(Trainer):
                 check_row = None if args.remove_unused_columns else self.rewards.check_row
                 bad = self._bad_samples[name] = {}
                 left_out = bad if args.on_bad_sample == "skip" else None
-                kinds[name] = check_dataset(dataset, name, processor, args.chat_template_kwargs, check_row, left_out)
+                arguments = processor, args.chat_template_kwargs, check_row, left_out, args.image_limits()
+                kinds[name] = check_dataset(dataset, name, *arguments)
                 for reason in list(bad.values())[:1]:
                     text = "%s: %d of %d samples are left out (on_bad_sample='skip'); the first: %s"
                     logger.warning(text, name, len(bad), len(dataset), reason)
@@ -249,7 +252,7 @@ class GRPOTrainer(Trainer):
             raise ValueError("eval_dataset must be given to evaluate, got None")
         size = max(1, self.args.per_device_eval_batch_size // self.args.num_generations_eval)
         share = range(self.args.process_index, len(dataset), self.args.world_size)
-        samples = Samples(dataset, self.args.on_bad_sample, self._bad_samples.get(name))
+        samples = Samples(dataset, self.args.image_limits(), self.args.on_bad_sample, self._bad_samples.get(name))
         return DataLoader(samples, batch_size=size, sampler=share, collate_fn=list)
 
     # Sampling and scoring

@@ -1,0 +1,270 @@
+"""``vlmkernels plan`` beside the steps that it plans: predicted and measured time of each phase and of the whole, and the
+most bytes that tensors take.
+
+Every shape is a process of one thread, whose CPU time is what is measured: what else the machine does hardly changes it. The
+machine is calibrated before, between and after the steps, and the median counts. A shape passes where the whole step, its
+memory, and every phase of at least a tenth of it are predicted within 25 %.
+
+    python bench/bench_plan.py             # all shapes; also writes bench/results/plan-<device>.json
+    python bench/bench_plan.py --scale     # the tables of docs/scale.md, by data sheets
+    pytest bench/bench_plan.py
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import bench_step
+import harness
+import torch
+
+TOLERANCE, SMALL = 0.25, 0.1
+STEPS = 3  # that count, after one that warms up
+TEXT = 22  # tokens of the prompt beside its image
+
+SHAPES = {
+    "Qwen2.5-VL 256 x 6": {
+        "sizes": {"width": 256, "layers": 6, "depth": 4, "vocab": 32000},
+        "work": {"prompts": 2, "group_size": 8, "completion_tokens": 64, "side": 448},
+    },
+    "Qwen2.5-VL 256 x 6, a prompt per completion": {
+        "sizes": {"width": 256, "layers": 6, "depth": 4, "vocab": 32000},
+        "work": {"prompts": 1, "group_size": 4, "completion_tokens": 32, "side": 336, "share_prefix": False},
+    },
+    "Qwen2.5-VL 512 x 4": {
+        "sizes": {"width": 512, "layers": 4, "depth": 2, "vocab": 8000},
+        "work": {"prompts": 3, "group_size": 4, "completion_tokens": 48, "side": 224},
+    },
+    "Qwen3-VL 384 x 8, LoRA": {
+        "sizes": {"width": 384, "layers": 8, "depth": 3, "vocab": 16000, "family": "qwen3_vl"},
+        "work": {"prompts": 2, "group_size": 6, "completion_tokens": 80, "side": 448, "lora_r": 8},
+    },
+}
+PHASES = ("sampling", "reference log-probs", "forward and loss", "backward", "optimiser")
+
+
+def make_model(width: int, layers: int, depth: int, vocab: int, family: str = "qwen2_5_vl"):
+    if family == "qwen2_5_vl":
+        return bench_step.make_model(width, layers, depth, vocab)
+    import tiny
+
+    model = tiny.qwen3_vl()
+    config = model.config.to_dict()
+    config["text_config"] |= {
+        "hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 128, "head_dim": 64, "vocab_size": vocab, "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [12, 10, 10]},
+    }  # fmt: skip
+    vision = {"depth": depth, "hidden_size": width, "intermediate_size": 4 * width, "num_heads": width // 64}
+    config["vision_config"] |= vision | {"out_hidden_size": width, "num_position_embeddings": 1024}
+    return type(model)(type(model.config)(**config))
+
+
+def peak_of(profile) -> int:
+    """The most bytes that a profiled stretch held beyond what there was at its start."""
+    held = most = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def measure(sizes: dict, work: dict) -> dict:
+    """Seconds of each phase, bytes at the peak, and the plan's figures of the same."""
+    import tiny
+    from transformers import TrainerCallback
+
+    from vlmkernels.plan import ModelShape, Workload, calibrate, plan
+    from vlmkernels.train import GRPOConfig, GRPOTrainer
+
+    torch.set_num_threads(1)
+    now = time.process_time
+    work = dict(work)
+    side, shared, lora_r = work.pop("side"), work.get("share_prefix", True), work.get("lora_r", 0)
+    model, processor = make_model(**sizes), bench_step.make_processor(side)
+    shape = ModelShape.of(model.config)
+    row = {"prompt": [{"role": "user", "content": "what do you see?"}]}
+    rows = [{**row, "images": [tiny.image(k, side, side)]} for k in range(work["prompts"])]
+    adapters = None
+    if lora_r:
+        from peft import LoraConfig
+
+        layers = r"model\.language_model\.layers\..*_proj"
+        adapters = LoraConfig(r=lora_r, lora_alpha=lora_r, target_modules=layers, task_type="CAUSAL_LM")
+    args = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=work["prompts"] * work["group_size"],
+        num_generations=work["group_size"], max_completion_length=work["completion_tokens"], beta=0.04,
+        max_steps=STEPS + 2, report_to="none", save_strategy="no", disable_tqdm=True,
+        share_prefix="auto" if shared else "false", logging_steps=1000,
+        generation_kwargs={"min_new_tokens": work["completion_tokens"]},
+    )  # fmt: skip
+    reward = lambda completions, **_: [float(len(c[0]["content"])) for c in completions]  # noqa: E731
+    trainer = GRPOTrainer(model, reward, args, rows * (STEPS + 2), processing_class=processor, peft_config=adapters)
+    clock = bench_step.Clock(now)
+    clock.watch(trainer, "generate", "sampling")
+    clock.watch(trainer, "_add_fixed_logps", "reference log-probs")
+    clock.watch(trainer.model, "forward", "forward and loss")
+    clock.watch(trainer.accelerator, "backward", "backward")
+    clock.watch(trainer.accelerator, "clip_grad_norm_", "optimiser")
+    steps, machines, profiles, held = [], [calibrate(now)], [], []
+
+    class Steps(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **kwargs):
+            clock.watch(optimizer, "step", "optimiser")
+
+        def on_step_begin(self, args, state, control, optimizer, **kwargs):
+            clock.spent.clear()
+            if state.global_step == STEPS + 1:
+                moments = [x for states in optimizer.state.values() for x in states.values() if x.dim()]
+                tensors = [*trainer.model.parameters(), *moments]
+                tensors += [] if trainer.ref_model is None else trainer.ref_model.parameters()
+                held.append(sum(x.untyped_storage().nbytes() for x in {x.data_ptr(): x for x in tensors}.values()))
+                profiles.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True))
+                profiles[0].start()
+            self.start = now()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append({"whole step": now() - self.start, **clock.spent})
+            if profiles:
+                profiles[0].stop()
+            else:
+                machines.append(calibrate(now))
+
+    trainer.add_callback(Steps())
+    trainer.train()
+    counted = steps[1 : STEPS + 1]
+    measured = {name: statistics.median(step.get(name, 0.0) for step in counted) for name in (*PHASES, "whole step")}
+    machine = median_of(machines)
+    prompt = len(processor(text=processor.apply_chat_template(row["prompt"], add_generation_prompt=True)).input_ids[0]) + 2
+    workload = Workload(**work, prompt_tokens=prompt, width=side, height=side, precision="fp32", reference=True,
+                        logits_bytes=2**28)  # fmt: skip
+    found = plan(shape, workload, machine)
+    planned = {name: found.phase(name).seconds for name in PHASES} | {"whole step": found.seconds}
+    measured["memory"] = held[0] + peak_of(profiles[0])
+    planned["memory"] = sum(found.memory.values())
+    tokens = trainer._experience.rollout.prompts.inputs["attention_mask"].sum(1).tolist()
+    assert set(tokens) == {found.tokens.prompt}, (tokens, found.tokens)
+    return {"measured": measured, "planned": planned, "machine": machine.__dict__, "moment": found.moment,
+            "items": found.memory}  # fmt: skip
+
+
+def median_of(machines: list):
+    middle = statistics.median
+    numbers = ("attention", "attention_backward", "bandwidth", "weights", "fresh")
+    figures = {name: middle(getattr(machine, name) for machine in machines) for name in numbers}
+    gemm = tuple((points[0][0], middle(rate for _, rate in points)) for points in zip(*(m.gemm for m in machines), strict=True))
+    calls = {name: middle(machine.calls[name] for machine in machines) for name in machines[0].calls}
+    return replace(machines[0], gemm=gemm, calls=calls, **figures)
+
+
+def rows_of(result: dict) -> list[dict]:
+    """A row per phase: planned, measured, their ratio, and whether that must lie within the tolerance."""
+    measured, planned = result["measured"], result["planned"]
+    return [
+        {
+            "what": name,
+            "planned": planned[name],
+            "measured": measured[name],
+            "ratio": round(planned[name] / measured[name], 3) if measured[name] else None,
+            "counts": name == "memory" or measured[name] >= SMALL * measured["whole step"],
+        }
+        for name in measured
+    ]
+
+
+def within(row: dict) -> bool:
+    return not row["counts"] or abs(row["ratio"] - 1) <= TOLERANCE
+
+
+def table(rows: list[dict]) -> list[str]:
+    lines = ["| | planned | measured | ratio |", "| --- | ---: | ---: | ---: |"]
+    for row in rows:
+        unit, scale = ("MiB", 2**-20) if row["what"] == "memory" else ("ms", 1e3)
+        figures = (f"{scale * row[name]:.0f} {unit}" for name in ("planned", "measured"))
+        mark = "" if within(row) else " outside"
+        lines.append(f"| {row['what']} | {' | '.join(figures)} | {row['ratio']}{'' if row['counts'] else ' (small)'}{mark} |")
+    return lines
+
+
+def in_process(name: str) -> dict:
+    command = [sys.executable, __file__, "--shape", name]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(names=tuple(SHAPES)) -> dict[str, list[dict]]:
+    found = {}
+    for name in names:
+        found[name] = rows_of(in_process(name))
+        print(f"\n{name}\n", *table(found[name]), sep="\n", flush=True)
+    return found
+
+
+def write(found: dict[str, list[dict]]) -> Path:
+    path = harness.RESULTS / f"plan-{harness.slug(harness.device_name())}.json"
+    content = {"device": harness.device_name(), **harness.provenance(), "threads": 1, "clock": "CPU time", "shapes": found}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def test_plan(benchmark):
+    found = run()
+    write(found)
+    benchmark.pedantic(lambda: None)  # measured above, in processes of their own
+    outside = [f"{name}: {row['what']} {row['ratio']}" for name, rows in found.items() for row in rows if not within(row)]
+    assert not outside
+
+
+def scale() -> None:
+    """Eight prompts a GPU, on 1 to 512 GPUs, sampled by each GPU itself or by a server on a quarter as many more."""
+    from vlmkernels.plan import MACHINES, MODELS, ModelShape, Workload, plan
+
+    machine = MACHINES["h100"]
+    for name in MODELS:
+        shape = ModelShape.named(name)
+        print(f"\n| {name}, GPUs | sampling by | step | of it sampling | exposed wire | PFLOP | wire | memory | fits |")
+        print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
+        for gpus in (1, 8, 64, 512):
+            for lora in (0, 32):
+                for engine in ("transformers", "server"):
+                    work = Workload(
+                        prompts=8 * gpus, gpus=gpus, reference=True, checkpointing=True, microbatch_tokens=16384, lora_r=lora,
+                        weights="bf16" if lora else "fp32", engine=engine, server_gpus=max(1, gpus // 4) * (engine == "server"),
+                    )  # fmt: skip
+                    found = plan(shape, work, machine)
+                    alone = replace(machine, link=1e30, network=1e30)
+                    exposed = found.seconds - plan(shape, work, alone).seconds
+                    held = sum(found.memory.values())
+                    cells = [
+                        f"{gpus}, {'LoRA' if lora else 'full'}", engine, f"{found.seconds:.1f} s",
+                        f"{found.phase('sampling').seconds:.1f} s", f"{exposed:.2f} s",
+                        f"{sum(p.flops for p in found.phases) / 1e15:.2f}", f"{sum(p.wire for p in found.phases) / 1e9:.0f} GB",
+                        f"{held / 2**30:.0f} GiB", "yes" if found.fits else f"no: {max(found.memory, key=found.memory.get)}",
+                    ]  # fmt: skip
+                    print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", choices=SHAPES)
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--scale", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.scale:
+        scale()
+    elif arguments.shape:
+        result = measure(**SHAPES[arguments.shape])
+        print(json.dumps(result))
+        if arguments.verbose:
+            print(*table(rows_of(result)), sep="\n", file=sys.stderr)
+    else:
+        print("written to", write(run()))
