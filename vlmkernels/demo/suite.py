@@ -125,7 +125,7 @@ def crowded_scene(draw: suite.Draw, scans: Scans) -> tuple[Image.Image, list[Cel
 
 def learn_to_see(model, processor, steps: int, seed: int) -> float:
     """Train the vision tower and the token embeddings so that what is in a cell and the words for it are alike, as SigLIP does
-    (2303.15343), and a linear map tells the box's numbers. Returns the share of the last batch's cells whose words are right."""
+    (2303.15343), and a linear map tells the box's numbers. Returns the share of the last batch's cells with the right words."""
     names = [*(f" {name}" for name in (*suite.COLOURS, *suite.SHAPES)), *map(str, range(10))]
     ids = torch.tensor(processor.tokenizer(names)["input_ids"]).flatten()
     tower, embeddings = model.model.visual.train(), model.get_input_embeddings().weight
