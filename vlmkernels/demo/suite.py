@@ -47,7 +47,7 @@ ANSWER_TOKENS = 14  # a box of four numbers of two digits, and the end
 REWARDS = [
     {"log_as": category, "column": category, **reward}
     for category, reward in {
-        "counting": {"name": "count", "soft": True},
+        "counting": {"name": "count"},
         "colour": {"name": "exact_match"},
         "spatial": {"name": "exact_match"},
         "grounding": {"name": "iou"},
