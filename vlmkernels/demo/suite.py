@@ -47,7 +47,7 @@ ANSWER_TOKENS = 14  # a box of four numbers of two digits, and the end
 REWARDS = [
     {"log_as": category, "column": category, **reward}
     for category, reward in {
-        "counting": {"name": "count", "soft": True},
+        "counting": {"name": "count"},
         "colour": {"name": "exact_match"},
         "spatial": {"name": "exact_match"},
         "grounding": {"name": "iou"},
@@ -125,12 +125,13 @@ def crowded_scene(draw: suite.Draw, scans: Scans) -> tuple[Image.Image, list[Cel
 
 def learn_to_see(model, processor, steps: int, seed: int) -> float:
     """Train the vision tower and the token embeddings so that what is in a cell and the words for it are alike, as SigLIP does
-    (2303.15343), and the box can be told by a linear map. Returns the share of the last batch's cells whose words are right."""
+    (2303.15343), and a linear map tells the box's numbers. Returns the share of the last batch's cells with the right words."""
     names = [*(f" {name}" for name in (*suite.COLOURS, *suite.SHAPES)), *map(str, range(10))]
     ids = torch.tensor(processor.tokenizer(names)["input_ids"]).flatten()
     tower, embeddings = model.model.visual.train(), model.get_input_embeddings().weight
     scale, bias = torch.nn.Parameter(torch.tensor(3.0)), torch.nn.Parameter(torch.tensor(-2.0))
-    locate = torch.nn.Linear(embeddings.shape[1], 4)
+    places = suite.SIDE // suite.STEP + 1
+    locate = torch.nn.Linear(embeddings.shape[1], 4 * places)
     optimizer = torch.optim.AdamW([*tower.parameters(), *locate.parameters(), embeddings, scale, bias], lr=1.5e-3)
     scans = suite.scans()["train"]
     for step in range(steps):
@@ -138,12 +139,12 @@ def learn_to_see(model, processor, steps: int, seed: int) -> float:
         images, cells = zip(*scenes, strict=True)
         cells = [cell for scene in cells for cell in scene]
         named = torch.tensor([[float(name in cell.words) for name in names] for cell in cells])
-        boxes = torch.tensor([cell.box for cell in cells]) / suite.SIDE
+        boxes = torch.tensor([cell.box for cell in cells]) // suite.STEP
         inputs = processor.image_processor(images=list(images), return_tensors="pt")
         features = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
         logits = features @ embeddings[ids].T * scale + bias
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, named)
-        loss = loss + torch.nn.functional.smooth_l1_loss(locate(features), boxes, beta=0.05)
+        loss = loss + cross_entropy(locate(features).view(-1, places), boxes.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -179,14 +180,13 @@ def lessons(model, processor, count: int) -> list[Lesson]:
 
 
 def losses(model, point: torch.nn.Linear, lesson: Lesson) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropies: of the answers, the mean over rows, each the mean over its tokens; and of what the question says of each
-    cell, told by ``point`` from the cell's token in front of the last layer."""
+    """Cross-entropies: of the answers, the mean over their tokens, so that boxes count most; and of what the question says of
+    each cell, told by ``point`` from the cell's token in front of the last layer."""
     batch, width = lesson.prompts.append(lesson.ids, lesson.mask.long()).inputs, lesson.ids.shape[1]
     output = model(**batch, logits_to_keep=width + 1, output_hidden_states=True, use_cache=False)
     per_token = cross_entropy(output.logits[:, :-1].mT, lesson.ids, reduction="none")
     cells = output.hidden_states[-2][batch["input_ids"] == model.config.image_token_id]
-    answers = ((per_token * lesson.mask).sum(1) / lesson.mask.sum(1)).mean()
-    return answers, cross_entropy(point(cells), lesson.asked.flatten())
+    return per_token[lesson.mask].mean(), cross_entropy(point(cells), lesson.asked.flatten())
 
 
 def learn_to_answer(model, processor, steps: int) -> tuple[float, float]:
