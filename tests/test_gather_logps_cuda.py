@@ -142,7 +142,7 @@ def test_masked_rows_are_not_read(device, traffic, monkeypatch, splits):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_what_does_not_exist_gives_nan(device, monkeypatch, splits):
-    """On a torch.cuda.is_available() nobody looks at targets and rows before the kernel does."""
+    """On a GPU nobody looks at targets and rows before the kernel does."""
     monkeypatch.setattr("vlmkernels.ops.gather_logps.require_indices", lambda *_: None)
     split(monkeypatch, 4, splits)
     logits, targets = rows_at(0, 4, 1000, torch.float32, device)
