@@ -238,6 +238,13 @@ def test_huggingface_dataset_with_images():
         check_dataset(broken.cast_column("image", datasets.Image()), "train_dataset", tiny.processor())
 
 
+def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path):
+    """JSON may hold characters that Unicode counts as ends of lines."""
+    row = {"prompt": "one\u2028two\x85three"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert load_dataset(tmp_path / "data.jsonl") == [row]
+
+
 def test_jsonl_and_parquet_and_folders(tmp_path):
     (tmp_path / "pictures").mkdir()
     for index in range(2):

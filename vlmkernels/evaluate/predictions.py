@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vlmkernels.models.families import family_of
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.data import MEDIA_COLUMNS, Sample, encode, read_sample
+from vlmkernels.train.data import MEDIA_COLUMNS, Sample, encode, json_lines, read_sample
 from vlmkernels.train.model import inference
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.scoring import resized_sizes
@@ -50,20 +50,6 @@ class Completion:
         return cls(value["text"], *(value.get(name) for name in ("ids", "length", "truncated")))
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: must be JSON, got {line[:80]!r} ({error})") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}, line {number}: must be a JSON object, got {line[:80]!r}")
-            yield number, value
-
-
 class Predictions:
     """Completions by sample and view, each list as long as the others. ``path``: the file they come from or go to."""
 
@@ -78,7 +64,7 @@ class Predictions:
         found = cls(path)
         if not found.path.is_file():
             raise FileNotFoundError(f"predictions must be an existing file, got {path}")
-        for number, value in _objects(found.path):
+        for number, value in json_lines(found.path):
             if "settings" in value:
                 found.settings = value["settings"]
                 continue
@@ -113,7 +99,7 @@ class Predictions:
         complete = content[: content.rfind(b"\n") + 1]
         if not complete:
             raise ValueError(f"{self.path} must be a file of predictions, got one without a whole line")
-        _, first = next(_objects(self.path))
+        _, first = next(json_lines(self.path))
         theirs = first.get("settings") or {}
         differ = [name for name in settings if theirs.get(name) != settings[name]]
         if differ:

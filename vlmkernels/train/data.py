@@ -10,7 +10,7 @@ prompts, images and videos into the one dict of model inputs.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -269,19 +269,19 @@ def _resolve(row: dict, folder: Path) -> dict:
     return {name: path(value) if name in MEDIA_COLUMNS else value for name, value in row.items()}
 
 
-def _read_jsonl(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: must be JSON, got {line[:80]!r} ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: must be a JSON object, got {line[:80]!r}")
-        rows.append(row)
-    return rows
+def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """The objects of a .jsonl file, each with the number of its line; empty lines are passed over."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: must be JSON, got {line[:80]!r} ({error})") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}, line {number}: must be a JSON object, got {line[:80]!r}")
+            yield number, value
 
 
 def load_dataset(path: str | os.PathLike, split: str | None = None):
@@ -293,7 +293,7 @@ def load_dataset(path: str | os.PathLike, split: str | None = None):
     if not path.exists():
         raise FileNotFoundError(f"dataset must be an existing file or folder, got {path}")
     if path.suffix == ".jsonl":
-        return [_resolve(row, path.parent) for row in _read_jsonl(path)]
+        return [_resolve(row, path.parent) for _, row in json_lines(path)]
     import datasets
 
     if path.suffix == ".parquet":
