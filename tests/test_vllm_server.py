@@ -38,6 +38,7 @@ class FakeVLLM:
         self.tokenizer, self.version, self.change, self.bodies = self.processor.tokenizer, "default", {}, []
         self.counts, self.under_way, self.most = Counter(), 0, 0
         self.lock = threading.Lock()
+        self.rng = torch.Generator()  # a late answer must not draw from the numbers that the next test seeds
         self.config = {"dtype": "torch.float32", "logprobs_mode": "raw_logprobs", "max_model_len": 256, "max_logprobs": 20}
         self.lora = None
         self.paths = ["/collective_rpc", "/update_weight_version", "/inference/v1/generate", "/v1/load_lora_adapter"]
@@ -129,7 +130,7 @@ class FakeVLLM:
             banned = torch.tensor([*map(int, params["logit_bias"])])
             choices, allowed = [], logps[-1].exp().index_fill(0, banned, 0.0)
             for index in range(params["n"]):
-                token = int(allowed.multinomial(1))
+                token = int(allowed.multinomial(1, generator=self.rng))
                 told = {"token_id": token, "logprob": logps[-1, token].item()}
                 choices.append(
                     {
