@@ -93,7 +93,8 @@ def test_matches_fp64(need, device, nan_filled, backend, variant):
     operands, targets, batch = problem(device)
     need("linear_grpo_loss", backend, operands[0])
     check(operands, targets, batch, config, backend, num_items=17.0)
-    check(operands, targets, batch, config, backend, chunk_bytes=7 * VOCAB * ROW, accumulation_steps=3)
+    if backend in ("reference", "cpp") or variant in (*ONE_SWEEP, "gspo", "vespo"):  # emulated kernels are slow
+        check(operands, targets, batch, config, backend, chunk_bytes=7 * VOCAB * ROW, accumulation_steps=3)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
