@@ -120,6 +120,10 @@ def test_train_and_eval_lora(files, tmp_path):
             ],
             "vllm_server_base_url must be that of a healthy vLLM server within .* = 0.1 s, got http://127.0.0.1:9",
         ),
+        (
+            ["--reward", "cer", "--share_prefix", "false", "--rollout_correction", "token_mask"],
+            "rollout_correction must be None where generate samples, .*: share_prefix is off, got 'token_mask'",
+        ),
         ([], "--reward must be given"),
         (["--rewards", "[cer]"], "argument --rewards: invalid json_list value: '.cer.'"),
         (["--rewards", '[{"name": "cer"}]', "--reward", "cer"], "--reward must be absent where --rewards is given"),
