@@ -343,6 +343,7 @@ def test_command(tmp_path, capsys):
         ("--precision fp32", "precision must be that of h100, bf16, got fp32"),
         ("--machine h100 --calibrate", "machine must be absent with --calibrate, got h100"),
         ("--image-size 3y", "invalid size value: '3y'"),
+        ("--image-size 0x8", "argument --image_size.*: invalid size value: '0x8'"),
         ("--colour red", "unrecognized arguments: --colour red"),
     ],
 )

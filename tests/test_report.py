@@ -408,6 +408,14 @@ def test_page_says_what_is_no_number(tmp_path, capsys):
     assert "<h2>Other</h2>" in text
 
 
+def test_a_folder_is_no_page(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report", str(tmp_path), "--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert f"--output must be a file, got the folder {tmp_path}" in capsys.readouterr().err
+    assert not list(tmp_path.parent.glob(".*.part"))
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -49,11 +49,11 @@ class Help(argparse.HelpFormatter):
 
 
 @contextmanager
-def user_errors(parser: argparse.ArgumentParser, argument: str = "") -> Iterator[None]:
+def user_errors(parser: argparse.ArgumentParser, argument: str = "", more: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Errors in what the user gave end the program with exit code 2 and one line that names the argument."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, *more) as error:
         parser.error(f"{argument}: {error}" if argument else str(error))
 
 
@@ -104,6 +104,8 @@ def train_parser(argv: list[str]) -> argparse.ArgumentParser:
     )
     shown = COMMON | set(GRPOConfig.__annotations__)
     for action in parser._actions:
+        if any(option.startswith("--no_") for option in action.option_strings):
+            action.help = f"turn {action.dest} off"
         if action.dest not in (*shown, "help") and "--help-all" not in argv:
             action.help = argparse.SUPPRESS
     own = parser.add_argument_group("model, data and rewards")
@@ -144,8 +146,9 @@ def train(argv: list[str]) -> int:
     from transformers.utils import logging
 
     from vlmkernels.train import GRPOConfig, GRPOTrainer
-    from vlmkernels.train.checkpoint import find_checkpoint
+    from vlmkernels.train.checkpoint import check_checkpoint, find_checkpoint
     from vlmkernels.train.data import load_dataset
+    from vlmkernels.train.engine import RolloutError
     from vlmkernels.train.model import load_model
 
     with user_errors(parser):
@@ -154,15 +157,18 @@ def train(argv: list[str]) -> int:
             logging.disable_progress_bar()
         resume = config.resume_from_checkpoint
         if resume:
-            resume = find_checkpoint(True if resume.lower() in ("last", "true") else resume, config.output_dir)
+            with config.main_process_first(local=config.save_on_each_node, desc="the checkpoint"):  # it may rename one
+                resume = find_checkpoint(True if resume.lower() in ("last", "true") else resume, config.output_dir)
     with user_errors(parser, "--dataset"):
         dataset = load_dataset(args.dataset, args.split)
     with user_errors(parser, "--eval_dataset"):
         eval_dataset = load_dataset(args.eval_dataset, args.eval_split) if args.eval_dataset else None
     with user_errors(parser, "--model"):
         model = load_model(args.model, config.model_init_kwargs)
-    with user_errors(parser):
+    with user_errors(parser, more=(RolloutError,)):
         trainer = GRPOTrainer(model, args.rewards or args.reward, config, dataset, eval_dataset, peft_config=lora_config(args))
+        if resume:
+            check_checkpoint(resume, trainer.policy, config.world_size)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -140,6 +140,50 @@ def test_incomplete_checkpoints_do_not_count(tmp_path, whole):
     assert last_complete_checkpoint(tmp_path) == str(folder)
 
 
+def test_the_checkpoint_written_last_counts(tmp_path, whole, monkeypatch):
+    """... and not one of a higher step that another run left in the folder; whichever process gives it its name."""
+    for step in (9, 3):
+        shutil.copytree(Path(whole.args.output_dir, f"checkpoint-{step}"), tmp_path / f"checkpoint-{step}")
+    manifest = json.loads((tmp_path / "checkpoint-3" / "vlmkernels.json").read_text())
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    later = json.dumps(manifest | {"time": manifest["time"] + 3600})
+    (tmp_path / "checkpoint-3" / "vlmkernels.json").write_text(later)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+    partial = (tmp_path / "checkpoint-3").rename(tmp_path / ".checkpoint-3.partial")
+
+    def meanwhile(folder):
+        complete = is_complete(folder)
+        if folder == partial and complete:  # another process is faster
+            folder.rename(tmp_path / "checkpoint-3")
+        return complete
+
+    monkeypatch.setattr("vlmkernels.train.checkpoint.is_complete", meanwhile)
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+def test_a_finished_run_takes_no_step(tmp_path, whole):
+    shutil.copytree(Path(whole.args.output_dir, "checkpoint-9"), tmp_path / "checkpoint-9")
+    resumed = build(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 9
+    assert folders(tmp_path) == ["checkpoint-9"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_device_train_batch_size": 2}, "steps_per_generation = 4, got one within a generation batch of 8 completions"),
+        ({"num_iterations": 1}, "num_iterations = 2, got one within a generation batch that has served 2 micro-batches"),
+    ],
+)
+def test_a_generation_batch_of_other_arguments_is_named(tmp_path, whole, options, message):
+    with pytest.raises(
+        ValueError, match=f"must be from between two generation batches to go on with other arguments: .*{message}"
+    ):
+        build(tmp_path, **options).train(resume_from_checkpoint=str(Path(whole.args.output_dir, "checkpoint-6")))
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 5, "load_best_model_at_end": True}
     trainer = build(tmp_path, eval_data=tiny.rows(2), save_total_limit=2, **best)

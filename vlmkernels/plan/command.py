@@ -36,7 +36,7 @@ FLAGS = {
 
 
 def size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not found:
         raise ValueError
     return int(found[1]), int(found[2] or found[1])

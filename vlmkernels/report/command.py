@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from vlmkernels.ops.checks import require
 from vlmkernels.report.html import write_whole
 
 
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> int:
 
     output = args.output or args.run / "report.html"
     try:
+        require(not output.is_dir(), "--output", "be a file", f"the folder {output}")
         write_whole(output, run_page(Run.read(args.run)))
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -8,6 +8,7 @@ checkpoints that it had. What ``transformers`` writes into a checkpoint, and how
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -62,8 +63,10 @@ def _partials(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The complete checkpoint of the highest step in ``output_dir``. One that was whole when the run was killed, but not
-    renamed yet, is renamed now."""
+    """The complete checkpoint in ``output_dir`` that was written last, perhaps of a lower step than an earlier run's.
+
+    One that was whole when the run was killed, but not renamed yet, is renamed now.
+    """
     for partial in _partials(output_dir):
         if (partial / MANIFEST).exists() and is_complete(partial):
             try:
@@ -74,8 +77,20 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
 
 
 def _last_complete(output_dir: str | os.PathLike) -> str | None:
-    complete = {step: str(folder) for step, folder in _checkpoints(output_dir).items() if is_complete(folder)}
-    return complete[max(complete)] if complete else None
+    complete = [folder for folder in _by_age(output_dir) if is_complete(folder)]
+    return str(complete[-1]) if complete else None
+
+
+def _by_age(output_dir: str | os.PathLike) -> list[Path]:
+    """Checkpoints in the order in which they were written; those that do not tell when come first, by their steps."""
+
+    def written(folder: Path) -> float:
+        try:
+            return float(json.loads((folder / MANIFEST).read_text()).get("time", 0))
+        except (OSError, ValueError):
+            return 0.0
+
+    return [folder for _, folder in sorted(_checkpoints(output_dir).items(), key=lambda item: (written(item[1]), item[0]))]
 
 
 def find_checkpoint(resume: str | bool, output_dir: str | os.PathLike) -> str:
@@ -239,7 +254,8 @@ def _seal(trainer: Trainer, partial: Path) -> None:
     trainer.state.save_to_json(str(partial / TRAINER_STATE_NAME))
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     model = trainer.accelerator.unwrap_model(trainer.model)
-    manifest = {"format": FORMAT, "vlmkernels": __version__, "model_type": model.config.model_type, "files": files}
+    manifest = {"format": FORMAT, "vlmkernels": __version__, "model_type": model.config.model_type}
+    manifest |= {"time": time.time(), "files": files}  # seconds since 1970
     _flush(partial / TRAINER_STATE_NAME)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _flush(partial / MANIFEST, partial)
@@ -258,8 +274,13 @@ def _flush(*paths: Path) -> None:
 def _publish(partial: Path) -> None:
     """Give a whole checkpoint its name; one of that name, of an earlier run, goes first."""
     final = partial.with_name(partial.name[1:].removesuffix(".partial"))
-    _discard(final)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except FileNotFoundError:  # another process gave it its name: nothing may be removed now
+        raise
+    except OSError:
+        _discard(final)
+        partial.rename(final)
     _flush(final.parent)
 
 
@@ -275,7 +296,6 @@ def _rotate(newest: Path, best: str | None, limit: int | None) -> None:
     if not limit or limit < 0:
         return
     kept = {newest, *([Path(best)] if best else [])}
-    others = [(folder.stat().st_mtime_ns, step, folder) for step, folder in _checkpoints(newest.parent).items()]
-    others = [folder for _, _, folder in sorted(others) if folder not in kept]
+    others = [folder for folder in _by_age(newest.parent) if folder not in kept]
     for folder in others[: max(len(others) + len(kept) - limit, 0)]:
         _discard(folder)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmkernels.models.decode import Sampling
@@ -163,6 +163,11 @@ class GRPOConfig(TrainingArguments):
         require(self.top_k >= 0, "top_k", "be >= 0", self.top_k)
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "be in [0, 1]", self.min_p)
         require(self.repetition_penalty > 0, "repetition_penalty", "be > 0", self.repetition_penalty)
+        for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+            value = getattr(self, name)
+            require(value is None or isinstance(value, dict), name, "map names to values (in JSON)", repr(value))
+        unknown = [name for name in self.generation_kwargs or {} if not hasattr(GenerationConfig(), name)]
+        require(not unknown, "generation_kwargs", "hold arguments of GenerationConfig alone", ", ".join(unknown))
         fixed = sorted({"temperature", "do_sample"} & (self.generation_kwargs or {}).keys())
         require(not fixed, "generation_kwargs", "leave these to temperature and eval_temperature", ", ".join(fixed))
         require(self.max_num_seqs is None or self.max_num_seqs >= 1, "max_num_seqs", "be >= 1", self.max_num_seqs)

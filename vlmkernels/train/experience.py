@@ -6,6 +6,8 @@ import torch
 
 from vlmkernels.models.batch import Batch
 from vlmkernels.models.families import Family
+from vlmkernels.ops.checks import require
+from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.rollout import Rollout
 
 
@@ -40,3 +42,19 @@ class Experience:
         group = rollout.pop("group").cpu()
         rollout = Rollout(prompts, group, **{name: None if x is None else x.to(device) for name, x in rollout.items()})
         return cls(rollout, **state)
+
+    def check(self, args: GRPOConfig, checkpoint: str) -> None:
+        """Raise where a run with these arguments cannot go on with the batch, which another one began."""
+        size, made = args.per_device_train_batch_size * args.steps_per_generation, len(self.advantages)
+        batch = "be from between two generation batches to go on with other arguments:"
+        name, within = f"resume_from_checkpoint {checkpoint}", "one within a generation batch"
+        rule = f"{batch} per_device_train_batch_size * steps_per_generation = {size}"
+        require(made == size, name, rule, f"{within} of {made} completions a process")
+        rule = f"{batch} steps_per_generation * num_iterations = {args.steps_per_rollout}"
+        require(self.uses < args.steps_per_rollout, name, rule, f"{within} that has served {self.uses} micro-batches")
+        require(
+            args.beta == 0 or self.ref_logps is not None, name, f"{batch} beta = {args.beta}", f"{within} without a reference"
+        )
+        later = args.steps_per_rollout > args.gradient_accumulation_steps
+        rule = f"{batch} several optimiser steps on it"
+        require(not later or self.old_logps is not None, name, rule, f"{within} without old log-probabilities")

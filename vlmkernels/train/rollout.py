@@ -112,6 +112,8 @@ class Generate:
         if others := sorted(self.options.keys() - Sampling.names()):
             reason = reason or f"generation_kwargs holds {', '.join(others)}"
         self.by_groups = reason is None
+        rule = f"be None where generate samples, which tells no log-probabilities: {reason}"
+        require(self.by_groups or args.rollout_correction is None, "rollout_correction", rule, repr(args.rollout_correction))
         if self.by_groups:
             use_group_attention(plain)
         else:

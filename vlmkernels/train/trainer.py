@@ -548,13 +548,19 @@ class GRPOTrainer(Trainer):
         """As ``Trainer.train``; True resumes from the last complete checkpoint in ``args.output_dir``."""
         self._experience = None
         if resume_from_checkpoint:
-            resume_from_checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            with self.args.main_process_first(local=self.args.save_on_each_node, desc="the checkpoint"):  # it may rename one
+                resume_from_checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
             check_checkpoint(resume_from_checkpoint, self.policy, self.args.world_size)
             state = load_experience(resume_from_checkpoint, self.args.process_index)
             if state is not None:
                 self._experience = Experience.from_state_dict(state, self.family, self.args.device)
+                self._experience.check(self.args, resume_from_checkpoint)
         with lost_processes_named(self.accelerator):
             return super().train(resume_from_checkpoint or None, **kwargs)
+
+    def _run_epoch(self, **arguments) -> None:
+        if self.state.global_step < self.state.max_steps:  # Trainer takes one more step where a finished run is resumed
+            super()._run_epoch(**arguments)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if is_peft_model(self.model):
