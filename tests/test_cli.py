@@ -163,6 +163,13 @@ def test_bad_sample_is_named(files, tmp_path, capsys):
     assert "vlmkernels eval: error: sample 0: image cannot be read" in capsys.readouterr().err
 
 
+def test_eval_limits_images(files, tmp_path, capsys):
+    flags = ["--model", str(files / "model"), "--dataset", str(files / "data.jsonl"), "--max_image_pixels", "9"]
+    with pytest.raises(SystemExit):
+        main(["eval", *flags, "--output", str(tmp_path / "eval.json")])
+    assert "sample 0: image cannot be read: image must have at most 9 pixels (max_image_pixels), got 28 x 28" in capsys.readouterr().err
+
+
 def test_help(capsys):
     for argv in (["--help"], ["train", "--help"], ["eval", "--help"]):
         with pytest.raises(SystemExit) as exit:

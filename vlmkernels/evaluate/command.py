@@ -20,6 +20,7 @@ def parser() -> argparse.ArgumentParser:
     from vlmkernels.evaluate.predictions import VIEWS
     from vlmkernels.evaluate.tasks import HARNESSES, TASKS
     from vlmkernels.rewards.boxes import FRAMES
+    from vlmkernels.train.images import DEFAULT
 
     parser = argparse.ArgumentParser("vlmkernels eval", USAGE, "Measure a model's answers.", formatter_class=Help)
     add_flag(
@@ -54,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     add_flag(decoding, "batch_size", type=int, default=8, help="completions at a time")
     add_flag(decoding, "seed", type=int, default=0, help="of sampling")
     add_flag(decoding, "hide", choices=VIEWS[1:], help="measure again with the image grey, or none")
+    limits = parser.add_argument_group("what images may be")
+    add_flag(limits, "max_image_pixels", type=int, default=DEFAULT.max_pixels, help="the most pixels of an image")
+    add_flag(limits, "max_image_bytes", type=int, default=DEFAULT.max_bytes, help="the most bytes of an image's file")
+    add_flag(limits, "allow_image_urls", action="store_true", help="fetch images whose path is an http or https address")
     add_flag(parser, "samples", type=int, default=12, help="samples of each group on the page")
     add_flag(parser, "output", default="eval.json", help="where the metrics go; .md, .html and predictions go beside it")
     return parser
@@ -75,7 +80,7 @@ def load(path: str, split: str, count: int | None):
     return dataset.select(range(count)) if hasattr(dataset, "select") else dataset[:count]
 
 
-def predict_to(output: Path, path: str, dataset, decoding, views: tuple[str, ...]):
+def predict_to(output: Path, path: str, dataset, decoding, views: tuple[str, ...], limits):
     """The model's predictions, in a file beside ``output`` whose name is decided by what was sampled."""
     import torch
 
@@ -85,7 +90,7 @@ def predict_to(output: Path, path: str, dataset, decoding, views: tuple[str, ...
 
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(model.config._name_or_path)
-    check_dataset(dataset, "dataset", processor)
+    check_dataset(dataset, "dataset", processor, limits=limits)
     settings = json.dumps(settings_of(model, dataset, decoding), sort_keys=True)
     file = output.with_name(f"{output.stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl")
 
@@ -93,7 +98,7 @@ def predict_to(output: Path, path: str, dataset, decoding, views: tuple[str, ...
         if sys.stderr.isatty():
             print(f"\r{path}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    return predict(model, processor, dataset, decoding, file, views, progress)
+    return predict(model, processor, dataset, decoding, file, views, progress, limits)
 
 
 def step_of(path: str, position: int) -> float:
@@ -139,6 +144,7 @@ def main(argv: list[str]) -> int:
     from vlmkernels.evaluate.report import curves_of, curves_of_log, to_json, to_markdown
     from vlmkernels.rewards import Rewards
     from vlmkernels.train.data import column_names
+    from vlmkernels.train.images import ImageLimits
 
     output = Path(args.output)
     with user_errors(flags, "--dataset"):
@@ -159,7 +165,8 @@ def main(argv: list[str]) -> int:
         rewards = Rewards(names) if names else None
         if rewards:
             rewards.check_columns(columns, "dataset")
-        rows = Rows(dataset, scoring)
+        limits = ImageLimits(args.max_image_pixels, args.max_image_bytes, args.allow_image_urls)
+        rows = Rows(dataset, scoring, limits)
 
     def evaluation(runs: list[Predictions]) -> Evaluation:
         views = set.intersection(*(run.views for run in runs))
@@ -172,7 +179,7 @@ def main(argv: list[str]) -> int:
         else:
             views = ("image", args.hide) if args.hide else ("image",)
             found = [
-                (step_of(path, place), evaluation([predict_to(output, path, dataset, decoding, views)]))
+                (step_of(path, place), evaluation([predict_to(output, path, dataset, decoding, views, limits)]))
                 for place, path in enumerate(args.model)
             ]
         other = (args.baseline, evaluation([Predictions.read(args.baseline)])) if args.baseline else None

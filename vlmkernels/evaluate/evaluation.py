@@ -27,6 +27,7 @@ from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.boxes import FRAMES
 from vlmkernels.rewards.builtin import PROVIDED, to_frame
 from vlmkernels.train.data import MEDIA_COLUMNS, Sample, column_names, read_sample
+from vlmkernels.train.images import DEFAULT, ImageLimits
 from vlmkernels.train.scoring import prompt_text
 
 ALL = "all"
@@ -104,7 +105,8 @@ class Group:
 class Rows:
     """A dataset's columns without its images, and what each sample is: checked when it is made, before anything is scored."""
 
-    def __init__(self, dataset, scoring: Scoring):
+    def __init__(self, dataset, scoring: Scoring, limits: ImageLimits = DEFAULT):
+        self.limits = limits  # of images
         require(len(dataset) > 0, "dataset", "hold at least one sample", 0)
         self.dataset, names = dataset, column_names(dataset)
         plain = (
@@ -141,7 +143,7 @@ class Rows:
         return len(self.rows)
 
     def sample(self, index: int, decode: bool = True) -> Sample:
-        return read_sample(self.dataset[index], index, decode)
+        return read_sample(self.dataset[index], index, decode, self.limits)
 
     def groups(self) -> dict[str, list[int]]:
         """Indices of the samples of each group, in the order of the dataset; a group has one task."""

@@ -24,6 +24,7 @@ from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.ops.checks import require
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.data import MEDIA_COLUMNS, Sample, encode, json_lines, read_sample
+from vlmkernels.train.images import DEFAULT, ImageLimits
 from vlmkernels.train.model import inference
 from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
 from vlmkernels.train.scoring import resized_sizes
@@ -267,12 +268,20 @@ def settings_of(model, dataset, decoding: Decoding) -> dict:
 
 
 def predict(
-    model, processor, dataset, decoding: Decoding, path: str | os.PathLike, views=("image",), progress=None
+    model,
+    processor,
+    dataset,
+    decoding: Decoding,
+    path: str | os.PathLike,
+    views=("image",),
+    progress=None,
+    limits: ImageLimits = DEFAULT,
 ) -> Predictions:
     """The completions of every sample in each view; those that ``path`` holds already are not sampled again.
 
     Args:
         progress: called with (done, all) after each batch.
+        limits: of images.
     """
     predictions = Predictions(path).resume(settings_of(model, dataset, decoding))
     sampler = Sampler(model, processor, decoding)
@@ -281,7 +290,7 @@ def predict(
     for view in views:
         indices = [index for name, index in todo if name == view]
         for start in range(0, len(indices), step):
-            samples = [read_sample(dataset[index], index) for index in indices[start : start + step]]
+            samples = [read_sample(dataset[index], index, limits=limits) for index in indices[start : start + step]]
             predictions.append(view, *sampler(samples, view))
             if progress:
                 progress(len(predictions.by_sample), total)

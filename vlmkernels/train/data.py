@@ -250,8 +250,10 @@ def check_dataset(
             if check_row is not None:
                 check_row(rows[index], f"{name}: sample {index}")
         except (ValueError, TypeError) as error:
-            if bad is None or len(bad) + 1 == len(rows):
+            if bad is None:
                 raise
+            if len(bad) + 1 == len(rows):
+                raise ValueError(f"{name} must hold a sample that can be used, got none: {error}") from error
             bad[index] = str(error)
             continue
         kinds |= {kind for kind, media in (("image", sample.images), ("video", sample.videos)) if media}
