@@ -167,7 +167,8 @@ def test_eval_limits_images(files, tmp_path, capsys):
     flags = ["--model", str(files / "model"), "--dataset", str(files / "data.jsonl"), "--max_image_pixels", "9"]
     with pytest.raises(SystemExit):
         main(["eval", *flags, "--output", str(tmp_path / "eval.json")])
-    assert "sample 0: image cannot be read: image must have at most 9 pixels (max_image_pixels), got 28 x 28" in capsys.readouterr().err
+    message = "sample 0: image cannot be read: image must have at most 9 pixels (max_image_pixels), got 28 x 28"
+    assert message in capsys.readouterr().err
 
 
 def test_help(capsys):

@@ -274,8 +274,8 @@ def _resolve(row: dict, folder: Path) -> dict:
 def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     """The objects of a .jsonl file, each with the number of its line; empty lines are passed over."""
     with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate((line.strip() for line in lines), 1):
-            if not line:
+        for number, line in enumerate((line.removesuffix("\n") for line in lines), 1):
+            if not line.strip():
                 continue
             try:
                 value = json.loads(line)
