@@ -122,6 +122,24 @@ def tasks() -> list[str]:
     return lines
 
 
+def plans() -> list[str]:
+    lines = []
+    for path in sorted(RESULTS.glob("plan-*.json")):
+        content = json.loads(path.read_text())
+        counted = list(dict.fromkeys(row["what"] for rows in content["shapes"].values() for row in rows if row["counts"]))
+        lines += [f"| planned / measured | {' | '.join(counted)} |", "| --- |" + " ---: |" * len(counted)]
+        for shape, rows in content["shapes"].items():
+            shown = {}
+            for row in rows:
+                scale, unit = (2**20, "MiB") if row["what"] == "memory" else (1, "s")
+                values = [f"{row[key] / scale:.{0 if unit == 'MiB' else 2}f}" for key in ("planned", "measured")]
+                shown[row["what"]] = f"{' / '.join(values)} {unit} ({row['ratio']:.2f})"
+            lines.append(f"| {shape} | {' | '.join(shown[what] for what in counted)} |")
+        where = f"On {content['device']}, {content['threads']} thread, {content['clock']}, by `python bench/bench_plan.py`"
+        lines += ["", f"{where}, commit {content['commit']}.", ""]
+    return lines[:-1]
+
+
 def suite() -> list[str]:
     content = json.loads((RESULTS / "suite.json").read_text())
     runs, first = content["runs"], content["runs"][0]
@@ -151,6 +169,7 @@ TABLES = {
     "bench": bench,
     "losses": losses,
     "backends": backends,
+    "plans": plans,
     "rewards": rewards,
     "tasks": tasks,
     "metrics": metrics,
