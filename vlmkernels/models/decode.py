@@ -187,10 +187,10 @@ class GroupCache:
         return out.flatten(1, 2).unsqueeze(0)
 
 
-def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Indices (n,) int64 with probabilities softmax(scores), scores (n, V): the sums of probabilities, in fp64 so that none is
-    lost, inverted at uniform, (n,) fp64 in [0, 1)."""
-    sums = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Indices (n,) int64 with probabilities (n, V): their sums, in fp64 so that none is lost, inverted at uniform, (n,) fp64 in
+    [0, 1)."""
+    sums = probabilities.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
     below = torch.minimum(uniform.unsqueeze(1) * total, total.nextafter(total - 1))
     # The first sum that is greater: never one of a probability of 0, which is no greater than the sum before it.
@@ -329,13 +329,14 @@ class _Decoder:
             scores = scores / sampling.temperature
             for warper in self.warpers:
                 scores = warper(None, scores)
+            probabilities = scores.softmax(-1)
             if self.uniform is None:
                 # torch.multinomial of a row for each completion, ended or not.
                 noise = scores.new_empty(self.count, scores.shape[1]).exponential_()
-                chosen = (scores.softmax(-1) / noise[completions]).argmax(-1)
+                chosen = (probabilities / noise[completions]).argmax(-1)
             else:
-                chosen = draw(scores, self.uniform[completions, lengths].to(self.device))
-            drawn_with = gather_logps(scores, chosen)
+                chosen = draw(probabilities, self.uniform[completions, lengths].to(self.device))
+            drawn_with = probabilities.gather(1, chosen.unsqueeze(1)).squeeze(1).log()
         else:
             chosen = scores.argmax(-1)
             drawn_with = torch.zeros(len(chosen), device=self.device)
