@@ -6,8 +6,8 @@
 //   read       logp = (u_t - m) inverse - L,   entropy = L - sum_v p_v (u_v - m) inverse,   stats = (m, L)
 //   objective  dlogp and dentropy of the token, from its logp and entropy
 //   write      dx_v = (dlogp ([v == t] - p_v) - dentropy p_v (log p_v + entropy)) inverse du_v/dx_v
-// A row passes through the stages that are asked for, one after another. In the last it is overwritten by its gradient,
-// which starts where the row does.
+// Each row passes through the enabled stages in this order. The gradient may overwrite the logits: row k of dlogits then starts
+// where row k of the logits does.
 #pragma once
 
 #include <cstdint>
@@ -52,8 +52,10 @@ struct LinearLogps {
     float entropy_scale;  // dentropy
 
     bool write;
-    const float* dlogp;     // (n,)
-    const float* dentropy;  // (n,) or null: 0
+    void* dlogits;           // (n, V), in operand_dtype; may share the memory of logits
+    int64_t dlogits_stride;  // of a row, in elements
+    const float* dlogp;      // (n,)
+    const float* dentropy;   // (n,) or null: 0
 };
 
 }  // namespace vlmk

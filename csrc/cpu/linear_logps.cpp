@@ -112,7 +112,7 @@ void run(const LinearLogps& p, int threads) {
         if (!p.write) continue;
         TokenGradient token = p.objective ? token_gradient(p, k, p.logp[k])
                                           : TokenGradient{p.dlogp[k], p.dentropy == nullptr ? 0.0f : p.dentropy[k]};
-        write(p, k, token, reinterpret_cast<Out*>(x), row);
+        write(p, k, token, static_cast<Out*>(p.dlogits) + k * p.dlogits_stride, row);
     }
 }
 

@@ -131,35 +131,33 @@ VLMK_DEVICE RowResults read(const LinearLogps& p, int64_t k, const T* x, const P
     return r;
 }
 
-// Four elements, or a vector of 16 bytes, of the gradient from element `first` of the row on.
+// kCount elements of the gradient, at `address`: one store of 8 or 16 bytes where it is aligned to that.
 template <class Out, int kCount>
-VLMK_DEVICE void store_some(Out* dx, uint32_t first, const float (&values)[kCount], bool aligned) {
-    if constexpr (kCount == kVec<Out>) {
-        store_cached(dx + first, pack<Out>(values));
-    } else {
-        uint2 pairs = make_uint2(narrow(values[0], values[1], Out{}), narrow(values[2], values[3], Out{}));
-        if (aligned) {
-            store_cached(dx + first, pairs);
-        } else {
+VLMK_DEVICE void store_some(Out* address, const float (&values)[kCount], bool aligned) {
+    if (!aligned) {
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) store_one(dx + first + i, values[i]);
-        }
+        for (int i = 0; i < kCount; ++i) store_one(address + i, values[i]);
+    } else if constexpr (kCount == kVec<Out>) {
+        store_cached(address, pack<Out>(values));
+    } else {
+        store_cached(address, make_uint2(narrow(values[0], values[1], Out{}), narrow(values[2], values[3], Out{})));
     }
 }
 
-// The gradient over the row. A narrower one lies over elements that other threads read: a group of vectors is read before any
-// of it is written, and the single elements come last.
+// The gradient over the row. One that overwrites its logits in a narrower dtype lies over elements that other threads read: a
+// group of vectors is read before any of it is written, and the single elements come last.
 template <class T, class Out, bool kCap>
-VLMK_DEVICE void write(const LinearLogps& p, const RowResults& r, int64_t target, T* x, const Part& part, float scale) {
-    constexpr bool kNarrows = sizeof(Out) < sizeof(T);
-    Out* dx = reinterpret_cast<Out*>(x);
+VLMK_DEVICE void write(const LinearLogps& p, const RowResults& r, int64_t k, int64_t target, const T* x, const Part& part,
+                       float scale) {
+    bool narrows_in_place = sizeof(Out) < sizeof(T) && p.dlogits == p.logits;
+    Out* dx = static_cast<Out*>(p.dlogits) + k * p.dlogits_stride;
     RowGradient row{r.m, scale, r.log_sum * kLog2e, p.inverse * fmaf(r.token.dentropy, r.entropy, r.token.dlogp),
                     p.inverse * r.token.dentropy * kLn2};
     auto gradient = [&](float value) {
         float u = cap<kCap>(p, value);
         return gradient_at<true>(row, u) * slope<kCap>(p, u);
     };
-    bool aligned = reinterpret_cast<uintptr_t>(dx + part.head) % 8 == 0;
+    bool aligned = reinterpret_cast<uintptr_t>(dx + part.head) % (kVec<T> * sizeof(Out)) == 0;
     float edge = part.edge < p.vocab ? gradient(load_one(x + part.edge)) : 0.0f;
     for (uint32_t start = part.begin; start < part.end; start += kUnroll * kThreads) {
         uint32_t i = start + threadIdx.x;
@@ -168,7 +166,7 @@ VLMK_DEVICE void write(const LinearLogps& p, const RowResults& r, int64_t target
         for (int u = 0; u < kUnroll; ++u) {
             if (i + u * kThreads < part.end) raw[u] = load_cached(x + part.head, i + u * kThreads);
         }
-        if (kNarrows) __syncthreads();
+        if (narrows_in_place) __syncthreads();
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
             if (i + u * kThreads >= part.end) break;
@@ -176,10 +174,10 @@ VLMK_DEVICE void write(const LinearLogps& p, const RowResults& r, int64_t target
             unpack<T>(raw[u], values);
 #pragma unroll
             for (float& value : values) value = gradient(value);
-            store_some(dx, part.head + (i + u * kThreads) * kVec<T>, values, aligned);
+            store_some(dx + part.head + (i + u * kThreads) * kVec<T>, values, aligned);
         }
     }
-    if (kNarrows) __syncthreads();
+    if (narrows_in_place) __syncthreads();
     if (part.edge < p.vocab) store_one(dx + part.edge, edge);
     __syncthreads();
     if (threadIdx.x != 0 || target < 0) return;
@@ -194,7 +192,7 @@ template <class T, class Out, bool kCap>
 __global__ void __launch_bounds__(kThreads, 4) linear_logps_kernel(const __grid_constant__ LinearLogps p, float scale) {
     VLMK_SHARED(RowResults, shared, 1);
     int64_t k = blockIdx.x, target = p.targets[k];
-    T* x = static_cast<T*>(p.logits) + k * p.vocab;
+    const T* x = static_cast<const T*>(p.logits) + k * p.vocab;
     Part part = part_of_row(x, static_cast<uint32_t>(p.vocab), 0, 1);
     RowResults r{};
     if (p.read) {
@@ -218,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 4) linear_logps_kernel(const __grid_
     }
     __syncthreads();
     r = shared[0];
-    write<T, Out, kCap>(p, r, target, x, part, scale);
+    write<T, Out, kCap>(p, r, k, target, x, part, scale);
 }
 
 }  // namespace vlmk::cuda

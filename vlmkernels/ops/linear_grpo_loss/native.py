@@ -7,7 +7,6 @@ from vlmkernels.ops.linear_logps import native
 
 class Native(native.Native):
     def sweep(self, logits, hidden, tokens, config, head, logp, entropy, out) -> None:
-        """``out`` has the memory of ``logits``."""
         stats = logp.new_empty(len(logp), 2)
         params = self.params(
             logits,
@@ -26,6 +25,6 @@ class Native(native.Native):
             advantages=address(tokens.advantages),
             share=address(tokens.share),
             entropy_scale=tokens.entropy_scale,
-            write=True,
+            **self.writing(out),
         )
         self.launch("linear_logps", params, logits.device)

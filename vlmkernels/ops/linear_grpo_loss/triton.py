@@ -7,7 +7,6 @@ __all__ = ["sweep", "unsupported"]
 
 
 def sweep(logits, hidden, tokens, config, head, logp, entropy, out) -> None:
-    """``out`` has the memory of ``logits``."""
     surrogate, _ = SURROGATES[config.loss.surrogate]
     launch(
         logits,

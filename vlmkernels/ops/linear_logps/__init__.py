@@ -93,13 +93,22 @@ def _bwd(
         asked, local_targets(targets, start, len(weight), size), dlogp, dentropy, logp, entropy
     )
     stats = stats.reshape(-1, 2) if asked is None else stats.reshape(-1, 2)[asked]
-    gradients = Gradients(sweep, needed, repeated=rows is not None, weight_dtype=weight.dtype, out=weight_grad)
+    gradients = Gradients(
+        hidden,
+        head,
+        index,
+        needed,
+        repeated=rows is not None,
+        weight_dtype=weight.dtype,
+        parts=sweep.num_chunks,
+        out=weight_grad,
+    )
     for chunk, states, room in sweep:
         logits = room if chunk.stop <= sweep.kept else sweep.logits(states, room)
         out = narrowed(logits, hidden.dtype)
         cut = [None if x is None else x[chunk] for x in (tokens, dlogp, dentropy, logp, entropy, stats)]
         rows_of.bwd(logits, *cut, head, out)
-        gradients.add(chunk, states, out)
+        gradients.add(chunk, out)
     return tuple(gradients.results())
 
 

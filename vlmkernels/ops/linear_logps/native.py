@@ -42,13 +42,16 @@ class Native(Launcher):
             }
         return fields
 
+    def writing(self, out):
+        """Fields of the stage that writes the gradient by the logits to ``out``."""
+        return {"write": True, "dlogits": address(out), "dlogits_stride": out.stride(0)}
+
     def fwd(self, logits, hidden, targets, head, logp, entropy, stats) -> None:
         fields = self.reading(logits, hidden, head)
         params = self.params(logits, hidden.dtype, targets, head, logp, entropy, stats, **fields)
         self.launch("linear_logps", params, logits.device)
 
     def bwd(self, logits, targets, dlogp, dentropy, logp, entropy, stats, head, out) -> None:
-        """``out`` has the memory of ``logits``."""
-        fields = {"write": True, "dlogp": address(dlogp), "dentropy": address(dentropy)}
+        fields = {"dlogp": address(dlogp), "dentropy": address(dentropy), **self.writing(out)}
         params = self.params(logits, out.dtype, targets, head, logp, entropy, stats, **fields)
         self.launch("linear_logps", params, logits.device)

@@ -70,6 +70,11 @@ def default_chunk_bytes(device: torch.device) -> int:
     return 2**28 if device.type == "cpu" else 2**30
 
 
+def default_kept_bytes(device: torch.device) -> int | None:
+    """Of the gradients by logits that ``linear_grpo_loss`` keeps for the backward pass; None: no more than a chunk takes."""
+    return None if device.type == "cpu" else 2**32
+
+
 def narrowed(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The memory of ``logits`` (n, V) as (n, V) of a dtype that is as wide or narrower: each row in its own row's place."""
     return logits.view(dtype)[:, : logits.shape[1]]
@@ -81,7 +86,7 @@ def flat(hidden: torch.Tensor) -> torch.Tensor:
 
 
 class Sweep:
-    """Logits of the rows asked for, a chunk at a time, in one buffer; and what their gradient adds up to."""
+    """Logits of the selected rows, a chunk at a time, in one buffer."""
 
     def __init__(self, hidden, head: Head, index, chunk_bytes: int, kept=None) -> None:
         """
@@ -91,7 +96,6 @@ class Sweep:
             chunk_bytes: the most that the buffer takes.
             kept: (K, V): where the logits of the first K rows stay, instead of passing through the buffer.
         """
-        self.shape = hidden.shape
         self.hidden = flat(hidden)
         self.head, self.index = head, index
         self.num = len(self.hidden) if index is None else len(index)
@@ -137,63 +141,69 @@ def _rows_of_chunk(num: int, chunk_bytes: int, bytes_of_row: int) -> int:
 
 
 class Gradients:
-    """The gradients by hidden states, weight and bias, added up over chunks.
+    """The gradients by hidden states, weight and bias: products of the gradients by the logits, part by part.
 
-    Those by the weight and the bias are added up in fp32 where there are several chunks.
+    The gradients by the weight and the bias are accumulated in fp32 where there are several parts.
     """
 
-    def __init__(self, sweep: Sweep, needed: tuple[bool, bool, bool], *, repeated: bool, weight_dtype, out=None) -> None:
+    def __init__(self, hidden, head: Head, index, needed, *, repeated, weight_dtype, parts=1, out=None, scale=None) -> None:
         """
         Args:
-            needed: by hidden states, weight, bias.
-            repeated: whether rows may be asked for more than once.
+            hidden: (..., H).
+            index: (N,) int64, the rows of ``hidden`` that the logits were computed from; None: all.
+            needed: three bools, by hidden states, weight, bias.
+            repeated: whether ``index`` may hold a row more than once.
             weight_dtype: of the gradient by the weight.
-            out: (V, H): add the gradient by the weight to this, and have no other.
+            parts: how often ``add`` will be called.
+            out: (V, H): accumulate the gradient by the weight in this tensor, and return none.
+            scale: () fp32: multiplies every gradient. The hidden states are scaled before the product with dlogits, rather than
+                the (V, H) gradient after it.
         """
-        self.sweep, self.repeated, self.weight_dtype, self.out = sweep, repeated, weight_dtype, out
-        hidden, head = sweep.hidden, sweep.head
+        self.shape, self.hidden_states, self.weight_matrix, self.index = hidden.shape, flat(hidden), head.weight, index
+        self.repeated, self.weight_dtype, self.out, self.scale = repeated, weight_dtype, out, scale
         by_hidden, by_weight, by_bias = needed
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.hidden = self.weight = self.bias = None
         if by_hidden:
-            new = torch.empty if sweep.index is None else torch.zeros
-            self.hidden = new(hidden.shape, dtype=wide if repeated else hidden.dtype, device=hidden.device)
+            new = torch.empty if index is None else torch.zeros
+            self.hidden = new(self.hidden_states.shape, dtype=wide if repeated else hidden.dtype, device=hidden.device)
         if by_weight:
-            once = sweep.num_chunks == 1 and weight_dtype == hidden.dtype
-            dtype = hidden.dtype if once else wide
+            dtype = hidden.dtype if parts == 1 and weight_dtype == hidden.dtype else wide
             self.weight = torch.empty(head.weight.shape, dtype=dtype, device=hidden.device) if out is None else out
         if by_bias:
             self.bias = torch.zeros(head.bias.shape, dtype=wide, device=hidden.device)
         self.started = out is not None
 
-    def add(self, chunk: slice, hidden: torch.Tensor, dlogits: torch.Tensor) -> None:
-        """
-        Args:
-            hidden: (n, H), the chunk's hidden states.
-            dlogits: (n, V), in the dtype of ``hidden``.
-        """
-        weight, index = self.sweep.head.weight, self.sweep.index
-        if self.hidden is not None and index is None:
-            torch.mm(dlogits, weight, out=self.hidden[chunk])
+    def add(self, part: slice, dlogits: torch.Tensor) -> None:
+        """Add the products of ``dlogits`` (n, V), in the dtype of the hidden states, with those of the rows ``part``."""
+        place = part if self.index is None else self.index[part]
+        if self.hidden is not None and self.index is None:
+            torch.mm(dlogits, self.weight_matrix, out=self.hidden[part])
         elif self.hidden is not None:
-            dhidden = torch.mm(dlogits, weight).to(self.hidden.dtype)
+            dhidden = torch.mm(dlogits, self.weight_matrix).to(self.hidden.dtype)
             put = self.hidden.index_add_ if self.repeated else self.hidden.index_copy_
-            put(0, index[chunk], dhidden)
+            put(0, place, dhidden)
         if self.weight is not None:
-            _add_product(self.weight, dlogits.t(), hidden, self.started)
+            states = self.hidden_states[place]
+            states = states if self.scale is None else states * self.scale
+            _add_product(self.weight, dlogits.t(), states, self.started)
             self.started = True
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
     def results(self) -> list[torch.Tensor]:
-        """Those that are not needed, or are in ``out``, are (0,)."""
+        """The gradients by hidden states, weight and bias; (0,) where one is not needed or is in ``out``."""
         if self.weight is not None and not self.started:
             self.weight.zero_()
+        if self.scale is not None:
+            for gradient in (self.hidden, self.bias):
+                if gradient is not None:
+                    gradient.mul_(self.scale)
         weight = None if self.out is not None else self.weight
-        dtypes = (self.sweep.hidden.dtype, self.weight_dtype, self.weight_dtype)
+        dtypes = (self.hidden_states.dtype, self.weight_dtype, self.weight_dtype)
         results = zip((self.hidden, weight, self.bias), dtypes, strict=True)
-        hidden, weight, bias = (self.sweep.hidden.new_empty(0) if x is None else x.to(dtype) for x, dtype in results)
-        return [hidden if self.hidden is None else hidden.view(self.sweep.shape), weight, bias]
+        hidden, weight, bias = (self.hidden_states.new_empty(0) if x is None else x.to(dtype) for x, dtype in results)
+        return [hidden if self.hidden is None else hidden.view(self.shape), weight, bias]
 
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:

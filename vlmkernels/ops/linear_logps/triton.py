@@ -65,7 +65,7 @@ def linear_logps_kernel(
     rollout_logp_ptr,
     adv_ptr,
     share_ptr,
-    dx_ptr,  # (n, V) out where WRITE, row k at k * stride_dx: the memory of logits
+    dx_ptr,  # (n, V) out where WRITE, row k at k * stride_dx; may share the memory of logits
     V,
     H,
     stride_hidden,
@@ -232,6 +232,5 @@ def fwd(logits, hidden, targets, head, logp, entropy, stats) -> None:
 
 
 def bwd(logits, targets, dlogp, dentropy, logp, entropy, stats, head, out) -> None:
-    """``out`` has the memory of ``logits``."""
     stage = {"WRITE": True, "dlogp_ptr": dlogp, "dentropy_ptr": dentropy, "dx_ptr": out, "stride_dx": out.stride(0)}
     launch(logits, targets, head, logp, entropy, stats, **stage)
