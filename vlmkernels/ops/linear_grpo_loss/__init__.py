@@ -91,7 +91,8 @@ define(
     " float? softcap, int chunk_bytes, int keep_logits_bytes, Tensor advantages, Tensor? old_logps, Tensor? ref_logps,"
     " Tensor? mask, Tensor? cu_seqlens, Tensor? rollout_logps, Tensor? num_items, float accumulation_steps,"
     " bool[] needed, str config, str backend)"
-    " -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor dlogits, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    " -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor dlogits, Tensor dhidden, Tensor dweight,"
+    " Tensor dbias)",
 )
 define(
     BWD,
@@ -308,21 +309,21 @@ def linear_grpo_loss(
         logps, entropy = linear_logps(hidden, weight, targets, rows=rows, mask=mask, return_entropy=True, ...)
         loss, metrics = grpo_loss(logps, advantages, entropy=entropy, mask=mask, ..., config=config)
 
-    Where the gradient of a token depends on that token alone, the forward pass computes a chunk of logits by one GEMM and their
-    gradient by one kernel: 6 N H V floating-point operations, forward and backward, instead of the 8 of recomputing, and 4 where
-    ``weight`` needs no gradient. Where the gradients by all logits fit in ``keep_logits_bytes``, they are kept for the backward
-    pass, which runs one GEMM each for ``hidden`` and ``weight``. Otherwise the forward pass runs those GEMMs segment by segment,
-    accumulating the gradient by ``weight`` in fp32, (V, H), and the backward pass scales the results in place. Either way there
-    can be only one backward pass.
+    Where the gradient of a token depends on that token alone, the forward pass computes a chunk of logits by one GEMM and
+    their gradient by one kernel: 6 N H V floating-point operations, forward and backward, instead of the 8 of recomputing,
+    and 4 where ``weight`` needs no gradient. Where the gradients by all logits fit in ``keep_logits_bytes``, they are kept for
+    the backward pass, which runs one GEMM each for ``hidden`` and ``weight``. Otherwise the forward pass runs those GEMMs
+    segment by segment, accumulating the gradient by ``weight`` in fp32, (V, H), and the backward pass scales the results in
+    place. Either way there can be only one backward pass.
 
-    Other objectives (sequence-level ratios or weights, off_policy_mask_threshold, top_entropy_quantile), vocab_parallel and fp16
-    (whose small gradients need the loss scale before they are rounded) run as written above: also 6 N H V where the logits fit in
-    ``chunk_bytes``.
+    Other objectives (sequence-level ratios or weights, off_policy_mask_threshold, top_entropy_quantile), vocab_parallel and
+    fp16 (whose small gradients need the loss scale before they are rounded) run as written above: also 6 N H V where the
+    logits fit in ``chunk_bytes``.
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, rows, chunk_bytes, vocab_parallel: see ``linear_logps``.
-        keep_logits_bytes: upper bound on the memory of the gradients by logits that are kept, in the dtype of ``hidden``. Default:
-            2**32 on a GPU, or ``chunk_bytes`` where that is given; on the CPU ``chunk_bytes``, of which they take the memory.
+        keep_logits_bytes: upper bound on the memory of the gradients by logits that are kept, in the dtype of ``hidden``.
+            Default: 2**32 on a GPU, or ``chunk_bytes`` where that is given; on the CPU ``chunk_bytes``, whose memory they take.
         targets: (B, T) int64; with cu_seqlens (N,). ``hidden`` is (B, T, H) or (N, H), or anything that ``rows`` points into.
         advantages, old_logps, ref_logps, mask, cu_seqlens, rollout_logps, entropy_threshold, num_items, accumulation_steps,
             config: see ``grpo_loss``. The entropy is always there; entropy_threshold may also be a function that makes it of

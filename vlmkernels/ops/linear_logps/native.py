@@ -4,6 +4,9 @@ import torch
 
 from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 
+# Blocks of a GPU that share a row.
+CLUSTER = 8
+
 
 class Native(Launcher):
     def unsupported(self, hidden: torch.Tensor) -> str | None:
@@ -24,6 +27,7 @@ class Native(Launcher):
             logp=address(logp),
             entropy=address(entropy),
             stats=address(stats),
+            cluster=CLUSTER,
             **fields,
         )
 

@@ -193,22 +193,23 @@ NOTHING = {
 
 
 def launch(logits, targets, head, logp, entropy, stats, **stages) -> None:
-    linear_logps_kernel[(len(logits),)](
-        logits,
-        targets,
-        logp_ptr=logp,
-        entropy_ptr=entropy,
-        stats_ptr=stats,
-        V=logits.shape[1],
-        inverse=head.inverse,
-        softcap=head.softcap or 0.0,
-        logit_scale=head.logit_scale,
-        CAP=head.softcap is not None,
-        BLOCK_V=BLOCK_V,
-        BLOCK_H=BLOCK_H,
-        num_warps=NUM_WARPS,
-        **(NOTHING | stages),
-    )
+    with torch.cuda.device_of(logits):
+        linear_logps_kernel[(len(logits),)](
+            logits,
+            targets,
+            logp_ptr=logp,
+            entropy_ptr=entropy,
+            stats_ptr=stats,
+            V=logits.shape[1],
+            inverse=head.inverse,
+            softcap=head.softcap or 0.0,
+            logit_scale=head.logit_scale,
+            CAP=head.softcap is not None,
+            BLOCK_V=BLOCK_V,
+            BLOCK_H=BLOCK_H,
+            num_warps=NUM_WARPS,
+            **(NOTHING | stages),
+        )
 
 
 def reading(logits, hidden, head) -> dict:
