@@ -5,9 +5,11 @@ import torch
 from budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, group_attention
+from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, flash, flex, group_attention
+from vlmkernels.ops.group_attention.merge import merge_
 
 pytestmark = pytest.mark.device
 
@@ -17,6 +19,8 @@ LAYOUTS = {
     "empty completions": GroupLayout((3, 4), ((0, 2, 0), (0, 0))),
     "no completions": GroupLayout((6,), ((),)),
     "long": GroupLayout((130,), ((40, 70),)),
+    "long, three groups": GroupLayout((300, 1, 128), ((40, 257), (0,), (128, 5, 64))),
+    "one token each": GroupLayout((1, 1), ((1, 1, 1), (1,))),
     "nothing": GroupLayout((), ()),
 }
 
@@ -45,6 +49,13 @@ def eager_formula(query, key, value, layout):
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
 
 
+@pytest.fixture(autouse=True)
+def many_variants():
+    """These tests compile FlexAttention for more dtypes and shapes than a process otherwise may."""
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS.modules)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -65,6 +76,212 @@ def test_matches_fp64(device, implementation, dtype, name, heads):
     actual = run(inputs, layout, weight, ours, forward_only)
     for what in exact:
         assert_within_budget(what, actual[what], eager[what], exact[what])
+
+
+def reference_scores(query, key, queries, keys, causal, scale):
+    """(Hq, N, M) scores of packed sequences, -inf between different ones."""
+    length, length_k = queries.bounds.diff(), keys.bounds.diff()
+    assert queries.bounds.dtype == keys.bounds.dtype == torch.int32
+    assert (queries.longest, keys.longest) == (length.max(), length_k.max())
+    assert (queries.bounds[-1], keys.bounds[-1]) == (len(query), len(key))
+    assert min(length.min(), length_k.min()) > 0  # flash attention defines no log-sum-exp without keys
+    sequence = [torch.arange(len(x)).repeat_interleave(x) for x in (length, length_k)]
+    seen = sequence[0][:, None] == sequence[1]
+    if causal:
+        seen = seen.tril()
+    scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)) * scale
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def reference_forward(query, key, value, queries, keys, causal, scale):
+    """What the forward kernel of torch returns, with the layout of its log-sum-exp, rounded once."""
+    q, k, v = (x.double() for x in (query, key, value))
+    scores = reference_scores(q, k, queries, keys, causal, scale)
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(q.shape[1] // v.shape[1], 1))
+    lse = scores.logsumexp(-1)
+    return out.to(query.dtype).contiguous(), lse if query.dtype == torch.float64 else lse.float()
+
+
+def reference_backward(dout, query, key, value, out, lse, queries, keys, causal, scale):
+    """What the backward kernel of torch computes from the output and log-sum-exp that it is given, rounded once."""
+    assert dout.is_contiguous()
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    q, k, v, do, o = (x.double() for x in (query, key, value, dout, out))
+    probabilities = (reference_scores(q, k, queries, keys, causal, scale) - lse.double().unsqueeze(-1)).exp()
+    k_expanded, v_expanded = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    inner = torch.einsum("qhd,khd->hqk", do, v_expanded) - (do * o).sum(-1).T.unsqueeze(-1)
+    dscores = probabilities * inner * scale
+    dkey, dvalue = torch.einsum("hqk,qhd->khd", dscores, q), torch.einsum("hqk,qhd->khd", probabilities, do)
+    dkey, dvalue = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dkey, dvalue))
+    gradients = torch.einsum("hqk,khd->qhd", dscores, k_expanded), dkey, dvalue
+    return tuple(x.to(query.dtype) for x in gradients)
+
+
+def replace_kernels(patch):
+    """flash.py with formulas in place of the kernels of torch: all but the kernels themselves."""
+    patch.setattr(flash, "unsupported", lambda query: None)
+    patch.setattr(flash, "_forward", reference_forward)
+    patch.setattr(flash, "_backward", reference_backward)
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+
+
+def flash_attention(query, key, value, layout):
+    return group_attention(query, key, value, layout, scale=0.3, implementation="flash")
+
+
+@on_cpu
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_flash_with_reference_kernels(monkeypatch, name, heads, heads_first):
+    """The two calls and their merge, which alone is in fp32."""
+    replace_kernels(monkeypatch)
+    layout = LAYOUTS[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(layout.num_tokens, h, 24, generator=rng, dtype=torch.float64) for h in (4, heads, heads)]
+    if heads_first:
+        inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    weight = torch.randn(layout.num_tokens, 4, 24, generator=rng, dtype=torch.float64)
+    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, flash_attention))
+    for what in exact:
+        torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flash_rounding(monkeypatch, name, dtype):
+    """Both parts are rounded before they are merged or added."""
+    replace_kernels(monkeypatch)
+    layout = LAYOUTS[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
+    weight = torch.randn(layout.num_tokens, 4, 16, generator=rng)
+    exact = run([x.double() for x in inputs], layout, weight.double(), formula, False)
+    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, flash_attention))
+    for what in exact:
+        assert_within_budget(what, actual[what], eager[what], exact[what])
+
+
+@on_cpu
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=4)), min_size=1, max_size=5))
+def test_flash_of_any_layout(groups):
+    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+    inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
+    weight = torch.randn_like(inputs[0])
+    with pytest.MonkeyPatch.context() as patch:
+        replace_kernels(patch)
+        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, flash_attention))
+    for what in exact:
+        torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [8, 64, 96, 128, 256])
+@pytest.mark.parametrize("how", ["contiguous", "heads first", "sliced", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flash_strides_and_widths(dtype, how, width):
+    layout = GroupLayout((300, 70), ((40, 257), (128, 5)))
+    rng = torch.Generator().manual_seed(0)
+
+    def make(heads):
+        x = torch.randn(layout.num_tokens, heads, width, generator=rng).to("cuda", dtype)
+        if how == "heads first":
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        if how == "sliced":
+            return torch.cat([x, x], 1)[:, heads:]
+        if how == "misaligned":
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+        return x
+
+    inputs = [make(heads) for heads in (8, 2, 2)]
+    weight = make(8)
+
+    def differentiate(inputs, attention):
+        inputs = [x.detach().requires_grad_() for x in inputs]  # as they lie in memory
+        out = attention(*inputs, layout)
+        gradients = torch.autograd.grad(out, inputs, weight.to(out.dtype))
+        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *gradients), strict=True))
+
+    actual, eager = differentiate(inputs, flash_attention), differentiate(inputs, eager_formula)
+    exact = differentiate([x.double() for x in inputs], formula)
+    for what in exact:
+        assert_within_budget(what, actual[what], eager[what], exact[what])
+
+
+@pytest.mark.gpu
+def test_flash_does_not_wait_for_the_device():
+    layout = GroupLayout((33, 20), ((40, 7), (12, 5)))
+    flash._plan.cache_clear()
+    q, k, v = (torch.randn(layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    weight = torch.randn_like(q)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(group_attention(q, k, v, layout, implementation="flash"), (q, k, v), weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "reason"),
+    [
+        (torch.float32, 64, "supports bfloat16 and float16, got float32"),
+        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 256, got 20"),
+        (torch.bfloat16, 264, "supports head dimensions that are multiples of 8 up to 256, got 264"),
+    ],
+)
+def test_flash_unsupported(device, dtype, width, reason):
+    query = torch.zeros(4, 2, width, dtype=dtype, device=device)
+    assert flash.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
+    if device == "cuda":
+        assert IMPLEMENTATIONS.choose("auto", query) == "flex"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [8, 80, 128])
+def test_merge(device, dtype, width):
+    """Rows that are merged and rows that are left alone, in tensors with strides of their own; shares from 0 to 1."""
+    rng = torch.Generator().manual_seed(0)
+    num, heads = 50, 3
+    rows = torch.randperm(num, generator=rng)[:37].to(torch.int32)
+    out, part = (torch.randn(n, heads, width, generator=rng).to(dtype) for n in (num, len(rows)))
+    lse, part_lse = (torch.randn(heads, n, generator=rng) * 60 for n in (num, len(rows)))
+    expected, expected_lse = out.double(), lse.double()
+    merged = torch.logaddexp(expected_lse[:, rows], part_lse.double())
+    shares = [(x - merged).exp().T.unsqueeze(-1) for x in (expected_lse[:, rows], part_lse.double())]
+    expected[rows] = expected[rows] * shares[0] + part.double() * shares[1]
+    expected_lse[:, rows] = merged
+    wide = torch.zeros(num, heads, 2 * width, dtype=dtype, device=device)
+    target = wide[..., :width].copy_(out)
+    target_lse = lse.to(device)
+    merge_(target, target_lse, part.to(device), part_lse.to(device), rows.to(device))
+    torch.testing.assert_close(target.cpu(), expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(target_lse.cpu(), expected_lse.float())
+    assert not wide[..., width:].any()
+
+
+LENGTHS = st.integers(0, 70) | st.integers(100, 300) | st.sampled_from([127, 128, 129, 255, 256, 257, 384])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(LENGTHS.filter(bool), st.lists(LENGTHS, max_size=4)), min_size=1, max_size=3))
+def test_block_mask_is_that_of_the_mask(groups):
+    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+    mask, num = layout.mask(), layout.num_tokens
+    expected = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, num, num, device="cpu")
+    actual = flex._block_mask(layout, torch.device("cpu"))
+    assert actual.seq_lengths == expected.seq_lengths == (num, num)
+    for direction in ("kv", "q", "full_kv", "full_q"):
+        for what in ("num_blocks", "indices"):
+            x, y = (getattr(block_mask, f"{direction}_{what}") for block_mask in (actual, expected))
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y), f"{direction}_{what}"
+    i, j = torch.meshgrid(torch.arange(num), torch.arange(num), indexing="ij")
+    assert torch.equal(actual.mask_mod(0, 0, i, j), mask)
 
 
 def test_gradcheck():
@@ -98,7 +315,8 @@ def test_each_completion_is_as_if_alone(groups, seed):
         ({"key": torch.zeros(5, 3, 8)}, ValueError, "key must be .* Hkv a divisor of 2"),
         ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
         ({"implementation": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
-        ({"implementation": "math"}, ValueError, "implementation must be auto or one of parts, flex, got 'math'"),
+        ({"implementation": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
+        ({"implementation": "math"}, ValueError, "implementation must be auto or one of parts, flash, flex, got 'math'"),
     ],
 )
 def test_bad_input(changes, error, message):

@@ -9,7 +9,10 @@ from vlmkernels.ops.implementations import Implementations
 __all__ = ["GroupLayout", "group_attention"]
 
 IMPLEMENTATIONS = Implementations(
-    "group_attention", {"parts": "parts", "flex": "flex"}, {"cpu": ("parts",)}, otherwise=("flex",)
+    "group_attention",
+    {"parts": "parts", "flash": "flash", "flex": "flex"},
+    {"cpu": ("parts",), "cuda": ("flash", "flex")},
+    otherwise=("flex",),
 )
 
 
@@ -37,8 +40,9 @@ def group_attention(
         key, value: (N, Hkv, D) in the dtype of ``query``; Hkv divides Hq.
         layout: see ``GroupLayout``.
         scale: of the scores; default 1 / sqrt(D).
-        implementation: "parts" (on the CPU: flash attention of each segment, and of a group's completions on its prefix, merged
-            by the logarithms of their sums), "flex" (FlexAttention with a block mask) or "auto".
+        implementation: "flash" (CUDA, bf16 and fp16: flash attention of all segments, and of each group's completions on its
+            prefix, merged by their log-sum-exp), "parts" (the same on the CPU), "flex" (FlexAttention with a block mask) or
+            "auto": "parts" on the CPU, "flash" on CUDA where it is supported, "flex" otherwise.
 
     Returns:
         (N, Hq, D) in the dtype of ``query``. Gradients go to query, key and value, exact: the backward pass of each part takes
@@ -53,4 +57,6 @@ def group_attention(
     require(query.shape[:1].numel() == num, "query", f"hold the {num} tokens of layout", query.shape[:1].numel())
     require_heads(query, key, value)
     run = IMPLEMENTATIONS.load(IMPLEMENTATIONS.choose(implementation, query)).run
+    if not num:
+        return query + (key.sum() + value.sum())  # empty, and gradients still reach all three
     return run(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)

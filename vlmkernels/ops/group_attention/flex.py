@@ -3,43 +3,91 @@
 https://pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128
+PARTIAL, FULL = 1, 2
 
 
 def unsupported(query: torch.Tensor) -> str | None:
     if query.device.type == "cpu" and query.requires_grad and torch.is_grad_enabled():
         return "FlexAttention has no backward pass on the CPU"
+    if query.device.type == "cuda" and query.shape[-1] < 16:
+        return f"FlexAttention supports head dimensions of at least 16 on CUDA, got {query.shape[-1]}"
     return None
 
 
 @cache
 def _compiled():
-    return torch.compile(flex_attention, dynamic=True)
+    # fullgraph: past the recompile limit it raises. Otherwise FlexAttention would run eagerly there, on all pairs of tokens.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-_masks: dict = {}  # of the layout in use: every layer of a forward pass asks for the same one
+def _block_kinds(layout) -> torch.Tensor:
+    """(blocks, blocks) int8 on the CPU: 0 where no token of a block of rows sees one of a block of columns, FULL where every
+    token sees all of them, PARTIAL otherwise. Computed from the lengths, without the (N, N) mask."""
+    num = layout.num_tokens
+    blocks = -(-num // BLOCK)
+    seen, full = torch.zeros(blocks, blocks, dtype=torch.bool), torch.ones(blocks, blocks, dtype=torch.bool)
+    full[num // BLOCK :] = False  # the last block, where it is incomplete
+
+    def touched(start: int, stop: int) -> slice:
+        """The blocks that overlap [start, stop)."""
+        return slice(start // BLOCK, -(-stop // BLOCK))
+
+    def covered(start: int, stop: int) -> slice:
+        """The blocks within [start, stop)."""
+        return slice(-(-start // BLOCK), max(stop // BLOCK, -(-start // BLOCK)))
+
+    start = 0
+    for (begin, first, _), completions in zip(layout.groups, layout.completions, strict=True):
+        for length in (first - begin, *completions):
+            stop = start + length
+            origin = begin if start <= first else start  # the prefix and the first completion are one range
+            # A segment is cut where blocks of rows end. Later rows of a piece see all that its first row sees.
+            for low in (start, *range(start - start % BLOCK + BLOCK, stop, BLOCK)) if length else ():
+                row, high = low // BLOCK, min(stop, low - low % BLOCK + BLOCK)
+                whole = torch.zeros(blocks, dtype=torch.bool)
+                seen[row, touched(origin, high)] = True
+                whole[covered(origin, low + 1)] = True
+                if origin > begin:
+                    seen[row, touched(begin, first)] = True
+                    whole[covered(begin, first)] = True
+                full[row] &= whole
+            start = stop
+    return seen.to(torch.int8) * PARTIAL + (seen & full)
 
 
-def _block_mask(layout, device: torch.device):
-    if (layout, device) not in _masks:
-        _masks.clear()
-        group, segment = layout.tokens.to(device)
+def _block_mask_of(kinds: torch.Tensor, mask_mod, num: int) -> BlockMask:
+    def ordered(kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Number and indices of the blocks of this kind in each row, its other blocks after them."""
+        chosen = (kinds == kind)[None, None].to(torch.int32)
+        return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
-        def sees(b, h, i, j):
-            own = (segment[i] == segment[j]) | (segment[j] == 0)
-            return (group[i] == group[j]) & own & (j <= i)
+    return BlockMask.from_kv_blocks(
+        *ordered(PARTIAL), *ordered(FULL), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(num, num)
+    )
 
-        num = layout.num_tokens
-        _masks[layout, device] = create_block_mask(sees, None, None, num, num, device=device)
-    return _masks[layout, device]
+
+@lru_cache(maxsize=4)  # every layer of a pass has the same layout
+@torch.inference_mode(False)  # a later pass may save the mask for its backward pass
+def _block_mask(layout, device: torch.device) -> BlockMask:
+    def upload(x: torch.Tensor) -> torch.Tensor:
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+    group, segment = (upload(x.clone()) for x in layout.tokens)  # tensors of their own: views would be compiled for their base
+
+    def sees(b, h, i, j):
+        own = (segment[i] == segment[j]) | (segment[j] == 0)
+        return (group[i] == group[j]) & own & (j <= i)
+
+    return _block_mask_of(upload(_block_kinds(layout)), sees, layout.num_tokens)
 
 
 def run(query, key, value, layout, scale):
-    if not len(query):
-        return query.clone()
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     attention = _compiled() if query.device.type == "cuda" else flex_attention
     out = attention(q, k, v, block_mask=_block_mask(layout, query.device), scale=scale, enable_gqa=k.shape[1] != q.shape[1])

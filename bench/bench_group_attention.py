@@ -1,0 +1,181 @@
+"""Attention of groups that share a prefix, against attention over a copy of the prefix for each completion."""
+
+import harness
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, group_attention
+
+EQUAL = GroupLayout((2048,), ((512,) * 8,))
+RAGGED = GroupLayout((2048, 1100), ((512, 301, 477, 96, 388, 512, 230, 411), (512, 150, 333, 512, 275, 64, 490, 366)))
+# layout, heads of query and of key, head dimension, dtype
+CASES = {
+    "P 2048, 8 x 512, 16 heads of 128": (EQUAL, 16, 16, 128, torch.bfloat16),
+    "P 2048, 8 x 512, 16 / 4 heads of 128": (EQUAL, 16, 4, 128, torch.bfloat16),
+    "two groups, ragged, 16 / 4 heads of 128": (RAGGED, 16, 4, 128, torch.bfloat16),
+}
+if not harness.GPU:
+    CASES = {"P 256, 8 x 64, 4 heads of 64": (GroupLayout((256,), ((64,) * 8,)), 4, 4, 64, torch.float32)}
+
+
+def exact_results(inputs, weight, layout):
+    """Output and gradients in fp64, head by head."""
+    mask = layout.mask().to(weight.device)
+    results = [torch.zeros_like(x, dtype=torch.float64) for x in (inputs[0], *inputs)]
+    shared = inputs[0].shape[1] // inputs[1].shape[1]
+    for head in range(inputs[0].shape[1]):
+        places = head, head // shared, head // shared
+        leaves = [x.detach()[:, place].double().requires_grad_() for x, place in zip(inputs, places, strict=True)]
+        query, key, value = leaves
+        scores = (query @ key.T * query.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        out = scores.softmax(-1) @ value
+        gradients = torch.autograd.grad(out, leaves, weight[:, head].double())
+        for total, part, place in zip(results, (out.detach(), *gradients), (head, *places), strict=True):
+            total[:, place] += part
+    return results
+
+
+class Copies:
+    """Every completion behind a copy of its prefix: (copies, H, T, D), padded on the right."""
+
+    def __init__(self, layout):
+        paths, start = [], 0
+        for (begin, first, _), completions in zip(layout.groups, layout.completions, strict=True):
+            start = first
+            for length in completions:
+                paths.append((*range(begin, first), *range(start, start + length)))
+                start += length
+        width, seen = max(map(len, paths)), set()
+        self.index = torch.tensor([(*path, *[0] * (width - len(path))) for path in paths], device=harness.DEVICE)
+        self.valid = torch.tensor([[1] * len(path) + [0] * (width - len(path)) for path in paths], device=harness.DEVICE).bool()
+        once = [[row not in seen and not seen.add(row) for row in path] + [False] * (width - len(path)) for path in paths]
+        self.once = torch.tensor(once, device=harness.DEVICE)  # each token of the pack at its first place
+
+    def make(self, x, places=None):
+        """Copies of a packed tensor; with ``places``, 0 elsewhere."""
+        copies = x.detach()[self.index]
+        if places is not None:
+            copies = copies * places[..., None, None]
+        return copies.transpose(1, 2)
+
+    def pack(self, copies, places, num):
+        """The sum over ``places`` of each token of the pack."""
+        rows = copies.transpose(1, 2)[places].double()
+        return rows.new_zeros(num, *rows.shape[1:]).index_add_(0, self.index[places], rows)
+
+
+def cudnn_parts(query, key, value, layout, weight, backward):
+    """An experiment: flash.py's two parts from cuDNN's attention, for one group with completions of one length."""
+    from vlmkernels.ops.group_attention.merge import merge_
+
+    (prefix,), length, scale = layout.prefixes, layout.completions[0][0], query.shape[-1] ** -0.5
+    rows = torch.arange(len(query) - prefix, dtype=torch.int32, device=query.device)
+
+    def batch(x, start, stop, length):
+        return x[start:stop].unflatten(0, (-1, length)).transpose(1, 2)
+
+    def packed(x):
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def forward(q, k, v, causal):
+        out, lse, *state = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )
+        return out, lse, state
+
+    def gradient(dout, q, k, v, out, lse, state, causal):
+        cum_q, cum_k, max_q, max_k, seed, offset, _ = state
+        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, causal, scale=scale
+        )
+
+    num = len(query)
+    spans = {"prefix": (0, prefix, prefix), "own": (prefix, num, length), "shared": (prefix, num, num - prefix)}
+    first = [batch(x, *spans["prefix"]) for x in (query, key, value)]
+    own = [batch(x, *spans["own"]) for x in (query, key, value)]
+    shared = [batch(query, *spans["shared"]), *first[1:]]
+    out_first, lse_first, state_first = forward(*first, True)
+    out_own, lse_own, state_own = forward(*own, True)
+    out_shared, lse_shared, state_shared = forward(*shared, False)
+    merged, heads = packed(out_own).contiguous(), query.shape[1]
+    lse = lse_own.reshape(-1, heads, length).transpose(0, 1).reshape(heads, -1)
+    merge_(merged, lse, packed(out_shared), lse_shared.reshape(heads, -1), rows)
+    out = torch.cat([packed(out_first), merged])
+    if not backward:
+        return (out,)
+    lse_own = lse.unflatten(1, (-1, length)).transpose(0, 1).contiguous().view_as(lse_own)
+    merged_own, merged_shared = batch(merged, 0, len(merged), length), batch(merged, 0, len(merged), len(merged))
+    douts = {name: batch(weight, *span) for name, span in spans.items()}
+    gradients_first = gradient(douts["prefix"], *first, out_first, lse_first, state_first, True)
+    gradients_own = gradient(douts["own"], *own, merged_own, lse_own, state_own, True)
+    dq, dk, dv = gradient(douts["shared"], *shared, merged_shared, lse.view_as(lse_shared), state_shared, False)
+    dq_first, dk_first, dv_first = map(packed, gradients_first)
+    dq_own, dk_own, dv_own = map(packed, gradients_own)
+    return (
+        out,
+        torch.cat([dq_first, dq_own + packed(dq)]),
+        torch.cat([dk_first + packed(dk), dk_own]),
+        torch.cat([dv_first + packed(dv), dv_own]),
+    )
+
+
+def differentiate(attention, inputs, weight, backward):
+    if not backward:
+        with torch.no_grad():
+            return (attention(*inputs),)
+    out = attention(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, weight)
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["forward and backward", "forward"])
+@pytest.mark.parametrize("case", CASES)
+def test_group_attention(benchmark, case, backward):
+    layout, heads, key_heads, width, dtype = CASES[case]
+    rng, num = torch.Generator().manual_seed(0), layout.num_tokens
+    make = lambda h: torch.randn(num, h, width, generator=rng).to(harness.DEVICE, dtype)  # noqa: E731
+    inputs, weight = [make(h).requires_grad_() for h in (heads, key_heads, key_heads)], make(heads)
+    exact = exact_results(inputs, weight, layout)[: 4 if backward else 1]
+    copies = Copies(layout)
+    copied = [copies.make(x).contiguous().requires_grad_() for x in inputs]
+    copied_weight = copies.make(weight, copies.once).contiguous()
+
+    def ours(name):
+        attention = lambda q, k, v: group_attention(q, k, v, layout, implementation=name)  # noqa: E731
+        return lambda: differentiate(attention, inputs, weight, backward)
+
+    def on_copies(kernel):
+        def attention(q, k, v):
+            with sdpa_kernel(kernel):
+                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != key_heads)
+
+        return lambda: differentiate(attention, copied, copied_weight, backward)
+
+    chosen = IMPLEMENTATIONS.choose("auto", inputs[0])
+    providers = {f"vlmkernels {chosen}": ours(chosen)}
+    if harness.GPU:
+        providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)
+        providers["cuDNN attention on copies"] = on_copies(SDPBackend.CUDNN_ATTENTION)
+        if layout is EQUAL:
+            detached = [x.detach() for x in inputs]
+            providers["experiment: cuDNN parts, merged"] = lambda: cudnn_parts(*detached, layout, weight, backward)
+        providers["vlmkernels flex"] = ours("flex")
+    else:
+        providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)
+
+    def check(name, result):
+        if "copies" in name:
+            out, *gradients = result
+            result = [copies.pack(out, copies.once, num), *(copies.pack(x, copies.valid, num) for x in gradients)]
+        errors = [((a.double() - e).abs().max() / e.abs().max()).item() for a, e in zip(result, exact, strict=True)]
+        assert max(errors) < 2e-2, f"{name} is wrong: relative errors {errors}"
+        return ", ".join(f"{what} {error:.0e}" for what, error in zip(("out", "dq", "dk", "dv"), errors, strict=False))
+
+    pairs = sum(
+        p * (p + 1) // 2 + sum(c * p + c * (c + 1) // 2 for c in completions)
+        for p, completions in zip(layout.prefixes, layout.completions, strict=True)
+    )
+    flops = (12 if backward else 4) * pairs * heads * width  # without the scores that a backward pass recomputes
+    title = f"group_attention {case}" + ("" if backward else ", no gradient")
+    harness.compare(benchmark, title, providers, check, {}, limit_s=10, flops=flops, late=["vlmkernels flex"])

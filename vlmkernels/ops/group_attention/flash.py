@@ -1,0 +1,146 @@
+"""Group attention on CUDA from the flash attention kernels of torch: one call computes the causal attention of all segments on
+themselves, a second one that of each group's completions on their prefix, and both are merged as in parts.py.
+
+Both calls are over packed sequences, with the lengths of all groups in cumulative form. One group is a slice of the pack, read
+without a copy; several groups are concatenated for the second call.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+
+def unsupported(query: torch.Tensor) -> str | None:
+    width = query.shape[-1]
+    if query.device.type != "cuda":
+        return f"supports CUDA tensors, got {query.device.type}"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"supports bfloat16 and float16, got {str(query.dtype).removeprefix('torch.')}"
+    if width % 8 or width > 256:
+        return f"supports head dimensions that are multiples of 8 up to 256, got {width}"
+    if torch.version.hip is not None:
+        return "supports NVIDIA GPUs only"
+    if (capability := torch.cuda.get_device_capability(query.device)) < (8, 0):
+        return f"needs compute capability 8.0 or higher, got {capability[0]}.{capability[1]}"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "torch was built without flash attention"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+class _Sequences(NamedTuple):
+    """Packed sequences: their bounds as cumulative lengths on the device, and the longest one's length."""
+
+    bounds: torch.Tensor  # (S + 1,) int32
+    longest: int
+
+
+class _Plan(NamedTuple):
+    """The two calls of a layout. A range is (start, stop) in tokens of the pack."""
+
+    segments: _Sequences
+    completions: _Sequences  # all completions of a group are one sequence
+    prefixes: _Sequences
+    completion_ranges: tuple[tuple[int, int], ...]  # of the groups whose completions have tokens
+    prefix_ranges: tuple[tuple[int, int], ...]
+    completion_rows: torch.Tensor  # (completion tokens,) int32
+
+
+@lru_cache(maxsize=16)  # every layer of a pass has the same layout
+def _plan(layout, device: torch.device) -> _Plan:
+    """Built on the host and copied without waiting for the device."""
+    groups = [group for group in layout.groups if group[2] > group[1]]
+    completion_ranges = tuple((first, end) for _, first, end in groups)
+    prefix_ranges = tuple((begin, first) for begin, first, _ in groups)
+    lengths = [
+        [length for length in layout.segments if length],  # flash attention defines no log-sum-exp without keys
+        [stop - start for start, stop in completion_ranges],
+        [stop - start for start, stop in prefix_ranges],
+    ]
+    parts = [torch.tensor(list(accumulate(x, initial=0))) for x in lengths]
+    parts.append(torch.cat([torch.arange(0), *(torch.arange(*x) for x in completion_ranges)]))
+    host = torch.cat(parts).to(torch.int32)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    *bounds, rows = host.to(device, non_blocking=True).split([len(part) for part in parts])
+    sequences = [_Sequences(x, max(values, default=0)) for x, values in zip(bounds, lengths, strict=True)]
+    return _Plan(*sequences, completion_ranges, prefix_ranges, rows)
+
+
+def _forward(query, key, value, queries: _Sequences, keys: _Sequences, causal: bool, scale: float):
+    """Output (N, Hq, D) and log-sum-exp (Hq, N) in fp32."""
+    bounds = queries.bounds, keys.bounds, queries.longest, keys.longest
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *bounds, 0.0, causal, False, scale=scale)
+    if lse.shape != (query.shape[1], query.shape[0]):
+        raise RuntimeError(f"flash attention of torch {torch.__version__} returned a log-sum-exp of {tuple(lse.shape)}")
+    return out, lse
+
+
+def _backward(dout, query, key, value, out, lse, queries: _Sequences, keys: _Sequences, causal: bool, scale: float):
+    """Gradients of query, key and value through the scores of one call, from the merged ``out`` and ``lse`` (contiguous)."""
+    bounds = queries.bounds, keys.bounds, queries.longest, keys.longest
+    dropout_state = lse.new_empty(0)  # not read without dropout
+    return torch.ops.aten._flash_attention_backward(
+        dout, query, key, value, out, lse, *bounds, 0.0, causal, dropout_state, dropout_state, scale=scale
+    )
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy that the kernels can read 16 bytes at a time."""
+    step = 16 // x.element_size()
+    sound = x.stride(-1) == 1 and all(offset % step == 0 for offset in (x.storage_offset(), *x.stride()[:-1]))
+    return x if sound else x.clone(memory_format=torch.contiguous_format)
+
+
+def _gather(x: torch.Tensor, ranges: Sequence[tuple[int, int]], dim: int = 0) -> torch.Tensor:
+    """The ranges of ``x`` one after another; a view where there is one."""
+    views = [x.narrow(dim, start, stop - start) for start, stop in ranges]
+    return views[0] if len(views) == 1 else torch.cat(views, dim)
+
+
+def _scatter_add_(x: torch.Tensor, ranges: Sequence[tuple[int, int]], part: torch.Tensor) -> None:
+    views = [x[start:stop] for start, stop in ranges]
+    torch._foreach_add_(views, part.split([len(view) for view in views]))
+
+
+class _Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scale):
+        from vlmkernels.ops.group_attention.merge import merge_
+
+        plan = _plan(layout, query.device)
+        query, key, value = _aligned(query.contiguous()), _aligned(key), _aligned(value)
+        out, lse = _forward(query, key, value, plan.segments, plan.segments, True, scale)
+        if plan.completion_ranges:
+            q = _gather(query, plan.completion_ranges)
+            k, v = (_gather(x, plan.prefix_ranges) for x in (key, value))
+            merge_(out, lse, *_forward(q, k, v, plan.completions, plan.prefixes, False, scale), plan.completion_rows)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        query, key, value, out, lse = ctx.saved_tensors
+        plan, scale = ctx.plan, ctx.scale
+        dout = _aligned(dout.contiguous())
+        gradients = _backward(dout, query, key, value, out, lse, plan.segments, plan.segments, True, scale)
+        if plan.completion_ranges:
+            places = plan.completion_ranges, plan.prefix_ranges, plan.prefix_ranges
+            inputs = [_gather(x, place) for x, place in zip((query, key, value), places, strict=True)]
+            dout, out = (_gather(x, plan.completion_ranges) for x in (dout, out))
+            lse = _gather(lse, plan.completion_ranges, 1).contiguous()
+            parts = _backward(dout, *inputs, out, lse, plan.completions, plan.prefixes, False, scale)
+            for total, place, part in zip(gradients, places, parts, strict=True):
+                _scatter_add_(total, place, part)
+        return *gradients, None, None
+
+
+def run(query, key, value, layout, scale):
+    return _Flash.apply(query, key, value, layout, scale)
