@@ -1,4 +1,6 @@
-"""gather_logps from bf16 logits, entropy included, forward and backward, against its peers.
+"""gather_logps from bf16 logits, entropy included, forward and backward and forward alone, against its peers.
+
+Useful bytes: the logits, read once by the forward pass and once by the backward pass, and their gradient.
 
 The error is that of logp, and of the gradient, against fp64 on the first rows, relative to the largest value.
 """
@@ -81,4 +83,37 @@ def test_gather_logps(benchmark, case):
 
     copy = torch.empty_like(original)
     floors = {"copy the logits twice": lambda: (copy.copy_(original), copy.copy_(original))}
-    harness.compare(benchmark, f"gather_logps {case}", providers, check, floors, limit_s=60)
+    size = 2 * num * vocab
+    bytes = dict.fromkeys(providers, 3 * size) | dict.fromkeys(floors, 4 * size)
+    harness.compare(benchmark, f"gather_logps {case}", providers, check, floors, limit_s=60, bytes=bytes)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_forward(benchmark, case):
+    num, vocab = CASES[case]
+    rng = torch.Generator(harness.DEVICE).manual_seed(0)
+    logits = (3 * torch.randn(num, vocab, generator=rng, device=harness.DEVICE)).bfloat16()
+    targets = torch.randint(vocab, (num,), generator=rng, device=harness.DEVICE)
+    exact = eager(logits[:CHECKED].double(), targets[:CHECKED])
+
+    served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("gather_logps", name, logits) is None]
+    chosen = backend.choose("gather_logps", "auto", logits)
+    providers = {
+        f"vlmkernels {name}": lambda name=name: gather_logps(logits, targets, return_entropy=True, backend=name)
+        for name in (chosen, *(name for name in served if name != chosen))
+    }
+    if importlib.util.find_spec("trl"):
+        providers["TRL selective_log_softmax_and_entropy"] = lambda: trl_fused(logits, targets)
+    compiled = torch.compile(eager, dynamic=False)
+    providers["torch.compile"] = lambda: compiled(logits, targets)
+    providers["eager"] = lambda: eager(logits, targets)
+
+    def check(name, result):
+        errors = [((a[:CHECKED].double() - e).abs().max() / e.abs().max()).item() for a, e in zip(result, exact, strict=True)]
+        assert max(errors) < 2e-2, f"{name} is wrong: relative errors {errors}"
+        return f"logp {errors[0]:.0e}, entropy {errors[1]:.0e}"
+
+    floors = {"largest element of a row": lambda: logits.amax(-1)}
+    title = f"gather_logps {case}, no gradient"
+    harness.compare(benchmark, title, providers, check, floors, limit_s=30, bytes=2 * num * vocab)

@@ -7,8 +7,6 @@ import harness
 import numpy as np
 import pytest
 import torch
-from rapidfuzz.distance import Levenshtein
-from rapidfuzz.process import cpdist
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_iou
 
@@ -17,6 +15,7 @@ from vlmkernels.rewards.answers import parse_boxes
 from vlmkernels.rewards.builtin import build
 
 NUM, MOST = 10_000, 20
+pytestmark = pytest.mark.skipif(harness.GPU, reason="rewards run on the CPU; CUDA events do not time them")
 
 
 def some_boxes(rng: random.Random) -> list[dict]:
@@ -140,6 +139,10 @@ def python_distance(a: str, b: str) -> int:
 
 def test_ocr(benchmark):
     """Lines of 20 to 80 characters, a few of them misread."""
+    pytest.importorskip("rapidfuzz")
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cpdist
+
     rng = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz ABC0123456789.,"
     wanted = ["".join(rng.choices(letters, k=rng.randint(20, 80))).strip() for _ in range(NUM)]

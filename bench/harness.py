@@ -1,16 +1,28 @@
-"""Measures providers of one computation side by side: first that each is right, then how long it takes and what memory.
+"""Measures providers of one computation side by side: whether each is right, its time, memory, and useful GB/s and TFLOP/s.
 
 A bench module defines cases; `compare` runs one:
 
-    rows = compare(benchmark, "case", {"ours": f, "peer": g}, check, limit_s=..., floor={...})
+    rows = compare(benchmark, "case", {"vlmkernels": f, "peer": g}, check, {"floor": h}, bytes=..., flops=...)
 
-Providers take turns, round after round, so that what else the machine does meets all of them; the figure is the median.
-Results go to bench/results/<device>.json and a table ends the run (conftest.py).
+Providers run in turns, round after round, so that other load on the machine affects all of them; the figure is the median. On a
+GPU, CUDA events time several calls together where a call is short. The inputs are the same in every call: where they fit in the
+GPU's L2 cache ("fits_l2" in the results), the figure is that of a warm cache.
+
+Results go to <GPU_OUT or bench/results>/<device>.json after every case, and a table ends the run (conftest.py). Environment:
+
+    BENCH_LIMIT_S       time limit of the timed rounds of a case, in seconds; overrides that of the case
+    BENCH_COMPILE       0 or 1: whether to measure providers that compile for long, "torch.compile ..." and those in ``late``;
+                        by default not on a GPU, whose time may be short
+    GPU_OUT             folder of the results
+    VLMKERNELS_COMMIT   the commit measured, where there is no git checkout
 """
 
+import contextlib
+import functools
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -18,15 +30,19 @@ import statistics
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("GPU_OUT") or Path(__file__).parent / "results")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
+COMPILE = os.environ.get("BENCH_COMPILE", "0" if GPU else "1") == "1"
+TIMED_S = 5e-3 if GPU else 0.0  # calls are timed together until they take this long
+MAX_CALLS = 100
+LAUNCH_BOUND_S = 2e-3  # shorter calls are also profiled for the time of their kernels alone
 
 
 def device_name() -> str:
@@ -40,8 +56,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+@functools.cache
 def commit() -> str:
-    """The commit that was measured, with "+changes" where the tree differs from it; "" outside a checkout."""
+    """The commit that was measured, with "+changes" where the tree differs from it; outside a checkout VLMKERNELS_COMMIT."""
     here = Path(__file__).parent
     try:
         git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout  # noqa: E731
@@ -64,23 +81,74 @@ def _installed(name: str) -> bool:
     return True
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call; on a GPU the time between events around it."""
-    gc.collect()
+def time_calls(run: Callable[[], object], calls: int = 1) -> float:
+    """Seconds per call: wall time; on a GPU the time between events around all calls."""
     if GPU:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()
-        result = run()
+        for _ in range(calls):
+            result = run()
+            del result
         end.record()
         torch.cuda.synchronize()
-        del result
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3 / calls
     start = time.perf_counter()
-    result = run()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
+    for _ in range(calls):
+        result = run()
+        elapsed = time.perf_counter() - start
+        del result  # not timed for the last call
+    return elapsed / calls
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """What this machine reaches: GB/s, read and written, of a copy; TFLOP/s of a bf16 matrix product of random data."""
+    size, width, turns = (2**30, 8192, 20) if GPU else (2**28, 2048, 5)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(width, width, device=DEVICE).bfloat16() for _ in range(2))
+    out = torch.empty_like(a)
+    runs = {
+        "copy_gb_s": functools.partial(target.copy_, source),
+        "gemm_tflop_s": functools.partial(torch.mm, a, b, out=out),
+    }
+    work = {"copy_gb_s": 2 * size / 1e9, "gemm_tflop_s": 2 * width**3 / 1e12}
+    found = {}
+    for name, run in runs.items():
+        time_calls(run, 5 if GPU else 1)
+        found[name] = round(work[name] / statistics.median(time_calls(run, 4 if GPU else 1) for _ in range(turns)), 1)
+    return found | {"copy_bytes": size, "gemm_width": width}
+
+
+def release() -> None:
+    """Return memory that nothing refers to any more, so that one provider's is not missing to the next."""
+    gc.collect()
+    if GPU:
+        with contextlib.suppress(torch.AcceleratorError):  # the error of an earlier kernel, already recorded
+            torch.cuda.empty_cache()
+
+
+def reason(error: BaseException) -> str:
+    """What a provider raised, in a line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+
+
+def profiled(run: Callable[[], object], calls: int = 10) -> dict[str, float]:
+    """Time of a call's kernels alone, in microseconds, and their number; nothing where the profiler does not work."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(calls):
+                run()
+            torch.cuda.synchronize()
+        events = [event for event in profile.key_averages() if event.self_device_time_total]
+        time_us, count = sum(event.self_device_time_total for event in events), sum(event.count for event in events)
+    except Exception as error:
+        print(f"profiler: {reason(error)}")
+        return {}
+    return {"gpu_us": round(time_us / calls, 1), "gpu_kernels": round(count / calls, 1)} if events else {}
 
 
 def _resident() -> int:
@@ -115,18 +183,68 @@ def peak_memory(run: Callable[[], object]) -> int:
     return max(0, peak - before)
 
 
-def interleave(runs: dict[str, Callable[[], object]], limit_s: float) -> dict[str, list[float]]:
-    """Times of each run, in turns, after one warm-up turn, for at most about ``limit_s`` seconds."""
-    for run in runs.values():
-        seconds(run)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+def interleave(
+    runs: dict[str, Callable[[], object]], limit_s: float, warm_ups: int = 1
+) -> tuple[dict[str, list[float]], dict[str, int], dict[str, str]]:
+    """Times of a call of each run, taken in turns after warm-up calls, for at most about ``limit_s`` seconds; how many calls
+    were timed together; and what those that raised did raise."""
+    times: dict[str, list[float]] = {}
+    calls, failed = {}, {}
+
+    def timed(name: str, number: int) -> float | None:
+        try:
+            return time_calls(runs[name], number)
+        except Exception as error:
+            failed[name] = reason(error)
+        release()
+        return None
+
+    for name in runs:
+        for _ in range(warm_ups):
+            if name not in failed:
+                timed(name, 1)
+        if name not in failed and (once := timed(name, 1)) is not None:
+            calls[name] = max(1, min(MAX_CALLS, math.ceil(TIMED_S / max(once, 1e-9)))) if GPU else 1
+            times[name] = []
+            if calls[name] > 1:  # a first call after another provider's is slower: count again when warm
+                once = timed(name, calls[name])
+                calls[name] = max(1, min(MAX_CALLS, math.ceil(TIMED_S / max(once or TIMED_S, 1e-9))))
+    gc.collect()
+    gc.disable()
+    held = torch.cuda.memory_allocated() if GPU else 0
     start = time.perf_counter()
-    for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and time.perf_counter() - start > limit_s:
-            break
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    return times
+    try:
+        for turn in range(MAX_ROUNDS):
+            spent = time.perf_counter() - start
+            if spent > limit_s and (turn >= MIN_ROUNDS or (turn and spent > 3 * limit_s)):
+                break
+            for name in calls:
+                if name not in failed and (value := timed(name, calls[name])) is not None:
+                    times[name].append(value)
+            if not GPU or torch.cuda.memory_allocated() > held + 2**28:
+                gc.collect()
+    finally:
+        gc.enable()
+    return {name: of for name, of in times.items() if of and name not in failed}, calls, failed
+
+
+Work = float | Mapping[str, float] | None  # of a call: of every provider and floor, or by name
+
+
+def rates(name: str, seconds: float, bytes: Work, flops: Work, gpu_us: float | None = None) -> dict[str, float]:
+    """Useful GB/s and TFLOP/s, also as percent of the ceilings; with gpu_us, also of the kernels' time alone."""
+    row = {}
+    for work, rate, percent, scale, ceiling in (
+        (bytes, "gb_s", "percent_of_copy", 1e9, "copy_gb_s"),
+        (flops, "tflop_s", "percent_of_gemm", 1e12, "gemm_tflop_s"),
+    ):
+        amount = work.get(name) if isinstance(work, Mapping) else work
+        if amount:
+            row[rate] = float(f"{amount / seconds / scale:.4g}")
+            row[percent] = round(100 * amount / seconds / scale / ceilings()[ceiling], 1)
+            if gpu_us:
+                row[f"gpu_{percent}"] = round(100 * amount / (gpu_us / 1e6) / scale / ceilings()[ceiling], 1)
+    return row
 
 
 def compare(
@@ -136,89 +254,167 @@ def compare(
     check: Callable[[str, object], str],
     floors: dict[str, Callable[[], object]],
     limit_s: float = 20.0,
+    *,
+    bytes: Work = None,
+    flops: Work = None,
+    late: Collection[str] = (),
 ) -> list[dict]:
-    """Measure ``providers`` and ``floors`` (what bounds them, such as a copy); the first provider is ours.
+    """Measure ``providers`` and ``floors`` (what bounds them, such as a copy). The first provider is ours, as are the others
+    whose name begins with "vlmkernels".
 
-    ``check(name, result)`` raises if a provider's result is wrong, and describes its error otherwise: no provider that is
-    wrong is timed. What a peer raises instead of a result stands in its row; what ours raises ends the benchmark. Returns a
-    row per provider, and gives ours to pytest-benchmark.
+    ``check(name, result)`` raises if a provider's result is wrong, and describes its error otherwise. A provider that raises
+    or is wrong is not timed: its row says why. The others are measured and recorded; if it was one of ours, AssertionError ends
+    the benchmark. Providers in ``late``, and those whose name begins with "torch.compile", come last, in rounds with ours: they
+    take long to compile, and the rest is on disk before.
+
+    bytes, flops: useful work of a call, a number or one by name. Bytes: each input read once, each output written once.
+    FLOPs: those of the matrix products that any implementation needs; what is computed a second time does not count.
+
+    Returns a row per provider; ours goes to pytest-benchmark.
     """
-    errors, missing = {}, []
-    for name, run in providers.items():
-        try:
-            errors[name] = check(name, run())
-        except Exception as error:
-            if name.startswith("vlmkernels"):
-                raise
-            reason = str(error).strip().partition("\n")[0][:120]
-            missing.append({"provider": name, "error": f"not measured: {type(error).__name__}: {reason}"})
-        if GPU:
-            torch.cuda.empty_cache()  # what one provider kept is not missing to the next
-    providers = {name: run for name, run in providers.items() if name in errors}
-    memory = {name: peak_memory(run) for name, run in providers.items()}
-    times = interleave({**providers, **floors}, limit_s)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ours = next(iter(providers))
-    rows = [
-        {
-            "provider": name,
-            "ms": round(1e3 * median[name], 3),
-            "ms_min": round(1e3 * min(times[name]), 3),
-            "rounds": len(times[name]),
-            "ratio_to_ours": round(median[name] / median[ours], 2),
-            **({"peak_mib": round(memory[name] / 2**20, 1), "error": errors[name]} if name in providers else {"floor": True}),
-        }
-        for name in times
-    ] + missing
+    __tracebackhide__ = True
+    limit_s = float(os.environ.get("BENCH_LIMIT_S") or limit_s)
+    more = {"ceilings": ceilings()} if bytes or flops else {}
+    amounts = [x for x in (bytes.values() if isinstance(bytes, Mapping) else [bytes]) if x]
+    if GPU and amounts:
+        more["fits_l2"] = max(amounts) < torch.cuda.get_device_properties(0).L2_cache_size
+    ours, rows, wrong = next(iter(providers)), [], []
+    late = {name: run for name, run in providers.items() if name.startswith("torch.compile") or name in late}
+    if GPU:
+        release()
+        torch.cuda.synchronize()  # raises where an earlier case left the device in an error state
+
+    def measure(runs: dict, floors: dict, again: dict) -> None:
+        errors, memory, missing = {}, {}, []
+        for name, run in runs.items():
+            try:
+                errors[name] = check(name, run())
+                memory[name] = peak_memory(run)
+            except Exception as error:
+                verdict = "wrong" if isinstance(error, AssertionError) else "not measured"
+                missing.append({"provider": name, "error": f"{verdict}: {reason(error)}"})
+                errors.pop(name, None)
+            release()
+        runs = {name: run for name, run in runs.items() if name in errors}
+        warm_ups = 10 if again else 1  # what compiles may do so again for the first few calls
+        times, calls, failed = interleave({**runs, **floors, **again}, limit_s, warm_ups)
+        missing += [{"provider": name, "error": f"not measured: {why}"} for name, why in failed.items() if name not in again]
+        median = {name: statistics.median(values) for name, values in times.items()}
+        wrong.extend(f"{row['provider']}: {row['error']}" for row in missing if row["provider"].startswith("vlmkernels"))
+        for name in times:
+            if name in again:
+                continue
+            kernels = profiled({**runs, **floors}[name]) if GPU and median[name] < LAUNCH_BOUND_S else {}
+            own = {"floor": True} if name in floors else {"peak_mib": round(memory[name] / 2**20, 1), "error": errors[name]}
+            rows.append(
+                {
+                    "provider": name,
+                    "ms": round(1e3 * median[name], 4 if GPU else 3),
+                    "ms_min": round(1e3 * min(times[name]), 4 if GPU else 3),
+                    "rounds": len(times[name]),
+                    **({"calls": calls[name]} if calls[name] > 1 else {}),
+                    "ratio_to_ours": round(median[name] / median[ours], 2) if ours in median else None,
+                    **rates(name, median[name], bytes, flops, kernels.get("gpu_us")),
+                    **kernels,
+                    **own,
+                }
+            )
+        rows.extend(missing)
+        if rows:
+            record(case, rows, **more)
+        release()
+
+    measure({name: run for name, run in providers.items() if name not in late}, floors, {})
+    right = [row["provider"] for row in rows if "ms" in row]
+    if late and not COMPILE:
+        rows.extend({"provider": name, "error": "not measured: needs BENCH_COMPILE=1"} for name in late)
+        record(case, rows, **more)
+    else:
+        for name, run in late.items():
+            measure({name: run}, {}, {ours: providers[ours]} if ours in right else {})
+    # The order of the tables: providers, floors, and what was not measured.
+    rows.sort(key=lambda row: 2 if "ms" not in row else 1 if row.get("floor") else 0)
+    record(case, rows, **more)
     benchmark.extra_info.update(case=case, rows=rows)
-    benchmark.pedantic(providers[ours], rounds=5)
-    record(case, rows)
+    benchmark.pedantic(providers[ours] if ours in right and not GPU else lambda: None, rounds=5)
+    assert not wrong, "; ".join(wrong)
     return rows
 
 
-_records: dict[str, list[dict]] = {}
+_records: dict[str, dict] = {}
 
 
-def record(case: str, rows: list[dict]) -> None:
-    """Kept at once: a run that is cut short leaves what it measured."""
-    _records[case] = rows
+def record(case: str, rows: list[dict], **more) -> None:
+    """Written at once: a run that is cut short leaves what it measured."""
+    _records[case] = {**more, "rows": rows}
     write_results()
 
 
 def table(rows: list[dict]) -> list[str]:
     """Markdown."""
     last = "parts" if "parts" in rows[0] else "error"
-    lines = [f"| provider | ms | times ours | peak MiB | {last} |", "| --- | ---: | ---: | ---: | --- |"]
+    columns = {"gb_s": "GB/s", "percent_of_copy": "% of copy", "tflop_s": "TFLOP/s", "percent_of_gemm": "% of GEMM",
+               "gpu_us": "kernels, us", "gpu_kernels": "kernels"}  # fmt: skip
+    columns = {key: title for key, title in columns.items() if any(key in row for row in rows)}
+    titles = "".join(f" {title} |" for title in columns.values())
+    lines = [f"| provider | ms | times ours |{titles} peak MiB | {last} |"]
+    lines += ["| --- | ---: | ---: |" + " ---: |" * len(columns) + " ---: | --- |"]
     for row in rows:
         if "ms" not in row:
-            lines.append(f"| {row['provider']} |  |  |  | {row['error']} |")
+            lines.append(f"| {row['provider']} |  |  |{'  |' * len(columns)}  | {row['error']} |")
             continue
         name = f"*{row['provider']}*" if row.get("floor") else row["provider"]
         peak, rest = row.get("peak_mib", ""), row.get(last, "")
-        lines.append(f"| {name} | {row['ms']:.2f} | {row['ratio_to_ours']:.2f} | {peak} | {rest} |")
+        ratio = "" if row["ratio_to_ours"] is None else f"{row['ratio_to_ours']:.2f}"
+        values = "".join(f" {row.get(key, '')} |" for key in columns)
+        digits = 2 if row["ms"] >= 1 or not GPU else 4
+        lines.append(f"| {name} | {row['ms']:.{digits}f} | {ratio} |{values} {peak} | {rest} |")
     return lines
 
 
 def _update(change: Callable[[dict], object]) -> Path:
-    """Apply ``change`` to the content of bench/results/<device>.json."""
-    RESULTS.mkdir(exist_ok=True)
+    """Apply ``change`` to the content of <device>.json."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{slug(device_name())}.json"
     content = json.loads(path.read_text()) if path.exists() else {"device": device_name(), "cases": {}}
     change(content)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    written = path.with_suffix(".json.part")
+    written.write_text(json.dumps(content, indent=1) + "\n")
+    written.replace(path)
     return path
 
 
+@functools.cache
+def gpu() -> dict:
+    """The card, its driver and CUDA."""
+    properties = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.partition("\n")[0].strip()
+    except (OSError, subprocess.TimeoutExpired):
+        driver = ""
+    return {
+        "name": properties.name,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+    }
+
+
 def provenance() -> dict:
-    return {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    found = {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+    return {**found, "gpu": gpu()} if GPU else found
 
 
 def write_results() -> tuple[Path, dict[str, list[dict]]] | None:
     """Merge this run's cases into the device's results; each case keeps the commit it was measured at."""
     if not _records:
         return None
-    cases = {case: {**provenance(), "threads": torch.get_num_threads(), "rows": rows} for case, rows in _records.items()}
-    return _update(lambda content: content["cases"].update(cases)), dict(_records)
+    cases = {case: {**provenance(), "threads": torch.get_num_threads(), **content} for case, content in _records.items()}
+    return _update(lambda content: content["cases"].update(cases)), {case: of["rows"] for case, of in _records.items()}
 
 
 def write_tests(counts: dict[str, dict[str, int]]) -> Path:

@@ -8,7 +8,7 @@ from test_families import whole
 from test_group import SHARING, prompts_of
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.decode import Sampling, decode_groups, draw
+from vlmkernels.models.decode import GroupCache, Sampling, decode_groups, draw
 from vlmkernels.models.families import media_token_ids
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.train import GRPOConfig
@@ -139,6 +139,36 @@ def test_mixed_precision(name):
     expected = gather_logps(logits, decoded.ids, mask=decoded.mask)
     torch.testing.assert_close(decoded.logps, expected, rtol=0.02, atol=0.1)
     assert (decoded.logps - expected).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_are_not_rounded(autocast):
+    """Scores of 16-bit queries and keys stay in fp32: rounding to bf16 changes scores of about 50 by up to 0.1."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rng = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=rng).bfloat16().to(device)  # noqa: E731
+    slots, query_heads, heads, length, width = 4, 4, 2, 40, 32
+    key, value = 3 * randn(1, heads, length, width), randn(1, heads, length, width)
+    query, own_key, own_value = (
+        3 * randn(1, query_heads, slots, width),
+        randn(1, heads, slots, width),
+        randn(1, heads, slots, width),
+    )
+    cache = GroupCache(slots)
+    cache.begin([0], [length])
+    cache.fill(0, key, value)
+    cache.arrange([0] * slots, [0] * slots, torch.device(device))
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        actual = cache.attend(0, query, own_key, own_value, None)
+
+    def all_of(prefix, own):  # (slots, Hq, length + 1, D)
+        prefix = prefix.expand(slots, -1, -1, -1)
+        return torch.cat([prefix, own[0].transpose(0, 1).unsqueeze(2)], 2).float().repeat_interleave(query_heads // heads, 1)
+
+    scores = query[0].transpose(0, 1).float().unsqueeze(2) @ all_of(key, own_key).mT * width**-0.5
+    assert scores.abs().max() > 30
+    expected = (scores.softmax(-1) @ all_of(value, own_value)).squeeze(2)
+    torch.testing.assert_close(actual[0].float(), expected, rtol=2**-6, atol=2**-6)
 
 
 def test_draw_inverts_the_distribution():

@@ -74,6 +74,27 @@ class Decoded(NamedTuple):
     log_kept_mass: torch.Tensor | None = None
 
 
+_HALF = (torch.bfloat16, torch.float16)
+# aten::bmm.dtype, of CUDA alone: fp32 results of 16-bit operands.
+_HAS_FP32_RESULTS = "dtype" in torch.ops.aten.bmm.overloads()
+
+
+def fp32_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query (B, H, M, D), key (B, H, N, D) -> q k^T (B, H, M, N) in fp32, not rounded to the dtype of its operands."""
+    if query.device.type == "cuda" and query.dtype in _HALF and _HAS_FP32_RESULTS:
+        scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
+        return scores.unflatten(0, key.shape[:2])
+    if not torch.is_autocast_enabled(query.device.type):
+        return query.float() @ key.float().mT
+    with torch.autocast(query.device.type, enabled=False):
+        return query.float() @ key.float().mT
+
+
+def _on(device: torch.device, values: list) -> torch.Tensor:
+    """A tensor of values of the host, copied without waiting for the device."""
+    return torch.tensor(values).to(device, non_blocking=True)
+
+
 class GroupCache:
     """Keys and values, by layer: of A prompts, each once, (A, Hkv, P, D); and of the completions that are being written, one in
     each slot, (S, Hkv, capacity, D).
@@ -138,16 +159,19 @@ class GroupCache:
         self._size = max(map(len, members))
         # Every prompt with as many completions, one after another: then groups are views.
         self._even = own == [index for index in range(len(members)) for _ in range(self._size)]
-        self._members = torch.tensor([m + [0] * (self._size - len(m)) for m in members], device=device)
-        number = {slot: index * self._size + k for index, m in enumerate(members) for k, slot in enumerate(m)}
-        self._place = torch.tensor([number[slot] for slot in range(len(own))], device=device)
-        self._step = torch.tensor(lengths, device=device)
+        if not self._even:
+            self._members = _on(device, [m + [0] * (self._size - len(m)) for m in members])
+            number = {slot: index * self._size + k for index, m in enumerate(members) for k, slot in enumerate(m)}
+            self._place = _on(device, [number[slot] for slot in range(len(own))])
+        self._equal = len(set(lengths)) == 1
+        self._step = _on(device, lengths)
+        self._slots = torch.arange(len(own), device=device)
         self._length = max(lengths) + 1
         self._bias = None
-        if len({self.lengths[index] for index in own}) > 1 or len(set(lengths)) > 1 or max(self.lengths) > self.lengths[own[0]]:
+        if len({self.lengths[index] for index in own}) > 1 or not self._equal or max(self.lengths) > self.lengths[own[0]]:
             prefix = torch.arange(max(self.lengths), device=device)
             behind = torch.arange(self._length, device=device)
-            held = torch.tensor([self.lengths[index] for index in own], device=device)
+            held = _on(device, [self.lengths[index] for index in own])
             seen = torch.cat([prefix < held.unsqueeze(1), behind <= self._step.unsqueeze(1)], 1)
             self._bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)[:, None, None]
 
@@ -165,10 +189,13 @@ class GroupCache:
         held = self._own.setdefault(layer, [x.new_empty(self.num_slots, x.shape[1], 0, x.shape[2]) for x in new])
         if held[0].shape[2] < self._length:
             held[:] = [pad(x, (0, 0, 0, max(32, x.shape[2]))) for x in held]
-        slots = torch.arange(len(new[0]), device=new[0].device)
+        count = len(new[0])
         for x, token in zip(held, new, strict=True):
-            x[slots, :, self._step] = token
-        return [x[: len(slots), :, : self._length] for x in held]
+            if self._equal:
+                x[:count, :, self._length - 1] = token
+            else:
+                x[self._slots, :, self._step] = token
+        return [x[:count, :, : self._length] for x in held]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
@@ -178,7 +205,7 @@ class GroupCache:
         q = query.unflatten(1, (key.shape[1], -1))
         prefix_key, prefix_value = self._prefix[layer]
         own_key, own_value = self._append(layer, (key, value))
-        scores = torch.cat([self._by_slot(self._by_prompt(q) @ prefix_key.mT), q @ own_key.mT], -1).float()
+        scores = torch.cat([self._by_slot(fp32_scores(self._by_prompt(q), prefix_key)), fp32_scores(q, own_key)], -1)
         scores *= query.shape[-1] ** -0.5 if scale is None else scale
         if self._bias is not None:
             scores += self._bias
@@ -230,6 +257,9 @@ class _Decoder:
             uniform = torch.rand(self.count, sampling.max_new_tokens, dtype=torch.float64)
         self.uniform = uniform
         self.seen = None
+        # Of a step. The cache attends as it needs to; a mask of four axes keeps the model from making one, which waits for the
+        # device.
+        self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         size = model.config.get_text_config().vocab_size  # configurations may name tokens that the model does not have
         self.eos, self.suppressed = (
             torch.tensor([token for token in tokens if token < size], device=self.device, dtype=torch.int64)
@@ -300,13 +330,13 @@ class _Decoder:
         if 2 * len(set(prompts)) <= len(self.cache.prompts):
             self.cache.keep(set(prompts))
         self.cache.arrange(prompts, [n - 1 for n in lengths], self.device)
-        ids = torch.tensor([[self.tokens[k][-1] for k in self.slots]], device=self.device)
-        positions = torch.tensor([[self.after[p] + n - 1 for p, n in zip(prompts, lengths, strict=True)]], device=self.device)
+        ids = _on(self.device, [[self.tokens[k][-1] for k in self.slots]])
+        positions = _on(self.device, [[self.after[p] + n - 1 for p, n in zip(prompts, lengths, strict=True)]])
         if self.positions.dim() == 3:
             positions = positions.expand(len(self.positions), 1, -1)
         logits = self.model(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=self.mask,
             position_ids=positions,
             group_cache=self.cache,
             use_cache=False,
@@ -344,7 +374,7 @@ class _Decoder:
         self.logps.append(torch.stack([logps, logps - drawn_with]))
         self.drawn.append((completions.copy(), lengths))
         if self.seen is not None:
-            self.seen[torch.tensor(completions, device=self.device), chosen] = True
+            self.seen[_on(self.device, completions), chosen] = True
         ended = []
         for k, token in zip(completions, chosen.tolist(), strict=True):
             self.tokens[k].append(token)
@@ -362,7 +392,7 @@ class _Decoder:
                 seen = torch.zeros(len(ids), scores.shape[1], dtype=torch.bool, device=self.device)
                 seen[mask.nonzero()[:, 0], ids[mask]] = True
                 self.seen = seen.repeat_interleave(self.group_size, 0)
-            seen = self.seen[torch.tensor(completions, device=self.device)]
+            seen = self.seen[_on(self.device, completions)]
             penalised = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
             scores = torch.where(seen, penalised, scores)
         if len(self.suppressed):
@@ -370,7 +400,7 @@ class _Decoder:
         early = [row for row, length in enumerate(lengths) if length < sampling.min_new_tokens]
         if early:
             scores = scores.clone()
-            scores[torch.tensor(early, device=self.device).unsqueeze(1), self.eos] = -torch.inf
+            scores[_on(self.device, early).unsqueeze(1), self.eos] = -torch.inf
         return scores
 
 
