@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint gpu-build gpu-test gpu-bench clean
+.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint gpu-build gpu-test gpu-bench gpu-check gpu-wheels clean
 setup: .venv/.installed
 
 # constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers and harnesses that tests compare with
@@ -63,6 +63,15 @@ gpu-test: gpu-build
 
 gpu-bench: gpu-build
 	$(PYTHON) -m pytest -q -p no:cacheprovider bench
+
+# All of it within a time budget: STAGE is correct, fast, why, system or all; GPU_BUDGET_S, GPU_OUT: see bench/gpu_check.py.
+STAGE ?= all
+gpu-check:
+	$(PYTHON) bench/gpu_check.py $(STAGE)
+
+# What such a machine lacks, as wheels for Python 3.12 in .whl.
+gpu-wheels:
+	PYTHON=$(PYTHON) sh bench/wheels.sh
 
 clean:
 	rm -rf .venv .venv-vllm build vlmkernels/*.so *.egg-info demo-output demo-suite-output

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+# What cuBLAS needs to be deterministic on a GPU; read when its first handle is created.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
@@ -29,9 +31,13 @@ def device() -> str:
 
 @pytest.fixture
 def nan_filled(monkeypatch):
-    """torch.empty returns NaN, so that an element that no kernel wrote shows."""
+    """torch.empty returns NaN, so that an element that no kernel wrote shows.
+
+    Uninitialised memory is filled in deterministic mode only. On a GPU some operations of torch have no deterministic
+    implementation; they warn and run.
+    """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=GPU)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -55,7 +61,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_terminal_summary(terminalreporter):
     """On a GPU: a line per test file, kept with the benchmarks' results of the same device."""
-    if not GPU:
+    if not GPU or terminalreporter.config.getoption("outcomes", None):  # bench/gpu_check.py keeps those of all its runs
         return
     sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
     import harness

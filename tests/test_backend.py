@@ -58,6 +58,7 @@ def test_environment_names_the_backend():
     assert "backend must be one of auto, reference, cpp, triton, cuda; got 'quick'" in done.stderr
 
 
+@pytest.mark.device
 def test_wrong_device_is_named(device):
     if device == "cuda":
         reason = backend.why_not("gather_logps", "cpp", torch.zeros(1, 1, device="cuda"))

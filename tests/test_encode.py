@@ -8,12 +8,13 @@ import pytest
 import tiny
 import tiny_families
 import torch
+import transformers
 from test_families import whole
 from test_group import SHARING, completions_of
 from test_trainer import config, length_reward, lora, run_ours
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.encode import encode_images, once_per_image, why_not_frozen
+from vlmkernels.models.encode import encode_images, once_per_image, takes_features, why_not_frozen
 from vlmkernels.models.families import family_of
 from vlmkernels.models.group import pack_groups, prompt_positions
 from vlmkernels.train import GRPOTrainer
@@ -22,6 +23,10 @@ from vlmkernels.train.experience import Experience
 
 WITH_IMAGES = [name for name in SHARING if whole(name).num_images.any()]
 ROWS_KNOWN = [name for name in WITH_IMAGES if whole(name).family.axis("pixel_values") in ("image", "image_patch")]
+
+needs_features = pytest.mark.skipif(
+    not takes_features(tiny.vlm()), reason=f"transformers {transformers.__version__} takes no features in place of pixels"
+)
 
 
 def model_of(name):
@@ -36,6 +41,7 @@ def hidden_of(model, batch, inputs):
     return model.base_model(**pack.inputs, use_cache=False).last_hidden_state[0, pack.rows]
 
 
+@needs_features
 @pytest.mark.parametrize("name", WITH_IMAGES)
 def test_features_stand_for_pixels(name):
     model, batch = model_of(name), whole(name)
@@ -49,6 +55,7 @@ def test_features_stand_for_pixels(name):
     assert encode_images(model, encoded) is encoded
 
 
+@needs_features
 @pytest.mark.parametrize("name", ROWS_KNOWN)
 def test_equal_images_are_encoded_once(name):
     """With the gradients of all their places added up."""
@@ -91,6 +98,7 @@ def freeze(model):
     return model
 
 
+@needs_features
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path, adapters):
     """... for sampling, reference and policy, twice over; and the steps are those of a tower run every time."""
@@ -127,6 +135,7 @@ def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path, adapters):
         torch.testing.assert_close(parameters[key], parameter, rtol=1e-4, atol=1e-6)
 
 
+@needs_features
 def test_features_of_a_checkpoint_serve_a_run_that_makes_none(tmp_path):
     """A run resumed with other options goes on within the generation batch."""
     logs = []
@@ -142,6 +151,7 @@ def test_features_of_a_checkpoint_serve_a_run_that_makes_none(tmp_path):
         assert logs[1][1][name] == pytest.approx(logs[0][1][name], rel=1e-4), name
 
 
+@needs_features
 def test_a_trained_tower_runs_for_each_pass(tmp_path):
     """... on equal images once."""
     seen, model = [], tiny.vlm()
@@ -154,6 +164,7 @@ def test_a_trained_tower_runs_for_each_pass(tmp_path):
     assert seen == [patches // 2] * 2  # two prompts, to sample and to train
 
 
+@needs_features
 def test_why_features_may_differ():
     model = tiny.vlm()
     assert why_not_frozen(freeze(model)) is None

@@ -10,6 +10,8 @@ from vlmkernels import backend as backends
 from vlmkernels import gather_logps
 from vlmkernels.ops.gather_logps import native
 
+pytestmark = pytest.mark.device
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FWD = torch.ops.vlmkernels.gather_logps_fwd
 BWD = torch.ops.vlmkernels.gather_logps_bwd

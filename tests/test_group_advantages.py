@@ -13,6 +13,8 @@ from vlmkernels import backend as backends
 from vlmkernels import group_advantages
 from vlmkernels.ops.group_advantages import BASELINES, SCALES
 
+pytestmark = pytest.mark.device
+
 KERNELS = ["cpp", "triton", "cuda"]
 NAN = math.nan
 RULES = [(scale, baseline, "sum_then_normalize") for scale in SCALES for baseline in BASELINES]

@@ -18,6 +18,8 @@ from vlmkernels.ops.grpo_loss.batch import Batch, entropy_quantile
 from vlmkernels.ops.grpo_loss.config import KL_ESTIMATORS, LOSSES, parse
 from vlmkernels.ops.grpo_loss.native import variant as native_variant
 
+pytestmark = pytest.mark.device
+
 KERNELS = ["cpp", "triton", "cuda"]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from packaging.version import Version
 from PIL import Image
 
 transformers = pytest.importorskip("transformers")
@@ -63,6 +64,8 @@ IMAGES = {
 @pytest.mark.parametrize("settings", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
 @pytest.mark.parametrize("name", IMAGES)
 def test_the_same_bits(settings, name):
+    if "RGBA" in name and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(f"transformers {transformers.__version__} treats transparency otherwise")
     images = IMAGES[name]()
     expected = Qwen2VLImageProcessor(**settings)(images, return_tensors="pt")
     check(FastImageProcessor(**settings)(images, return_tensors="pt"), expected)

@@ -14,6 +14,9 @@ from test_linear_logps import fp32_results  # noqa: F401
 
 from vlmkernels import linear_logps
 
+pytestmark = pytest.mark.device
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the GEMM leaves fp32; on the CPU fp32_results stands in for it
 # What liger-kernel 0.8.5 rounds, by the file of its liger_kernel/ops/cutedsl/ops that does it.
 ROUNDS = {
     "_fused_scaled_cross_entropy_forward_fragment_sm90.py": (
@@ -33,7 +36,8 @@ def make(num=2048, width=64, vocab=2048, largest=30.0):
     logits = hidden.float() @ weight.T
     scale = largest / logits.abs().max()
     targets = torch.multinomial((logits * scale).softmax(-1), 1, generator=rng).squeeze(1)
-    return hidden, (weight * scale).bfloat16(), targets, *(torch.randn(2, num, generator=rng) / num)
+    inputs = hidden, (weight * scale).bfloat16(), targets, *(torch.randn(2, num, generator=rng) / num)
+    return tuple(x.to(DEVICE) for x in inputs)
 
 
 def formula(hidden, weight, targets, dlogp, dentropy, logits=lambda x: x, entropies=lambda x: x, wave=None):

@@ -5,6 +5,8 @@ import torch
 
 from vlmkernels import merge_image_features, placeholder_positions
 
+pytestmark = pytest.mark.device
+
 torch.set_num_threads(1)
 
 IMAGE, VIDEO = 7, 8

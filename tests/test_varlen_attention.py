@@ -44,11 +44,13 @@ def test_matches_the_formula(device, implementation, case, causal, scale, heads)
     expected = formula(*double, lengths, causal, scale)
     bound = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
     torch.testing.assert_close(out.double(), expected, **bound)
-    if sum(lengths):
-        weight = torch.randn(out.shape, generator=rng).to(device)
-        actual = torch.autograd.grad((out * weight).sum(), inputs)
-        gradients = torch.autograd.grad((expected * weight).sum(), double)
-        torch.testing.assert_close([g.double() for g in actual], list(gradients), **bound)
+    weight = torch.randn(out.shape, generator=rng).to(device)
+    actual = torch.autograd.grad((out * weight).sum(), inputs)
+    if not sum(lengths):
+        assert [g.shape for g in actual] == [x.shape for x in inputs]
+        return
+    gradients = torch.autograd.grad((expected * weight).sum(), double)
+    torch.testing.assert_close([g.double() for g in actual], list(gradients), **bound)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -205,22 +205,25 @@ def fwd(logits, targets, mask, rows, temperature, logp, entropy, stats):
     partial = stats.new_empty(num, splits, 3)
     layout = (logits.shape[:-1].numel(), vocab, *row_layout(logits), splits)
     scale = 1.4426950408889634 / temperature
-    gather_logps_fwd_kernel[(num * splits,)](logits, mask, rows, partial, *layout, scale, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS)
-    gather_logps_merge_kernel[(num,)](
-        logits,
-        targets,
-        mask,
-        rows,
-        partial,
-        logp,
-        entropy if entropy.numel() else None,
-        stats,
-        *layout,
-        temperature,
-        scale,
-        BLOCK_S=triton.next_power_of_2(splits),
-        num_warps=1,
-    )
+    with torch.cuda.device_of(logits):
+        gather_logps_fwd_kernel[(num * splits,)](
+            logits, mask, rows, partial, *layout, scale, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
+        )
+        gather_logps_merge_kernel[(num,)](
+            logits,
+            targets,
+            mask,
+            rows,
+            partial,
+            logp,
+            entropy if entropy.numel() else None,
+            stats,
+            *layout,
+            temperature,
+            scale,
+            BLOCK_S=triton.next_power_of_2(splits),
+            num_warps=1,
+        )
 
 
 def bwd(dlogp, targets, stats, dentropy, entropy, logits, mask, starts, temperature, out):
@@ -229,23 +232,24 @@ def bwd(dlogp, targets, stats, dentropy, entropy, logits, mask, starts, temperat
     inner, *strides = row_layout(logits)
     grad_strides = (inner * vocab, vocab) if out.is_contiguous() else strides
     blocks = triton.cdiv(vocab, BLOCK_V)
-    gather_logps_bwd_kernel[(logits.shape[:-1].numel() * blocks,)](
-        dlogp,
-        targets,
-        stats,
-        dentropy,
-        entropy,
-        logits,
-        mask,
-        starts,
-        out,
-        vocab,
-        inner,
-        *strides,
-        *grad_strides,
-        blocks,
-        temperature,
-        1.4426950408889634 / temperature,
-        BLOCK_V=BLOCK_V,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits):
+        gather_logps_bwd_kernel[(logits.shape[:-1].numel() * blocks,)](
+            dlogp,
+            targets,
+            stats,
+            dentropy,
+            entropy,
+            logits,
+            mask,
+            starts,
+            out,
+            vocab,
+            inner,
+            *strides,
+            *grad_strides,
+            blocks,
+            temperature,
+            1.4426950408889634 / temperature,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+        )

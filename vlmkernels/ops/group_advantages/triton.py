@@ -157,20 +157,21 @@ def group_advantages_kernel(
 def fwd(rewards, weights, starts, group_size, rules, eps, *outputs):
     scale, baseline, aggregation = rules
     block = triton.next_power_of_2(group_size)
-    group_advantages_kernel[(1,)](
-        rewards.contiguous(),
-        weights if weights is None else weights.contiguous(),
-        starts,
-        *outputs,
-        len(rewards),
-        len(rewards) // group_size if starts is None else len(starts) - 1,
-        rewards.shape[1],
-        group_size,
-        eps,
-        BASELINE=BASELINES[baseline],
-        SCALE=scale,
-        NORMALIZE_FIRST=aggregation == "normalize_then_sum",
-        GROUPS=max(1, TILE // block),
-        BLOCK_G=block,
-        num_warps=8,
-    )
+    with torch.cuda.device_of(rewards):
+        group_advantages_kernel[(1,)](
+            rewards.contiguous(),
+            weights if weights is None else weights.contiguous(),
+            starts,
+            *outputs,
+            len(rewards),
+            len(rewards) // group_size if starts is None else len(starts) - 1,
+            rewards.shape[1],
+            group_size,
+            eps,
+            BASELINE=BASELINES[baseline],
+            SCALE=scale,
+            NORMALIZE_FIRST=aggregation == "normalize_then_sum",
+            GROUPS=max(1, TILE // block),
+            BLOCK_G=block,
+            num_warps=8,
+        )

@@ -75,15 +75,16 @@ def pack_patches_kernel(
 
 def fwd(frames, table, out, layout, fresh):
     images = image_table(frames, layout.patch_size, layout.temporal_patch_size)
-    pack_patches_kernel[(len(out),)](
-        images,
-        table,
-        out,
-        len(images),
-        SIZE=layout.patch_size,
-        MERGE=layout.merge_size,
-        SLOTS=layout.temporal_patch_size,
-        CHANNELS_LAST=layout.channels_last,
-        BLOCK_F=BLOCK_F,
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(out):
+        pack_patches_kernel[(len(out),)](
+            images,
+            table,
+            out,
+            len(images),
+            SIZE=layout.patch_size,
+            MERGE=layout.merge_size,
+            SLOTS=layout.temporal_patch_size,
+            CHANNELS_LAST=layout.channels_last,
+            BLOCK_F=BLOCK_F,
+            num_warps=NUM_WARPS,
+        )

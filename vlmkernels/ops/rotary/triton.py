@@ -95,25 +95,26 @@ def rotary_kernel(
 def fwd(query, key, cos, sin, inverse, query_out, key_out):
     batch, tokens, heads, width = query.shape
     pairs = cos.shape[-1]
-    rotary_kernel[(batch * tokens,)](
-        query,
-        key,
-        cos,
-        sin,
-        query_out,
-        key_out,
-        tokens,
-        heads,
-        key.shape[2],
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *cos.stride()[:2],
-        *sin.stride()[:2],
-        INVERSE=inverse,
-        WIDTH=width,
-        PAIRS=pairs,
-        BLOCK_H=BLOCK_H,
-        BLOCK_P=triton.next_power_of_2(max(pairs, 1)),
-        BLOCK_R=triton.next_power_of_2(max(width - 2 * pairs, 1)),
-        num_warps=NUM_WARPS,
-    )
+    with torch.cuda.device_of(query):
+        rotary_kernel[(batch * tokens,)](
+            query,
+            key,
+            cos,
+            sin,
+            query_out,
+            key_out,
+            tokens,
+            heads,
+            key.shape[2],
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *cos.stride()[:2],
+            *sin.stride()[:2],
+            INVERSE=inverse,
+            WIDTH=width,
+            PAIRS=pairs,
+            BLOCK_H=BLOCK_H,
+            BLOCK_P=triton.next_power_of_2(max(pairs, 1)),
+            BLOCK_R=triton.next_power_of_2(max(width - 2 * pairs, 1)),
+            num_warps=NUM_WARPS,
+        )

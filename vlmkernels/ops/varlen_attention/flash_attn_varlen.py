@@ -4,6 +4,8 @@ import importlib.util
 
 import torch
 
+from vlmkernels.ops.varlen_attention.sdpa_varlen import of_no_tokens
+
 
 def unsupported(query: torch.Tensor) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
@@ -20,5 +22,7 @@ def unsupported(query: torch.Tensor) -> str | None:
 def run(query, key, value, cu_seqlens, max_seqlen, causal, scale):
     from flash_attn import flash_attn_varlen_func
 
+    if not len(query):
+        return of_no_tokens(query, key, value)
     most = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
     return flash_attn_varlen_func(query, key, value, cu_seqlens, cu_seqlens, most, most, softmax_scale=scale, causal=causal)

@@ -4,6 +4,8 @@ import importlib.util
 
 import torch
 
+from vlmkernels.ops.varlen_attention.sdpa_varlen import of_no_tokens
+
 
 def unsupported(query: torch.Tensor) -> str | None:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
@@ -18,6 +20,8 @@ def unsupported(query: torch.Tensor) -> str | None:
 def run(query, key, value, cu_seqlens, max_seqlen, causal, scale):
     from torch.nn.attention.varlen import varlen_attn
 
+    if not len(query):
+        return of_no_tokens(query, key, value)
     most = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))

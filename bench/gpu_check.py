@@ -1,0 +1,357 @@
+"""A run of tests and benchmarks on a machine with one GPU that is available for a short time and has no network.
+
+    python3 bench/gpu_check.py STAGE [STAGE ...]      (or: make gpu-check STAGE=correct)
+
+Stages: `correct` (environment, ceilings, tests of every kernel), `fast` (benchmarks of kernels), `why` (ncu and
+compute-sanitizer), `system` (attention, decoding, training step), or `all`. Environment variables:
+
+    GPU_BUDGET_S        seconds per stage, instead of those of BUDGETS
+    GPU_OUT             folder of the results, by default bench/results
+    VLMKERNELS_COMMIT   the commit that results are labelled with where there is no .git
+    GPU_WORKERS         pytest-xdist workers, by default 12 or one per core
+
+Each stage writes <stage>.log as it goes; `correct` also appends every test's outcome to outcomes.jsonl. A stage that runs out
+of time is cut, and what it has written stays. Without a GPU, or with --dry-run, each stage runs a small part on the CPU, which
+shows that the script works.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGETS = {"correct": 240, "fast": 240, "why": 150, "system": 120}
+
+# Test files in the order of their start; "*" stands for those that are not named.
+TESTS = (
+    *("test_gather_logps", "test_gather_logps_cuda", "test_linear_logps", "test_linear_grpo_loss", "test_grpo_loss"),
+    *("test_linear_logps_fused", "test_group_advantages", "test_rotary", "test_pack_patches", "*"),
+    *("test_on_device", "test_group_attention"),  # which compile FlexAttention
+)
+MAX_RERUNS = 5
+
+# File of bench/, -k expression, seconds that the subprocess may take, seconds per case.
+BENCHES = {
+    "fast": [
+        ("bench_gather_logps.py", "test_gather_logps", 60, 3),
+        ("bench_linear.py", "test_linear", 90, 3),
+        ("bench_grpo_loss.py", "", 30, 3),
+        ("bench_linear.py", "test_forward", 45, 3),
+        ("bench_vision.py", "on_device or rotary or mrope or merge", 40, 3),
+        ("bench_gather_logps.py", "test_forward", 30, 3),
+        ("bench_linear.py", "stream", 30, 3),
+    ],
+    "system": [
+        ("bench_group_attention.py", "", 45, 3),
+        ("bench_decode.py", "", 60, 5),
+        ("bench_step.py", "test_training and 0.5b", 60, 5),
+        ("bench_step.py", "test_training and 3b", 90, 5),
+    ],
+}
+
+# ncu: case of kernel_cases.py, backend, kernel.
+PROFILES = [
+    ("gather", "cuda", "gather_logps_fwd_kernel"),
+    ("gather", "cuda", "gather_logps_bwd_kernel"),
+    ("linear_rows", "cuda", "linear_logps_kernel"),
+    ("gather", "triton", "gather_logps_bwd_kernel"),
+]
+# compute-sanitizer: tool, cases, backend.
+SHARED = ("misaligned_rows", "linear_rows", "linear_grpo", "grpo_loss", "group_advantages")  # kernels with shared memory
+SANITIZED = [
+    ("memcheck", (*SHARED, "rotary", "pack_patches"), "cuda"),
+    ("racecheck", SHARED, "cuda"),
+    ("memcheck", (*SHARED, "rotary", "pack_patches"), "triton"),
+    ("initcheck", ("misaligned_rows", "linear_rows", "grpo_loss"), "cuda"),
+]
+
+
+class Stage:
+    """A stage's log, its time budget and its subprocesses."""
+
+    def __init__(self, name: str, out: Path, budget: float, dry: bool) -> None:
+        self.name, self.out, self.dry = name, out, dry
+        self.log = (out / f"{name}.log").open("a")
+        self.end = time.monotonic() + budget
+        self.environment = {**environment(), "GPU_OUT": str(out)}
+        self.say(f"==== {name}: {budget:.0f} s, {time.strftime('%H:%M:%S')}")
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        self.log.write(text + "\n")
+        self.log.flush()
+
+    def run(self, command: list, limit: float, quiet: bool = False, **environment: str) -> int | None:
+        """The exit status; None where the time was up. The output goes to the log, and to the screen unless ``quiet``."""
+        limit = min(limit, self.left)
+        command = [str(part) for part in command]
+        shown = shlex.join("CODE" if "\n" in part else part for part in command)
+        if limit < 2:
+            self.say(f"---- no time left for: {shown}")
+            return None
+        self.say(f"---- {shown}    (at most {limit:.0f} s)")
+        start = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**self.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        reader = threading.Thread(target=self._copy, args=(process.stdout, quiet), daemon=True)
+        reader.start()
+        result = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            result = process.wait(limit)
+        if result is None:  # an interrupt first, so that pytest writes its summary
+            for number, grace in ((signal.SIGINT, 5), (signal.SIGKILL, 10)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace)
+        reader.join(5)
+        self.say(f"---- {'cut off' if result is None else f'exit status {result}'} after {time.monotonic() - start:.1f} s")
+        return result
+
+    def _copy(self, stream, quiet: bool) -> None:
+        for line in stream:
+            self.log.write(line)
+            self.log.flush()
+            if not quiet:
+                print(line, end="", flush=True)
+
+
+def environment() -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def python(*arguments) -> list:
+    return [sys.executable, *arguments]
+
+
+# ---- correct ----
+
+
+def show_environment(stage: Stage) -> None:
+    if shutil.which("nvidia-smi") and not stage.dry:
+        fields = "name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit,ecc.mode.current"
+        stage.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], 20)
+    stage.run(python("-c", "from vlmkernels.env import main; main()"), 60)
+    code = """
+import importlib.metadata, sys
+print("python", sys.version.split()[0])
+for name in ("numpy", "accelerate", "peft", "trl", "liger_kernel", "hypothesis", "pytest", "pytest-xdist", "pytest-timeout"):
+    try: print(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError: print(name, "is missing")
+"""
+    stage.run(python("-c", code), 30)
+
+
+def need_extension(stage: Stage) -> None:
+    """vlmkernels._C with CUDA code: the one that is there, or else built for this GPU."""
+    code = "import vlmkernels._C as c; print('_C', c.__file__, c.cuda_architectures); assert c.cuda_architectures"
+    if stage.dry:
+        stage.run(python("-c", code), 30)
+        return
+    # A module built from other sources than these may load, and then fails or crashes on the CPU too.
+    calls = python("bench/kernel_cases.py", "all", "--backend", "cpp")
+    if stage.run(python("-c", code), 30) == 0 and stage.run(calls, 30) == 0:
+        return
+    query = "import torch; major, minor = torch.cuda.get_device_capability(); print(f'{major}{minor}' + 'a' * (major >= 9))"
+    done = subprocess.run(python("-c", query), capture_output=True, text=True, env=stage.environment)
+    build = python("setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", "build/gpu-check")
+    stage.run(build, 150, quiet=True, VLMKERNELS_CUDA="1", VLMKERNELS_CUDA_ARCHS=done.stdout.strip())
+    if stage.run(python("-c", code), 30) == 0:
+        stage.run(calls, 30)
+
+
+def measure_ceilings(stage: Stage) -> None:
+    """What bounds every kernel here: bytes per second of a copy, operations per second of a matrix product."""
+    code = """
+import json, statistics, torch
+gpu = torch.cuda.is_available()
+device, size, side = ("cuda", 2**32, 8192) if gpu else ("cpu", 2**20, 128)
+def median(run, times=10):
+    for _ in range(3): run()
+    if not gpu:
+        import time
+        start = time.perf_counter(); run(); return time.perf_counter() - start
+    values = []
+    for _ in range(times):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record(); run(); b.record(); torch.cuda.synchronize()
+        values.append(a.elapsed_time(b) / 1e3)
+    return statistics.median(values)
+x = torch.randint(256, (size,), dtype=torch.uint8, device=device); y = torch.empty_like(x)
+copy = 2 * size / median(lambda: y.copy_(x)); del x, y
+a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+gemm = 2 * side**3 / median(lambda: a @ b)
+wide = 2 * side**3 / median(lambda: torch.mm(a, b, out_dtype=torch.float32)) if gpu else 0.0
+print(json.dumps({"device": torch.cuda.get_device_name() if gpu else "cpu", "copy_TB_per_s": round(copy / 1e12, 3),
+    "bf16_gemm_TFLOP_per_s": round(gemm / 1e12, 1), "bf16_gemm_fp32_out_TFLOP_per_s": round(wide / 1e12, 1)}))
+"""
+    stage.run(python("-c", code), 60)
+
+
+def test_files() -> list[str]:
+    """Names of the test files that hold tests for a GPU."""
+    marked = re.compile(r"pytest\.mark\.(device|gpu)\b")
+    return [path.stem for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text())]
+
+
+def pytest_command(stage: Stage, tests: list[str], outcomes: Path, workers: int | None = None) -> list:
+    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_session", "--outcomes", outcomes, "--tb=short")
+    if installed("pytest_timeout"):
+        command += ["--timeout", 120, "--timeout-method", "thread"]
+    if installed("xdist"):
+        workers = workers or (2 if stage.dry else int(os.environ.get("GPU_WORKERS") or min(12, os.cpu_count() or 1)))
+        # Small chunks of tests are handed out in order.
+        command += ["-n", workers, "--dist", "load", "--maxschedchunk", 4]
+    return [*command, *tests]
+
+
+def read_outcomes(path: Path) -> list[dict]:
+    """The last outcome of each test, failures before all others."""
+    rows: dict[str, dict] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that was being written
+            row = json.loads(line)
+            if rows.get(row["test"], {}).get("outcome") != "failed":
+                rows[row["test"]] = row
+    return list(rows.values())
+
+
+def rerun_failures(stage: Stage, failed: list[dict]) -> None:
+    """Some failures, from different test functions, again: with synchronous launches, and each in a process of its own where
+    pytest-xdist is installed.
+
+    One that passes now points to a race, or to a test that ran before it.
+    """
+    functions: dict[str, str] = {}
+    for row in failed:
+        if "::" in row["test"]:
+            functions.setdefault(row["test"].partition("[")[0], row["test"])
+    tests = list(functions.values())[:MAX_RERUNS]
+    if tests:
+        command = pytest_command(stage, tests, stage.out / "reruns.jsonl", workers=len(tests))
+        stage.run([*command, "-rfEsp"], 90, CUDA_LAUNCH_BLOCKING="1")
+
+
+def report(stage: Stage, rows: list[dict]) -> dict[str, dict[str, int]]:
+    """A table per test file, which is returned, and the failures."""
+    counts: dict[str, dict[str, int]] = {}
+    for row in rows:
+        of_file = counts.setdefault(row["test"].partition("::")[0], {"passed": 0, "failed": 0, "skipped": 0})
+        of_file[row["outcome"]] = of_file.get(row["outcome"], 0) + 1
+    stage.say(f"\n{'file':44}{'passed':>8}{'failed':>8}{'skipped':>8}")
+    for file, count in sorted(counts.items()):
+        stage.say(f"{file:44}{count['passed']:8}{count['failed']:8}{count['skipped']:8}")
+    failed = [row for row in rows if row["outcome"] == "failed"]
+    for row in failed[:60]:
+        first = next((line for line in row.get("message", "").splitlines() if line.strip()), "")
+        stage.say(f"FAILED {row['test']}: {first[:200]}")
+    if len(failed) > 60:
+        stage.say(f"and {len(failed) - 60} more in outcomes.jsonl")
+    return counts
+
+
+def keep_counts(stage: Stage, counts: dict) -> None:
+    """Beside the benchmarks' results of the same device."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    os.environ["GPU_OUT"] = str(stage.out)
+    import harness
+
+    harness.write_tests(counts)
+
+
+def correct(stage: Stage) -> None:
+    show_environment(stage)
+    need_extension(stage)
+    measure_ceilings(stage)
+    outcomes = stage.out / "outcomes.jsonl"
+    outcomes.unlink(missing_ok=True)
+    if stage.dry:
+        command = pytest_command(stage, ["tests/test_merge_image_features.py"], outcomes)
+        stage.run([*command, "-k", "scatter or named"], 120)
+    else:
+        others = sorted(set(test_files()).difference(TESTS))
+        files = [f"tests/{file}.py" for name in TESTS for file in (others if name == "*" else [name])]
+        # Failures are listed at the end; their tracebacks are in the log.
+        command = [*pytest_command(stage, files, outcomes), "-m", "device or gpu"]
+        stage.run(command, stage.left - 45, quiet=True, OMP_NUM_THREADS="2", TORCHINDUCTOR_COMPILE_THREADS="1")
+    rows = read_outcomes(outcomes)
+    rerun_failures(stage, [row for row in rows if row["outcome"] == "failed"])
+    counts = report(stage, rows)
+    if not stage.dry:
+        keep_counts(stage, counts)
+
+
+# ---- fast, system ----
+
+
+def benchmarks(stage: Stage) -> None:
+    for file, expression, limit, per_case in BENCHES[stage.name]:
+        if not (ROOT / "bench" / file).exists():
+            stage.say(f"---- there is no {file}")
+            continue
+        command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"bench/{file}")
+        command += ["-k", expression] if expression else []
+        command += ["--collect-only"] if stage.dry else []
+        stage.run(command, limit, BENCH_LIMIT_S=str(per_case))
+
+
+# ---- why ----
+
+
+def why(stage: Stage) -> None:
+    cases = ROOT / "bench" / "kernel_cases.py"
+    if stage.dry:
+        stage.run(python(cases, "rotary", "grpo_loss", "--backend", "triton"), 60, TRITON_INTERPRET="1")
+        return
+    for case, backend, kernel in PROFILES:
+        options = ["--clock-control", "none", "--set", "basic", "--launch-count", 1, "--kernel-name", f"regex:{kernel}"]
+        stage.run(["ncu", *options, *python(cases, case, "--backend", backend, "--large")], 45)
+    for tool, names, backend in SANITIZED:
+        options = ["--tool", tool, "--error-exitcode", 9, "--print-limit", 20]
+        # Without the caching allocator each tensor is an allocation of its own, whose bounds are checked.
+        command = ["compute-sanitizer", *options, *python(cases, *names, "--backend", backend)]
+        stage.run(command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+STAGES = {"correct": correct, "fast": benchmarks, "why": why, "system": benchmarks}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", default=["all"], choices=[*STAGES, "all"])
+    parser.add_argument("--dry-run", action="store_true", help="a small part of each stage, on the CPU")
+    options = parser.parse_args()
+    out = Path(os.environ.get("GPU_OUT") or ROOT / "bench" / "results").absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    dry = options.dry_run or not shutil.which("nvidia-smi")
+    for name in STAGES if "all" in options.stages else options.stages:
+        stage = Stage(name, out, float(os.environ.get("GPU_BUDGET_S") or BUDGETS[name]), dry)
+        STAGES[name](stage)
+        stage.say(f"==== {name}: {stage.left:.0f} s left")
+        stage.log.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Small and large calls of the kernels, one process each, for compute-sanitizer and ncu.
+
+    python bench/kernel_cases.py CASE [--backend cuda|triton|cpp] [--large] [--repeat N]
+    compute-sanitizer --tool memcheck python bench/kernel_cases.py misaligned_rows
+    ncu --kernel-name regex:gather_logps_fwd --launch-skip 1 --launch-count 1 python bench/kernel_cases.py gather --large
+
+Without --large the inputs are the smallest that reach the code in question. A case checks nothing itself beyond that its
+results are finite. Without a GPU only `triton` under TRITON_INTERPRET=1 runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import vlmkernels as vk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES: dict[str, Callable[[str, bool], list[torch.Tensor]]] = {}
+
+
+def case(function):
+    CASES[function.__name__] = function
+    return function
+
+
+def randn(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def _with_gradient(logits: torch.Tensor, backend: str, **options) -> list[torch.Tensor]:
+    targets = torch.randint(logits.shape[-1], logits.shape[:-1], device=DEVICE)
+    leaf = logits.requires_grad_()
+    source = leaf.clone() if options.get("inplace_backward") else leaf
+    logp, entropy = vk.gather_logps(source, targets, return_entropy=True, backend=backend, **options)
+    (gradient,) = torch.autograd.grad((logp + 0.1 * entropy).sum(), leaf)
+    return [logp.detach(), entropy.detach(), gradient]
+
+
+@case
+def gather(backend: str, large: bool) -> list[torch.Tensor]:
+    """gather_logps, forward and backward."""
+    shape = (8192, 151936) if large else (5, 5003)
+    return _with_gradient(randn(*shape, dtype=torch.bfloat16), backend)
+
+
+@case
+def misaligned_rows(backend: str, large: bool) -> list[torch.Tensor]:
+    """Rows that start at every offset from a 16-byte boundary; one row split over several blocks; in-place gradient."""
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for offset, num, vocab in ((1, 9, 1003), (3, 2, 40001)):
+            storage = randn(offset + num * vocab, dtype=dtype)
+            results += _with_gradient(storage[offset:].view(num, vocab).detach(), backend)
+            results += _with_gradient(storage[offset:].view(num, vocab).detach(), backend, inplace_backward=True)
+    return results
+
+
+@case
+def linear_rows(backend: str, large: bool) -> list[torch.Tensor]:
+    """linear_logps, forward and backward: fp32 logits whose 16-bit gradient is written over them."""
+    num, vocab, width = (2048, 151936, 2048) if large else (21, 1003, 33)
+    hidden, weight = randn(num, width, dtype=torch.bfloat16), (randn(vocab, width) / width**0.5).bfloat16()
+    operands = hidden.requires_grad_(), weight.requires_grad_()
+    targets = torch.randint(vocab, (num,), device=DEVICE)
+    logp, entropy = vk.linear_logps(*operands, targets, return_entropy=True, backend=backend)
+    return [logp.detach(), *torch.autograd.grad((logp + 0.1 * entropy).sum(), operands)]
+
+
+@case
+def linear_grpo(backend: str, large: bool) -> list[torch.Tensor]:
+    """linear_grpo_loss in one sweep."""
+    (B, T), vocab, width = ((4, 512), 151936, 2048) if large else ((3, 7), 1003, 32)
+    hidden, weight = randn(B, T, width, dtype=torch.bfloat16), (randn(vocab, width) / width**0.5).bfloat16()
+    operands = hidden.requires_grad_(), weight.requires_grad_()
+    targets = torch.randint(vocab, (B, T), device=DEVICE)
+    mask = torch.rand(B, T, device=DEVICE) < 0.8
+    output = vk.linear_grpo_loss(*operands, targets, randn(B), mask=mask, config=vk.GRPOLossConfig(), backend=backend)
+    return [output.loss.detach(), *torch.autograd.grad(output.loss, operands)]
+
+
+@case
+def grpo_loss(backend: str, large: bool) -> list[torch.Tensor]:
+    """Padded and packed, at the token level and at the sequence level."""
+    B, T = (64, 512) if large else (3, 70)
+    results = []
+    for level in ("token", "sequence"):
+        config = vk.GRPOLossConfig("grpo", beta=0.1, importance_sampling_level=level, entropy_coef=0.01)
+        logps = -torch.rand(B, T, device=DEVICE)
+        old, ref, entropy, mask = logps + 0.1, logps - 0.1, torch.rand_like(logps), torch.rand_like(logps) < 0.7
+        padded = {"old_logps": old, "ref_logps": ref, "entropy": entropy, "mask": mask}
+        lengths = mask.sum(1)
+        packed = {name: x[mask] for name, x in padded.items() if name != "mask"}
+        packed["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        for values, rest in ((logps, padded), (logps[mask], packed)):
+            leaf = values.clone().requires_grad_()
+            loss, _ = vk.grpo_loss(leaf, randn(B), **rest, config=config, backend=backend)
+            results += [loss.detach(), *torch.autograd.grad(loss, leaf)]
+    return results
+
+
+@case
+def rotary(backend: str, large: bool) -> list[torch.Tensor]:
+    tokens = 8192 if large else 5
+    qkv = randn(tokens, 3 * 6, 80, dtype=torch.bfloat16)
+    query, key = qkv[:, :6].detach().requires_grad_(), qkv[:, 6:8].detach().requires_grad_()
+    angles = randn(tokens, 40)
+    outputs = vk.rotary(query, key, angles.cos(), angles.sin(), backend=backend)
+    gradients = torch.autograd.grad([x.float().square().sum() for x in outputs], (query, key))
+    return [*(x.detach() for x in outputs), *gradients]
+
+
+@case
+def pack_patches(backend: str, large: bool) -> list[torch.Tensor]:
+    """Several images of several sizes and strides, patches of an odd number of values."""
+    results = []
+    for patch in (14, 3):
+        side = 2 * patch * (24 if large else 1)
+        images = [torch.randint(256, (3, side, 2 * side), dtype=torch.uint8, device=DEVICE) for _ in range(2)]
+        images.append(images[0][:, :, :side])
+        half = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "dtype": torch.bfloat16}
+        results.append(vk.pack_patches(images, patch_size=patch, **half, backend=backend).pixel_values)
+    return results
+
+
+@case
+def group_advantages(backend: str, large: bool) -> list[torch.Tensor]:
+    rewards = randn(4096 if large else 77, 2)
+    sizes = {"num_generations": 8} if large else {"group_sizes": [1, 40, 2, 3, 31]}
+    rules = (
+        ("group", "mean", "sum_then_normalize"),
+        ("batch", "mean", "sum_then_normalize"),
+        ("group", "mean", "normalize_then_sum"),
+    )
+    names = ("scale", "baseline", "aggregation")
+    return [
+        vk.group_advantages(rewards, **sizes, **dict(zip(names, rule, strict=True)), backend=backend).advantages
+        for rule in rules
+    ]
+
+
+def main() -> None:
+    global DEVICE
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=[*CASES, "all"], metavar="CASE", help=", ".join([*CASES, "all"]))
+    parser.add_argument("--backend", default="cuda")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--repeat", type=int, default=1)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    if options.backend == "cpp":
+        DEVICE = "cpu"
+    for name in CASES if "all" in options.cases else options.cases:
+        for _ in range(options.repeat):
+            results = CASES[name](options.backend, options.large)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        finite = all(bool(x.float().isfinite().all()) for x in results)
+        print(f"{name}, {options.backend}: {'finite' if finite else 'NOT FINITE'}", flush=True)
+        if not finite:
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+#!/bin/sh
+# Downloads into .whl/ the packages that benchmarks and tests use and a bare GPU machine lacks: Python 3.12, x86-64 Linux, torch and
+# transformers installed, no network. Versions come from constraints.txt. Install them there with
+#     python3 -m pip install --no-index --no-deps --no-compile --target DIR .whl/*.whl && export PYTHONPATH=DIR
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+packages="trl datasets dill multiprocess liger_kernel RapidFuzz math-verify latex2sympy2_extended kernels pycocotools"
+platforms=""
+for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
+    platforms="$platforms --platform ${tag}_x86_64"
+done
+mkdir -p .whl
+rm -f .whl/*.whl
+pinned=""
+for package in $packages; do
+    pin=$(grep -i "^$package==" constraints.txt) || pin=$package
+    pinned="$pinned $pin"
+done
+# shellcheck disable=SC2086
+$python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $platforms -d .whl $pinned
+# antlr4-python3-runtime has no wheel of every version; it is pure Python.
+$python -m pip wheel --quiet --no-deps -w .whl "$(grep -i '^antlr4-python3-runtime==' constraints.txt)"
+ls -l .whl
