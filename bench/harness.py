@@ -58,14 +58,16 @@ def slug(name: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit that was measured, with "+changes" where the tree differs from it; outside a checkout VLMKERNELS_COMMIT."""
+    """The commit that was measured: VLMKERNELS_COMMIT, or that of the checkout, with "+changes" where the tree differs from it."""
+    if given := os.environ.get("VLMKERNELS_COMMIT"):
+        return given
     here = Path(__file__).parent
     try:
         git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout  # noqa: E731
         changed = [line for line in git("status", "--porcelain").splitlines() if "bench/results/" not in line]
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("VLMKERNELS_COMMIT", "")
+        return ""
 
 
 def versions() -> dict[str, str]:

@@ -160,7 +160,7 @@ PYBIND11_MODULE(_C, m) {
                     VLMK_FIELD(stats) VLMK_FIELD(objective) VLMK_FIELD(variant) VLMK_FIELD(old_logp) VLMK_FIELD(ref_logp)
                         VLMK_FIELD(rollout_logp) VLMK_FIELD(advantages) VLMK_FIELD(share) VLMK_FIELD(entropy_scale)
                             VLMK_FIELD(write) VLMK_FIELD(dlogits) VLMK_FIELD(dlogits_stride) VLMK_FIELD(dlogp)
-                                VLMK_FIELD(dentropy) VLMK_FIELD(cluster);
+                                VLMK_FIELD(dentropy);
 #undef VLMK_FIELD
     VLMK_DEF(linear_logps);
 

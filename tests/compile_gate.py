@@ -57,6 +57,8 @@ ROTARY = {
     **{f"{x}_stride_{axis}": "i32:16" for x in ("query", "key") for axis in "bsh"},
     **{f"{x}_stride_{axis}": "i32" for x in ("cos", "sin") for axis in "bs"},
 }  # fmt: skip
+ON_POLICY = dict.fromkeys(f"{name}_ptr" for name in ("old_logp", "ref_logp", "rollout_logp", "entropy", "threshold"))
+ON_POLICY |= dict.fromkeys(("mask_ptr", "dentropy_ptr", "num_items_ptr"))
 RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
 
 
@@ -111,6 +113,8 @@ KERNELS = [
     ("linear_logps", "linear_logps_kernel", LINEAR | {"logits_ptr": "*bf16:16"}, {**ALONE, "WRITE": False}, 8),
     ("linear_logps", "linear_logps_kernel", LINEAR, {**ALONE, **FP32, "READ": False, "CAP": True}, 8),
     *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
+    ("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **ON_POLICY, **surrogate("ppo_clip"), "KL": KL["none"]}, 8),
+    ("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **ON_POLICY, "cu_seqlens_ptr": None, **surrogate("vespo"), "KL": KL["k1"]}, 8),
     ("grpo_loss", "grpo_loss_kernel", GRPO, {**EVERYTHING, **surrogate("ppo_clip"), "KL": KL["k2"]}, 8),
     ("grpo_loss", "grpo_loss_finish_kernel", GRPO, {"BY_TOKENS": True, "BLOCK_S": 256}, 4),
     (

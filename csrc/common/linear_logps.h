@@ -56,8 +56,6 @@ struct LinearLogps {
     int64_t dlogits_stride;  // of a row, in elements
     const float* dlogp;      // (n,)
     const float* dentropy;   // (n,) or null: 0
-
-    int cluster;  // blocks that share a row on GPUs that have clusters
 };
 
 }  // namespace vlmk

@@ -57,12 +57,6 @@ inline int multiprocessors(int device) {
     return count;
 }
 
-inline bool has_clusters(int device) {
-    int major = 0;
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    return major >= 9;
-}
-
 #else
 
 class DeviceGuard {
@@ -73,7 +67,6 @@ class DeviceGuard {
 };
 
 inline int multiprocessors(int) { return 2; }
-inline bool has_clusters(int) { return false; }
 
 #endif
 
@@ -90,29 +83,6 @@ void launch(const char* name, void (*kernel)(Params...), int64_t grid, int threa
 #else
     (void)stream;
     simt::launch(name, static_cast<unsigned>(grid), threads, [&] { kernel(args...); });
-#endif
-}
-
-// The same with `grid` clusters of `size` blocks.
-template <class... Params, class... Args>
-void launch_clusters(const char* name, void (*kernel)(Params...), int64_t grid, int size, int threads, uintptr_t stream,
-                     const Args&... args) {
-    if (size == 1 || grid == 0) return launch(name, kernel, grid, threads, stream, args...);
-#ifdef __CUDACC__
-    if (grid > std::numeric_limits<int32_t>::max() / size) {
-        throw std::runtime_error(std::string(name) + ": " + std::to_string(grid) + " clusters are more than a grid holds");
-    }
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = size;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(grid * size));
-    config.blockDim = dim3(threads);
-    config.stream = reinterpret_cast<cudaStream_t>(stream);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, args...), name);
 #endif
 }
 

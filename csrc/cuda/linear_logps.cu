@@ -5,14 +5,11 @@ namespace vlmk::cuda {
 namespace {
 
 template <class T, class Out>
-void run(const LinearLogps& p, int device, uintptr_t stream) {
-    // A gradient that overwrites wider logits lies over elements that other blocks read.
-    bool narrows_in_place = p.write && sizeof(Out) < sizeof(T) && p.dlogits == p.logits;
-    int cluster = narrows_in_place || !has_clusters(device) ? 1 : p.cluster;
+void run(const LinearLogps& p, uintptr_t stream) {
     // log2(e) inverse, rounded once.
     float scale = static_cast<float>(1.4426950408889634 * p.inverse);
     auto kernel = p.softcap > 0.0f ? linear_logps_kernel<T, Out, true> : linear_logps_kernel<T, Out, false>;
-    launch_clusters("linear_logps_kernel", kernel, p.num_rows, cluster, kThreads, stream, p, scale);
+    launch("linear_logps_kernel", kernel, p.num_rows, kThreads, stream, p, scale);
 }
 
 }  // namespace
@@ -23,11 +20,11 @@ void linear_logps(const LinearLogps& p, int device, uintptr_t stream) {
         throw std::runtime_error("linear_logps: the vocabulary must be below 2^31, got " + std::to_string(p.vocab));
     }
     DeviceGuard guard(device);
-    if (p.dtype == DType::bfloat16) return run<bf16, bf16>(p, device, stream);
-    if (p.dtype == DType::float16) return run<f16, f16>(p, device, stream);
-    if (p.operand_dtype == DType::bfloat16) return run<float, bf16>(p, device, stream);
-    if (p.operand_dtype == DType::float16) return run<float, f16>(p, device, stream);
-    run<float, float>(p, device, stream);
+    if (p.dtype == DType::bfloat16) return run<bf16, bf16>(p, stream);
+    if (p.dtype == DType::float16) return run<f16, f16>(p, stream);
+    if (p.operand_dtype == DType::bfloat16) return run<float, bf16>(p, stream);
+    if (p.operand_dtype == DType::float16) return run<float, f16>(p, stream);
+    run<float, float>(p, stream);
 }
 
 }  // namespace vlmk::cuda

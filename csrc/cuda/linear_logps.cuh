@@ -1,10 +1,7 @@
-// The rows of linear_logps and linear_grpo_loss on a GPU, a cluster of blocks per row. Formulas: common/linear_logps.h.
-//
-// A row is read twice. Blocks that share it keep few rows in flight, so that the second read is served by the second-level cache.
+// The rows of linear_logps and linear_grpo_loss on a GPU, a block per row. Formulas: common/linear_logps.h.
 #pragma once
 
 #include "../common/linear_logps.h"
-#include "cluster.cuh"
 #include "softmax.cuh"
 
 namespace vlmk::cuda {
@@ -66,28 +63,6 @@ VLMK_DEVICE Addend addend(float y) {
     return {s, s * y};
 }
 
-// The softmax of the row, of which the block has read its part; the result is whole in the first warp.
-VLMK_DEVICE Softmax merge_cluster(Softmax softmax, float scale) {
-    VLMK_SHARED(float, of_block, 3);
-    uint32_t size = cluster_size(), rank = threadIdx.x;
-    if (size == 1) return softmax;
-    if (threadIdx.x == 0) {
-        of_block[0] = softmax.m;
-        of_block[1] = softmax.s;
-        of_block[2] = softmax.sy;
-    }
-    cluster_barrier();
-    Softmax other;
-    if (rank < size) {
-        other.m = load_shared(of_block, rank);
-        other.s = load_shared(of_block + 1, rank);
-        other.sy = load_shared(of_block + 2, rank);
-    }
-    if (threadIdx.x < 32) softmax = merge_warp(other, scale);
-    cluster_barrier();  // a block's shared memory is there until the others have read it
-    return softmax;
-}
-
 // The softmax of the row, whole in thread 0.
 template <class T, bool kCap>
 VLMK_DEVICE Softmax read_softmax(const LinearLogps& p, const T* x, const Part& part, float scale) {
@@ -118,7 +93,7 @@ VLMK_DEVICE Softmax read_softmax(const LinearLogps& p, const T* x, const Part& p
         rebase(softmax, fmaxf(softmax.m, value[0]), scale);
         add<true>(softmax, value, softmax.m, scale);
     }
-    return merge_cluster(merge_block(softmax, scale), scale);
+    return merge_block(softmax, scale);
 }
 
 // What the stages hand on to each other of a row.
@@ -147,7 +122,7 @@ VLMK_DEVICE RowResults read(const LinearLogps& p, int64_t k, const T* x, const P
     r.entropy = log_sum - softmax.sy / softmax.s * kLn2;
     r.m = softmax.m;
     r.log_sum = log_sum;
-    if (threadIdx.x == 0 && cluster_rank() == 0) {
+    if (threadIdx.x == 0) {
         p.logp[k] = r.logp;
         p.entropy[k] = r.entropy;
         p.stats[2 * k] = r.m;
@@ -205,23 +180,20 @@ VLMK_DEVICE void write(const LinearLogps& p, const RowResults& r, int64_t k, int
     if (narrows_in_place) __syncthreads();
     if (part.edge < p.vocab) store_one(dx + part.edge, edge);
     __syncthreads();
-    uint32_t first = part.head + part.begin * kVec<T>, last = part.head + part.end * kVec<T>;
-    if (cluster_rank() == 0) first = 0;
-    if (cluster_rank() == cluster_size() - 1) last = static_cast<uint32_t>(p.vocab);
-    if (threadIdx.x != 0 || target < first || target >= last) return;
+    if (threadIdx.x != 0 || !in_vocabulary(p, target)) return;
     // From logp, which knows the target's logit better than the row does; and 1 - p without cancellation.
     float probability = expf(r.logp), surprise = probability > 0.0f ? probability * (r.logp + r.entropy) : probability;
     float du = -p.inverse * (r.token.dlogp * expm1f(r.logp) + r.token.dentropy * surprise);
     store_one(dx + target, du * slope<kCap>(p, (r.logp + r.log_sum) / p.inverse + r.m));
 }
 
-// Grid: (n * blocks of a cluster,), a row per cluster.
+// Grid: (n,), a row per block.
 template <class T, class Out, bool kCap>
 __global__ void __launch_bounds__(kThreads, 4) linear_logps_kernel(const __grid_constant__ LinearLogps p, float scale) {
     VLMK_SHARED(RowResults, shared, 1);
-    int64_t k = blockIdx.x / cluster_size(), target = p.targets[k];
+    int64_t k = blockIdx.x, target = p.targets[k];
     const T* x = static_cast<const T*>(p.logits) + k * p.vocab;
-    Part part = part_of_row(x, static_cast<uint32_t>(p.vocab), cluster_rank(), cluster_size());
+    Part part = part_of_row(x, static_cast<uint32_t>(p.vocab), 0, 1);
     RowResults r{};
     if (p.read) {
         r = read<T, Out, kCap>(p, k, x, part, scale);

@@ -6,7 +6,6 @@ import triton.language as tl
 
 TILE = 2048  # rewards at a time
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 def unsupported(rewards: torch.Tensor) -> str | None:
@@ -96,11 +95,11 @@ def group_advantages_kernel(
         scored = tl.zeros((GROUPS, BLOCK_G), tl.int1)
         for k in range(0, R):
             weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + k)
-            x = tl.load(rewards_ptr + i.to(tl.int64) * R + k, mask=valid, other=NAN)
+            x = tl.load(rewards_ptr + i.to(tl.int64) * R + k, mask=valid, other=float("nan"))
             r += tl.where(x == x, weight * x, 0.0)
             scored = scored | (x == x)
         count, mean, std, equal = moments(r, scored)
-        tl.store(total_ptr + i, tl.where(scored, r, NAN), mask=valid)
+        tl.store(total_ptr + i, tl.where(scored, r, float("nan")), mask=valid)
         tl.store(mean_ptr + i, mean + 0.0 * r, mask=valid)
         tl.store(std_ptr + i, std + 0.0 * r, mask=valid)
         tl.store(degenerate_ptr + i, equal | (r != r), mask=valid)
@@ -108,7 +107,7 @@ def group_advantages_kernel(
             result = tl.zeros((GROUPS, BLOCK_G), tl.float32)
             for k in range(0, R):
                 weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + k)
-                x = tl.load(rewards_ptr + i.to(tl.int64) * R + k, mask=valid, other=NAN)
+                x = tl.load(rewards_ptr + i.to(tl.int64) * R + k, mask=valid, other=float("nan"))
                 _count, mean_k, std_k, _equal = moments(x, x == x)
                 result += tl.where(x == x, weight * (x - mean_k) / divisor(std_k, eps), 0.0)
         else:
@@ -127,7 +126,7 @@ def group_advantages_kernel(
         greatest = tl.full((BLOCK,), -INFINITY, tl.float32)
         least = tl.full((BLOCK,), INFINITY, tl.float32)
         for start in range(0, N, BLOCK):
-            total = tl.load(total_ptr + start + offset, mask=start + offset < N, other=NAN)
+            total = tl.load(total_ptr + start + offset, mask=start + offset < N, other=float("nan"))
             x = tl.load(values_ptr + start + offset, mask=start + offset < N, other=0.0)
             given = total == total
             count += given.to(tl.float32)
@@ -139,7 +138,7 @@ def group_advantages_kernel(
         equal = tl.max(greatest, 0) <= tl.min(least, 0)
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, N, BLOCK):
-            total = tl.load(total_ptr + start + offset, mask=start + offset < N, other=NAN)
+            total = tl.load(total_ptr + start + offset, mask=start + offset < N, other=float("nan"))
             x = tl.load(values_ptr + start + offset, mask=start + offset < N, other=0.0)
             distance = tl.where(total == total, x - mean, 0.0)
             squares += distance * distance
@@ -147,7 +146,7 @@ def group_advantages_kernel(
         tl.debug_barrier()
         for start in range(0, N, BLOCK):
             inside = start + offset < N
-            total = tl.load(total_ptr + start + offset, mask=inside, other=NAN)
+            total = tl.load(total_ptr + start + offset, mask=inside, other=float("nan"))
             x = tl.load(advantages_ptr + start + offset, mask=inside, other=0.0)
             if NORMALIZE_FIRST:
                 x -= mean

@@ -89,6 +89,10 @@ def _block_mask(layout, device: torch.device) -> BlockMask:
 
 def run(query, key, value, layout, scale):
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    attention = _compiled() if query.device.type == "cuda" else flex_attention
-    out = attention(q, k, v, block_mask=_block_mask(layout, query.device), scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+    options = {"scale": scale, "enable_gqa": k.shape[1] != q.shape[1], "block_mask": _block_mask(layout, query.device)}
+    if query.device.type == "cuda":
+        # The decoding kernel, which is chosen for short packs otherwise, has no configuration for some head dimensions in fp32.
+        out = _compiled()(q, k, v, kernel_options={"FORCE_USE_FLEX_ATTENTION": True}, **options)
+    else:
+        out = flex_attention(q, k, v, **options)
     return out.squeeze(0).transpose(0, 1)

@@ -4,10 +4,6 @@ import torch
 
 from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 
-# Blocks of a GPU that share a row.
-CLUSTER = 8
-
-
 class Native(Launcher):
     def unsupported(self, hidden: torch.Tensor) -> str | None:
         return unsupported_dtype(hidden)
@@ -27,7 +23,6 @@ class Native(Launcher):
             logp=address(logp),
             entropy=address(entropy),
             stats=address(stats),
-            cluster=CLUSTER,
             **fields,
         )
 

@@ -101,7 +101,7 @@ def mrope_positions(
 
     begins = torch.ones(num + 1, dtype=torch.bool, device=device)  # one more: where an empty last sequence begins
     begins[1:num] = types[1:] != types[:-1]
-    begins[bounds[:-1]] = True
+    begins.index_fill_(0, bounds[:-1], True)
     begins = begins[:num]
     is_image, is_video = types == IMAGE, types == VIDEO
     is_vision = is_image | is_video
