@@ -114,7 +114,13 @@ KERNELS = [
     ("linear_logps", "linear_logps_kernel", LINEAR, {**ALONE, **FP32, "READ": False, "CAP": True}, 8),
     *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
     ("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **ON_POLICY, **surrogate("ppo_clip"), "KL": KL["none"]}, 8),
-    ("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **ON_POLICY, "cu_seqlens_ptr": None, **surrogate("vespo"), "KL": KL["k1"]}, 8),
+    (
+        "grpo_loss",
+        "grpo_loss_kernel",
+        GRPO,
+        {**PLAIN, **ON_POLICY, "cu_seqlens_ptr": None, **surrogate("vespo"), "KL": KL["k1"]},
+        8,
+    ),
     ("grpo_loss", "grpo_loss_kernel", GRPO, {**EVERYTHING, **surrogate("ppo_clip"), "KL": KL["k2"]}, 8),
     ("grpo_loss", "grpo_loss_finish_kernel", GRPO, {"BY_TOKENS": True, "BLOCK_S": 256}, 4),
     (

@@ -102,6 +102,23 @@ def test_strides_are_taken_as_they_are(need, device, nan_filled, backend, layout
     check(query, key, whole[:1, :, :16], whole[:1, :, 16:], backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_heads_first(need, device, nan_filled, backend):
+    """The same numbers as with tensors transposed there and back."""
+    query, key, cos, sin = make((2, 5), 6, 2, 32, 12, torch.float32, device)
+    need("rotary", backend, query)
+    inputs = [x.transpose(1, 2).contiguous().requires_grad_() for x in (query, key)]
+    actual = rotary(*inputs, cos, sin, heads_first=True, backend=backend)
+    assert all(x.transpose(1, 2).is_contiguous() for x in actual)
+    expected = [x.transpose(1, 2) for x in rotary(*(x.transpose(1, 2) for x in inputs), cos, sin, backend=backend)]
+    weights = [torch.linspace(-1, 2, x.numel(), device=device).view(x.shape) for x in actual]
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    gradients = (torch.autograd.grad(x, inputs, weights) for x in (actual, expected))
+    for a, e in zip(*gradients, strict=True):
+        assert torch.equal(a, e)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_gradients_of_any_stride(need, device, backend):
     """A sum's gradient is one number, expanded."""
@@ -135,6 +152,8 @@ def test_opcheck(need, device, backend):
     need("rotary", backend, query)
     arguments = (query.requires_grad_(), key.requires_grad_(), cos, sin, False, backend)
     torch.library.opcheck(torch.ops.vlmkernels.rotary.default, arguments)
+    query, key = (x.detach().transpose(1, 2).requires_grad_() for x in (query, key))
+    torch.library.opcheck(torch.ops.vlmkernels.rotary.default, (query, key, cos, sin, False, backend, True))
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
@@ -154,6 +173,13 @@ def error_cases():
     yield "query dtype", (q.int(), k, c, c), {}, TypeError, "query must be floating point, got torch.int32"
     yield "key tokens", (q, k[:, :2], c, c), {}, ValueError, r"key must have the tokens and .*, got \(2, 2, 1, 8\) for \(2, 3"
     yield "key dtype", (q, k.bfloat16(), c, c), {}, TypeError, "key must have dtype float32, got bfloat16"
+    yield (
+        "heads first",
+        (q[0], k[0], c, c),
+        {"heads_first": True},
+        ValueError,
+        r"query must be \(B, Hq, S, D\) with",
+    )
     wide = torch.zeros(2, 3, 5)
     yield "too many pairs", (q, k, wide, wide), {}, ValueError, r"cos must have .* at most D / 2 pairs, got \(2, 3, 5\) for"
     yield "cos tokens", (q, k, c[:, :2], c[:, :2]), {}, ValueError, r"cos must have the tokens of query, or 1 .* \(2, 2, 4\)"
@@ -264,7 +290,7 @@ def test_in_models(tiny, monkeypatch, name, layers):
         inputs["pixel_values"] = torch.randn(12, rows, generator=torch.Generator().manual_seed(0))
     models_rotary.use_fused_rotary(model)
     results, counted = [], []
-    monkeypatch.setattr(models_rotary, "rotary", lambda *args: counted.append(1) or rotary(*args))
+    monkeypatch.setattr(models_rotary, "rotary", lambda *args, **options: counted.append(1) or rotary(*args, **options))
     for m in (model, other):
         logits = m(**inputs).logits
         logits.square().sum().backward()

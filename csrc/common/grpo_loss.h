@@ -94,7 +94,7 @@ struct GrpoLoss {
     float* dlogp;     // (S, T) or (N,), contiguous, without policy_scale
     float* dentropy;  // likewise, without entropy_scale; null: not wanted
     float* loss;      // ()
-    float* stats;     // (15,), the order of STATS in vlmkernels/ops/grpo_loss/batch.py
+    float* stats;     // (16,), the order of STATS in vlmkernels/ops/grpo_loss/batch.py
 };
 
 }  // namespace vlmk

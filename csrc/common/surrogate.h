@@ -338,6 +338,7 @@ VLMK_HD void finish(const GrpoLoss& p, const float (&total)[kColumns], float* lo
     stats[12] = total[kTokens];
     stats[13] = total[kEffective];
     stats[14] = ratio_of(total[kRollout], total[kTokens]);
+    stats[15] = stats[5] + stats[7];  // a token is clipped at one bound at most
 }
 
 }  // namespace vlmk::VLMK_NS

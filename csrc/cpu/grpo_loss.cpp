@@ -11,6 +11,7 @@ namespace vlmk::VLMK_ISA {
 namespace {
 
 constexpr int64_t kBlock = 32 * kLanes;  // tokens summed in fp32 before the sum goes on in fp64
+constexpr int64_t kPerThread = 1 << 14;  // tokens that are worth a thread
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // A sequence's tensors.
@@ -230,6 +231,7 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
 void grpo_loss(const GrpoLoss& p, int threads) {
     std::vector<double> columns(p.num_sequences * kColumns);
     bool plain = is_plain(p.variant, p.entropy_threshold);
+    threads = static_cast<int>(std::clamp<int64_t>(p.num_tokens / kPerThread, 1, threads));
     with_surrogate(p.variant, [&](auto surrogate) {
         auto run = plain ? run_sequence<decltype(surrogate), true> : run_sequence<decltype(surrogate), false>;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)

@@ -9,16 +9,20 @@ from vlmkernels.ops.checks import require
 from vlmkernels.ops.rotary import rotary
 
 
-def fused_vision_rotary(q, k, cos, sin):
-    """In place of ``apply_rotary_pos_emb_vision``. q, k: (N, H, D); cos, sin: (N, D), every angle twice."""
+def _halves(cos, sin):
+    """The tables of transformers hold every angle twice."""
     pairs = cos.shape[-1] // 2
-    return rotary(q, k, cos[..., :pairs], sin[..., :pairs])
+    return cos.narrow(-1, 0, pairs), sin.narrow(-1, 0, pairs)
+
+
+def fused_vision_rotary(q, k, cos, sin):
+    """In place of ``apply_rotary_pos_emb_vision``. q, k: (N, H, D); cos, sin: (N, D)."""
+    return rotary(q, k, *_halves(cos, sin))
 
 
 def fused_text_rotary(q, k, cos, sin):
-    """In place of ``apply_rotary_pos_emb``. q, k: (B, H, S, D); cos, sin: (B, S, R), every angle twice."""
-    q, k = fused_vision_rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    return q.transpose(1, 2), k.transpose(1, 2)
+    """In place of ``apply_rotary_pos_emb``. q, k: (B, H, S, D); cos, sin: (B, S, R)."""
+    return rotary(q, k, *_halves(cos, sin), heads_first=True)
 
 
 # What stands in for a function that transformers' attention modules call by this name, and axes of its q and cos.

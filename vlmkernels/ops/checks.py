@@ -14,7 +14,8 @@ def require(ok: bool, name: str, rule: str, value: object, error: type[Exception
 
 
 def require_tensor(name: str, value: object) -> None:
-    require(isinstance(value, torch.Tensor), name, "be a tensor", type(value).__name__, TypeError)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def require_number(name: str, value: object, rule: str, kind: type = numbers.Real) -> None:
@@ -28,17 +29,19 @@ def require_one_of(name: str, value: object, rows: Collection[str], prefix: str 
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    require(tuple(tensor.shape) == tuple(shape), name, f"have the shape of {meaning}, {tuple(shape)}", tuple(tensor.shape))
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape of {meaning}, {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def require_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
     if tensor.dtype not in dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        require(False, name, f"have dtype {names}", str(tensor.dtype).removeprefix("torch."), TypeError)
+        raise TypeError(f"{name} must have dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def require_device(name: str, tensor: torch.Tensor, device: torch.device, owner: str) -> None:
-    require(tensor.device == device, name, f"be on the device of {owner}, {device}", tensor.device)
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of {owner}, {device}, got {tensor.device}")
 
 
 def require_positive(name: str, value: float) -> None:

@@ -30,5 +30,6 @@ class Launcher:
             getattr(self.module, f"{function}_cpu")(params, torch.get_num_threads())
             return
         on_gpu = device.type == "cuda"
-        stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+        # As torch.cuda.current_stream(device).cuda_stream, without a Stream object. Inductor's launchers use it too.
+        stream = torch._C._cuda_getCurrentRawStream(device.index) if on_gpu else 0
         getattr(self.module, f"{function}_cuda")(params, device.index if on_gpu else 0, stream)

@@ -17,6 +17,7 @@ from vlmkernels.ops.checks import (
     require_shape,
     require_tensor,
 )
+from vlmkernels.ops.dispatch import needs_dispatcher
 
 FWD = "vlmkernels::group_advantages"
 
@@ -37,7 +38,6 @@ def _outputs(rewards):
     return *(empty(rewards.dtype) for _ in range(4)), empty(torch.bool)
 
 
-@impl(FWD, "default")
 def _fwd(rewards, weights, starts, group_size, rules, eps, backend):
     outputs = _outputs(rewards)
     if weights is not None and weights.device.type == "cpu":
@@ -45,6 +45,9 @@ def _fwd(rewards, weights, starts, group_size, rules, eps, backend):
     if len(rewards):
         select("group_advantages", backend, rewards).fwd(rewards, weights, starts, group_size, rules, eps, *outputs)
     return outputs
+
+
+impl(FWD, "default", _fwd)
 
 
 @register_fake(FWD)
@@ -135,8 +138,8 @@ def group_advantages(
         weights = weights.detach().to(rewards.dtype)
     starts, group_size = _groups(len(rewards), num_generations, group_sizes, rewards.device)
     rules = [scale, baseline, aggregation]
-    results = torch.ops.vlmkernels.group_advantages(rewards, weights, starts, group_size, rules, float(eps), resolve(backend))
-    return GroupAdvantages(*results)
+    fwd = torch.ops.vlmkernels.group_advantages if needs_dispatcher(rewards, weights) else _fwd
+    return GroupAdvantages(*fwd(rewards, weights, starts, group_size, rules, float(eps), resolve(backend)))
 
 
 def _groups(num: int, num_generations: int | None, sizes, device) -> tuple[torch.Tensor | None, int]:

@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
+from vlmkernels.ops.dispatch import needs_dispatcher
 from vlmkernels.ops.grpo_loss.batch import STATS, Batch, entropy_quantile, metrics, require_finite
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
 from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, parse
@@ -26,11 +27,11 @@ define(
 
 def _outputs(logps, config):
     """loss; the gradients by logps and, if there is an entropy bonus, entropy, without the scales; ``STATS``."""
-    empty = lambda *shape: torch.empty(shape, dtype=logps.dtype, device=logps.device)  # noqa: E731
-    return empty(), empty(*logps.shape), empty(*(logps.shape if config.entropy_coef else (0,))), empty(len(STATS))
+    like_logps = lambda: torch.empty_like(logps, memory_format=torch.contiguous_format)  # noqa: E731
+    dentropy = like_logps() if config.entropy_coef else logps.new_empty(0)
+    return logps.new_empty(()), like_logps(), dentropy, logps.new_empty(len(STATS))
 
 
-@impl(FWD, "default")
 def _fwd(*args):
     batch, config, backend = Batch(*args[:-2]), parse(args[-2]), args[-1]
     check_values(batch)
@@ -44,37 +45,46 @@ def _fwd(*args):
     return outputs
 
 
+impl(FWD, "default", _fwd)
+
+
 @register_fake(FWD)
 def _fwd_fake(logps, *args):
     return _outputs(logps, parse(args[-2]))
 
 
+LOGPS, ENTROPY = (1 + Batch._fields.index(name) for name in ("logps", "entropy"))  # among the arguments of _Loss
+
+
 class _Loss(torch.autograd.Function):
-    """The op, whose outputs hold its gradient. An op of this size is bound by its launch, and ``register_autograd`` costs 40 us
-    more per call than this. https://pytorch.org/docs/stable/notes/extending.html"""
+    """The op, whose outputs hold its gradient. ``register_autograd`` costs 40 us more per call than this.
+    https://pytorch.org/docs/stable/notes/extending.html"""
 
     @staticmethod
-    def forward(ctx, *args):
-        loss, dlogp, dentropy, stats = torch.ops.vlmkernels.grpo_loss_fwd(*args)
+    def forward(ctx, divided_by_tokens, *args):
+        fwd = torch.ops.vlmkernels.grpo_loss_fwd if needs_dispatcher(*args[:-3]) else _fwd
+        loss, dlogp, dentropy, stats = fwd(*args)
         ctx.save_for_backward(dlogp, dentropy, stats)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
+        ctx.divided_by_tokens = divided_by_tokens
         return loss, stats
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, _):
-        grads = dict.fromkeys((*Batch._fields, "config", "backend"))
+        grads = [None] * (len(Batch._fields) + 3)
         if dloss is not None:
             dlogp, dentropy, stats = ctx.saved_tensors
-            policy_scale, entropy_scale = (stats[:2] * dloss).unbind()
-            if ctx.needs_input_grad[Batch._fields.index("logps")]:
-                # On the CPU a look at the scale is free, and mostly spares a pass over the gradient.
-                looked_at = dlogp.device.type == "cpu" and not torch.compiler.is_compiling()
-                grads["logps"] = dlogp if looked_at and policy_scale.item() == 1 else dlogp * policy_scale
-            if ctx.needs_input_grad[Batch._fields.index("entropy")] and dentropy.shape == dlogp.shape:
-                grads["entropy"] = dentropy * entropy_scale
-        return tuple(grads.values())
+            if ctx.needs_input_grad[LOGPS]:
+                # policy_scale is 1 unless the loss is divided by the number of tokens.
+                scale = stats[0] * dloss if ctx.divided_by_tokens else dloss
+                # On the CPU reading the scale is free, and usually spares a pass over the gradient.
+                readable = not torch.compiler.is_compiling() and dlogp.device.type == "cpu"
+                grads[LOGPS] = dlogp if readable and scale.item() == 1 else dlogp * scale
+            if ctx.needs_input_grad[ENTROPY] and dentropy.shape == dlogp.shape:
+                grads[ENTROPY] = dentropy * (stats[1] * dloss)
+        return tuple(grads)
 
 
 class GRPOLossOutput(NamedTuple):
@@ -168,5 +178,5 @@ def grpo_loss(
     check_layout(batch)
     check_config(batch, config)
     batch = prepare(batch, config)
-    loss, stats = _Loss.apply(*batch, config.text, resolve(backend))
+    loss, stats = _Loss.apply(batch.divides_by_tokens(config), *batch, config.text, resolve(backend))
     return GRPOLossOutput(loss, metrics(stats, batch, config))

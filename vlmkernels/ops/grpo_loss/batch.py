@@ -33,6 +33,11 @@ class Batch(NamedTuple):
         """Whether there is an advantage per token."""
         return self.advantages.dim() == 2 or (self.cu_seqlens is not None and len(self.advantages) != self.num_sequences)
 
+    def divides_by_tokens(self, config: GRPOLossConfig) -> bool:
+        """Whether the weight of a token is divided by the sum of the mask."""
+        row = config.aggregation
+        return row.tokens or (row.num_items and self.num_items is None)
+
     def divisor(self, config: GRPOLossConfig) -> tuple[float, torch.Tensor | None, bool]:
         """What the weight of a token is divided by: a number, times a () tensor on the device of ``logps``, times, where
         the flag is set, the sum of the mask."""
@@ -42,7 +47,7 @@ class Batch(NamedTuple):
         if row.max_length:
             number *= config.max_completion_length
         if not row.num_items or self.num_items is None:
-            return number, None, row.tokens or row.num_items
+            return number, None, self.divides_by_tokens(config)
         if self.num_items.device.type != "cpu":
             return 1.0, self.num_items, False
         return self.num_items.item() or 1.0, None, False
@@ -96,31 +101,30 @@ STATS = (
     "tokens",
     "effective_tokens",
     "rollout_mean",
+    "region_mean",
 )  # fmt: skip
 
 
 def metrics(stats: torch.Tensor, batch: Batch, config: GRPOLossConfig) -> dict[str, torch.Tensor]:
     """The columns of ``stats`` that mean something here, under TRL's names."""
-    value = dict(zip(STATS, stats.unbind(), strict=True))
-    named = {"policy_loss": "policy_loss"}
+    value, loss = dict(zip(STATS, stats.unbind(), strict=True)), config.loss
+    result = {"policy_loss": value["policy_loss"]}
     if config.beta:
-        named["kl"] = "kl"
+        result["kl"] = value["kl"]
     if batch.entropy is not None:
-        named["entropy"] = "entropy"
-    if config.loss.low:
-        named |= {f"{config.loss.low}_mean": "low_mean", f"{config.loss.low}_min": "low_min"}
-        named |= {f"{config.loss.high}_mean": "high_mean", f"{config.loss.high}_max": "high_max"}
-    elif config.loss.high:
-        named[config.loss.high] = "high_mean"
+        result["entropy"] = value["entropy"]
+    if loss.low:
+        result[f"{loss.low}_mean"], result[f"{loss.low}_min"] = value["low_mean"], value["low_min"]
+        result[f"{loss.high}_mean"], result[f"{loss.high}_max"] = value["high_mean"], value["high_max"]
+        result["clip_ratio/region_mean"] = value["region_mean"]
+    elif loss.high:
+        result[loss.high] = value["high_mean"]
     if batch.old_logps is not None:
-        named |= {"ratio/mean": "ratio_mean", "ratio/min": "ratio_min", "ratio/max": "ratio_max"}
+        result["ratio/mean"] = value["ratio_mean"]
+        result["ratio/min"], result["ratio/max"] = value["ratio_min"], value["ratio_max"]
     if config.rollout_correction:
-        named["sampling/importance_sampling_ratio/mean"] = "rollout_mean"
-    named |= {"tokens": "tokens", "effective_tokens": "effective_tokens"}
-    result = {name: value[column] for name, column in named.items()}
-    if config.loss.low:
-        # A token is clipped at one bound at most.
-        result["clip_ratio/region_mean"] = value["low_mean"] + value["high_mean"]
+        result["sampling/importance_sampling_ratio/mean"] = value["rollout_mean"]
+    result["tokens"], result["effective_tokens"] = value["tokens"], value["effective_tokens"]
     return result
 
 

@@ -1,5 +1,7 @@
 """Checks of the arguments of ``grpo_loss``, and their preparation for a backend."""
 
+from itertools import pairwise
+
 import torch
 
 from vlmkernels.ops.checks import (
@@ -14,40 +16,56 @@ from vlmkernels.ops.checks import (
 from vlmkernels.ops.grpo_loss.batch import Batch
 from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
 
+# The optional arguments that have the shape of logps, and cu_seqlens.
+PER_TOKEN = ("old_logps", "ref_logps", "mask", "rollout_logps", "entropy")
+OPTIONAL = ("old_logps", "ref_logps", "mask", "cu_seqlens", "rollout_logps", "entropy")
+
 
 def check_layout(batch: Batch) -> None:
     """Types, shapes, dtypes and devices."""
-    logps, advantages, cu_seqlens = batch.logps, batch.advantages, batch.cu_seqlens
-    optional = ("old_logps", "ref_logps", "mask", "cu_seqlens", "rollout_logps", "entropy")
-    for name in ("logps", "advantages", *(name for name in optional if getattr(batch, name) is not None)):
-        require_tensor(name, getattr(batch, name))
-        require_device(name, getattr(batch, name), logps.device, "logps")
-    require(logps.is_floating_point(), "logps", "be floating point", logps.dtype, TypeError)
+    logps, advantages, cu_seqlens, mask = batch.logps, batch.advantages, batch.cu_seqlens, batch.mask
+    require_tensor("logps", logps)
+    require_tensor("advantages", advantages)
+    device, shape = logps.device, logps.shape
+    require_device("advantages", advantages, device, "logps")
+    for name in OPTIONAL:
+        tensor = getattr(batch, name)
+        if tensor is not None:
+            require_tensor(name, tensor)
+            require_device(name, tensor, device, "logps")
+    if not logps.is_floating_point():
+        raise TypeError(f"logps must be floating point, got {logps.dtype}")
     if cu_seqlens is None:
-        require(logps.dim() == 2, "logps", "be (B, T), or (N,) with cu_seqlens", tuple(logps.shape))
+        if logps.dim() != 2:
+            raise ValueError(f"logps must be (B, T), or (N,) with cu_seqlens, got {tuple(shape)}")
     else:
-        require(batch.mask is None, "mask", "be None with cu_seqlens: leave out the tokens that do not count", "a tensor")
-        require(logps.dim() == 1, "logps", "be (N,) with cu_seqlens", tuple(logps.shape))
+        if mask is not None:
+            raise ValueError("mask must be None with cu_seqlens: leave out the tokens that do not count, got a tensor")
+        if logps.dim() != 1:
+            raise ValueError(f"logps must be (N,) with cu_seqlens, got {tuple(shape)}")
         require_dtype("cu_seqlens", cu_seqlens, torch.int32)
-        shape = tuple(cu_seqlens.shape)
-        require(cu_seqlens.dim() == 1 and len(cu_seqlens) > 0, "cu_seqlens", "be (S + 1,), from 0 to N", shape)
-    shapes = ((batch.num_sequences,), tuple(logps.shape))
-    rule = f"be one per sequence, {shapes[0]}, or per token, {shapes[1]}"
-    require(tuple(advantages.shape) in shapes, "advantages", rule, tuple(advantages.shape))
-    if batch.mask is not None:
-        require_dtype("mask", batch.mask, torch.bool)
-    for name in ("old_logps", "ref_logps", "mask", "rollout_logps", "entropy"):
-        if getattr(batch, name) is not None:
-            require_shape(name, getattr(batch, name), logps.shape, "logps")
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
+            raise ValueError(f"cu_seqlens must be (S + 1,), from 0 to N, got {tuple(cu_seqlens.shape)}")
+    sequences = (batch.num_sequences,)
+    if advantages.shape != sequences and advantages.shape != shape:
+        rule = f"be one per sequence, {sequences}, or per token, {tuple(shape)}"
+        raise ValueError(f"advantages must {rule}, got {tuple(advantages.shape)}")
+    if mask is not None:
+        require_dtype("mask", mask, torch.bool)
+    for name in PER_TOKEN:
+        tensor = getattr(batch, name)
+        if tensor is not None:
+            require_shape(name, tensor, shape, "logps")
     for name in ("entropy_threshold", "num_items"):
         value = getattr(batch, name)
         if isinstance(value, torch.Tensor):
-            require(value.dim() == 0, name, "be a number or a () tensor", tuple(value.shape))
+            if value.dim() != 0:
+                raise ValueError(f"{name} must be a number or a () tensor, got {tuple(value.shape)}")
         elif value is not None:
             require_number(name, value, "be a number or a () tensor")
             require(value >= 0, name, "be >= 0", value)
     if isinstance(batch.entropy_threshold, torch.Tensor):
-        require_device("entropy_threshold", batch.entropy_threshold, logps.device, "logps")
+        require_device("entropy_threshold", batch.entropy_threshold, device, "logps")
     require_positive("accumulation_steps", batch.accumulation_steps)
 
 
@@ -60,11 +78,12 @@ def check_config(batch: Batch, config: GRPOLossConfig) -> None:
         ("top_entropy_quantile", "entropy", config.top_entropy_quantile < 1),
         ("entropy_coef", "entropy", config.entropy_coef != 0),
     ):
-        rule = f"be given with {setting} = {getattr(config, setting)!r}"
-        require(not needed or getattr(batch, name) is not None, name, rule, None)
+        if needed and getattr(batch, name) is None:
+            raise ValueError(f"{name} must be given with {setting} = {getattr(config, setting)!r}, got None")
     unused = config.rollout_correction is None and config.off_policy_mask_threshold is None
-    rule = "be None unless config.rollout_correction or config.off_policy_mask_threshold uses it"
-    require(not unused or batch.rollout_logps is None, "rollout_logps", rule, "a tensor")
+    if unused and batch.rollout_logps is not None:
+        rule = "be None unless config.rollout_correction or config.off_policy_mask_threshold uses it"
+        raise ValueError(f"rollout_logps must {rule}, got a tensor")
 
 
 class _Widened(torch.autograd.Function):
@@ -81,29 +100,40 @@ class _Widened(torch.autograd.Function):
 
 
 def widened(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if x.dtype == dtype:
+        return x
     return _Widened.apply(x, dtype) if x.dtype == torch.float16 else x.to(dtype)
+
+
+def constant(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """``x`` in ``dtype``, without a gradient."""
+    if x is None or (x.dtype == dtype and not x.requires_grad):
+        return x
+    return x.detach().to(dtype)
 
 
 def prepare(batch: Batch, config: GRPOLossConfig) -> Batch:
     """All floating tensors in the dtype of computation, gradients only where one goes, what is not read left out."""
     dtype = torch.promote_types(batch.logps.dtype, torch.float32)
-    fixed = {}
-    for name in ("advantages", "old_logps", "ref_logps", "rollout_logps"):
-        tensor = getattr(batch, name)
-        fixed[name] = None if tensor is None else tensor.detach().to(dtype)
-    if not config.beta:
-        fixed["ref_logps"] = None
-    for name, device in (("entropy_threshold", batch.logps.device), ("num_items", "cpu")):
-        value = getattr(batch, name)
-        if isinstance(value, torch.Tensor):
-            fixed[name] = value.detach().to(dtype)
-        elif value is not None:
-            fixed[name] = torch.full((), float(value), dtype=dtype, device=device)
-    if config.top_entropy_quantile == 1:
-        fixed["entropy_threshold"] = None
-    entropy = None if batch.entropy is None else widened(batch.entropy, dtype)
-    steps = float(batch.accumulation_steps)
-    return batch._replace(logps=widened(batch.logps, dtype), entropy=entropy, accumulation_steps=steps, **fixed)
+
+    def scalar(value, device):
+        if value is None or isinstance(value, torch.Tensor):
+            return constant(value, dtype)
+        return torch.full((), float(value), dtype=dtype, device=device)
+
+    return Batch(
+        logps=widened(batch.logps, dtype),
+        advantages=constant(batch.advantages, dtype),
+        old_logps=constant(batch.old_logps, dtype),
+        ref_logps=constant(batch.ref_logps, dtype) if config.beta else None,
+        mask=batch.mask,
+        cu_seqlens=batch.cu_seqlens,
+        rollout_logps=constant(batch.rollout_logps, dtype),
+        entropy=None if batch.entropy is None else widened(batch.entropy, dtype),
+        entropy_threshold=scalar(batch.entropy_threshold, batch.logps.device) if config.top_entropy_quantile < 1 else None,
+        num_items=scalar(batch.num_items, "cpu"),
+        accumulation_steps=float(batch.accumulation_steps),
+    )
 
 
 def check_values(batch: Batch) -> None:
@@ -112,5 +142,7 @@ def check_values(batch: Batch) -> None:
     if cu_seqlens is None or cu_seqlens.device.type != "cpu":
         return
     num, values = len(batch.logps), cu_seqlens.tolist()
-    require(values[0] == 0 and values[-1] == num, "cu_seqlens", f"go from 0 to {num}, the tokens of logps", values)
-    require(bool((cu_seqlens.diff() >= 0).all()), "cu_seqlens", "not decrease", values)
+    if values[0] != 0 or values[-1] != num:
+        raise ValueError(f"cu_seqlens must go from 0 to {num}, the tokens of logps, got {values}")
+    if any(stop < start for start, stop in pairwise(values)):
+        raise ValueError(f"cu_seqlens must not decrease, got {values}")

@@ -7,16 +7,17 @@ import torch
 from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
 from vlmkernels.ops.launch import Launcher, address
 
-# The tensors whose sequences are rows of (B, T), or stretches of (N,): the name in Batch, the name in the Params struct.
-ROWS = {
-    "logps": "logp",
-    "old_logps": "old_logp",
-    "ref_logps": "ref_logp",
-    "rollout_logps": "rollout_logp",
-    "entropy": "entropy",
-    "advantages": "advantages",
-    "mask": "mask",
-}
+# The tensors whose sequences are rows of (B, T), or stretches of (N,): the name in Batch, and the names of the address and of
+# the stride in the Params struct.
+ROWS = (
+    ("logps", "logp", "logp_stride"),
+    ("old_logps", "old_logp", "old_logp_stride"),
+    ("ref_logps", "ref_logp", "ref_logp_stride"),
+    ("rollout_logps", "rollout_logp", "rollout_logp_stride"),
+    ("entropy", "entropy", "entropy_stride"),
+    ("advantages", "advantages", "advantages_stride"),
+    ("mask", "mask", "mask_stride"),
+)
 
 
 @lru_cache(maxsize=256)
@@ -44,31 +45,38 @@ class Native(Launcher):
 
     def fwd(self, batch, config, loss, dlogp, dentropy, stats):
         divisor, num_items, by_tokens = batch.divisor(config)
+        per_token = batch.per_token
+        scalars = [t if t is None else t.contiguous() for t in (batch.cu_seqlens, batch.entropy_threshold, num_items)]
+        cu_seqlens, entropy_threshold, num_items = map(address, scalars)
+        rows, copies = {}, []
+        for field, name, stride in ROWS:
+            tensor = getattr(batch, field)
+            if tensor is None:
+                continue
+            strides = tensor.stride()
+            if strides[-1] != 1 and (field != "advantages" or per_token):
+                tensor = tensor.contiguous()
+                copies.append(tensor)  # alive until the launch
+                strides = tensor.stride()
+            rows[name], rows[stride] = tensor.data_ptr(), strides[0]
+        partial = stats.new_empty(batch.num_sequences, self.module.grpo_columns) if self.name == "cuda" else None
         params = self.module.GrpoLoss(
             variant=variant(self.module, config),
             num_sequences=batch.num_sequences,
             num_tokens=batch.logps.numel(),
-            advantage_per_token=batch.per_token,
+            cu_seqlens=cu_seqlens,
+            **rows,
+            advantage_per_token=per_token,
+            entropy_threshold=entropy_threshold,
+            num_items=num_items,
             divisor=divisor,
             divide_by_tokens=by_tokens,
             entropy_coef=config.entropy_coef,
             accumulation_steps=batch.accumulation_steps,
+            partial=address(partial),
+            dlogp=dlogp.data_ptr(),
+            dentropy=dentropy.data_ptr() if dentropy.numel() else 0,
+            loss=loss.data_ptr(),
+            stats=stats.data_ptr(),
         )
-        kept = [batch.cu_seqlens, batch.entropy_threshold, num_items]
-        kept = [t if t is None else t.contiguous() for t in kept]
-        params.cu_seqlens, params.entropy_threshold, params.num_items = map(address, kept)
-        for field, name in ROWS.items():
-            tensor = getattr(batch, field)
-            if tensor is None:
-                continue
-            if tensor.stride(-1) != 1 and (tensor.dim() == 2 or field != "advantages" or batch.per_token):
-                tensor = tensor.contiguous()
-                kept.append(tensor)  # alive until the launch
-            setattr(params, name, address(tensor))
-            setattr(params, f"{name}_stride", tensor.stride(0))
-        params.dlogp, params.loss, params.stats = map(address, (dlogp, loss, stats))
-        params.dentropy = address(dentropy if dentropy.numel() else None)
-        if self.name == "cuda":
-            partial = stats.new_empty(batch.num_sequences, self.module.grpo_columns)
-            params.partial = address(partial)
         self.launch("grpo_loss", params, batch.logps.device)

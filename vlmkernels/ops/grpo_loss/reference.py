@@ -199,6 +199,7 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
         "effective_tokens": (m * (weight != 0)).sum(),
         "rollout_mean": mean(log_rollout.exp()),
     }
+    values["region_mean"] = values["low_mean"] + values["high_mean"]  # a token is clipped at one bound at most
     stats.copy_(torch.stack([values[name] for name in STATS]))
 
 

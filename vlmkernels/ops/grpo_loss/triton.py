@@ -144,9 +144,7 @@ def read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, mask_ptr, t, length):
 
 @triton.jit
 def row_ptr(ptr, s, begin, stride, PACKED: tl.constexpr):
-    if ptr is None:
-        return ptr
-    elif PACKED:
+    if PACKED:
         return ptr + begin
     else:
         return ptr + s * stride
@@ -211,11 +209,16 @@ def grpo_loss_kernel(
         begin = s * T
         length = tl.zeros((), tl.int64) + T
     logp_ptr = row_ptr(logp_ptr, s, begin, stride_logp, PACKED)
-    old_logp_ptr = row_ptr(old_logp_ptr, s, begin, stride_old, PACKED)
-    ref_logp_ptr = row_ptr(ref_logp_ptr, s, begin, stride_ref, PACKED)
-    rollout_logp_ptr = row_ptr(rollout_logp_ptr, s, begin, stride_rollout, PACKED)
-    entropy_ptr = row_ptr(entropy_ptr, s, begin, stride_entropy, PACKED)
-    mask_ptr = row_ptr(mask_ptr, s, begin, stride_mask, PACKED)
+    if old_logp_ptr is not None:
+        old_logp_ptr = row_ptr(old_logp_ptr, s, begin, stride_old, PACKED)
+    if ref_logp_ptr is not None:
+        ref_logp_ptr = row_ptr(ref_logp_ptr, s, begin, stride_ref, PACKED)
+    if rollout_logp_ptr is not None:
+        rollout_logp_ptr = row_ptr(rollout_logp_ptr, s, begin, stride_rollout, PACKED)
+    if entropy_ptr is not None:
+        entropy_ptr = row_ptr(entropy_ptr, s, begin, stride_entropy, PACKED)
+    if mask_ptr is not None:
+        mask_ptr = row_ptr(mask_ptr, s, begin, stride_mask, PACKED)
     if ADV_PER_TOKEN:
         adv_ptr = row_ptr(adv_ptr, s, begin, stride_adv, PACKED)
         sequence_adv = 0.0
@@ -409,9 +412,11 @@ def grpo_loss_finish_kernel(
     tl.store(stats_ptr + 2, policy_loss)
     tl.store(stats_ptr + 3, ratio_of(column_sum(partial_ptr, 5, S, BLOCK_S), tokens))
     tl.store(stats_ptr + 4, ratio_of(column_sum(partial_ptr, 6, S, BLOCK_S), tokens))
-    tl.store(stats_ptr + 5, ratio_of(column_sum(partial_ptr, 3, S, BLOCK_S), units))
+    low = ratio_of(column_sum(partial_ptr, 3, S, BLOCK_S), units)
+    high = ratio_of(column_sum(partial_ptr, 4, S, BLOCK_S), units)
+    tl.store(stats_ptr + 5, low)
     tl.store(stats_ptr + 6, column_max(partial_ptr, 14, S, -1.0, BLOCK_S))
-    tl.store(stats_ptr + 7, ratio_of(column_sum(partial_ptr, 4, S, BLOCK_S), units))
+    tl.store(stats_ptr + 7, high)
     tl.store(stats_ptr + 8, column_max(partial_ptr, 15, S, 1.0, BLOCK_S))
     tl.store(stats_ptr + 9, ratio_of(column_sum(partial_ptr, 9, S, BLOCK_S), tokens))
     tl.store(stats_ptr + 10, column_max(partial_ptr, 12, S, -1.0, BLOCK_S))
@@ -419,6 +424,7 @@ def grpo_loss_finish_kernel(
     tl.store(stats_ptr + 12, tokens)
     tl.store(stats_ptr + 13, column_sum(partial_ptr, 11, S, BLOCK_S))
     tl.store(stats_ptr + 14, ratio_of(column_sum(partial_ptr, 10, S, BLOCK_S), tokens))
+    tl.store(stats_ptr + 15, low + high)  # a token is clipped at one bound at most
 
 
 def _row_major(x: torch.Tensor | None, whole_rows: bool = True) -> torch.Tensor | None:
@@ -426,7 +432,7 @@ def _row_major(x: torch.Tensor | None, whole_rows: bool = True) -> torch.Tensor 
 
 
 def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
-    assert len(STATS) == stats.numel() == 15
+    assert len(STATS) == stats.numel() == 16
     size = batch.num_sequences
     rows = [batch.logps, batch.old_logps, batch.ref_logps, batch.rollout_logps, batch.entropy]
     rows = [*map(_row_major, rows), _row_major(batch.advantages, batch.per_token), _row_major(batch.mask)]

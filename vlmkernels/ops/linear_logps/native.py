@@ -4,6 +4,7 @@ import torch
 
 from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 
+
 class Native(Launcher):
     def unsupported(self, hidden: torch.Tensor) -> str | None:
         return unsupported_dtype(hidden)

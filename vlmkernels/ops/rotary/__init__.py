@@ -7,44 +7,80 @@ from torch.library import define, impl, register_autograd, register_fake
 
 from vlmkernels.backend import resolve, select
 from vlmkernels.ops.checks import require, require_device, require_dtype, require_shape
+from vlmkernels.ops.dispatch import needs_dispatcher
 
 OP = "vlmkernels::rotary"
-# query (B, S, Hq, D), key (B, S, Hk, D), cos and sin (B, S, P); the results are contiguous. inverse: by -angle, the gradient.
-define(OP, "(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse, str backend) -> (Tensor, Tensor)")
+# query (B, S, Hq, D), key (B, S, Hk, D), cos and sin (B, S, P), or all without B; the results are contiguous. inverse: by
+# -angle, the gradient. heads_first: query and key are (B, H, S, D), and so are the results, whose memory is (B, S, H, D).
+define(
+    OP,
+    "(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse, str backend, bool heads_first=False) -> (Tensor, Tensor)",
+)
 
 
-def _outputs(query, key):
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key))
+def _output(x, heads_first):
+    if not heads_first:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    _, heads, tokens, width = x.shape
+    strides = (tokens * heads * width, width, heads * width, 1)
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
 
 
-@impl(OP, "default")
-def _rotary(query, key, cos, sin, inverse, backend):
-    outputs = _outputs(query, key)
+def _rotary(query, key, cos, sin, inverse, backend, heads_first=False):
+    outputs = _output(query, heads_first), _output(key, heads_first)
     if query.numel() or key.numel():
-        select("rotary", backend, query, key, cos, sin).fwd(query, key, cos, sin, inverse, *outputs)
+        select("rotary", backend, query, key, cos, sin).fwd(query, key, cos, sin, inverse, heads_first, *outputs)
     return outputs
 
 
+impl(OP, "default", _rotary)
+
+
 @register_fake(OP)
-def _rotary_fake(query, key, cos, sin, inverse, backend):
-    return _outputs(query, key)
+def _rotary_fake(query, key, cos, sin, inverse, backend, heads_first=False):
+    return _output(query, heads_first), _output(key, heads_first)
 
 
 def _save(ctx, inputs, output):
-    _, _, cos, sin, ctx.inverse, ctx.backend = inputs
+    _, _, cos, sin, ctx.inverse, ctx.backend, ctx.heads_first = inputs
     ctx.save_for_backward(cos, sin)
 
 
 def _backward(ctx, *gradients):
     gradients = (g if g.stride(-1) == 1 else g.contiguous() for g in gradients)
-    return *torch.ops.vlmkernels.rotary(*gradients, *ctx.saved_tensors, not ctx.inverse, ctx.backend), None, None, None, None
+    gradients = _apply(*gradients, *ctx.saved_tensors, not ctx.inverse, ctx.backend, ctx.heads_first)
+    return *gradients, None, None, None, None, None
 
 
 register_autograd(OP, _backward, setup_context=_save)
 
 
+class _Rotary(torch.autograd.Function):
+    """The op where nothing needs the dispatcher. Its gradient can be differentiated: it is the op again."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = _rotary(*args)
+        _save(ctx, args, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
+
+
+def _apply(*args):
+    if needs_dispatcher(*args[:4]):
+        return torch.ops.vlmkernels.rotary(*args)
+    return _Rotary.apply(*args) if torch.is_grad_enabled() else _rotary(*args)
+
+
 def rotary(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backend: str = "auto"
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    heads_first: bool = False,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys turned by their tokens' angles: rotary positions, of vision towers (2-D) and of text (M-RoPE) alike.
 
@@ -67,11 +103,14 @@ def rotary(
         key: (N, Hk, D) or (B, S, Hk, D), in the dtype of ``query``.
         cos, sin: (N, P) or (B, S, P), or with axes of 1 that all tokens share: of the angle of pair j, which is the features
             (j, j + P); 2 P <= D, and features from 2 P on stay. fp32, bf16 or fp16. See ``rotary_table``.
+        heads_first: query and key are (B, Hq, S, D) and (B, Hk, S, D), as in the attention of transformers. So are the results,
+            whose memory is that of contiguous (B, S, H, D). Equivalent to transposing all four, at less cost.
         backend: see ``vlmkernels.backend``.
 
     Returns:
-        ``(query, key)``, contiguous, in their dtype. Computed in fp32: no result is further from the exact one than
-        ``eps(fp32) (|x_j cos| + |x_{j+P} sin|)`` and its one rounding. Gradients, which are turned back, go to query and key.
+        ``(query, key)``, contiguous unless heads_first, in their dtype. Computed in fp32: no result is further from the exact
+        one than ``eps(fp32) (|x_j cos| + |x_{j+P} sin|)`` and its one rounding. Gradients, which are turned back, go to query
+        and key.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device, or a ``cos`` or ``sin`` that wants a gradient.
@@ -79,28 +118,42 @@ def rotary(
 
     Source: Su et al., RoFormer (https://arxiv.org/abs/2104.09864), section 3.2.
     """
-    require(query.is_floating_point(), "query", "be floating point", query.dtype, TypeError)
-    require(query.dim() in (3, 4), "query", "be (N, Hq, D) or (B, S, Hq, D)", tuple(query.shape))
-    *tokens, _, width = query.shape
-    fits = key.dim() == query.dim() and [*key.shape[:-2], key.shape[-1]] == [*tokens, width]
-    require(fits, "key", "have the tokens and the width of query", f"{tuple(key.shape)} for {tuple(query.shape)}")
-    fits = cos.dim() == len(tokens) + 1 and 2 * cos.shape[-1] <= width
-    fits = fits and all(size in (1, own) for size, own in zip(cos.shape, tokens, strict=False))
-    rule = "have the tokens of query, or 1 in their place, and at most D / 2 pairs"
-    require(fits, "cos", rule, f"{tuple(cos.shape)} for {tuple(query.shape)}")
-    require_shape("sin", sin, cos.shape, "cos")
+    tokens = _check(query, key, cos, sin, heads_first)
+    if cos.shape[:-1] != tokens:
+        cos, sin = cos.expand(*tokens, -1), sin.expand(*tokens, -1)
+    return _apply(query, key, cos, sin, False, resolve(backend), heads_first)
+
+
+def _check(query, key, cos, sin, heads_first) -> tuple[int, ...]:
+    """The sizes of the axes of tokens."""
+    if not query.is_floating_point():
+        raise TypeError(f"query must be floating point, got {query.dtype}")
+    shape, key_shape, table = query.shape, key.shape, cos.shape
+    if heads_first:
+        if len(shape) != 4:
+            raise ValueError(f"query must be (B, Hq, S, D) with heads_first, got {tuple(shape)}")
+        tokens, key_tokens = shape[:1] + shape[2:-1], key_shape[:1] + key_shape[2:-1]
+    else:
+        if len(shape) not in (3, 4):
+            raise ValueError(f"query must be (N, Hq, D) or (B, S, Hq, D), got {tuple(shape)}")
+        tokens, key_tokens = shape[:-2], key_shape[:-2]
+    width = shape[-1]
+    if len(key_shape) != len(shape) or key_tokens != tokens or key_shape[-1] != width:
+        raise ValueError(f"key must have the tokens and the width of query, got {tuple(key_shape)} for {tuple(shape)}")
+    fits = len(table) == len(tokens) + 1 and 2 * table[-1] <= width
+    if not fits or (table[:-1] != tokens and any(n not in (1, own) for n, own in zip(table[:-1], tokens, strict=True))):
+        rule = "have the tokens of query, or 1 in their place, and at most D / 2 pairs"
+        raise ValueError(f"cos must {rule}, got {tuple(table)} for {tuple(shape)}")
+    require_shape("sin", sin, table, "cos")
     require_dtype("key", key, query.dtype)
     require_dtype("cos", cos, torch.float32, torch.bfloat16, torch.float16, torch.float64)
     require_dtype("sin", sin, cos.dtype)
+    device = query.device
     for name, tensor in (("key", key), ("cos", cos), ("sin", sin)):
-        require_device(name, tensor, query.device, "query")
-    require(not (cos.requires_grad or sin.requires_grad), "cos and sin", "not require gradients: they get none", "some that do")
-    cos, sin = (table.expand(*tokens, -1) for table in (cos, sin))
-    if query.dim() == 4:
-        return torch.ops.vlmkernels.rotary(query, key, cos, sin, False, resolve(backend))
-    packed = (x.unsqueeze(0) for x in (query, key, cos, sin))
-    query, key = torch.ops.vlmkernels.rotary(*packed, False, resolve(backend))
-    return query.squeeze(0), key.squeeze(0)
+        require_device(name, tensor, device, "query")
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("cos and sin must not require gradients: they get none, got some that do")
+    return tokens
 
 
 def rotary_table(position_ids: torch.Tensor, inv_freq: torch.Tensor, axes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

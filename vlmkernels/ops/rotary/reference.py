@@ -19,8 +19,10 @@ def _rotate(x, cos, sin, out):
     out.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1))
 
 
-def fwd(query, key, cos, sin, inverse, query_out, key_out):
-    """query, key: (B, S, H, D); cos, sin: (B, S, P)."""
+def fwd(query, key, cos, sin, inverse, heads_first, query_out, key_out):
+    """query, key and the results: (..., S, H, D), or (..., H, S, D) with heads_first; cos, sin: (..., S, P)."""
+    heads = (query, key, query_out, key_out)
+    query, key, query_out, key_out = (x.transpose(-3, -2) for x in heads) if heads_first else heads
     sin = -sin if inverse else sin
     _rotate(query, cos, sin, query_out)
     _rotate(key, cos, sin, key_out)

@@ -92,7 +92,11 @@ def rotary_kernel(
     rotate_heads(x_ptr, out_ptr, key_heads, key_stride_h, cos, sin, WIDTH, PAIRS, BLOCK_H, BLOCK_P, BLOCK_R)
 
 
-def fwd(query, key, cos, sin, inverse, query_out, key_out):
+def fwd(query, key, cos, sin, inverse, heads_first, query_out, key_out):
+    if heads_first:
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    if query.dim() == 3:
+        query, key, cos, sin = (x.unsqueeze(0) for x in (query, key, cos, sin))
     batch, tokens, heads, width = query.shape
     pairs = cos.shape[-1]
     with torch.cuda.device_of(query):
