@@ -58,7 +58,7 @@ def slug(name: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit that was measured: VLMKERNELS_COMMIT, or that of the checkout, with "+changes" where the tree differs from it."""
+    """The measured commit: VLMKERNELS_COMMIT, or that of the checkout, with "+changes" where the tree differs from it."""
     if given := os.environ.get("VLMKERNELS_COMMIT"):
         return given
     here = Path(__file__).parent

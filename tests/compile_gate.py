@@ -59,6 +59,7 @@ ROTARY = {
 }  # fmt: skip
 ON_POLICY = dict.fromkeys(f"{name}_ptr" for name in ("old_logp", "ref_logp", "rollout_logp", "entropy", "threshold"))
 ON_POLICY |= dict.fromkeys(("mask_ptr", "dentropy_ptr", "num_items_ptr"))
+PADDED = ON_POLICY | {"cu_seqlens_ptr": None}
 RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
 
 
