@@ -1,5 +1,7 @@
 """linear_grpo_loss: what grpo_loss of linear_logps is, in one sweep where the objective allows it."""
 
+import sys
+
 import pytest
 import torch
 from budget import assert_within_budget
@@ -282,6 +284,27 @@ def test_few_long_products(monkeypatch, wide_logits, device, kept_rows, products
     loss.backward()
     assert len(added) == products
     assert sum(len_ for len_, _ in added) == 30
+
+
+@pytest.mark.parametrize(("segment_rows", "products"), [(30, 1), (24, 2), (8, 4), (0, 4)])
+def test_few_long_products_of_linear_logps(monkeypatch, wide_logits, device, segment_rows, products):
+    """The same in the backward pass of linear_logps, of which objectives of whole sequences are made."""
+    operands, targets, batch = problem(device, dtype=torch.bfloat16)
+    config, batch = GRPOLossConfig(**VARIANTS["gspo"]), inputs_for(GRPOLossConfig(), batch)
+    for name in ("old_logps", "mask"):
+        del batch[name]
+    exact, _ = gradients(composed, [x.double() for x in operands], targets, config=config, backend="reference", **batch)
+    eager, _ = gradients(composed, operands, targets, config=config, backend="reference", **batch)
+    added = []
+    original = sweep._add_product
+    monkeypatch.setattr(sweep, "_add_product", lambda *args: added.append(len(args[2])) or original(*args))
+    monkeypatch.setattr(linear_logps_module, "default_dlogits_bytes", lambda device: segment_rows * VOCAB * 2)
+    monkeypatch.setattr(sys.modules["vlmkernels.ops.linear_logps.check"], "default_chunk_bytes", lambda device: 8 * VOCAB * 4)
+    actual, _ = gradients(fused, operands, targets, config=config, **batch)
+    assert len(added) == products
+    assert sum(added) == 30
+    for name, a, e, x in zip(("dhidden", "dweight"), actual, eager, exact, strict=False):
+        assert_within_budget(name, a, e, x)
 
 
 @pytest.mark.parametrize("keep_logits_bytes", [0, 2**20])

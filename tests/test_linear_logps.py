@@ -364,7 +364,7 @@ def test_empty(device, shape):
 
 def test_opcheck(device):
     (hidden, weight, bias), targets = make((2, 3), 20, 4, torch.float32, device)
-    inputs = (hidden, weight, bias, targets, targets > 3, None, 0.7, 1.0, None, 0, 20, 2**20, 80 * 4, "auto")
+    inputs = (hidden, weight, bias, targets, targets > 3, None, 0.7, 1.0, None, 0, 20, 2**20, 80 * 4, 2**20, "auto")
     outputs = torch.ops.vlmkernels.linear_logps_fwd(*inputs)
     torch.library.opcheck(torch.ops.vlmkernels.linear_logps_fwd, inputs)
     gradients = (torch.ones_like(outputs[0]), None, *outputs, None, [True, True, True])

@@ -19,10 +19,10 @@ from vlmkernels.ops.linear_logps.parallel import VocabParallel
 from vlmkernels.ops.linear_logps.sweep import (
     Gradients,
     Head,
+    Segments,
     Sweep,
     asked_for,
-    default_kept_bytes,
-    narrowed,
+    default_dlogits_bytes,
     result_dtype,
     select_results,
 )  # fmt: skip
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
     @property
     def keeps_dlogits(self) -> bool:
         """Whether the gradients by all logits are kept, so that the GEMMs of the gradients run in the backward pass."""
-        return self.targets.numel() * dlogits_row_bytes(self) <= self.keep_logits_bytes
+        return self.targets.numel() * len(self.weight) * self.hidden.itemsize <= self.keep_logits_bytes
 
     def batch(self, logps: torch.Tensor, entropy: torch.Tensor) -> Batch:
         return Batch(
@@ -77,10 +77,6 @@ class Inputs(NamedTuple):
             num_items=self.num_items,
             accumulation_steps=self.accumulation_steps,
         )
-
-
-def dlogits_row_bytes(inputs: Inputs) -> int:
-    return len(inputs.weight) * inputs.hidden.itemsize
 
 
 # Where the gradients by all logits are kept they are `dlogits`, and the gradients that are needed come from the second op. Else
@@ -130,7 +126,10 @@ def _fwd(*args):
     dlogits = hidden.new_empty(targets.numel() if kept else 0, len(weight))
     in_place = result_dtype(hidden) == hidden.dtype  # the gradient by a logit overwrites it
     sweep = Sweep(hidden, head, index, inputs.chunk_bytes, dlogits if in_place else None)
-    segments = None if kept else Segments(inputs, sweep)
+    segments = None
+    if not kept:
+        options = {"repeated": rows is not None, "weight_dtype": weight.dtype}
+        segments = Segments(hidden, sweep, inputs.needed, inputs.keep_logits_bytes, **options)
     kernels = select("linear_grpo_loss", inputs.backend, hidden)
     tokens = _tokens(batch, config, targets, asked, sweep.num)
     results = logps.new_empty(2, sweep.num)
@@ -149,43 +148,6 @@ def _fwd(*args):
     select("grpo_loss", inputs.backend, logps).fwd(batch, config, loss, dlogp, dentropy, stats)
     gradients = [hidden.new_empty(0) for _ in range(3)] if kept else segments.gradients.results()
     return loss, stats, logps, entropy, dlogits, *gradients
-
-
-class Segments:
-    """The gradients by the logits of a segment at a time, which are multiplied when it is complete.
-
-    Each product accumulates in the fp32 (V, H) gradient by the weight. So where the logits are wider than their gradients, a
-    segment is as many chunks as ``keep_logits_bytes`` holds gradients of; else it is a chunk, overwritten by its gradient.
-    """
-
-    def __init__(self, inputs: Inputs, sweep: Sweep) -> None:
-        wider = result_dtype(inputs.hidden) != inputs.hidden.dtype
-        chunks = min(inputs.keep_logits_bytes // (sweep.rows_of_chunk * dlogits_row_bytes(inputs)), sweep.num_chunks)
-        self.rows = chunks * sweep.rows_of_chunk if wider and chunks > 1 else 0
-        self.buffer = inputs.hidden.new_empty(self.rows, len(inputs.weight))
-        self.num, self.start = sweep.num, 0
-        self.gradients = Gradients(
-            inputs.hidden,
-            sweep.head,
-            sweep.index,
-            inputs.needed,
-            repeated=inputs.rows is not None,
-            weight_dtype=inputs.weight.dtype,
-            parts=-(-sweep.num // (self.rows or sweep.rows_of_chunk)),
-        )
-
-    def room(self, chunk: slice, logits: torch.Tensor) -> torch.Tensor:
-        """Where the gradients by ``logits`` go."""
-        if not self.rows:
-            return narrowed(logits, self.buffer.dtype)
-        return self.buffer[chunk.start - self.start : chunk.stop - self.start]
-
-    def add(self, chunk: slice, dlogits: torch.Tensor) -> None:
-        if not self.rows:
-            self.gradients.add(chunk, dlogits)
-        elif chunk.stop == self.num or chunk.stop - self.start == self.rows:
-            self.gradients.add(slice(self.start, chunk.stop), self.buffer[: chunk.stop - self.start])
-            self.start = chunk.stop
 
 
 def _tokens(batch: Batch, config: GRPOLossConfig, targets, asked, num: int) -> Tokens:
@@ -367,7 +329,7 @@ def linear_grpo_loss(
         return LinearGRPOLossOutput(loss, metrics_, logps.detach(), entropy.detach())
     check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
     if keep_logits_bytes is None and chunk_bytes is None:
-        keep_logits_bytes = default_kept_bytes(hidden.device)
+        keep_logits_bytes = default_dlogits_bytes(hidden.device)
     chunk_bytes, keep_logits_bytes = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes, backend)
     results = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     results = results.expand(targets.shape)  # in the place of the log-probabilities and entropies to come

@@ -8,13 +8,13 @@ from vlmkernels.ops.checks import require, require_indices, require_nowhere
 from vlmkernels.ops.linear_logps.check import budget, check, check_parallel, operands
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, gathered
 from vlmkernels.ops.linear_logps.sweep import (
-    Gradients,
     Head,
+    Segments,
     Sweep,
     asked_for,
+    default_dlogits_bytes,
     flat,
     local_targets,
-    narrowed,
     result_dtype,
     row_bytes,
     select_results,
@@ -27,7 +27,8 @@ BWD = "vlmkernels::linear_logps_bwd"
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? mask, Tensor? rows, float temperature,"
-    " float logit_scale, float? softcap, int vocab_start, int vocab_size, int chunk_bytes, int keep_logits_bytes, str backend"
+    " float logit_scale, float? softcap, int vocab_start, int vocab_size, int chunk_bytes, int keep_logits_bytes,"
+    " int segment_bytes, str backend"
 )
 define(FWD, f"({_INPUTS}) -> (Tensor logp, Tensor entropy, Tensor stats, Tensor kept)")
 # Of the results, those that are not needed are (0,). The gradient by the weight is added to weight_grad where that is given.
@@ -49,7 +50,10 @@ def _outputs(hidden, weight, targets, keep_logits_bytes):
 
 @impl(FWD, "default")
 @torch.no_grad()
-def _fwd(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap, start, size, chunk_bytes, keep, backend):
+def _fwd(
+    hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap, start, size, chunk_bytes, keep, segment_bytes,
+    backend,
+):  # fmt: skip
     require_indices("targets", targets, size, "the vocabulary", mask)
     if rows is not None:
         require_indices("rows", rows, hidden.shape[:-1].numel(), f"the rows of hidden {tuple(hidden.shape[:-1])}", mask)
@@ -61,11 +65,11 @@ def _fwd(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, so
     if chunk_bytes == 0:
         select("linear_logps_fused", backend, hidden).fwd(flat(hidden), index, tokens, head, logp, entropy, stats)
     else:
-        rows_of = select("linear_logps", backend, hidden)
+        kernels = select("linear_logps", backend, hidden)
         sweep = Sweep(hidden, head, index, chunk_bytes, outputs[3])
         for chunk, states, room in sweep:
             logits = sweep.logits(states, room)
-            rows_of.fwd(logits, states, tokens[chunk], head, logp[chunk], entropy[chunk], stats[chunk])
+            kernels.fwd(logits, states, tokens[chunk], head, logp[chunk], entropy[chunk], stats[chunk])
     if hidden.device.type == "cpu" and hidden.dtype == torch.float16:  # other logits have the range of fp32
         require_nowhere(stats[:, 0].isposinf(), "hidden", "have logits within fp16's range, up to 65504", stats[:, 0])
     for out, result in zip(outputs, (logp, entropy, stats), strict=False):
@@ -76,40 +80,33 @@ def _fwd(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, so
 
 @register_fake(FWD)
 def _fwd_fake(hidden, weight, bias, targets, *args):
-    return _outputs(hidden, weight, targets, args[-2])
+    return _outputs(hidden, weight, targets, args[-3])
 
 
 @impl(BWD, "default")
 @torch.no_grad()
 def _bwd(
     dlogp, dentropy, logp, entropy, stats, kept, weight_grad, needed,
-    hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap, start, size, chunk_bytes, keep, backend,
+    hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap, start, size, chunk_bytes, keep, segment_bytes,
+    backend,
 ):  # fmt: skip
     head = Head.of(hidden, weight, bias, temperature, logit_scale, softcap)
     asked, index = asked_for(mask, rows)
     sweep = Sweep(hidden, head, index, chunk_bytes, kept)
-    rows_of = select("linear_logps", backend, hidden)
+    kernels = select("linear_logps", backend, hidden)
     tokens, dlogp, dentropy, logp, entropy = select_results(
         asked, local_targets(targets, start, len(weight), size), dlogp, dentropy, logp, entropy
     )
     stats = stats.reshape(-1, 2) if asked is None else stats.reshape(-1, 2)[asked]
-    gradients = Gradients(
-        hidden,
-        head,
-        index,
-        needed,
-        repeated=rows is not None,
-        weight_dtype=weight.dtype,
-        parts=sweep.num_chunks,
-        out=weight_grad,
-    )
+    options = {"repeated": rows is not None, "weight_dtype": weight.dtype, "out": weight_grad}
+    segments = Segments(hidden, sweep, needed, segment_bytes, **options)
     for chunk, states, room in sweep:
         logits = room if chunk.stop <= sweep.kept else sweep.logits(states, room)
-        out = narrowed(logits, hidden.dtype)
+        out = segments.room(chunk, logits)
         cut = [None if x is None else x[chunk] for x in (tokens, dlogp, dentropy, logp, entropy, stats)]
-        rows_of.bwd(logits, *cut, head, out)
-        gradients.add(chunk, out)
-    return tuple(gradients.results())
+        kernels.bwd(logits, *cut, head, out)
+        segments.add(chunk, out)
+    return tuple(segments.gradients.results())
 
 
 @register_fake(BWD)
@@ -224,8 +221,9 @@ def linear_logps(
         rows: int64: flat indices into the leading axes of ``hidden``, one per result. Rows may repeat (their gradients add
             up, in fp32): in a packed group the last prompt token predicts the first token of every completion.
         return_entropy: also return the entropy, in nats, differentiable.
-        chunk_bytes: the most that the logits of a chunk take; default 2**28, on a GPU 2**30. 0, where no gradient is needed:
-            none at all, in one kernel of Triton's; it is the default there on GPUs where it was measured to be faster.
+        chunk_bytes: upper bound on the memory of a chunk of logits. Default: 2**28; on a GPU 2**30, where the backward pass
+            also holds the 16-bit gradients of several chunks, up to 2**32 bytes, to accumulate them in fewer GEMMs. 0, where no
+            gradient is needed: no logits at all, in one Triton kernel; the default on GPUs where it was measured to be faster.
         keep_logits_bytes: the most that logits kept for the backward pass take, beside the chunk. Default: those of the whole
             call where they fit in ``chunk_bytes``, which then is all that the call takes; else none.
         accumulate_weight_grad: add the gradient by ``weight`` to ``weight.grad`` itself, chunk by chunk in its dtype, so that
@@ -254,12 +252,13 @@ def linear_logps(
     require(accumulates, "accumulate_weight_grad", "be False unless weight is a leaf that this process holds whole", True)
     check_parallel(weight, vocab_parallel)
     check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
+    segment_bytes = 0 if chunk_bytes is not None else default_dlogits_bytes(hidden.device) or 0
     chunk_bytes, keep_logits_bytes = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes, backend)
     group, start, size = (None, 0, len(weight)) if vocab_parallel is None else vocab_parallel
     softcap = None if softcap is None else float(softcap)
     logps, entropy = _LinearLogps.apply(
         hidden, weight, bias, targets, mask, rows,
-        float(temperature), float(logit_scale), softcap, start, size, chunk_bytes, keep_logits_bytes, backend,
-        group, accumulate_weight_grad,
+        float(temperature), float(logit_scale), softcap, start, size, chunk_bytes, keep_logits_bytes, segment_bytes,
+        backend, group, accumulate_weight_grad,
     )  # fmt: skip
     return (logps, entropy) if return_entropy else logps

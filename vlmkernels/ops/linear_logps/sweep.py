@@ -70,8 +70,8 @@ def default_chunk_bytes(device: torch.device) -> int:
     return 2**28 if device.type == "cpu" else 2**30
 
 
-def default_kept_bytes(device: torch.device) -> int | None:
-    """Of the gradients by logits that ``linear_grpo_loss`` keeps for the backward pass; None: no more than a chunk takes."""
+def default_dlogits_bytes(device: torch.device) -> int | None:
+    """Of the gradients by logits that are held at a time, beside the chunk; None: those of a chunk, in its memory."""
     return None if device.type == "cpu" else 2**32
 
 
@@ -204,6 +204,41 @@ class Gradients:
         results = zip((self.hidden, weight, self.bias), dtypes, strict=True)
         hidden, weight, bias = (self.hidden_states.new_empty(0) if x is None else x.to(dtype) for x, dtype in results)
         return [hidden if self.hidden is None else hidden.view(self.shape), weight, bias]
+
+
+class Segments:
+    """The gradients by the logits of a segment at a time, which are multiplied when it is complete.
+
+    Each product accumulates in the fp32 (V, H) gradient by the weight. So where the logits are wider than their gradients, a
+    segment is as many chunks as ``segment_bytes`` holds gradients of; else it is a chunk, overwritten by its gradient.
+    """
+
+    def __init__(self, hidden, sweep: Sweep, needed, segment_bytes: int, **options) -> None:
+        """
+        Args:
+            needed, options: see ``Gradients``.
+        """
+        vocab, num = len(sweep.head.weight), sweep.num - sweep.kept
+        chunks = min(segment_bytes // (sweep.rows_of_chunk * vocab * hidden.itemsize), -(-num // sweep.rows_of_chunk))
+        wider = result_dtype(hidden) != hidden.dtype
+        self.rows = chunks * sweep.rows_of_chunk if wider and chunks > 1 else 0
+        self.buffer = hidden.new_empty(self.rows, vocab)
+        self.start, self.num, self.kept = sweep.kept, sweep.num, sweep.kept
+        parts = bool(sweep.kept) + -(-num // (self.rows or sweep.rows_of_chunk))
+        self.gradients = Gradients(hidden, sweep.head, sweep.index, needed, parts=parts, **options)
+
+    def room(self, chunk: slice, logits: torch.Tensor) -> torch.Tensor:
+        """Where the gradients by ``logits`` go."""
+        if not self.rows or chunk.stop <= self.kept:
+            return narrowed(logits, self.buffer.dtype)
+        return self.buffer[chunk.start - self.start : chunk.stop - self.start]
+
+    def add(self, chunk: slice, dlogits: torch.Tensor) -> None:
+        if not self.rows or chunk.stop <= self.kept:
+            self.gradients.add(chunk, dlogits)
+        elif chunk.stop == self.num or chunk.stop - self.start == self.rows:
+            self.gradients.add(slice(self.start, chunk.stop), self.buffer[: chunk.stop - self.start])
+            self.start = chunk.stop
 
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:
