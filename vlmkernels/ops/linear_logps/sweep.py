@@ -219,9 +219,10 @@ class Segments:
             needed, options: see ``Gradients``.
         """
         vocab, num = len(sweep.head.weight), sweep.num - sweep.kept
-        chunks = min(segment_bytes // (sweep.rows_of_chunk * vocab * hidden.itemsize), -(-num // sweep.rows_of_chunk))
+        most = segment_bytes // (vocab * hidden.itemsize)
+        rows = num if num <= most else most // sweep.rows_of_chunk * sweep.rows_of_chunk
         wider = result_dtype(hidden) != hidden.dtype
-        self.rows = chunks * sweep.rows_of_chunk if wider and chunks > 1 else 0
+        self.rows = rows if wider and rows > sweep.rows_of_chunk else 0
         self.buffer = hidden.new_empty(self.rows, vocab)
         self.start, self.num, self.kept = sweep.kept, sweep.num, sweep.kept
         parts = bool(sweep.kept) + -(-num // (self.rows or sweep.rows_of_chunk))
