@@ -26,7 +26,8 @@ struct PatchImage {
 static_assert(sizeof(PatchImage) == 9 * sizeof(int64_t));
 
 struct PackPatches {
-    const PatchImage* images;
+    const PatchImage* images;            // in memory of the host
+    const PatchImage* images_on_device;  // CUDA: the same on the device, needed for more than kPackImages images
     int64_t num_images;
     int64_t num_rows;
     int64_t patch_size;           // P
@@ -38,6 +39,8 @@ struct PackPatches {
     void* rows;            // (num_rows, 3 Tp P P)
     bool fresh;            // CPU: nobody has written to the rows' memory yet
 };
+
+constexpr int kPackImages = 32;  // CUDA: so many images are arguments of the kernel
 
 // Where a row's pixels are.
 struct Patch {
@@ -54,17 +57,22 @@ struct Patch {
     VLMK_HD bool repeats(uint32_t slot) const { return slot > 0 && frame(slot) == frame(slot - 1); }
 };
 
-VLMK_HD Patch patch_of_row(const PackPatches& p, int64_t row) {
-    uint32_t low = 0, high = static_cast<uint32_t>(p.num_images) - 1;
+// The image of a row, which is not before image `low`; first_row(i): that of image i.
+template <class FirstRow>
+VLMK_HD uint32_t image_of_row(int64_t row, uint32_t low, uint32_t num_images, FirstRow first_row) {
+    uint32_t high = num_images - 1;
     while (low < high) {
         uint32_t middle = (low + high + 1) / 2;
-        if (p.images[middle].first_row <= row) {
+        if (first_row(middle) <= row) {
             low = middle;
         } else {
             high = middle - 1;
         }
     }
-    const PatchImage& image = p.images[low];
+    return low;
+}
+
+VLMK_HD Patch patch_in_image(const PackPatches& p, const PatchImage& image, int64_t row) {
     // Division in 64 bits is slow; an image has fewer than 2^32 patches.
     uint32_t merge = static_cast<uint32_t>(p.merge_size), n = static_cast<uint32_t>(row - image.first_row);
     uint32_t grid_h = static_cast<uint32_t>(image.grid_h), blocks_w = static_cast<uint32_t>(image.grid_w) / merge;

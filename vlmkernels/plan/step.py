@@ -315,6 +315,7 @@ class _Costs:
             "gathered layers": whole,
             "activations": activations + tower,
             "logits": min(WIDE * shape.vocab * rows, work.logits_bytes),
+            "gradients by logits": min(2.0 * shape.vocab * rows, work.dlogits_bytes) if work.precision == "bf16" else 0.0,
             "head's gradient": WIDE * shape.head if self.full else 0.0,
             "hidden states": 3 * WIDE * stack.hidden * (passed + rows),
         }

@@ -29,7 +29,8 @@ class Workload:
         engine: what samples: transformers or vllm on the GPUs that train, or a vllm server on ``server_gpus`` others.
         precision: of the GEMMs. weights: of the parameters as they are kept; fp32 under bf16 is mixed precision.
         reward_seconds: of the reward functions, for the whole batch.
-        logits_bytes: of the chunk of logits that the head holds.
+        logits_bytes: of the chunk of logits that the head holds. dlogits_bytes: of the bf16 gradients by logits that it keeps
+            for the backward pass.
 
     Raises:
         ValueError: a value is out of range, or groups do not divide among the GPUs.
@@ -57,9 +58,10 @@ class Workload:
     weights: str = "fp32"
     reward_seconds: float = 0.0
     logits_bytes: int = 2**30
+    dlogits_bytes: int = 2**32
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "completion_tokens", "width", "height", "gpus", "logits_bytes"):
+        for name in ("prompts", "completion_tokens", "width", "height", "gpus", "logits_bytes", "dlogits_bytes"):
             require(getattr(self, name) >= 1, name, "be >= 1", getattr(self, name))
         require(self.group_size >= 2, "group_size", "be >= 2, to compare completions", self.group_size)
         for name in ("prompt_tokens", "images", "lora_r", "reward_seconds", "server_gpus"):
