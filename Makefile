@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint gpu-build gpu-test gpu-bench gpu-check gpu-wheels clean
+.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint gpu-check gpu-wheels clean
 setup: .venv/.installed
 
 # constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers and harnesses that tests compare with
@@ -54,17 +54,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-# On a machine with a GPU and without a network: its own python3, torch, triton, transformers, pybind11, pytest and nvcc.
-gpu-build:
-	VLMKERNELS_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
-
-gpu-test: gpu-build
-	$(PYTHON) -m pytest -q -p no:cacheprovider -m "device or gpu" $$(grep -lE "mark\.(device|gpu)" tests/test_*.py)
-
-gpu-bench: gpu-build
-	$(PYTHON) -m pytest -q -p no:cacheprovider bench
-
-# All of it within a time budget: STAGE is correct, fast, why, system or all; GPU_BUDGET_S, GPU_OUT: see bench/gpu_check.py.
+# On a machine with a GPU and without a network: its own python3, torch, triton, transformers, pybind11, pytest and nvcc. STAGE is
+# correct, fast, why, system or all, each within a time budget; GPU_BUDGET_S, GPU_OUT: see bench/gpu_check.py.
 STAGE ?= all
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(STAGE)

@@ -66,61 +66,6 @@ class Copies:
         return rows.new_zeros(num, *rows.shape[1:]).index_add_(0, self.index[places], rows)
 
 
-def cudnn_parts(query, key, value, layout, weight, backward):
-    """An experiment: flash.py's two parts from cuDNN's attention, for one group with completions of one length."""
-    from vlmkernels.ops.group_attention.merge import merge_
-
-    (prefix,), length, scale = layout.prefixes, layout.completions[0][0], query.shape[-1] ** -0.5
-    rows = torch.arange(len(query) - prefix, dtype=torch.int32, device=query.device)
-
-    def batch(x, start, stop, length):
-        return x[start:stop].unflatten(0, (-1, length)).transpose(1, 2)
-
-    def packed(x):
-        return x.transpose(1, 2).flatten(0, 1)
-
-    def forward(q, k, v, causal):
-        out, lse, *state = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
-        return out, lse, state
-
-    def gradient(dout, q, k, v, out, lse, state, causal):
-        cum_q, cum_k, max_q, max_k, seed, offset, _ = state
-        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, causal, scale=scale
-        )
-
-    num = len(query)
-    spans = {"prefix": (0, prefix, prefix), "own": (prefix, num, length), "shared": (prefix, num, num - prefix)}
-    first = [batch(x, *spans["prefix"]) for x in (query, key, value)]
-    own = [batch(x, *spans["own"]) for x in (query, key, value)]
-    shared = [batch(query, *spans["shared"]), *first[1:]]
-    out_first, lse_first, state_first = forward(*first, True)
-    out_own, lse_own, state_own = forward(*own, True)
-    out_shared, lse_shared, state_shared = forward(*shared, False)
-    merged, heads = packed(out_own).contiguous(), query.shape[1]
-    lse = lse_own.reshape(-1, heads, length).transpose(0, 1).reshape(heads, -1)
-    merge_(merged, lse, packed(out_shared), lse_shared.reshape(heads, -1), rows)
-    out = torch.cat([packed(out_first), merged])
-    if not backward:
-        return (out,)
-    lse_own = lse.unflatten(1, (-1, length)).transpose(0, 1).contiguous().view_as(lse_own)
-    merged_own, merged_shared = batch(merged, 0, len(merged), length), batch(merged, 0, len(merged), len(merged))
-    douts = {name: batch(weight, *span) for name, span in spans.items()}
-    gradients_first = gradient(douts["prefix"], *first, out_first, lse_first, state_first, True)
-    gradients_own = gradient(douts["own"], *own, merged_own, lse_own, state_own, True)
-    dq, dk, dv = gradient(douts["shared"], *shared, merged_shared, lse.view_as(lse_shared), state_shared, False)
-    dq_first, dk_first, dv_first = map(packed, gradients_first)
-    dq_own, dk_own, dv_own = map(packed, gradients_own)
-    return (
-        out,
-        torch.cat([dq_first, dq_own + packed(dq)]),
-        torch.cat([dk_first + packed(dk), dk_own]),
-        torch.cat([dv_first + packed(dv), dv_own]),
-    )
-
-
 def differentiate(attention, inputs, weight, backward):
     if not backward:
         with torch.no_grad():
@@ -155,11 +100,10 @@ def test_group_attention(benchmark, case, backward):
     chosen = IMPLEMENTATIONS.choose("auto", inputs[0])
     providers = {f"vlmkernels {chosen}": ours(chosen)}
     if harness.GPU:
+        if IMPLEMENTATIONS.load("cudnn").unsupported(inputs[0]) is None:
+            providers["vlmkernels cudnn"] = ours("cudnn")  # with execution plans that are built
         providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)
         providers["cuDNN attention on copies"] = on_copies(SDPBackend.CUDNN_ATTENTION)
-        if layout is EQUAL:
-            detached = [x.detach() for x in inputs]
-            providers["experiment: cuDNN parts, merged"] = lambda: cudnn_parts(*detached, layout, weight, backward)
         providers["vlmkernels flex"] = ours("flex")
     else:
         providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)

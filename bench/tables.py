@@ -55,7 +55,7 @@ def speed() -> list[str]:
     lines = []
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
-        if "cases" not in content:
+        if "cases" not in content or path.name.startswith("nvidia-"):
             continue
         lines += [f"| on {content['device']} | ms | times as long |", "| --- | ---: | --- |"]
         for case, result in sorted(content["cases"].items()):
@@ -67,6 +67,63 @@ def speed() -> list[str]:
             shown = "; ".join(f"{row['provider']}: {row['ratio_to_ours']:.1f}" for row in peers)
             lines.append(f"| {case} | {ours['ms']:.{0 if ours['ms'] > 100 else 1}f} | {shown} |")
         lines.append("")
+    return lines[:-1]
+
+
+# The cases of README's first table, by what they compute.
+HEADLINES = {
+    "gather_logps qwen2.5-vl 8192 x 151936, no gradient": "log-probabilities and entropies from bf16 logits, 8192 x 151936",
+    "gather_logps qwen2.5-vl 8192 x 151936": "the same with their gradient",
+    "linear_grpo_loss qwen3-vl-8b 8192 x 4096 x 151936": "head and GRPO loss, 8192 x 4096 x 151936, with gradients",
+    "linear_grpo_loss qwen3-vl-8b 8192 x 4096 x 151936, frozen head": "the same, frozen head",
+    "linear_logps qwen3-vl-8b 8192 x 4096 x 151936, no gradient": "log-probabilities and entropies from hidden states",
+    "group_attention P 2048, 8 x 512, 16 heads of 128": "attention, prefix of 2048, 8 completions of 512, with gradients",
+    "pack_patches 8 x 1344 x 1344 on the GPU": "8 images of 1344 x 1344 to bf16 patches",
+    "training step 0.5b, 1 x 8 completions of 256 tokens, an image of 1225": "training step, 0.7 B, 8 completions, one image",
+    "training step 3b, 1 x 8 completions of 256 tokens, an image of 1225": "training step, 3.8 B, 8 completions, one image",
+}
+
+
+def gpu(which: str = "headlines") -> list[str]:
+    """Ours beside its limit and its peers; with "all" every case."""
+    lines = []
+    for path in sorted(RESULTS.glob("nvidia-*.json")):
+        content = json.loads(path.read_text())
+        found, shown = content["cases"], []
+        titles = HEADLINES if which == "headlines" else {case: case for case in sorted(found)}
+        lines += [f"| on an {content['device']} | ms | of the limit | peers: times as long | peak MiB: ours, peers |"]
+        lines += ["| --- | ---: | ---: | --- | --- |"]
+        for case, title in titles.items():
+            timed = [row for row in found.get(case, {}).get("rows", []) if row.get("ratio_to_ours") and not row.get("floor")]
+            if not timed:
+                continue
+            ours = timed[0]
+            peers = [row for row in timed[1:] if not row["provider"].startswith("vlmkernels")]
+            limits = {"percent_of_copy": "copy", "percent_of_gemm": "GEMM"}
+            limit = ", ".join(f"{ours[key]:.0f} % of {what}" for key, what in limits.items() if key in ours)
+            ratios = "; ".join(f"{row['provider']} {row['ratio_to_ours']:.2f}" for row in peers)
+            memory = ", ".join(f"{row['peak_mib']:.0f}" for row in (ours, *peers) if "peak_mib" in row)
+            lines.append(f"| {title} | {ours['ms']:.3g} | {limit} | {ratios} | {memory} |")
+            shown.append(found[case])
+        driver, cuda = shown[0]["gpu"]["driver"], shown[0]["gpu"]["cuda"]
+        versions = ", ".join(f"{name} {version}" for name, version in shown[0]["versions"].items())
+        commits = ", ".join(sorted({result["commit"] for result in shown}))
+        lines += ["", f"Driver {driver}, CUDA {cuda}, {versions}; commits {commits}.", ""]
+    return lines[:-1]
+
+
+def gpu_tests() -> list[str]:
+    """What `make gpu-check STAGE=correct` counted."""
+    lines = []
+    for path in sorted(RESULTS.glob("nvidia-*.json")):
+        content = json.loads(path.read_text())
+        files = content["tests"]["files"]
+        lines += [f"| on an {content['device']} | passed | failed | skipped |", "| --- | ---: | ---: | ---: |"]
+        for file, counts in sorted(files.items()):
+            cells = " | ".join(str(counts.get(outcome, 0)) for outcome in ("passed", "failed", "skipped"))
+            lines.append(f"| {file} | {cells} |")
+        total = [sum(counts.get(outcome, 0) for counts in files.values()) for outcome in ("passed", "failed", "skipped")]
+        lines += [f"| all | {' | '.join(map(str, total))} |", "", f"Commit {content['tests']['commit']}.", ""]
     return lines[:-1]
 
 
@@ -168,6 +225,8 @@ def metrics() -> list[str]:
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
+    "gpu": gpu,
+    "gpu-tests": gpu_tests,
     "installs": installs,
     "bench": bench,
     "losses": losses,

@@ -164,12 +164,10 @@ PYBIND11_MODULE(_C, m) {
 #undef VLMK_FIELD
     VLMK_DEF(linear_logps);
 
-    m.attr("pack_patches_images") = kPackImages;
 #define VLMK_FIELD(F) .field(#F, &PackPatches::F)
-    ParamsClass<PackPatches>(m, "PackPatches") VLMK_FIELD(images) VLMK_FIELD(images_on_device)
-        VLMK_FIELD(num_images) VLMK_FIELD(num_rows) VLMK_FIELD(patch_size) VLMK_FIELD(merge_size)
-            VLMK_FIELD(temporal_patch_size) VLMK_FIELD(channels_last) VLMK_FIELD(element_size) VLMK_FIELD(table)
-                VLMK_FIELD(rows) VLMK_FIELD(fresh);
+    ParamsClass<PackPatches>(m, "PackPatches") VLMK_FIELD(images) VLMK_FIELD(num_images) VLMK_FIELD(num_rows)
+        VLMK_FIELD(patch_size) VLMK_FIELD(merge_size) VLMK_FIELD(temporal_patch_size) VLMK_FIELD(channels_last)
+            VLMK_FIELD(element_size) VLMK_FIELD(table) VLMK_FIELD(rows) VLMK_FIELD(fresh);
 #undef VLMK_FIELD
     VLMK_DEF(pack_patches);
 

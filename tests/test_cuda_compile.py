@@ -21,6 +21,7 @@ MAX_REGISTERS = {"gather_logps_fwd_kernel": 48, "gather_logps_bwd_kernel": 48, "
 MAX_REGISTERS |= {
     "linear_logps_kernel": 64,
     "pack_patches_kernel": 64,
+    "pack_patches_general_kernel": 64,
     "grpo_loss_kernel": 64,
     "grpo_loss_finish_kernel": 64,
     "group_advantages_kernel": 64,

@@ -1,5 +1,7 @@
 """Attention of groups that share a prefix, against a mask over all tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from budget import assert_within_budget
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, flash, flex, group_attention
+from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, cudnn, flash, flex, group_attention
 from vlmkernels.ops.group_attention.merge import merge_
 
 pytestmark = pytest.mark.device
@@ -49,6 +51,13 @@ def eager_formula(query, key, value, layout):
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
 
 
+def skip_unless_supported(implementation, query):
+    try:
+        IMPLEMENTATIONS.choose(implementation, query)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture(autouse=True)
 def many_variants():
     """These tests compile FlexAttention for more dtypes and shapes than a process otherwise may."""
@@ -65,10 +74,7 @@ def test_matches_fp64(device, implementation, dtype, name, heads):
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(device, dtype) for h in (4, heads, heads)]
     weight = torch.randn(layout.num_tokens, 4, 16, generator=rng).to(device)
-    try:
-        IMPLEMENTATIONS.choose(implementation, inputs[0])
-    except NotImplementedError as error:
-        pytest.skip(str(error))
+    skip_unless_supported(implementation, inputs[0])
     forward_only = implementation == "flex" and device == "cpu"
     exact = run([x.double() for x in inputs], layout, weight.double(), formula, forward_only)
     eager = run(inputs, layout, weight, eager_formula, forward_only)
@@ -182,12 +188,126 @@ def test_flash_of_any_layout(groups):
         torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
 
 
+def dense_scores(query, key, causal, scale):
+    """(B, H, S, T) scores; causally, query i sees keys up to i."""
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2) * scale
+    return scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf) if causal else scores
+
+
+def dense_forward(query, key, value, causal, scale):
+    """What cuDNN's forward kernel returns, laid out like it, rounded once."""
+    assert query.transpose(1, 2).is_contiguous()
+    q, k, v = (x.double() for x in (query, key, value))
+    scores = dense_scores(q, k, causal, scale)
+    out = scores.softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    lse = scores.logsumexp(-1)
+    out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return out, lse if query.dtype == torch.float64 else lse.float()
+
+
+def dense_backward(dout, query, key, value, out, lse, causal, scale):
+    """What cuDNN's backward kernel computes from the output and log-sum-exp that it is given, rounded once."""
+    assert lse.is_contiguous()
+    assert all(x.transpose(1, 2).is_contiguous() for x in (dout, query, key, value, out))
+    q, k, v, do, o = (x.double() for x in (query, key, value, dout, out))
+    probabilities = (dense_scores(q, k, causal, scale) - lse.double().unsqueeze(-1)).exp()
+    shared = q.shape[1] // k.shape[1]
+    inner = do @ v.repeat_interleave(shared, 1).transpose(-1, -2) - (do * o).sum(-1, keepdim=True)
+    dscores = probabilities * inner * scale
+    dkey, dvalue = dscores.transpose(-1, -2) @ q, probabilities.transpose(-1, -2) @ do
+    gradients = dscores @ k.repeat_interleave(shared, 1), *(x.unflatten(1, (-1, shared)).sum(2) for x in (dkey, dvalue))
+    return tuple(x.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
+
+
+def replace_dense_kernels(patch, one_call, block=8):
+    """cudnn.py with formulas in place of the kernels of torch, and with blocks of which the layouts here have several."""
+    patch.setattr(cudnn, "unsupported", lambda query: None)
+    patch.setattr(cudnn, "_forward", dense_forward)
+    patch.setattr(cudnn, "_backward", dense_backward)
+    patch.setattr(cudnn, "BLOCK", block)
+    patch.setattr(cudnn, "ONE_CALL", one_call)
+    cudnn._plan.cache_clear()
+
+
+@pytest.fixture
+def own_plans():
+    yield
+    cudnn._plan.cache_clear()
+
+
+def cudnn_attention(query, key, value, layout):
+    return group_attention(query, key, value, layout, scale=0.3, implementation="cudnn")
+
+
+CUDNN_LAYOUTS = LAYOUTS | {
+    "whole blocks": GroupLayout((16,), ((8, 8, 8),)),
+    "whole blocks, two groups": GroupLayout((16, 8), ((16, 16), (8,))),
+    "whole blocks, no completions": GroupLayout((16, 24), ((), (0,))),
+    "whole blocks, unequal": GroupLayout((16,), ((8, 16),)),
+    "a block and a tail": GroupLayout((19,), ((8, 8),)),
+    "a prefix of whole blocks": GroupLayout((16,), ((5, 5),)),
+    "many blocks": GroupLayout((8 * 23,), ((8 * 17, 8 * 17),)),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("name", CUDNN_LAYOUTS)
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("one_call", [False, True])
+def test_cudnn_with_reference_kernels(monkeypatch, own_plans, name, heads, one_call):
+    """The calls, their padding and their merge, which alone is in fp32."""
+    replace_dense_kernels(monkeypatch, one_call)
+    layout = CUDNN_LAYOUTS[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(layout.num_tokens, h, 24, generator=rng, dtype=torch.float64) for h in (4, heads, heads)]
+    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
+    weight = torch.randn(layout.num_tokens, 4, 24, generator=rng, dtype=torch.float64)
+    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, cudnn_attention))
+    for what in exact:
+        torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", CUDNN_LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cudnn_rounding(monkeypatch, own_plans, name, dtype):
+    """Parts are rounded before they are merged or added."""
+    replace_dense_kernels(monkeypatch, False)
+    layout = CUDNN_LAYOUTS[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
+    weight = torch.randn(layout.num_tokens, 4, 16, generator=rng)
+    exact = run([x.double() for x in inputs], layout, weight.double(), formula, False)
+    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, cudnn_attention))
+    for what in exact:
+        assert_within_budget(what, actual[what], eager[what], exact[what])
+
+
+@on_cpu
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=3), st.booleans())
+def test_cudnn_of_any_layout(groups, one_call):
+    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+    inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
+    weight = torch.randn_like(inputs[0])
+    with pytest.MonkeyPatch.context() as patch:
+        replace_dense_kernels(patch, one_call, block=4)
+        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, cudnn_attention))
+    cudnn._plan.cache_clear()
+    for what in exact:
+        torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [8, 64, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("implementation", "width"), [*(("flash", x) for x in (8, 64, 96, 128, 256)), *(("cudnn", x) for x in (8, 96, 128))]
+)
 @pytest.mark.parametrize("how", ["contiguous", "heads first", "sliced", "misaligned"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_flash_strides_and_widths(dtype, how, width):
+def test_strides_and_widths(implementation, dtype, how, width):
     layout = GroupLayout((300, 70), ((40, 257), (128, 5)))
+    skip_unless_supported(implementation, torch.empty(1, 1, width, device="cuda", dtype=dtype))
+    attention = {"flash": flash_attention, "cudnn": cudnn_attention}[implementation]
     rng = torch.Generator().manual_seed(0)
 
     def make(heads):
@@ -209,21 +329,24 @@ def test_flash_strides_and_widths(dtype, how, width):
         gradients = torch.autograd.grad(out, inputs, weight.to(out.dtype))
         return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *gradients), strict=True))
 
-    actual, eager = differentiate(inputs, flash_attention), differentiate(inputs, eager_formula)
+    actual, eager = differentiate(inputs, attention), differentiate(inputs, eager_formula)
     exact = differentiate([x.double() for x in inputs], formula)
     for what in exact:
         assert_within_budget(what, actual[what], eager[what], exact[what])
 
 
 @pytest.mark.gpu
-def test_flash_does_not_wait_for_the_device():
-    layout = GroupLayout((33, 20), ((40, 7), (12, 5)))
+@pytest.mark.parametrize("implementation", ["flash", "cudnn"])
+@pytest.mark.parametrize("layout", [GroupLayout((133, 20), ((40, 7), (12, 5))), GroupLayout((256,), ((128, 128),))])
+def test_does_not_wait_for_the_device(implementation, layout):
     flash._plan.cache_clear()
+    cudnn._plan.cache_clear()
     q, k, v = (torch.randn(layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    skip_unless_supported(implementation, q)
     weight = torch.randn_like(q)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.autograd.grad(group_attention(q, k, v, layout, implementation="flash"), (q, k, v), weight)
+        torch.autograd.grad(group_attention(q, k, v, layout, implementation=implementation), (q, k, v), weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -241,6 +364,56 @@ def test_flash_unsupported(device, dtype, width, reason):
     assert flash.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
     if device == "cuda":
         assert IMPLEMENTATIONS.choose("auto", query) == "flex"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "reason"),
+    [
+        (torch.float32, 64, "supports bfloat16 and float16, got float32"),
+        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 128, got 20"),
+        (torch.bfloat16, 136, "supports head dimensions that are multiples of 8 up to 128, got 136"),
+    ],
+)
+def test_cudnn_unsupported(device, dtype, width, reason):
+    query = torch.zeros(4, 2, width, dtype=dtype, device=device)
+    assert cudnn.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({}, None),
+        ({"capability": (8, 0)}, "needs compute capability 9.0 or higher, got 8.0"),
+        ({"version": 91500}, "needs cuDNN 9.15.1 or higher, got 91500"),
+        ({"version": None}, "needs cuDNN 9.15.1 or higher, got None"),
+        ({"available": False}, "needs cuDNN 9.15.1 or higher, got 91900"),
+        ({"avoid_recompile": "1"}, "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 changes the layout of the log-sum-exp"),
+        ({"deterministic": True}, "cuDNN's backward pass is not deterministic"),
+    ],
+)
+def test_cudnn_needs(monkeypatch, state, reason):
+    query = SimpleNamespace(shape=(4, 2, 64), dtype=torch.bfloat16, device=torch.device("cuda"))
+    capability = state.get("capability", (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: state.get("available", True))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: state.get("version", 91900))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: state.get("deterministic", False))
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", state.get("avoid_recompile", "0"))
+    assert cudnn.unsupported(query) == reason
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 1 << 20))
+def test_cudnn_lengths_come_from_a_small_set(length):
+    """Multiples of a block, at most an eighth longer from 16 blocks on; 8 per power of two."""
+    padded = cudnn._padded(length)
+    assert padded % cudnn.BLOCK == 0
+    assert length <= padded < length + max(cudnn.BLOCK, length / 8 + 1)
+    assert cudnn._padded(padded) == padded
+    low = 1 << (length.bit_length() - 1)
+    if low >= 16 * cudnn.BLOCK:
+        assert padded % (low // 8) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -318,7 +491,7 @@ def test_each_completion_is_as_if_alone(groups, seed):
         ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
         ({"implementation": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
         ({"implementation": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
-        ({"implementation": "math"}, ValueError, "implementation must be auto or one of parts, flash, flex, got 'math'"),
+        ({"implementation": "math"}, ValueError, "implementation must be auto or one of parts, flash, cudnn, flex, got 'math'"),
     ],
 )
 def test_bad_input(changes, error, message):

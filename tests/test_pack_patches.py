@@ -206,12 +206,34 @@ def test_any_strides(need, on_device, nan_filled, backend, view, layout):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_many_images(need, on_device, nan_filled, backend):
-    """More images than a search halves evenly, in one launch."""
-    images = on_device(backend, [noise(3, 4 * (1 + i % 3), 4 * (1 + i % 2), seed=i) for i in range(11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("patch_size", [14, 16])
+def test_alignment(need, on_device, nan_filled, backend, dtype, slots, patch_size):
+    """Lines that start at every offset from a multiple of 4 bytes, alone and beside images of other strides."""
+    (whole,) = on_device(backend, [noise(3, 3, 4 * patch_size, 4 * patch_size + 4)])
+    need("pack_patches", backend, whole)
+    crops = [whole[:, :, :, x : x + 4 * patch_size] for x in (0, 1, 2)]  # of videos
+    odd_lines = whole.flatten()[: 3 * 3 * 2 * patch_size * (2 * patch_size + 1)].view(3, 3, 2 * patch_size, -1)
+    others = [odd_lines[..., :-1], whole[0].permute(1, 2, 0).contiguous()[:, : 4 * patch_size], crops[2][0]]
+    options = {"patch_size": patch_size, "mean": MEAN, "std": STD, "dtype": dtype, "temporal_patch_size": slots}
+    for images in (*([crop] for crop in crops), [others[2], crops[0]], [crops[0], *others]):
+        expected = pack_patches([image.clone() for image in images], backend="reference", **options)
+        check(pack_patches(images, backend=backend, **options), expected)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("patch_size", [2, 14])
+def test_many_images(need, on_device, nan_filled, backend, patch_size):
+    """More images than a search halves evenly, and than one launch takes."""
+    unit = 2 * patch_size
+    images = [noise(3, unit * (1 + i % 3), unit * (1 + i % 2), seed=i) for i in range(70)]
+    images = on_device(backend, [*images, noise(3, 3, unit, unit)])
     need("pack_patches", backend, *images)
-    options = {"patch_size": 2, "mean": MEAN, "std": STD}
-    check(pack_patches(images, backend=backend, **options), pack_patches(images, backend="reference", **options))
+    options = {"patch_size": patch_size, "mean": MEAN, "std": STD, "dtype": torch.bfloat16}
+    expected = pack_patches(images, backend="reference", **options)
+    check(pack_patches(images, backend=backend, **options), expected)
+    check(pack_patches(images[:33], backend=backend, **options), pack_patches(images[:33], backend="reference", **options))
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])

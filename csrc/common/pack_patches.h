@@ -26,8 +26,7 @@ struct PatchImage {
 static_assert(sizeof(PatchImage) == 9 * sizeof(int64_t));
 
 struct PackPatches {
-    const PatchImage* images;            // in memory of the host
-    const PatchImage* images_on_device;  // CUDA: the same on the device, needed for more than kPackImages images
+    const PatchImage* images;  // in memory of the host
     int64_t num_images;
     int64_t num_rows;
     int64_t patch_size;           // P
@@ -39,8 +38,6 @@ struct PackPatches {
     void* rows;            // (num_rows, 3 Tp P P)
     bool fresh;            // CPU: nobody has written to the rows' memory yet
 };
-
-constexpr int kPackImages = 32;  // CUDA: so many images are arguments of the kernel
 
 // Where a row's pixels are.
 struct Patch {
@@ -57,13 +54,13 @@ struct Patch {
     VLMK_HD bool repeats(uint32_t slot) const { return slot > 0 && frame(slot) == frame(slot - 1); }
 };
 
-// The image of a row, which is not before image `low`; first_row(i): that of image i.
-template <class FirstRow>
-VLMK_HD uint32_t image_of_row(int64_t row, uint32_t low, uint32_t num_images, FirstRow first_row) {
-    uint32_t high = num_images - 1;
+// The image of a row. Image: has a first_row.
+template <class Image>
+VLMK_HD uint32_t image_of_row(const Image* images, int64_t num_images, int64_t row) {
+    uint32_t low = 0, high = static_cast<uint32_t>(num_images) - 1;
     while (low < high) {
         uint32_t middle = (low + high + 1) / 2;
-        if (first_row(middle) <= row) {
+        if (images[middle].first_row <= row) {
             low = middle;
         } else {
             high = middle - 1;

@@ -52,8 +52,7 @@ template <class T, int kPatch>
 void pack_row(const PackPatches& p, int64_t row) {
     const int64_t size = kPatch > 0 ? kPatch : p.patch_size, planes = p.channels_last ? 1 : 3;
     const int64_t block = 3 / planes * p.patch_size * p.patch_size;
-    const auto first_row = [&](uint32_t i) { return p.images[i].first_row; };
-    const PatchImage& image = p.images[image_of_row(row, 0, static_cast<uint32_t>(p.num_images), first_row)];
+    const PatchImage& image = p.images[image_of_row(p.images, p.num_images, row)];
     const Patch patch = patch_in_image(p, image, row);
     const T* table = static_cast<const T*>(p.table);
     T* out = static_cast<T*>(p.rows) + row * planes * p.temporal_patch_size * block;

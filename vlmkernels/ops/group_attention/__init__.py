@@ -10,7 +10,7 @@ __all__ = ["GroupLayout", "group_attention"]
 
 IMPLEMENTATIONS = Implementations(
     "group_attention",
-    {"parts": "parts", "flash": "flash", "flex": "flex"},
+    {"parts": "parts", "flash": "flash", "cudnn": "cudnn", "flex": "flex"},
     {"cpu": ("parts",), "cuda": ("flash", "flex")},
     otherwise=("flex",),
 )
@@ -41,8 +41,10 @@ def group_attention(
         layout: see ``GroupLayout``.
         scale: of the scores; default 1 / sqrt(D).
         implementation: "flash" (CUDA, bf16 and fp16: flash attention of all segments, and of each group's completions on its
-            prefix, merged by their log-sum-exp), "parts" (the same on the CPU), "flex" (FlexAttention with a block mask) or
-            "auto": "parts" on the CPU, "flash" on CUDA where it is supported, "flex" otherwise.
+            prefix, merged by their log-sum-exp), "parts" (the same on the CPU), "cudnn" (the same by cuDNN's attention, on
+            compute capability 9.0 and higher, for head dimensions up to 128), "flex" (FlexAttention with a block mask) or
+            "auto": "parts" on the CPU, "flash" on CUDA where it is supported, "flex" otherwise. "cudnn" is by name alone, as it
+            first builds plans for the shapes of its calls: see docs/shared-prefix.md.
 
     Returns:
         (N, Hq, D) in the dtype of ``query``. Gradients go to query, key and value, exact: the backward pass of each part takes

@@ -14,6 +14,7 @@ from vlmkernels.ops.checks import require, require_device, require_dtype, requir
 from vlmkernels.ops.pack_patches.images import as_frames
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+_ONE_OF_DTYPES = f"be one of {', '.join(map(str, DTYPES))}"
 
 
 class Layout(NamedTuple):
@@ -134,24 +135,25 @@ def pack_patches(
     """
     require(isinstance(images, (list, tuple)), "images", "be a list or tuple", type(images).__name__, TypeError)
     require(len(images) > 0, "images", "hold at least one image", len(images))
-    require(dtype in DTYPES, "dtype", f"be one of {', '.join(map(str, DTYPES))}", dtype, TypeError)
-    require((mean is None) == (std is None), "mean and std", "both be given or both be None", f"{mean} and {std}")
+    require(dtype in DTYPES, "dtype", _ONE_OF_DTYPES, dtype, TypeError)
+    if (mean is None) != (std is None):
+        raise ValueError(f"mean and std must both be given or both be None, got {mean} and {std}")
     require_positive("rescale", rescale)
     sizes = _sizes(layout, patch_size, merge_size=merge_size, temporal_patch_size=temporal_patch_size)
     frames = [as_frames(image, f"images[{i}]") for i, image in enumerate(images)]
     device, multiple = frames[0].device, sizes.patch_size * sizes.merge_size
+    # In integers: operations on small tensors would take longer than the kernel does on a GPU.
+    grid, bounds = [], [0]
     for i, image in enumerate(frames):
         require_device(f"images[{i}]", image, device, "images[0]")
-        height, width = image.shape[-2:]
-        divides = height % multiple == 0 and width % multiple == 0
-        require(divides, f"images[{i}]", f"have sides that are multiples of {multiple}", f"{height} x {width}")
-
-    grid = torch.tensor(
-        [[-(-len(x) // sizes.temporal_patch_size), x.shape[2] // patch_size, x.shape[3] // patch_size] for x in frames]
-    )
-    bounds = torch.zeros(int(grid[:, 0].sum()) + 1, dtype=torch.int32)
-    torch.cumsum((grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0]), 0, out=bounds[1:])
-    num, features = int(bounds[-1]), 3 * sizes.temporal_patch_size * patch_size**2
+        num_frames, _, height, width = image.shape
+        if height % multiple or width % multiple:
+            raise ValueError(f"images[{i}] must have sides that are multiples of {multiple}, got {height} x {width}")
+        groups, grid_h, grid_w = -(-num_frames // sizes.temporal_patch_size), height // patch_size, width // patch_size
+        grid.append((groups, grid_h, grid_w))
+        first, rows = bounds[-1], grid_h * grid_w
+        bounds += range(first + rows, first + rows * groups + 1, rows)
+    num, features = bounds[-1], 3 * sizes.temporal_patch_size * patch_size**2
     fresh = out is None
     if fresh:
         out = torch.empty(num, features, dtype=dtype, device=device)
@@ -164,4 +166,5 @@ def pack_patches(
         out = out[:num]
     table = _table(_per_channel("mean", mean), _per_channel("std", std), float(rescale), dtype, device)
     select("pack_patches", resolve(backend), frames[0]).fwd(frames, table, out, sizes, fresh)
-    return PackedPatches(out, grid, bounds.to(device, non_blocking=True))
+    bounds = torch.tensor(bounds, dtype=torch.int32)
+    return PackedPatches(out, torch.tensor(grid), bounds.to(device, non_blocking=True))

@@ -26,6 +26,8 @@ def rgb_from_pil(image, name: str) -> torch.Tensor:
 
 
 def _check_dtype(image, name: str) -> None:
+    if image.dtype == torch.uint8:  # a NumPy type is not equal to one of torch
+        return
     dtype = str(image.dtype).removeprefix("torch.")
     require(dtype == "uint8", name, "have dtype uint8", f"{dtype}, {tuple(image.shape)}", TypeError)
 
@@ -49,20 +51,22 @@ def as_frames(image, name: str) -> torch.Tensor:
     shape = tuple(image.shape)
     is_rgb = len(shape) in (3, 4) and 3 in (shape[-3], shape[-1])
     require(is_rgb, name, "be (H, W, 3) or (3, H, W), or frames (T, ...) of that", shape)
-    require(image.numel() > 0, name, "have pixels", shape)
+    require(0 not in shape, name, "have pixels", shape)
     frames = image if len(shape) == 4 else image.unsqueeze(0)
     return frames if shape[-3] == 3 else frames.movedim(-1, 1)
 
 
-def image_table(frames: list[torch.Tensor], patch_size: int, temporal_patch_size: int) -> torch.Tensor:
-    """(n, 9) int64, per image the fields of ``PatchImage`` in csrc/common/pack_patches.h, on the device of the images."""
-    rows, first_row = [], 0
+def image_fields(frames: list[torch.Tensor], patch_size: int, temporal_patch_size: int) -> list[int]:
+    """Per image the 9 fields of ``PatchImage`` in csrc/common/pack_patches.h."""
+    fields, first_row = [], 0
     for image in frames:
         num_frames, _, height, width = image.shape
         grid_h, grid_w = height // patch_size, width // patch_size
-        rows.append([image.data_ptr(), *image.stride(), num_frames, grid_h, grid_w, first_row])
+        fields += (image.data_ptr(), *image.stride(), num_frames, grid_h, grid_w, first_row)
         first_row += -(-num_frames // temporal_patch_size) * grid_h * grid_w
-    table = torch.tensor(rows)
-    device = frames[0].device
-    # From pinned memory, so that the copy does not wait for the device.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return fields
+
+
+def image_table(fields: list[int], device: torch.device) -> torch.Tensor:
+    """(9 n,) int64: the fields on ``device``. The copy does not wait for the device: the driver buffers so few bytes."""
+    return torch.tensor(fields).to(device, non_blocking=True)

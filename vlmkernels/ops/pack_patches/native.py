@@ -1,9 +1,11 @@
 """pack_patches through the compiled module, for the backends "cpp" and "cuda"."""
 
+from array import array
+
 import torch
 
 from vlmkernels.ops.launch import Launcher, address
-from vlmkernels.ops.pack_patches.images import image_table
+from vlmkernels.ops.pack_patches.images import image_fields
 
 
 class Native(Launcher):
@@ -11,10 +13,10 @@ class Native(Launcher):
         return None
 
     def fwd(self, frames, table, out, layout, fresh):
-        images = image_table(frames, layout.patch_size, layout.temporal_patch_size)
+        fields = array("q", image_fields(frames, layout.patch_size, layout.temporal_patch_size))
         params = self.module.PackPatches(
-            images=address(images),
-            num_images=len(images),
+            images=fields.buffer_info()[0],
+            num_images=len(frames),
             num_rows=len(out),
             patch_size=layout.patch_size,
             merge_size=layout.merge_size,

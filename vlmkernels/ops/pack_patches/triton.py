@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.ops.pack_patches.images import image_table
+from vlmkernels.ops.pack_patches.images import image_fields, image_table
 
-BLOCK_F = 1024
+BLOCK_F = 256  # a row has a few hundred features to some 1500: of larger blocks, much would be masked
 NUM_WARPS = 4
 
 
@@ -74,13 +74,13 @@ def pack_patches_kernel(
 
 
 def fwd(frames, table, out, layout, fresh):
-    images = image_table(frames, layout.patch_size, layout.temporal_patch_size)
+    images = image_table(image_fields(frames, layout.patch_size, layout.temporal_patch_size), out.device)
     with torch.cuda.device_of(out):
         pack_patches_kernel[(len(out),)](
             images,
             table,
             out,
-            len(images),
+            len(frames),
             SIZE=layout.patch_size,
             MERGE=layout.merge_size,
             SLOTS=layout.temporal_patch_size,

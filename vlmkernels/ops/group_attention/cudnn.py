@@ -1,0 +1,257 @@
+"""Group attention on Hopper and newer GPUs from cuDNN's attention, in calls whose shapes recur.
+
+For each shape that is new to a thread cuDNN builds an execution plan, which takes tens to hundreds of milliseconds, and the
+lengths of packs differ from step to step. So the shapes are taken from a small set:
+
+- The prefix is cut at a multiple of BLOCK. All later tokens of the group attend to its head, the keys before the cut.
+- Its tail, the fewer than BLOCK tokens after the cut, is copied in front of each completion. [tail | completion] attends to
+  itself, causally. These sequences are padded at their ends to one length; no token sees what is after it, so that this padding
+  needs no mask.
+- The queries on the head are padded too. Results of padded queries are not read. In the backward pass their log-sum-exp is so
+  large that their probabilities are 0, and so are their gradients.
+
+Where the lengths are multiples already, the sequences are views of the pack. Results are merged as in parts.py.
+"""
+
+import importlib.util
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from vlmkernels.ops.group_attention.flash import _aligned
+
+BLOCK = 128
+NO_WEIGHT = 1e30  # a log-sum-exp: e^(score - NO_WEIGHT) is 0
+# Whether the queries of a whole group attend to the head of the prefix in one causal call, with more queries than keys.
+ONE_CALL = False
+
+
+def unsupported(query: torch.Tensor) -> str | None:
+    width = query.shape[-1]
+    if query.device.type != "cuda":
+        return f"supports CUDA tensors, got {query.device.type}"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"supports bfloat16 and float16, got {str(query.dtype).removeprefix('torch.')}"
+    if width % 8 or width > 128:
+        return f"supports head dimensions that are multiples of 8 up to 128, got {width}"
+    if torch.version.hip is not None:
+        return "supports NVIDIA GPUs only"
+    if (capability := torch.cuda.get_device_capability(query.device)) < (9, 0):
+        return f"needs compute capability 9.0 or higher, got {capability[0]}.{capability[1]}"
+    if not torch.backends.cudnn.is_available() or (torch.backends.cudnn.version() or 0) <= 91500:
+        return f"needs cuDNN 9.15.1 or higher, got {torch.backends.cudnn.version()}"
+    if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1":
+        return "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 changes the layout of the log-sum-exp"
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        return "cuDNN's backward pass is not deterministic"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def _padded(length: int) -> int:
+    """The next length of the set: multiples of BLOCK, and above 16 blocks 8 lengths per power of two."""
+    step = max(BLOCK, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // step) * step
+
+
+class _ToHead(NamedTuple):
+    """A call of queries on the head of the prefix. Ranges are in tokens of the group."""
+
+    start: int
+    stop: int
+    num_rows: int  # with padding
+    causal: bool
+    index: torch.Tensor | None  # (num_rows,) int32: the queries with padding; None: the range itself
+
+
+class _Plan(NamedTuple):
+    num_tokens: int
+    head: int  # tokens of the prefix before the cut
+    tail: int  # and after it
+    to_head: tuple[_ToHead, ...]  # of ranges in order, which cover the group; none without a head
+    num_sequences: int  # [tail | completion]: num_sequences of equal padded length
+    index: torch.Tensor | None  # (num_sequences * length,) int32: their tokens; None: the tokens after the head
+    lse_index: torch.Tensor | None  # the same, with num_tokens for padding and for the tail's later copies
+    places: torch.Tensor | None  # (num_tokens - head,) int32: where in the sequences each token after the head is
+    rows: torch.Tensor | None  # (num_tokens - head,) int32: the tokens after the head
+
+
+@lru_cache(maxsize=64)  # every layer of a pass has the same groups
+def _plan(prefix: int, completions: tuple[int, ...], device: torch.device, one_call: bool) -> _Plan:
+    """Of one group. Built on the host and copied without waiting for the device."""
+    completions = tuple(length for length in completions if length)
+    num, tail = prefix + sum(completions), prefix % BLOCK
+    head, longest = prefix - tail, tail + max(completions, default=0)
+    num_sequences = max(len(completions), 1 if tail else 0)
+    host = {}  # index tensors
+    if num > head:
+        host["rows"] = torch.arange(head, num)
+        if tail or completions != (_padded(longest),) * num_sequences:
+            host |= _sequences(head, prefix, completions or (0,), _padded(longest))
+    ranges = [(0, num, True)] if one_call else [(0, head, True), (head, num, False)]
+    to_head = []
+    for start, stop, causal in ranges if head else ():
+        num_rows = stop - start
+        if num > head and stop == num:
+            num_rows = _padded(num_rows + ("index" in host))  # lse_index needs a padded row
+        if num_rows > stop - start:
+            host["queries"] = torch.cat([torch.arange(start, stop), torch.full((num_rows - (stop - start),), start)])
+        if stop > start:
+            to_head.append((start, stop, num_rows, causal))
+    if host:
+        packed = torch.cat(list(host.values())).to(torch.int32)
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        parts = packed.to(device, non_blocking=True).split([len(x) for x in host.values()])
+        host = dict(zip(host, parts, strict=True))
+    calls = tuple(_ToHead(*x, host.get("queries") if x[2] > x[1] - x[0] else None) for x in to_head)
+    indices = (host.get(name) for name in ("index", "lse_index", "places", "rows"))
+    return _Plan(num, head, tail, calls, num_sequences if num > head else 0, *indices)
+
+
+def _sequences(head: int, prefix: int, completions: tuple[int, ...], length: int) -> dict[str, torch.Tensor]:
+    """index, lse_index and places of a plan."""
+    num, tail = prefix + sum(completions), prefix - head
+    index = torch.zeros(len(completions), length, dtype=torch.int64)
+    lse_index = torch.full_like(index, num)
+    start = prefix
+    for number, size in enumerate(completions):
+        index[number, :tail] = torch.arange(head, prefix)
+        index[number, tail : tail + size] = torch.arange(start, start + size)
+        own = slice(tail if number else 0, tail + size)
+        lse_index[number, own] = index[number, own]
+        start += size
+    index, lse_index = index.flatten(), lse_index.flatten()
+    places = torch.empty(num + 1, dtype=torch.int64).scatter_(0, lse_index, torch.arange(len(index)))
+    return {"index": index, "lse_index": lse_index, "places": places[head:num]}
+
+
+def _forward(query, key, value, causal: bool, scale: float):
+    """(B, H, S, D) query, (B, Hkv, T, D) key and value: output, laid out as query, and log-sum-exp (B, H, S) in fp32."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scale
+    )
+    return out, lse.reshape(query.shape[:3])
+
+
+def _backward(dout, query, key, value, out, lse, causal: bool, scale: float):
+    """Gradients of query, key and value through the scores of one call, from the merged ``out`` and ``lse`` (contiguous)."""
+    dropout_state = torch.empty(0, dtype=torch.int64, device=lse.device)  # not read without dropout
+    lengths = query.shape[2], key.shape[2]
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout,
+        query,
+        key,
+        value,
+        out,
+        lse.view(-1).view(*lse.shape, 1),
+        dropout_state,
+        dropout_state,
+        None,
+        None,
+        None,
+        *lengths,
+        0.0,
+        causal,
+        scale=scale,
+    )
+
+
+def _batch(x: torch.Tensor, num_sequences: int = 1) -> torch.Tensor:
+    """(B * S, H, D) as (B, H, S, D)."""
+    return x.unflatten(0, (num_sequences, -1)).transpose(1, 2)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, S, D) as (B * S, H, D); a view of what cuDNN returns."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _take(x: torch.Tensor, index: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+    return x[start:stop] if index is None else x.index_select(0, index)
+
+
+def _join(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+class _Group(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, plan, scale):
+        from vlmkernels.ops.group_attention.merge import merge_
+
+        query, key, value = (_aligned(x.contiguous()) for x in (query, key, value))
+        num, head = plan.num_tokens, plan.head
+        outs, lses = [], []  # padding is at the end
+        for start, stop, _, causal, index in plan.to_head:
+            q = _batch(_take(query, index, start, stop))
+            part, part_lse = _forward(q, _batch(key[:head]), _batch(value[:head]), causal, scale)
+            outs.append(_rows(part))
+            lses.append(part_lse[0])
+        if plan.num_sequences:
+            inputs = [_batch(_take(x, plan.index, head, num), plan.num_sequences) for x in (query, key, value)]
+            part, part_lse = _forward(*inputs, True, scale)
+            part, part_lse = _rows(part), part_lse.transpose(0, 1).flatten(1)
+            if plan.places is not None:
+                part, part_lse = part.index_select(0, plan.places), part_lse.index_select(1, plan.places)
+            if outs:
+                out, lse = _join(outs), _join(lses, 1)
+                merge_(out, lse, part, part_lse, plan.rows)
+            else:
+                out, lse = part, torch.nn.functional.pad(part_lse, (0, 1))
+        else:
+            out, lse = _join(outs), _join(lses, 1)
+        if lse.shape[1] > num:
+            lse[:, num:].fill_(NO_WEIGHT)
+        ctx.plan, ctx.scale = plan, scale
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out if len(out) == num else out[:num]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        query, key, value, out, lse = ctx.saved_tensors
+        plan, scale = ctx.plan, ctx.scale
+        num, head, tail = plan.num_tokens, plan.head, plan.tail
+        dout = _aligned(dout.contiguous())
+        dqueries, dkeys, dvalues = [], [], []
+        for start, stop, num_rows, causal, index in plan.to_head:
+            results = _batch(out[start : start + num_rows]), lse[None, :, start : start + num_rows].contiguous()
+            do, q = (_batch(_take(x, index, start, stop)) for x in (dout, query))
+            dq, dk, dv = map(_rows, _backward(do, q, _batch(key[:head]), _batch(value[:head]), *results, causal, scale))
+            dqueries.append(dq[: stop - start])
+            dkeys.append(dk)
+            dvalues.append(dv)
+        dkeys, dvalues = ([torch.add(*x) if len(x) == 2 else x[0]] if x else [] for x in (dkeys, dvalues))
+        if plan.num_sequences:
+            tensors = [_batch(_take(x, plan.index, head, num), plan.num_sequences) for x in (dout, query, key, value, out)]
+            own_lse = lse[:, head:num] if plan.lse_index is None else lse.index_select(1, plan.lse_index)
+            own_lse = own_lse.unflatten(1, (plan.num_sequences, -1)).transpose(0, 1).contiguous()
+            dq, dk, dv = map(_rows, _backward(*tensors, own_lse, True, scale))
+            if plan.places is not None:
+                dq = dq.index_select(0, plan.places)
+                if tail:
+                    copies = [x.unflatten(0, (plan.num_sequences, -1))[:, :tail].sum(0) for x in (dk, dv)]
+                    dkeys.append(copies[0])
+                    dvalues.append(copies[1])
+                dk, dv = (x.index_select(0, plan.places[tail:]) for x in (dk, dv))
+            if dqueries:
+                dqueries[-1][head - num :].add_(dq)
+            else:
+                dqueries.append(dq)
+            dkeys.append(dk)
+            dvalues.append(dv)
+        return *(_join(x) for x in (dqueries, dkeys, dvalues)), None, None
+
+
+def run(query, key, value, layout, scale):
+    sizes = [end - begin for begin, _, end in layout.groups]
+    outs = []
+    for prefix, completions, *inputs in zip(
+        layout.prefixes, layout.completions, *(x.split(sizes) for x in (query, key, value)), strict=True
+    ):
+        outs.append(_Group.apply(*inputs, _plan(prefix, completions, query.device, ONE_CALL), scale))
+    return _join(outs)
