@@ -46,9 +46,9 @@ BENCHES = {
     "fast": [
         ("bench_gather_logps.py", "test_gather_logps", 60, 3),
         ("bench_linear.py", "test_linear", 90, 3),
-        ("bench_grpo_loss.py", "", 30, 3),
+        ("bench_grpo_loss.py", "", 60, 2),
         ("bench_linear.py", "test_forward", 45, 3),
-        ("bench_vision.py", "on_device or rotary or mrope or merge", 40, 3),
+        ("bench_vision.py", "on_device or rotary or mrope or merge", 60, 2),
         ("bench_gather_logps.py", "test_forward", 30, 3),
         ("bench_linear.py", "stream", 30, 3),
     ],

@@ -78,7 +78,6 @@ HEADLINES = {
     "linear_grpo_loss qwen3-vl-8b 8192 x 4096 x 151936, frozen head": "the same, frozen head",
     "linear_logps qwen3-vl-8b 8192 x 4096 x 151936, no gradient": "log-probabilities and entropies from hidden states",
     "group_attention P 2048, 8 x 512, 16 heads of 128": "attention, prefix of 2048, 8 completions of 512, with gradients",
-    "pack_patches 8 x 1344 x 1344 on the GPU": "8 images of 1344 x 1344 to bf16 patches",
     "training step 0.5b, 1 x 8 completions of 256 tokens, an image of 1225": "training step, 0.7 B, 8 completions, one image",
     "training step 3b, 1 x 8 completions of 256 tokens, an image of 1225": "training step, 3.8 B, 8 completions, one image",
 }
@@ -98,10 +97,12 @@ def gpu(which: str = "headlines") -> list[str]:
             if not timed:
                 continue
             ours = timed[0]
-            peers = [row for row in timed[1:] if not row["provider"].startswith("vlmkernels")]
+            peers = [row for row in timed[1:] if not row["provider"].startswith(("vlmkernels", "experiment", "eager"))]
             limits = {"percent_of_copy": "copy", "percent_of_gemm": "GEMM"}
             limit = ", ".join(f"{ours[key]:.0f} % of {what}" for key, what in limits.items() if key in ours)
-            ratios = "; ".join(f"{row['provider']} {row['ratio_to_ours']:.2f}" for row in peers)
+            ratios = [f"{row['provider']} {row['ratio_to_ours']:.2f}" for row in peers]
+            missing = [row["provider"] for row in found[case]["rows"] if row.get("error", "").endswith("out of memory")]
+            ratios = "; ".join(ratios + [f"{name} out of memory" for name in missing])
             memory = ", ".join(f"{row['peak_mib']:.0f}" for row in (ours, *peers) if "peak_mib" in row)
             lines.append(f"| {title} | {ours['ms']:.3g} | {limit} | {ratios} | {memory} |")
             shown.append(found[case])

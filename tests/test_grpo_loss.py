@@ -1,5 +1,6 @@
 """grpo_loss against first principles and, for every backend, the fp64 reference; against TRL: test_grpo_loss_trl.py."""
 
+import math
 import pickle
 import re
 from dataclasses import asdict, fields
@@ -33,8 +34,9 @@ def check(batch, config, backend, **options):
     size = exact["dlogps"].abs().sum().item()
     for name, value in exact.items():
         if value.dim():
-            # The exponentials of a GPU are good to 2 ulp each.
-            scale = 2 * value.abs().max().item() if torch.cuda.is_available() and value.numel() else None
+            # An exponential has the relative error of its argument times the argument: e^-57 in a vespo gradient.
+            largest = value.abs().max().item() if value.numel() else 0.0
+            scale = largest * max(1.0, abs(math.log(largest))) if largest else None
             assert_within_budget(name, actual[name].cpu(), eager[name].cpu(), value.cpu(), scale=scale)
             continue
         error, allowed = abs(actual[name].item() - value.item()), abs(eager[name].item() - value.item())

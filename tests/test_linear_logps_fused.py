@@ -143,7 +143,7 @@ def test_a_part_of_the_vocabulary(fused, device):
 
 def test_opcheck(fused, device):
     (hidden, weight, bias), targets = make((2, 3), 20, 4, torch.float32, device)
-    inputs = (hidden, weight, bias, targets, targets > 3, None, 0.7, 1.0, None, 0, 20, 0, 0, "triton")
+    inputs = (hidden, weight, bias, targets, targets > 3, None, 0.7, 1.0, None, 0, 20, 0, 0, 0, "triton")
     torch.library.opcheck(torch.ops.vlmkernels.linear_logps_fwd, inputs, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -1,20 +1,19 @@
-"""The rows of ``linear_logps`` straight from hidden states and weight, with no logits: what ``chunk_bytes=0`` asks for.
+"""The rows of ``linear_logps`` from hidden states and weight, without logits: the implementation of ``chunk_bytes=0``.
 
-Without gradients only, and taken unasked only where it was measured to be faster than a GEMM and a kernel for its rows;
-docs/head.md says how it is measured. Its one implementation is Triton's.
+It has no gradients. It is the default only where it was measured to be no slower than a GEMM and a kernel for its rows; see
+docs/head.md. Its one implementation is in Triton.
 """
 
 import torch
 
 from vlmkernels.backend import why_not
 
-# (compute capability, dtype of the operands): the number of rows from which on it is faster, as "linear_logps, no gradient" of
-# bench/bench_linear.py finds. Empty: measured nowhere yet.
-FASTER_FROM: dict[tuple[tuple[int, int] | None, torch.dtype], int] = {}
+# (compute capability, dtype of the operands): the number of rows from which on it is no slower.
+FASTER_FROM: dict[tuple[tuple[int, int] | None, torch.dtype], int] = {((9, 0), torch.bfloat16): 2048}
 
 
 def is_faster(hidden: torch.Tensor, num: int, backend: str) -> bool:
-    """Whether ``num`` rows of ``hidden`` are best served without logits, where the caller leaves that open."""
+    """Whether ``num`` rows of ``hidden`` are computed without logits by default."""
     if torch.compiler.is_compiling():  # what follows cannot be traced
         return False
     if backend not in ("auto", "triton"):
