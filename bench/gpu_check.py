@@ -44,19 +44,20 @@ MAX_RERUNS = 5
 # File of bench/, -k expression, seconds that the subprocess may take, seconds per case.
 BENCHES = {
     "fast": [
-        ("bench_gather_logps.py", "test_gather_logps", 60, 3),
-        ("bench_linear.py", "test_linear", 90, 3),
-        ("bench_grpo_loss.py", "", 60, 2),
-        ("bench_linear.py", "test_forward", 45, 3),
-        ("bench_vision.py", "on_device or rotary or mrope or merge", 60, 2),
-        ("bench_gather_logps.py", "test_forward", 30, 3),
-        ("bench_linear.py", "stream", 30, 3),
+        ("bench_gather_logps.py", "8192", 40, 2),
+        ("bench_linear.py", "test_linear and 8b", 60, 2),
+        ("bench_grpo_loss.py", "64x512", 60, 2),
+        ("bench_vision.py", "pack_patches_on_device", 45, 2),
+        ("bench_linear.py", "test_forward and 8b and 8192", 30, 2),
+        ("bench_vision.py", "rotary or mrope or merge", 60, 2),
+        ("bench_linear.py", "test_linear and not 8b", 90, 2),
+        ("bench_linear.py", "stream", 30, 2),
     ],
     "system": [
-        ("bench_group_attention.py", "", 45, 3),
-        ("bench_decode.py", "", 60, 5),
+        ("bench_group_attention.py", "", 45, 2),
         ("bench_step.py", "test_training and 0.5b", 60, 5),
-        ("bench_step.py", "test_training and 3b", 90, 5),
+        ("bench_step.py", "test_training and 3b", 120, 5),
+        ("bench_decode.py", "", 60, 5),
     ],
 }
 
@@ -67,14 +68,9 @@ PROFILES = [
     ("linear_rows", "cuda", "linear_logps_kernel"),
     ("gather", "triton", "gather_logps_bwd_kernel"),
 ]
-# compute-sanitizer: tool, cases, backend.
-SHARED = ("misaligned_rows", "linear_rows", "linear_grpo", "grpo_loss", "group_advantages")  # kernels with shared memory
-SANITIZED = [
-    ("memcheck", (*SHARED, "rotary", "pack_patches"), "cuda"),
-    ("racecheck", SHARED, "cuda"),
-    ("memcheck", (*SHARED, "rotary", "pack_patches"), "triton"),
-    ("initcheck", ("misaligned_rows", "linear_rows", "grpo_loss"), "cuda"),
-]
+# compute-sanitizer: tools for the CUDA kernels (tests/sanitizer), and cases of kernel_cases.py for memcheck of Triton's.
+TOOLS = ("memcheck", "racecheck", "initcheck")
+SANITIZED = ("misaligned_rows", "linear_rows", "linear_grpo", "grpo_loss", "group_advantages", "rotary", "pack_patches")
 
 
 class Stage:
@@ -320,19 +316,31 @@ def benchmarks(stage: Stage) -> None:
 # ---- why ----
 
 
+def sanitizer_program(stage: Stage) -> Path:
+    """tests/sanitizer/kernels.cu, compiled for this GPU unless it is there."""
+    program = ROOT / "build" / "sanitizer" / "kernels"
+    if not program.exists():
+        program.parent.mkdir(parents=True, exist_ok=True)
+        sources = [ROOT / "tests" / "sanitizer" / "kernels.cu", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+        stage.run(["nvcc", "-std=c++17", "-O3", "-lineinfo", "-arch=native", "--threads=0", "-o", program, *sources], 90)
+    return program
+
+
 def why(stage: Stage) -> None:
     cases = ROOT / "bench" / "kernel_cases.py"
     if stage.dry:
         stage.run(python(cases, "rotary", "grpo_loss", "--backend", "triton"), 60, TRITON_INTERPRET="1")
         return
+    sanitize = ["compute-sanitizer", "--error-exitcode", 9, "--print-limit", 20, "--tool"]
+    program = sanitizer_program(stage)
+    for tool in TOOLS:
+        stage.run([*sanitize, tool, program], 30)
     for case, backend, kernel in PROFILES:
         options = ["--clock-control", "none", "--set", "basic", "--launch-count", 1, "--kernel-name", f"regex:{kernel}"]
         stage.run(["ncu", *options, *python(cases, case, "--backend", backend, "--large")], 45)
-    for tool, names, backend in SANITIZED:
-        options = ["--tool", tool, "--error-exitcode", 9, "--print-limit", 20]
-        # Without the caching allocator each tensor is an allocation of its own, whose bounds are checked.
-        command = ["compute-sanitizer", *options, *python(cases, *names, "--backend", backend)]
-        stage.run(command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    # Without the caching allocator each tensor is an allocation of its own, whose bounds are checked.
+    command = [*sanitize, "memcheck", *python(cases, *SANITIZED, "--backend", "triton")]
+    stage.run(command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
 STAGES = {"correct": correct, "fast": benchmarks, "why": why, "system": benchmarks}

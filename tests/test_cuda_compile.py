@@ -81,6 +81,12 @@ def test_every_kernel_is_compiled_for_every_architecture(entries):
     assert {(row["kernel"], row["arch"]) for row in entries} == {(name, arch) for name in kernels for arch in ARCHS}
 
 
+def test_the_sanitizer_program_compiles(tmp_path):
+    command = [NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-c", ROOT / "tests" / "sanitizer" / "kernels.cu"]
+    done = subprocess.run([*command, "-o", tmp_path / "kernels.o"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_nothing_is_on_the_stack(entries):
     assert not [row for row in entries if row["stack frame"] or row["spill stores"] or row["spill loads"]]
 

@@ -1,0 +1,289 @@
+// Launches every CUDA kernel on small inputs for compute-sanitizer: odd sizes, rows at every alignment, split rows, gradients
+// that overwrite their logits. Each tensor is an allocation of its exact size, so that memcheck knows its bounds. Fails where a
+// result is not finite. Without Python or torch it starts in a second, under compute-sanitizer too.
+//
+//   nvcc -std=c++17 -O3 -lineinfo -arch=native -o kernels tests/sanitizer/kernels.cu csrc/cuda/*.cu
+//   compute-sanitizer --tool memcheck ./kernels
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../../csrc/common/gather_logps.h"
+#include "../../csrc/common/group_advantages.h"
+#include "../../csrc/common/linear_logps.h"
+#include "../../csrc/common/pack_patches.h"
+#include "../../csrc/common/rotary.h"
+
+namespace vlmk::cuda {
+void gather_logps_fwd(const GatherLogps&, int, uintptr_t);
+void gather_logps_bwd(const GatherLogps&, int, uintptr_t);
+void group_advantages(const GroupAdvantages&, int, uintptr_t);
+void grpo_loss(const GrpoLoss&, int, uintptr_t);
+void linear_logps(const LinearLogps&, int, uintptr_t);
+void pack_patches(const PackPatches&, int, uintptr_t);
+void rotary(const Rotary&, int, uintptr_t);
+}  // namespace vlmk::cuda
+
+using namespace vlmk;
+
+namespace {
+
+int failures = 0;
+uint32_t state = 1;
+
+float uniform() {  // in [0, 1)
+    state = state * 1664525u + 1013904223u;
+    return (state >> 8) / 16777216.0f;
+}
+int64_t below(int64_t size) { return static_cast<int64_t>(uniform() * size); }
+
+template <class T>
+T* empty(int64_t count) {
+    T* address = nullptr;
+    cudaMalloc(&address, count * sizeof(T));
+    return address;
+}
+
+template <class T>
+T* on_device(const std::vector<T>& values) {
+    T* address = empty<T>(values.size());
+    cudaMemcpy(address, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
+    return address;
+}
+
+template <class T>
+T random_value();
+template <>
+float random_value<float>() {
+    return 6 * uniform() - 3;
+}
+template <>
+uint16_t random_value<uint16_t>() {  // bf16
+    float x = 6 * uniform() - 3;
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    return bits >> 16;
+}
+template <>
+uint8_t random_value<uint8_t>() {
+    return below(256);
+}
+
+template <class T>
+T* random(int64_t count) {
+    std::vector<T> values(count);
+    for (T& x : values) x = random_value<T>();
+    return on_device(values);
+}
+
+const int64_t* targets(int64_t count, int64_t vocab) {
+    std::vector<int64_t> values(count);
+    for (int64_t& x : values) x = below(vocab);
+    return on_device(values);
+}
+
+const bool* mask(int64_t count) {
+    std::vector<uint8_t> values(count);
+    for (uint8_t& x : values) x = below(4) > 0;
+    return reinterpret_cast<const bool*>(on_device(values));
+}
+
+void expect_finite(const char* what, const float* results, int64_t count) {
+    std::vector<float> values(count);
+    cudaMemcpy(values.data(), results, count * sizeof(float), cudaMemcpyDeviceToHost);
+    cudaError_t error = cudaDeviceSynchronize();
+    int64_t bad = 0;
+    for (float x : values) bad += !std::isfinite(x);
+    if (error == cudaSuccess && bad == 0) return;
+    std::printf("%s: %s, %lld of %lld not finite\n", what, cudaGetErrorString(error), static_cast<long long>(bad),
+                static_cast<long long>(count));
+    ++failures;
+}
+
+// T: float, or uint16_t for bf16. `offset` elements lie before the first row.
+template <class T>
+void gather(int64_t num, int64_t vocab, int64_t offset, int64_t splits, bool in_place) {
+    T* logits = random<T>(offset + num * vocab);
+    GatherLogps p{};
+    p.logits = logits + offset;
+    p.dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
+    p.num_rows = p.num_results = p.inner = num;
+    p.vocab = p.stride_inner = p.grad_stride_inner = vocab;
+    p.targets = targets(num, vocab);
+    p.temperature = 0.7f;
+    p.logp = empty<float>(num);
+    p.entropy = empty<float>(num);
+    p.stats = empty<float>(2 * num);
+    p.partial = splits > 1 ? empty<float>(3 * num * splits) : nullptr;
+    p.splits = splits;
+    cuda::gather_logps_fwd(p, 0, 0);
+    expect_finite("gather_logps_fwd", p.logp, num);
+    p.dlogp = random<float>(num);
+    p.dentropy = random<float>(num);
+    p.dlogits = in_place ? logits + offset : empty<T>(num * vocab);
+    cuda::gather_logps_bwd(p, 0, 0);
+    expect_finite("gather_logps_bwd", p.stats, 2 * num);
+}
+
+// T: of the logits; Out: of the gradient and of the operands. In place, a narrower gradient starts where its row does.
+template <class T, class Out>
+void linear(int64_t num, int64_t vocab, bool in_place, float softcap) {
+    constexpr int64_t kWidth = 33, kRatio = sizeof(T) / sizeof(Out);
+    LinearLogps p{};
+    T* logits = random<T>(num * vocab);
+    p.logits = logits;
+    p.dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
+    p.operand_dtype = sizeof(Out) == 4 ? DType::float32 : DType::bfloat16;
+    p.num_rows = num;
+    p.vocab = vocab;
+    p.targets = targets(num, vocab);
+    p.inverse = 1.2f;
+    p.softcap = softcap;
+    p.logit_scale = 1;
+    if (sizeof(T) == 2) {  // the target's logit is computed again
+        p.hidden = random<Out>(num * kWidth);
+        p.weight = random<Out>(vocab * kWidth);
+        p.width = p.hidden_stride = p.weight_stride = kWidth;
+        p.weight_step = 1;
+    }
+    p.read = p.objective = p.write = true;
+    p.variant.kl = 3;
+    p.variant.beta = 0.04f;
+    p.variant.epsilon_low = p.variant.epsilon_high = 0.2f;
+    p.variant.delta = INFINITY;
+    p.logp = empty<float>(num);
+    p.entropy = empty<float>(num);
+    p.stats = empty<float>(2 * num);
+    p.old_logp = random<float>(num);
+    p.ref_logp = random<float>(num);
+    p.advantages = random<float>(num);
+    p.share = random<float>(num);
+    p.dlogits = in_place ? static_cast<void*>(logits) : empty<Out>(num * vocab);
+    p.dlogits_stride = in_place ? vocab * kRatio : vocab;
+    cuda::linear_logps(p, 0, 0);
+    expect_finite("linear_logps", p.logp, num);
+}
+
+void grpo(int surrogate, bool sequence_level) {
+    constexpr int64_t kSequences = 5, kLength = 601, kTokens = kSequences * kLength;
+    GrpoLoss p{};
+    p.variant.surrogate = surrogate;
+    p.variant.kl = 3;
+    p.variant.sequence_level = sequence_level;
+    p.variant.beta = 0.04f;
+    p.variant.epsilon_low = p.variant.epsilon_high = 0.2f;
+    p.variant.delta = INFINITY;
+    p.variant.sapo_temperature_pos = p.variant.sapo_temperature_neg = 1;
+    p.variant.vespo_k_pos = p.variant.vespo_lambda_pos = p.variant.vespo_k_neg = p.variant.vespo_lambda_neg = 1;
+    p.num_sequences = kSequences;
+    p.num_tokens = kTokens;
+    p.logp = random<float>(kTokens);
+    p.old_logp = random<float>(kTokens);
+    p.ref_logp = random<float>(kTokens);
+    p.entropy = random<float>(kTokens);
+    p.advantages = random<float>(kSequences);
+    p.mask = mask(kTokens);
+    p.logp_stride = p.old_logp_stride = p.ref_logp_stride = p.entropy_stride = p.mask_stride = kLength;
+    p.advantages_stride = 1;
+    p.divisor = p.accumulation_steps = 1;
+    p.divide_by_tokens = true;
+    p.entropy_coef = 0.1f;
+    p.partial = empty<float>(kSequences * kColumns);
+    p.dlogp = empty<float>(kTokens);
+    p.dentropy = empty<float>(kTokens);
+    p.loss = empty<float>(1);
+    p.stats = empty<float>(16);
+    cuda::grpo_loss(p, 0, 0);
+    expect_finite("grpo_loss", p.dlogp, kTokens);
+}
+
+void advantages(GroupScale scale, GroupBaseline baseline) {
+    constexpr int64_t kNum = 301, kFunctions = 3;
+    GroupAdvantages p{};
+    p.num = kNum;
+    p.functions = kFunctions;
+    p.num_groups = 43;
+    p.rewards = random<float>(kNum * kFunctions);
+    p.scale = scale;
+    p.baseline = baseline;
+    p.eps = 1e-4f;
+    p.advantages = empty<float>(kNum);
+    p.total = empty<float>(kNum);
+    p.mean = empty<float>(kNum);
+    p.std = empty<float>(kNum);
+    p.degenerate = empty<bool>(kNum);
+    cuda::group_advantages(p, 0, 0);
+    expect_finite("group_advantages", p.advantages, kNum);
+}
+
+void rotate(int64_t width) {
+    constexpr int64_t kTokens = 13;
+    auto heads = [&](int64_t num) {
+        int64_t count = kTokens * num * width;
+        return RotaryHeads{random<float>(count), empty<float>(count), num, count, num * width, width};
+    };
+    Rotary p{};
+    p.query = heads(5);
+    p.key = heads(2);
+    p.batch = 1;
+    p.tokens = kTokens;
+    p.width = width;
+    p.pairs = width / 2;
+    p.cos = {random<float>(kTokens * p.pairs), kTokens * p.pairs, p.pairs};
+    p.sin = {random<float>(kTokens * p.pairs), kTokens * p.pairs, p.pairs};
+    cuda::rotary(p, 0, 0);
+    expect_finite("rotary", static_cast<const float*>(p.query.out), kTokens * 5 * width);
+}
+
+void pack(int64_t patch, int64_t slots, int64_t offset) {
+    constexpr int64_t kImages = 34;  // more than a launch takes
+    const int64_t side = 2 * patch, features = 3 * slots * patch * patch;
+    std::vector<PatchImage> images;
+    for (int64_t i = 0; i < kImages; ++i) {
+        const uint8_t* pixels = random<uint8_t>(offset + 3 * side * side) + offset;
+        images.push_back({pixels, 3 * side * side, side * side, side, 1, 1, 2, 2, 4 * i});
+    }
+    PackPatches p{};
+    p.images = images.data();
+    p.num_images = kImages;
+    p.num_rows = 4 * kImages;
+    p.patch_size = patch;
+    p.merge_size = 2;
+    p.temporal_patch_size = slots;
+    p.element_size = 4;
+    p.table = random<float>(3 * 256);
+    p.rows = empty<float>(p.num_rows * features);
+    cuda::pack_patches(p, 0, 0);
+    expect_finite("pack_patches", static_cast<const float*>(p.rows), p.num_rows * features);
+}
+
+}  // namespace
+
+int main() {
+    for (bool in_place : {false, true}) {
+        gather<uint16_t>(9, 1003, 1, 1, in_place);
+        gather<uint16_t>(2, 40001, 3, 4, in_place);
+        gather<float>(9, 1003, 1, 1, in_place);
+        gather<float>(2, 40001, 3, 4, in_place);
+        linear<float, uint16_t>(7, 9001, in_place, 0.0f);
+        linear<float, uint16_t>(7, 4099, in_place, 4.0f);
+        linear<float, float>(7, 2051, in_place, 0.0f);
+        linear<uint16_t, uint16_t>(7, 2051, in_place, 0.0f);
+    }
+    for (int surrogate = 0; surrogate < 4; ++surrogate) {
+        for (bool sequence_level : {false, true}) grpo(surrogate, sequence_level);
+    }
+    for (GroupScale scale : {kScaleNone, kScaleGroup, kScaleBatch}) {
+        for (GroupBaseline baseline : {kBaselineNone, kBaselineMean, kBaselineLeaveOneOut}) advantages(scale, baseline);
+    }
+    for (int64_t width : {80, 82}) rotate(width);
+    for (int64_t patch : {14, 16, 6}) {
+        for (int64_t offset : {0, 1}) pack(patch, patch == 6 ? 3 : 1 + offset, offset);
+    }
+    std::printf(failures ? "%d failures\n" : "every result is finite\n", failures);
+    return failures > 0;
+}
