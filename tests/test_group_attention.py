@@ -219,13 +219,12 @@ def dense_backward(dout, query, key, value, out, lse, causal, scale):
     return tuple(x.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
 
 
-def replace_dense_kernels(patch, one_call, block=8):
+def replace_dense_kernels(patch, block=8):
     """cudnn.py with formulas in place of the kernels of torch, and with blocks of which the layouts here have several."""
     patch.setattr(cudnn, "unsupported", lambda query: None)
     patch.setattr(cudnn, "_forward", dense_forward)
     patch.setattr(cudnn, "_backward", dense_backward)
     patch.setattr(cudnn, "BLOCK", block)
-    patch.setattr(cudnn, "ONE_CALL", one_call)
     cudnn._plan.cache_clear()
 
 
@@ -253,10 +252,9 @@ CUDNN_LAYOUTS = LAYOUTS | {
 @on_cpu
 @pytest.mark.parametrize("name", CUDNN_LAYOUTS)
 @pytest.mark.parametrize("heads", [4, 2, 1])
-@pytest.mark.parametrize("one_call", [False, True])
-def test_cudnn_with_reference_kernels(monkeypatch, own_plans, name, heads, one_call):
+def test_cudnn_with_reference_kernels(monkeypatch, own_plans, name, heads):
     """The calls, their padding and their merge, which alone is in fp32."""
-    replace_dense_kernels(monkeypatch, one_call)
+    replace_dense_kernels(monkeypatch)
     layout = CUDNN_LAYOUTS[name]
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 24, generator=rng, dtype=torch.float64) for h in (4, heads, heads)]
@@ -272,7 +270,7 @@ def test_cudnn_with_reference_kernels(monkeypatch, own_plans, name, heads, one_c
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_cudnn_rounding(monkeypatch, own_plans, name, dtype):
     """Parts are rounded before they are merged or added."""
-    replace_dense_kernels(monkeypatch, False)
+    replace_dense_kernels(monkeypatch)
     layout = CUDNN_LAYOUTS[name]
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
@@ -285,13 +283,13 @@ def test_cudnn_rounding(monkeypatch, own_plans, name, dtype):
 
 @on_cpu
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=3), st.booleans())
-def test_cudnn_of_any_layout(groups, one_call):
+@given(st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=3))
+def test_cudnn_of_any_layout(groups):
     layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
     inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
     weight = torch.randn_like(inputs[0])
     with pytest.MonkeyPatch.context() as patch:
-        replace_dense_kernels(patch, one_call, block=4)
+        replace_dense_kernels(patch, block=4)
         exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, cudnn_attention))
     cudnn._plan.cache_clear()
     for what in exact:

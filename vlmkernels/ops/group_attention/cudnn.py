@@ -24,8 +24,6 @@ from vlmkernels.ops.group_attention.flash import _aligned
 
 BLOCK = 128
 NO_WEIGHT = 1e30  # a log-sum-exp: e^(score - NO_WEIGHT) is 0
-# Whether the queries of a whole group attend to the head of the prefix in one causal call, with more queries than keys.
-ONE_CALL = False
 
 
 def unsupported(query: torch.Tensor) -> str | None:
@@ -80,7 +78,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=64)  # every layer of a pass has the same groups
-def _plan(prefix: int, completions: tuple[int, ...], device: torch.device, one_call: bool) -> _Plan:
+def _plan(prefix: int, completions: tuple[int, ...], device: torch.device) -> _Plan:
     """Of one group. Built on the host and copied without waiting for the device."""
     completions = tuple(length for length in completions if length)
     num, tail = prefix + sum(completions), prefix % BLOCK
@@ -91,9 +89,8 @@ def _plan(prefix: int, completions: tuple[int, ...], device: torch.device, one_c
         host["rows"] = torch.arange(head, num)
         if tail or completions != (_padded(longest),) * num_sequences:
             host |= _sequences(head, prefix, completions or (0,), _padded(longest))
-    ranges = [(0, num, True)] if one_call else [(0, head, True), (head, num, False)]
     to_head = []
-    for start, stop, causal in ranges if head else ():
+    for start, stop, causal in ((0, head, True), (head, num, False)) if head else ():
         num_rows = stop - start
         if num > head and stop == num:
             num_rows = _padded(num_rows + ("index" in host))  # lse_index needs a padded row
@@ -253,5 +250,5 @@ def run(query, key, value, layout, scale):
     for prefix, completions, *inputs in zip(
         layout.prefixes, layout.completions, *(x.split(sizes) for x in (query, key, value)), strict=True
     ):
-        outs.append(_Group.apply(*inputs, _plan(prefix, completions, query.device, ONE_CALL), scale))
+        outs.append(_Group.apply(*inputs, _plan(prefix, completions, query.device), scale))
     return _join(outs)
