@@ -55,58 +55,43 @@ def _padded(length: int) -> int:
     return -(-length // step) * step
 
 
-class _ToHead(NamedTuple):
-    """A call of queries on the head of the prefix. Ranges are in tokens of the group."""
-
-    start: int
-    stop: int
-    num_rows: int  # with padding
-    causal: bool
-    index: torch.Tensor | None  # (num_rows,) int32: the queries with padding; None: the range itself
-
-
 class _Plan(NamedTuple):
     num_tokens: int
     head: int  # tokens of the prefix before the cut
     tail: int  # and after it
-    to_head: tuple[_ToHead, ...]  # of ranges in order, which cover the group; none without a head
     num_sequences: int  # [tail | completion]: num_sequences of equal padded length
-    index: torch.Tensor | None  # (num_sequences * length,) int32: their tokens; None: the tokens after the head
-    lse_index: torch.Tensor | None  # the same, with num_tokens for padding and for the tail's later copies
-    places: torch.Tensor | None  # (num_tokens - head,) int32: where in the sequences each token after the head is
-    rows: torch.Tensor | None  # (num_tokens - head,) int32: the tokens after the head
+    rows: torch.Tensor | None = None  # (num_tokens - head,) int32: the tokens after the head
+    queries: torch.Tensor | None = None  # int32: the same with padding, as queries on the head; None: without padding
+    index: torch.Tensor | None = None  # (num_sequences * length,) int32: tokens of the sequences; None: those after the head
+    lse_index: torch.Tensor | None = None  # the same, with num_tokens for padding and for the tail's later copies
+    places: torch.Tensor | None = None  # (num_tokens - head,) int32: where in the sequences each token after the head is
+
+    def calls_on_head(self) -> list[tuple[int, int, bool, torch.Tensor | None]]:
+        """Range of queries, whether causal, and the range's index with padding."""
+        calls = (0, self.head, True, None), (self.head, self.num_tokens, False, self.queries)
+        return [call for call in calls if self.head and call[0] < call[1]]
 
 
 @lru_cache(maxsize=64)  # every layer of a pass has the same groups
 def _plan(prefix: int, completions: tuple[int, ...], device: torch.device) -> _Plan:
     """Of one group. Built on the host and copied without waiting for the device."""
-    completions = tuple(length for length in completions if length)
-    num, tail = prefix + sum(completions), prefix % BLOCK
-    head, longest = prefix - tail, tail + max(completions, default=0)
-    num_sequences = max(len(completions), 1 if tail else 0)
-    host = {}  # index tensors
-    if num > head:
-        host["rows"] = torch.arange(head, num)
-        if tail or completions != (_padded(longest),) * num_sequences:
-            host |= _sequences(head, prefix, completions or (0,), _padded(longest))
-    to_head = []
-    for start, stop, causal in ((0, head, True), (head, num, False)) if head else ():
-        num_rows = stop - start
-        if num > head and stop == num:
-            num_rows = _padded(num_rows + ("index" in host))  # lse_index needs a padded row
-        if num_rows > stop - start:
-            host["queries"] = torch.cat([torch.arange(start, stop), torch.full((num_rows - (stop - start),), start)])
-        if stop > start:
-            to_head.append((start, stop, num_rows, causal))
-    if host:
-        packed = torch.cat(list(host.values())).to(torch.int32)
-        if device.type == "cuda":
-            packed = packed.pin_memory()
-        parts = packed.to(device, non_blocking=True).split([len(x) for x in host.values()])
-        host = dict(zip(host, parts, strict=True))
-    calls = tuple(_ToHead(*x, host.get("queries") if x[2] > x[1] - x[0] else None) for x in to_head)
-    indices = (host.get(name) for name in ("index", "lse_index", "places", "rows"))
-    return _Plan(num, head, tail, calls, num_sequences if num > head else 0, *indices)
+    tail = prefix % BLOCK
+    completions = tuple(length for length in completions if length) or ((0,) if tail else ())
+    num, head = prefix + sum(completions), prefix - tail
+    if num == head:
+        return _Plan(num, head, tail, 0)
+    host = {"rows": torch.arange(head, num)}
+    length = _padded(tail + max(completions))
+    if tail or completions != (length,) * len(completions):
+        host |= _sequences(head, prefix, completions, length)
+    padding = _padded(num - head + ("index" in host)) - (num - head)  # lse_index needs a padded row
+    if head and padding:
+        host["queries"] = torch.cat([host["rows"], torch.full((padding,), head)])
+    packed = torch.cat(list(host.values())).to(torch.int32)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    parts = packed.to(device, non_blocking=True).split([len(x) for x in host.values()])
+    return _Plan(num, head, tail, len(completions), **dict(zip(host, parts, strict=True)))
 
 
 def _sequences(head: int, prefix: int, completions: tuple[int, ...], length: int) -> dict[str, torch.Tensor]:
@@ -183,11 +168,13 @@ class _Group(torch.autograd.Function):
         query, key, value = (_aligned(x.contiguous()) for x in (query, key, value))
         num, head = plan.num_tokens, plan.head
         outs, lses = [], []  # padding is at the end
-        for start, stop, _, causal, index in plan.to_head:
+        for start, stop, causal, index in plan.calls_on_head():
             q = _batch(_take(query, index, start, stop))
             part, part_lse = _forward(q, _batch(key[:head]), _batch(value[:head]), causal, scale)
             outs.append(_rows(part))
             lses.append(part_lse[0])
+        if outs:
+            out, lse = _join(outs), _join(lses, 1)
         if plan.num_sequences:
             inputs = [_batch(_take(x, plan.index, head, num), plan.num_sequences) for x in (query, key, value)]
             part, part_lse = _forward(*inputs, True, scale)
@@ -195,12 +182,9 @@ class _Group(torch.autograd.Function):
             if plan.places is not None:
                 part, part_lse = part.index_select(0, plan.places), part_lse.index_select(1, plan.places)
             if outs:
-                out, lse = _join(outs), _join(lses, 1)
                 merge_(out, lse, part, part_lse, plan.rows)
             else:
                 out, lse = part, torch.nn.functional.pad(part_lse, (0, 1))
-        else:
-            out, lse = _join(outs), _join(lses, 1)
         if lse.shape[1] > num:
             lse[:, num:].fill_(NO_WEIGHT)
         ctx.plan, ctx.scale = plan, scale
@@ -215,14 +199,16 @@ class _Group(torch.autograd.Function):
         num, head, tail = plan.num_tokens, plan.head, plan.tail
         dout = _aligned(dout.contiguous())
         dqueries, dkeys, dvalues = [], [], []
-        for start, stop, num_rows, causal, index in plan.to_head:
-            results = _batch(out[start : start + num_rows]), lse[None, :, start : start + num_rows].contiguous()
+        for start, stop, causal, index in plan.calls_on_head():
             do, q = (_batch(_take(x, index, start, stop)) for x in (dout, query))
+            padded = slice(start, start + q.shape[2])
+            results = _batch(out[padded]), lse[None, :, padded].contiguous()
             dq, dk, dv = map(_rows, _backward(do, q, _batch(key[:head]), _batch(value[:head]), *results, causal, scale))
+            if dkeys:
+                dk, dv = dkeys.pop() + dk, dvalues.pop() + dv
             dqueries.append(dq[: stop - start])
             dkeys.append(dk)
             dvalues.append(dv)
-        dkeys, dvalues = ([torch.add(*x) if len(x) == 2 else x[0]] if x else [] for x in (dkeys, dvalues))
         if plan.num_sequences:
             tensors = [_batch(_take(x, plan.index, head, num), plan.num_sequences) for x in (dout, query, key, value, out)]
             own_lse = lse[:, head:num] if plan.lse_index is None else lse.index_select(1, plan.lse_index)
