@@ -134,7 +134,7 @@ def test_a_part_of_the_vocabulary(fused, device):
     targets[:] = torch.tensor([0, 99, 100, 200, 201, 300], device=device)
     inputs = (hidden, weight[100:201], bias[100:201], targets, None, None, 0.8, 1.0, None, 100, 301)
     results = [
-        torch.ops.vlmkernels.linear_logps_fwd(*inputs, size, 0, name)[:3]
+        torch.ops.vlmkernels.linear_logps_fwd(*inputs, size, 0, 0, name)[:3]
         for size, name in ((0, "triton"), (2**20, "reference"))
     ]
     torch.testing.assert_close(*results)

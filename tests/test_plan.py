@@ -274,9 +274,10 @@ def test_what_a_choice_changes(seven):
     apart = plan(seven, replace(base, share_prefix=False), h100)
     assert apart.tokens.passed == found.tokens.passed + 7 * found.tokens.prompt
     assert apart.phase("backward").seconds > 2 * found.phase("backward").seconds
-    assert plan(seven, replace(base, checkpointing=False), h100).memory["activations"] > 10 * 2**30
-    assert 0 < found.memory["gradients by logits"] <= base.dlogits_bytes
-    assert plan(seven, replace(base, dlogits_bytes=1), h100).memory["gradients by logits"] == 1
+    large = replace(base, checkpointing=False)  # most memory is held in the forward pass
+    assert plan(seven, large, h100).memory["activations"] > 10 * 2**30
+    assert 0 < plan(seven, large, h100).memory["gradients by logits"] <= base.dlogits_bytes
+    assert plan(seven, replace(large, dlogits_bytes=1), h100).memory["gradients by logits"] == 1
     again = plan(seven, replace(base, checkpointing=False), h100).phase("backward")
     decoder = found.phase("backward").flops - again.flops
     assert decoder == pytest.approx(found.phase("forward and loss").flops - 6 * 8 * 512 * seven.head)
