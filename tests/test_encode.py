@@ -98,6 +98,14 @@ def freeze(model):
     return model
 
 
+def test_features_are_refused_by_a_model_that_takes_none():
+    """Such a model would ignore them. A text model stands in for those of transformers 5.17."""
+    model, ids = use_group_attention(tiny.text_model()), torch.ones(1, 2, dtype=torch.int64)
+    for given in ({"image_features": torch.ones(1, 4)}, {"image_index": None}, {"idle_media": {}}):
+        with pytest.raises(NotImplementedError, match=r"take features .*transformers >= 5.18\), got Qwen2Model"):
+            model(input_ids=ids, **given)
+
+
 @needs_features
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path, adapters):

@@ -36,7 +36,7 @@ def theirs(model, types, **kwargs):
 
 
 def rounds_seconds() -> bool:
-    """Versions of transformers before 5.23 round ``second_per_grid_ts`` down before they multiply."""
+    """Versions of transformers before 5.18 round ``second_per_grid_ts`` down before they multiply."""
     types = torch.tensor([[0, 2, 2]])
     positions, _ = theirs("qwen2_5_vl", types, video_grid_thw=torch.tensor([[2, 2, 2]]), second_per_grid_ts=[0.5])
     return positions[0, 0].tolist() == [0, 1, 1]

@@ -1,6 +1,7 @@
 """Packed attention inside transformers' models: registered under a name, no code of theirs changed."""
 
 import torch
+import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -47,9 +48,8 @@ def _varlen_attention(
 ) -> tuple[torch.Tensor, None]:
     """(1, N, Hq, D), as transformers' attention functions return it."""
     if cu_seq_lens_q is None:
-        raise NotImplementedError(
-            f"{VARLEN} needs cu_seq_lens_q, of a tower that packs patches: {type(module).__name__} gives none"
-        )
+        found = f"{type(module).__name__} of transformers {transformers.__version__} gives none"
+        raise NotImplementedError(f"{VARLEN} needs cu_seq_lens_q, of a tower that packs patches: {found}")
     _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"))
     packed = [x.squeeze(0).transpose(0, 1) for x in _cast(query, key, value)]
     cu_seqlens, causal = cu_seq_lens_q.to(torch.int32), _is_causal(module, is_causal)
@@ -104,8 +104,9 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # none where nothing is paddin
 def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
     """Let the vision tower of ``model`` attend within its images and windows by ``varlen_attention``.
 
-    Instead of one attention call per image or window and layer, or a mask: Qwen2-VL to Qwen3-VL, GLM-4V, Pixtral, whose towers
-    pack patches; others raise NotImplementedError in their forward pass. Equal up to rounding. Changed in place and returned.
+    Instead of one attention call per image or window and layer, or a mask: Qwen2-VL to Qwen3-VL, GLM-4V and, with transformers
+    5.20 or newer, Pixtral, whose towers pack patches; others raise NotImplementedError in their forward pass. Equal up to
+    rounding. Changed in place and returned.
     """
     model.set_attn_implementation({"vision_config": VARLEN})
     return model

@@ -1,6 +1,6 @@
 """Image features: each image through the vision tower once in a forward pass, and once for all passes while it is frozen.
 
-transformers' models take features in place of pixels (``mm_encoder_outputs``, from 5.23 on); a hook makes them of two keywords:
+transformers' models take features in place of pixels (``mm_encoder_outputs``, from 5.18 on); a hook makes them of two keywords:
 
     image_index: (images,) int64, which of the images whose pixels are given each one is; None: each itself.
     image_features: (tokens, H), features of all images one behind the other, in place of their pixels; with
@@ -13,11 +13,11 @@ With any of them the tower runs before the token embedding.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from vlmkernels.models.batch import Batch
@@ -27,9 +27,20 @@ from vlmkernels.ops.checks import require
 _KEYWORDS = ("image_index", "image_features", "deepstack_features", "idle_media")
 
 
+@dataclass
+class _Features(BaseModelOutputWithPooling):
+    """What models take as ``mm_encoder_outputs``; transformers 5.24 also returns it with the model's output."""
+
+    deepstack_features: list | None = None
+
+
+def _has_seam(module: torch.nn.Module) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(module.forward).parameters
+
+
 def takes_features(model: PreTrainedModel) -> bool:
     """Whether the model's forward pass takes features in place of pixels."""
-    return "mm_encoder_outputs" in inspect.signature(model.base_model.forward).parameters
+    return _has_seam(model.base_model)
 
 
 def use_image_features(model: PreTrainedModel) -> PreTrainedModel:
@@ -58,6 +69,8 @@ def _count_for_nothing(module: torch.nn.Module, args: tuple, kwargs: dict, outpu
 def _as_features(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     if kwargs.get("image_features") is None and not kwargs.keys() & {"image_index", "idle_media"}:
         return None
+    rule = "take features in place of pixels (mm_encoder_outputs, transformers >= 5.18)"
+    require(_has_seam(module), "model", rule, type(module).__name__, NotImplementedError)
     index, features, layers, idle = (kwargs.pop(name, None) for name in _KEYWORDS)
     outputs, nothing = {}, []
     for kind, pixels in {"image": "pixel_values", "video": "pixel_values_videos"}.items():
@@ -71,7 +84,7 @@ def _as_features(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tu
         elif kind == "image" and features is not None:
             pooled = (features,) if family_of(module.config).features_in_list else features
             deep = None if layers is None else [(layer,) for layer in layers.unbind(1)]
-            outputs[kind] = SimpleNamespace(pooler_output=pooled, deepstack_features=deep)
+            outputs[kind] = _Features(pooler_output=pooled, deepstack_features=deep)
         elif kwargs.get(pixels) is not None:
             outputs[kind] = _encoded(encode, kwargs)
     if index is not None:
@@ -82,13 +95,12 @@ def _as_features(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     return args, {**kwargs, "mm_encoder_outputs": outputs}
 
 
-def _in_order(given: ModelOutput, order: list[int]) -> SimpleNamespace:
+def _in_order(given: ModelOutput, order: list[int]) -> _Features:
     """Features with those of the images in ``order``."""
     layers = getattr(given, "deepstack_features", None)
     pick = lambda parts: tuple(parts[image] for image in order)  # noqa: E731
-    return SimpleNamespace(
-        pooler_output=pick(given.pooler_output), deepstack_features=None if layers is None else [pick(x) for x in layers]
-    )
+    deep = None if layers is None else [pick(x) for x in layers]
+    return _Features(pooler_output=pick(given.pooler_output), deepstack_features=deep)
 
 
 def image_axes(prompts: Batch) -> dict[str, str]:
@@ -115,7 +127,7 @@ def once_per_image(prompts: Batch) -> dict[str, torch.Tensor]:
 def why_not_frozen(model: PreTrainedModel) -> str | None:
     """Why features may differ from one forward pass to the next; None where they cannot."""
     if not takes_features(model):
-        return f"{type(model).__name__} of this transformers takes no features in place of pixels"
+        return f"{type(model).__name__} takes no features in place of pixels (mm_encoder_outputs, transformers >= 5.18)"
     inner = model.base_model
     language = {*inner.get_decoder().modules()}
     for name, module in inner.named_modules():

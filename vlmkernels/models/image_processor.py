@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 from PIL import Image
@@ -9,7 +10,14 @@ from transformers import BatchFeature, Qwen2VLImageProcessor
 
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.pack_patches import pack_patches
-from vlmkernels.ops.pack_patches.images import rgb_from_pil
+from vlmkernels.ops.pack_patches.images import is_opaque, rgb_from_pil
+
+
+@cache
+def _on_white() -> bool:
+    """Whether transformers puts transparent images on white, as ``rgb_from_pil`` does; before 5.21 it drops transparency."""
+    clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
+    return bool(Qwen2VLImageProcessor().process_image(clear, do_convert_rgb=True).min() == 255)
 
 
 class FastImageProcessor(Qwen2VLImageProcessor):
@@ -17,7 +25,8 @@ class FastImageProcessor(Qwen2VLImageProcessor):
 
     PIL images are resized as they lie in memory, with their channels last, several at a time; rescaling, normalisation and
     patches are one pass over the pixels. A wrong image is named by its index and size. Images that are not uint8 RGB (floats,
-    or grey ones with ``do_convert_rgb=False``) are left to the parent class. What ``save_pretrained`` writes names the parent
+    or grey ones with ``do_convert_rgb=False``) are left to the parent class, and so are transparent ones before transformers
+    5.21, which drops their transparency. What ``save_pretrained`` writes names the parent
     class, so that it loads without this package too.
 
     To use it in a processor: ``processor.image_processor = FastImageProcessor.from_pretrained(path)``.
@@ -32,7 +41,7 @@ class FastImageProcessor(Qwen2VLImageProcessor):
 
     def process_image(self, image, *args, name: str = "image", **kwargs) -> torch.Tensor:
         """(3, H, W); of a PIL image a view whose channels are last in memory."""
-        if isinstance(image, Image.Image) and kwargs.get("do_convert_rgb"):
+        if isinstance(image, Image.Image) and kwargs.get("do_convert_rgb") and (is_opaque(image) or _on_white()):
             return rgb_from_pil(image, name).permute(2, 0, 1).to(kwargs.get("device"))
         return super().process_image(image, *args, **kwargs)
 

@@ -1,6 +1,7 @@
 """``rotary`` inside transformers' models: of one model at a time, no code of theirs changed or copied, nothing global."""
 
-from types import FunctionType, MethodType
+import inspect
+from types import CellType, FunctionType, MethodType
 
 import torch
 
@@ -45,6 +46,24 @@ def _check(name: str, theirs, owner: type) -> None:
     require(same, "model", rule, f"another function in {owner.__name__}", NotImplementedError)
 
 
+def _with_globals(forward: FunctionType, replaced: dict) -> FunctionType:
+    """A copy of ``forward`` that finds other globals; where it is decorated, of the function within and of its decorators."""
+    scope, closure, inner = forward.__globals__, forward.__closure__, getattr(forward, "__wrapped__", None)
+    if inner is None:
+        # Without __name__, by which torch.compile would find the globals of transformers again.
+        scope = {name: value for name, value in scope.items() if name != "__name__"} | replaced
+    else:
+        bound = _with_globals(inner, replaced)
+        cells = [cell.cell_contents is inner for cell in closure or ()]
+        require(any(cells), "model", "have decorators that call what they wrap", forward.__qualname__, NotImplementedError)
+        closure = tuple(CellType(bound) if own else cell for own, cell in zip(cells, closure, strict=True))
+    copied = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, closure)
+    copied.__kwdefaults__, copied.__module__ = forward.__kwdefaults__, __name__
+    if inner is not None:
+        copied.__wrapped__ = bound
+    return copied
+
+
 def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
     """Let the attention modules of ``model`` turn queries and keys by the op ``rotary``.
 
@@ -66,7 +85,8 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
     chosen = []
     for module in model.modules():
         forward = type(module).forward
-        names = _FUSED.keys() & set(forward.__code__.co_names)
+        plain = inspect.unwrap(forward)  # transformers 5.24 decorates those of text models
+        names = _FUSED.keys() & set(plain.__code__.co_names)
         if not names:
             continue
         replaced = vars(module).get("forward")
@@ -74,13 +94,8 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
         require(free, "model", "have the forward of its classes", f"another in {type(module).__name__}", NotImplementedError)
         if type(module) not in forwards:
             for name in names:
-                _check(name, forward.__globals__[name], type(module))
-            # Without __name__, by which torch.compile would find the globals of transformers again.
-            scope = {name: value for name, value in forward.__globals__.items() if name != "__name__"}
-            scope |= {name: _FUSED[name][0] for name in names}
-            bound = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-            bound.__kwdefaults__, bound.__module__ = forward.__kwdefaults__, __name__
-            forwards[type(module)] = bound
+                _check(name, plain.__globals__[name], type(module))
+            forwards[type(module)] = _with_globals(forward, {name: _FUSED[name][0] for name in names})
         chosen.append(module)
     rule = f"have attention modules that call {' or '.join(_FUSED)}"
     require(bool(chosen), "model", rule, type(model).__name__, NotImplementedError)

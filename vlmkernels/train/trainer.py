@@ -153,7 +153,7 @@ class GRPOTrainer(Trainer):
         self.idle_media = None
         if in_step(self.accelerator) and self.family is not TEXT:
             media -= {"image"} if self.encodes_once else set()
-            rule = "be run by DDP: this transformers does not let every process run its vision tower (mm_encoder_outputs)"
+            rule = "let every process of DDP run its vision tower, which needs mm_encoder_outputs (transformers >= 5.18)"
             require(not media or takes_features(self.text_model), "model", rule, type(self.text_model).__name__)
             self.idle_media = {kind: self._a_medium(kind, processing_class) for kind in sorted(media)} or None
         self.ref_head, self.ref_model = self.head, None

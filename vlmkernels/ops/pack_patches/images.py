@@ -8,8 +8,13 @@ from vlmkernels.ops.checks import require
 _DEEP_MODES = ("I", "F")
 
 
+def is_opaque(image) -> bool:
+    """Whether a PIL image has neither an alpha channel nor a transparent colour."""
+    return "A" not in image.getbands() and "transparency" not in image.info
+
+
 def rgb_from_pil(image, name: str) -> torch.Tensor:
-    """(H, W, 3): palette, grey and other modes become RGB, what is transparent lies on white, as in transformers."""
+    """(H, W, 3): palette, grey and other modes become RGB, what is transparent lies on white, as in transformers >= 5.21."""
     import numpy
     from PIL import Image
 
@@ -17,7 +22,7 @@ def rgb_from_pil(image, name: str) -> torch.Tensor:
     size = f"{image.height} x {image.width}"
     require(not image.mode.startswith(_DEEP_MODES), name, "have 8 bits per channel", f"mode {image.mode}, {size}", TypeError)
     try:
-        if "A" in image.getbands() or "transparency" in image.info:
+        if not is_opaque(image):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return torch.from_numpy(numpy.array(image.convert("RGB")))
