@@ -1,4 +1,4 @@
-"""gather_logps from bf16 logits, entropy included, forward and backward and forward alone, against its peers.
+"""gather_logps with entropy from bf16 logits compared with its peers: forward and backward, and forward only.
 
 Useful bytes: the logits, read once by the forward pass and once by the backward pass, and their gradient.
 

@@ -188,7 +188,7 @@ def exact_gradients(hidden, weight, targets, advantages) -> list[tuple[torch.Ten
         log_sum[part] = (hidden[part].double() @ double.T).logsumexp(-1)
 
     def dlogits(rows, tokens):
-        """Of these hidden states by these tokens' logits."""
+        """The gradient of the loss by the logits of these rows and tokens."""
         probability = (hidden[rows].double() @ double[tokens].T - log_sum[rows].unsqueeze(1)).exp()
         return dlogp[rows].unsqueeze(1) * ((targets[rows].unsqueeze(1) == tokens).double() - probability)
 

@@ -1,4 +1,4 @@
-"""GRPO steps of a Qwen2.5-VL, ours beside TRL's GRPOTrainer: same weights, prompts, images, lengths and rewards.
+"""GRPO steps of a Qwen2.5-VL with our trainer and TRL's GRPOTrainer, on the same weights, prompts, images, lengths and rewards.
 
 ``test_step`` measures whole steps of a small model on the CPU, sampling included. Every measurement is a process of its own, so
 that its peak memory is its own. The parts of a step are the times inside the models' calls; what is left of it is the backward
@@ -236,7 +236,7 @@ def random_model(name: str):
 
 
 class Spans:
-    """Seconds inside calls, by name; of a call inside another one, the inner one's alone. On a GPU, until its work is done."""
+    """Seconds spent in calls, by name. Time in a nested call counts for that call only. On a GPU each call is synchronised."""
 
     def __init__(self):
         self.spent: Counter = Counter()

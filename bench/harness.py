@@ -42,7 +42,7 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 40
 COMPILE = os.environ.get("BENCH_COMPILE", "0" if GPU else "1") == "1"
 TIMED_S = 5e-3 if GPU else 0.0  # calls are timed together until they take this long
 MAX_CALLS = 100
-LAUNCH_BOUND_S = 2e-3  # shorter calls are also profiled for the time of their kernels alone
+LAUNCH_BOUND_S = 2e-3  # the profiler also measures the kernel time of calls shorter than this
 
 
 def device_name() -> str:
@@ -139,7 +139,7 @@ def reason(error: BaseException) -> str:
 
 
 def profiled(run: Callable[[], object], calls: int = 10) -> dict[str, float]:
-    """Time of a call's kernels alone, in microseconds, and their number; nothing where the profiler does not work."""
+    """Total kernel time of a call in microseconds, and the number of its kernels; {} if the profiler fails."""
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(calls):
@@ -234,7 +234,7 @@ Work = float | Mapping[str, float] | None  # of a call: of every provider and fl
 
 
 def rates(name: str, seconds: float, bytes: Work, flops: Work, gpu_us: float | None = None) -> dict[str, float]:
-    """Useful GB/s and TFLOP/s, also as percent of the ceilings; with gpu_us, also of the kernels' time alone."""
+    """Useful GB/s and TFLOP/s and their percentage of the ceilings; with gpu_us, also the percentage based on kernel time."""
     row = {}
     for work, rate, percent, scale, ceiling in (
         (bytes, "gb_s", "percent_of_copy", 1e9, "copy_gb_s"),

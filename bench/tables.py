@@ -84,7 +84,7 @@ HEADLINES = {
 
 
 def gpu(which: str = "headlines") -> list[str]:
-    """Ours beside its limit and its peers; with "all" every case."""
+    """Our time, its share of the hardware limit, and the peers' times relative to it; "all" includes every case."""
     lines = []
     for path in sorted(RESULTS.glob("nvidia-*.json")):
         content = json.loads(path.read_text())
@@ -97,7 +97,7 @@ def gpu(which: str = "headlines") -> list[str]:
             if not timed:
                 continue
             ours = timed[0]
-            peers = [row for row in timed[1:] if not row["provider"].startswith(("vlmkernels", "experiment", "eager"))]
+            peers = [row for row in timed[1:] if not row["provider"].startswith(("vlmkernels", "experiment"))]
             limits = {"percent_of_copy": "copy", "percent_of_gemm": "GEMM"}
             limit = ", ".join(f"{ours[key]:.0f} % of {what}" for key, what in limits.items() if key in ours)
             ratios = [f"{row['provider']} {row['ratio_to_ours']:.2f}" for row in peers]

@@ -136,58 +136,6 @@ def replace_kernels(patch):
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 
 
-def flash_attention(query, key, value, layout):
-    return group_attention(query, key, value, layout, scale=0.3, implementation="flash")
-
-
-@on_cpu
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("heads", [4, 2, 1])
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_flash_with_reference_kernels(monkeypatch, name, heads, heads_first):
-    """The two calls and their merge, which alone is in fp32."""
-    replace_kernels(monkeypatch)
-    layout = LAYOUTS[name]
-    rng = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(layout.num_tokens, h, 24, generator=rng, dtype=torch.float64) for h in (4, heads, heads)]
-    if heads_first:
-        inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
-    weight = torch.randn(layout.num_tokens, 4, 24, generator=rng, dtype=torch.float64)
-    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, flash_attention))
-    for what in exact:
-        torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
-
-
-@on_cpu
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_flash_rounding(monkeypatch, name, dtype):
-    """Both parts are rounded before they are merged or added."""
-    replace_kernels(monkeypatch)
-    layout = LAYOUTS[name]
-    rng = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
-    weight = torch.randn(layout.num_tokens, 4, 16, generator=rng)
-    exact = run([x.double() for x in inputs], layout, weight.double(), formula, False)
-    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, flash_attention))
-    for what in exact:
-        assert_within_budget(what, actual[what], eager[what], exact[what])
-
-
-@on_cpu
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=4)), min_size=1, max_size=5))
-def test_flash_of_any_layout(groups):
-    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
-    inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
-    weight = torch.randn_like(inputs[0])
-    with pytest.MonkeyPatch.context() as patch:
-        replace_kernels(patch)
-        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, flash_attention))
-    for what in exact:
-        torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
-
-
 def dense_scores(query, key, causal, scale):
     """(B, H, S, T) scores; causally, query i sees keys up to i."""
     scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2) * scale
@@ -234,10 +182,6 @@ def own_plans():
     cudnn._plan.cache_clear()
 
 
-def cudnn_attention(query, key, value, layout):
-    return group_attention(query, key, value, layout, scale=0.3, implementation="cudnn")
-
-
 CUDNN_LAYOUTS = LAYOUTS | {
     "whole blocks": GroupLayout((16,), ((8, 8, 8),)),
     "whole blocks, two groups": GroupLayout((16, 8), ((16, 16), (8,))),
@@ -249,48 +193,62 @@ CUDNN_LAYOUTS = LAYOUTS | {
 }
 
 
+# By implementation: what puts formulas in the place of its kernels, and layouts.
+REPLACED = {"flash": (replace_kernels, LAYOUTS), "cudnn": (replace_dense_kernels, CUDNN_LAYOUTS)}
+CASES = [(implementation, name) for implementation, (_, layouts) in REPLACED.items() for name in layouts]
+
+
+def with_scale(implementation):
+    return lambda q, k, v, layout: group_attention(q, k, v, layout, scale=0.3, implementation=implementation)
+
+
 @on_cpu
-@pytest.mark.parametrize("name", CUDNN_LAYOUTS)
+@pytest.mark.parametrize(("implementation", "name"), CASES)
 @pytest.mark.parametrize("heads", [4, 2, 1])
-def test_cudnn_with_reference_kernels(monkeypatch, own_plans, name, heads):
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_with_reference_kernels(monkeypatch, own_plans, implementation, name, heads, heads_first):
     """The calls, their padding and their merge, which alone is in fp32."""
-    replace_dense_kernels(monkeypatch)
-    layout = CUDNN_LAYOUTS[name]
+    replace, layouts = REPLACED[implementation]
+    replace(monkeypatch)
+    layout = layouts[name]
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 24, generator=rng, dtype=torch.float64) for h in (4, heads, heads)]
-    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
+    if heads_first:
+        inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     weight = torch.randn(layout.num_tokens, 4, 24, generator=rng, dtype=torch.float64)
-    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, cudnn_attention))
+    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(implementation)))
     for what in exact:
         torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
 
 
 @on_cpu
-@pytest.mark.parametrize("name", CUDNN_LAYOUTS)
+@pytest.mark.parametrize(("implementation", "name"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_cudnn_rounding(monkeypatch, own_plans, name, dtype):
+def test_rounding(monkeypatch, own_plans, implementation, name, dtype):
     """Parts are rounded before they are merged or added."""
-    replace_dense_kernels(monkeypatch)
-    layout = CUDNN_LAYOUTS[name]
+    replace, layouts = REPLACED[implementation]
+    replace(monkeypatch)
+    layout = layouts[name]
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
     weight = torch.randn(layout.num_tokens, 4, 16, generator=rng)
     exact = run([x.double() for x in inputs], layout, weight.double(), formula, False)
-    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, cudnn_attention))
+    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, with_scale(implementation)))
     for what in exact:
         assert_within_budget(what, actual[what], eager[what], exact[what])
 
 
 @on_cpu
+@pytest.mark.parametrize(("implementation", "options"), [("flash", {}), ("cudnn", {"block": 4})])
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=3))
-def test_cudnn_of_any_layout(groups):
+@given(groups=st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=5))
+def test_any_layout(implementation, options, groups):
     layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
     inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
     weight = torch.randn_like(inputs[0])
     with pytest.MonkeyPatch.context() as patch:
-        replace_dense_kernels(patch, block=4)
-        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, cudnn_attention))
+        REPLACED[implementation][0](patch, **options)
+        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(implementation)))
     cudnn._plan.cache_clear()
     for what in exact:
         torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
@@ -305,7 +263,7 @@ def test_cudnn_of_any_layout(groups):
 def test_strides_and_widths(implementation, dtype, how, width):
     layout = GroupLayout((300, 70), ((40, 257), (128, 5)))
     skip_unless_supported(implementation, torch.empty(1, 1, width, device="cuda", dtype=dtype))
-    attention = {"flash": flash_attention, "cudnn": cudnn_attention}[implementation]
+    attention = with_scale(implementation)
     rng = torch.Generator().manual_seed(0)
 
     def make(heads):
@@ -342,11 +300,12 @@ def test_does_not_wait_for_the_device(implementation, layout):
     q, k, v = (torch.randn(layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     skip_unless_supported(implementation, q)
     weight = torch.randn_like(q)
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("error")  # what waits raises
     try:
-        torch.autograd.grad(group_attention(q, k, v, layout, implementation=implementation), (q, k, v), weight)
+        gradients = torch.autograd.grad(group_attention(q, k, v, layout, implementation=implementation), (q, k, v), weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize(

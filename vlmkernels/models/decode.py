@@ -16,6 +16,7 @@ from vlmkernels.models.encode import once_per_image, takes_features
 from vlmkernels.models.group import cut_packs, pack_groups, prompt_positions
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.gather_logps import gather_logps
+from vlmkernels.ops.linear_logps.sweep import HALF
 
 
 @dataclass(frozen=True)
@@ -74,18 +75,15 @@ class Decoded(NamedTuple):
     log_kept_mass: torch.Tensor | None = None
 
 
-_HALF = (torch.bfloat16, torch.float16)
-# aten::bmm.dtype, of CUDA alone: fp32 results of 16-bit operands.
+# aten::bmm.dtype, available on CUDA only: fp32 results of 16-bit operands.
 _HAS_FP32_RESULTS = "dtype" in torch.ops.aten.bmm.overloads()
 
 
 def fp32_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """query (B, H, M, D), key (B, H, N, D) -> q k^T (B, H, M, N) in fp32, not rounded to the dtype of its operands."""
-    if query.device.type == "cuda" and query.dtype in _HALF and _HAS_FP32_RESULTS:
+    if query.device.type == "cuda" and query.dtype in HALF and _HAS_FP32_RESULTS:
         scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
         return scores.unflatten(0, key.shape[:2])
-    if not torch.is_autocast_enabled(query.device.type):
-        return query.float() @ key.float().mT
     with torch.autocast(query.device.type, enabled=False):
         return query.float() @ key.float().mT
 

@@ -13,39 +13,27 @@ lengths of packs differ from step to step. So the shapes are taken from a small 
 Where the lengths are multiples already, the sequences are views of the pack. Results are merged as in parts.py.
 """
 
-import importlib.util
 import os
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from vlmkernels.ops.group_attention.flash import _aligned
+from vlmkernels.ops.group_attention.flash import _aligned, unsupported_operands
 
 BLOCK = 128
 NO_WEIGHT = 1e30  # a log-sum-exp: e^(score - NO_WEIGHT) is 0
 
 
 def unsupported(query: torch.Tensor) -> str | None:
-    width = query.shape[-1]
-    if query.device.type != "cuda":
-        return f"supports CUDA tensors, got {query.device.type}"
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"supports bfloat16 and float16, got {str(query.dtype).removeprefix('torch.')}"
-    if width % 8 or width > 128:
-        return f"supports head dimensions that are multiples of 8 up to 128, got {width}"
-    if torch.version.hip is not None:
-        return "supports NVIDIA GPUs only"
-    if (capability := torch.cuda.get_device_capability(query.device)) < (9, 0):
-        return f"needs compute capability 9.0 or higher, got {capability[0]}.{capability[1]}"
+    if reason := unsupported_operands(query, 128, (9, 0)):
+        return reason
     if not torch.backends.cudnn.is_available() or (torch.backends.cudnn.version() or 0) <= 91500:
         return f"needs cuDNN 9.15.1 or higher, got {torch.backends.cudnn.version()}"
     if os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1":
         return "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 changes the layout of the log-sum-exp"
     if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
         return "cuDNN's backward pass is not deterministic"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     return None
 
 

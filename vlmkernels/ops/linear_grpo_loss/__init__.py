@@ -79,8 +79,8 @@ class Inputs(NamedTuple):
         )
 
 
-# Where the gradients by all logits are kept they are `dlogits`, and the gradients that are needed come from the second op. Else
-# the first op returns those, of the loss: still to be multiplied by the loss's own gradient. What is not needed is (0,).
+# If the gradients by all logits are kept, the forward op returns them as `dlogits`, and the backward op computes the other
+# gradients. Otherwise the forward op returns those, not yet multiplied by dloss. Outputs that are not needed have shape (0,).
 define(
     FWD,
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, float temperature, float logit_scale,"
