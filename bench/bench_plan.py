@@ -54,7 +54,7 @@ PHASES = ("sampling", "reference log-probs", "forward and loss", "backward", "op
 def make_model(width: int, layers: int, depth: int, vocab: int, family: str = "qwen2_5_vl"):
     if family == "qwen2_5_vl":
         return bench_step.make_model(width, layers, depth, vocab)
-    import tiny
+    from support import tiny
 
     model = tiny.qwen3_vl()
     config = model.config.to_dict()
@@ -80,7 +80,7 @@ def peak_of(profile) -> int:
 
 def measure(sizes: dict, work: dict) -> dict:
     """Seconds of each phase, bytes at the peak, and the plan's figures of the same."""
-    import tiny
+    from support import tiny
     from transformers import TrainerCallback
 
     from vlmkernels.plan import ModelShape, Workload, calibrate, plan

@@ -113,7 +113,7 @@ def python_ap(predicted: list[dict], wanted: list[dict]) -> float:
 
 
 def test_mean_ap(benchmark):
-    """pycocotools is not beside it: it takes milliseconds for an image. tests/test_reward_functions.py compares the values."""
+    """pycocotools is not beside it: it takes milliseconds for an image. tests/rewards/test_reward_functions.py compares the values."""
     rng = random.Random(0)
     wanted = [some_boxes(rng) for _ in range(NUM // 10)]
     written = [json.dumps(guess(rng, boxes)) for boxes in wanted]

@@ -65,7 +65,7 @@ MODELS = {
 
 
 def make_model(width, layers, depth, vocab):
-    import tiny
+    from support import tiny
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def make_model(width, layers, depth, vocab):
 
 
 def make_processor(side):
-    import tiny
+    from support import tiny
 
     processor = tiny.processor()
     processor.image_processor.min_pixels = processor.image_processor.max_pixels = side * side
@@ -128,7 +128,7 @@ def peak_bytes() -> int:
 def measure(provider: str, setting: dict) -> dict:
     """Median seconds of a step and its parts, peak bytes above those with the model loaded, the last step's gradient norm."""
     num_steps = setting.get("steps", STEPS)
-    import tiny
+    from support import tiny
     from transformers import TrainerCallback
 
     folder, processor = tempfile.mkdtemp(), make_processor(setting["side"])
@@ -212,7 +212,7 @@ def in_process(provider: str, **changes) -> dict:
 
 def random_model(name: str):
     """One of MODELS, built where it runs; bf16 on a GPU, fp32 on the CPU."""
-    import tiny
+    from support import tiny
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     sizes = MODELS[name]
@@ -272,7 +272,7 @@ class Spans:
 def training_steps(provider: str, name: str, beta: float = 0.0, checkpointing: bool = False) -> dict:
     """Steps of one provider on given completions: milliseconds of each part, peak MiB above weights and optimiser states, the
     gradient norm of the first step, and how often the host waits for the device in a step."""
-    import tiny
+    from support import tiny
     from transformers import PrinterCallback, TrainerCallback
 
     work = MODELS[name]["work"]
@@ -314,8 +314,8 @@ def training_steps(provider: str, name: str, beta: float = 0.0, checkpointing: b
         inner = lambda: "forward" if torch.is_grad_enabled() else "reference"  # noqa: E731
         spans.watch(trainer, "_get_per_token_logps_and_entropies", inner)
     else:
+        from vlmkernels.rollout.generate import Rollout
         from vlmkernels.train import GRPOConfig, GRPOTrainer
-        from vlmkernels.train.rollout import Rollout
 
         trainer = GRPOTrainer(model, reward, GRPOConfig(**common), [row] * steps, processing_class=processor)
         on_device = ids.to(harness.DEVICE)

@@ -284,7 +284,7 @@ def correct(stage: Stage) -> None:
     outcomes = stage.out / "outcomes.jsonl"
     outcomes.unlink(missing_ok=True)
     if stage.dry:
-        command = pytest_command(stage, ["tests/test_merge_image_features.py"], outcomes)
+        command = pytest_command(stage, ["tests/ops/test_merge_image_features.py"], outcomes)
         stage.run([*command, "-k", "scatter or named"], 120)
     else:
         others = sorted(set(test_files()).difference(TESTS))

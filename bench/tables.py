@@ -218,7 +218,7 @@ def suite() -> list[str]:
 
 
 def metrics() -> list[str]:
-    from vlmkernels.report.metrics import markdown
+    from vlmkernels.record.metrics import markdown
 
     return markdown()
 

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), *map(str, Path(__file__).parent.glob("[!_]*/"))]
 # What cuBLAS needs to be deterministic on a GPU; read when its first handle is created.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

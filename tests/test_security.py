@@ -17,16 +17,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from PIL import Image
+from support import tiny
 
 from vlmkernels.cli import main
+from vlmkernels.data.images import ImageLimits, open_image
+from vlmkernels.data.samples import check_dataset, encode, load_dataset, read_sample, read_video
 from vlmkernels.evaluate import page as evaluate_page
 from vlmkernels.evaluate.evaluation import Evaluation, Rows, Scoring, reward_parts
 from vlmkernels.evaluate.predictions import Completion, Predictions
 from vlmkernels.models.families import family_of
-from vlmkernels.report.completions import Row, save
+from vlmkernels.models.loading import load_model, load_processor
+from vlmkernels.record.completions import Row, save
 from vlmkernels.report.curves import Point
 from vlmkernels.report.page import run_page
 from vlmkernels.report.run import Run
@@ -34,9 +37,6 @@ from vlmkernels.rewards import Rewards
 from vlmkernels.rewards.judge import Judge
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.checkpoint import MANIFEST, last_complete_checkpoint
-from vlmkernels.train.data import check_dataset, encode, load_dataset, read_sample, read_video
-from vlmkernels.train.images import ImageLimits, open_image
-from vlmkernels.train.model import load_model, load_processor
 
 torch.set_num_threads(1)
 

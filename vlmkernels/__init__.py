@@ -1,12 +1,12 @@
 """Kernels for reinforcement learning of vision-language models; see README.md."""
 
 from vlmkernels.backend import use_backend
-from vlmkernels.models.merge import merge_image_features, placeholder_positions
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import VocabParallel, linear_logps
+from vlmkernels.ops.merge_image_features import merge_image_features, placeholder_positions
 from vlmkernels.ops.mrope_positions import MropePositions, mrope_positions
 from vlmkernels.ops.pack_patches import PackedPatches, pack_patches
 from vlmkernels.ops.rotary import mrope_axes, rotary, rotary_table

@@ -21,6 +21,12 @@ PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference
 
 _MODULE = {"reference": "reference", "cpp": "native", "triton": "triton", "cuda": "native"}
 
+
+def _path(op: str, name: str) -> str:
+    folder, module = (op, _MODULE[name]) if op != "linear_logps_fused" else ("linear_logps", f"{_MODULE[name]}_fused")
+    return f"{__package__}.ops.{folder}.{module}"
+
+
 _default = os.environ.get("VLMKERNELS_BACKEND", "auto")
 
 
@@ -113,13 +119,13 @@ def device_type(name: str) -> str | None:
 @cache
 def load(op: str, name: str):
     """The implementation of ``op`` for backend ``name``: a module, or the ``Native`` object of ``native.py``."""
-    module = importlib.import_module(f"{__package__}.ops.{op}.{_MODULE[name]}")
+    module = importlib.import_module(_path(op, name))
     return module.Native(name) if _MODULE[name] == "native" else module
 
 
 def is_written(op: str, name: str) -> bool:
     """Whether ``op`` has code for backend ``name``."""
-    return _installed(f"{__package__}.ops.{op}.{_MODULE[name]}")
+    return _installed(_path(op, name))
 
 
 def why_not(op: str, name: str, *tensors: torch.Tensor) -> str | None:

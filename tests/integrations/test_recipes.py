@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 TEXT = (Path(__file__).parents[2] / "docs" / "dropins.md").read_text()
 BLOCKS = dict(re.findall(r"\n## ([\w -]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", TEXT, flags=re.DOTALL))

@@ -3,11 +3,10 @@
 import copy
 
 import pytest
-import tiny
-import tiny_families
 import torch
 import transformers
 from packaging.version import Version
+from support import tiny, tiny_families
 from test_group import SHARING, completions_of, whole
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 

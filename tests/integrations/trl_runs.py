@@ -5,12 +5,12 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import tiny_families
 import torch
 import transformers
 import trl
 from datasets import Dataset
 from PIL import Image
+from support import tiny_families
 
 STEPS = 10
 TIMES = ("step_time", "runtime", "per_second")
@@ -57,7 +57,7 @@ def _template(image: str) -> str:
 
 
 def tiny_model(name: str):
-    """(model, processor) of tests/tiny_families.py. Many tokens end a completion, so that lengths differ."""
+    """(model, processor) of tests/support/tiny_families.py. Many tokens end a completion, so that lengths differ."""
     if name == "moe":
         torch.manual_seed(0)
         config = transformers.Qwen3MoeConfig(**tiny_families.TEXT, **tiny_families.EXPERTS, decoder_sparse_step=1)

@@ -15,7 +15,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from vlmkernels.demo.data import DIGIT_PIXELS, MAX_DIGITS, PROMPT
+from vlmkernels.evaluate.digits import DIGIT_PIXELS, MAX_DIGITS, PROMPT
 
 END_OF_TEXT, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 SPECIAL_TOKENS = (

@@ -12,12 +12,12 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from vlmkernels.demo.data import MAX_DIGITS, compose, load_scans, save_rows
 from vlmkernels.demo.images import image_seconds, image_shares
 from vlmkernels.demo.model import build_model, build_processor, read_numbers
 from vlmkernels.demo.report import draw_curves, write_samples
 from vlmkernels.demo.warmup import warm_up
 from vlmkernels.env import version
+from vlmkernels.evaluate.digits import MAX_DIGITS, compose, load_scans, save_rows
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
 NUM_TRAIN, NUM_TEST = 4800, 600  # numbers, composed of different scans

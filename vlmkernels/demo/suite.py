@@ -21,19 +21,19 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from vlmkernels.demo.data import Scans
+from vlmkernels.data.samples import encode, read_sample
 from vlmkernels.demo.model import END_OF_TURN, build_model, build_processor
 from vlmkernels.evaluate import shapes_and_digits as suite
+from vlmkernels.evaluate.digits import Scans
 from vlmkernels.evaluate.evaluation import ALL, Evaluation
 from vlmkernels.evaluate.page import p_value, write_page
 from vlmkernels.evaluate.predictions import Decoding, predict
 from vlmkernels.evaluate.report import curves_of_log, to_json, to_markdown
-from vlmkernels.models.batch import Batch
-from vlmkernels.models.encode import encode_images, use_image_features
 from vlmkernels.models.families import family_of
+from vlmkernels.models.image_features import encode_images, use_image_features
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.inputs import Batch
 from vlmkernels.train import GRPOConfig, GRPOTrainer
-from vlmkernels.train.data import encode, read_sample
 
 SEEING_STEPS, ANSWER_STEPS = 160, 500
 BATCH_SIZE = 96  # questions in a step

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vlmkernels.demo.data import MAX_DIGITS, Scans, compose
 from vlmkernels.demo.model import END_OF_TURN, prompt_texts, read_numbers
+from vlmkernels.evaluate.digits import MAX_DIGITS, Scans, compose
 
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmkernels.data.images import DEFAULT, ImageLimits
+from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, column_names, read_sample
 from vlmkernels.evaluate.metrics import REWARD, Answers, Metric, score
 from vlmkernels.evaluate.predictions import VIEWS, Predictions, joined
 from vlmkernels.evaluate.statistics import (
@@ -26,9 +28,7 @@ from vlmkernels.ops.checks import require, require_one_of
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.boxes import FRAMES
 from vlmkernels.rewards.builtin import PROVIDED, to_frame
-from vlmkernels.train.data import MEDIA_COLUMNS, Sample, column_names, read_sample
-from vlmkernels.train.images import DEFAULT, ImageLimits
-from vlmkernels.train.scoring import prompt_text
+from vlmkernels.rollout.score import prompt_text
 
 ALL = "all"
 

@@ -9,11 +9,11 @@ from typing import Any
 from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
 from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import COMMON, TASKS
+from vlmkernels.record.html import document, picture, thumbnail
 from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.curves import Point, curve
-from vlmkernels.report.html import document, picture, thumbnail
 from vlmkernels.rewards.answers import Boxes, as_boxes
-from vlmkernels.train.scoring import pictures
+from vlmkernels.rollout.score import pictures
 
 OWN_STYLE = """
 body { max-width: 78rem; }

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmkernels.models.batch import Batch
+from vlmkernels.data.images import DEFAULT, ImageLimits
+from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, encode, json_lines, read_sample
 from vlmkernels.models.families import family_of
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.inputs import Batch
+from vlmkernels.models.loading import inference
 from vlmkernels.ops.checks import require
+from vlmkernels.rollout.generate import Generate, Rollout, tokenizer_of
+from vlmkernels.rollout.score import resized_sizes
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.data import MEDIA_COLUMNS, Sample, encode, json_lines, read_sample
-from vlmkernels.train.images import DEFAULT, ImageLimits
-from vlmkernels.train.model import inference
-from vlmkernels.train.rollout import Generate, Rollout, tokenizer_of
-from vlmkernels.train.scoring import resized_sizes
 
 GREY = 128
 VIEWS = ("image", "grey", "none")  # as it is; grey, of its size; taken out of the prompt

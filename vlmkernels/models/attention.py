@@ -6,8 +6,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlmkernels.models.decode import GroupCache
-from vlmkernels.models.encode import use_image_features
+from vlmkernels.models.group_cache import GroupCache
+from vlmkernels.models.image_features import use_image_features
 from vlmkernels.ops.group_attention import GroupLayout, group_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 
@@ -113,7 +113,7 @@ def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Let ``model`` take packs of ``vlmkernels.models.group``, and image features as ``vlmkernels.models.encode`` makes them;
+    """Let ``model`` take packs of ``vlmkernels.models.group``, and image features as ``vlmkernels.models.image_features`` makes them;
     without the keywords of these it is as before. Changed in place and returned.
     """
     text = model.config.get_text_config()

@@ -1,7 +1,7 @@
 """The families of vision-language models: one row each. What a row says is all that the rest of the package knows of them.
 
 A batch of model inputs is one dict of tensors; ``AXES`` says what the first axis of each may count. Adding a family is adding a
-row to ``FAMILIES`` and a tiny model to tests/tiny_families.py.
+row to ``FAMILIES`` and a tiny model to tests/support/tiny_families.py.
 """
 
 from dataclasses import dataclass, replace
@@ -64,7 +64,7 @@ class Family:
         return self.inputs[name].axis
 
 
-_ENCODED = ("image_features", "deepstack_features")  # in place of pixels: see vlmkernels.models.encode
+_ENCODED = ("image_features", "deepstack_features")  # in place of pixels: see vlmkernels.models.image_features
 _TOKEN, _IMAGE, _VIDEO = Input("token"), Input("image"), Input("video")
 _TEXT = {"input_ids": _TOKEN, "attention_mask": _TOKEN}
 # Images and videos of any size as rows of patches, with M-RoPE: token types tell images (1) from videos (2).

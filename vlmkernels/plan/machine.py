@@ -164,10 +164,10 @@ def _layers(layers: int):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from vlmkernels.models.attention import use_group_attention
-    from vlmkernels.models.batch import Batch
-    from vlmkernels.models.decode import Sampling, decode_groups
     from vlmkernels.models.families import TEXT
     from vlmkernels.models.group import pack_groups
+    from vlmkernels.models.inputs import Batch
+    from vlmkernels.rollout.decode import Sampling, decode_groups
 
     config = Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,

@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     backward: PerToken
 
 
-# Counted in transformers' layers, as tests/test_plan.py does: with and without norms of queries and keys; towers with a gate
+# Counted in transformers' layers, as tests/plan/test_plan.py does: with and without norms of queries and keys; towers with a gate
 # in their MLP and without, where queries and keys are as wide as hidden states.
 DECODER = Kind(PerToken(6, 2, 2, 4), PerToken(20, 22, 10.5, 5), PerToken(50, 38, 30, 9))
 DECODER_QK_NORM = Kind(PerToken(6, 4, 4, 4), PerToken(20, 30, 17.5, 5), PerToken(63, 47, 53, 9))

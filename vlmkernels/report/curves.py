@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from vlmkernels.report.html import number, short
+from vlmkernels.record.html import number, short
 
 COLORS = (
     *("#3b82f6", "#e08a1e", "#2ea043", "#c026d3", "#0ea5a5", "#b07a4f", "#dc4c4c"),

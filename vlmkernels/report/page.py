@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from vlmkernels.report.completions import load, step_html
-from vlmkernels.report.curves import COLORS, GREY, Point, bars, curve, stack
-from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
-from vlmkernels.report.html import document, number, short
-from vlmkernels.report.metrics import (
+from vlmkernels.record.completions import load, step_html
+from vlmkernels.record.html import document, number, short
+from vlmkernels.record.metrics import (
     COMPLETIONS,
     MISMATCH,
     OPTIMISER,
@@ -24,6 +22,8 @@ from vlmkernels.report.metrics import (
     is_summary,
     order,
 )
+from vlmkernels.report.curves import COLORS, GREY, Point, bars, curve, stack
+from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.run import Run
 
 MOST_STEPS, MOST_GROUPS = 8, 8  # of samples: steps, and prompts of each

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlmkernels.ops.checks import require
-from vlmkernels.report.completions import stored
+from vlmkernels.record.completions import stored
+from vlmkernels.record.files import ABOUT_FILE, COMPLETIONS_FOLDER, METRICS_FILE, STATE_FILE
 from vlmkernels.report.curves import Point
-
-METRICS_FILE, ABOUT_FILE, COMPLETIONS_FOLDER, STATE_FILE = "metrics.jsonl", "run.json", "completions", "trainer_state.json"
 
 
 @dataclass(frozen=True)

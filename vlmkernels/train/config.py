@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 from transformers import GenerationConfig, TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from vlmkernels.models.decode import Sampling
+from vlmkernels.data.images import ImageLimits
 from vlmkernels.ops.checks import require, require_one_of, require_positive
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
-from vlmkernels.train.images import ImageLimits
+from vlmkernels.rollout.decode import Sampling
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmkernels.models.batch import Batch
 from vlmkernels.models.families import Family
+from vlmkernels.models.inputs import Batch
 from vlmkernels.ops.checks import require
+from vlmkernels.rollout.generate import Rollout
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.rollout import Rollout
 
 
 @dataclass

@@ -17,9 +17,9 @@ from accelerate.utils import DistributedType, gather_object
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from vlmkernels.data.images import ERRORS, ImageLimits
+from vlmkernels.data.samples import Sample, read_sample
 from vlmkernels.ops.checks import require
-from vlmkernels.train.data import Sample, read_sample
-from vlmkernels.train.images import ERRORS, ImageLimits
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.config import MAX_LOG_RATIO
-from vlmkernels.train.rollout import Rollout
+from vlmkernels.rollout.generate import Rollout
 
 _sum, _greatest, _least, _log_sum = (
     partial(function, dim=0) for function in (torch.sum, torch.amax, torch.amin, torch.logsumexp)

@@ -21,18 +21,26 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from vlmkernels.data.samples import Sample, check_dataset, column_names, encode, read_sample, undecoded
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.encode import encode_images, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, why_not_shared
 from vlmkernels.models.head import completion_logps, completion_loss, logit_arguments, output_head
+from vlmkernels.models.image_features import encode_images, takes_features, use_image_features, why_not_frozen
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.loading import disable_dropout, frozen_copy, inference, load_model, load_processor
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
+from vlmkernels.record.callback import RunRecord
+from vlmkernels.record.phases import Phases, phase
+from vlmkernels.record.progress import RewardProgress
+from vlmkernels.record.summary import completion_metrics, reward_metrics
 from vlmkernels.rewards import Rewards, Scores
-from vlmkernels.train.callbacks import RewardProgress
+from vlmkernels.rollout.base import make_engine
+from vlmkernels.rollout.generate import Rollout, tokenizer_of
+from vlmkernels.rollout.score import Scored, page_groups, score
 from vlmkernels.train.checkpoint import (
     check_checkpoint,
     find_checkpoint,
@@ -42,13 +50,9 @@ from vlmkernels.train.checkpoint import (
     save_experience,
 )
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.data import Sample, check_dataset, column_names, encode, read_sample, undecoded
-from vlmkernels.train.engine import make_engine
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, Samples, lost_processes_named
-from vlmkernels.train.metrics import completion_metrics, reward_metrics
 from vlmkernels.train.mismatch import Mismatch
-from vlmkernels.train.model import disable_dropout, frozen_copy, inference, load_model, load_processor
 from vlmkernels.train.parallel import (
     backward,
     check_parallelism,
@@ -59,12 +63,8 @@ from vlmkernels.train.parallel import (
     prepared_reference,
     whole,
 )
-from vlmkernels.train.phases import Phases, phase
 from vlmkernels.train.processes import Processes, described
-from vlmkernels.train.record import RunRecord
-from vlmkernels.train.rollout import Rollout, tokenizer_of
 from vlmkernels.train.sampler import PromptSampler
-from vlmkernels.train.scoring import Scored, page_groups, score
 from vlmkernels.train.work import Work, step_metrics
 
 logger = logging.get_logger(__name__)
@@ -80,7 +80,7 @@ class GRPOTrainer(Trainer):
             ``vlmkernels.rewards.compose``.
         args: see ``GRPOConfig``.
         train_dataset, eval_dataset: rows with a length (``datasets.Dataset``, a list of dicts, ...); see
-            ``vlmkernels.train.data``. Every row is checked here. eval_dataset may be a dict of several.
+            ``vlmkernels.data.samples``. Every row is checked here. eval_dataset may be a dict of several.
         processing_class: the model's processor or tokenizer; default, that of the model's path.
         callbacks, optimizers: as in ``transformers.Trainer``.
         peft_config: adapters to train instead of the model.

@@ -5,8 +5,8 @@ from collections import Counter
 import torch
 
 from vlmkernels.models.group import ScoringBatch
-from vlmkernels.train.phases import Phases
-from vlmkernels.train.rollout import Rollout
+from vlmkernels.record.phases import Phases
+from vlmkernels.rollout.generate import Rollout
 
 
 class Work:

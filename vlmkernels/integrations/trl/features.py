@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from vlmkernels.models.batch import Batch, concat
-from vlmkernels.models.encode import encode_images
+from vlmkernels.models.image_features import encode_images
+from vlmkernels.models.inputs import Batch, concat
 
 
 class Features:

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from vlmkernels.integrations.trl.scoring import base_of
-from vlmkernels.models.decode import Sampling, decode_groups
+from vlmkernels.rollout.decode import Sampling, decode_groups
 
 logger = logging.get_logger(__name__)
 

@@ -13,11 +13,11 @@ from transformers.utils import logging
 
 from vlmkernels.integrations.trl.features import Features
 from vlmkernels.models import attention
-from vlmkernels.models.batch import Batch
-from vlmkernels.models.encode import once_per_image, takes_features, why_not_frozen
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions, why_not_shared
 from vlmkernels.models.head import in_head, logit_arguments, output_head
+from vlmkernels.models.image_features import once_per_image, takes_features, why_not_frozen
+from vlmkernels.models.inputs import Batch
 from vlmkernels.ops.checks import require
 from vlmkernels.ops.linear_logps import linear_logps
 

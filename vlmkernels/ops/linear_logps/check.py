@@ -3,9 +3,9 @@
 import torch
 
 from vlmkernels.ops.checks import require, require_device, require_dtype, require_factor, require_shape, require_targets
+from vlmkernels.ops.linear_logps.fused import is_faster
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, whole
 from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes, row_bytes
-from vlmkernels.ops.linear_logps_fused import is_faster
 
 
 def operands(hidden, weight, bias):

@@ -1,0 +1,199 @@
+"""The command line: a run from files to a saved model and back, and errors that name the argument."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny
+
+from vlmkernels.cli import main
+from vlmkernels.train.checkpoint import last_complete_checkpoint
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a model and a dataset of four images."""
+    folder = tmp_path_factory.mktemp("files")
+    tiny.vlm().save_pretrained(folder / "model")
+    tiny.processor().save_pretrained(folder / "model")
+    lines = []
+    for index, row in enumerate(tiny.rows(4, "one")):
+        row["image"].save(folder / f"{index}.png")
+        lines.append(json.dumps({**row, "image": f"{index}.png"}))
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def arguments(files, *more):
+    return ["--model", str(files / "model"), "--dataset", str(files / "data.jsonl"), *more]
+
+
+def test_train_from_yaml_and_flags_then_resume_then_eval(files, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(
+        f"model: {files / 'model'}\ndataset: {files / 'data.jsonl'}\nlearning_rate: 1e-3\n"
+        "rewards: [{name: cer, weight: 1.0}, {name: exact_match, weight: 2.0, log_as: exact}]\n"
+        "num_generations: 4\nmax_completion_length: 4\nmax_steps: 9\nlogging_steps: 1\n"
+        f"disable_tqdm: true\noutput_dir: {tmp_path / 'out'}\ngeneration_kwargs: {{suppress_tokens: [0]}}\n"
+    )
+    run = ["train", "--config", str(tmp_path / "run.yaml"), "--save-steps", "1"]
+    assert main([*run, "--max_steps", "1", "--lr_scheduler_type", "constant"]) == 0
+    assert last_complete_checkpoint(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-1")
+    assert main([*run, "--max_steps", "2", "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "last"]) == 0
+    state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "loss" in log] == [1, 2]
+    first = state["log_history"][0]
+    assert first["learning_rate"] == 1e-3
+    assert first["reward"] == pytest.approx(first["rewards/cer/mean"] + 2 * first["rewards/exact/mean"])
+    assert f"model saved in {tmp_path / 'out'}" in capsys.readouterr().out
+
+    output = tmp_path / "eval.json"
+    flags = ["--model", str(tmp_path / "out"), "--dataset", str(files / "data.jsonl"), "--reward", "cer", "--batch-size", "3"]
+    assert main(["eval", *flags, "--max_completion_length", "4", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert result["num_samples"] == 4
+    assert result["accuracy"] == result["rewards"]["exact_match"]
+    assert 0 <= result["rewards"]["cer"] <= 1
+    assert 1 <= result["completions"]["mean_length"] <= 4
+    printed = capsys.readouterr().out
+    assert "accuracy (exact match): " in printed
+    assert f"mean reward cer: {result['rewards']['cer']:.4f}" in printed
+
+
+def test_the_shipped_configuration(files, tmp_path):
+    shipped = str(Path(__file__).parents[2] / "configs" / "grpo.yaml")
+    smaller = [
+        "--max_completion_length",
+        "4",
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "8",
+        "--save_strategy",
+        "no",
+    ]
+    smaller += ["--model_init_kwargs", '{"dtype": "float32"}', "--gradient_accumulation_steps", "1", "--disable_tqdm", "true"]
+    assert main(["train", "--config", shipped, *arguments(files), *smaller, "--output_dir", str(tmp_path)]) == 0
+    assert (tmp_path / "completions" / "step-000001.html").exists()
+
+
+def test_train_and_eval_lora(files, tmp_path):
+    flags = ["--reward", "cer", "--lora_r", "4", "--num_generations", "4", "--max_completion_length", "4", "--max_steps", "1"]
+    output = ["--output_dir", str(tmp_path), "--disable_tqdm", "true", "--beta", "0.1"]
+    assert main(["train", *arguments(files, *flags, *output)]) == 0
+    assert (tmp_path / "adapter_config.json").exists()
+    dataset = ["--dataset", str(files / "data.jsonl"), "--output", str(tmp_path / "eval.json")]
+    assert main(["eval", "--model", str(tmp_path), *dataset, "--max_completion_length", "4"]) == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["num_samples"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward", "bleu"], "reward must be one of exact_match, .* or an import path 'module:function', got 'bleu'"),
+        (["--reward", "cer", "--num_generations", "3"], "num_generations must divide .* = 8, got 3"),
+        (["--reward", "cer", "--num_generations", "many"], "argument --num_generations.*: invalid int value: 'many'"),
+        (["--reward", "cer", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--reward", "cer", "--dataset", "nowhere.jsonl"], "--dataset: dataset must be an existing file .*nowhere.jsonl"),
+        (["--reward", "cer", "--model", "/nowhere"], "--model: .*/nowhere"),
+        (["--reward", "cer", "--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint must be a complete .*/nowhere"),
+        (["--reward", "cer", "--config", "/nowhere.yaml"], "--config /nowhere.yaml: .*No such file"),
+        (["--reward", "cer", "--generation_kwargs", "top_k"], r"generation_kwargs must map names to values .*, got 'top_k'"),
+        (["--reward", "cer", "--generation_kwargs", '{"topk": 5}'], "generation_kwargs must hold arguments of .*, got topk"),
+        (
+            [
+                "--reward",
+                "cer",
+                "--use_vllm",
+                "true",
+                "--vllm_mode",
+                "server",
+                "--vllm_server_timeout",
+                "0.1",
+                "--vllm_server_base_url",
+                "http://127.0.0.1:9",
+            ],
+            "vllm_server_base_url must be that of a healthy vLLM server within .* = 0.1 s, got http://127.0.0.1:9",
+        ),
+        (
+            ["--reward", "cer", "--share_prefix", "false", "--rollout_correction", "token_mask"],
+            "rollout_correction must be None where generate samples, .*: share_prefix is off, got 'token_mask'",
+        ),
+        ([], "--reward must be given"),
+        (["--rewards", "[cer]"], "argument --rewards: invalid json_list value: '.cer.'"),
+        (["--rewards", '[{"name": "cer"}]', "--reward", "cer"], "--reward must be absent where --rewards is given"),
+        (["--rewards", '[{"name": "iou", "fram": "resized"}]'], "options of the reward iou must be among .*frame.*, got fram"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_user_errors_end_with_code_2_and_one_line(files, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        main(["train", *arguments(files, "--output_dir", str(tmp_path), *flags)])
+    assert exit.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert re.search(f"vlmkernels train: error: .*{message}", " ".join(lines))
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_yaml_errors(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("num_generation: 4\n")
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--config", str(path)])
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert "unknown key 'num_generation' (did you mean num_generations?); valid keys: " in message
+    assert "max_completion_length, " in message
+    path.write_text("- a\n- b\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(path)])
+    assert "must map names to values, got list" in capsys.readouterr().err
+
+
+def test_bad_sample_is_named(files, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text((files / "data.jsonl").read_text())
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", "--model", str(files / "model"), "--dataset", str(tmp_path / "data.jsonl")])
+    assert exit.value.code == 2
+    assert "vlmkernels eval: error: sample 0: image cannot be read" in capsys.readouterr().err
+
+
+def test_eval_limits_images(files, tmp_path, capsys):
+    flags = ["--model", str(files / "model"), "--dataset", str(files / "data.jsonl"), "--max_image_pixels", "9"]
+    with pytest.raises(SystemExit):
+        main(["eval", *flags, "--output", str(tmp_path / "eval.json")])
+    message = "sample 0: image cannot be read: image must have at most 9 pixels (max_image_pixels), got 28 x 28"
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    for argv in (["--help"], ["train", "--help"], ["eval", "--help"]):
+        with pytest.raises(SystemExit) as exit:
+            main(argv)
+        assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    assert "commands:\n  demo" in printed
+    assert "--num_generations VALUE" in printed
+    assert "--adam_beta1" not in printed
+    with pytest.raises(SystemExit):
+        main(["train", "--help-all"])
+    assert "--adam_beta1 VALUE" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        main(["fly"])
+    assert exit.value.code == 2
+    assert "argument COMMAND: invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_the_command_line_imports_without_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import vlmkernels.cli, vlmkernels.env\n"
+        "assert vlmkernels.cli.main(['env']) == 0"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,262 @@
+"""The table of families against a tiny model and the real processor of each: no cut, order or joint changes a hidden state."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import tiny, tiny_families
+from support.tiny_families import BUILDERS, token_id
+
+from vlmkernels.models.families import FAMILIES, TEXT, family_of, media_token_ids, why_not_share_prefix
+from vlmkernels.models.inputs import Batch, concat
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of processors, under numpy 2
+
+PAD = token_id("<pad>")
+
+
+@cache
+def whole(name: str, *chosen: int) -> Batch:
+    """The chosen samples of a case (all by default), by one call of its processor."""
+    case = tiny_families.case(name)
+    samples = [case.samples[index] for index in chosen] or case.samples
+    counts = [
+        torch.tensor([len(media) for media in kind]) for kind in zip(*((s.images, s.videos) for s in samples), strict=True)
+    ]
+    return Batch.of(case.inputs(*chosen), family_of(case.model.config), *counts)
+
+
+def hidden_states(name: str, batch: Batch) -> list[torch.Tensor]:
+    """Last hidden states of each sample, without padding, (length, H)."""
+    with torch.no_grad():
+        hidden = tiny_families.case(name).model.model(**batch.inputs, use_cache=False).last_hidden_state
+    return [h[mask.bool()] for h, mask in zip(hidden, batch.inputs["attention_mask"], strict=True)]
+
+
+@cache
+def expected(name: str) -> list[torch.Tensor]:
+    return hidden_states(name, whole(name))
+
+
+def assert_same(actual: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    assert len(actual) == len(wanted)
+    for one, other in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_hidden_states_do_not_depend_on_the_batch(name, data):
+    batch = whole(name)
+    chosen = data.draw(st.lists(st.integers(0, len(batch) - 1), min_size=1, max_size=5))  # any order, any repetition
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(chosen) - 1)))) if len(chosen) > 1 else []
+    sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, len(chosen)], strict=True)]
+    parts = [part.trim() for part in batch.select(torch.tensor(chosen)).split(sizes)]
+    wanted = [expected(name)[index] for index in chosen]
+    assert_same([h for part in parts for h in hidden_states(name, part)], wanted)
+    joined, chosen = concat(parts, PAD), batch.select(torch.tensor(chosen)).trim()
+    assert all(torch.equal(joined.rows[axis], counts) for axis, counts in chosen.rows.items())
+    assert joined.inputs.keys() == chosen.inputs.keys()
+    for input_name, tensor in chosen.inputs.items():
+        if batch.family.axis(input_name) == "token":
+            assert torch.equal(joined.inputs[input_name], tensor)
+    assert_same(hidden_states(name, joined), wanted)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_joined_from_separate_calls_of_the_processor(name):
+    """Parts of different sizes are padded as the processor pads them."""
+    batch = whole(name)
+    joined = concat([whole(name, 0, 1), *(whole(name, index) for index in range(2, len(batch)))], PAD)
+    assert joined.inputs.keys() == batch.inputs.keys()
+    for input_name, tensor in batch.inputs.items():
+        torch.testing.assert_close(joined.inputs[input_name], tensor, msg=input_name)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_repeated_and_continued(name):
+    """A completion is told from its prompt: the prompt's hidden states are as before."""
+    batch = whole(name)
+    repeated = batch.repeat(2)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(token_id("a"), token_id("z"), (len(repeated), 3), generator=generator)
+    continued = repeated.append(ids, torch.ones_like(ids))
+    assert continued.inputs["input_ids"].shape[1] == batch.inputs["input_ids"].shape[1] + 3
+    wanted = [h for h in expected(name) for _ in range(2)]
+    assert_same([h[:-3] for h in hidden_states(name, continued)], wanted)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_logits_of_continued_prompts_are_those_that_were_sampled_from(name):
+    case, batch = tiny_families.case(name), whole(name).repeat(2)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    options["suppress_tokens"] = media_token_ids(case.model.config, case.processor) or None
+    with torch.no_grad():
+        sampled = case.model.generate(**batch.inputs, **options, output_logits=True, return_dict_in_generate=True)
+        ids = sampled.sequences[:, -4:]
+        continued = batch.append(ids, torch.ones_like(ids))
+        logits = case.model(**continued.inputs, use_cache=False, logits_to_keep=5).logits
+    torch.testing.assert_close(logits[:, :-1], torch.stack(sampled.logits, 1), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "text"])
+def test_hidden_states_tell_one_image_from_another(name):
+    """What the tests above compare would show an image given to the wrong sample."""
+    batch = whole(name)
+    turned = {n: t.flip(0) if n.startswith("pixel_values") else t for n, t in batch.inputs.items()}
+    changed = hidden_states(name, Batch(turned, batch.rows, batch.family))
+    differences = [float((a - b).abs().max()) for a, b in zip(changed, expected(name), strict=True)]
+    has_media = (batch.num_images + batch.rows["video"]) > 0
+    assert all(difference > 1e-2 for difference, media in zip(differences, has_media.tolist(), strict=True) if media)
+
+
+def test_every_row_has_a_model():
+    tested = {tiny_families.case(name).model.config.model_type for name in BUILDERS}
+    listed = {model_type for family in FAMILIES for model_type in family.model_types}
+    assert listed <= tested
+
+
+def test_images_of_no_sample_are_left_out():
+    batch = whole("idefics3").select(torch.tensor([0, 0]))
+    assert batch.inputs.keys() == {"input_ids", "attention_mask"}
+    batch = whole("qwen2_5_vl").select(torch.tensor([4]))
+    assert "pixel_values" not in batch.inputs
+    assert batch.inputs["second_per_grid_ts"].shape == (1,)
+
+
+def test_text():
+    model = tiny.text_model()
+    assert family_of(model.config) is TEXT
+    assert media_token_ids(model.config, tiny.tokenizer()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("qwen3_vl", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]),
+        (
+            "glm4v",
+            ["<|image|>", "<|video|>", *(f"<|{side}_of_{kind}|>" for side in ("begin", "end") for kind in ("image", "video"))],
+        ),
+        ("llava", ["<image>"]),
+        ("mistral3", ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]),
+        ("llava_onevision", ["<image>", "<video>"]),
+        ("internvl", ["<IMG_CONTEXT>", "<img>", "</img>"]),
+        ("idefics3", ["<image>", "<fake_token_around_image>", "<global-img>"]),
+        ("gemma3", ["<image_soft_token>", "<start_of_image>", "<end_of_image>"]),
+        ("paligemma", ["<image>"]),
+    ],
+)
+def test_tokens_that_must_not_be_sampled(name, tokens):
+    case = tiny_families.case(name)
+    assert media_token_ids(case.model.config, case.processor) == sorted(map(token_id, tokens))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("qwen3_5", {}, "its linear-attention layers carry a state"),
+        ("gemma3", {}, "its image tokens attend in both directions"),
+        ("paligemma", {}, "the tokens of its prompt attend in both directions"),
+        ("qwen2_vl", {"layer_types": ["full_attention", "sliding_attention"]}, "layers of type sliding_attention"),
+        ("pixtral", {"sliding_window": 64}, r"layers of type sliding_attention \(sliding_window=64\)"),
+        ("qwen3_vl_moe", {"output_router_logits": True}, "its router's loss counts tokens"),
+        ("internvl", {"model_type": "mamba"}, "its decoder must be one of llama, .*, got mamba"),
+    ],
+)
+def test_why_a_prefix_is_not_shared(monkeypatch, name, changes, reason):
+    config = tiny_families.case(name).model.config
+    for attribute, value in changes.items():
+        assert why_not_share_prefix(config) is None
+        monkeypatch.setattr(config.get_text_config(), attribute, value, raising=False)  # absent in transformers 5.17
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(why_not_share_prefix(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qwen2_vl", {"num_tiles": torch.ones(3)}, r"family qwen2_vl must be among input_ids, .*, got 'num_tiles'"),
+        ("qwen2_vl", {"second_per_grid_ts": torch.ones(3)}, "family qwen2_vl must be among .*, got 'second_per_grid_ts'"),
+        ("text", {"pixel_values": torch.ones(3)}, "family text must be among input_ids, attention_mask, got 'pixel_values'"),
+        ("llava", {"pixel_values": torch.ones(3, 3, 28, 28)}, "pixel_values must have 4 rows, one for each of: images, got 3"),
+        ("llava", {"pixel_values": None}, "inputs must have pixel_values for the 4 images or videos, got input_ids"),
+        ("qwen3_vl", {"image_grid_thw": torch.ones(4, 3)}, "image_grid_thw must have one row per image or video, 5, got 4"),
+        (
+            "qwen3_vl",
+            {"pixel_values": torch.ones(43, 8)},
+            "pixel_values must have 44 rows, one for each of: patches of .*, got 43",
+        ),
+        ("internvl", {"pixel_values": torch.ones(16, 3, 2, 2)}, "pixel_values must have tiles that stand .*, got 16 tiles"),
+        (
+            "idefics3",
+            {"pixel_values": torch.ones(3, 6, 3, 28, 28)},
+            "pixel_values must have 4 rows, one for each of: samples; .*3",
+        ),
+        (
+            "llava_onevision",
+            {"batch_num_images": torch.ones(5)},
+            "batch_num_images must have 4 rows, .* samples that have an .* 5",
+        ),
+        ("text", {"attention_mask": None}, "inputs must have attention_mask, got input_ids"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(name, change, message):
+    batch = whole(name)
+    inputs = {n: t for n, t in {**batch.inputs, **change}.items() if t is not None}
+    with pytest.raises(ValueError, match=message):
+        Batch.of(inputs, batch.family, batch.num_images, batch.rows["video"])
+
+
+def test_other_errors_are_named():
+    batch = whole("llava_onevision")
+    with pytest.raises(TypeError, match="pixel_values must be a tensor, got list"):
+        Batch.of({**batch.inputs, "pixel_values": [1]}, batch.family, batch.num_images, batch.rows["video"])
+    with pytest.raises(ValueError, match=r"sizes must add up to the 6 samples, got \[2, 3\]"):
+        batch.split([2, 3])
+    with pytest.raises(ValueError, match="batches must be of one family, got llava_onevision, text"):
+        concat([batch, whole("text")], PAD)
+    frames = batch.inputs["pixel_values_videos"].repeat(1, 2, 1, 1, 1)
+    longer = Batch({**batch.inputs, "pixel_values_videos": frames}, batch.rows, batch.family)
+    with pytest.raises(ValueError, match=r"pixel_values_videos must have one size along axis 1 in batches .*, got \(2, 4\)"):
+        concat([batch, longer], PAD)
+    unsized = Batch({n: t for n, t in batch.inputs.items() if n != "image_sizes"}, batch.rows, batch.family)
+    with pytest.raises(ValueError, match="inputs must have image_sizes in all batches or none, got input_ids"):
+        concat([batch, unsized], PAD)
+    stacked = whole("idefics3")
+    with pytest.raises(ValueError, match="pixel_values must be absent where no sample has an image or video, got 4 rows"):
+        Batch.of(stacked.inputs, stacked.family, torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_equal_samples_and_images_are_found(name):
+    """In any order; the same question about other pixels is another sample."""
+    batch = whole(name)
+    last = len(batch) - 1
+    chosen = torch.tensor([last, 1, 0, 1, last, 1])
+    repeated = batch.select(chosen)
+    assert repeated.originals().tolist() == [0, 1, 2, 1, 0, 1]
+    pixels = next((input_name for input_name in batch.inputs if input_name.startswith("pixel_values")), None)
+    if pixels is None:
+        return
+    axis = batch.family.axis(pixels)
+    owner = int(repeated.rows[axis].nonzero()[-1])  # the last sample that has any
+    end = int(repeated.rows[axis][: owner + 1].sum())
+    repeated.inputs[pixels][end - 1] += 1
+    first = chosen.tolist().index(int(chosen[owner]))
+    assert repeated.originals()[owner] == owner != first
+    images = batch.select(chosen).equal_images()
+    if {batch.family.axis(n) for n in batch.inputs} <= {"token", "image", "image_patch"}:
+        numbers = [n for sample in chosen.tolist() for n in range(*_range(batch.num_images, sample))]
+        assert images.tolist() == [numbers.index(n) for n in numbers]
+    else:
+        assert images is None
+
+
+def _range(counts: torch.Tensor, sample: int) -> tuple[int, int]:
+    end = int(counts[: sample + 1].sum())
+    return end - int(counts[sample]), end

@@ -1,0 +1,172 @@
+"""FastImageProcessor against the processor that it stands in for."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import tiny
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("torchvision")
+
+from transformers import AutoImageProcessor, Qwen2VLImageProcessor  # noqa: E402
+
+from vlmkernels import pack_patches  # noqa: E402
+from vlmkernels.models.image_processor import FastImageProcessor, with_fast_images  # noqa: E402
+
+QWEN2 = {"size": {"shortest_edge": 4 * 28 * 28, "longest_edge": 64 * 28 * 28}}
+QWEN3 = {
+    "size": {"shortest_edge": 4 * 32 * 32, "longest_edge": 64 * 32 * 32},
+    "patch_size": 16,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+
+
+def noise(*shape, seed=0):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def photo():
+    """(427, 640, 3), writable."""
+    return pytest.importorskip("sklearn.datasets").load_sample_images().images[1].copy()
+
+
+def check(actual, expected):
+    """The same outputs, bit by bit."""
+    assert list(actual) == list(expected)
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype
+        assert torch.equal(torch.as_tensor(actual[name]), torch.as_tensor(expected[name]))
+
+
+IMAGES = {
+    "a photo made smaller": lambda: Image.fromarray(photo()),
+    "a photo made larger": lambda: Image.fromarray(photo()[:40, :50]),
+    "long": lambda: Image.fromarray(noise(30, 900, 3).numpy()),
+    "palette": lambda: Image.fromarray(photo()).quantize(32),
+    "RGBA": lambda: Image.fromarray(noise(90, 70, 4).numpy()),
+    "grey": lambda: Image.fromarray(photo()).convert("L"),
+    "an array": lambda: photo(),
+    "a grey array": lambda: photo()[..., :1],
+    "an RGBA array": lambda: noise(90, 70, 4).numpy(),
+    "a tensor": lambda: noise(3, 123, 77),
+    "several": lambda: [Image.fromarray(noise(60 + i, 90, 3, seed=i).numpy()) for i in range(5)],
+    "several of one size": lambda: [noise(3, 60, 90, seed=i) for i in range(3)],
+    "nested": lambda: [[noise(3, 60, 90)], [noise(3, 70, 50), noise(3, 60, 90)]],
+    "a float array": lambda: photo()[:64, :64].astype(np.float32),  # left to the parent class
+}
+REFUSED = ("a grey array", "an RGBA array")  # by some versions of transformers before 5.21
+
+
+@pytest.mark.parametrize("settings", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_same_bits(settings, name):
+    images = IMAGES[name]()
+    try:
+        expected = Qwen2VLImageProcessor(**settings)(images, return_tensors="pt")
+    except (RuntimeError, ValueError) as error:
+        assert name in REFUSED
+        with pytest.raises(type(error)):
+            FastImageProcessor(**settings)(images, return_tensors="pt")
+        return
+    check(FastImageProcessor(**settings)(images, return_tensors="pt"), expected)
+
+
+OPTIONS = {
+    "no resize": {"do_resize": False},
+    "another size": {"size": {"shortest_edge": 28 * 28, "longest_edge": 6 * 28 * 28}},
+    "no normalisation": {"do_normalize": False},
+    "no rescaling": {"do_rescale": False},
+    "neither": {"do_rescale": False, "do_normalize": False},
+    "another factor": {"rescale_factor": 1 / 127.5},
+    "one mean": {"image_mean": 0.5, "image_std": 0.25},
+    "other patches": {"patch_size": 8, "merge_size": 3, "temporal_patch_size": 1},
+    "bilinear": {"resample": 2},
+    "arrays": {"return_tensors": "np"},
+    "nothing": {"return_tensors": None},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_call(name):
+    image = Image.fromarray(photo()[:84, :140])
+    options = {"return_tensors": "pt", **OPTIONS[name]}
+    expected = Qwen2VLImageProcessor(**QWEN2)(image, **options)
+    check(FastImageProcessor(**QWEN2)(image, **options), expected)
+
+
+def test_saved_settings_load_with_and_without_this_package(tmp_path):
+    image = Image.fromarray(photo())
+    saved = FastImageProcessor(**QWEN3)
+    saved.save_pretrained(tmp_path)
+    expected = saved(image, return_tensors="pt")
+    for other in (FastImageProcessor, Qwen2VLImageProcessor, AutoImageProcessor):
+        loaded = other.from_pretrained(tmp_path)
+        assert isinstance(loaded, Qwen2VLImageProcessor)
+        check(loaded(image, return_tensors="pt"), expected)
+    check(FastImageProcessor.from_dict(loaded.to_dict())(image, return_tensors="pt"), expected)
+
+
+def test_number_of_patches_is_that_of_the_rows():
+    processor = FastImageProcessor(**QWEN2)
+    rows = processor(noise(3, 123, 77), return_tensors="pt")["pixel_values"]
+    assert processor.get_number_of_image_patches(123, 77) == len(rows)
+
+
+def test_rows_of_resized_images_are_those_of_pack_patches():
+    """The two ways to the same rows: a resized image packed with and without the processor."""
+    processor = FastImageProcessor(**QWEN2)
+    image = noise(3, 56, 84)
+    expected = processor(image, return_tensors="pt")["pixel_values"]
+    packed = pack_patches([image], patch_size=14, mean=processor.image_mean, std=processor.image_std)
+    assert torch.equal(packed.pixel_values, expected)
+
+
+def truncated():
+    file = io.BytesIO()
+    Image.fromarray(noise(64, 56, 3).numpy()).save(file, "JPEG")
+    return Image.open(io.BytesIO(file.getvalue()[: file.tell() // 2]))
+
+
+ERRORS = {
+    "aspect ratio": (
+        lambda: noise(3, 10, 2010),
+        ValueError,
+        r"images\[1\] must have sides that can be resized, got 10 x 2010: .*aspect ratio.*200",
+    ),
+    "zero-sized": (lambda: noise(3, 0, 10), ValueError, r"images\[1\] must have pixels, got 0 x 10"),
+    "16 bits": (
+        lambda: Image.fromarray(np.zeros((28, 56), np.uint16)),
+        TypeError,
+        r"images\[1\] must have 8 bits per channel, got mode I;16, 28 x 56",
+    ),
+    "truncated": (truncated, ValueError, r"images\[1\] must be a whole image, got 64 x 56 that does not decode"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_image_and_its_size(name):
+    image, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        FastImageProcessor(**QWEN2)([Image.fromarray(photo()), image()], return_tensors="pt")
+
+
+def test_sides_that_do_not_divide_without_resize():
+    with pytest.raises(ValueError, match=r"images\[1\] must have sides that are multiples of 28, got 28 x 30"):
+        FastImageProcessor()([noise(3, 28, 28), noise(3, 28, 30)], do_resize=False)
+
+
+def test_inside_a_processor():
+    """The processor with the fast image processor makes the same inputs; the one given stays as it is."""
+    processor = tiny.processor()
+    fast = with_fast_images(processor)
+    assert type(fast.image_processor) is FastImageProcessor
+    assert type(processor.image_processor) is Qwen2VLImageProcessor
+    arguments = {"text": ["<|vision_start|><|image_pad|><|vision_end|>a"], "images": [tiny.image(1, 56, 28)]}
+    ours, theirs = (p(**arguments, return_tensors="pt") for p in (fast, processor))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert with_fast_images(tiny.tokenizer()).__class__ is tiny.tokenizer().__class__

@@ -1,0 +1,115 @@
+"""Every CUDA kernel compiles for the GPUs we name: nothing on the stack, few enough registers, 16-byte loads and stores."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+CACHE = ROOT / "build" / "cubin"
+ARCHS = ["80", "90a", "100a"]
+
+# 65536 registers / (48 x 256 threads) = 5 blocks per multiprocessor, what the launch bounds of the two large kernels ask for.
+MAX_REGISTERS = {"gather_logps_fwd_kernel": 48, "gather_logps_bwd_kernel": 48, "gather_logps_merge_kernel": 40}
+# 65536 registers / (4 x 256, 2 x 512 or 1 x 1024 threads).
+MAX_REGISTERS |= {
+    "linear_logps_kernel": 64,
+    "pack_patches_kernel": 64,
+    "pack_patches_general_kernel": 64,
+    "grpo_loss_kernel": 64,
+    "grpo_loss_finish_kernel": 64,
+    "group_advantages_kernel": 64,
+    "rotary_kernel": 64,
+}
+
+NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in CUDA_HOME/bin")
+
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.DOTALL)
+
+
+def compile_cubin(source: Path, arch: str) -> tuple[Path, str]:
+    """The machine code of ``source`` and what ptxas said, from an earlier run where the text is the same."""
+    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
+    digest = hashlib.sha256(repr(command).encode())
+    for path in [source, *sorted((ROOT / "csrc").rglob("*.*h"))]:
+        digest.update(path.read_bytes())
+    cubin = CACHE / f"{source.stem}-{arch}-{digest.hexdigest()[:16]}.cubin"
+    log = cubin.with_suffix(".log")
+    if not log.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for old in CACHE.glob(f"{source.stem}-{arch}-*"):
+            old.unlink(missing_ok=True)
+        done = subprocess.run([*command, source, "-o", cubin], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        log.write_text(done.stderr)
+    return cubin, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], tuple[Path, str]]:
+    pairs = [(source, arch) for source in SOURCES for arch in ARCHS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda pair: compile_cubin(*pair), pairs)
+        return {(source.stem, arch): result for (source, arch), result in zip(pairs, results, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def entries(compiled) -> list[dict]:
+    """One row per compiled kernel: its name, the architecture and what ptxas counted."""
+    rows = []
+    for (_, arch), (_, log) in compiled.items():
+        for symbol, target, text in ENTRY.findall(log):
+            assert target == f"sm_{arch}"
+            kernel = re.search(r"\d([a-z_]+_kernel)", symbol)[1]
+            counts = {name: re.search(rf"(\d+) bytes {name}", text) for name in ("stack frame", "spill stores", "spill loads")}
+            counts["registers"] = re.search(r"Used (\d+) registers", text)
+            rows.append({"kernel": kernel, "symbol": symbol, "arch": arch} | {k: int(m[1]) for k, m in counts.items()})
+    return rows
+
+
+def test_every_kernel_is_compiled_for_every_architecture(entries):
+    headers = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    kernels = set(re.findall(r"__global__[^;{]*?(\w+_kernel)\(", headers))
+    assert kernels == set(MAX_REGISTERS)
+    assert {(row["kernel"], row["arch"]) for row in entries} == {(name, arch) for name in kernels for arch in ARCHS}
+
+
+def test_the_sanitizer_program_compiles(tmp_path):
+    command = [NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-c", ROOT / "tests" / "sanitizer" / "kernels.cu"]
+    done = subprocess.run([*command, "-o", tmp_path / "kernels.o"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_nothing_is_on_the_stack(entries):
+    assert not [row for row in entries if row["stack frame"] or row["spill stores"] or row["spill loads"]]
+
+
+def test_registers(entries):
+    assert not [row for row in entries if row["registers"] > MAX_REGISTERS[row["kernel"]]]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gather_logps_has_four_vectors_in_flight(compiled, arch):
+    """The loop over a row issues four 16-byte loads, with nothing but address arithmetic between them."""
+    triton = pytest.importorskip("triton")
+    tool = shutil.which("cuobjdump") or triton.knobs.nvidia.cuobjdump.path
+    cubin, _ = compiled["gather_logps", arch]
+    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"Function : ", sass)[1:]
+    large = [text for text in functions if re.match(r"\w*(fwd|bwd)_kernel", text)]
+    assert len(large) == 12  # three dtypes, with and without entropy
+    for text in large:
+        instructions = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+        memory = [i for i in instructions if i.startswith(("LDG", "STG", "MUFU.EX2", "BAR", "BRA", "LDL", "STL"))]
+        assert not [i for i in memory if i.startswith(("LDL", "STL"))]
+        batches = re.findall(r"(?:LDG\S*\.128 ?){4}", " ".join(memory))
+        assert batches, text[:200]
+        if "bwd_kernel" in text[:100]:
+            assert any(i.startswith("STG") and i.endswith(".128") for i in memory)

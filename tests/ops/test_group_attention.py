@@ -1,0 +1,470 @@
+"""Attention of groups that share a prefix, against a mask over all tokens."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.budget import assert_within_budget
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, cudnn, flash, flex, group_attention
+from vlmkernels.ops.group_attention.merge import merge_
+
+pytestmark = pytest.mark.device
+
+LAYOUTS = {
+    "one group": GroupLayout((5,), ((3, 3, 3, 3),)),
+    "unequal": GroupLayout((7, 2, 4), ((3, 1, 6), (2, 2), (5,))),
+    "empty completions": GroupLayout((3, 4), ((0, 2, 0), (0, 0))),
+    "no completions": GroupLayout((6,), ((),)),
+    "long": GroupLayout((130,), ((40, 70),)),
+    "long, three groups": GroupLayout((300, 1, 128), ((40, 257), (0,), (128, 5, 64))),
+    "one token each": GroupLayout((1, 1), ((1, 1, 1), (1,))),
+    "nothing": GroupLayout((), ()),
+}
+
+
+def run(inputs, layout, weight, attention, forward_only):
+    inputs = [x.detach().clone().requires_grad_(not forward_only) for x in inputs]
+    out = attention(*inputs, layout)
+    if forward_only:
+        return {"out": out}
+    gradients = torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)
+    return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *gradients), strict=True))
+
+
+def formula(query, key, value, layout, scale=0.3):
+    """Scores of all pairs."""
+    k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, k) * scale
+    scores = scores.masked_fill(~layout.mask().to(query.device), -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+def eager_formula(query, key, value, layout):
+    """The formula of the docstring."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    mask = layout.mask().to(query.device)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
+
+
+def skip_unless_supported(implementation, query):
+    try:
+        IMPLEMENTATIONS.choose(implementation, query)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def many_variants():
+    """These tests compile FlexAttention for more dtypes and shapes than a process otherwise may."""
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.modules)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("heads", [4, 2])
+def test_matches_fp64(device, implementation, dtype, name, heads):
+    layout = LAYOUTS[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(device, dtype) for h in (4, heads, heads)]
+    weight = torch.randn(layout.num_tokens, 4, 16, generator=rng).to(device)
+    skip_unless_supported(implementation, inputs[0])
+    forward_only = implementation == "flex" and device == "cpu"
+    exact = run([x.double() for x in inputs], layout, weight.double(), formula, forward_only)
+    eager = run(inputs, layout, weight, eager_formula, forward_only)
+    ours = lambda q, k, v, layout: group_attention(q, k, v, layout, scale=0.3, implementation=implementation)  # noqa: E731
+    actual = run(inputs, layout, weight, ours, forward_only)
+    for what in exact:
+        # FlexAttention in fp32 on a GPU was up to 1.05 times over the budget of one eps.
+        size = 4 * exact[what].abs().max().item() if implementation == "flex" and layout.num_tokens else None
+        assert_within_budget(what, actual[what], eager[what], exact[what], scale=size)
+
+
+def reference_scores(query, key, queries, keys, causal, scale):
+    """(Hq, N, M) scores of packed sequences, -inf between different ones."""
+    length, length_k = queries.bounds.diff(), keys.bounds.diff()
+    assert queries.bounds.dtype == keys.bounds.dtype == torch.int32
+    assert (queries.longest, keys.longest) == (length.max(), length_k.max())
+    assert (queries.bounds[-1], keys.bounds[-1]) == (len(query), len(key))
+    assert min(length.min(), length_k.min()) > 0  # flash attention defines no log-sum-exp without keys
+    sequence = [torch.arange(len(x)).repeat_interleave(x) for x in (length, length_k)]
+    seen = sequence[0][:, None] == sequence[1]
+    if causal:
+        seen = seen.tril()
+    scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)) * scale
+    return scores.masked_fill(~seen, -torch.inf)
+
+
+def reference_forward(query, key, value, queries, keys, causal, scale):
+    """What the forward kernel of torch returns, with the layout of its log-sum-exp, rounded once."""
+    q, k, v = (x.double() for x in (query, key, value))
+    scores = reference_scores(q, k, queries, keys, causal, scale)
+    out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(q.shape[1] // v.shape[1], 1))
+    lse = scores.logsumexp(-1)
+    return out.to(query.dtype).contiguous(), lse if query.dtype == torch.float64 else lse.float()
+
+
+def reference_backward(dout, query, key, value, out, lse, queries, keys, causal, scale):
+    """What the backward kernel of torch computes from the output and log-sum-exp that it is given, rounded once."""
+    assert dout.is_contiguous()
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    q, k, v, do, o = (x.double() for x in (query, key, value, dout, out))
+    probabilities = (reference_scores(q, k, queries, keys, causal, scale) - lse.double().unsqueeze(-1)).exp()
+    k_expanded, v_expanded = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    inner = torch.einsum("qhd,khd->hqk", do, v_expanded) - (do * o).sum(-1).T.unsqueeze(-1)
+    dscores = probabilities * inner * scale
+    dkey, dvalue = torch.einsum("hqk,qhd->khd", dscores, q), torch.einsum("hqk,qhd->khd", probabilities, do)
+    dkey, dvalue = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dkey, dvalue))
+    gradients = torch.einsum("hqk,khd->qhd", dscores, k_expanded), dkey, dvalue
+    return tuple(x.to(query.dtype) for x in gradients)
+
+
+def replace_kernels(patch):
+    """flash.py with formulas in place of the kernels of torch: all but the kernels themselves."""
+    patch.setattr(flash, "unsupported", lambda query: None)
+    patch.setattr(flash, "_forward", reference_forward)
+    patch.setattr(flash, "_backward", reference_backward)
+
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
+
+
+def dense_scores(query, key, causal, scale):
+    """(B, H, S, T) scores; causally, query i sees keys up to i."""
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2) * scale
+    return scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf) if causal else scores
+
+
+def dense_forward(query, key, value, causal, scale):
+    """What cuDNN's forward kernel returns, laid out like it, rounded once."""
+    assert query.transpose(1, 2).is_contiguous()
+    q, k, v = (x.double() for x in (query, key, value))
+    scores = dense_scores(q, k, causal, scale)
+    out = scores.softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    lse = scores.logsumexp(-1)
+    out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return out, lse if query.dtype == torch.float64 else lse.float()
+
+
+def dense_backward(dout, query, key, value, out, lse, causal, scale):
+    """What cuDNN's backward kernel computes from the output and log-sum-exp that it is given, rounded once."""
+    assert lse.is_contiguous()
+    assert all(x.transpose(1, 2).is_contiguous() for x in (dout, query, key, value, out))
+    q, k, v, do, o = (x.double() for x in (query, key, value, dout, out))
+    probabilities = (dense_scores(q, k, causal, scale) - lse.double().unsqueeze(-1)).exp()
+    shared = q.shape[1] // k.shape[1]
+    inner = do @ v.repeat_interleave(shared, 1).transpose(-1, -2) - (do * o).sum(-1, keepdim=True)
+    dscores = probabilities * inner * scale
+    dkey, dvalue = dscores.transpose(-1, -2) @ q, probabilities.transpose(-1, -2) @ do
+    gradients = dscores @ k.repeat_interleave(shared, 1), *(x.unflatten(1, (-1, shared)).sum(2) for x in (dkey, dvalue))
+    return tuple(x.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
+
+
+def replace_dense_kernels(patch, block=8):
+    """cudnn.py with formulas in place of the kernels of torch, and with blocks of which the layouts here have several."""
+    patch.setattr(cudnn, "unsupported", lambda query: None)
+    patch.setattr(cudnn, "_forward", dense_forward)
+    patch.setattr(cudnn, "_backward", dense_backward)
+    patch.setattr(cudnn, "BLOCK", block)
+    cudnn._plan.cache_clear()
+
+
+@pytest.fixture
+def own_plans():
+    yield
+    cudnn._plan.cache_clear()
+
+
+CUDNN_LAYOUTS = LAYOUTS | {
+    "whole blocks": GroupLayout((16,), ((8, 8, 8),)),
+    "whole blocks, two groups": GroupLayout((16, 8), ((16, 16), (8,))),
+    "whole blocks, no completions": GroupLayout((16, 24), ((), (0,))),
+    "whole blocks, unequal": GroupLayout((16,), ((8, 16),)),
+    "a block and a tail": GroupLayout((19,), ((8, 8),)),
+    "a prefix of whole blocks": GroupLayout((16,), ((5, 5),)),
+    "many blocks": GroupLayout((8 * 23,), ((8 * 17, 8 * 17),)),
+}
+
+
+# By implementation: what puts formulas in the place of its kernels, and layouts.
+REPLACED = {"flash": (replace_kernels, LAYOUTS), "cudnn": (replace_dense_kernels, CUDNN_LAYOUTS)}
+CASES = [(implementation, name) for implementation, (_, layouts) in REPLACED.items() for name in layouts]
+
+
+def with_scale(implementation):
+    return lambda q, k, v, layout: group_attention(q, k, v, layout, scale=0.3, implementation=implementation)
+
+
+@on_cpu
+@pytest.mark.parametrize(("implementation", "name"), CASES)
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_with_reference_kernels(monkeypatch, own_plans, implementation, name, heads, heads_first):
+    """The calls, their padding and their merge, which alone is in fp32."""
+    replace, layouts = REPLACED[implementation]
+    replace(monkeypatch)
+    layout = layouts[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(layout.num_tokens, h, 24, generator=rng, dtype=torch.float64) for h in (4, heads, heads)]
+    if heads_first:
+        inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    weight = torch.randn(layout.num_tokens, 4, 24, generator=rng, dtype=torch.float64)
+    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(implementation)))
+    for what in exact:
+        torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
+
+
+@on_cpu
+@pytest.mark.parametrize(("implementation", "name"), CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding(monkeypatch, own_plans, implementation, name, dtype):
+    """Parts are rounded before they are merged or added."""
+    replace, layouts = REPLACED[implementation]
+    replace(monkeypatch)
+    layout = layouts[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
+    weight = torch.randn(layout.num_tokens, 4, 16, generator=rng)
+    exact = run([x.double() for x in inputs], layout, weight.double(), formula, False)
+    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, with_scale(implementation)))
+    for what in exact:
+        assert_within_budget(what, actual[what], eager[what], exact[what])
+
+
+@on_cpu
+@pytest.mark.parametrize(("implementation", "options"), [("flash", {}), ("cudnn", {"block": 4})])
+@settings(max_examples=30, deadline=None)
+@given(groups=st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=5))
+def test_any_layout(implementation, options, groups):
+    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+    inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
+    weight = torch.randn_like(inputs[0])
+    with pytest.MonkeyPatch.context() as patch:
+        REPLACED[implementation][0](patch, **options)
+        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(implementation)))
+    cudnn._plan.cache_clear()
+    for what in exact:
+        torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("implementation", "width"), [*(("flash", x) for x in (8, 64, 96, 128, 256)), *(("cudnn", x) for x in (8, 96, 128))]
+)
+@pytest.mark.parametrize("how", ["contiguous", "heads first", "sliced", "misaligned"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_strides_and_widths(implementation, dtype, how, width):
+    layout = GroupLayout((300, 70), ((40, 257), (128, 5)))
+    skip_unless_supported(implementation, torch.empty(1, 1, width, device="cuda", dtype=dtype))
+    attention = with_scale(implementation)
+    rng = torch.Generator().manual_seed(0)
+
+    def make(heads):
+        x = torch.randn(layout.num_tokens, heads, width, generator=rng).to("cuda", dtype)
+        if how == "heads first":
+            return x.transpose(0, 1).contiguous().transpose(0, 1)
+        if how == "sliced":
+            return torch.cat([x, x], 1)[:, heads:]
+        if how == "misaligned":
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+        return x
+
+    inputs = [make(heads) for heads in (8, 2, 2)]
+    weight = make(8)
+
+    def differentiate(inputs, attention):
+        inputs = [x.detach().requires_grad_() for x in inputs]  # as they lie in memory
+        out = attention(*inputs, layout)
+        gradients = torch.autograd.grad(out, inputs, weight.to(out.dtype))
+        return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *gradients), strict=True))
+
+    actual, eager = differentiate(inputs, attention), differentiate(inputs, eager_formula)
+    exact = differentiate([x.double() for x in inputs], formula)
+    for what in exact:
+        assert_within_budget(what, actual[what], eager[what], exact[what])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["flash", "cudnn"])
+@pytest.mark.parametrize("layout", [GroupLayout((133, 20), ((40, 7), (12, 5))), GroupLayout((256,), ((128, 128),))])
+def test_does_not_wait_for_the_device(implementation, layout):
+    flash._plan.cache_clear()
+    cudnn._plan.cache_clear()
+    q, k, v = (torch.randn(layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    skip_unless_supported(implementation, q)
+    weight = torch.randn_like(q)
+    torch.cuda.set_sync_debug_mode("error")  # what waits raises
+    try:
+        gradients = torch.autograd.grad(group_attention(q, k, v, layout, implementation=implementation), (q, k, v), weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "reason"),
+    [
+        (torch.float32, 64, "supports bfloat16 and float16, got float32"),
+        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 256, got 20"),
+        (torch.bfloat16, 264, "supports head dimensions that are multiples of 8 up to 256, got 264"),
+    ],
+)
+def test_flash_unsupported(device, dtype, width, reason):
+    query = torch.zeros(4, 2, width, dtype=dtype, device=device)
+    assert flash.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
+    if device == "cuda":
+        assert IMPLEMENTATIONS.choose("auto", query) == "flex"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "reason"),
+    [
+        (torch.float32, 64, "supports bfloat16 and float16, got float32"),
+        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 128, got 20"),
+        (torch.bfloat16, 136, "supports head dimensions that are multiples of 8 up to 128, got 136"),
+    ],
+)
+def test_cudnn_unsupported(device, dtype, width, reason):
+    query = torch.zeros(4, 2, width, dtype=dtype, device=device)
+    assert cudnn.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({}, None),
+        ({"capability": (8, 0)}, "needs compute capability 9.0 or higher, got 8.0"),
+        ({"version": 91500}, "needs cuDNN 9.15.1 or higher, got 91500"),
+        ({"version": None}, "needs cuDNN 9.15.1 or higher, got None"),
+        ({"available": False}, "needs cuDNN 9.15.1 or higher, got 91900"),
+        ({"avoid_recompile": "1"}, "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 changes the layout of the log-sum-exp"),
+        ({"deterministic": True}, "cuDNN's backward pass is not deterministic"),
+    ],
+)
+def test_cudnn_needs(monkeypatch, state, reason):
+    query = SimpleNamespace(shape=(4, 2, 64), dtype=torch.bfloat16, device=torch.device("cuda"))
+    capability = state.get("capability", (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: state.get("available", True))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: state.get("version", 91900))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: state.get("deterministic", False))
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", state.get("avoid_recompile", "0"))
+    assert cudnn.unsupported(query) == reason
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 1 << 20))
+def test_cudnn_lengths_come_from_a_small_set(length):
+    """Multiples of a block, at most an eighth longer from 16 blocks on; 8 per power of two."""
+    padded = cudnn._padded(length)
+    assert padded % cudnn.BLOCK == 0
+    assert length <= padded < length + max(cudnn.BLOCK, length / 8 + 1)
+    assert cudnn._padded(padded) == padded
+    low = 1 << (length.bit_length() - 1)
+    if low >= 16 * cudnn.BLOCK:
+        assert padded % (low // 8) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [8, 80, 128])
+def test_merge(device, dtype, width):
+    """Rows that are merged and rows that are left alone, in tensors with strides of their own; shares from 0 to 1."""
+    rng = torch.Generator().manual_seed(0)
+    num, heads = 50, 3
+    rows = torch.randperm(num, generator=rng)[:37].to(torch.int32)
+    out, part = (torch.randn(n, heads, width, generator=rng).to(dtype) for n in (num, len(rows)))
+    lse, part_lse = (torch.randn(heads, n, generator=rng) * 60 for n in (num, len(rows)))
+    expected, expected_lse = out.double(), lse.double()
+    merged = torch.logaddexp(expected_lse[:, rows], part_lse.double())
+    shares = [(x - merged).exp().T.unsqueeze(-1) for x in (expected_lse[:, rows], part_lse.double())]
+    expected[rows] = expected[rows] * shares[0] + part.double() * shares[1]
+    expected_lse[:, rows] = merged
+    wide = torch.zeros(num, heads, 2 * width, dtype=dtype, device=device)
+    target = wide[..., :width].copy_(out)
+    target_lse = lse.to(device)
+    merge_(target, target_lse, part.to(device), part_lse.to(device), rows.to(device))
+    torch.testing.assert_close(target.cpu(), expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+    torch.testing.assert_close(target_lse.cpu(), expected_lse.float())
+    assert not wide[..., width:].any()
+
+
+LENGTHS = st.integers(0, 70) | st.integers(100, 300) | st.sampled_from([127, 128, 129, 255, 256, 257, 384])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(LENGTHS.filter(bool), st.lists(LENGTHS, max_size=4)), min_size=1, max_size=3))
+def test_block_mask_is_that_of_the_mask(groups):
+    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+    mask, num = layout.mask(), layout.num_tokens
+    expected = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, num, num, device="cpu")
+    actual = flex._block_mask(layout, torch.device("cpu"))
+    assert actual.seq_lengths == expected.seq_lengths == (num, num)
+    for direction in ("kv", "q", "full_kv", "full_q"):
+        for what in ("num_blocks", "indices"):
+            x, y = (getattr(block_mask, f"{direction}_{what}") for block_mask in (actual, expected))
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y), f"{direction}_{what}"
+    i, j = torch.meshgrid(torch.arange(num), torch.arange(num), indexing="ij")
+    assert torch.equal(actual.mask_mod(0, 0, i, j), mask)
+
+
+def test_gradcheck():
+    layout = GroupLayout((3, 2), ((2, 1), (0, 3)))
+    inputs = [torch.randn(layout.num_tokens, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *x: group_attention(*x, layout), inputs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=4)), max_size=4), st.integers(0, 99))
+def test_each_completion_is_as_if_alone(groups, seed):
+    """A completion's results are those of a causal sequence: its prefix, then itself."""
+    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(layout.num_tokens, 2, 8, generator=rng, dtype=torch.float64) for _ in range(3))
+    out = group_attention(q, k, v, layout)
+    for (begin, first, _), completions in zip(layout.groups, layout.completions, strict=True):
+        start = first
+        for length in completions:
+            path = torch.cat([torch.arange(begin, first), torch.arange(start, start + length)])
+            alone = formula(q[path], k[path], v[path], GroupLayout((len(path),), ((),)), 8**-0.5)
+            torch.testing.assert_close(out[path], alone)
+            start += length
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": torch.zeros(4, 2, 8)}, ValueError, "query must hold the 5 tokens of layout, got 4"),
+        ({"query": torch.zeros(5, 16)}, ValueError, r"query must be \(N, Hq, D\), got \(5, 16\)"),
+        ({"key": torch.zeros(5, 3, 8)}, ValueError, "key must be .* Hkv a divisor of 2"),
+        ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
+        ({"implementation": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
+        ({"implementation": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
+        ({"implementation": "math"}, ValueError, "implementation must be auto or one of parts, flash, cudnn, flex, got 'math'"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    inputs = {name: torch.zeros(5, 2, 8, requires_grad=True) for name in ("query", "key", "value")}
+    with pytest.raises(error, match=message):
+        group_attention(**{**inputs, "layout": GroupLayout((3,), ((1, 1),))} | changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((3, 2), ((1,),)), "completions must be of 2 groups, got"),
+        (((0,), ((1,),)), "prefixes must hold at least one token each, got"),
+        (((3,), ((-1,),)), "completions must have lengths >= 0, got"),
+    ],
+)
+def test_bad_layout(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GroupLayout(*arguments)

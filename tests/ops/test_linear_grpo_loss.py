@@ -1,0 +1,377 @@
+"""linear_grpo_loss: what grpo_loss of linear_logps is, in one sweep where the objective allows it."""
+
+import sys
+
+import pytest
+import torch
+from support.budget import assert_within_budget
+from support.grpo_cases import VARIANTS, make, on, packed
+from test_linear_logps import KERNELS, ROW
+
+from vlmkernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logps
+from vlmkernels.ops import linear_grpo_loss as linear_grpo_loss_module
+from vlmkernels.ops import linear_logps as linear_logps_module
+from vlmkernels.ops.linear_grpo_loss import in_one_sweep
+from vlmkernels.ops.linear_logps import sweep
+
+pytestmark = pytest.mark.device
+
+VOCAB, WIDTH = 211, 24
+ONE_SWEEP = [name for name, settings in VARIANTS.items() if in_one_sweep(GRPOLossConfig(**settings), torch.float32)]
+
+
+def problem(device, B=5, T=6, dtype=torch.float32, bias=True, per_token=False):
+    """hidden, weight, bias, targets, and a batch of grpo_loss whose policies lie around the model's own log-probabilities."""
+    batch = on(device, make(B, T, per_token=per_token))
+    rng = torch.Generator().manual_seed(B + T)
+    randn = lambda *shape: torch.randn(*shape, generator=rng).to(device, dtype)  # noqa: E731
+    operands = [randn(B, T, WIDTH), 0.5 * randn(VOCAB, WIDTH), randn(VOCAB) if bias else None]
+    targets = torch.randint(VOCAB, (B, T), generator=rng).to(device)
+    double = [x if x is None else x.double() for x in operands]
+    logps = linear_logps(*double[:2], targets, bias=double[2], temperature=0.8, backend="reference")
+    for name in ("old_logps", "ref_logps", "rollout_logps"):
+        batch[name] += logps - batch["logps"]
+    del batch["entropy"], batch["logps"]
+    return operands, targets, {name: x.float() if x.is_floating_point() else x for name, x in batch.items()}
+
+
+def inputs_for(config, batch):
+    """What the configuration asks for."""
+    batch = dict(batch)
+    if config.rollout_correction is None and config.off_policy_mask_threshold is None:
+        batch.pop("rollout_logps")
+    return batch
+
+
+def composed(hidden, weight, targets, *, bias, rows=None, backend, **options):
+    """The formula of the docstring."""
+    head = {"bias": bias, "temperature": 0.8, "rows": rows, "mask": options.get("mask"), "backend": backend}
+    logps, entropy = linear_logps(hidden, weight, targets, **head, return_entropy=True)
+    return grpo_loss(logps, entropy=entropy, backend=backend, **options)
+
+
+def fused(hidden, weight, targets, **options):
+    return linear_grpo_loss(hidden, weight, targets, temperature=0.8, **options)
+
+
+def gradients(function, operands, targets, **options):
+    """Of 1.7 times the loss; and the output."""
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in operands]
+    output = function(*leaves[:2], targets, bias=leaves[2], **options)
+    wanted = [x for x in leaves if x is not None]
+    return torch.autograd.grad(1.7 * output.loss, wanted), output
+
+
+def check(operands, targets, batch, config, backend, chunk_bytes=None, **options):
+    """Gradients within the error of the formula in the same dtype, or the formula's own; loss and metrics grpo_loss's own."""
+    batch = inputs_for(config, batch) | options
+    double = [None if x is None else x.double() for x in operands]
+    exact, _ = gradients(composed, double, targets, config=config, backend="reference", **batch)
+    eager, _ = gradients(composed, operands, targets, config=config, backend="reference", **batch)
+    actual, output = gradients(fused, operands, targets, config=config, backend=backend, chunk_bytes=chunk_bytes, **batch)
+    # The bias's gradient is a sum of what cancels: of a column of the logits' gradient.
+    size = exact[0].abs().sum().item() if len(exact) > 2 else None
+    if in_one_sweep(config, torch.float32):
+        for name, a, e, x in zip(("dhidden", "dweight", "dbias"), actual, eager, exact, strict=False):
+            assert_within_budget(name, a, e, x, scale=size if name == "dbias" else None)
+    elif chunk_bytes is None:
+        expected, _ = gradients(composed, operands, targets, config=config, backend=backend, **batch)
+        if operands[0].is_cuda and "rows" in options:  # gradients of a repeated row are added up in no fixed order
+            torch.testing.assert_close(actual, expected)
+        else:
+            assert all(torch.equal(a, x) for a, x in zip(actual, expected, strict=True))
+    else:
+        torch.testing.assert_close(list(actual), [x.to(actual[0].dtype) for x in exact], rtol=1e-4, atol=1e-5)
+    batch.pop("rows", None)
+    loss, metrics = grpo_loss(output.logps, entropy=output.entropy, config=config, backend=backend, **batch)
+    assert torch.equal(output.loss, loss)
+    assert output.metrics.keys() == metrics.keys()
+    assert all(torch.equal(output.metrics[name], value) for name, value in metrics.items())
+
+
+def test_one_sweep_is_for_objectives_of_tokens():
+    assert ONE_SWEEP == ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "token mask"]
+
+
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matches_fp64(need, device, nan_filled, backend, variant):
+    config = GRPOLossConfig(**VARIANTS[variant])
+    operands, targets, batch = problem(device)
+    need("linear_grpo_loss", backend, operands[0])
+    check(operands, targets, batch, config, backend, num_items=17.0)
+    if backend in ("reference", "cpp") or variant in (*ONE_SWEEP, "gspo", "vespo"):  # emulated kernels are slow
+        check(operands, targets, batch, config, backend, chunk_bytes=7 * VOCAB * ROW, accumulation_steps=3)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(need, device, nan_filled, backend, dtype):
+    """On policy, where no rounding moves a token across a bound; one chunk, and several."""
+    operands, targets, batch = problem(device, 5, 7, dtype, bias=False)
+    need("linear_grpo_loss", backend, operands[0])
+    config = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1)
+    del batch["old_logps"]
+    for chunk_bytes in (None, 20 * VOCAB * ROW):
+        check(operands, targets, batch, config, backend, chunk_bytes)
+
+
+@pytest.mark.parametrize("variant", [*ONE_SWEEP, "gspo", "vespo"])
+def test_packed_and_repeated_rows(device, variant):
+    """Packed completions whose first tokens are all predicted by the same row."""
+    operands, targets, batch = problem(device)
+    config = GRPOLossConfig(**VARIANTS[variant])
+    flat = packed(batch)
+    cu_seqlens = flat["cu_seqlens"].long()
+    rows = batch["mask"].flatten().nonzero().squeeze(1)
+    first = cu_seqlens[:-1][cu_seqlens.diff() > 0]
+    head = {"bias": operands[2].double(), "temperature": 0.8, "backend": "reference"}
+
+    def score(rows, targets):
+        return linear_logps(*(x.double() for x in operands[:2]), targets, rows=rows, **head)
+
+    before = score(rows, targets.flatten()[rows])
+    rows[first] = 3
+    targets = targets.flatten()[: len(rows)]
+    for name in ("old_logps", "ref_logps", "rollout_logps"):  # the policies stay around the model
+        flat[name] += (score(rows, targets) - before).float()
+    check(operands, targets, flat, config, "auto", rows=rows)
+    check(operands, targets, flat, config, "auto", chunk_bytes=7 * VOCAB * ROW, rows=rows)
+
+
+def test_advantages_per_token(device):
+    operands, targets, batch = problem(device, per_token=True)
+    check(operands, targets, batch, GRPOLossConfig("bnpo"), "auto")
+    flat = packed(batch)
+    check([operands[0][batch["mask"]], *operands[1:]], targets[batch["mask"]], flat, GRPOLossConfig("bnpo"), "auto")
+
+
+@pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])
+def test_only_needed_gradients_are_computed(device, monkeypatch, needs):
+    """Forward and backward: two products with a frozen head, instead of three."""
+    (hidden, weight, bias), targets, batch = problem(device)
+    operands = {"hidden": hidden, "weight": weight, "bias": bias}
+    every, _ = gradients(fused, list(operands.values()), targets, **inputs_for(GRPOLossConfig(), batch))
+    operands[needs].requires_grad_()
+    shapes = []
+    for name in ("mm", "addmm"):
+        product = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=product, **o: shapes.append(tuple((r := f(*a, **o)).shape)) or r)
+    output = fused(**operands, targets=targets, **inputs_for(GRPOLossConfig(), batch))
+    (1.7 * output.loss).backward()
+    torch.testing.assert_close(operands[needs].grad, every[list(operands).index(needs)])
+    num = int(batch["mask"].sum())
+    logits, dhidden, dweight = (num, VOCAB), (num, WIDTH), (VOCAB, WIDTH)
+    assert shapes == {"hidden": [logits, dhidden], "weight": [logits, dweight], "bias": [logits]}[needs]
+
+
+@pytest.mark.parametrize("variant", ["dapo", "gspo"])
+def test_nothing_is_computed_again(device, monkeypatch, variant):
+    """Logits that fit in chunk_bytes are made once, whatever the objective."""
+    operands, targets, batch = problem(device)
+    config = GRPOLossConfig(**VARIANTS[variant])
+    made = []
+    original = linear_logps_module.sweep.Sweep.logits
+    monkeypatch.setattr(linear_logps_module.sweep.Sweep, "logits", lambda *a: made.append(len(a[1])) or original(*a))
+    gradients(fused, operands, targets, config=config, **inputs_for(config, batch))
+    assert made == [int(batch["mask"].sum())]
+
+
+def test_without_gradients(device):
+    operands, targets, batch = problem(device)
+    with torch.no_grad():
+        output = fused(*operands[:2], targets, bias=operands[2], **inputs_for(GRPOLossConfig(), batch))
+    _, expected = gradients(fused, operands, targets, **inputs_for(GRPOLossConfig(), batch))
+    assert not output.loss.requires_grad
+    torch.testing.assert_close(output.loss, expected.loss.detach())
+
+
+def test_fp32_master_weight_and_autocast(device):
+    operands, targets, batch = problem(device, bias=False)
+    hidden, weight = (x.clone().requires_grad_() for x in operands[:2])
+    config = GRPOLossConfig()
+    with torch.autocast(device, torch.bfloat16):
+        output = fused(hidden, weight, targets, **inputs_for(config, batch))
+    output.loss.backward()
+    expected, _ = gradients(
+        fused, [hidden.detach().bfloat16(), weight.detach().bfloat16(), None], targets, **inputs_for(config, batch)
+    )
+    assert weight.grad.dtype == hidden.grad.dtype == torch.float32
+    torch.testing.assert_close(1.7 * hidden.grad, expected[0].float(), rtol=0.02, atol=1e-5)
+    torch.testing.assert_close(1.7 * weight.grad, expected[1].float(), rtol=0.02, atol=1e-4)
+
+
+def test_one_backward_pass(device):
+    operands, targets, batch = problem(device)
+    leaves = [x.requires_grad_() for x in operands]
+    output = fused(*leaves[:2], targets, bias=leaves[2], **inputs_for(GRPOLossConfig(), batch))
+    output.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_grpo_loss has one backward pass"):
+        output.loss.backward()
+
+
+def test_fp16_is_scaled_before_it_is_rounded(device):
+    """Gradients of 1e-9 come through a loss scale, as without the fusion."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 64, 32, generator=rng).to(device, torch.float16).requires_grad_()
+    weight = (0.3 * torch.randn(2000, 32, generator=rng)).to(device, torch.float16).requires_grad_()
+    targets = torch.randint(2000, (1, 64), generator=rng).to(device)
+    gradients = []
+    for scale, items in ((65536.0, 1e6), (1.0, 1e6 / 65536)):
+        output = linear_grpo_loss(hidden, weight, targets, torch.ones(1, device=device), num_items=items)
+        gradients.append(torch.autograd.grad(output.loss * scale, (hidden, weight)))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 3)])
+def test_nothing_counts(device, shape):
+    """An empty batch, or one whose every token is masked: loss and gradients are 0."""
+    hidden = torch.zeros(*shape, WIDTH, device=device, requires_grad=True)
+    weight = torch.ones(VOCAB, WIDTH, device=device, requires_grad=True)
+    mask = torch.zeros(shape, dtype=torch.bool, device=device)
+    targets = torch.zeros(shape, dtype=torch.long, device=device)
+    output = linear_grpo_loss(hidden, weight, targets, torch.ones(shape[0], device=device), mask=mask)
+    output.loss.backward()
+    assert output.loss == 0
+    assert weight.grad.eq(0).all()
+    assert hidden.grad.eq(0).all()
+
+
+@pytest.fixture
+def wide_logits(monkeypatch, device):
+    """GEMMs of 16-bit operands leave fp32 logits, as on a GPU."""
+    if device == "cuda":
+        return
+    for module in (sweep, linear_grpo_loss_module):
+        monkeypatch.setattr(module, "result_dtype", lambda hidden: torch.float32)
+
+    def logits(self, hidden, out):
+        bias = 0 if self.head.bias is None else self.head.bias.float()
+        return out.copy_(hidden.float() @ self.head.weight.float().t() + bias)
+
+    monkeypatch.setattr(sweep.Sweep, "logits", logits)
+
+
+# Of 30 rows in chunks of 8: the gradients by all logits; by those of segments of 24 and 6; of 16 and 14; none beyond a chunk.
+@pytest.mark.parametrize("kept_rows", [30, 24, 16, 0])
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_kept_gradients(need, device, nan_filled, wide_logits, backend, kept_rows):
+    operands, targets, batch = problem(device, dtype=torch.bfloat16)
+    need("linear_grpo_loss", backend, operands[0])
+    config, batch = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1), inputs_for(GRPOLossConfig(), batch)
+    for name in ("old_logps", "mask"):
+        del batch[name]  # on policy no rounding moves a token across a bound
+    kept = {"chunk_bytes": 8 * VOCAB * 4, "keep_logits_bytes": kept_rows * VOCAB * 2}
+    double = [x.double() for x in operands]
+    exact, _ = gradients(composed, double, targets, config=config, backend="reference", **batch)
+    eager, _ = gradients(composed, operands, targets, config=config, backend="reference", **batch)
+    actual, _ = gradients(fused, operands, targets, config=config, backend=backend, **kept, **batch)
+    size = exact[0].abs().sum().item()
+    for name, a, e, x in zip(("dhidden", "dweight", "dbias"), actual, eager, exact, strict=True):
+        assert_within_budget(name, a, e, x, scale=size if name == "dbias" else None)
+
+
+@pytest.mark.parametrize(("kept_rows", "products"), [(30, 1), (24, 2), (16, 2), (0, 4)])
+def test_few_long_products(monkeypatch, wide_logits, device, kept_rows, products):
+    """A product into the (V, H) gradient by the weight per segment, not per chunk."""
+    (hidden, weight, _), targets, batch = problem(device, dtype=torch.bfloat16, bias=False)
+    added = []
+    original = sweep._add_product
+    monkeypatch.setattr(sweep, "_add_product", lambda *args: added.append(args[2].shape) or original(*args))
+    kept = {"chunk_bytes": 8 * VOCAB * 4, "keep_logits_bytes": kept_rows * VOCAB * 2}
+    loss = fused(hidden, weight.requires_grad_(), targets, advantages=batch["advantages"], **kept).loss
+    assert len(added) == (0 if kept_rows == 30 else products)
+    loss.backward()
+    assert len(added) == products
+    assert sum(len_ for len_, _ in added) == 30
+
+
+@pytest.mark.parametrize(("segment_rows", "products"), [(30, 1), (24, 2), (8, 4), (0, 4)])
+def test_few_long_products_of_linear_logps(monkeypatch, wide_logits, device, segment_rows, products):
+    """The same in the backward pass of linear_logps, of which objectives of whole sequences are made."""
+    operands, targets, batch = problem(device, dtype=torch.bfloat16)
+    config, batch = GRPOLossConfig(**VARIANTS["gspo"]), inputs_for(GRPOLossConfig(), batch)
+    for name in ("old_logps", "mask"):
+        del batch[name]
+    exact, _ = gradients(composed, [x.double() for x in operands], targets, config=config, backend="reference", **batch)
+    eager, _ = gradients(composed, operands, targets, config=config, backend="reference", **batch)
+    added = []
+    original = sweep._add_product
+    monkeypatch.setattr(sweep, "_add_product", lambda *args: added.append(len(args[2])) or original(*args))
+    monkeypatch.setattr(linear_logps_module, "default_dlogits_bytes", lambda device: segment_rows * VOCAB * 2)
+    monkeypatch.setattr(sys.modules["vlmkernels.ops.linear_logps.check"], "default_chunk_bytes", lambda device: 8 * VOCAB * 4)
+    actual, _ = gradients(fused, operands, targets, config=config, **batch)
+    assert len(added) == products
+    assert sum(added) == 30
+    for name, a, e, x in zip(("dhidden", "dweight"), actual, eager, exact, strict=False):
+        assert_within_budget(name, a, e, x)
+
+
+@pytest.mark.parametrize("keep_logits_bytes", [0, 2**20])
+def test_opcheck(device, keep_logits_bytes):
+    (hidden, weight, bias), targets, batch = problem(device, 2, 3)
+    names = ("advantages", "old_logps", "ref_logps", "mask", "cu_seqlens", "rollout_logps")
+    if keep_logits_bytes:
+        del batch["mask"]  # the rows of dlogits behind those of the selected tokens are not written
+    inputs = [batch.get(name) for name in names]
+    config = GRPOLossConfig(beta=0.1, rollout_correction="token_truncate").text
+    scalars = (None, 1.0, [True, True, True], config, "auto")
+    arguments = (hidden, weight, bias, targets, None, 0.8, 1.0, None, 2**20, keep_logits_bytes, *inputs, *scalars)
+    torch.library.opcheck(torch.ops.vlmkernels.linear_grpo_loss_fwd, arguments)
+    dlogits = torch.randn(targets.numel(), VOCAB, device=device)
+    arguments = (torch.tensor(2.0, device=device), dlogits, hidden, weight, bias, None, None, [True, True, True])
+    torch.library.opcheck(torch.ops.vlmkernels.linear_grpo_loss_bwd, arguments)
+
+
+@pytest.mark.parametrize("variant", ["dapo", "gspo kl"])
+def test_compile(device, variant):
+    operands, targets, batch = problem(device)
+    config = GRPOLossConfig(**VARIANTS[variant])
+    batch = inputs_for(config, batch)
+
+    def function(hidden, weight, bias):
+        return fused(hidden * 1.1, weight, targets, bias=bias, config=config, **batch).loss
+
+    leaves = [x.requires_grad_() for x in operands]
+    expected = torch.autograd.grad(2 * function(*leaves), leaves)
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(2 * compiled(*leaves), leaves), expected)
+
+
+def test_checkpointing(device):
+    operands, targets, batch = problem(device)
+    leaves = [x.requires_grad_() for x in operands]
+    batch = inputs_for(GRPOLossConfig(), batch)
+    function = lambda hidden, weight, bias: fused(hidden.tanh(), weight, targets, bias=bias, **batch).loss  # noqa: E731
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    loss = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"advantages": torch.ones(3)}, "advantages must be one per sequence"),
+        ({"targets": torch.zeros(2, 3, dtype=torch.long)}, "targets must have the shape of hidden without its width"),
+        ({"targets": torch.full((2, 4), 300)}, r"targets must be in \[0, 211\), the vocabulary, got 300"),
+        ({"old_logps": torch.zeros(2, 3)}, "old_logps must have the shape of logps"),
+        ({"config": GRPOLossConfig(beta=0.1)}, "ref_logps must be given with beta = 0.1"),
+        ({"mask": torch.ones(2, 4)}, "mask must have dtype bool"),
+        ({"rollout_logps": torch.zeros(2, 4)}, "rollout_logps must be None unless"),
+        ({"chunk_bytes": 100}, "chunk_bytes must hold one row of logits, 844 bytes, got 100"),
+        ({"hidden": torch.zeros(2, 4, 5)}, r"weight must be \(V, H\)"),
+        ({"softcap": 0.0}, "softcap must be finite and > 0"),
+        ({"config": GRPOLossConfig(check_finite=True), "old_logps": torch.full((2, 4), torch.nan)}, "old_logps must be finite"),
+        ({"cu_seqlens": torch.tensor([0, 4, 8])}, "logps must be"),
+        ({"backend": "gpu"}, "backend must be one of"),
+        ({"config": "grpo"}, "config must be a GRPOLossConfig, got str"),
+        ({"keep_logits_bytes": -1}, r"keep_logits_bytes must be an integer in \[0, 2\*\*63\), got -1"),
+    ],
+)
+def test_bad_input(changes, message):
+    arguments = {
+        "hidden": torch.zeros(2, 4, WIDTH), "weight": torch.zeros(VOCAB, WIDTH, requires_grad=True),
+        "targets": torch.zeros(2, 4, dtype=torch.long), "advantages": torch.ones(2),
+    }  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_grpo_loss(**arguments | changes)

@@ -1,0 +1,155 @@
+"""Models, decoding and the trainer on the device of the kernels: a GPU where there is one.
+
+Heads of 32, which every attention kernel takes; the models of tiny.py have heads of 8.
+"""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from support import tiny
+from test_generate import EOS, LENGTH, PAD, lively
+from test_group import completions_of, prompts_of
+from test_trainer import Gradients, config, length_reward, train, vowel_reward
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
+
+from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.group import pack_groups, prompt_positions
+from vlmkernels.models.image_features import encode_images, takes_features
+from vlmkernels.ops.linear_logps import linear_logps
+from vlmkernels.rollout.decode import Sampling, decode_groups
+from vlmkernels.train import GRPOTrainer
+
+pytestmark = pytest.mark.device
+
+
+def text_model():
+    torch.manual_seed(0)
+    small = copy.deepcopy(tiny.text_model().config)
+    small.update({"hidden_size": 128, "intermediate_size": 64})
+    return tiny._finish(Qwen2ForCausalLM(small))
+
+
+def vlm():
+    torch.manual_seed(0)
+    small = copy.deepcopy(tiny.vlm().config)
+    small.text_config.update({"hidden_size": 128})
+    small.text_config.rope_parameters["mrope_section"] = [4, 6, 6]
+    small.vision_config.update({"hidden_size": 64, "out_hidden_size": 128})
+    return tiny._finish(Qwen2_5_VLForConditionalGeneration(small))
+
+
+MODELS = {"qwen2": (text_model, (0, 0)), "qwen2.5-vl": (vlm, (1, 0, 2))}
+
+
+@pytest.fixture(params=MODELS)
+def model_and_prompts(request, device):
+    build, images = MODELS[request.param]
+    model = lively(build())
+    return model.to(device), prompts_of(images, model).to(device)
+
+
+def test_greedy_decoding_equals_generate(model_and_prompts):
+    model, prompts = model_and_prompts
+    inputs = prompts.repeat(3).inputs
+    options = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
+    expected = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    use_group_attention(model)
+    decoded = decode_groups(model, prompts, 3, Sampling(LENGTH, EOS, PAD, temperature=0))
+    width = decoded.ids.shape[1]
+    assert decoded.ids.device == expected.device
+    assert torch.equal(decoded.ids, torch.where(decoded.mask, expected[:, :width], PAD))
+
+
+def test_sampled_logps_are_those_of_the_model(model_and_prompts):
+    model, prompts = model_and_prompts
+    use_group_attention(model)
+    torch.manual_seed(0)
+    decoded = decode_groups(model, prompts, 4, Sampling(LENGTH, EOS, PAD, temperature=0.8, suppress_tokens=range(42, 60)))
+    inputs = prompts.repeat(4).append(decoded.ids, decoded.mask.long()).inputs
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, -decoded.ids.shape[1] - 1 : -1]
+    expected = (logits / 0.8).log_softmax(-1).gather(-1, decoded.ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(decoded.logps, torch.where(decoded.mask, expected, 0), rtol=1e-3, atol=1e-3)
+
+
+def test_shared_prefixes_equal_copies(model_and_prompts):
+    """Log-probabilities of completions and the gradients of all parameters."""
+    model, prompts = model_and_prompts
+    device = prompts.inputs["input_ids"].device
+    group = torch.arange(len(prompts)).repeat_interleave(2)
+    ids, mask = (x.to(device) for x in completions_of([3, 5] * len(prompts)))
+    results = []
+    for shared in (False, True):
+        model.zero_grad()
+        if shared:
+            use_group_attention(model)
+            pack = pack_groups(prompts.inputs, prompt_positions(model, prompts.inputs), group, ids, mask)
+            hidden = model.base_model(**pack.inputs, use_cache=False).last_hidden_state
+            logps = linear_logps(hidden, model.lm_head.weight, pack.targets, rows=pack.rows)
+        else:
+            inputs = prompts.select(group).append(ids, mask).inputs
+            hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, -mask.shape[1] - 1 : -1]
+            logps = linear_logps(hidden, model.lm_head.weight, ids)[mask]
+        (logps * torch.linspace(-1, 1, len(logps), device=device)).sum().backward()
+        results.append((logps.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (expected, gradients), (actual, ours) = results
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    size = max(g.abs().max() for g in gradients.values())
+    assert ours.keys() == gradients.keys()
+    assert all((ours[n] - g).abs().max() <= 2e-3 * size for n, g in gradients.items())
+
+
+def test_features_stand_for_pixels(device):
+    model = use_group_attention(lively(vlm())).to(device)
+    if not takes_features(model):
+        pytest.skip(f"transformers {transformers.__version__} takes no features in place of pixels")
+    prompts = prompts_of((1, 0, 2), model).to(device)
+    encoded = encode_images(model, prompts)
+    group = torch.arange(len(prompts)).repeat_interleave(2)
+    ids, mask = (x.to(device) for x in completions_of([3, 5] * len(prompts)))
+    positions = prompt_positions(model, prompts.inputs)
+    results = []
+    for batch in (prompts, encoded):
+        pack = pack_groups(batch.inputs, positions, group, ids, mask)
+        with torch.no_grad():
+            results.append(model.base_model(**pack.inputs, use_cache=False).last_hidden_state[0, pack.rows])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_step_equals_that_of_the_cpu(tmp_path, device, name):
+    """Two steps with completions of the CPU's first run: loss, metrics and gradients."""
+    build, _ = MODELS[name]
+    processor = tiny.tokenizer() if name == "qwen2" else tiny.processor()
+    rows = tiny.rows(4, "none" if name == "qwen2" else "mixed")
+    rollouts, runs = [], []
+    for where in ("cpu", device):
+        args = config(tmp_path / f"{where}{len(runs)}", use_cpu=where == "cpu", beta=0.1, max_steps=2, learning_rate=1e-4)
+        trainer = GRPOTrainer(build(), [length_reward, vowel_reward], args, rows, processing_class=processor)
+        assert trainer.accelerator.device.type == where
+        generate, kept = trainer.generate, iter(list(rollouts))
+
+        def generated(model, prompts, *arguments, generate=generate, first=not runs, kept=kept):
+            rollout = generate(model, prompts, *arguments)
+            if first:
+                rollouts.append(rollout)
+                return rollout
+            old, target = next(kept), prompts.inputs["input_ids"].device
+            fields = ("completion_ids", "completion_mask", "truncated", "logps", "log_kept_mass")
+            moved = {field: x if (x := getattr(old, field)) is None else x.to(target) for field in fields}
+            return type(rollout)(prompts=rollout.prompts, group=old.group, **moved)
+
+        trainer.generate = generated
+        gradients = Gradients()
+        runs.append((train(trainer, gradients), gradients.steps))
+    (expected_logs, expected), (logs, gradients) = runs
+    for mine, other in zip(logs, expected_logs, strict=True):
+        for key in ("loss", "kl", "entropy", "grad_norm"):
+            if key in other:
+                assert mine[key] == pytest.approx(other[key], rel=2e-2, abs=1e-4), key
+    for mine, other in zip(gradients, expected, strict=True):
+        assert mine.keys() == other.keys()
+        size = max(g.abs().max() for g in other.values())
+        assert all((mine[n].cpu() - g).abs().max() <= 2e-2 * size for n, g in other.items())

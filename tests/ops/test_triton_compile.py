@@ -1,0 +1,61 @@
+"""Every Triton kernel compiles for the GPUs we name, with nothing spilled and room for two blocks of 8 warps per processor.
+
+That of linear_logps_fused, a GEMM whose results fill the registers, has room for one.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+MAX_REGISTERS = 128
+GEMM = "linear_logps_fused_kernel"
+MAX_SHARED = {80: 163, 86: 99, 90: 227, 100: 227}  # KiB, of the CUDA C++ programming guide's table of compute capabilities
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run([sys.executable, TESTS / "support" / "compile_gate.py"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_nothing_is_spilled(compiled):
+    spilled = [row for row in compiled if row["STACK"] or row["LOCAL"]]
+    assert not spilled
+
+
+def test_registers(compiled):
+    over = [row for row in compiled if row["REG"] > MAX_REGISTERS and row["kernel"] != GEMM]
+    assert not over
+
+
+def test_shared_memory(compiled):
+    over = [row for row in compiled if row["shared"] > 1024 * MAX_SHARED[row["sm"]]]
+    assert not over
+
+
+def test_tensor_cores(compiled):
+    """16-bit products run on those of their GPU, by the instructions of its generation; fp32's, exact, on none."""
+    used = {(row["dtype"], row["sm"], *row["tensor_cores"]) for row in compiled if row["kernel"] == GEMM}
+    instructions = {80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
+    assert used == {("bf16", *item) for item in instructions.items()} | {("fp32", 100)}
+    assert {row["sm"] for row in compiled if row["tma"]} == {90}
+
+
+def test_every_kernel_is_compiled_for_every_architecture(compiled):
+    sources = sorted((TESTS.parent / "vlmkernels" / "ops").glob("*/triton.py"))
+    kernels = {(path.parent.name, name) for path in sources for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
+    assert len(kernels) >= 3
+    assert {(row["op"], row["kernel"], row["sm"]) for row in compiled if row["sm"] != 86} == {
+        (*k, sm) for k in kernels for sm in (80, 90, 100)
+    }

@@ -1,0 +1,108 @@
+"""Packed attention against attention sequence by sequence, and inside a vision tower."""
+
+import pytest
+import torch
+from support import tiny
+from test_patch_embed import MODELS
+from torch.nn.functional import scaled_dot_product_attention
+
+from vlmkernels.models.attention import use_varlen_vision
+from vlmkernels.ops.varlen_attention import IMPLEMENTATIONS, varlen_attention
+
+pytestmark = pytest.mark.device
+LENGTHS = {"runs": [4, 4, 4, 7, 0, 3, 3, 1], "one": [9], "none": [], "empty ones": [0, 0]}
+
+
+def formula(query, key, value, lengths, causal, scale):
+    """A matrix of scores per sequence."""
+    parts = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if causal:
+            scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(parts) if parts else query.clone()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.modules)
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize(("causal", "scale", "heads"), [(False, None, 4), (True, 0.3, 2)])
+def test_matches_the_formula(device, implementation, case, causal, scale, heads):
+    lengths, dtype = LENGTHS[case], torch.float32 if implementation == "sdpa" else torch.bfloat16
+    rng = torch.Generator().manual_seed(0)
+    make = lambda h: torch.randn(sum(lengths), h, 16, generator=rng).to(device, dtype).requires_grad_()  # noqa: E731
+    inputs = make(4), make(heads), make(heads)
+    try:
+        IMPLEMENTATIONS.choose(implementation, inputs[0])
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0)], dtype=torch.int32, device=device)
+    out = varlen_attention(*inputs, cu_seqlens, causal=causal, scale=scale, implementation=implementation)
+    assert out.shape == inputs[0].shape
+    double = [x.detach().double().requires_grad_() for x in inputs]
+    expected = formula(*double, lengths, causal, scale)
+    bound = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(out.double(), expected, **bound)
+    weight = torch.randn(out.shape, generator=rng).to(device)
+    actual = torch.autograd.grad((out * weight).sum(), inputs)
+    if not sum(lengths):
+        assert [g.shape for g in actual] == [x.shape for x in inputs]
+        return
+    gradients = torch.autograd.grad((expected * weight).sum(), double)
+    torch.testing.assert_close([g.double() for g in actual], list(gradients), **bound)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_in_a_vision_tower(monkeypatch, name):
+    """Images of several sizes: the same features and gradients, in fewer calls."""
+    model = MODELS[name]()
+    tower = model.model.visual
+    grid = torch.tensor([[1, 4, 6], [1, 4, 6], [1, 12, 12]])
+    rows = torch.randn(int(grid.prod(1).sum()), tower.patch_embed.proj.weight[0].numel())
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return scaled_dot_product_attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr("vlmkernels.ops.varlen_attention.sdpa_varlen.scaled_dot_product_attention", counted)
+    results = []
+    for change in (lambda m: m, use_varlen_vision):
+        change(model)
+        calls.clear()
+        model.zero_grad()
+        features = torch.cat(model.get_image_features(rows, image_grid_thw=grid).pooler_output)
+        features.square().sum().backward()
+        results.append((features.detach(), tower.patch_embed.proj.weight.grad.clone(), len(calls)))
+    (before, gradient, many), (after, same, few) = results
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(same, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+    assert few < many
+
+
+def test_text_layers_are_untouched():
+    model = use_varlen_vision(tiny.vlm())
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"query": torch.zeros(5, 8)}, ValueError, r"query must be \(N, Hq, D\), got \(5, 8\)"),
+        ({"key": torch.zeros(4, 2, 8)}, ValueError, "key must be .* with N = 5"),
+        ({"value": torch.zeros(5, 3, 8)}, ValueError, "value must be .* Hkv a divisor of 2"),
+        ({"key": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "key must have dtype float32, got bfloat16"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, TypeError, "cu_seqlens must have dtype int32"),
+        ({"cu_seqlens": torch.tensor([0, 4]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back, got"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3, 5]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back"),
+        ({"implementation": "math"}, ValueError, "implementation must be auto or one of flash_attn, torch, sdpa, got 'math'"),
+        ({"implementation": "flash_attn"}, NotImplementedError, "no implementation serves varlen_attention: flash_attn: "),
+        ({"implementation": "torch"}, NotImplementedError, "torch: takes cuda tensors, got cpu"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    inputs = {name: torch.zeros(5, 2, 8) for name in ("query", "key", "value")}
+    with pytest.raises(error, match=message):
+        varlen_attention(**{**inputs, "cu_seqlens": torch.tensor([0, 2, 5]).int()} | changes)

@@ -1,0 +1,295 @@
+"""Completions decoded by groups, each prompt run and kept once, against ``generate`` on copies of the prompts."""
+
+import pytest
+import torch
+from support import tiny, tiny_families
+from test_families import whole
+from test_group import SHARING, prompts_of
+
+from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.families import media_token_ids
+from vlmkernels.ops.gather_logps import gather_logps
+from vlmkernels.rollout.decode import GroupCache, Sampling, decode_groups, draw
+from vlmkernels.rollout.generate import Generate
+from vlmkernels.train import GRPOConfig
+
+MODELS = {"qwen2-vl": tiny.qwen2_vl, "qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qwen3_vl, "qwen2": tiny.text_model}
+EOS, PAD, LENGTH = [5, 12, 30, 37], 0, 12
+
+
+def generated(model, prompts, times, **options):
+    inputs = prompts.repeat(times).inputs
+    options = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD, **options}
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+
+def assert_same_tokens(decoded, expected):
+    ended = torch.isin(expected, torch.tensor(EOS))
+    mask = ended.cumsum(1) - ended.int() == 0
+    width = decoded.mask.shape[1]
+    assert not mask[:, width:].any()
+    assert torch.equal(decoded.mask, mask[:, :width])
+    assert torch.equal(decoded.ids, expected[:, :width].masked_fill(~decoded.mask, PAD))
+    assert torch.equal(decoded.truncated, ~ended.any(1))
+
+
+def lively(model):
+    """Weights under which what comes depends on what came, as it hardly does with those of initialisation."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layers." in name and weight.dim() == 2:
+                weight *= 4
+    return model.eval()
+
+
+CASES = [(name, images) for name in MODELS for images in ((1, 1), (2, 0, 1), (0, 0)) if name != "qwen2" or not any(images)]
+
+
+@pytest.mark.parametrize(("name", "images"), CASES)
+def test_greedy_equals_generate(name, images):
+    """However many completions are decoded at a time; each image is encoded once."""
+    model = lively(MODELS[name]())
+    prompts = prompts_of(images, model)
+    expected = generated(model, prompts, 3)
+    use_group_attention(model)
+    patches = []
+    if name != "qwen2":
+        model.model.visual.register_forward_pre_hook(lambda module, args: patches.append(len(args[0])))
+    longest = int(prompts.inputs["attention_mask"].sum(1).max())
+    for slots, tokens in ((None, None), (1, None), (4, None), (None, longest)):
+        patches.clear()
+        sampling = Sampling(LENGTH, EOS, PAD, temperature=0)
+        decoded = decode_groups(model, prompts, 3, sampling, max_num_seqs=slots, max_tokens=tokens)
+        assert_same_tokens(decoded, expected)
+        assert sum(patches) == (len(prompts.inputs["pixel_values"]) if any(images) else 0)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_every_family_equals_generate(name):
+    case = tiny_families.case(name)
+    model, batch = case.model, whole(name)
+    previous = model.config.get_text_config()._attn_implementation
+    expected = generated(model, batch, 2, max_new_tokens=4, suppress_tokens=EOS)
+    try:
+        use_group_attention(model)
+        sampling = Sampling(4, EOS, PAD, temperature=0, suppress_tokens=EOS)
+        assert_same_tokens(decode_groups(model, batch, 2, sampling, max_num_seqs=3), expected)
+    finally:
+        model.set_attn_implementation(previous)
+
+
+OPTIONS = {
+    "suppressed": {"suppress_tokens": [7, 8, 9, 10, 11, 151653]},  # the last: of no token that the model has
+    "at least": {"min_new_tokens": 9},
+    "penalty": {"repetition_penalty": 1.7},
+    "one token": {"max_new_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_equal_those_of_generate(case):
+    model = lively(tiny.text_model())
+    prompts = prompts_of((0, 0), model).select(torch.tensor([1, 1]))  # no padding, which generate's penalty counts as seen
+    expected = generated(model, prompts, 2, **OPTIONS[case])
+    assert not torch.equal(expected, generated(model, prompts, 2)[:, : expected.shape[1]]) or case == "one token"
+    use_group_attention(model)
+    sampling = Sampling(
+        **{"max_new_tokens": LENGTH, "eos_token_id": EOS, "pad_token_id": PAD, "temperature": 0} | OPTIONS[case]
+    )
+    assert_same_tokens(decode_groups(model, prompts, 2, sampling, max_num_seqs=3), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}, {"repetition_penalty": 2.0}]
+)
+def test_samples_do_not_depend_on_the_slots(options):
+    """... and their log-probabilities are those of the model at the temperature."""
+    model = lively(tiny.vlm())
+    prompts = prompts_of((1, 0, 2), model)
+    use_group_attention(model)
+    options = {"suppress_tokens": media_token_ids(model.config, tiny.processor()), **options}
+    results = []
+    for slots in (None, 1, 5):
+        torch.manual_seed(3)
+        results.append(decode_groups(model, prompts, 4, Sampling(LENGTH, EOS, PAD, **options), max_num_seqs=slots))
+    first = results[0]
+    assert len({tuple(row) for row in first.ids.tolist()}) > 4
+    assert len(set(first.mask.sum(1).tolist())) > 2
+    for other in results[1:]:
+        assert torch.equal(other.ids, first.ids)
+        torch.testing.assert_close(other.logps, first.logps, rtol=1e-5, atol=1e-5)
+    inputs = prompts.repeat(4).append(first.ids, first.mask.long()).inputs
+    with torch.no_grad():
+        logits = model(**inputs).logits[:, -first.ids.shape[1] - 1 : -1]
+    expected = gather_logps(logits, first.ids, temperature=options.get("temperature", 1.0), mask=first.mask)
+    torch.testing.assert_close(first.logps, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_mixed_precision(name):
+    """Under autocast rotary embeddings leave queries and keys in fp32, beside values in bf16."""
+    model = MODELS[name]()
+    prompts = prompts_of((1, 0, 2) if name != "qwen2" else (0, 0), model)
+    use_group_attention(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        decoded = decode_groups(model, prompts, 3, Sampling(LENGTH, EOS, PAD, suppress_tokens=range(40, 60)), max_num_seqs=4)
+        inputs = prompts.repeat(3).append(decoded.ids, decoded.mask.long()).inputs
+        logits = model(**inputs).logits[:, -decoded.ids.shape[1] - 1 : -1].float()
+    expected = gather_logps(logits, decoded.ids, mask=decoded.mask)
+    torch.testing.assert_close(decoded.logps, expected, rtol=0.02, atol=0.1)
+    assert (decoded.logps - expected).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_are_not_rounded(autocast):
+    """Scores of 16-bit queries and keys stay in fp32: rounding to bf16 changes scores of about 50 by up to 0.1."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rng = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=rng).bfloat16().to(device)  # noqa: E731
+    slots, query_heads, heads, length, width = 4, 4, 2, 40, 32
+    key, value = 3 * randn(1, heads, length, width), randn(1, heads, length, width)
+    query, own_key, own_value = (
+        3 * randn(1, query_heads, slots, width),
+        randn(1, heads, slots, width),
+        randn(1, heads, slots, width),
+    )
+    cache = GroupCache(slots)
+    cache.begin([0], [length])
+    cache.fill(0, key, value)
+    cache.arrange([0] * slots, [0] * slots, torch.device(device))
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        actual = cache.attend(0, query, own_key, own_value, None)
+
+    def all_of(prefix, own):  # (slots, Hq, length + 1, D)
+        prefix = prefix.expand(slots, -1, -1, -1)
+        return torch.cat([prefix, own[0].transpose(0, 1).unsqueeze(2)], 2).float().repeat_interleave(query_heads // heads, 1)
+
+    scores = query[0].transpose(0, 1).float().unsqueeze(2) @ all_of(key, own_key).mT * width**-0.5
+    assert scores.abs().max() > 30
+    expected = (scores.softmax(-1) @ all_of(value, own_value)).squeeze(2)
+    torch.testing.assert_close(actual[0].float(), expected, rtol=2**-6, atol=2**-6)
+
+
+def test_draw_inverts_the_distribution():
+    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
+    scores[:, ::7] = -torch.inf
+    scores[2, :] = -torch.inf
+    scores[2, 13] = 0.0
+    rows = scores.softmax(-1)
+    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    for row in rows:
+        drawn = draw(row.expand(len(uniform), -1), uniform)
+        shares = torch.bincount(drawn, minlength=50) / len(uniform)
+        torch.testing.assert_close(shares, row, rtol=0, atol=2e-5)
+        assert not shares[row == 0].any()
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the least and the greatest that torch.rand gives
+    assert draw(rows[:1].expand(2, -1), ends).tolist() == [1, 48]
+    assert draw(rows[2:].expand(2, -1), ends).tolist() == [13, 13]
+
+
+def test_stop_strings(tmp_path):
+    """A completion ends with the token that completes one, by either engine."""
+    model, tokenizer = lively(tiny.text_model()), tiny.tokenizer()
+    prompts = prompts_of((0, 0), model)
+    plain = generated(model, prompts, 2, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    stop = tokenizer.decode(plain[0, 3:6])
+    kwargs = {"stop_strings": [stop]}
+    rollouts = []
+    for share in ("auto", False):
+        options = {"max_completion_length": LENGTH, "use_cpu": True, "generation_kwargs": kwargs, "share_prefix": share}
+        engine = Generate(model, tokenizer, GRPOConfig(output_dir=str(tmp_path), **options))
+        rollouts.append(engine(model, prompts, 2, 0))
+    ours, theirs = rollouts
+    assert ours.completion_mask[0].sum() <= 6
+    assert stop in tokenizer.decode(ours.completion_ids[0, ours.completion_mask[0]])
+    assert not ours.truncated[0]
+    assert torch.equal(ours.completion_mask, theirs.completion_mask)
+    assert torch.equal(ours.completion_ids, theirs.completion_ids)
+    assert torch.equal(ours.truncated, theirs.truncated)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"eos_token_id": 29}, {"eos_token_id": [29, 12], "top_k": None, "min_new_tokens": None, "stop_strings": None}],
+    ids=["one", "several"],
+)
+def test_both_engines_follow_the_options_alone(tmp_path, kwargs):
+    """... and not what else the model's generation config holds; a token that ends is the last one that counts."""
+    model, tokenizer = lively(tiny.text_model()), tiny.tokenizer()
+    prompts = prompts_of((0, 0), model)
+    declared = {"min_p": 0.9, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "suppress_tokens": [29]}
+    model.generation_config.update(**declared)
+    rollouts = []
+    for share in ("auto", False):
+        options = {"max_completion_length": LENGTH, "use_cpu": True, "generation_kwargs": kwargs, "share_prefix": share}
+        engine = Generate(model, tokenizer, GRPOConfig(output_dir=str(tmp_path), **options))
+        rollouts.append(engine(model, prompts, 2, 0))
+    ours, theirs = rollouts
+    assert ours.truncated.tolist() in ([False, False, True, True], [False] * 4)
+    for name in ("completion_ids", "completion_mask", "truncated"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert {name: getattr(model.generation_config, name) for name in declared} == declared
+
+
+def test_what_an_engine_refuses(tmp_path):
+    model, tokenizer = tiny.text_model(), tiny.tokenizer()
+    for share in ("auto", False):
+        options = {"use_cpu": True, "share_prefix": share}
+        with pytest.raises(ValueError, match="stop_strings must be a list of strings, got 'ab'"):
+            Generate(model, tokenizer, GRPOConfig(str(tmp_path), generation_kwargs={"stop_strings": "ab"}, **options))
+    tokenizer.eos_token = None
+    assert Generate(model, tokenizer, GRPOConfig(str(tmp_path), use_cpu=True)).eos == [model.generation_config.eos_token_id]
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token_id must be one of the tokenizer's or of the model's generation config"):
+        Generate(model, tokenizer, GRPOConfig(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("reason", ["model", "options", "off"])
+def test_otherwise_generate_on_copies(tmp_path, reason, caplog):
+    model = tiny.text_model()
+    options = {"max_completion_length": 4, "use_cpu": True}
+    if reason == "model":
+        model.config.attention_dropout, said = 0.1, "attention_dropout must be 0, got 0.1"
+    elif reason == "options":
+        options["generation_kwargs"] = {"num_beams": 2, "typical_p": 0.9}
+        said = "generation_kwargs holds num_beams, typical_p"
+    else:
+        options["share_prefix"], said = False, "share_prefix is off"
+    engine = Generate(model, tiny.tokenizer(), GRPOConfig(output_dir=str(tmp_path), **options))
+    assert not engine.by_groups
+    assert f"Each completion is generated behind a copy of its prompt and images: {said}" in caplog.text
+    rollout = engine(model, prompts_of((0, 0), model), 3, 1.0)
+    assert rollout.completion_ids.shape[0] == 6
+    assert rollout.logps is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
+        ({"temperature": -1}, "temperature must be >= 0, got -1"),
+        ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+        ({"top_k": -1}, "top_k must be >= 0, got -1"),
+        ({"min_p": 2}, r"min_p must be None or in \[0, 1\], got 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be > 0, got 0"),
+        ({"stop_strings": "x"}, "stop_strings must be a list of strings, got 'x'"),
+        ({"stop_strings": [""]}, "stop_strings must hold no empty string"),
+    ],
+)
+def test_bad_sampling(change, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**{"max_new_tokens": 2, "eos_token_id": EOS, "pad_token_id": PAD} | change)
+
+
+def test_bad_calls():
+    model = tiny.text_model()
+    prompts = prompts_of((0,), model)
+    for times, sampling, slots, message in (
+        (0, Sampling(2, EOS, PAD), None, "num_generations must be >= 1, got 0"),
+        (1, Sampling(2, EOS, PAD), 0, "max_num_seqs must be None or >= 1, got 0"),
+        (1, Sampling(2, EOS, PAD, stop_strings=["a"]), None, "tokenizer must be given with stop_strings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_groups(model, prompts, times, sampling, max_num_seqs=slots)
+    with pytest.raises(ValueError, match=r"max_tokens_per_microbatch must be at least \d+, a prompt of \d+ tokens"):
+        decode_groups(model, prompts, 1, Sampling(2, EOS, PAD), max_tokens=1)

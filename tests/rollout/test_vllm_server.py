@@ -1,0 +1,505 @@
+"""The client of a vLLM server against one made here, which answers as told: late, wrongly, not at all."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
+from support import tiny
+
+from vlmkernels.data.samples import encode, read_sample
+from vlmkernels.rollout.base import RolloutError
+from vlmkernels.rollout.vllm.engine import check_adapters
+from vlmkernels.rollout.vllm.server import VLLMClient, VLLMServer
+from vlmkernels.rollout.vllm import engine as vllm_engine
+from vlmkernels.rollout.vllm import server as vllm_server
+from vlmkernels.train import GRPOConfig, GRPOTrainer
+
+torch.set_num_threads(1)
+OK = {"message": "done"}
+
+
+class FakeVLLM:
+    """Answers as vLLM 0.32 does, sampling from a model of its own, whose weights arrive as vLLM's do.
+
+    ``change[path](answer, number)`` may change the answer to the number-th request of a path, raise ``Status`` or sleep.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.model, self.processor = tiny.vlm(seed, tied=False), tiny.processor()
+        self.tokenizer, self.version, self.change, self.bodies = self.processor.tokenizer, "default", {}, []
+        self.counts, self.under_way, self.most = Counter(), 0, 0
+        self.lock = threading.Lock()
+        self.rng = torch.Generator()  # a late answer must not draw from the numbers that the next test seeds
+        self.config = {"dtype": "torch.float32", "logprobs_mode": "raw_logprobs", "max_model_len": 256, "max_logprobs": 20}
+        self.lora = None
+        self.paths = ["/collective_rpc", "/update_weight_version", "/inference/v1/generate", "/v1/load_lora_adapter"]
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                self.reply(None)
+
+            def do_POST(self):
+                self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def reply(self, body):
+                status, content = fake.answer(self.path.partition("?")[0], body)
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *args):
+                pass
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request, client_address):
+                """The client may have gone: that is what some tests are about."""
+
+        self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, path: str, body) -> tuple[int, bytes]:
+        with self.lock:
+            self.counts[path] += 1
+            number = self.counts[path]
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+        try:
+            answer = getattr(self, path.rpartition("/")[2].replace(".", "_"), lambda body: OK)(body)
+            if path in self.change:
+                answer = self.change[path](answer, number)
+            return 200, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        except Status as error:
+            return error.args[0], json.dumps({"error": {"message": error.args[1]}}).encode()
+        finally:
+            with self.lock:
+                self.under_way -= 1
+
+    def openapi_json(self, body):
+        return {"paths": {path: {} for path in self.paths}}
+
+    def server_info(self, body):
+        scheduler, load = {"max_num_seqs": 16}, {"load_format": "auto"}
+        config = {"model_config": self.config, "lora_config": self.lora, "scheduler_config": scheduler, "load_config": load}
+        return {"vllm_config": config}
+
+    def models(self, body):
+        return {"data": [{"id": "tiny"}]}
+
+    def weight_info(self, body):
+        return {"weight_version": self.version}
+
+    def update_weight_version(self, body):
+        self.version = body["new_version"]
+        return OK
+
+    def reset_prefix_cache(self, body):
+        return {"success": True}
+
+    def collective_rpc(self, body):
+        assert body["method"] == "reload_weights"
+        self.model = type(self.model).from_pretrained(body["kwargs"]["weights_path"])
+        return {"results": [None]}
+
+    @torch.no_grad()
+    def generate(self, body):
+        with self.lock:
+            self.bodies.append(body)
+            images = [part["url"].partition(",")[2] for part in body.get("content_parts") or ()]
+            images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in images]
+            text, params = self.tokenizer.decode(body["token_ids"]), body["sampling_params"]
+            inputs = self.processor(text=[text], **({"images": [images]} if images else {}), return_tensors="pt")
+            logits = self.model(**inputs).logits[0].float()
+            ids, logps = inputs["input_ids"][0], logits.log_softmax(-1)
+            prompt = [None, *({str(t): {"logprob": logps[i, t].item()}} for i, t in enumerate(ids[1:].tolist()))]
+            banned = torch.tensor([*map(int, params["logit_bias"])])
+            choices, allowed = [], logps[-1].exp().index_fill(0, banned, 0.0)
+            for index in range(params["n"]):
+                token = int(allowed.multinomial(1, generator=self.rng))
+                told = {"token_id": token, "logprob": logps[-1, token].item()}
+                choices.append(
+                    {
+                        "index": index,
+                        "finish_reason": "stop" if index % 2 else "length",
+                        "token_ids": [token],
+                        "logprobs": {"content": [{**told, "top_logprobs": [told]}]} if "logprobs" in params else None,
+                        "weight_versions": [{"version": self.version, "start": 0, "end": 1}],
+                    }
+                )
+            asked = "prompt_logprobs" in params
+            return {"choices": choices, "prompt_token_ids": ids.tolist(), "prompt_logprobs": prompt if asked else None}
+
+
+class Status(Exception):
+    """An answer of an error's status and message."""
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(vllm_server, "BACKOFF", 0.01)
+    fake = FakeVLLM()
+    yield fake
+    fake.http.shutdown()
+    fake.http.server_close()
+
+
+def reward(completions, **kwargs):
+    return [float(len(completion[0]["content"]) + index % 2) for index, completion in enumerate(completions)]
+
+
+def config(tmp_path, fake, **options):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": fake.url if fake else "http://127.0.0.1:9",
+        "vllm_server_timeout": 5,
+        "vllm_request_timeout": 5,
+    }
+    return GRPOConfig(**{**defaults, **options})
+
+
+def trainer(tmp_path, fake, peft_config=None, **options):
+    args, rows = config(tmp_path, fake, **options), tiny.rows(4, "several")
+    return GRPOTrainer(tiny.vlm(tied=False), reward, args, rows, processing_class=tiny.processor(), peft_config=peft_config)
+
+
+def engine_of(tmp_path, fake, **options):
+    """The engine with its model as ``engine.own``; ``sampled(engine)`` is what a trainer does with them at its first step."""
+    engine = VLLMServer(own := tiny.vlm(tied=False), tiny.processor(), config(tmp_path, fake, **options), Accelerator(cpu=True))
+    engine.own = own
+    return engine
+
+
+def sampled(engine, rows="several"):
+    samples = [read_sample(row, index) for index, row in enumerate(tiny.rows(2, rows))]
+    metrics = engine.synchronise(engine.own, 0)
+    prompts = encode(samples, engine.processor, engine.family)
+    return engine(engine.own, prompts, 2, engine.args.temperature, samples=samples), metrics
+
+
+# Sampling and weights
+
+
+def test_training(fake, tmp_path):
+    """Unexpanded prompts, each image once; after each step the server has the trainer's weights, and nothing is left behind."""
+    run = trainer(tmp_path, fake)
+    run.train()
+    logs = [entry["vllm/fingerprint"] for entry in run.state.log_history if "vllm/fingerprint" in entry]
+    assert len(logs) == 2
+    assert max(logs) < 1e-6
+    assert fake.version == f"{run.generate.run}-1"
+    first = {name: x.clone() for name, x in fake.model.state_dict().items()}
+    run.generate.synchronise(run.model, 2)
+    for name, weight in run.model.state_dict().items():
+        assert torch.equal(fake.model.state_dict()[name], weight)
+    assert any(not torch.equal(first[name], x) for name, x in fake.model.state_dict().items())
+    assert not list((tmp_path / "vllm-weights").iterdir())
+    sampled = [body for body in fake.bodies if "prompt_logprobs" not in body["sampling_params"]]
+    assert len(sampled) == 4  # 2 steps of 2 prompts
+    image = run.processing_class.image_token_id
+    for body in sampled:
+        assert body["token_ids"].count(image) == len(body["content_parts"]) > 0
+        assert body["sampling_params"]["n"] == 2
+        assert body["sampling_params"]["logit_bias"].keys() >= {str(image)}
+
+
+def test_logps_are_those_of_the_whole_vocabulary_at_the_temperature(fake, tmp_path):
+    """Of raw log-probabilities, and recovered from processed ones, which leave out what is banned."""
+    logits, temperature = torch.randn(50, generator=torch.Generator().manual_seed(0)), 0.7
+    fake.config["logprobs_mode"] = "processed_logprobs"
+    engine = engine_of(tmp_path, fake, temperature=temperature)
+    logits[engine.banned] += 2
+    expected = (logits / temperature).log_softmax(-1)
+    biased = logits.index_add(0, torch.tensor(engine.banned), torch.full((len(engine.banned),), -100.0))
+    told = (biased / temperature).log_softmax(-1)
+    assert (told - expected)[3] > 0.5
+    params = engine._params(2, temperature)
+    assert params["logprobs"] == len(params["logprob_token_ids"]) == len(engine.banned) + 1
+    told = dict(enumerate(told.tolist()))
+    for token in (0, 3, 30):
+        assert engine._logp(token, told, temperature) == pytest.approx(expected[token].item(), abs=1e-5)
+    assert "logprobs" not in engine._params(2, 0)  # nothing is known of greedy tokens there
+
+
+def test_at_most_so_many_requests_at_a_time(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_server, "CONCURRENCY", 2)
+    engine = engine_of(tmp_path, fake)
+    prompts = [vllm_engine.Prompt([0, 1, 2], [])] * 8
+    fake.change["/inference/v1/generate"] = lambda answer, number: (time.sleep(0.02), answer)[1]
+    assert len(engine._answers(prompts, engine._params(2, 1.0))) == 8
+    assert fake.most == 2
+
+
+def test_evaluation_is_greedy_and_without_logps(fake, tmp_path):
+    run = trainer(tmp_path, fake, eval_temperature=0)
+    run.eval_dataset = tiny.rows(2)
+    assert "eval_reward" in run.evaluate()
+    assert fake.bodies[-1]["sampling_params"]["temperature"] == 0
+
+
+# Faults
+
+
+def test_what_passes_is_tried_again(fake, tmp_path):
+    failures = {2: Status(503, "busy"), 3: Status(429, "busy")}
+
+    def fail(answer, number):
+        if number in failures:
+            raise failures[number]
+        return b"{" if number == 5 else answer
+
+    fake.change["/inference/v1/generate"] = fail
+    rollout, _ = sampled(engine_of(tmp_path, fake))
+    assert len(rollout.group) == 4
+    assert fake.counts["/inference/v1/generate"] == 2 + 2 + 3  # two fingerprints, two prompts, three more
+
+
+def raised(status, message):
+    def change(answer, number):
+        raise Status(status, message)
+
+    return change
+
+
+def slow(answer, number):
+    time.sleep(0.3)
+    return answer
+
+
+GENERATE = "/inference/v1/generate"
+FAULTS = {
+    "late": (GENERATE, slow, r"generate answered TimeoutError: .*\(3 requests\)"),
+    "garbage": (GENERATE, lambda answer, number: b"{oops", r"generate answered JSONDecodeError.*\(3 requests\)"),
+    "no JSON": (GENERATE, lambda answer, number: b"<html>", r"must be that of /inference/v1/generate, got None"),
+    "refused": (GENERATE, raised(400, "longer than the context"), "generate answered 400 Bad Request: longer than the context"),
+    "dead": (GENERATE, raised(500, "EngineCore died"), "generate answered 500 Internal Server Error: EngineCore died"),
+    "cache": ("/reset_prefix_cache", lambda answer, number: {"success": False}, "reset_prefix_cache must succeed"),
+    "reload": ("/collective_rpc", raised(500, "no such folder"), "collective_rpc answered 500 .*: no such folder"),
+    "not loaded": ("/inference/v1/generate", None, "disagree after its weights were updated"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_what_does_not_pass_stops_the_run(fake, tmp_path, case):
+    path, change, message = FAULTS[case]
+    engine = engine_of(tmp_path, fake)
+    engine.client.request_timeout = 0.1 if case == "late" else 5
+    if change is None:
+        fake.collective_rpc = lambda body: {"results": [None]}
+        with torch.no_grad():
+            engine.own.get_output_embeddings().weight *= 1.01
+    else:
+        fake.change[path] = change
+    with pytest.raises(RolloutError, match=message):
+        sampled(engine)
+    if case in ("cache", "reload"):
+        assert fake.counts["/resume"] == fake.counts["/pause"] + 1  # never left paused
+    assert not list((tmp_path / "vllm-weights").iterdir())
+
+
+def with_choice(**values):
+    def change(answer, number):
+        if answer["prompt_logprobs"] is None:
+            answer["choices"][0].update(values)
+        return answer
+
+    return change
+
+
+def longer_prompt(answer, number):
+    if answer["prompt_logprobs"] is None:
+        answer["prompt_token_ids"] = answer["prompt_token_ids"][:7] + answer["prompt_token_ids"][6:]
+    return answer
+
+
+def one_fewer(answer, number):
+    if answer["prompt_logprobs"] is None:
+        del answer["choices"][0]
+    return answer
+
+
+ANSWERS = {
+    "image tokens": (longer_prompt, r"made \d+ tokens of the prompt, the trainer \d+, not the same from \d+ on: .*processors"),
+    "too few": (one_fewer, "must answer with 2 completions, got 1"),
+    "banned": (with_choice(token_ids=[48]), r"must not sample the banned tokens \[.*48.*\], got \[48\]"),
+    "no tokens": (with_choice(token_ids=[]), "must have 1 to 4 tokens, got 0"),
+    "no logps": (with_choice(logprobs=None), "must tell a finite log-probability of every sampled token, got None"),
+    "clamped": (with_choice(token_ids=[1], logprobs={"content": [{"token_id": 1, "logprob": -9999.0, "top_logprobs": []}]}),
+                "must tell a finite log-probability"),
+    "nonsense": (with_choice(token_ids="abc"), "must be that of /inference/v1/generate"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_wrong_answers_stop_the_run(fake, tmp_path, case):
+    change, message = ANSWERS[case]
+    engine = engine_of(tmp_path, fake)
+    fake.change["/inference/v1/generate"] = change
+    with pytest.raises(RolloutError, match=message):
+        sampled(engine)
+
+
+def test_a_server_that_was_restarted_gets_the_weights_again(fake, tmp_path):
+    engine = engine_of(tmp_path, fake)
+
+    def restart(answer, number):
+        if number == 3:
+            fake.version = "default"
+            answer["choices"][0]["weight_versions"][0]["version"] = "default"
+        return answer
+
+    fake.change["/inference/v1/generate"] = restart
+    sampled(engine)
+    assert fake.counts["/collective_rpc"] == 2
+    assert fake.version == engine.version
+
+    fake.change["/inference/v1/generate"] = with_choice(weight_versions=[{"version": "other-3"}])
+    with pytest.raises(RolloutError, match=r"sampled with weights 'other-3', not '.*-0': it was restarted, or another run"):
+        sampled(engine)
+
+
+# Before training
+
+
+def test_an_unreachable_server(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(
+        RolloutError, match=r"of a healthy vLLM server within vllm_server_timeout = 0.2 s, got http://127.0.0.1:9"
+    ):
+        engine_of(tmp_path, None, vllm_server_timeout=0.2)
+    assert time.monotonic() - start < 5
+
+
+def test_a_server_that_comes_up_is_waited_for(fake):
+    def busy(answer, number):
+        if number < 3:
+            raise Status(503, "starting")
+        return answer
+
+    fake.change["/health"] = busy
+    VLLMClient(fake.url, 10, 5).wait()
+    assert fake.counts["/health"] == 3
+
+
+def test_a_dripping_answer_meets_the_time_out(fake):
+    client = VLLMClient(fake.url, 5, 0.2)
+    fake.change["/health"] = lambda answer, number: (time.sleep(1), b"ok")[1]
+    with pytest.raises(TimeoutError):
+        client._send("/health", None, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.paths.remove("/collective_rpc"), "it must be started with VLLM_SERVER_DEV_MODE=1"),
+        (lambda f: f.paths.remove("/inference/v1/generate"), "it must be started with --enable-scale-out"),
+        (lambda f: f.config.update(max_model_len=4), "--max-model-len above 4, and a prompt, got 4"),
+        (lambda f: f.config.update(logprobs_mode="raw_logits"), "--logprobs-mode raw_logprobs, got raw_logits"),
+    ],
+)
+def test_a_server_that_cannot_serve_the_run(fake, tmp_path, change, message):
+    change(fake)
+    with pytest.raises(ValueError, match=rf"vllm_server_base_url must be of a server that can serve this run: .*{message}"):
+        engine_of(tmp_path, fake)
+
+
+def test_a_server_of_another_model(tmp_path):
+    fake = FakeVLLM(seed=1)
+    with pytest.raises(RolloutError, match=r"disagree before training \(is tiny the same model\?\)"):
+        engine_of(tmp_path, fake)
+    assert not fake.counts["/collective_rpc"]
+    fake.http.shutdown()
+    fake.http.server_close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vllm_mode": "remote"}, "vllm_mode must be one of server, colocate, got 'remote'"),
+        ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url must begin with http:// or https://"),
+        ({"vllm_request_timeout": 0}, "vllm_request_timeout must be finite and > 0, got 0"),
+        ({"vllm_gpu_memory_utilization": 2}, r"vllm_gpu_memory_utilization must be in \(0, 1\], got 2"),
+        ({"vllm_fingerprint_tolerance": 0}, "vllm_fingerprint_tolerance must be None or > 0, got 0"),
+        (
+            {"generation_kwargs": {"num_beams": 2}},
+            "generation_kwargs must hold only what vLLM knows with use_vllm, got num_beams",
+        ),
+        ({"temperature": 0.7, "top_p": 0.9}, "temperature must be 1 with use_vllm and top_p, .*, got 0.7"),
+        ({"max_num_seqs": 8}, r"max_num_seqs must be None with a vLLM server, whose own it is \(--max-num-seqs\), got 8"),
+    ],
+)
+def test_options_that_do_not_go_together(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, None, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": r".*(q_proj|qkv)"}, r"adapt the decoder alone with use_vllm, .* got .*visual"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "leave out use_dora with use_vllm"),
+        ({"target_modules": ["q_proj"], "bias": "all"}, "have bias='none' with use_vllm, got 'all'"),
+    ],
+)
+def test_adapters_that_vllm_does_not_know(options, message):
+    model = get_peft_model(tiny.vlm(tied=False), LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    with pytest.raises(ValueError, match=f"peft_config must {message}"):
+        check_adapters(model)
+
+
+def test_adapters_travel_alone(fake, tmp_path):
+    """The server gets the folder of an adapter that peft can read, and keeps it as long as it uses it."""
+    fake.lora = {"max_lora_rank": 2}
+    adapters = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM", init_lora_weights=False)
+    run = trainer(tmp_path, fake, peft_config=adapters)
+    loaded = []
+
+    def load_lora_adapter(body):
+        assert body["load_inplace"]
+        loaded.append(load_file(Path(body["lora_path"]) / "adapter_model.safetensors"))
+        fake.model = get_peft_model(tiny.vlm(tied=False), adapters)
+        fake.model.load_adapter(body["lora_path"], "default")
+        fake.model.eval()
+        return b"Success"
+
+    fake.load_lora_adapter = load_lora_adapter
+    run.train()
+    assert len(loaded) == 2
+    assert all("lora_" in name for name in loaded[0])
+    assert any(not torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
+    assert fake.counts["/collective_rpc"] == 0
+    assert fake.bodies[-1]["model"] == "vlmkernels"
+    assert [folder.name for folder in (tmp_path / "vllm-weights").iterdir()] == [run.generate.version]
+
+
+def test_videos_are_refused(fake, tmp_path):
+    with pytest.raises(ValueError, match=r"sample 1: videos must be absent with use_vllm"):
+        sampled(engine_of(tmp_path, fake), "videos")

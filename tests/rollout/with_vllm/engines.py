@@ -1,0 +1,265 @@
+"""The rollout engines against vLLM itself, on the CPU: ``make test-vllm``.
+
+A server and engines in this process serve a Qwen2.5-VL of 0.4 million parameters. Its head is not tied to its embedding: vLLM
+0.32 for CPUs keeps a packed copy of a tied head that no update of weights reaches. The last test has the fingerprint find it.
+"""
+
+import contextlib
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from support import tiny
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vlmkernels.models.head import completion_logps, logit_arguments, output_head
+from vlmkernels.rollout.base import RolloutError
+from vlmkernels.rollout.vllm import engine as vllm_engine
+from vlmkernels.train import GRPOConfig, GRPOTrainer
+
+BOUND = 1e-4  # of fp32 log-probabilities of the same weights, absolute; measured: 1.2e-5
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # a minute for each shape of model, in the process
+}
+os.environ |= ENVIRONMENT
+LORA = LoraConfig(r=8, target_modules=r".*language_model.*\.(q_proj|v_proj|gate_proj|down_proj)", task_type="CAUSAL_LM")
+
+
+def small_vlm(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalGeneration:
+    """``tiny.vlm`` with heads of 64, as vLLM's attention on CPUs needs them."""
+    config = tiny.vlm(tied=tied).config.to_dict()
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    config["text_config"] |= {**sizes, "rope_parameters": rope}
+    config["vision_config"] |= {"hidden_size": 64, "out_hidden_size": 128}
+    torch.manual_seed(seed)
+    return tiny._finish(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)))
+
+
+class Server:
+    """vLLM's own, on a free port of the loopback interface."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        small_vlm().save_pretrained(folder)
+        tiny.processor().save_pretrained(folder)
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # vllm-cpu's "vllm serve" asks for package vllm
+        options = f"--host 127.0.0.1 --port {self.port} --dtype float32 --max-model-len 512 --max-num-seqs 32 --enforce-eager"
+        options += " --enable-scale-out --enable-lora --max-lora-rank 8"
+        log = (self.folder / "server.log").open("ab")
+        command = [*module, "--model", str(self.folder), *options.split()]
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def kill(self) -> None:
+        """All its processes, at once."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("model"))
+    yield server
+    server.kill()
+
+
+def reward(completions, **kwargs):
+    return [len(set(completion[0]["content"])) / 4 for completion in completions]
+
+
+def trainer(folder: Path, model=None, rows="several", processor=None, peft_config=None, **options):
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "use_vllm": True,
+        "vllm_server_timeout": 120,
+    }
+    args = GRPOConfig(**{**defaults, **options})
+    model, processor = model or small_vlm(), processor or tiny.processor()
+    result = GRPOTrainer(model, reward, args, tiny.rows(12, rows), processing_class=processor, peft_config=peft_config)
+    return watched(result)
+
+
+def watched(trainer):
+    """Keeps each rollout with the log-probabilities that the trainer's model gives its tokens."""
+    engine, trainer.rollouts = trainer.generate, []
+
+    class Watched:
+        synchronise = engine.synchronise
+
+        def __call__(self, model, prompts, num_generations, temperature, **options):
+            start = time.perf_counter()
+            rollout = engine(model, prompts, num_generations, temperature, **options)
+            seconds, head = time.perf_counter() - start, output_head(model)
+            batch = rollout.padded(torch.arange(len(rollout.group)))
+            options = {"head": head, "arguments": logit_arguments(model, head), "temperature": temperature}
+            expected = torch.zeros(rollout.completion_mask.shape)
+            expected[rollout.completion_mask] = completion_logps(model, batch, **options)
+            trainer.rollouts.append((rollout, expected, len(rollout.group) / seconds))
+            return rollout
+
+    trainer.engine, trainer.generate = engine, Watched()
+    return trainer
+
+
+def check(trainer, name: str, steps: int = 3) -> None:
+    """Log-probabilities are the trainer's own, of weights that moved; every update was compared."""
+    assert len(trainer.rollouts) == steps
+    gaps = [float((rollout.logps - expected).abs().max()) for rollout, expected, _ in trainer.rollouts]
+    assert max(gaps) < BOUND
+    banned = torch.tensor(trainer.engine.banned)
+    assert not any(torch.isin(r.completion_ids[r.completion_mask], banned).any() for r, _, _ in trainer.rollouts)
+    logs = [entry for entry in trainer.state.log_history if "vllm/fingerprint" in entry]
+    assert len(logs) == steps
+    fingerprints = [entry["vllm/fingerprint"] for entry in logs]
+    assert max(fingerprints) < BOUND
+    speed, sync = max(s for *_, s in trainer.rollouts), min(entry["vllm/sync_time"] for entry in logs)
+    print(f"\n{name}: |logp| differ by {max(gaps):.1e} at most, fingerprints by {max(fingerprints):.1e}, ", end="")
+    print(f"{speed:.0f} completions/s, {sync:.2f} s an update")
+
+
+def test_every_process_is_told_why_there_is_no_server(tmp_path):
+    """Not the main one alone, which looks for it."""
+    script = (
+        "import sys, engines, pathlib; engines.trainer(pathlib.Path(sys.argv[1]), vllm_mode='server', vllm_server_timeout=1,"
+    )
+    script += " vllm_server_base_url='http://127.0.0.1:9')"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": paths}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert "vllm_server_base_url must be that of a healthy vLLM server within vllm_server_timeout = 1 s" in errors
+        assert process.returncode == 1
+
+
+def test_a_server_of_another_model_is_refused(server, tmp_path):
+    """Before any weights are pushed to it."""
+    with pytest.raises(RolloutError, match=r"disagree before training \(is .* the same model\?\)"):
+        trainer(tmp_path, small_vlm(seed=1), vllm_mode="server", vllm_server_base_url=server.url)
+    options = {"vllm_mode": "server", "vllm_server_base_url": server.url}
+    with pytest.raises(ValueError, match=r"started with --max-num-seqs 64 or more, got 32"):
+        trainer(tmp_path, num_generations=64, per_device_train_batch_size=64, **options)
+    with pytest.raises(ValueError, match=r"started with --logprobs-mode processed_logprobs, got raw_logprobs"):
+        trainer(tmp_path, temperature=0.7, **options)
+    adapters = LoraConfig(r=16, target_modules=LORA.target_modules, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"started with --max-lora-rank 16, got 8"):
+        trainer(tmp_path, peft_config=adapters, **options)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_training_through_a_server(server, tmp_path, peft_config):
+    """With top_k: log-probabilities are over the whole vocabulary all the same."""
+    options = {"vllm_mode": "server", "vllm_server_base_url": server.url, "top_k": 20}
+    if peft_config is not None:  # the server's base weights must be those that it was launched with
+        run = trainer(tmp_path / "base", max_steps=1, **options)
+        run.train()
+    run = trainer(tmp_path, peft_config=peft_config, **options)
+    before = run.engine.fingerprint.logps(run.model)
+    run.train()
+    check(run, f"server, {'full' if peft_config is None else 'LoRA'}")
+    assert vllm_engine.difference(before, run.engine.fingerprint.logps(run.model)) > 10 * BOUND
+    left = sorted((tmp_path / "vllm-weights").iterdir())
+    assert len(left) == (peft_config is not None)  # an adapter may be read again
+
+
+def test_what_the_server_gets_wrong_stops_the_run(server, tmp_path, monkeypatch):
+    options = {"vllm_mode": "server", "vllm_server_base_url": server.url}
+    small = tiny.processor()
+    small.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2 * 28 * 28}
+    with pytest.raises(RolloutError, match=r"sample 0: vLLM made \d+ tokens of the prompt, the trainer \d+"):
+        trainer(tmp_path, processor=small, **options)
+    run, save = trainer(tmp_path, **options), vllm_engine.save_weights
+    monkeypatch.setattr(vllm_engine, "save_weights", lambda model, *rest: save(small_vlm(seed=2), *rest))
+    with pytest.raises(RolloutError, match="disagree after its weights were updated"):
+        run.train()
+
+
+def test_a_server_that_is_killed_and_comes_back_gets_the_weights_again(server, tmp_path):
+    """In the middle of a run, between two updates of weights: it comes back with those that it was launched with."""
+    options = {"vllm_mode": "server", "vllm_server_base_url": server.url}
+    run = trainer(tmp_path, max_steps=2, **options)
+    synchronise, engine = run.generate.synchronise, run.engine
+
+    def interrupted(model, step):
+        metrics = synchronise(model, step)
+        if step == 1:
+            server.kill()
+            server.start()
+        return metrics
+
+    type(run.generate).synchronise = staticmethod(interrupted)
+    version = []
+    load = engine._load
+    engine._load = lambda folder, name: (version.append(name), load(folder, name))
+    run.train()
+    check(run, "server, killed", steps=2)
+    assert [name.partition("-")[2] for name in version] == ["0", "1", "1"]
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_training_with_vllm_in_the_process(tmp_path, peft_config):
+    """At a temperature other than 1, where vLLM's log-probabilities leave out what is banned."""
+    run = trainer(tmp_path, peft_config=peft_config, vllm_mode="colocate", temperature=0.7, vllm_max_model_length=512)
+    try:
+        assert run.engine.logprobs_mode == "processed_logprobs"
+        run.train()
+        check(run, f"colocate, {'full' if peft_config is None else 'LoRA'}")
+    finally:
+        run.engine.close()
+        gc.collect()
+    assert not list((tmp_path / "vllm-weights").iterdir())
+
+
+def test_the_fingerprint_finds_a_head_that_was_left_behind(tmp_path):
+    run = trainer(tmp_path, small_vlm(tied=True), vllm_mode="colocate", vllm_max_model_length=512)
+    try:
+        with pytest.raises(RolloutError, match="disagree after its weights were updated"):
+            run.train()
+    finally:
+        run.engine.close()
+    assert len(run.rollouts) == 1  # with the weights of the start

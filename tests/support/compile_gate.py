@@ -1,0 +1,206 @@
+"""Compiles every Triton kernel for GPUs that need not be there and prints, as JSON lines, what each takes.
+
+A script of its own because triton's interpreter, in which the tests run, replaces the kernels when triton is imported.
+"""
+
+import importlib
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vlmkernels.ops.group_advantages.triton import BASELINES
+from vlmkernels.ops.grpo_loss.config import Scalars
+from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
+from vlmkernels.ops.linear_logps import triton_fused as linear_logps_fused
+
+# (op, kernel, argument types, compile-time arguments, num_warps). Integers are "i32" or "i64"; "16" after a type says that
+# the value is a multiple of 16, as triton finds at run time.
+GATHER = {"N": "i32", "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16"}
+FWD = {"logits_ptr": "*bf16:16", "mask_ptr": "*i1:16", "rows_ptr": "*i64:16", "partial_ptr": "*fp32:16", **GATHER}
+MERGE = {"targets_ptr": "*i64:16", "logp_ptr": "*fp32:16", "entropy_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
+BWD = {
+    "dlogp_ptr": "*fp32:16", "targets_ptr": "*i64:16", "stats_ptr": "*fp32:16", "dentropy_ptr": "*fp32:16",
+    "entropy_ptr": "*fp32:16", "logits_ptr": "*bf16:16", "starts_ptr": "*i64:16", "dlogits_ptr": "*bf16:16",
+    "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16", "grad_stride_outer": "i64:16",
+    "grad_stride_inner": "i32:16", "blocks": "i32", "temperature": "fp32", "scale": "fp32",
+}  # fmt: skip
+FLOATS = ("logp", "old_logp", "ref_logp", "rollout_logp", "entropy", "adv", "threshold", "dlogp", "dentropy", "partial")
+FLOATS += ("num_items", "loss", "stats")
+STRIDES = ("logp", "old", "ref", "rollout", "entropy", "adv", "mask")
+GRPO = {
+    **{f"{name}_ptr": "*fp32:16" for name in FLOATS},
+    "mask_ptr": "*i1:16", "cu_seqlens_ptr": "*i32:16", "T": "i32", "N": "i64", "S": "i32",
+    **{f"stride_{name}": "i64" for name in STRIDES}, "p": Scalars(*["fp32"] * len(Scalars._fields)),
+    "divisor": "fp32", "entropy_coef": "fp32", "accumulation_steps": "fp32",
+}  # fmt: skip
+PLAIN = {
+    "SEQUENCE": False, "BIAS_CORRECTED": True, "PER_LENGTH": True, "ADV_PER_TOKEN": False, "ROLLOUT": "", "ROLLOUT_MEAN": False,
+    "ROLLOUT_MASK": False, "OFF_POLICY": False, "BLOCK_T": 512,
+}  # fmt: skip
+EVERYTHING = {**PLAIN, "SEQUENCE": True, "ADV_PER_TOKEN": True, "ROLLOUT": "sequence", "ROLLOUT_MASK": True, "OFF_POLICY": True}
+GROUPS = {
+    "rewards_ptr": "*fp32:16", "weights_ptr": "*fp32:16", "starts_ptr": "*i32:16", "advantages_ptr": "*fp32:16",
+    "total_ptr": "*fp32:16", "mean_ptr": "*fp32:16", "std_ptr": "*fp32:16", "degenerate_ptr": "*i1:16",
+    "N": "i32", "K": "i32", "R": "i32", "group_size": "i32", "eps": "fp32",
+}  # fmt: skip
+PATCHES = {"images_ptr": "*i64:16", "table_ptr": "*bf16:16", "out_ptr": "*bf16:16", "num_images": "i32"}
+ROTARY = {
+    **{f"{name}_ptr": "*bf16:16" for name in ("query", "key", "query_out", "key_out")}, "cos_ptr": "*fp32:16",
+    "sin_ptr": "*fp32:16", "S": "i32", "query_heads": "i32", "key_heads": "i32",
+    **{f"{x}_stride_{axis}": "i32:16" for x in ("query", "key") for axis in "bsh"},
+    **{f"{x}_stride_{axis}": "i32" for x in ("cos", "sin") for axis in "bs"},
+}  # fmt: skip
+ON_POLICY = dict.fromkeys(f"{name}_ptr" for name in ("old_logp", "ref_logp", "rollout_logp", "entropy", "threshold"))
+ON_POLICY |= dict.fromkeys(("mask_ptr", "dentropy_ptr", "num_items_ptr"))
+PADDED = ON_POLICY | {"cu_seqlens_ptr": None}
+RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
+
+
+LINEAR = {
+    **{f"{name}_ptr": "*fp32:16" for name in (*FLOATS, "share")}, "targets_ptr": "*i64:16", "logits_ptr": "*fp32:16",
+    **{f"{name}_ptr": "*bf16:16" for name in ("hidden", "weight", "bias", "dx")}, "V": "i32:16", "H": "i32:16",
+    "stride_hidden": "i64", "stride_weight": "i32:16", "step_weight": "i32", "stride_dx": "i32:16",
+    **dict.fromkeys(("inverse", "softcap", "logit_scale", "entropy_scale"), "fp32"), "p": GRPO["p"],
+}  # fmt: skip
+STAGES = {
+    "CAP": False, "READ": True, "WRITE": True, "BIAS_CORRECTED": True, "ROLLOUT": True, "ROLLOUT_MASK": False, "BLOCK_V": 4096,
+    "BLOCK_H": 1024,
+}  # fmt: skip
+# What fp32 logits, a fused objective, and a pass by itself do without.
+FP32 = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "H", "stride_hidden", "stride_weight", "step_weight"))
+FUSED = STAGES | FP32 | dict.fromkeys(("dlogp_ptr", "dentropy_ptr"))
+ALONE = STAGES | dict.fromkeys(("old_logp_ptr", "ref_logp_ptr", "rollout_logp_ptr", "adv_ptr", "share_ptr", "entropy_scale"))
+ALONE |= {"SURROGATE": None, "KL": None, "p": None, "BIAS_CORRECTED": False, "ROLLOUT": False}
+FUSED_FORWARD = {
+    **dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), "*bf16:16"), "partial_ptr": "*fp32:16",
+    **dict.fromkeys(("index_ptr", "targets_ptr"), "*i64:16"), **dict.fromkeys(("N", "R", "splits"), "i32"),
+    **dict.fromkeys(("V", "H", "stride_hidden", "stride_weight"), "i32:16"),
+    **dict.fromkeys(("scale", "softcap", "logit_scale"), "fp32"),
+}  # fmt: skip
+WITHOUT_LOGITS = {"step_weight": 1, "WIDEN": False, "TMA": False, "GROUP": linear_logps_fused.GROUP}
+LINEAR_MERGE = {**FUSED_FORWARD, **MERGE, "inverse": "fp32"}
+
+
+def surrogate(name: str) -> dict:
+    function, through_ratio = SURROGATES[name]
+    return {"SURROGATE": function, "THROUGH_RATIO": through_ratio, "PRODUCT": name == "vespo"}
+
+
+def fused_forward(dtype: str, capability: int, capped: bool, tma: bool = False) -> tuple:
+    """The arguments of compile_kernel, with the blocks that the launcher takes on that GPU."""
+    wide = torch.float32 if dtype == "fp32" else torch.bfloat16
+    blocks = linear_logps_fused.blocks_of(wide, divmod(capability, 10), capped)
+    rows, vocab, width, num_warps, num_stages, _ = blocks
+    types = {name: kind.replace("bf16", dtype) for name, kind in FUSED_FORWARD.items()}
+    constants = {**WITHOUT_LOGITS, "CAP": capped, "BLOCK_N": rows, "BLOCK_V": vocab, "BLOCK_H": width}
+    if tma:
+        assert blocks.tma
+        types["weight_ptr"], constants["TMA"] = f"tensordesc<{dtype}[{vocab},{width}]>", True
+    return "linear_logps_fused", "linear_logps_fused_kernel", types, constants, num_warps, capability, num_stages
+
+
+KERNELS = [
+    *(
+        ("linear_logps", "linear_logps_kernel", LINEAR, {**FUSED, "SURROGATE": SURROGATES[name][0], "KL": KL["k3"]}, 8)
+        for name in SURROGATES
+    ),
+    ("linear_logps", "linear_logps_kernel", LINEAR | {"logits_ptr": "*bf16:16"}, {**ALONE, "WRITE": False}, 8),
+    ("linear_logps", "linear_logps_kernel", LINEAR, {**ALONE, **FP32, "READ": False, "CAP": True}, 8),
+    *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
+    ("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **ON_POLICY, **surrogate("ppo_clip"), "KL": KL["none"]}, 8),
+    (
+        "grpo_loss",
+        "grpo_loss_kernel",
+        GRPO,
+        {**PLAIN, **ON_POLICY, "cu_seqlens_ptr": None, **surrogate("vespo"), "KL": KL["k1"]},
+        8,
+    ),
+    ("grpo_loss", "grpo_loss_kernel", GRPO, {**EVERYTHING, **surrogate("ppo_clip"), "KL": KL["k2"]}, 8),
+    ("grpo_loss", "grpo_loss_finish_kernel", GRPO, {"BY_TOKENS": True, "BLOCK_S": 256}, 4),
+    (
+        "group_advantages",
+        "group_advantages_kernel",
+        GROUPS,
+        {**RULES, "BASELINE": BASELINES["mean"], "NORMALIZE_FIRST": True},
+        8,
+    ),
+    ("group_advantages", "group_advantages_kernel", GROUPS, {**RULES, "BASELINE": BASELINES["pass_at_k"]}, 8),
+    ("gather_logps", "gather_logps_fwd_kernel", {**FWD, "splits": "i32", "scale": "fp32"}, {"BLOCK_V": 4096}, 8),
+    ("linear_logps_fused", "linear_logps_merge_kernel", LINEAR_MERGE, {"BLOCK_N": linear_logps_fused.BLOCK_MERGE}, 4),
+    (
+        "gather_logps",
+        "gather_logps_merge_kernel",
+        {**FWD, **MERGE, "splits": "i32", "temperature": "fp32", "scale": "fp32"},
+        {"BLOCK_S": 16},
+        1,
+    ),
+    ("gather_logps", "gather_logps_bwd_kernel", BWD, {"mask_ptr": None, "BLOCK_V": 4096}, 8),
+    *(
+        ("pack_patches", "pack_patches_kernel", PATCHES, {**sizes, "BLOCK_F": 1024}, 4)
+        for sizes in (
+            {"SIZE": 14, "MERGE": 2, "SLOTS": 2, "CHANNELS_LAST": False},
+            {"SIZE": 16, "MERGE": 1, "SLOTS": 1, "CHANNELS_LAST": True},
+        )
+    ),
+    *(
+        ("rotary", "rotary_kernel", ROTARY, {**sizes, "BLOCK_H": 16}, 4)
+        for sizes in (
+            {"INVERSE": False, "WIDTH": 80, "PAIRS": 40, "BLOCK_P": 64, "BLOCK_R": 1},  # the vision towers of Qwen-VL
+            {"INVERSE": True, "WIDTH": 256, "PAIRS": 32, "BLOCK_P": 32, "BLOCK_R": 256},  # a quarter of each head: Qwen3.5
+        )
+    ),
+]
+
+
+def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps, capability: int, num_stages=3) -> dict:
+    kernel = getattr(importlib.import_module(f"vlmkernels.ops.{op}.triton"), name)
+    signature, attributes = {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        if isinstance(types[argument], tuple):
+            signature[argument] = types[argument]
+            continue
+        signature[argument], _, divisor = types[argument].partition(":")
+        if divisor:
+            attributes[(index,)] = [["tt.divisibility", int(divisor)]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    row = {"op": op, "kernel": name, "sm": capability, "dtype": types.get("hidden_ptr", "")[1:].partition(":")[0]}
+    row |= {
+        "shared": compiled.metadata.shared,
+        "tensor_cores": re.findall(r"\b(tcgen05.mma|wgmma.mma|mma.sync)", compiled.asm["ptx"])[:1],
+    }
+    row["tma"] = "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    return row | {key: int(value) for key, value in usage.items()}
+
+
+JOBS = [(*row, capability) for row in KERNELS for capability in (80, 90, 100)]
+JOBS += [fused_forward("bf16", capability, False) for capability in (80, 86, 90, 100)]
+JOBS += [fused_forward("bf16", 90, False, tma=True)]
+JOBS += [fused_forward(dtype, 100, True) for dtype in ("bf16", "fp32")]  # where ptxas leaves the fewest registers
+
+
+def run(job: int) -> dict:
+    return compile_kernel(*JOBS[job])
+
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for row in pool.imap(run, range(len(JOBS))):
+            print(json.dumps(row), flush=True)

@@ -1,0 +1,119 @@
+"""Training with a prompt run once per group, against training with a copy of it for every completion."""
+
+import re
+
+import pytest
+import torch
+from support import tiny
+from test_trainer import length_reward, lora, run_ours, vowel_reward
+
+from vlmkernels.models.group import why_not_shared
+from vlmkernels.rollout.generate import Rollout
+
+CASES = {
+    "images": {"images": "one", "loss_type": "dapo"},
+    "mixed": {"images": "mixed", "loss_type": "grpo", "num_iterations": 2},
+    "text": {"images": "none", "beta": 0.1, "importance_sampling_level": "sequence"},
+    "kl": {"images": "several", "beta": 0.1, "gradient_checkpointing": True},
+    "lora": {"images": "one", "beta": 0.1, "peft_config": True, "steps_per_generation": 4},
+}
+
+
+def run(folder, images="one", peft_config=None, **options):
+    torch.manual_seed(0)
+    trainer, logs, gradients = run_ours(
+        folder, tiny.rows(8, images), funcs=(length_reward, vowel_reward), peft_config=lora() if peft_config else None,
+        learning_rate=1e-3, **options,
+    )  # fmt: skip
+    return trainer, (logs, gradients, {n: p.detach() for n, p in trainer.model.named_parameters()})
+
+
+def assert_same(run, other):
+    (ours, gradients, parameters), (logs, expected, others) = run, other
+    for mine, other in zip(ours, logs, strict=True):
+        for name in {name for name in other if not re.search("time|_run$|per_second", name)}:
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    for mine, other in zip(gradients, expected, strict=True):
+        size = max(g.abs().max() for g in other.values())
+        assert mine.keys() == other.keys()
+        assert all((mine[n] - g).abs().max() <= 2e-5 * size for n, g in other.items())
+    for name, parameter in others.items():
+        torch.testing.assert_close(parameters[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+def test_same_losses_gradients_and_parameters(tmp_path, case):
+    runs = []
+    for share in ("auto", False):
+        trainer, result = run(tmp_path / str(share), max_steps=5, share_prefix=share, **CASES[case])
+        assert trainer.shares_prefix == (share == "auto")
+        runs.append(result)
+    assert_same(*runs)
+
+
+def test_mixed_precision(tmp_path):
+    """Sampling, log-probabilities and gradients under autocast, close to those of copies of the prompts."""
+    results = []
+    for share in ("auto", False):
+        options = {"images": "mixed", "bf16": True, "use_cpu": True, "max_steps": 2, "num_iterations": 2, "entropy_coef": 0.1}
+        assert run(tmp_path / str(share), share_prefix=share, fixed=False, **options)[0].shares_prefix == (share == "auto")
+        results.append(run(tmp_path / str(share), share_prefix=share, **options)[1])
+    (ours, gradients, _), (theirs, expected, _) = results
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["entropy"] == pytest.approx(other["entropy"], rel=1e-2)
+    for mine, other in zip(gradients, expected, strict=True):
+        assert mine.keys() == other.keys()
+        flat, reference = (torch.cat([g[name].flatten() for name in other]) for g in (mine, other))
+        assert (flat - reference).norm() < 0.1 * reference.norm()
+
+
+BUDGETS = {
+    "cut groups": ("auto", 43, {"loss_type": "dapo", "entropy_coef": 0.1}),
+    "tokens": ("auto", 43, {"loss_type": "bnpo", "images": "mixed"}),
+    "completions": ("auto", 43, {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2, "images": "mixed"}),
+    "per sequence": ("auto", 43, {"importance_sampling_level": "sequence", "epsilon": 0.003, "steps_per_generation": 4}),
+    "masked": (False, 43, {"loss_type": "vespo", "mask_truncated_completions": True, "num_iterations": 2}),
+    "entropy": (False, 43, {"loss_type": "grpo", "entropy_coef": 0.1, "mask_truncated_completions": True}),
+    "copies": (False, 100, {"loss_type": "luspo", "steps_per_generation": 4}),
+}
+
+
+@pytest.mark.parametrize("case", BUDGETS)
+def test_a_token_budget_changes_nothing_but_the_parts(tmp_path, monkeypatch, case):
+    share, budget, options = BUDGETS[case]
+    sizes = []
+    for engine in ("packed", "padded"):
+        make = getattr(Rollout, engine)
+        monkeypatch.setattr(Rollout, engine, lambda *args, make=make: sizes.append(b := make(*args)) or b)
+    whole = run(tmp_path / "whole", max_steps=3, share_prefix=share, **options)[1]
+    uncut, most = len(sizes), max(batch.inputs["input_ids"].numel() for batch in sizes)
+    sizes.clear()
+    cut = run(tmp_path / "cut", max_steps=3, share_prefix=share, max_tokens_per_microbatch=budget, **options)[1]
+    assert max(batch.inputs["input_ids"].numel() for batch in sizes) <= budget < most
+    assert len(sizes) > uncut
+    assert_same(cut, whole)
+
+
+@pytest.mark.parametrize("share", ["auto", False])
+def test_a_budget_less_than_a_prompt_and_a_completion(tmp_path, share):
+    message = r"max_tokens_per_microbatch must be at least (\d+), a prompt of (\d+) tokens and a completion of (\d+), got 20"
+    with pytest.raises(ValueError, match=message) as error:
+        run(tmp_path, max_steps=1, share_prefix=share, max_tokens_per_microbatch=20)
+    needed, prompt, completion = map(int, re.search(message, str(error.value)).groups())
+    assert needed == prompt + completion
+    with pytest.raises(ValueError, match="max_tokens_per_microbatch must be >= 1, got 0"):
+        run(tmp_path, max_tokens_per_microbatch=0)
+
+
+def test_what_cannot_share_says_why(tmp_path):
+    model = tiny.text_model()
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    assert why_not_shared(model) == "Qwen2ForCausalLM: its decoder has layers of type sliding_attention"
+    model.config.layer_types = ["full_attention"] * 2
+    model.config.attention_dropout = 0.1
+    assert why_not_shared(model) == "attention_dropout must be 0, got 0.1"
+    with pytest.raises(ValueError, match=r"share_prefix must be 'auto' or False: attention_dropout must be 0, got 0.1"):
+        run_ours(tmp_path, tiny.rows(4, "none"), model=model, share_prefix=True)
+    with pytest.raises(ValueError, match="share_prefix must be auto, true or false, got 'maybe'"):
+        run_ours(tmp_path, tiny.rows(4, "none"), model=model, share_prefix="maybe")

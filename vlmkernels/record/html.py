@@ -1,0 +1,82 @@
+"""What all pages share: one file that needs nothing else, light and dark, on a desk and in a hand."""
+
+import base64
+import io
+import math
+from html import escape
+from typing import NamedTuple
+
+from PIL import Image
+
+THUMBNAIL = 192  # pixels, the longer side at most
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8883; --soft: #8881; --good: 46 160 67; --bad: 218 54 51; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
+h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
+.summary { opacity: .75; margin: .2rem 0 1.5rem; }
+section { border: 1px solid var(--line); border-radius: 10px; margin: 1rem 0; overflow-x: auto; }
+header { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; padding: .8rem 1rem; background: var(--soft); }
+header img { border-radius: 6px; border: 1px solid var(--line); max-width: 100%; height: auto; }
+img { background: #fff; } img.small { image-rendering: pixelated; }
+pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
+table { border-collapse: collapse; width: 100%; }
+th, td { border-top: 1px solid var(--line); padding: .35rem .7rem; text-align: right; vertical-align: top; }
+th { font-weight: 600; font-size: .85rem; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; width: 100%; }
+td { font-variant-numeric: tabular-nums; }
+td pre { min-width: 8rem; }
+@media (max-width: 40rem) { body { margin: 1rem auto; } th, td { padding: .3rem .4rem; } td pre { min-width: 5rem; } }
+.curves { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
+.curves svg { width: 100%; height: auto; overflow: visible; } figure { margin: 0; }
+figcaption { font-size: .85rem; overflow-wrap: anywhere; } figcaption output { opacity: .7; }
+.wide { overflow-x: auto; }
+"""
+
+
+class Thumbnail(NamedTuple):
+    """A small image as text: a data URI, its size on the page in pixels, and whether it was magnified."""
+
+    source: str
+    width: int
+    height: int
+    magnified: bool
+
+
+def thumbnail(image: Image.Image) -> Thumbnail:
+    """The image scaled down or (a tiny one) shown larger than it is."""
+    scale = THUMBNAIL / max(image.size)
+    width, height = (max(1, round(side * min(scale, 4))) for side in image.size)
+    small = image if scale >= 1 else image.resize((width, height), Image.Resampling.LANCZOS)
+    data, kind = io.BytesIO(), "png" if scale >= 1 else "jpeg"
+    small.convert("RGB").save(data, kind, quality=85)
+    source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
+    return Thumbnail(source, width, height, scale >= 1)
+
+
+def picture(image: Thumbnail) -> str:
+    """An img element."""
+    look = ' class="small"' if image.magnified else ""
+    return f'<img{look} width="{image.width:d}" height="{image.height:d}" alt="" src="{escape(image.source)}">'
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    return f'<!doctype html><html lang="en">{head}<style>{STYLE}{style}</style>{body}</html>\n'
+
+
+def number(value: float) -> str:
+    """Four digits that count, or all those of a whole number."""
+    if not math.isfinite(value):
+        return "–" if math.isnan(value) else str(value)
+    if value == round(value) and abs(value) < 1e15:
+        return f"{round(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def short(value: float) -> str:
+    """Three digits, with k, M, G or T for thousands."""
+    if not 1e3 <= abs(value) < 1e15:
+        return f"{value:.3g}"
+    power = min(int(math.log10(abs(value))) // 3, 4)
+    return f"{value / 1e3**power:.3g}{'kMGT'[power - 1]}"
