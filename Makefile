@@ -1,12 +1,12 @@
-# Set-up, the demo, tests and benchmarks. `make demo` and `make test` need nothing but python3 (3.10 to 3.13), pip and a network.
+# Set-up, demo, tests and benchmarks. `make demo` and `make test` need only python3 (3.10 to 3.13), pip and a network.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint gpu-check gpu-wheels clean
+.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint wheel gpu-check gpu-wheels clean
 setup: .venv/.installed
 
-# constraints.txt pins every package; CUDA code is compiled where nvcc is found. Trainers and harnesses that tests compare with
-# lie beside the environment, without what they depend on.
+# constraints.txt pins every package. CUDA code is compiled if nvcc is found. Trainers and harnesses with which tests compare are
+# installed in .venv/peers, outside the environment and without their dependencies.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
@@ -20,21 +20,23 @@ demo: setup
 demo-suite: setup
 	$(BIN)/vlmkernels demo --suite --output demo-suite-output
 
+# A process for each of two cores, where they take half the time of one process with two threads.
+WORKERS ?= 2
 test: setup
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
-# 500 steps in which something breaks every few of them; see docs/faults.md.
+# 500 training steps with a fault every few steps; see docs/faults.md.
 soak: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/train/faults/soak.py
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.faults.soak
 
-# DeepSpeed beside the environment, where other tests do not import it; the first run compiles its operation for gloo.
+# DeepSpeed is installed outside the environment, so that other tests do not import it. The first run compiles its gloo operation.
 test-deepspeed: setup
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/deepspeed \
 		deepspeed einops hjson msgpack ninja py-cpuinfo
 	PATH="$(CURDIR)/.venv/deepspeed/bin:$$PATH" PYTHONPATH=.venv/deepspeed $(BIN)/python -m pytest -q tests/train/distributed/test_deepspeed.py
 
-# vLLM on the CPU, in an environment of its own: it pins older versions. torchaudio and torchcodec, built for CUDA, do not load
-# there, which vLLM forgives a package that is absent alone; for torchvision see tests/rollout/with_vllm/sitecustomize.py.
+# vLLM on the CPU, in a second environment because it pins older versions. torchaudio and torchcodec are built for CUDA and do not
+# load; vLLM works without them, but not with broken ones. For torchvision see tests/rollout/with_vllm/sitecustomize.py.
 VLLM := .venv-vllm/bin/python
 .venv-vllm/.installed: constraints-vllm.txt tests/rollout/with_vllm/sitecustomize.py
 	$(PYTHON) -m venv .venv-vllm
@@ -52,15 +54,20 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.cu' '*.cuh' '*.h')
 
-# On a machine with a GPU and without a network: its own python3, torch, triton, transformers, pybind11, pytest and nvcc. STAGE is
-# correct, fast, why, system or all, each within a time budget; GPU_BUDGET_S, GPU_OUT: see bench/gpu_check.py.
+# A manylinux wheel with CUDA code in dist/, installed and run in a new environment. It needs nvcc and a network.
+wheel: setup
+	sh tools/wheel.sh
+
+# On a machine with a GPU, which needs no network: its python3, torch, triton, transformers, pybind11, pytest and nvcc are used.
+# STAGE is correct, fast, why, system or all, each within a time budget. bench/gpu_check.py has GPU_BUDGET_S and GPU_OUT.
 STAGE ?= all
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(STAGE)
 
-# What such a machine lacks, as wheels for Python 3.12 in .whl.
+# The packages that such a machine lacks, as wheels for Python 3.12 in .whl.
 gpu-wheels:
 	PYTHON=$(PYTHON) sh bench/wheels.sh
 

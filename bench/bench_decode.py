@@ -1,9 +1,9 @@
-"""Greedy decoding by groups against ``generate`` on copies of the prompts: time per token of all completions together.
+"""Greedy decoding of groups, compared with ``generate`` on copies of the prompts: time per step of all completions together.
 
-The time is that of a long run less that of a short one, so without the prompts' forward pass. The error is the share of
-completions equal to those of ``generate``, and the difference of the tokens' log-probabilities from those of one forward pass
-over prompts and completions. Useful bytes of a step: the weights of the language model, and the keys and values, those of a
-prompt once.
+The time is that of a long run minus that of a short one, which leaves out the forward pass of the prompts. Errors are the share
+of completions that equal those of ``generate``, and the difference of log-probabilities from those of one forward pass over
+prompts and completions. Useful bytes of a step: the weights of the language model, and the keys and values, where those of a
+prompt count once.
 
     python bench/bench_decode.py --model 3b      # 0.5b; tiny
 """
@@ -16,10 +16,11 @@ import statistics
 import sys
 import time
 
-import bench_step
 import harness
 import pytest
 import torch
+from step_models import make_processor, random_model
+from support import tiny
 
 WORK = {
     "tiny": {"prompts": 2, "generations": 3, "tokens": 12, "side": 56},
@@ -27,19 +28,17 @@ WORK = {
     "3b": {"prompts": 8, "generations": 8, "tokens": 32, "side": 448},
 }
 SHORT = 2  # tokens of the run that is subtracted
-PROFILED = 4  # more tokens than that in the profiled run
+PROFILED = 4  # additional tokens of the profiled run
 ROUNDS = 3
 
 
 def make(name: str):
-    """The model, its prompts, one image each, and their number of tokens."""
-    from support import tiny
-
+    """The model, and prompts with one image each."""
     from vlmkernels.data.samples import encode, read_sample
     from vlmkernels.models.families import family_of
 
     work = WORK[name]
-    model, processor = bench_step.random_model(name).eval(), bench_step.make_processor(work["side"])
+    model, processor = random_model(name).eval(), make_processor(work["side"])
     model.generation_config.eos_token_id = None  # every completion has all its tokens
     samples = []
     for k in range(work["prompts"]):
@@ -49,9 +48,10 @@ def make(name: str):
 
 
 def make_providers(name: str, model, prompts) -> dict:
-    """Functions of a number of tokens that return the completions' ids and, ours, their log-probabilities."""
+    """Functions of a number of tokens that return the ids of the completions and (ours) their log-probabilities."""
     from vlmkernels.models.attention import NAME, use_group_attention
-    from vlmkernels.rollout.decode import Sampling, decode_groups
+    from vlmkernels.rollout.base import Sampling
+    from vlmkernels.rollout.decode import decode_groups
 
     generations = WORK[name]["generations"]
     use_group_attention(model)
@@ -78,7 +78,7 @@ def make_providers(name: str, model, prompts) -> dict:
 
 @torch.no_grad()
 def scored(model, prompts, generations: int, ids: torch.Tensor) -> torch.Tensor:
-    """(B, C): log-probabilities of the completions in one forward pass, each behind a prompt of its own."""
+    """Log-probabilities of the completions, (B, C), from one forward pass with a copy of the prompt for each."""
     from vlmkernels.ops.gather_logps import gather_logps
 
     model.set_attn_implementation({"text_config": "sdpa"})
@@ -92,7 +92,7 @@ def scored(model, prompts, generations: int, ids: torch.Tensor) -> torch.Tensor:
 
 
 def useful_bytes(model, prompts, generations: int, tokens: float) -> int:
-    """Of a step with so many tokens of each completion behind its prompt."""
+    """Useful bytes of a step when each completion has ``tokens`` tokens."""
     text = model.config.text_config
     weights = sum(x.numel() for x in model.model.language_model.layers.parameters()) + model.lm_head.weight.numel()
     heads = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
@@ -154,7 +154,7 @@ def measure(name: str) -> list[dict]:
 
 
 def profile(run, layers: int) -> dict:
-    """GPU time and kernels of a step of all completions, and kernels of it per layer."""
+    """GPU time and number of kernels of a step of all completions, and kernels per layer."""
     short, long = (harness.profiled(functools.partial(run, n), calls=1) for n in (SHORT, SHORT + PROFILED))
     if not short or not long:
         return {}

@@ -1,8 +1,8 @@
-"""gather_logps with entropy from bf16 logits compared with its peers: forward and backward, and forward only.
+"""gather_logps with entropy from bf16 logits, compared with its peers: forward and backward, and forward only.
 
 Useful bytes: the logits, read once by the forward pass and once by the backward pass, and their gradient.
 
-The error is that of logp, and of the gradient, against fp64 on the first rows, relative to the largest value.
+Errors are those of logp, entropy and gradient against fp64 on the first rows, relative to the largest value.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import torch
 
 from vlmkernels import backend, gather_logps
 
-# name: (rows, vocabulary). Qwen2.5-VL's head of 151936 on one long answer and, on a GPU, on a micro-batch; SmolVLM's head.
+# name: (rows, vocabulary). The head of Qwen2.5-VL on one long answer and, on a GPU, on a micro-batch; the head of SmolVLM.
 CASES = {"qwen2.5-vl 512 x 151936": (512, 151936), "smolvlm 2048 x 49280": (2048, 49280)}
 if harness.GPU:
     CASES = {"qwen2.5-vl 8192 x 151936": (8192, 151936), "qwen2.5-vl 64 x 151936": (64, 151936), **CASES}
@@ -52,7 +52,7 @@ def test_gather_logps(benchmark, case):
     original = (3 * torch.randn(num, vocab, generator=rng, device=harness.DEVICE)).bfloat16()
     targets = torch.randint(vocab, (num,), generator=rng, device=harness.DEVICE)
     logits = original.clone().requires_grad_()
-    # Each in-place run spoils its logits. Any values cost the same time, so they are restored only before a check.
+    # Each in-place run overwrites its logits. The time does not depend on values, so they are restored only before a check.
     scratch = torch.empty_like(original).copy_(original).requires_grad_()
 
     exact = original[:CHECKED].double().requires_grad_()
@@ -77,7 +77,7 @@ def test_gather_logps(benchmark, case):
         errors = [((a[:CHECKED].double() - e).abs().max() / e.abs().max()).item() for a, e in zip(result, exact, strict=True)]
         with torch.no_grad():
             scratch.copy_(original)
-        # bf16 holds the gradient, and TRL on the CPU the rest too, to 2^-8.
+        # The gradient is in bf16, and so is everything of TRL on the CPU: an error of 2^-8.
         assert max(errors) < 2e-2, f"{name} is wrong: relative errors {errors}"
         return f"logp {errors[0]:.0e}, entropy {errors[1]:.0e}, gradient {errors[2]:.0e}"
 
@@ -85,7 +85,7 @@ def test_gather_logps(benchmark, case):
     floors = {"copy the logits twice": lambda: (copy.copy_(original), copy.copy_(original))}
     size = 2 * num * vocab
     bytes = dict.fromkeys(providers, 3 * size) | dict.fromkeys(floors, 4 * size)
-    harness.compare(benchmark, f"gather_logps {case}", providers, check, floors, limit_s=60, bytes=bytes)
+    harness.compare(benchmark, harness.Case(f"gather_logps {case}", providers, check, floors, limit_s=60, bytes=bytes))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -116,4 +116,4 @@ def test_forward(benchmark, case):
 
     floors = {"largest element of a row": lambda: logits.amax(-1)}
     title = f"gather_logps {case}, no gradient"
-    harness.compare(benchmark, title, providers, check, floors, limit_s=30, bytes=2 * num * vocab)
+    harness.compare(benchmark, harness.Case(title, providers, check, floors, limit_s=30, bytes=2 * num * vocab))

@@ -1,4 +1,6 @@
-"""Attention of groups that share a prefix, against attention over a copy of the prefix for each completion."""
+"""Attention of groups that share a prefix, compared with attention over one copy of the prefix per completion."""
+
+import functools
 
 import harness
 import pytest
@@ -6,11 +8,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, group_attention
+from vlmkernels import backend
+from vlmkernels.ops.group_attention import GroupLayout, group_attention
 
 EQUAL = GroupLayout((2048,), ((512,) * 8,))
 RAGGED = GroupLayout((2048, 1100), ((512, 301, 477, 96, 388, 512, 230, 411), (512, 150, 333, 512, 275, 64, 490, 366)))
-# layout, heads of query and of key, head dimension, dtype
+# layout, query heads, key heads, head dimension, dtype
 CASES = {
     "P 2048, 8 x 512, 16 heads of 128": (EQUAL, 16, 16, 128, torch.bfloat16),
     "P 2048, 8 x 512, 16 / 4 heads of 128": (EQUAL, 16, 4, 128, torch.bfloat16),
@@ -21,7 +24,7 @@ if not harness.GPU:
 
 
 def exact_results(inputs, weight, layout):
-    """Output and gradients in fp64, head by head."""
+    """Output and gradients in fp64, one head after another."""
     mask = layout.mask().to(weight.device)
     results = [torch.zeros_like(x, dtype=torch.float64) for x in (inputs[0], *inputs)]
     shared = inputs[0].shape[1] // inputs[1].shape[1]
@@ -38,7 +41,7 @@ def exact_results(inputs, weight, layout):
 
 
 class Copies:
-    """Every completion behind a copy of its prefix: (copies, H, T, D), padded on the right."""
+    """A copy of its prefix before every completion: (copies, H, T, D), padded on the right."""
 
     def __init__(self, layout):
         paths, start = [], 0
@@ -51,17 +54,17 @@ class Copies:
         self.index = torch.tensor([(*path, *[0] * (width - len(path))) for path in paths], device=harness.DEVICE)
         self.valid = torch.tensor([[1] * len(path) + [0] * (width - len(path)) for path in paths], device=harness.DEVICE).bool()
         once = [[row not in seen and not seen.add(row) for row in path] + [False] * (width - len(path)) for path in paths]
-        self.once = torch.tensor(once, device=harness.DEVICE)  # each token of the pack at its first place
+        self.once = torch.tensor(once, device=harness.DEVICE)  # the first copy of each token
 
     def make(self, x, places=None):
-        """Copies of a packed tensor; with ``places``, 0 elsewhere."""
+        """The copies of a packed tensor, 0 outside ``places``."""
         copies = x.detach()[self.index]
         if places is not None:
             copies = copies * places[..., None, None]
         return copies.transpose(1, 2)
 
     def pack(self, copies, places, num):
-        """The sum over ``places`` of each token of the pack."""
+        """The sum of the copies of each packed token over ``places``."""
         rows = copies.transpose(1, 2)[places].double()
         return rows.new_zeros(num, *rows.shape[1:]).index_add_(0, self.index[places], rows)
 
@@ -79,15 +82,18 @@ def differentiate(attention, inputs, weight, backward):
 def test_group_attention(benchmark, case, backward):
     layout, heads, key_heads, width, dtype = CASES[case]
     rng, num = torch.Generator().manual_seed(0), layout.num_tokens
-    make = lambda h: torch.randn(num, h, width, generator=rng).to(harness.DEVICE, dtype)  # noqa: E731
-    inputs, weight = [make(h).requires_grad_() for h in (heads, key_heads, key_heads)], make(heads)
+    *inputs, weight = (
+        torch.randn(num, h, width, generator=rng).to(harness.DEVICE, dtype) for h in (heads, key_heads, key_heads, heads)
+    )
+    for x in inputs:
+        x.requires_grad_()
     exact = exact_results(inputs, weight, layout)[: 4 if backward else 1]
     copies = Copies(layout)
     copied = [copies.make(x).contiguous().requires_grad_() for x in inputs]
     copied_weight = copies.make(weight, copies.once).contiguous()
 
     def ours(name):
-        attention = lambda q, k, v: group_attention(q, k, v, layout, implementation=name)  # noqa: E731
+        attention = functools.partial(group_attention, layout=layout, backend=name)
         return lambda: differentiate(attention, inputs, weight, backward)
 
     def on_copies(kernel):
@@ -97,11 +103,11 @@ def test_group_attention(benchmark, case, backward):
 
         return lambda: differentiate(attention, copied, copied_weight, backward)
 
-    chosen = IMPLEMENTATIONS.choose("auto", inputs[0])
+    chosen = backend.choose("group_attention", "auto", inputs[0])
     providers = {f"vlmkernels {chosen}": ours(chosen)}
     if harness.GPU:
-        if IMPLEMENTATIONS.load("cudnn").unsupported(inputs[0]) is None:
-            providers["vlmkernels cudnn"] = ours("cudnn")  # with execution plans that are built
+        if backend.why_not("group_attention", "cudnn", inputs[0]) is None:
+            providers["vlmkernels cudnn"] = ours("cudnn")  # its execution plans are built by now
         providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)
         providers["cuDNN attention on copies"] = on_copies(SDPBackend.CUDNN_ATTENTION)
         providers["vlmkernels flex"] = ours("flex")
@@ -120,6 +126,6 @@ def test_group_attention(benchmark, case, backward):
         p * (p + 1) // 2 + sum(c * p + c * (c + 1) // 2 for c in completions)
         for p, completions in zip(layout.prefixes, layout.completions, strict=True)
     )
-    flops = (12 if backward else 4) * pairs * heads * width  # without the scores that a backward pass recomputes
+    flops = (12 if backward else 4) * pairs * heads * width  # without the scores that the backward pass recomputes
     title = f"group_attention {case}" + ("" if backward else ", no gradient")
-    harness.compare(benchmark, title, providers, check, {}, limit_s=10, flops=flops, late=["vlmkernels flex"])
+    harness.compare(benchmark, harness.Case(title, providers, check, limit_s=10, flops=flops, late=["vlmkernels flex"]))

@@ -1,13 +1,11 @@
-"""The DAPO loss with a KL term on given log-probabilities, forward and backward, against its peers.
+"""The DAPO loss with a KL term on given log-probabilities, forward and backward, compared with its peers.
 
-Useful bytes: log-probabilities of the policy, of the old and the reference policy, entropies, the mask, and the gradient.
+Useful bytes: log-probabilities of the policy, the old policy and the reference, entropies, the mask, and the gradient.
 
-The error is that of the loss and of its gradient against fp64, relative to the largest value.
+Errors are those of the loss and its gradient against fp64, relative to the largest value.
 """
 
 import importlib.util
-import sys
-from pathlib import Path
 
 import harness
 import pytest
@@ -15,21 +13,22 @@ import torch
 
 from vlmkernels import GRPOLossConfig, backend, grpo_loss
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
 # (completions, tokens): a micro-batch; long answers; a whole batch.
 CASES = [(64, 512), (64, 4096), (512, 2048)]
-# Timed together on the CPU, where a single call is short and its caches cold after another provider's. On a GPU the harness
-# decides.
+# On the CPU, calls timed together: a single call is short, and another provider has just used the caches. On a GPU the harness
+# chooses the number.
 CALLS = 1 if harness.GPU else 50
 OPTIONS = {"loss_type": "dapo", "beta": 0.04, "use_bias_correction_kl": False, "epsilon_high": 0.28}
 CONFIG = GRPOLossConfig(**OPTIONS)
 
 
 def make(num, length):
-    """Half to all of each row counts; the policies differ as after a few steps."""
+    """The mask keeps half to all of each row; the policies differ as after a few steps."""
     rng = torch.Generator(harness.DEVICE).manual_seed(0)
-    randn = lambda: torch.randn(num, length, generator=rng, device=harness.DEVICE)  # noqa: E731
+
+    def randn():
+        return torch.randn(num, length, generator=rng, device=harness.DEVICE)
+
     logps = -randn().exp()
     lengths = torch.randint(length // 2, length + 1, (num, 1), generator=rng, device=harness.DEVICE)
     mask = torch.arange(length, device=harness.DEVICE) < lengths
@@ -39,23 +38,23 @@ def make(num, length):
         "old_logps": logps + 0.1 * randn(),
         "ref_logps": logps + 0.1 * randn(),
         "entropy": randn().abs(),
-        "mask": mask,
+        "loss_mask": mask,
         "num_items": mask.sum().float(),
     }
 
 
-def formula(logps, advantages, old_logps, ref_logps, entropy, mask, num_items):
-    """The loss alone: no metrics, nothing clamped."""
+def formula(logps, advantages, old_logps, ref_logps, entropy, loss_mask, num_items):
+    """The loss without metrics and without clamping of large values."""
     ratio = (logps - old_logps).exp()
     clipped = ratio.clamp(1 - CONFIG.epsilon_low, 1 + CONFIG.epsilon_high)
     advantages = advantages.unsqueeze(1)
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     gap = ref_logps - logps
-    return ((loss + CONFIG.beta * (gap.exp() - gap - 1)) * mask).sum() / num_items
+    return ((loss + CONFIG.beta * (gap.exp() - gap - 1)) * loss_mask).sum() / num_items
 
 
 def step(loss, batch):
-    """A provider: the loss and its gradient by ``logps``."""
+    """A provider that returns the loss and its gradient with respect to ``logps``."""
 
     def once():
         value = loss(**batch)
@@ -65,7 +64,7 @@ def step(loss, batch):
 
 
 def repeated(once):
-    """CALLS times, one result kept at a time, as in training."""
+    """Run ``once`` CALLS times and keep one result at a time, as in training."""
 
     def run():
         for _ in range(CALLS):
@@ -94,7 +93,10 @@ def test_grpo_loss(benchmark, shape):
         from support.trl_loss import trl_args, trl_loss
 
         args = trl_args(**OPTIONS)
-        theirs = lambda **inputs: trl_loss(args, rollout_logps=None, **inputs)[0]  # noqa: E731
+
+        def theirs(**inputs):
+            return trl_loss(args, rollout_logps=None, **inputs)[0]
+
         providers["TRL GRPOTrainer._compute_loss"] = step(theirs, batch)
         providers["torch.compile of TRL's"] = step(torch.compile(theirs, dynamic=False), batch)
     providers["torch.compile of the formula, no metrics"] = step(torch.compile(formula, dynamic=False), batch)
@@ -109,5 +111,5 @@ def test_grpo_loss(benchmark, shape):
     floors = {"read each input once": repeated(lambda: [x.sum() for x in inputs])}
     title = f"grpo_loss {shape[0]} x {shape[1]}" + (f", {CALLS} calls" if CALLS > 1 else "")
     read = CALLS * sum(x.numel() * x.element_size() for x in inputs)
-    bytes = dict.fromkeys(providers, read + CALLS * 4 * batch["mask"].numel()) | dict.fromkeys(floors, read)
-    harness.compare(benchmark, title, providers, check, floors, limit_s=20, bytes=bytes)
+    bytes = dict.fromkeys(providers, read + CALLS * 4 * batch["loss_mask"].numel()) | dict.fromkeys(floors, read)
+    harness.compare(benchmark, harness.Case(title, providers, check, floors, limit_s=20, bytes=bytes))

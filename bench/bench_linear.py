@@ -1,9 +1,9 @@
-"""The language-model head and the GRPO loss on it, forward and backward, against its peers and against bare GEMMs.
+"""The language-model head with the GRPO loss, forward and backward, compared with its peers and with bare GEMMs.
 
-The objective is DAPO's on the policy's own samples with a sequence's advantage per token, the entropy a metric. The error is
-that of the gradients by hidden states and weight against fp64, as one minus their cosine, of some rows of each. Without
-gradients (old and reference log-probabilities) it is the largest of log-probabilities and entropies. Useful FLOPs: 6 N H V of
-forward and backward, 4 N H V where the head is frozen, 2 N H V without gradients.
+The objective is that of DAPO on samples of the policy, with one advantage per sequence; the entropy is a metric. Errors are one
+minus the cosine between gradients (of hidden states and weight) and those in fp64, on some rows. Without gradients they are the
+largest errors of log-probabilities and entropies. Useful FLOPs: 6 N H V for forward and backward, 4 N H V with a frozen head, 2
+N H V without gradients.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes
 
 # name: (completions, tokens of each, hidden width, vocabulary): heads of Qwen2.5-VL and Qwen3-VL, or a narrower one.
 CASES = {"512 x 1024 x 151936": (8, 64, 1024, 151936)}
-STREAM = (64, 256, 32000)  # the most tokens, hidden width, vocabulary
+STREAM = (64, 256, 32000)  # largest number of tokens, hidden width, vocabulary
 if harness.GPU:
     CASES = {
         "qwen3-vl-8b 8192 x 4096 x 151936": (16, 512, 4096, 151936),
@@ -29,17 +29,20 @@ if harness.GPU:
         "qwen2.5-vl-7b 8192 x 3584 x 152064": (16, 512, 3584, 152064),
     }
     STREAM = (2048, 2048, 151936)
-# Without gradients also few rows: from how many on no logits are faster, see vlmkernels/ops/linear_logps_fused.
+# Without gradients also with few rows, where computing without logits is slower (vlmkernels/ops/linear_logps/fused.py).
 FORWARD_CASES = CASES | ({"qwen3-vl-8b 512 x 4096 x 151936": (1, 512, 4096, 151936)} if harness.GPU else {})
 LIMIT_S = 15 if harness.GPU else 60
-LATE = ("Liger LigerFusedLinearGRPOLoss",)  # compiles with torch.compile
-TRL_CHUNK = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, whose module takes more packages to import
+LATE = ("Liger LigerFusedLinearGRPOLoss",)  # it calls torch.compile
+TRL_CHUNK = 32768  # trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE; importing it needs more packages
 
 
 def make(num, length, width, vocab, dtype=torch.bfloat16):
-    """hidden (B, T, H), weight (V, H) with logits of about 3, targets sampled from them, advantages (B,)."""
+    """hidden (B, T, H) and weight (V, H) with logits of about 3, targets sampled from them, advantages (B,)."""
     rng = torch.Generator(harness.DEVICE).manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, generator=rng, device=harness.DEVICE)  # noqa: E731
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=rng, device=harness.DEVICE)
+
     hidden = randn(num, length, width).to(dtype)
     weight = (3 / width**0.5 * randn(vocab, width)).to(dtype)
     noise = torch.rand(num * length, vocab, generator=rng, device=harness.DEVICE)
@@ -87,7 +90,7 @@ def liger(hidden, weight, targets, advantages):
 
 
 def liger_hopper_logps(hidden, weight, targets):
-    """Log-probabilities and entropies. Its kernel needs nvidia-cutlass-dsl and apache-tvm-ffi beside liger-kernel."""
+    """Log-probabilities and entropies. The kernel also needs nvidia-cutlass-dsl and apache-tvm-ffi."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
     os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"  # a check that waits for the device
@@ -101,7 +104,7 @@ def liger_hopper(hidden, weight, targets, advantages):
 
 
 def full_logps(hidden, weight, targets):
-    """Log-probabilities and entropies of full logits."""
+    """Log-probabilities and entropies from full logits."""
     log_p = (hidden @ weight.T).float().log_softmax(-1)
     return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
 
@@ -111,7 +114,7 @@ VERL = Path(sys.prefix) / "peers" / "verl" / "utils" / "experimental" / "torch_f
 
 @cache
 def verl_module():
-    """The file alone: the package imports Ray."""
+    """Only the file of verl with the function: importing the package needs Ray."""
     spec = importlib.util.spec_from_file_location("verl_torch_functional", VERL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -136,7 +139,7 @@ def peers() -> dict:
 
 
 def ours() -> dict:
-    """linear_grpo_loss on every backend that serves it here, the one that "auto" takes first."""
+    """linear_grpo_loss on every backend that supports this device; first the one that "auto" selects."""
     sample = torch.zeros(1, 1, dtype=torch.bfloat16, device=harness.DEVICE)
     chosen = backend.choose("linear_grpo_loss", "auto", sample)
     others = [n for n in ("cpp", "cuda", "triton") if n != chosen and backend.why_not("linear_grpo_loss", n, sample) is None]
@@ -148,7 +151,7 @@ def ours() -> dict:
 
 
 def gemms(hidden, weight, *, frozen: bool):
-    """The matrix products that nothing can do without, into memory that is there."""
+    """The matrix products that every implementation needs, into allocated memory."""
     hidden = hidden.detach().flatten(0, 1)
     weight = weight.detach()
     logits, by_hidden, by_weight = hidden @ weight.T, torch.empty_like(hidden), torch.empty_like(weight)
@@ -163,7 +166,7 @@ def gemms(hidden, weight, *, frozen: bool):
 
 
 def gemm_flops(hidden, weight) -> int:
-    """Of one product of the head."""
+    """FLOPs of one matrix product of the head."""
     return 2 * hidden.shape[:-1].numel() * weight.numel()
 
 
@@ -171,15 +174,18 @@ SAMPLED = 256  # rows of each gradient that are checked
 
 
 def exact_gradients(hidden, weight, targets, advantages) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of the gradients by hidden states and by weight: which rows, and their values in fp64.
+    """(indices, values in fp64) of some rows of the gradient of the hidden states, and of the gradient of the weight.
 
-    Only the statistics of the softmax need all logits: one product in fp64 instead of three.
+    Only the normalization of the softmax needs all logits: one product in fp64 instead of three.
     """
     hidden, weight, targets = hidden.detach().flatten(0, 1), weight.detach(), targets.flatten()
     num, vocab = len(hidden), len(weight)
     rng = torch.Generator().manual_seed(1)
-    some = lambda most: torch.randperm(most, generator=rng)[:SAMPLED].to(hidden.device)  # noqa: E731
-    rows, tokens = some(num), torch.cat([some(vocab)[: SAMPLED // 2], targets[some(num)[: SAMPLED // 2]]]).unique()
+    rows, some_tokens, some_rows = (
+        torch.randperm(size, generator=rng)[:most].to(hidden.device)
+        for size, most in ((num, SAMPLED), (vocab, SAMPLED // 2), (num, SAMPLED // 2))
+    )
+    tokens = torch.cat([some_tokens, targets[some_rows]]).unique()
     dlogp = -advantages.double().repeat_interleave(num // len(advantages)) / num
     double = weight.double()
 
@@ -188,7 +194,7 @@ def exact_gradients(hidden, weight, targets, advantages) -> list[tuple[torch.Ten
         log_sum[part] = (hidden[part].double() @ double.T).logsumexp(-1)
 
     def dlogits(rows, tokens):
-        """The gradient of the loss by the logits of these rows and tokens."""
+        """The gradient of the loss with respect to the logits of these rows and tokens."""
         probability = (hidden[rows].double() @ double[tokens].T - log_sum[rows].unsqueeze(1)).exp()
         return dlogp[rows].unsqueeze(1) * ((targets[rows].unsqueeze(1) == tokens).double() - probability)
 
@@ -199,7 +205,7 @@ def exact_gradients(hidden, weight, targets, advantages) -> list[tuple[torch.Ten
 
 
 def cosine(a, b) -> float:
-    """Of all elements, in fp64."""
+    """Cosine similarity of all elements, computed in fp64."""
     parts = [(x.double(), y.double()) for x, y in zip(a.flatten().split(2**24), b.flatten().split(2**24), strict=True)]
     dot, square_a, square_b = (sum(torch.dot(p[i], p[j]).item() for p in parts) for i, j in ((0, 1), (0, 0), (1, 1)))
     return dot / (square_a * square_b) ** 0.5
@@ -236,7 +242,7 @@ def test_linear(benchmark, case, frozen):
     floors = {f"{2 if frozen else 3} bare GEMMs": gemms(*inputs[:2], frozen=frozen)}
     title = f"linear_grpo_loss {case}{', frozen head' if frozen else ''}"
     flops = (2 if frozen else 3) * gemm_flops(*inputs[:2])
-    harness.compare(benchmark, title, providers, check, floors, limit_s=LIMIT_S, flops=flops, late=LATE)
+    harness.compare(benchmark, harness.Case(title, providers, check, floors, limit_s=LIMIT_S, flops=flops, late=LATE))
 
 
 @pytest.mark.parametrize("case", FORWARD_CASES)
@@ -266,11 +272,13 @@ def test_forward(benchmark, case):
     floors = {"1 bare GEMM": lambda: torch.mm(hidden.flatten(0, 1), weight.T, out=out)}
     providers = {name: lambda f=function: f(*inputs) for name, function in functions.items()}
     flops = gemm_flops(hidden, weight)
-    harness.compare(benchmark, f"linear_logps {case}, no gradient", providers, check, floors, limit_s=LIMIT_S, flops=flops)
+    harness.compare(
+        benchmark, harness.Case(f"linear_logps {case}, no gradient", providers, check, floors, limit_s=LIMIT_S, flops=flops)
+    )
 
 
 def test_stream_of_lengths(benchmark):
-    """Fifty batches of as many different lengths: what is compiled or tuned anew for each."""
+    """Fifty batches of different lengths: shows what is compiled or tuned again for each length."""
     most, width, vocab = STREAM
     hidden, weight, targets, advantages = make(1, most, width, vocab)
     lengths = torch.linspace(most // 4, most, 50).long().tolist()
@@ -296,11 +304,12 @@ def test_stream_of_lengths(benchmark):
 
     harness.compare(
         benchmark,
-        f"linear_grpo_loss of 50 lengths, {most // 4} to {most} x {width} x {vocab}",
-        providers,
-        check,
-        {},
-        limit_s=LIMIT_S / 2,
-        flops=sum(3 * gemm_flops(hidden[:, :length], weight) for length in lengths),
-        late=LATE,
+        harness.Case(
+            f"linear_grpo_loss of 50 lengths, {most // 4} to {most} x {width} x {vocab}",
+            providers,
+            check,
+            limit_s=LIMIT_S / 2,
+            flops=sum(3 * gemm_flops(hidden[:, :length], weight) for length in lengths),
+            late=LATE,
+        ),
     )

@@ -1,9 +1,8 @@
-"""``vlmkernels plan`` beside the steps that it plans: predicted and measured time of each phase and of the whole, and the
-most bytes that tensors take.
+"""Compare the predictions of ``vlmkernels plan`` with real training steps: the time of each phase, and the peak memory.
 
-Every shape is a process of one thread, whose CPU time is what is measured: what else the machine does hardly changes it. The
-machine is calibrated before, between and after the steps, and the median counts. A shape passes where the whole step, its
-memory, and every phase of at least a tenth of it are predicted within 25 %.
+Every shape runs in a process with one thread, whose CPU time is measured: other load on the machine hardly changes it. The
+machine is calibrated before, between and after the steps, and the median counts. A shape passes if the whole step, its memory,
+and every phase of at least a tenth of the step are predicted within 25 %.
 
     python bench/bench_plan.py             # all shapes; also writes bench/results/plan-<device>.json
     python bench/bench_plan.py --scale     # the tables of docs/scale.md, by data sheets
@@ -21,14 +20,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import bench_step
 import harness
 import pytest
+import step_models
 import torch
+from bench_step import Clock
+from support import tiny
 
 TOLERANCE, SMALL = 0.25, 0.1
-STEPS = 3  # that count, after one that warms up
-TEXT = 22  # tokens of the prompt beside its image
+STEPS = 3  # measured steps, after one that warms up
 
 SHAPES = {
     "Qwen2.5-VL 256 x 6": {
@@ -48,14 +48,12 @@ SHAPES = {
         "work": {"prompts": 2, "group_size": 6, "completion_tokens": 80, "side": 448, "lora_r": 8},
     },
 }
-PHASES = ("sampling", "reference log-probs", "forward and loss", "backward", "optimiser")
+PHASES = ("sampling", "reference log-probs", "forward and loss", "backward", "optimizer")
 
 
 def make_model(width: int, layers: int, depth: int, vocab: int, family: str = "qwen2_5_vl"):
     if family == "qwen2_5_vl":
-        return bench_step.make_model(width, layers, depth, vocab)
-    from support import tiny
-
+        return step_models.make_model(width, layers, depth, vocab)
     model = tiny.qwen3_vl()
     config = model.config.to_dict()
     config["text_config"] |= {
@@ -69,7 +67,7 @@ def make_model(width: int, layers: int, depth: int, vocab: int, family: str = "q
 
 
 def peak_of(profile) -> int:
-    """The most bytes that a profiled stretch held beyond what there was at its start."""
+    """The peak memory of the profiled code in bytes, above the memory at its start."""
     held = most = 0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -79,8 +77,7 @@ def peak_of(profile) -> int:
 
 
 def measure(sizes: dict, work: dict) -> dict:
-    """Seconds of each phase, bytes at the peak, and the plan's figures of the same."""
-    from support import tiny
+    """Measured and planned seconds of each phase and peak bytes."""
     from transformers import TrainerCallback
 
     from vlmkernels.plan import ModelShape, Workload, calibrate, plan
@@ -90,8 +87,8 @@ def measure(sizes: dict, work: dict) -> dict:
     now = time.process_time
     work = dict(work)
     side, shared, lora_r = work.pop("side"), work.get("share_prefix", True), work.get("lora_r", 0)
-    model, processor = make_model(**sizes), bench_step.make_processor(side)
-    shape = ModelShape.of(model.config)
+    model, processor = make_model(**sizes), step_models.make_processor(side)
+    shape = ModelShape.from_config(model.config)
     row = {"prompt": [{"role": "user", "content": "what do you see?"}]}
     rows = [{**row, "images": [tiny.image(k, side, side)]} for k in range(work["prompts"])]
     adapters = None
@@ -107,19 +104,22 @@ def measure(sizes: dict, work: dict) -> dict:
         share_prefix="auto" if shared else "false", logging_steps=1000,
         generation_kwargs={"min_new_tokens": work["completion_tokens"]},
     )  # fmt: skip
-    reward = lambda completions, **_: [float(len(c[0]["content"])) for c in completions]  # noqa: E731
-    trainer = GRPOTrainer(model, reward, args, rows * (STEPS + 2), processing_class=processor, peft_config=adapters)
-    clock = bench_step.Clock(now)
-    clock.watch(trainer, "generate", "sampling")
+
+    def length(completions, **_):
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    trainer = GRPOTrainer(model, length, args, rows * (STEPS + 2), processing_class=processor, peft_config=adapters)
+    clock = Clock(now)
+    clock.watch(type(trainer.engine), "__call__", "sampling")
     clock.watch(trainer, "_add_fixed_logps", "reference log-probs")
     clock.watch(trainer.model, "forward", "forward and loss")
     clock.watch(trainer.accelerator, "backward", "backward")
-    clock.watch(trainer.accelerator, "clip_grad_norm_", "optimiser")
+    clock.watch(trainer.accelerator, "clip_grad_norm_", "optimizer")
     steps, machines, profiles, held = [], [calibrate(now)], [], []
 
     class Steps(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer, **kwargs):
-            clock.watch(optimizer, "step", "optimiser")
+            clock.watch(optimizer, "step", "optimizer")
 
         def on_step_begin(self, args, state, control, optimizer, **kwargs):
             clock.spent.clear()
@@ -167,7 +167,7 @@ def median_of(machines: list):
 
 
 def rows_of(result: dict) -> list[dict]:
-    """A row per phase: planned, measured, their ratio, and whether that must lie within the tolerance."""
+    """A row per phase: planned, measured, their ratio, and whether the ratio must be within the tolerance."""
     measured, planned = result["measured"], result["planned"]
     return [
         {
@@ -221,19 +221,19 @@ def write(found: dict[str, list[dict]]) -> Path:
 def test_plan(benchmark):
     found = run()
     write(found)
-    benchmark.pedantic(lambda: None)  # measured above, in processes of their own
+    benchmark.pedantic(lambda: None)  # measured above, in other processes
     outside = [f"{name}: {row['what']} {row['ratio']}" for name, rows in found.items() for row in rows if not within(row)]
     assert not outside
 
 
 def scale() -> None:
-    """Eight prompts a GPU, on 1 to 512 GPUs, sampled by each GPU itself or by a server on a quarter as many more."""
+    """Print plans for 1 to 512 GPUs with eight prompts each, sampled on the same GPUs or by a server on a quarter as many."""
     from vlmkernels.plan import MACHINES, MODELS, ModelShape, Workload, plan
 
     machine = MACHINES["h100"]
     for name in MODELS:
-        shape = ModelShape.named(name)
-        print(f"\n| {name}, GPUs | sampling by | step | of it sampling | exposed wire | PFLOP | wire | memory | fits |")
+        shape = ModelShape.from_name(name)
+        print(f"\n| {name}, GPUs | sampling engine | step | sampling | exposed wire | PFLOP | wire | memory | fits |")
         print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
         for gpus in (1, 8, 64, 512):
             for lora in (0, 32):

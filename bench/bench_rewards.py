@@ -1,4 +1,4 @@
-"""Rewards of 10,000 completions, from their text and from parsed answers, beside Python that scores one pair after another."""
+"""Rewards of 10,000 completions, from text and from parsed answers, compared with Python that scores one pair at a time."""
 
 import json
 import random
@@ -27,7 +27,7 @@ def some_boxes(rng: random.Random) -> list[dict]:
 
 
 def guess(rng: random.Random, wanted: list[dict]) -> list[dict]:
-    """Boxes near those wanted, in another order, and some others."""
+    """Boxes near the reference boxes in another order, and some other boxes."""
     near = [
         {**box, "bbox_2d": [v + rng.randint(-9, 9) for v in box["bbox_2d"]], "score": round(rng.random(), 2)} for box in wanted
     ]
@@ -89,11 +89,13 @@ def test_box_sets(benchmark, matching, in_python):
     }
     check = checked(providers["Python, pair by pair"]())
     floors = {"box_iou of the padded boxes": lambda: box_iou(*padded)}
-    harness.compare(benchmark, f"rewards box sets {NUM} x {MOST}, {matching}", providers, check, floors, limit_s=60)
+    harness.compare(
+        benchmark, harness.Case(f"rewards box sets {NUM} x {MOST}, {matching}", providers, check, floors, limit_s=60)
+    )
 
 
 def python_ap(predicted: list[dict], wanted: list[dict]) -> float:
-    """COCO's average precision, a label and a threshold at a time."""
+    """COCO's average precision, one label and one threshold after another."""
     scores = []
     for label in {box["label"] for box in wanted}:
         truth = [box for box in wanted if box["label"] == label]
@@ -113,7 +115,7 @@ def python_ap(predicted: list[dict], wanted: list[dict]) -> float:
 
 
 def test_mean_ap(benchmark):
-    """pycocotools is not beside it: it takes milliseconds for an image. tests/rewards/test_reward_functions.py compares the values."""
+    """Without pycocotools, which needs milliseconds per image (test_reward_functions.py compares values with it)."""
     rng = random.Random(0)
     wanted = [some_boxes(rng) for _ in range(NUM // 10)]
     written = [json.dumps(guess(rng, boxes)) for boxes in wanted]
@@ -125,7 +127,7 @@ def test_mean_ap(benchmark):
         "Python, pair by pair": lambda: [python_ap(p, w) for p, w in zip(read, wanted, strict=True)],
     }
     check = checked(providers["Python, pair by pair"]())
-    harness.compare(benchmark, f"rewards mean_ap {len(wanted)} x {MOST}", providers, check, {}, limit_s=60)
+    harness.compare(benchmark, harness.Case(f"rewards mean_ap {len(wanted)} x {MOST}", providers, check, limit_s=60))
 
 
 def python_distance(a: str, b: str) -> int:
@@ -138,7 +140,7 @@ def python_distance(a: str, b: str) -> int:
 
 
 def test_ocr(benchmark):
-    """Lines of 20 to 80 characters, a few of them misread."""
+    """Lines of 20 to 80 characters with some wrong characters."""
     pytest.importorskip("rapidfuzz")
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cpdist
@@ -158,4 +160,4 @@ def test_ocr(benchmark):
     }
     check = checked(providers["rapidfuzz, pair by pair"]())
     floors = {"rapidfuzz cpdist": lambda: cpdist(read, wanted, scorer=Levenshtein.distance)}
-    harness.compare(benchmark, f"rewards OCR {NUM} lines", providers, check, floors, limit_s=60)
+    harness.compare(benchmark, harness.Case(f"rewards OCR {NUM} lines", providers, check, floors, limit_s=60))

@@ -1,4 +1,4 @@
-"""A step of TRL's own GRPOTrainer with and without ``patch_trl()``: the setting of bench_step.py, each in a process of its own.
+"""A step of TRL's GRPOTrainer with and without ``patch_trl()``, in the setting of bench_step.py, each run in its own process.
 
 python bench/bench_trl.py        # the providers take turns; prints what pytest records
 """
@@ -15,15 +15,14 @@ PROVIDERS = {"TRL, patch_trl()": "trl patched", "TRL": "trl"}
 
 
 def measure(turns: int) -> list[dict]:
-    """A row per provider, ours first: medians over the turns, in each of which both run once."""
+    """A row per provider, ours first: medians over the turns. Both run once in each turn."""
     runs = {name: [] for name in PROVIDERS}
     for _ in range(turns):
         for name, provider in PROVIDERS.items():
             runs[name].append(in_process(provider, steps=1))
         norms = {name: of[-1]["grad_norm"] for name, of in runs.items()}
-        assert all(math.isclose(norm, norms["TRL"], rel_tol=1e-3) for norm in norms.values()), (
-            norms
-        )  # the same samples and step
+        same = all(math.isclose(norm, norms["TRL"], rel_tol=1e-3) for norm in norms.values())
+        assert same, norms  # both take the same step on the same samples
     median = {name: {part: statistics.median(run[part] for run in of) for part in of[0]} for name, of in runs.items()}
     ours, rows = median["TRL, patch_trl()"], []
     for name, parts in median.items():
@@ -41,7 +40,7 @@ def test_step_of_trl(benchmark):
     pytest.importorskip("trl")
     title = ", ".join(f"{name} {value}" for name, value in SETTING.items())
     harness.record(f"TRL step, {title}", measure(TURNS))
-    benchmark.pedantic(lambda: None)  # measured above, in processes of their own
+    benchmark.pedantic(lambda: None)  # measured above, in other processes
 
 
 if __name__ == "__main__":

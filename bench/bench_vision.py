@@ -1,4 +1,4 @@
-"""Images to rows, rows to tokens, and positions, against the processors and functions of transformers."""
+"""Packing of image patches, merging of image features, positions and rotary embeddings, compared with transformers."""
 
 from types import SimpleNamespace
 
@@ -29,22 +29,22 @@ def noise(*shape):
 
 
 def compare_rows(benchmark, case, providers, expected, floors, bytes=None):
-    """``expected``: the rows of transformers, by dtype. The table says how large the rows are: what is copied to a GPU."""
+    """Compare patch rows with ``expected``, the rows of transformers by dtype. The table also has the size of the rows."""
 
     def check(name, result):
         rows = result["pixel_values"] if isinstance(result, dict) else result
         error = (rows.float() - expected[rows.dtype].float()).abs().max().item()
-        # PIL's resize and arithmetic round otherwise, and so may the device's.
+        # PIL resizes and rounds differently, and so may the GPU.
         tolerance = 0.1 if "PIL" in name else 1e-5 if name.startswith("transformers") and rows.is_cuda else 0
         assert error <= tolerance, f"{name} is wrong by {error}"
         return f"{error:.0e}, rows of {rows.numel() * rows.element_size() / 2**20:.0f} MiB"
 
-    harness.compare(benchmark, case, providers, check, floors, limit_s=60, bytes=bytes)
+    harness.compare(benchmark, harness.Case(case, providers, check, floors, limit_s=60, bytes=bytes))
 
 
 @on_cpu
 def test_pack_patches(benchmark):
-    """No resize: what is left of a processor's work is one pass over the pixels."""
+    """Without resizing, the work of a processor is one pass over the pixels."""
     images = list(noise(NUM, 3, 1344, 1344))
     torchvision, pil = Qwen2VLImageProcessor(do_resize=False), Qwen2VLImageProcessorPil(do_resize=False)
     exact = torchvision(images, return_tensors="pt")["pixel_values"]
@@ -67,7 +67,7 @@ def test_pack_patches(benchmark):
 
 @pytest.mark.skipif(not harness.GPU, reason="needs a GPU")
 def test_pack_patches_on_device(benchmark):
-    """The same from images on the GPU. Useful bytes: the pixels, and the rows written."""
+    """The same with images on the GPU. Useful bytes: the pixels and the written rows."""
     on_host = list(noise(NUM, 3, 1344, 1344))
     images = [image.to(harness.DEVICE) for image in on_host]
     processor = Qwen2VLImageProcessor(do_resize=False)
@@ -98,7 +98,7 @@ def test_pack_patches_on_device(benchmark):
 
 @on_cpu
 def test_processor(benchmark):
-    """Photographs of 1600 x 1200 made smaller by smart_resize, as a data set gives them."""
+    """Photographs of 1600 x 1200 from a dataset, which smart_resize makes smaller."""
     images = [Image.fromarray(image.numpy()) for image in noise(NUM, 1600, 1200, 3)]
     processors = {
         "vlmkernels FastImageProcessor": FastImageProcessor(),
@@ -122,9 +122,9 @@ def test_mrope_positions(benchmark):
             grids.append([1, 2 * height, 2 * width])
         rows.append(torch.tensor(row + [0] * 60))
     length = max(map(len, rows))
-    pad = lambda row: torch.nn.functional.pad(row, (length - len(row), 0))  # noqa: E731
-    types = torch.stack([pad(row) for row in rows]).to(harness.DEVICE)
-    mask = torch.stack([pad(torch.ones_like(row)) for row in rows]).to(harness.DEVICE)
+    padded = [torch.nn.functional.pad(row, (length - len(row), 0)) for row in rows]
+    types = torch.stack(padded).to(harness.DEVICE)
+    mask = torch.stack([torch.arange(length) >= length - len(row) for row in rows]).long().to(harness.DEVICE)
     grid = torch.tensor(grids).to(harness.DEVICE)
 
     model = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2)))
@@ -143,7 +143,7 @@ def test_mrope_positions(benchmark):
 
     positions = torch.empty_like(expected[0])
     floors = {"write the positions": lambda: positions.fill_(1)}
-    harness.compare(benchmark, f"mrope_positions 64 x {length}, 4 images each", providers, check, floors)
+    harness.compare(benchmark, harness.Case(f"mrope_positions 64 x {length}, 4 images each", providers, check, floors))
 
 
 def relative_error(actual, expected):
@@ -157,13 +157,15 @@ def test_merge_image_features(benchmark):
     ids[:, :64] = 1
     num_features = (ids == image_token).sum(1)
     rng = torch.Generator().manual_seed(0)
-    make = lambda *shape: torch.randn(*shape, generator=rng).to(harness.DEVICE, torch.bfloat16).requires_grad_()  # noqa: E731
-    embeddings, features = make(*ids.shape, width), make(int(num_features.sum()), width)
+    embeddings, features = (
+        torch.randn(*shape, width, generator=rng).to(harness.DEVICE, torch.bfloat16).requires_grad_()
+        for shape in (ids.shape, (int(num_features.sum()),))
+    )
     positions = placeholder_positions(ids, image_token, num_features).to(harness.DEVICE)  # once per batch
     on_device = ids.to(harness.DEVICE)
 
     def masked_scatter():
-        """What the models of transformers do, their check of the number of features with it."""
+        """The code of transformers' models, with their check of the number of features."""
         mask = (on_device == image_token).unsqueeze(-1).expand_as(embeddings)
         assert embeddings[mask].numel() == features.numel()
         return embeddings.masked_scatter(mask, features)
@@ -190,7 +192,7 @@ def test_merge_image_features(benchmark):
     floors = {"copy the embeddings twice": lambda: [buffer.data.copy_(embeddings.data) for _ in range(2)]}
     size = embeddings.numel() * embeddings.element_size()
     bytes = dict.fromkeys(providers, 4 * size + features.numel() * features.element_size()) | dict.fromkeys(floors, 4 * size)
-    harness.compare(benchmark, "merge_image_features 4 x 1024 x 2048", providers, check, floors, bytes=bytes)
+    harness.compare(benchmark, harness.Case("merge_image_features 4 x 1024 x 2048", providers, check, floors, bytes=bytes))
 
 
 # (leading axes), heads of query and key, features of a head
@@ -202,10 +204,13 @@ ROTARY = {
 
 @pytest.mark.parametrize("case", ROTARY)
 def test_rotary(benchmark, case):
-    """Forward and backward of a layer's queries and keys in bf16, as attention modules hand them on."""
+    """Forward and backward for the queries and keys of a layer in bf16, laid out as in the attention modules."""
     num, query_heads, key_heads, width = ROTARY[case]
     rng = torch.Generator().manual_seed(0)
-    noise = lambda *shape: torch.randn(*shape, generator=rng).to(harness.DEVICE)  # noqa: E731
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=rng).to(harness.DEVICE)
+
     angles = noise(num, width // 2).repeat(1, 2)
     if "vision" in case:
         qkv = noise(num, 3, query_heads, width).bfloat16()
@@ -234,6 +239,11 @@ def test_rotary(benchmark, case):
         return f"{error:.0e}"
 
     buffers = [torch.empty_like(x) for x in (query.detach(), key.detach())]
-    copy = lambda: [b.copy_(x.detach()) for _ in range(2) for b, x in zip(buffers, (query, key), strict=True)]  # noqa: E731
+
+    def copy():
+        for _ in range(2):
+            for buffer, x in zip(buffers, (query, key), strict=True):
+                buffer.copy_(x.detach())
+
     bytes = 4 * sum(x.numel() * x.element_size() for x in buffers)
-    harness.compare(benchmark, case, providers, check, {"copy both twice": copy}, bytes=bytes)
+    harness.compare(benchmark, harness.Case(case, providers, check, {"copy both twice": copy}, bytes=bytes))

@@ -1,11 +1,7 @@
-"""Every benchmark run ends in its tables and leaves them in bench/results/."""
+"""Every benchmark run prints its tables at the end and writes them to bench/results/."""
 
 import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import harness
 import pytest
@@ -14,7 +10,7 @@ if importlib.util.find_spec("pytest_benchmark") is None:
 
     @pytest.fixture
     def benchmark():
-        """Where pytest-benchmark is not installed: the tables and results are the harness's own."""
+        """Stands in for pytest-benchmark, if that is not installed. Tables and results come from ``harness``."""
         return SimpleNamespace(extra_info={}, pedantic=lambda run, rounds=1: None)
 
 

@@ -1,4 +1,4 @@
-"""Runs the demo on seeds 0, 1 and 2 and writes their metrics and curves to bench/results/demo.json.
+"""Run the demo with seeds 0, 1 and 2 and write metrics and curves to bench/results/demo.json.
 
 python bench/demo_seeds.py
 """

@@ -7,7 +7,7 @@ compute-sanitizer), `system` (attention, decoding, training step), or `all`. Env
 
     GPU_BUDGET_S        seconds per stage, instead of those of BUDGETS
     GPU_OUT             folder of the results, by default bench/results
-    VLMKERNELS_COMMIT   the commit that results are labelled with; by default that of the checkout
+    VLMKERNELS_COMMIT   the commit that results are labeled with; by default that of the checkout
     GPU_WORKERS         pytest-xdist workers, by default 12 or one per core
 
 Each stage writes <stage>.log as it goes; `correct` also appends every test's outcome to outcomes.jsonl. A stage that runs out
@@ -33,11 +33,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = {"correct": 240, "fast": 300, "why": 120, "system": 240}  # 15 minutes
 
-# Test files in the order of their start; "*" stands for those that are not named.
+# Test files of tests/ in the order in which they start; "*" stands for all others.
 TESTS = (
-    *("test_gather_logps", "test_gather_logps_cuda", "test_linear_logps", "test_linear_grpo_loss", "test_grpo_loss"),
-    *("test_linear_logps_fused", "test_group_advantages", "test_rotary", "test_pack_patches", "*"),
-    *("test_on_device", "test_group_attention"),  # which compile FlexAttention
+    *(f"ops/test_{name}" for name in ("gather_logps", "gather_logps_cuda", "linear_logps", "linear_grpo_loss", "grpo_loss")),
+    *(f"ops/test_{name}" for name in ("linear_logps_fused", "group_advantages", "rotary", "pack_patches")),
+    "*",
+    *("ops/test_on_device", "ops/test_group_attention"),  # they compile FlexAttention
 )
 MAX_RERUNS = 5
 
@@ -68,7 +69,8 @@ PROFILES = [
     ("linear_rows", "cuda", "linear_logps_kernel"),
     ("gather", "triton", "gather_logps_bwd_kernel"),
 ]
-# compute-sanitizer: tools for the CUDA kernels (tests/sanitizer), and cases of kernel_cases.py for memcheck of Triton's.
+# compute-sanitizer: its tools for the CUDA kernels (tests/sanitizer), and the cases of kernel_cases.py whose Triton kernels run
+# under memcheck.
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SANITIZED = ("misaligned_rows", "linear_rows", "linear_grpo", "grpo_loss", "group_advantages", "rotary", "pack_patches")
 
@@ -93,7 +95,7 @@ class Stage:
         self.log.flush()
 
     def run(self, command: list, limit: float, quiet: bool = False, **environment: str) -> int | None:
-        """The exit status; None where the time was up. The output goes to the log, and to the screen unless ``quiet``."""
+        """Run and return the exit status, None if cut off. Output goes to the log, and to the screen unless ``quiet``."""
         limit = min(limit, self.left)
         command = [str(part) for part in command]
         shown = shlex.join("CODE" if "\n" in part else part for part in command)
@@ -149,7 +151,7 @@ def show_environment(stage: Stage) -> None:
     if shutil.which("nvidia-smi") and not stage.dry:
         fields = "name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit,ecc.mode.current"
         stage.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], 20)
-    stage.run(python("-c", "from vlmkernels.env import main; main()"), 60)
+    stage.run(python("-m", "vlmkernels.cli", "env"), 60)
     code = """
 import importlib.metadata, sys
 print("python", sys.version.split()[0])
@@ -161,12 +163,12 @@ for name in ("numpy", "accelerate", "peft", "trl", "liger_kernel", "hypothesis",
 
 
 def need_extension(stage: Stage) -> None:
-    """vlmkernels._C with CUDA code: the one that is there, or else built for this GPU."""
+    """Check that vlmkernels._C has CUDA code and works; otherwise build it for this GPU."""
     code = "import vlmkernels._C as c; print('_C', c.__file__, c.cuda_architectures); assert c.cuda_architectures"
     if stage.dry:
         stage.run(python("-c", code), 30)
         return
-    # A module built from other sources than these may load, and then fails or crashes on the CPU too.
+    # A module that was built from other sources may load, but then it fails on the CPU too.
     calls = python("bench/kernel_cases.py", "all", "--backend", "cpp")
     if stage.run(python("-c", code), 30) == 0 and stage.run(calls, 30) == 0:
         return
@@ -179,7 +181,7 @@ def need_extension(stage: Stage) -> None:
 
 
 def measure_ceilings(stage: Stage) -> None:
-    """What bounds every kernel here: bytes per second of a copy, operations per second of a matrix product."""
+    """The limits of every kernel: bytes per second of a copy, operations per second of a matrix product."""
     code = """
 import json, statistics, torch
 gpu = torch.cuda.is_available()
@@ -207,18 +209,21 @@ print(json.dumps({"device": torch.cuda.get_device_name() if gpu else "cpu", "cop
 
 
 def test_files() -> list[str]:
-    """Names of the test files that hold tests for a GPU."""
-    marked = re.compile(r"pytest\.mark\.(device|gpu)\b")
-    return [path.stem for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text())]
+    """The test files with tests for a GPU, relative to tests/ and without suffix."""
+    marked, tests = re.compile(r"pytest\.mark\.(device|gpu)\b"), ROOT / "tests"
+    files = [path for path in sorted(tests.rglob("test_*.py")) if marked.search(path.read_text())]
+    return [path.relative_to(tests).with_suffix("").as_posix() for path in files]
 
 
 def pytest_command(stage: Stage, tests: list[str], outcomes: Path, workers: int | None = None) -> list:
-    command = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "gpu_session", "--outcomes", outcomes, "--tb=short")
+    command = python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "support.gpu_session", "--outcomes", outcomes, "--tb=short"
+    )
     if installed("pytest_timeout"):
         command += ["--timeout", 120, "--timeout-method", "thread"]
     if installed("xdist"):
         workers = workers or (2 if stage.dry else int(os.environ.get("GPU_WORKERS") or min(12, os.cpu_count() or 1)))
-        # Small chunks of tests are handed out in order.
+        # Small chunks keep the order of the files.
         command += ["-n", workers, "--dist", "load", "--maxschedchunk", 4]
     return [*command, *tests]
 
@@ -227,7 +232,7 @@ def read_outcomes(path: Path) -> list[dict]:
     """The last outcome of each test, failures before all others."""
     rows: dict[str, dict] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that was being written
+        with contextlib.suppress(json.JSONDecodeError):  # an incomplete last line
             row = json.loads(line)
             if rows.get(row["test"], {}).get("outcome") != "failed":
                 rows[row["test"]] = row
@@ -235,10 +240,9 @@ def read_outcomes(path: Path) -> list[dict]:
 
 
 def rerun_failures(stage: Stage, failed: list[dict]) -> None:
-    """Some failures, from different test functions, again: with synchronous launches, and each in a process of its own where
-    pytest-xdist is installed.
+    """Rerun some failures of different test functions with synchronous launches, each in its own process if possible.
 
-    One that passes now points to a race, or to a test that ran before it.
+    A test that passes now points to a race condition, or to a test that ran before it.
     """
     functions: dict[str, str] = {}
     for row in failed:
@@ -251,7 +255,7 @@ def rerun_failures(stage: Stage, failed: list[dict]) -> None:
 
 
 def report(stage: Stage, rows: list[dict]) -> dict[str, dict[str, int]]:
-    """A table per test file, which is returned, and the failures."""
+    """Print a table of the test files, which is also returned, and the failures."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
         of_file = counts.setdefault(row["test"].partition("::")[0], {"passed": 0, "failed": 0, "skipped": 0})
@@ -289,7 +293,7 @@ def correct(stage: Stage) -> None:
     else:
         others = sorted(set(test_files()).difference(TESTS))
         files = [f"tests/{file}.py" for name in TESTS for file in (others if name == "*" else [name])]
-        # Failures are listed at the end; their tracebacks are in the log.
+        # Failures are listed at the end; tracebacks are only in the log.
         command = [*pytest_command(stage, files, outcomes), "-m", "device or gpu"]
         stage.run(command, stage.left - 45, quiet=True, OMP_NUM_THREADS="2", TORCHINDUCTOR_COMPILE_THREADS="1")
     rows = read_outcomes(outcomes)
@@ -317,7 +321,7 @@ def benchmarks(stage: Stage) -> None:
 
 
 def sanitizer_program(stage: Stage) -> Path:
-    """tests/sanitizer/kernels.cu, compiled for this GPU unless it is there."""
+    """Compile tests/sanitizer/kernels.cu for this GPU, once."""
     program = ROOT / "build" / "sanitizer" / "kernels"
     if not program.exists():
         program.parent.mkdir(parents=True, exist_ok=True)
@@ -338,7 +342,7 @@ def why(stage: Stage) -> None:
     for case, backend, kernel in PROFILES:
         options = ["--clock-control", "none", "--set", "basic", "--launch-count", 1, "--kernel-name", f"regex:{kernel}"]
         stage.run(["ncu", *options, *python(cases, case, "--backend", backend, "--large")], 45)
-    # Without the caching allocator each tensor is an allocation of its own, whose bounds are checked.
+    # Without the caching allocator each tensor is a separate allocation, whose bounds memcheck knows.
     command = [*sanitize, "memcheck", *python(cases, *SANITIZED, "--backend", "triton")]
     stage.run(command, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 

@@ -1,20 +1,21 @@
-"""Measures providers of one computation side by side: whether each is right, its time, memory, and useful GB/s and TFLOP/s.
+"""Measure providers of one computation side by side: correctness, time, memory, and useful GB/s and TFLOP/s.
 
-A bench module defines cases; `compare` runs one:
+A bench module defines cases, and `compare` measures one:
 
-    rows = compare(benchmark, "case", {"vlmkernels": f, "peer": g}, check, {"floor": h}, bytes=..., flops=...)
+    rows = compare(benchmark, Case("name", {"vlmkernels": f, "peer": g}, check, {"floor": h}, bytes=..., flops=...))
 
-Providers run in turns, round after round, so that other load on the machine affects all of them; the figure is the median. On a
-GPU, CUDA events time several calls together where a call is short. The inputs are the same in every call: where they fit in the
-GPU's L2 cache ("fits_l2" in the results), the figure is that of a warm cache.
+Providers take turns in rounds, so that other load on the machine affects all of them; the result is the median. On a GPU, CUDA
+events time several short calls together. Every call has the same inputs: if they fit in the L2 cache of the GPU ("fits_l2" in
+the results), the time is that of a warm cache.
 
-Results go to <GPU_OUT or bench/results>/<device>.json after every case, and a table ends the run (conftest.py). Environment:
+Results are written to <GPU_OUT or bench/results>/<device>.json after every case, and a table ends the run (conftest.py).
+Environment variables:
 
-    BENCH_LIMIT_S       time limit of the timed rounds of a case, in seconds; overrides that of the case
-    BENCH_COMPILE       0 or 1: whether to measure providers that compile for long, "torch.compile ..." and those in ``late``;
-                        by default not on a GPU, whose time may be short
+    BENCH_LIMIT_S       time limit of the timed rounds of a case, in seconds, instead of the limit of the case
+    BENCH_COMPILE       0 or 1: measure also providers that take long to compile ("torch.compile ...", and ``late`` ones);
+                        by default 0 on a GPU, where time may be short, and 1 on the CPU
     GPU_OUT             folder of the results
-    VLMKERNELS_COMMIT   the commit measured, where there is no git checkout
+    VLMKERNELS_COMMIT   the measured commit, where there is no git checkout
 """
 
 import contextlib
@@ -28,14 +29,18 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-RESULTS = Path(os.environ.get("GPU_OUT") or Path(__file__).parent / "results")
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))  # benchmarks use tests/support, also when they run as scripts
+RESULTS = Path(os.environ.get("GPU_OUT") or ROOT / "bench" / "results")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 MIN_ROUNDS, MAX_ROUNDS = 5, 40
@@ -58,12 +63,14 @@ def slug(name: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The measured commit: VLMKERNELS_COMMIT, or that of the checkout, with "+changes" where the tree differs from it."""
+    """VLMKERNELS_COMMIT, or the commit of the checkout with "+changes" if files differ from it."""
     if given := os.environ.get("VLMKERNELS_COMMIT"):
         return given
-    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
     try:
-        git = lambda *args: subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout  # noqa: E731
         changed = [line for line in git("status", "--porcelain").splitlines() if "bench/results/" not in line]
         return git("rev-parse", "--short=12", "HEAD").strip() + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
@@ -84,7 +91,7 @@ def _installed(name: str) -> bool:
 
 
 def time_calls(run: Callable[[], object], calls: int = 1) -> float:
-    """Seconds per call: wall time; on a GPU the time between events around all calls."""
+    """Seconds per call: wall time on the CPU, time between CUDA events around all calls on a GPU."""
     if GPU:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
@@ -99,13 +106,13 @@ def time_calls(run: Callable[[], object], calls: int = 1) -> float:
     for _ in range(calls):
         result = run()
         elapsed = time.perf_counter() - start
-        del result  # not timed for the last call
+        del result  # the last call is not timed with it
     return elapsed / calls
 
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """What this machine reaches: GB/s, read and written, of a copy; TFLOP/s of a bf16 matrix product of random data."""
+    """What this machine reaches: GB/s of a copy (read and written), TFLOP/s of a bf16 matrix product of random data."""
     size, width, turns = (2**30, 8192, 20) if GPU else (2**28, 2048, 5)
     source = torch.randint(256, (size,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -124,7 +131,7 @@ def ceilings() -> dict[str, float]:
 
 
 def release() -> None:
-    """Return memory that nothing refers to any more, so that one provider's is not missing to the next."""
+    """Free unused memory for the next provider."""
     gc.collect()
     if GPU:
         with contextlib.suppress(torch.AcceleratorError):  # the error of an earlier kernel, already recorded
@@ -132,14 +139,14 @@ def release() -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What a provider raised, in a line."""
+    """The error of a provider, in one line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
 
 
 def profiled(run: Callable[[], object], calls: int = 10) -> dict[str, float]:
-    """Total kernel time of a call in microseconds, and the number of its kernels; {} if the profiler fails."""
+    """The total kernel time of a call in microseconds and the number of its kernels; {} if the profiler fails."""
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(calls):
@@ -158,7 +165,7 @@ def _resident() -> int:
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes that one call takes at its peak beyond what was there: on a GPU torch's allocations, else resident memory."""
+    """The peak of one call in bytes, above the memory before it: torch's allocations on a GPU, else resident memory."""
     gc.collect()
     if GPU:
         torch.cuda.synchronize()
@@ -188,8 +195,11 @@ def peak_memory(run: Callable[[], object]) -> int:
 def interleave(
     runs: dict[str, Callable[[], object]], limit_s: float, warm_ups: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, int], dict[str, str]]:
-    """Times of a call of each run, taken in turns after warm-up calls, for at most about ``limit_s`` seconds; how many calls
-    were timed together; and what those that raised did raise."""
+    """Time the runs in turns, after warm-up calls, for about ``limit_s`` seconds at most.
+
+    Returns:
+        The times of a call of each run, how many calls were timed together, and the errors of the runs that raised.
+    """
     times: dict[str, list[float]] = {}
     calls, failed = {}, {}
 
@@ -208,7 +218,7 @@ def interleave(
         if name not in failed and (once := timed(name, 1)) is not None:
             calls[name] = max(1, min(MAX_CALLS, math.ceil(TIMED_S / max(once, 1e-9)))) if GPU else 1
             times[name] = []
-            if calls[name] > 1:  # a first call after another provider's is slower: count again when warm
+            if calls[name] > 1:  # the first call after another provider is slower: count again when warm
                 once = timed(name, calls[name])
                 calls[name] = max(1, min(MAX_CALLS, math.ceil(TIMED_S / max(once or TIMED_S, 1e-9))))
     gc.collect()
@@ -230,7 +240,7 @@ def interleave(
     return {name: of for name, of in times.items() if of and name not in failed}, calls, failed
 
 
-Work = float | Mapping[str, float] | None  # of a call: of every provider and floor, or by name
+Work = float | Mapping[str, float] | None  # of a call: one number for all providers and floors, or a number for each name
 
 
 def rates(name: str, seconds: float, bytes: Work, flops: Work, gpu_us: float | None = None) -> dict[str, float]:
@@ -249,96 +259,143 @@ def rates(name: str, seconds: float, bytes: Work, flops: Work, gpu_us: float | N
     return row
 
 
-def compare(
-    benchmark,
-    case: str,
-    providers: dict[str, Callable[[], object]],
-    check: Callable[[str, object], str],
-    floors: dict[str, Callable[[], object]],
-    limit_s: float = 20.0,
-    *,
-    bytes: Work = None,
-    flops: Work = None,
-    late: Collection[str] = (),
-) -> list[dict]:
-    """Measure ``providers`` and ``floors`` (what bounds them, such as a copy). The first provider is ours, as are the others
-    whose name begins with "vlmkernels".
+@dataclass
+class Case:
+    """A computation and what is measured for it.
 
-    ``check(name, result)`` raises if a provider's result is wrong, and describes its error otherwise. A provider that raises
-    or is wrong is not timed: its row says why. The others are measured and recorded; if it was one of ours, AssertionError ends
-    the benchmark. Providers in ``late``, and those whose name begins with "torch.compile", come last, in rounds with ours: they
-    take long to compile, and the rest is on disk before.
-
-    bytes, flops: useful work of a call, a number or one by name. Bytes: each input read once, each output written once.
-    FLOPs: those of the matrix products that any implementation needs; what is computed a second time does not count.
-
-    Returns a row per provider; ours goes to pytest-benchmark.
+    Args:
+        name: the title of the table.
+        providers: functions that compute the same result. The first is ours, and so is every other whose name begins with
+            "vlmkernels".
+        check: ``check(name, result)`` raises if the result of a provider is wrong, and otherwise describes its error.
+        floors: lower bounds of the time, such as a copy of the inputs.
+        limit_s: time limit of the timed rounds, in seconds.
+        bytes: useful bytes of a call: each input read once, each output written once.
+        flops: useful FLOPs of a call: those of the matrix products that every implementation needs, each counted once.
+        late: providers that take long to compile. They are measured last, as are those whose name begins with
+            "torch.compile", in rounds with ours; all other results have been written by then.
     """
-    __tracebackhide__ = True
-    limit_s = float(os.environ.get("BENCH_LIMIT_S") or limit_s)
-    more = {"ceilings": ceilings()} if bytes or flops else {}
-    amounts = [x for x in (bytes.values() if isinstance(bytes, Mapping) else [bytes]) if x]
-    if GPU and amounts:
-        more["fits_l2"] = max(amounts) < torch.cuda.get_device_properties(0).L2_cache_size
-    ours, rows, wrong = next(iter(providers)), [], []
-    late = {name: run for name, run in providers.items() if name.startswith("torch.compile") or name in late}
-    if GPU:
-        release()
-        torch.cuda.synchronize()  # raises where an earlier case left the device in an error state
 
-    def measure(runs: dict, floors: dict, again: dict) -> None:
+    name: str
+    providers: dict[str, Callable[[], object]]
+    check: Callable[[str, object], str]
+    floors: dict[str, Callable[[], object]] = field(default_factory=dict)
+    limit_s: float = 20.0
+    bytes: Work = None
+    flops: Work = None
+    late: Collection[str] = ()
+
+    @property
+    def ours(self) -> str:
+        return next(iter(self.providers))
+
+    def is_late(self, name: str) -> bool:
+        return name in self.late or name.startswith("torch.compile")
+
+    def details(self) -> dict:
+        """What the results keep besides the rows: the ceilings of this machine, and whether the data fit in the L2 cache."""
+        found = {"ceilings": ceilings()} if self.bytes or self.flops else {}
+        amounts = [x for x in (self.bytes.values() if isinstance(self.bytes, Mapping) else [self.bytes]) if x]
+        if GPU and amounts:
+            found["fits_l2"] = max(amounts) < torch.cuda.get_device_properties(0).L2_cache_size
+        return found
+
+
+class Comparison:
+    """Measures the providers of a case and records their rows."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.details = case, case.details()
+        self.rows: list[dict] = []
+        self.limit_s = float(os.environ.get("BENCH_LIMIT_S") or case.limit_s)
+
+    def record(self) -> None:
+        record(self.case.name, self.rows, **self.details)
+
+    def check(self, runs: dict) -> tuple[dict[str, str], dict[str, int], list[dict]]:
+        """The error and the peak memory of each provider, and a row for each that raises or is wrong."""
         errors, memory, missing = {}, {}, []
         for name, run in runs.items():
             try:
-                errors[name] = check(name, run())
+                error = self.case.check(name, run())
                 memory[name] = peak_memory(run)
-            except Exception as error:
-                verdict = "wrong" if isinstance(error, AssertionError) else "not measured"
-                missing.append({"provider": name, "error": f"{verdict}: {reason(error)}"})
-                errors.pop(name, None)
+                errors[name] = error
+            except Exception as raised:
+                verdict = "wrong" if isinstance(raised, AssertionError) else "not measured"
+                missing.append({"provider": name, "error": f"{verdict}: {reason(raised)}"})
             release()
-        runs = {name: run for name, run in runs.items() if name in errors}
-        warm_ups = 10 if again else 1  # what compiles may do so again for the first few calls
-        times, calls, failed = interleave({**runs, **floors, **again}, limit_s, warm_ups)
+        return errors, memory, missing
+
+    def measure(self, runs: dict, floors: dict, again: dict) -> None:
+        """Measure ``runs`` and ``floors``, in turns with ``again``, which already has a row, and record them."""
+        errors, memory, missing = self.check(runs)
+        timed = {name: run for name, run in runs.items() if name in errors} | floors
+        warm_ups = 10 if again else 1  # a provider that compiles may recompile in the first few calls
+        times, calls, failed = interleave({**timed, **again}, self.limit_s, warm_ups)
         missing += [{"provider": name, "error": f"not measured: {why}"} for name, why in failed.items() if name not in again]
         median = {name: statistics.median(values) for name, values in times.items()}
-        wrong.extend(f"{row['provider']}: {row['error']}" for row in missing if row["provider"].startswith("vlmkernels"))
-        for name in times:
-            if name in again:
-                continue
-            kernels = profiled({**runs, **floors}[name]) if GPU and median[name] < LAUNCH_BOUND_S else {}
+        for name in times.keys() - again.keys():
+            kernels = profiled(timed[name]) if GPU and median[name] < LAUNCH_BOUND_S else {}
             own = {"floor": True} if name in floors else {"peak_mib": round(memory[name] / 2**20, 1), "error": errors[name]}
-            rows.append(
-                {
-                    "provider": name,
-                    "ms": round(1e3 * median[name], 4 if GPU else 3),
-                    "ms_min": round(1e3 * min(times[name]), 4 if GPU else 3),
-                    "rounds": len(times[name]),
-                    **({"calls": calls[name]} if calls[name] > 1 else {}),
-                    "ratio_to_ours": round(median[name] / median[ours], 2) if ours in median else None,
-                    **rates(name, median[name], bytes, flops, kernels.get("gpu_us")),
-                    **kernels,
-                    **own,
-                }
-            )
-        rows.extend(missing)
-        if rows:
-            record(case, rows, **more)
+            own = {**rates(name, median[name], self.case.bytes, self.case.flops, kernels.get("gpu_us")), **kernels, **own}
+            self.rows.append(timing(name, times[name], calls[name], median.get(self.case.ours)) | own)
+        self.rows.extend(missing)
+        self.sort()
+        if self.rows:
+            self.record()
         release()
 
-    measure({name: run for name, run in providers.items() if name not in late}, floors, {})
-    right = [row["provider"] for row in rows if "ms" in row]
-    if late and not COMPILE:
-        rows.extend({"provider": name, "error": "not measured: needs BENCH_COMPILE=1"} for name in late)
-        record(case, rows, **more)
-    else:
+    def sort(self) -> None:
+        """The order of the tables: early and late providers, floors, and what was not measured."""
+        order = [*sorted(self.case.providers, key=self.case.is_late), *self.case.floors]
+        self.rows.sort(key=lambda row: (2 if "ms" not in row else 1 if row.get("floor") else 0, order.index(row["provider"])))
+
+    def run(self) -> None:
+        case = self.case
+        late = {name: run for name, run in case.providers.items() if case.is_late(name)}
+        if GPU:
+            release()
+            torch.cuda.synchronize()  # raises if an earlier case left the device in an error state
+        self.measure({name: run for name, run in case.providers.items() if name not in late}, case.floors, {})
+        if late and not COMPILE:
+            self.rows.extend({"provider": name, "error": "not measured: needs BENCH_COMPILE=1"} for name in late)
+            self.record()
+            return
         for name, run in late.items():
-            measure({name: run}, {}, {ours: providers[ours]} if ours in right else {})
-    # The order of the tables: providers, floors, and what was not measured.
-    rows.sort(key=lambda row: 2 if "ms" not in row else 1 if row.get("floor") else 0)
-    record(case, rows, **more)
-    benchmark.extra_info.update(case=case, rows=rows)
-    benchmark.pedantic(providers[ours] if ours in right and not GPU else lambda: None, rounds=5)
+            self.measure({name: run}, {}, {case.ours: case.providers[case.ours]} if self.measured(case.ours) else {})
+
+    def measured(self, name: str) -> bool:
+        return any(row["provider"] == name and "ms" in row for row in self.rows)
+
+
+def timing(name: str, times: list[float], calls: int, ours: float | None) -> dict:
+    """The times of a row, in milliseconds; ``ours`` is the median of our provider in the same rounds, in seconds."""
+    digits, median = 4 if GPU else 3, statistics.median(times)
+    return {
+        "provider": name,
+        "ms": round(1e3 * median, digits),
+        "ms_min": round(1e3 * min(times), digits),
+        "rounds": len(times),
+        **({"calls": calls} if calls > 1 else {}),
+        "ratio_to_ours": None if ours is None else round(median / ours, 2),
+    }
+
+
+def compare(benchmark, case: Case) -> list[dict]:
+    """Measure the providers and floors of a case and return a row for each; ours also goes to pytest-benchmark.
+
+    A provider that raises or is wrong is not timed: its row has the reason. All others are measured and recorded; then, if it
+    was one of ours, AssertionError ends the benchmark.
+    """
+    __tracebackhide__ = True
+    comparison = Comparison(case)
+    comparison.run()
+    rows = comparison.rows
+    benchmark.extra_info.update(case=case.name, rows=rows)
+    shown = comparison.measured(case.ours) and not GPU
+    benchmark.pedantic(case.providers[case.ours] if shown else lambda: None, rounds=5)
+    wrong = [row for row in rows if "ms" not in row and row["provider"].startswith("vlmkernels")]
+    wrong = [f"{row['provider']}: {row['error']}" for row in wrong if "needs BENCH_COMPILE" not in row["error"]]
     assert not wrong, "; ".join(wrong)
     return rows
 
@@ -347,13 +404,13 @@ _records: dict[str, dict] = {}
 
 
 def record(case: str, rows: list[dict], **more) -> None:
-    """Written at once: a run that is cut short leaves what it measured."""
+    """Keep the rows of a case and write them at once: a run that is cut short leaves its results."""
     _records[case] = {**more, "rows": rows}
     write_results()
 
 
 def table(rows: list[dict]) -> list[str]:
-    """Markdown."""
+    """The rows as a Markdown table."""
     last = "parts" if "parts" in rows[0] else "error"
     columns = {"gb_s": "GB/s", "percent_of_copy": "% of copy", "tflop_s": "TFLOP/s", "percent_of_gemm": "% of GEMM",
                "gpu_us": "kernels, us", "gpu_kernels": "kernels"}  # fmt: skip
@@ -388,7 +445,7 @@ def _update(change: Callable[[dict], object]) -> Path:
 
 @functools.cache
 def gpu() -> dict:
-    """The card, its driver and CUDA."""
+    """The GPU, its driver and its CUDA version."""
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
@@ -412,7 +469,7 @@ def provenance() -> dict:
 
 
 def write_results() -> tuple[Path, dict[str, list[dict]]] | None:
-    """Merge this run's cases into the device's results; each case keeps the commit it was measured at."""
+    """Merge the cases of this run into the results of the device; each case keeps the commit at which it was measured."""
     if not _records:
         return None
     cases = {case: {**provenance(), "threads": torch.get_num_threads(), **content} for case, content in _records.items()}
@@ -420,5 +477,5 @@ def write_results() -> tuple[Path, dict[str, list[dict]]] | None:
 
 
 def write_tests(counts: dict[str, dict[str, int]]) -> Path:
-    """Keep the outcome of a run of the tests on this device, per file."""
+    """Write the test counts of each file to the results of this device."""
     return _update(lambda content: content.update(tests={**provenance(), "files": counts}))

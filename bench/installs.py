@@ -1,8 +1,8 @@
-"""Installs the package for real, in a fresh virtual environment each: with nvcc, without it, and without any compiler.
+"""Install the package with pip in fresh virtual environments: with nvcc, without it, and without any compiler.
 
     python bench/installs.py          # writes bench/results/installs.json
 
-torch is taken from the environment that runs this; everything of the package is built and installed by pip, isolated.
+torch comes from the environment that runs this script; pip builds and installs the package in isolation.
 """
 
 import json
@@ -27,12 +27,12 @@ torch.testing.assert_close(x.grad, torch.eye(50)[t] - x.softmax(-1).detach())
 built = [n for n in backend.BACKENDS if backend.missing(n) is None or "no GPU" in backend.missing(n)]
 print(json.dumps({"file": vlmkernels.__file__, "backends": built, "auto": backend.choose("gather_logps", "auto", x)}))
 """
-# Directories of PATH without the tools named; git and python stay.
+# The tools that are hidden from PATH in each case.
 WITHOUT = {"with nvcc": (), "without nvcc": ("nvcc",), "without a compiler": ("nvcc", "c++", "g++", "clang++", "gcc", "cc")}
 
 
 def path_without(tools: tuple[str, ...], folder: Path) -> str:
-    """A PATH on which everything is found but ``tools``: a folder of links."""
+    """A folder of links to everything on PATH except ``tools``."""
     folder.mkdir()
     for directory in os.environ["PATH"].split(os.pathsep):
         for program in Path(directory).iterdir() if Path(directory).is_dir() else ():
@@ -52,7 +52,8 @@ def install(name: str, work: Path) -> dict:
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True
     )
-    # torch and triton of this environment, but not its vlmkernels: an editable install is a .pth file, which is not read here.
+    # This makes torch and triton of this environment importable, but not its editable vlmkernels: that is a .pth file, which
+    # Python does not read in an added directory.
     Path(site.stdout.strip(), "torch.pth").write_text(sysconfig.get_path("purelib") + "\n")
     start = time.perf_counter()
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", "."]

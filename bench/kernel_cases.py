@@ -4,8 +4,8 @@
     compute-sanitizer --tool memcheck python bench/kernel_cases.py misaligned_rows
     ncu --kernel-name regex:gather_logps_fwd --launch-skip 1 --launch-count 1 python bench/kernel_cases.py gather --large
 
-Without --large the inputs are the smallest that reach the code in question. A case checks nothing itself beyond that its
-results are finite. Without a GPU only `triton` under TRITON_INTERPRET=1 runs.
+Without --large the inputs are the smallest that reach the code. A case only checks that its results are finite. Without a GPU,
+`triton` runs under TRITON_INTERPRET=1, and `cpp`.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def gather(backend: str, large: bool) -> list[torch.Tensor]:
 
 @case
 def misaligned_rows(backend: str, large: bool) -> list[torch.Tensor]:
-    """Rows that start at every offset from a 16-byte boundary; one row split over several blocks; in-place gradient."""
+    """Rows at every offset from a 16-byte boundary, rows that several blocks share, and in-place gradients."""
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         for offset, num, vocab in ((1, 9, 1003), (3, 2, 40001)):
@@ -62,7 +62,7 @@ def misaligned_rows(backend: str, large: bool) -> list[torch.Tensor]:
 
 @case
 def linear_rows(backend: str, large: bool) -> list[torch.Tensor]:
-    """linear_logps, forward and backward: fp32 logits whose 16-bit gradient is written over them."""
+    """linear_logps, forward and backward: the 16-bit gradient overwrites the fp32 logits."""
     num, vocab, width = (2048, 151936, 2048) if large else (21, 1003, 33)
     hidden, weight = randn(num, width, dtype=torch.bfloat16), (randn(vocab, width) / width**0.5).bfloat16()
     operands = hidden.requires_grad_(), weight.requires_grad_()
@@ -79,22 +79,22 @@ def linear_grpo(backend: str, large: bool) -> list[torch.Tensor]:
     operands = hidden.requires_grad_(), weight.requires_grad_()
     targets = torch.randint(vocab, (B, T), device=DEVICE)
     mask = torch.rand(B, T, device=DEVICE) < 0.8
-    output = vk.linear_grpo_loss(*operands, targets, randn(B), mask=mask, config=vk.GRPOLossConfig(), backend=backend)
+    output = vk.linear_grpo_loss(*operands, targets, randn(B), loss_mask=mask, config=vk.GRPOLossConfig(), backend=backend)
     return [output.loss.detach(), *torch.autograd.grad(output.loss, operands)]
 
 
 @case
 def grpo_loss(backend: str, large: bool) -> list[torch.Tensor]:
-    """Padded and packed, at the token level and at the sequence level."""
+    """Padded and packed batches, importance ratios of tokens and of sequences."""
     B, T = (64, 512) if large else (3, 70)
     results = []
     for level in ("token", "sequence"):
         config = vk.GRPOLossConfig("grpo", beta=0.1, importance_sampling_level=level, entropy_coef=0.01)
         logps = -torch.rand(B, T, device=DEVICE)
         old, ref, entropy, mask = logps + 0.1, logps - 0.1, torch.rand_like(logps), torch.rand_like(logps) < 0.7
-        padded = {"old_logps": old, "ref_logps": ref, "entropy": entropy, "mask": mask}
+        padded = {"old_logps": old, "ref_logps": ref, "entropy": entropy, "loss_mask": mask}
         lengths = mask.sum(1)
-        packed = {name: x[mask] for name, x in padded.items() if name != "mask"}
+        packed = {name: x[mask] for name, x in padded.items() if name != "loss_mask"}
         packed["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
         for values, rest in ((logps, padded), (logps[mask], packed)):
             leaf = values.clone().requires_grad_()
@@ -116,7 +116,7 @@ def rotary(backend: str, large: bool) -> list[torch.Tensor]:
 
 @case
 def pack_patches(backend: str, large: bool) -> list[torch.Tensor]:
-    """Several images of several sizes and strides, patches of an odd number of values."""
+    """Images of different sizes and strides, and patches with an odd number of values."""
     results = []
     for patch in (14, 3):
         side = 2 * patch * (24 if large else 1)

@@ -1,4 +1,4 @@
-"""Runs the demo of shapes-and-digits on two seeds and writes what it measured to bench/results/suite.json.
+"""Run the demo of shapes-and-digits with two seeds and write its metrics to bench/results/suite.json.
 
 python bench/suite_seeds.py
 """

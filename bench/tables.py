@@ -1,6 +1,6 @@
-"""Writes the tables of README.md, docs/ and bench/README.md from the code and from bench/results/.
+"""Write the tables of README.md, docs/ and bench/README.md from the code and from bench/results/.
 
-With --check it writes nothing, and fails where they are out of date.
+With --check it writes nothing and fails if a page is out of date.
 """
 
 import importlib
@@ -70,10 +70,10 @@ def speed() -> list[str]:
     return lines[:-1]
 
 
-# The cases of README's first table, by what they compute.
+# The cases of the first table of docs/gpu.md, and what they compute.
 HEADLINES = {
     "gather_logps qwen2.5-vl 8192 x 151936, no gradient": "log-probabilities and entropies from bf16 logits, 8192 x 151936",
-    "gather_logps qwen2.5-vl 8192 x 151936": "the same with their gradient",
+    "gather_logps qwen2.5-vl 8192 x 151936": "the same, with gradients",
     "linear_grpo_loss qwen3-vl-8b 8192 x 4096 x 151936": "head and GRPO loss, 8192 x 4096 x 151936, with gradients",
     "linear_grpo_loss qwen3-vl-8b 8192 x 4096 x 151936, frozen head": "the same, frozen head",
     "linear_logps qwen3-vl-8b 8192 x 4096 x 151936, no gradient": "log-probabilities and entropies from hidden states",
@@ -84,7 +84,7 @@ HEADLINES = {
 
 
 def gpu(which: str = "headlines") -> list[str]:
-    """Our time, its share of the hardware limit, and the peers' times relative to it; "all" includes every case."""
+    """Our time, its share of the hardware limit, and the times of peers relative to it, of ``HEADLINES`` or of all cases."""
     lines = []
     for path in sorted(RESULTS.glob("nvidia-*.json")):
         content = json.loads(path.read_text())
@@ -114,15 +114,16 @@ def gpu(which: str = "headlines") -> list[str]:
 
 
 def gpu_tests() -> list[str]:
-    """What `make gpu-check STAGE=correct` counted."""
-    lines = []
+    """The test counts of `make gpu-check STAGE=correct`, under the present paths of the test files."""
+    lines, present = [], {path.name: path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+    present["test_mrope.py"] = present["test_mrope_positions.py"]  # renamed since
     for path in sorted(RESULTS.glob("nvidia-*.json")):
         content = json.loads(path.read_text())
         files = content["tests"]["files"]
         lines += [f"| on an {content['device']} | passed | failed | skipped |", "| --- | ---: | ---: | ---: |"]
         for file, counts in sorted(files.items()):
             cells = " | ".join(str(counts.get(outcome, 0)) for outcome in ("passed", "failed", "skipped"))
-            lines.append(f"| {file} | {cells} |")
+            lines.append(f"| {present.get(Path(file).name, file)} | {cells} |")
         total = [sum(counts.get(outcome, 0) for counts in files.values()) for outcome in ("passed", "failed", "skipped")]
         lines += [f"| all | {' | '.join(map(str, total))} |", "", f"Commit {content['tests']['commit']}.", ""]
     return lines[:-1]
@@ -137,10 +138,14 @@ def backends() -> list[str]:
 
     lines = ["| op | " + " | ".join(backend.BACKENDS) + " |", "| --- |" + " --- |" * len(backend.BACKENDS)]
     for op in env.ops():
-        written = ["yes" if backend.is_written(op, name) else "no" for name in backend.BACKENDS]
+        if op in backend.OTHERS:
+            continue
+        written = ["yes" if backend.module_name(op, name) else "no" for name in backend.BACKENDS]
         lines.append(f"| `{op}` | " + " | ".join(written) + " |")
-    order = "; ".join(f"on {device} {', '.join(names)}" for device, names in backend.PREFERENCE.items())
-    return [*lines, "", f"`auto` tries, {order}."]
+    order = "; ".join(f"{', '.join(names)} on {device}" for device, names in backend.KERNELS.order.items())
+    lines += ["", f"`auto` runs the first backend that supports the tensors: {order}. The attention ops have other backends:"]
+    attention = (f"`{op}` {', '.join(row.modules)}" for op, row in backend.OTHERS.items() if op.endswith("_attention"))
+    return [*lines, f"{'; '.join(attention)}."]
 
 
 def accuracy() -> list[str]:
@@ -205,11 +210,12 @@ def suite() -> list[str]:
     content = json.loads((RESULTS / "suite.json").read_text())
     runs, first = content["runs"], content["runs"][0]
     seeds = [str(run["seed"]) for run in runs]
-    lines = [f"| test split | metric | {' | '.join(f'seed {seed}: before | after' for seed in seeds)} | image grey |"]
+    lines = [f"| test split | metric | {' | '.join(f'seed {seed}: before | after' for seed in seeds)} | image gray |"]
     lines.append("| --- | --- |" + " ---: | ---: |" * len(runs) + " ---: |")
     for category, metric in first["reported"].items():
         cells = [f"{run[when][category][metric]['value']:.1%}" for run in runs for when in ("before", "metrics")]
         hidden = sum(run["metrics"][category][metric]["hidden"]["value"] for run in runs) / len(runs)
+        category = "color" if category == "colour" else category  # the category has the word of its questions
         lines.append(f"| {category} | `{metric}` | {' | '.join(cells)} | {hidden:.1%} |")
     times = "; ".join(f"seed {r['seed']} {r['seconds']['supervised']:.0f} s and {r['seconds']['grpo']:.0f} s" for r in runs)
     how = "by `vlmkernels demo --suite --seed N` (`python bench/suite_seeds.py` for several)"
@@ -249,7 +255,7 @@ def fill(text: str) -> str:
     return re.sub(r"<!-- table: (?P<name>[\w -]+?) -->.*?<!-- end -->", render, text, flags=re.DOTALL)
 
 
-PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def main() -> int:

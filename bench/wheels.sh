@@ -1,6 +1,6 @@
 #!/bin/sh
-# Downloads into .whl/ the packages that benchmarks and tests use and a bare GPU machine lacks: Python 3.12, x86-64 Linux, torch and
-# transformers installed, no network. Versions come from constraints.txt. Install them there with
+# Download into .whl/ the packages that benchmarks and tests need on a GPU machine without a network: Python 3.12, x86-64 Linux,
+# torch and transformers installed. Versions come from constraints.txt. Install them there with
 #     python3 -m pip install --no-index --no-deps --no-compile --target DIR .whl/*.whl && export PYTHONPATH=DIR
 set -eu
 cd "$(dirname "$0")/.."
@@ -19,6 +19,6 @@ for package in $packages; do
 done
 # shellcheck disable=SC2086
 $python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $platforms -d .whl $pinned
-# antlr4-python3-runtime has no wheel of every version; it is pure Python.
+# Not every version of antlr4-python3-runtime, a pure Python package, has a wheel.
 $python -m pip wheel --quiet --no-deps -w .whl "$(grep -i '^antlr4-python3-runtime==' constraints.txt)"
 ls -l .whl

@@ -1,12 +1,12 @@
-"""Build the ops as a kernel of Hugging Face's ``kernels``: Triton and reference, for any Python and torch they run on.
+"""Build the ops, with the backends triton and reference, as a kernel for the Hugging Face library ``kernels``.
 
     python hub/kernel.py OUT
     >>> from kernels import get_local_kernel
     >>> get_local_kernel(Path("OUT")).gather_logps(logits, targets)
 
-OUT/build/torch-cpu and OUT/build/torch-cuda are what the Hub holds: the files of ``vlmkernels/`` that the ops need, with two
-changes. A kernel is loaded under a name of its own, so imports become relative; and several versions may be loaded beside each
-other and the package, so the ops are registered in a namespace that is a hash of their code.
+OUT/build/torch-cpu and OUT/build/torch-cuda are the folders to upload to the Hub. They contain the files of ``vlmkernels/``
+that the ops need, with two changes. Imports are relative, because a kernel is loaded under another name. The ops are registered
+in a namespace with a hash of their code, so that several versions can be loaded together and beside the package.
 
 Source: https://huggingface.co/docs/kernels/kernel-requirements
 """
@@ -18,24 +18,25 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "vlmkernels"
-PARTS = ("__init__.py", "backend.py", "version.py", "models/__init__.py", "models/merge.py", "ops/**/*.py")
-LEFT_OUT = ("native.py", "table.py")  # the compiled module's, and the README's
+PARTS = ("__init__.py", "backend.py", "version.py", "ops/**/*.py")
+LEFT_OUT = ("native.py", "table.py")  # calls of the compiled module; the table of variants in the docs
 BACKENDS = ("cpu", "cuda")
 
 
 def sources() -> dict[str, str]:
-    """Path within the package -> text, imports relative, in a namespace of ops to be filled in."""
+    """Return the text of each file by its path in the package, with relative imports and the ops in ``{namespace}``."""
     files = sorted(path for part in PARTS for path in PACKAGE.glob(part) if path.name not in LEFT_OUT)
     texts = {}
     for path in files:
         name = path.relative_to(PACKAGE)
-        start = rf"\1from {'.' * len(name.parts)}"
-        text = re.sub(r"^(\s*)from vlmkernels(?:\.|(?= import))", start, path.read_text(), flags=re.MULTILINE)
+        relative = rf"\1from {'.' * len(name.parts)}"
+        text = re.sub(r"^(\s*)from vlmkernels(?:\.|(?= import))", relative, path.read_text(), flags=re.MULTILINE)
         texts[str(name)] = re.sub(r'(?<=")vlmkernels(?=::)|(?<=torch\.ops\.)vlmkernels(?=\.)', "{namespace}", text)
     return texts
 
 
 def build(out: Path) -> None:
+    """Write one variant per backend to ``out``. Both have the same code; the Hub requires one folder per backend."""
     texts = sources()
     namespace = "vlmkernels_" + hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
     for backend in BACKENDS:

@@ -1,15 +1,11 @@
-"""Every test runs on the GPU where there is one; elsewhere Triton runs in its interpreter and CUDA under tests/simt."""
+"""Tests run on the GPU if there is one. Without one, Triton runs in its interpreter and CUDA kernels under tests/simt."""
 
 import os
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), *map(str, Path(__file__).parent.glob("[!_]*/"))]
-# What cuBLAS needs to be deterministic on a GPU; read when its first handle is created.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
+# Makes cuBLAS deterministic; read when its first handle is created.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -31,10 +27,10 @@ def device() -> str:
 
 @pytest.fixture
 def nan_filled(monkeypatch):
-    """torch.empty returns NaN, so that an element that no kernel wrote shows.
+    """torch.empty returns NaN, which exposes elements that no kernel writes.
 
-    Uninitialised memory is filled in deterministic mode only. On a GPU some operations of torch have no deterministic
-    implementation; they warn and run.
+    Torch fills uninitialized memory only in deterministic mode. Operations without a deterministic implementation on a GPU
+    warn and run.
     """
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=GPU)
@@ -44,7 +40,7 @@ def nan_filled(monkeypatch):
 
 @pytest.fixture
 def need():
-    """need(op, backend, *tensors): skip, with the backend's own reason, where it does not serve them."""
+    """need(op, backend, *tensors): skip the test, with the backend's reason, if the backend does not support the tensors."""
 
     def check(op: str, name: str, *tensors: torch.Tensor) -> None:
         if reason := backend.why_not(op, name, *tensors):
@@ -60,10 +56,9 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """On a GPU: a line per test file, kept with the benchmarks' results of the same device."""
-    if not GPU or terminalreporter.config.getoption("outcomes", None):  # bench/gpu_check.py keeps those of all its runs
+    """On a GPU, print the counts of each test file and keep them with the benchmark results of the device."""
+    if not GPU or terminalreporter.config.getoption("outcomes", None):  # bench/gpu_check.py keeps the counts of all its runs
         return
-    sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
     import harness
 
     counts: dict[str, dict[str, int]] = {}

@@ -1,26 +1,19 @@
-"""The package without its optional parts, each in a fresh process."""
+"""The dispatcher: which backend serves a call, and why the others do not."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from vlmkernels import backend
-
-# None in sys.modules is how Python marks a module that cannot be imported.
-BLOCK = """
-import sys
-sys.modules.update(dict.fromkeys({blocked}))
-"""
+from vlmkernels import backend, gather_logps, use_backend, varlen_attention
+from vlmkernels.ops import group_attention
 
 CALL = """
 import torch, vlmkernels
-x = torch.randn(3, 50, requires_grad=True)
-t = torch.tensor([1, 2, 3])
-vlmkernels.gather_logps(x, t).sum().backward()
-torch.testing.assert_close(x.grad, torch.eye(50)[t] - x.softmax(-1).detach())
+vlmkernels.gather_logps(torch.randn(3, 50), torch.tensor([1, 2, 3]))
 """
 
 
@@ -28,47 +21,82 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    "blocked", [["triton"], ["vlmkernels._C"], ["transformers"], ["triton", "vlmkernels._C", "transformers"]], ids=str
-)
-def test_works_without(blocked):
-    done = run(BLOCK.format(blocked=blocked) + CALL)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_missing_backend_says_why():
-    code = BLOCK.format(blocked=["vlmkernels._C", "triton"]) + CALL.replace("t)", 't, backend="cpp")')
-    assert "NotImplementedError: no backend serves gather_logps: cpp: vlmkernels._C did not load" in run(code).stderr
-    code = code.replace('"cpp"', '"triton"')
-    assert "NotImplementedError: no backend serves gather_logps: triton: triton is not installed" in run(code).stderr
-
-
-def test_importing_loads_neither_triton_nor_the_extension():
-    code = (
-        "import sys, torch; before = set(sys.modules); import vlmkernels; new = set(sys.modules) - before;"
-        "print(sorted(n for n in new if n.split('.')[0] in ('triton', 'transformers') or n == 'vlmkernels._C'))"
-    )
-    assert run(code).stdout.strip() == "[]"
-
-
 def test_environment_names_the_backend():
-    done = run(CALL, VLMKERNELS_BACKEND="cuda", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
-    assert "NotImplementedError: no backend serves gather_logps: cuda: " in done.stderr
+    for names in ("cuda", "flex,cuda"):
+        done = run(CALL, VLMKERNELS_BACKEND=names, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+        assert "NotImplementedError: no backend serves gather_logps: cuda: " in done.stderr
     done = run(CALL, VLMKERNELS_BACKEND="quick")
-    assert "backend must be one of auto, reference, cpp, triton, cuda; got 'quick'" in done.stderr
+    assert "VLMKERNELS_BACKEND must be one of auto, reference, cpp, triton, cuda, parts, flash, " in done.stderr
+    assert "; got 'quick'" in done.stderr
+
+
+KERNEL_OPS = ("gather_logps", "linear_logps", "grpo_loss")
+
+
+def test_use_backend_selects_for_the_ops_that_have_it():
+    """Settings for different ops nest: each op uses the innermost name that is one of its backends."""
+    assert {backend.resolve(op, "auto") for op in (*KERNEL_OPS, *backend.OTHERS)} == {"auto"}
+    with use_backend("cpp"):
+        assert backend.resolve("group_attention", "auto") == "auto"
+        with use_backend("flex"):
+            assert {backend.resolve(op, "auto") for op in KERNEL_OPS} == {"cpp"}
+            assert backend.resolve("group_attention", "auto") == "flex"
+            assert backend.resolve("varlen_attention", "auto") == "auto"
+            assert backend.resolve("group_attention", "parts") == "parts"
+            with use_backend("reference"):
+                assert {backend.resolve(op, "auto") for op in KERNEL_OPS} == {"reference"}
+                assert backend.resolve("group_attention", "auto") == "flex"
+            with use_backend("auto"):
+                assert {backend.resolve(op, "auto") for op in (*KERNEL_OPS, *backend.OTHERS)} == {"auto"}
+        assert backend.resolve("group_attention", "auto") == "auto"
+        assert backend.resolve("gather_logps", "auto") == "cpp"
+    assert backend.resolve("gather_logps", "auto") == "auto"
+
+
+def test_use_backend_applies_to_attention():
+    layout = group_attention.GroupLayout((2,), ((1, 1),))
+    query = torch.zeros(4, 1, 8)
+    with use_backend("flash"):
+        with pytest.raises(NotImplementedError, match="no backend serves group_attention: flash: supports CUDA tensors, got "):
+            group_attention.group_attention(query, query, query, layout)
+        group_attention.group_attention(query, query, query, layout, backend="parts")
+        gather_logps(torch.zeros(1, 4), torch.tensor([2]))
+    with use_backend("torch"), pytest.raises(NotImplementedError, match="no backend serves varlen_attention: torch: "):
+        varlen_attention(query, query, query, torch.tensor([0, 4]).int())
+
+
+def test_unknown_names_raise_with_the_full_list():
+    every = ", ".join(("auto", *backend.ALL_NAMES))
+    assert every.startswith("auto, reference, cpp, triton, cuda, parts, flash, cudnn, flex, flash_attn, ")
+    with pytest.raises(ValueError, match=f"backend must be one of {every}; got 'fast'"), use_backend("fast"):
+        pass
+    with pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton, cuda; got 'flex'"):
+        backend.resolve("gather_logps", "flex")
+    with pytest.raises(ValueError, match="backend must be one of auto, parts, flash, cudnn, flex; got 'cpp'"):
+        backend.resolve("group_attention", "cpp")
+
+
+def test_every_backend_of_the_tables_has_a_module():
+    """Each states its limits in ``unsupported`` and has the function that the op calls."""
+    for op, row in backend.OTHERS.items():
+        for name in row.modules:
+            if backend.missing(name) is None:
+                assert callable(backend.load(op, name).unsupported)
+        assert {*row.otherwise, *(name for names in row.order.values() for name in names)} <= set(row.modules)
 
 
 @pytest.mark.device
 def test_wrong_device_is_named(device):
     if device == "cuda":
         reason = backend.why_not("gather_logps", "cpp", torch.zeros(1, 1, device="cuda"))
-        assert reason == "takes cpu tensors, got cuda"
+        assert reason == "supports cpu tensors, got cuda"
     else:
-        assert backend.why_not("gather_logps", "cpp", torch.zeros(1, 1, device="meta")) == "takes cpu tensors, got meta"
+        assert backend.why_not("gather_logps", "cpp", torch.zeros(1, 1, device="meta")) == "supports cpu tensors, got meta"
 
 
 def test_env_command_names_every_op_and_backend():
-    done = run("from vlmkernels.env import main; main()")
+    done = run("from vlmkernels.cli import main; main(['env'])")
     assert done.returncode == 0, done.stderr
-    for word in ("gather_logps", "group_advantages", "grpo_loss", *backend.BACKENDS, "torch", "GPU"):
+    for word in ("gather_logps", "group_advantages", "grpo_loss", *backend.OTHERS, *backend.ALL_NAMES, "GPU"):
         assert word in done.stdout
+    assert re.search("flash +supports CUDA tensors|flash +yes", done.stdout)

@@ -1,6 +1,6 @@
-"""Attacks by files, answers and servers that a run reads: none runs code, takes the machine's memory or sends a secret away.
+"""Attacks through files, answers and servers that a run reads: none can run code, exhaust memory or obtain a secret.
 
-docs/security.md says which files are read, and what stays a matter of trust.
+docs/security.md lists the files that are read, and what must be trusted.
 """
 
 import base64
@@ -22,14 +22,15 @@ from PIL import Image
 from support import tiny
 
 from vlmkernels.cli import main
+from vlmkernels.data.dataset import check_dataset, load_dataset
 from vlmkernels.data.images import ImageLimits, open_image
-from vlmkernels.data.samples import check_dataset, encode, load_dataset, read_sample, read_video
+from vlmkernels.data.samples import encode, read_sample, read_video
 from vlmkernels.evaluate import page as evaluate_page
-from vlmkernels.evaluate.evaluation import Evaluation, Rows, Scoring, reward_parts
+from vlmkernels.evaluate.evaluation import Evaluation, EvaluationRows, Scoring, reward_parts
 from vlmkernels.evaluate.predictions import Completion, Predictions
 from vlmkernels.models.families import family_of
 from vlmkernels.models.loading import load_model, load_processor
-from vlmkernels.record.completions import Row, save
+from vlmkernels.record.completions import CompletionRow, save_step
 from vlmkernels.report.curves import Point
 from vlmkernels.report.page import run_page
 from vlmkernels.report.run import Run
@@ -45,7 +46,7 @@ torch.set_num_threads(1)
 
 
 class Payload:
-    """A pickle that leaves a file behind when it is loaded."""
+    """A pickle that creates a folder when it is loaded."""
 
     def __init__(self, mark: Path):
         self.mark = str(mark)
@@ -56,7 +57,7 @@ class Payload:
 
 @pytest.fixture
 def mark(tmp_path):
-    """Where a payload would leave its mark; it works, and none may be left at the end."""
+    """The folder that a payload would create. Checks that payloads work, and at the end that none has run."""
     payload = tmp_path / "it-works"
     pickle.loads(pickle.dumps(Payload(payload)))
     assert payload.exists()
@@ -69,7 +70,10 @@ def run(folder, **options):
         output_dir=str(folder), per_device_train_batch_size=4, num_generations=4, max_completion_length=3,
         steps_per_generation=2, save_steps=1, logging_steps=1, report_to="none", disable_tqdm=True, **options,
     )  # fmt: skip
-    reward = lambda completions, **_: [float(len(c[0]["content"])) for c in completions]  # noqa: E731
+
+    def reward(completions, **_):
+        return [float(len(c[0]["content"])) for c in completions]
+
     return GRPOTrainer(tiny.vlm(), reward, args, tiny.rows(4), processing_class=tiny.processor())
 
 
@@ -80,16 +84,16 @@ def checkpoint(tmp_path_factory):
     return Path(last_complete_checkpoint(folder))
 
 
-PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "experience_0.pt")  # what torch.save wrote, and a resumed run reads
+PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "experience_0.pt")  # written by torch.save, read by a resumed run
 
 
 def forged(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy without the manifest, which would tell that a file has changed."""
+    """A copy of the checkpoint without the manifest, which would reveal a changed file."""
     return Path(shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint-1", ignore=shutil.ignore_patterns(MANIFEST)))
 
 
 @pytest.mark.parametrize("name", PICKLED)
-def test_a_checkpoint_s_pickles_do_not_run(checkpoint, mark, tmp_path, name):
+def test_pickles_of_a_checkpoint_do_not_run(checkpoint, mark, tmp_path, name):
     folder = forged(checkpoint, tmp_path)
     assert (folder / name).exists()
     torch.save({"state": Payload(mark)}, folder / name)
@@ -98,7 +102,7 @@ def test_a_checkpoint_s_pickles_do_not_run(checkpoint, mark, tmp_path, name):
 
 
 def test_no_other_file_of_a_checkpoint_is_a_pickle_that_is_read(checkpoint, mark, tmp_path):
-    """training_args.bin is written by transformers for people to look at."""
+    """transformers writes training_args.bin, and no one reads it."""
     others = {file.name for file in checkpoint.iterdir() if file.suffix not in (".json", ".safetensors", ".jinja")}
     assert others == {*PICKLED, "training_args.bin"}
     folder = forged(checkpoint, tmp_path)
@@ -129,7 +133,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("file", CODE)
-def test_a_model_s_own_code_runs_only_if_asked_for(mark, tmp_path, monkeypatch, file):
+def test_code_of_a_model_runs_only_if_allowed(mark, tmp_path, monkeypatch, file):
     load, classes = CODE[file]
     tiny.vlm().save_pretrained(tmp_path / "model")
     tiny.processor().save_pretrained(tmp_path / "model")
@@ -137,13 +141,13 @@ def test_a_model_s_own_code_runs_only_if_asked_for(mark, tmp_path, monkeypatch, 
     content = json.loads(path.read_text()) | {"auto_map": classes, "model_type": "evil", "processor_class": "Evil"}
     path.write_text(json.dumps(content))
     (tmp_path / "model" / "evil.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
-    monkeypatch.setattr("builtins.input", lambda text: "y")  # someone at the terminal whom transformers would ask
+    monkeypatch.setattr("builtins.input", lambda text: "y")  # the answer if transformers asks at the terminal
     with pytest.raises(ValueError, match="trust_remote_code"):
         load(str(tmp_path / "model"))
     assert not mark.exists()
     with pytest.raises(Exception):  # noqa: B017 (evil.py has no class Evil)
         load(str(tmp_path / "model"), {"trust_remote_code": True})
-    mark.rmdir()  # it was asked for
+    mark.rmdir()  # this time it was allowed
 
 
 def test_a_chat_template_is_confined(tmp_path):
@@ -168,8 +172,11 @@ def test_yaml_makes_no_objects(mark, tmp_path, capsys):
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG file of a few bytes that claims, and would decode to, this many pixels."""
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    """A small PNG file that declares, and would decode to, this many pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(4096))) + chunk(b"IEND", b"")
 
@@ -188,10 +195,10 @@ BOMB = png(20_000, 5_000)
 DATA_URL = "data:image/png;base64," + base64.b64encode(as_bytes(tiny.image(1))).decode()
 
 
-@pytest.mark.parametrize("pixels", [(20_000, 5_000), (100_000, 100_000)], ids=["above ours", "above PIL's"])
+@pytest.mark.parametrize("pixels", [(20_000, 5_000), (100_000, 100_000)], ids=["above our limit", "above the limit of PIL"])
 @pytest.mark.parametrize("form", ["bytes", "dict", "path", "opened", "data", "frame"])
 def test_decompression_bombs(tmp_path, form, pixels):
-    """Refused by name and number before a pixel is decoded, in every form that an image may have."""
+    """An error names image and size before any pixel is decoded, for every form of an image."""
     bomb = png(*pixels)
     (tmp_path / "a.png").write_bytes(bomb)
     if form == "opened" and pixels[0] > 20_000:
@@ -229,11 +236,11 @@ def test_the_limits_of_images_are_settings(tmp_path):
         )  # fmt: skip
     with pytest.raises(ValueError, match="max_image_bytes must be >= 1, got 0"):
         GRPOConfig(output_dir=str(tmp_path), max_image_bytes=0)
-    with pytest.raises(ValueError, match="max_image_pixels must be at most 178956970, where PIL refuses"):
+    with pytest.raises(ValueError, match="max_image_pixels must be at most 178956970, above which PIL raises"):
         ImageLimits(max_pixels=10**9)
 
 
-def test_of_an_animated_file_one_frame_is_decoded(monkeypatch):
+def test_one_frame_of_an_animated_file_is_decoded(monkeypatch):
     frames = [Image.effect_noise((56, 56), 80) for _ in range(4)]
     data = as_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])
     opened = open_image(data)
@@ -250,13 +257,13 @@ def test_files_cut_anywhere_are_named(kind):
     data = as_bytes(Image.effect_noise((64, 64), 80).convert("RGB"), kind)
     for length in range(0, len(data) - 2, max(1, len(data) // 40)):
         try:
-            assert read_sample(ask(image=data[:length]), 5).images[0].size == (64, 64)  # enough of it is left
+            assert read_sample(ask(image=data[:length]), 5).images[0].size == (64, 64)  # the rest was enough
         except ValueError as error:
             assert str(error).startswith("sample 5: image cannot be read: ")  # noqa: PT017
 
 
-def test_only_formats_of_pixels_are_opened(tmp_path, mark):
-    """EPS is a program: PIL hands it to Ghostscript."""
+def test_only_pixel_formats_are_opened(tmp_path, mark):
+    """EPS files are programs, which PIL passes to Ghostscript."""
     eps = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%mkdir {mark}) (w) file\n%%EOF\n".encode()
     assert Image.open(io.BytesIO(eps)).format == "EPS"
     with pytest.raises(ValueError, match=r"sample 0: image cannot be read: cannot identify image file .*; formats: PNG, "):
@@ -269,7 +276,7 @@ def test_only_formats_of_pixels_are_opened(tmp_path, mark):
 def test_data_urls():
     assert open_image(DATA_URL).convert("RGB").tobytes() == tiny.image(1).tobytes()
     for url in ("data:image/png,abc", "data:image/png;base64"):
-        with pytest.raises(ValueError, match="data URL must begin with data:<type>;base64,"):
+        with pytest.raises(ValueError, match="data URL must begin with 'data:<type>;base64,'"):
             open_image(url)
     with pytest.raises(ValueError, match="data URL must be base64, got 'a b'"):
         open_image("data:image/png;base64,a b")
@@ -305,11 +312,11 @@ def server():
     server.server_close()
 
 
-def test_remote_images_are_fetched_only_if_asked_for(server, tmp_path):
+def test_remote_images_are_fetched_only_if_allowed(server, tmp_path):
     url = f"{server.url}/a.png"
     (tmp_path / "data.jsonl").write_text(json.dumps(ask(image=url)))
     rows = load_dataset(tmp_path / "data.jsonl")
-    message = "sample 0: image cannot be read: image must be no remote address unless allow_image_urls is set, got http"
+    message = "sample 0: image cannot be read: image must not be a remote URL unless allow_image_urls is set, got http"
     with pytest.raises(ValueError, match=message):
         check_dataset(rows, "data", tiny.processor())
     for value in ({"bytes": None, "path": url}, {"path": url}):
@@ -329,11 +336,11 @@ def test_remote_images_are_fetched_only_if_asked_for(server, tmp_path):
         server.redirects["/away"] = f"{scheme}://{secret}"
         with pytest.raises(OSError, match="/away was not fetched"):
             open_image(f"{server.url}/away", allowed)
-        with pytest.raises(ValueError, match="address that begins with data:, http: or https:"):
+        with pytest.raises(ValueError, match="URL that begins with data:, http: or https:"):
             open_image(f"{scheme}://{secret}", allowed)
 
 
-def test_a_video_of_a_url_is_no_list_of_frames():
+def test_a_video_must_be_a_list_of_frames():
     with pytest.raises(TypeError, match="videos must be a list of frames"):
         read_video("http://127.0.0.1/a.mp4", "videos")
 
@@ -361,7 +368,7 @@ def test_the_page_of_completions_escapes_everything(tmp_path):
     pages = {}
     for text in ("word", EVIL):
         folder = tmp_path / str(len(pages))
-        save(folder / "completions", 1, [[Row(text, [tiny.image(0)], text, {text: 1.0}, 0.5)]])
+        save_step(folder / "completions", 1, [[CompletionRow(text, [tiny.image(0)], text, {text: 1.0}, 0.5)]])
         lines = [
             {"step": step, "reward": float(step), f"rewards/{text}/mean": float(step), text: float(step)} for step in (1, 2)
         ]
@@ -373,8 +380,8 @@ def test_the_page_of_completions_escapes_everything(tmp_path):
         assert not evil.handlers
 
 
-def test_the_page_of_another_s_run_escapes_its_images(tmp_path):
-    save(tmp_path / "completions", 1, [[Row("?", [tiny.image(0)], "!", {"cer": 1.0}, 0.5)]])
+def test_the_page_of_an_untrusted_run_escapes_its_images(tmp_path):
+    save_step(tmp_path / "completions", 1, [[CompletionRow("?", [tiny.image(0)], "!", {"cer": 1.0}, 0.5)]])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
     harmless = Markup(run_page(Run.read(tmp_path)))
     path = tmp_path / "completions" / "step-000001.json"
@@ -395,7 +402,7 @@ def test_the_page_of_an_evaluation_escapes_everything(tmp_path):
         predictions = Predictions(path).resume({"seed": 0})
         predictions.append("image", {i: [Completion(text, [1], 1, False)] for i in range(2)})
         scoring = Scoring(by="kind")
-        parsed = Rows(rows, scoring)
+        parsed = EvaluationRows(rows, scoring)
         rewards = Rewards(["exact_match"])
         parts = {"image": reward_parts(rewards, parsed, [predictions], "image")}
         evaluation = Evaluation([predictions], parsed, scoring, parts)
@@ -411,16 +418,16 @@ def test_the_page_of_an_evaluation_escapes_everything(tmp_path):
 # Servers
 
 
-def test_a_judge_s_redirect_gets_neither_prompt_nor_key(server, monkeypatch):
+def test_a_redirect_of_a_judge_gets_neither_prompt_nor_key(server, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     server.redirects["/v1/chat/completions"] = f"{server.url}/elsewhere"
     judge = Judge(url=f"{server.url}/v1", model="m", api_key_env="JUDGE_KEY", retries=3, backoff=0.0)
-    with pytest.raises(RuntimeError, match=r"reward judge.*sample 3.* answered 302 Found"):
+    with pytest.raises(RuntimeError, match=r"reward judge.*sample 3.* failed with 302 Found"):
         Rewards([judge])(1, [3], prompts=["p"], completions=["c"])
     assert server.seen == [("/v1/chat/completions", "Bearer secret"), "/v1/chat/completions"]
 
 
-def test_a_key_is_not_sent_in_the_clear(monkeypatch):
+def test_a_key_is_not_sent_unencrypted(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with pytest.raises(ValueError, match=r"url must begin with https:// to send the key .*OPENAI_API_KEY .*'http://judge:8000"):
         Judge(url="http://judge:8000/v1", model="m")
@@ -430,15 +437,15 @@ def test_a_key_is_not_sent_in_the_clear(monkeypatch):
     Judge(url="http://judge:8000/v1", model="m")
 
 
-def test_a_judge_s_reply_is_bounded(server, monkeypatch):
+def test_the_reply_of_a_judge_is_bounded(server, monkeypatch):
     monkeypatch.setattr("vlmkernels.rewards.judge._MAX_REPLY", 1000)
     judge = Judge(url=f"{server.url}/v1", model="m", retries=0)
-    with pytest.raises(RuntimeError, match="the reply must have at most 1000 bytes"):
+    with pytest.raises(RuntimeError, match="the reply of .* must have at most 1000 bytes"):
         Rewards([judge])(1, [0], prompts=["p"], completions=["c"])
 
 
 def test_nothing_listens_beyond_this_machine():
-    """No module opens a port or names an address that others can reach."""
+    """No module opens a port or names an address that other machines can reach."""
     root = Path(__file__).parents[1] / "vlmkernels"
     for path in root.rglob("*.py"):
         text = path.read_text()

@@ -1,19 +1,17 @@
-"""What ``vlmkernels env`` prints: versions, devices, and which backend serves each op and why the others do not."""
+"""The environment of a run: package versions, and which backends can run each op on this machine."""
 
 import importlib.metadata
-import platform
-import sys
 from pathlib import Path
 
 import torch
 
 from vlmkernels import backend
-from vlmkernels.version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "flash-attn", "peft", "accelerate", "vllm")
 
 
 def version(package: str) -> str:
+    """Return the version of an installed package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -21,51 +19,26 @@ def version(package: str) -> str:
 
 
 def ops() -> list[str]:
-    """The ops that are registered with backends: the folders of vlmkernels/ops that have a reference."""
-    return sorted(path.parent.name for path in (Path(__file__).parent / "ops").glob("*/reference.py"))
+    """List the ops that have backends: folders of vlmkernels/ops with a reference.py, and the keys of ``backend.OTHERS``."""
+    kernels = (path.parent.name for path in (Path(__file__).parent / "ops").glob("*/reference.py"))
+    return sorted({*kernels, *backend.OTHERS})
 
 
-def sample(name: str | None) -> torch.Tensor:
-    """A tensor of the kind that backend ``name`` takes."""
-    device = backend.device_type(name) or ("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.zeros(1, 1, device=device)
+def samples() -> list[torch.Tensor]:
+    """Return one tensor per available device and dtype, to probe backends with. Shape: (N, H, D), as attention needs."""
+    kinds = [("cpu", torch.float32)]
+    if torch.cuda.is_available():
+        kinds += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
+    return [torch.zeros(1, 1, 64, dtype=dtype, device=device) for device, dtype in kinds]
 
 
 def serves() -> dict[str, dict[str, str]]:
-    """Per op and backend "yes", or the reason why not."""
-    table = {}
+    """Return, for each op and backend, "yes" if the backend can run here, else the reason why it cannot."""
+    table: dict[str, dict[str, str]] = {}
+    tensors = samples()
     for op in ops():
         table[op] = {}
-        for name in backend.BACKENDS:
-            reason = backend.missing(name) or backend.why_not(op, name, sample(name))
-            table[op][name] = reason or "yes"
+        for name in backend.backends_of(op).modules:
+            reasons = [backend.why_not(op, name, tensor) for tensor in tensors]
+            table[op][name] = next((reason for reason in reversed(reasons) if None not in reasons and reason), "yes")
     return table
-
-
-def main() -> int:
-    native = backend.native()
-    print(f"vlmkernels  {__version__}")
-    print(f"python      {platform.python_version()} ({sys.executable})")
-    print(f"system      {platform.platform()}, {torch.get_num_threads()} threads")
-    for package in PACKAGES:
-        print(f"{package:<11} {version(package)}")
-    if isinstance(native, ImportError):
-        print(f"_C          not loaded: {native}")
-    else:
-        print(f"_C          CPU code for {native.cpu_isa}, CUDA code for {native.cuda_architectures or 'nothing'}")
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"GPU         {', '.join(gpus) or 'none'}")
-    print(f"backend     {backend.resolve('auto')} (VLMKERNELS_BACKEND)")
-    print("\nBackends, in the order that auto tries them:")
-    for device, names in backend.PREFERENCE.items():
-        print(f"  {device:<5} {', '.join(names)}")
-    print()
-    for op, row in serves().items():
-        print(op)
-        for name, answer in row.items():
-            print(f"  {name:<10} {answer}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,100 +1,102 @@
-// Arguments of grpo_loss on every device, filled in by vlmkernels/ops/grpo_loss/native.py. The formulas: surrogate.h.
+// Arguments of grpo_loss on every device. vlmkernels/ops/grpo_loss/native.py fills them in. Formulas: surrogate.h.
 #pragma once
-
-#include <cstdint>
 
 #include "dtypes.h"
 
 namespace vlmk {
 
-// The rows of the tables in surrogate.h, in the order of GrpoVariant::surrogate and ::kl.
-constexpr const char* kSurrogates[] = {"ppo_clip", "cispo", "sapo", "vespo"};
-constexpr const char* kKlEstimators[] = {"none", "k1", "k2", "k3"};
+// The rows of the tables in surrogate.h. vlmkernels/ops/grpo_loss/reference.py has the same rows under the same names.
+VLMK_ENUM(GrpoSurrogate, ppo_clip, cispo, sapo, vespo)
+VLMK_ENUM(KlEstimator, none, k1, k2, k3)
 
-// What a configuration decides: vlmkernels/ops/grpo_loss/config.py.
+// The settings of vlmkernels/ops/grpo_loss/config.py that the kernels read.
 struct GrpoVariant {
-    int32_t surrogate;
-    int32_t kl;
-    bool sequence_level;     // the ratio is that of the sequence
-    bool kl_bias_corrected;  // the KL term is multiplied by the ratio
-    bool per_length;         // the weight of a token is divided by |y|
-    bool rollout;            // the policy term is corrected for the policy that sampled
-    bool rollout_sequence;   // by the ratio of the sequence, of the sum or
-    bool rollout_mean;       // the mean of its log-ratios
-    bool rollout_mask;       // a ratio out of bounds counts as 0, not as the bound
-    bool off_policy_mask;
+    VLMK_STRUCT(GrpoVariant);
+    VLMK_FIELD(GrpoSurrogate, surrogate);
+    VLMK_FIELD(KlEstimator, kl);
+    VLMK_FIELD(bool, sequence_level);     // one ratio per sequence instead of one per token
+    VLMK_FIELD(bool, kl_bias_corrected);  // the KL term is multiplied by the ratio
+    VLMK_FIELD(bool, per_length);         // the weight of a token is divided by the number of tokens of its sequence
+    VLMK_FIELD(bool, rollout);            // importance sampling: correct the policy term for the policy that sampled
+    VLMK_FIELD(bool, rollout_sequence);   // with one weight per sequence
+    VLMK_FIELD(bool, rollout_mean);       // from the mean of the log-ratios instead of their sum
+    VLMK_FIELD(bool, rollout_mask);       // a ratio outside of the bounds gives weight 0 instead of the bound
+    VLMK_FIELD(bool, off_policy_mask);
 
-    float epsilon_low;
-    float epsilon_high;
-    float delta;
-    float sapo_temperature_pos;
-    float sapo_temperature_neg;
-    float vespo_k_pos;
-    float vespo_lambda_pos;
-    float vespo_k_neg;
-    float vespo_lambda_neg;
-    float beta;
-    float rollout_log_min;
-    float rollout_log_max;
-    float off_policy_threshold;
+    VLMK_FIELD(float, epsilon_low);
+    VLMK_FIELD(float, epsilon_high);
+    VLMK_FIELD(float, delta);
+    VLMK_FIELD(float, sapo_temperature_pos);
+    VLMK_FIELD(float, sapo_temperature_neg);
+    VLMK_FIELD(float, vespo_k_pos);
+    VLMK_FIELD(float, vespo_lambda_pos);
+    VLMK_FIELD(float, vespo_k_neg);
+    VLMK_FIELD(float, vespo_lambda_neg);
+    VLMK_FIELD(float, beta);
+    VLMK_FIELD(float, rollout_log_min);
+    VLMK_FIELD(float, rollout_log_max);
+    VLMK_FIELD(float, off_policy_threshold);
 };
 
-// What a sequence adds to the batch, as floats side by side; those from kRatioMin on are not sums.
-enum GrpoColumn {
-    kLoss,    // sum of share * value
-    kTokens,  // that the mask holds
-    kUnits,   // what kLow and kHigh are to be divided by: tokens, or one sequence
-    kLow,
-    kHigh,
-    kKl,
-    kEntropy,
-    kKept,  // tokens that the entropy threshold leaves
-    kKeptEntropy,
-    kRatio,
-    kRollout,
-    kEffective,  // tokens whose policy term counts
-    kRatioMin,
-    kRatioMax,
-    kLowMin,  // kLow / kUnits of the sequence
-    kHighMax,
-    kColumns
-};
+// Partial results of a sequence: sums over its tokens, then minima and maxima from ratio_min on.
+VLMK_INDEX(GrpoColumn,
+           loss,          // sum of share * value
+           tokens,        // number of tokens in the loss
+           units,         // divisor of low and high: number of tokens, or 1 for statistics of the sequence
+           low,           //
+           high,          //
+           kl,            //
+           entropy,       //
+           kept,          // number of tokens at or above the entropy threshold
+           kept_entropy,  // their entropy
+           ratio,         //
+           rollout,       //
+           effective,     // number of tokens whose policy term is not 0
+           ratio_min,     //
+           ratio_max,     //
+           low_min,       // low / units
+           high_max)      // high / units
+
+// The results of the batch in GrpoLoss::stats. vlmkernels/ops/grpo_loss has the same names in its STATS.
+VLMK_INDEX(GrpoStat, policy_scale, entropy_scale, policy_loss, kl, entropy, low_mean, low_min, high_mean, high_max, ratio_mean,
+           ratio_min, ratio_max, tokens, effective_tokens, rollout_mean, region_mean)
 
 struct GrpoLoss {
-    GrpoVariant variant;
-    int64_t num_sequences;
-    int64_t num_tokens;         // of all sequences, padding included
-    const int32_t* cu_seqlens;  // (S + 1,), or null: sequence s is row s of (S, T)
+    VLMK_STRUCT(GrpoLoss);
+    VLMK_FIELD(GrpoVariant, variant);
+    VLMK_FIELD(int64_t, num_sequences);      // S
+    VLMK_FIELD(int64_t, num_tokens);         // of all sequences, padding included
+    VLMK_FIELD(const int32_t*, cu_seqlens);  // (S + 1,): offsets of packed sequences; null: sequence s is row s of (S, T)
 
-    // Sequence s of a tensor starts at s * stride, or at cu_seqlens[s]. Null: not given.
-    const float* logp;
-    const float* old_logp;
-    const float* ref_logp;
-    const float* rollout_logp;  // NaN: not scored
-    const float* entropy;
-    const float* advantages;
-    const bool* mask;
-    int64_t logp_stride;
-    int64_t old_logp_stride;
-    int64_t ref_logp_stride;
-    int64_t rollout_logp_stride;
-    int64_t entropy_stride;
-    int64_t advantages_stride;
-    int64_t mask_stride;
-    bool advantage_per_token;
+    // A sequence starts at s * stride, or at cu_seqlens[s]. Null: the tensor is not given.
+    VLMK_FIELD(const float*, logp);
+    VLMK_FIELD(const float*, old_logp);
+    VLMK_FIELD(const float*, ref_logp);
+    VLMK_FIELD(const float*, rollout_logp);  // NaN: the engine returned none for this token
+    VLMK_FIELD(const float*, entropy);
+    VLMK_FIELD(const float*, advantages);
+    VLMK_FIELD(const bool*, loss_mask);
+    VLMK_FIELD(int64_t, logp_stride);
+    VLMK_FIELD(int64_t, old_logp_stride);
+    VLMK_FIELD(int64_t, ref_logp_stride);
+    VLMK_FIELD(int64_t, rollout_logp_stride);
+    VLMK_FIELD(int64_t, entropy_stride);
+    VLMK_FIELD(int64_t, advantages_stride);
+    VLMK_FIELD(int64_t, loss_mask_stride);
+    VLMK_FIELD(bool, advantage_per_token);
 
-    const float* entropy_threshold;  // () or null
-    const float* num_items;          // () on the device of logp, or null
-    float divisor;                   // of the policy loss
-    bool divide_by_tokens;           // ... and by the number of tokens: in policy_scale
-    float entropy_coef;
-    float accumulation_steps;
+    VLMK_FIELD(const float*, entropy_threshold);  // () or null
+    VLMK_FIELD(const float*, num_items);          // () on the device of logp, or null
+    VLMK_FIELD(float, divisor);                   // of the policy loss
+    VLMK_FIELD(bool, divide_by_tokens);           // policy_scale is 1 / the number of tokens in the loss
+    VLMK_FIELD(float, entropy_coef);
+    VLMK_FIELD(float, accumulation_steps);
 
-    float* partial;   // CUDA: (S, kColumns) workspace
-    float* dlogp;     // (S, T) or (N,), contiguous, without policy_scale
-    float* dentropy;  // likewise, without entropy_scale; null: not wanted
-    float* loss;      // ()
-    float* stats;     // (16,), the order of STATS in vlmkernels/ops/grpo_loss/batch.py
+    VLMK_FIELD(float*, partial);   // CUDA: (S, GrpoColumn::count) workspace
+    VLMK_FIELD(float*, dlogp);     // (S, T) or (N,), contiguous, not yet multiplied by policy_scale
+    VLMK_FIELD(float*, dentropy);  // like dlogp, not yet multiplied by entropy_scale; null: not computed
+    VLMK_FIELD(float*, loss);      // ()
+    VLMK_FIELD(float*, stats);     // (GrpoStat::count,)
 };
 
 }  // namespace vlmk

@@ -1,16 +1,13 @@
-// Arguments of linear_logps and linear_grpo_loss on every device, filled in by vlmkernels/ops/linear_logps/native.py: a chunk
-// of logits between two GEMMs.
+// Arguments of linear_logps and linear_grpo_loss on every device: one chunk of logits, between the matmul that computes it and
+// the matmuls that consume its gradient. vlmkernels/ops/linear_logps/native.py fills them in.
 //
-// With u = x, or softcap * tanh(x * logit_scale / softcap), z = u * inverse and m, L, p of gather_logps.h with z for x /
-// temperature:
+// Let u = x, or u = softcap * tanh(x * logit_scale / softcap), and define m, L and p as in gather_logps.h with u * inverse
+// instead of x / temperature. Each row passes through the enabled stages in this order:
 //   read       logp = (u_t - m) inverse - L,   entropy = L - sum_v p_v (u_v - m) inverse,   stats = (m, L)
-//   objective  dlogp and dentropy of the token, from its logp and entropy
+//   objective  dlogp and dentropy of the GRPO loss, from logp and entropy
 //   write      dx_v = (dlogp ([v == t] - p_v) - dentropy p_v (log p_v + entropy)) inverse du_v/dx_v
-// Each row passes through the enabled stages in this order. The gradient may overwrite the logits: row k of dlogits then starts
-// where row k of the logits does.
+// The gradient may overwrite the logits. Row k of dlogits then starts at the address of row k of the logits.
 #pragma once
-
-#include <cstdint>
 
 #include "dtypes.h"
 #include "grpo_loss.h"
@@ -18,44 +15,57 @@
 namespace vlmk {
 
 struct LinearLogps {
-    void* logits;  // (n, V), contiguous
-    DType dtype;
-    int64_t num_rows;        // n
-    int64_t vocab;           // V
-    const int64_t* targets;  // (n,); below 0: in another part of the vocabulary, where logp is -infinity
-    float inverse;
-    float softcap;  // 0: none
-    float logit_scale;
+    VLMK_STRUCT(LinearLogps);
+    VLMK_FIELD(void*, logits);  // (n, V), contiguous
+    VLMK_FIELD(DType, dtype);
+    VLMK_FIELD(int64_t, num_rows);        // n
+    VLMK_FIELD(int64_t, vocab);           // V
+    VLMK_FIELD(const int64_t*, targets);  // (n,); negative: in another shard of the vocabulary, logp is -infinity
+    VLMK_FIELD(float, inverse);           // 1 / temperature; logit_scale / temperature without a softcap
+    VLMK_FIELD(float, softcap);           // 0: none
+    VLMK_FIELD(float, logit_scale);
 
-    // Where the logits are rounded to 16 bits the target's is computed anew, hidden . weight[target] + bias; null: it is not.
-    const void* hidden;     // (n, H)
-    const void* weight;     // (V, H)
-    const void* bias;       // (V,) or null
-    DType operand_dtype;    // of these, and of the gradient: as wide as the logits or narrower
-    int64_t width;          // H
-    int64_t hidden_stride;  // of a row; a column follows the other
-    int64_t weight_stride;
-    int64_t weight_step;  // of a column
+    // 16-bit logits are rounded, so the target's logit is computed again as hidden . weight[target] + bias. Null: it is not.
+    VLMK_FIELD(const void*, hidden);   // (n, H)
+    VLMK_FIELD(const void*, weight);   // (V, H)
+    VLMK_FIELD(const void*, bias);     // (V,) or null
+    VLMK_FIELD(DType, operand_dtype);  // of hidden, weight, bias and dlogits; as wide as dtype or narrower
+    VLMK_FIELD(int64_t, width);        // H
+    VLMK_FIELD(int64_t, hidden_stride);
+    VLMK_FIELD(int64_t, weight_stride);  // between rows of weight
+    VLMK_FIELD(int64_t, weight_step);    // between columns of weight
 
-    bool read;
-    float* logp;     // (n,)
-    float* entropy;  // (n,)
-    float* stats;    // (n, 2): m, L
+    VLMK_FIELD(bool, read);
+    VLMK_FIELD(float*, logp);     // (n,)
+    VLMK_FIELD(float*, entropy);  // (n,)
+    VLMK_FIELD(float*, stats);    // (n, 2): m, L
 
-    bool objective;  // else dlogp and dentropy are given
-    GrpoVariant variant;
-    const float* old_logp;  // (n,) each, or null: as in grpo_loss.h
-    const float* ref_logp;
-    const float* rollout_logp;
-    const float* advantages;
-    const float* share;   // (n,): the weight of the token
-    float entropy_scale;  // dentropy
+    VLMK_FIELD(bool, objective);  // false: dlogp and dentropy are inputs
+    VLMK_FIELD(GrpoVariant, variant);
+    VLMK_FIELD(const float*, old_logp);  // (n,) or null, as in grpo_loss.h
+    VLMK_FIELD(const float*, ref_logp);
+    VLMK_FIELD(const float*, rollout_logp);
+    VLMK_FIELD(const float*, advantages);
+    VLMK_FIELD(const float*, share);   // (n,): weight of the token
+    VLMK_FIELD(float, entropy_scale);  // dentropy of every token
 
-    bool write;
-    void* dlogits;           // (n, V), in operand_dtype; may share the memory of logits
-    int64_t dlogits_stride;  // of a row, in elements
-    const float* dlogp;      // (n,)
-    const float* dentropy;   // (n,) or null: 0
+    VLMK_FIELD(bool, write);
+    VLMK_FIELD(void*, dlogits);           // (n, V) of operand_dtype; may be the memory of logits
+    VLMK_FIELD(int64_t, dlogits_stride);  // between rows, in elements
+    VLMK_FIELD(const float*, dlogp);      // (n,)
+    VLMK_FIELD(const float*, dentropy);   // (n,); null: 0
 };
+
+// Calls f(T{}, Out{}) with the types of the logits and of their gradient.
+template <class Function>
+void with_dtypes(const LinearLogps& p, Function f) {
+    with_dtype(p.dtype, [&](auto x) {
+        if constexpr (sizeof(x) == sizeof(float)) {
+            with_dtype(p.operand_dtype, [&](auto out) { f(x, out); });
+        } else {
+            f(x, x);
+        }
+    });
+}
 
 }  // namespace vlmk

@@ -1,46 +1,47 @@
-// Arguments of rotary on every device, filled in by vlmkernels/ops/rotary/native.py.
+// Arguments of rotary on every device. vlmkernels/ops/rotary/native.py fills them in.
 //
-// With P pairs, of each head x of a token:
+// Let P be the number of pairs, and x one head of a token:
 //   y_j = x_j cos_j - x_{j+P} sin_j,   y_{j+P} = x_{j+P} cos_j + x_j sin_j,   y_k = x_k from k = 2 P on
-// The inverse has -sin: it is the backward pass.
+// The backward pass is the inverse, which uses -sin.
 #pragma once
-
-#include <cstdint>
 
 #include "dtypes.h"
 
 namespace vlmk {
 
-// Strides in elements; the last axis is contiguous.
+// Strides are in elements. The last axis is contiguous.
 struct RotaryHeads {
-    const void* x;  // (batch, tokens, num, width)
-    void* out;      // contiguous
-    int64_t num;
-    int64_t stride_batch;
-    int64_t stride_token;
-    int64_t stride_head;
+    VLMK_STRUCT(RotaryHeads);
+    VLMK_FIELD(const void*, x);  // (batch, tokens, num, width)
+    VLMK_FIELD(void*, out);      // like x, contiguous
+    VLMK_FIELD(int64_t, num);
+    VLMK_FIELD(int64_t, stride_batch);
+    VLMK_FIELD(int64_t, stride_token);
+    VLMK_FIELD(int64_t, stride_head);
 };
 
 struct RotaryTable {
-    const void* values;  // (batch, tokens, pairs)
-    int64_t stride_batch;
-    int64_t stride_token;
+    VLMK_STRUCT(RotaryTable);
+    VLMK_FIELD(const void*, values);  // (batch, tokens, pairs)
+    VLMK_FIELD(int64_t, stride_batch);
+    VLMK_FIELD(int64_t, stride_token);
 };
 
 struct Rotary {
-    RotaryHeads query;
-    RotaryHeads key;
-    RotaryTable cos;
-    RotaryTable sin;
-    DType dtype;        // of query, key and the results
-    DType table_dtype;  // of cos and sin
-    int64_t batch;
-    int64_t tokens;
-    int64_t width;
-    int64_t pairs;  // 2 pairs <= width
-    bool inverse;
+    VLMK_STRUCT(Rotary);
+    VLMK_FIELD(RotaryHeads, query);
+    VLMK_FIELD(RotaryHeads, key);
+    VLMK_FIELD(RotaryTable, cos);
+    VLMK_FIELD(RotaryTable, sin);
+    VLMK_FIELD(DType, dtype);        // of query, key and their results
+    VLMK_FIELD(DType, table_dtype);  // of cos and sin
+    VLMK_FIELD(int64_t, batch);
+    VLMK_FIELD(int64_t, tokens);
+    VLMK_FIELD(int64_t, width);
+    VLMK_FIELD(int64_t, pairs);  // 2 pairs <= width
+    VLMK_FIELD(bool, inverse);
 };
 
-constexpr int64_t kRotaryMaxPairs = 256;  // CUDA: what a block has shared memory for
+constexpr int64_t kRotaryMaxPairs = 256;  // CUDA: limited by the shared memory of a block
 
 }  // namespace vlmk

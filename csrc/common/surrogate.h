@@ -1,15 +1,14 @@
-// The GRPO objective of one token, and of sixteen: the same rows as vlmkernels/ops/grpo_loss/reference.py.
+// The GRPO loss of one token, or of a vector of tokens: the same rows as vlmkernels/ops/grpo_loss/reference.py.
 //
-// F is float, or a vector of the CPU's simd.h, and M what a comparison of two F gives. Whoever includes this defines VLMK_NS,
-// the namespace to put it in (one per instruction set, and one for CUDA: code compiled for one must not be linked into
-// another), and declares there `exp` of every F that it uses.
+// F is float, or a vector of cpu/simd.h. M is the type of a comparison of two F. Include this header through cpu/grpo.h or
+// cuda/grpo.cuh: they define exp(F), and VLMK_NS, a namespace per instruction set and one for CUDA, so that the linker does not
+// mix their code.
 #pragma once
 
 #include "grpo_loss.h"
-#include "linear_logps.h"
 
 #ifndef VLMK_NS
-#error "define VLMK_NS"
+#error "include cpu/grpo.h or cuda/grpo.cuh"
 #endif
 
 namespace vlmk::VLMK_NS {
@@ -27,16 +26,17 @@ VLMK_HD F one_where(M condition) {
     return condition ? splat_as<F>(1.0f) : F{};
 }
 
-// The bound where x is beyond it; a NaN stays one. Of a vector: simd.h.
+// min(x, high) and max(x, low) that keep a NaN. simd.h has the same for vectors.
 VLMK_HD float at_most(float x, float high) { return x > high ? high : x; }
 VLMK_HD float at_least(float x, float low) { return x < low ? low : x; }
 template <class F>
 VLMK_HD F bounded(F log_ratio) {
     return at_least(at_most(log_ratio, kMaxLogRatio), -kMaxLogRatio);
 }
+
 // ---- surrogates ----
 
-// The loss, its derivative by logp, and two statistics.
+// The loss, its derivative with respect to logp, and two statistics.
 template <class F>
 struct Term {
     F loss, dlogp, low, high;
@@ -44,7 +44,7 @@ struct Term {
 
 // -min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A)
 struct PpoClip {
-    static constexpr bool kThroughRatio = true;  // dlogp reaches logp through the ratio
+    static constexpr bool kThroughRatio = true;  // dlogp is the derivative through the ratio
     static constexpr bool kSequenceWeight = false;
 
     template <class F>
@@ -70,7 +70,7 @@ struct Cispo {
     }
 };
 
-// -sigmoid(tau (r - 1)) 4 / tau A, tau by the sign of A
+// -sigmoid(tau (r - 1)) 4 / tau A, where tau depends on the sign of A
 struct Sapo {
     static constexpr bool kThroughRatio = true;
     static constexpr bool kSequenceWeight = false;
@@ -83,10 +83,10 @@ struct Sapo {
     }
 };
 
-// -sg(phi(w)) A logp, phi(w) = e^lambda w^k e^(-lambda w), of w = e^log_weight
+// -sg(phi(w)) A logp, where phi(w) = e^lambda w^k e^(-lambda w) and w = e^log_weight is the weight of the sequence
 struct Vespo {
     static constexpr bool kThroughRatio = false;
-    static constexpr bool kSequenceWeight = true;  // log_weight is used
+    static constexpr bool kSequenceWeight = true;  // reads log_weight
 
     template <class F>
     VLMK_HD static Term<F> term(F logp, F, F log_weight, F adv, const GrpoVariant& p) {
@@ -97,7 +97,7 @@ struct Vespo {
     }
 };
 
-// ---- estimators of KL(policy || reference), of x = ref_logp - logp ----
+// ---- estimators of KL(policy || reference), where x = ref_logp - logp ----
 
 template <class F>
 struct KlTerm {
@@ -127,40 +127,41 @@ struct K3 {
 };
 
 template <class F>
-VLMK_HD KlTerm<F> kl_term(int32_t row, F x) {
-    return row == 1 ? K1::term(x) : row == 2 ? K2::term(x) : K3::term(x);
+VLMK_HD KlTerm<F> kl_term(KlEstimator kl, F x) {
+    return kl == KlEstimator::k1 ? K1::term(x) : kl == KlEstimator::k2 ? K2::term(x) : K3::term(x);
 }
 
-// Calls f(row of surrogates).
+// Calls f with the struct of the surrogate.
 template <class Function>
 void with_surrogate(const GrpoVariant& v, Function f) {
     switch (v.surrogate) {
-        case 0:
+        case GrpoSurrogate::ppo_clip:
             return f(PpoClip{});
-        case 1:
+        case GrpoSurrogate::cispo:
             return f(Cispo{});
-        case 2:
+        case GrpoSurrogate::sapo:
             return f(Sapo{});
-        default:
+        case GrpoSurrogate::vespo:
             return f(Vespo{});
     }
 }
 
 // ---- a token ----
 
-// Its values; what was not given is what was given instead of it, or 0.
+// The inputs of a token. Where a tensor is not given, old_logp and ref_logp equal logp, rollout_logp equals old_logp, and
+// entropy is 0.
 template <class F, class M>
 struct Token {
-    M mask;
+    M loss_mask;
     F logp, old_logp, ref_logp, rollout_logp, entropy, adv;
 
     VLMK_HD F log_ratio() const { return logp - old_logp; }
-    // A token that has no log-probability of its sampler counts as sampled by the policy before this step.
+    // Without a log-probability from the engine (NaN), the token counts as sampled from the policy before this step.
     VLMK_HD F rollout_log_ratio() const { return rollout_logp == rollout_logp ? old_logp - rollout_logp : F{}; }
     VLMK_HD F drift() const { return rollout_logp == rollout_logp ? rollout_logp - logp : F{}; }
 };
 
-// The logarithm of the weight that corrects for the policy that sampled.
+// The logarithm of the importance-sampling weight, truncated or masked.
 template <class F>
 VLMK_HD F rollout_log_weight(F log_ratio, const GrpoVariant& v) {
     F log_weight = bounded(at_least(at_most(log_ratio, v.rollout_log_max), v.rollout_log_min));
@@ -169,7 +170,7 @@ VLMK_HD F rollout_log_weight(F log_ratio, const GrpoVariant& v) {
     return outside ? splat_as<F>(-1e30f) : log_weight;  // e^-1e30 is 0
 }
 
-// Sums over the tokens of a sequence that its tokens' terms need.
+// Sums over the tokens of a sequence, which the terms of its tokens depend on.
 template <class F>
 struct SequenceSums {
     F tokens{}, log_ratio{}, log_weight{}, rollout_log_ratio{}, drift{};
@@ -177,36 +178,36 @@ struct SequenceSums {
 
 template <class Surrogate, class F, class M>
 VLMK_HD void add(SequenceSums<F>& sums, const Token<F, M>& t, const GrpoVariant& v) {
-    sums.tokens += one_where<F>(t.mask);
+    sums.tokens += one_where<F>(t.loss_mask);
     sums.log_ratio += t.log_ratio();
     if constexpr (Surrogate::kSequenceWeight) {
         sums.log_weight += bounded(t.log_ratio());
         if (v.rollout) {
             F correction = at_least(rollout_log_weight(t.rollout_log_ratio(), v), kVespoMinLogWeight);
-            sums.log_weight += t.mask ? correction : F{};
+            sums.log_weight += t.loss_mask ? correction : F{};
         }
     }
     if (v.rollout_sequence) sums.rollout_log_ratio += t.rollout_log_ratio();
     if (v.off_policy_mask) sums.drift += t.drift();
 }
 
-// Whether a sequence's tokens need more of it than their number.
+// Whether the terms of the tokens depend on any sum besides the number of tokens.
 template <class Surrogate>
 VLMK_HD bool needs_sums(const GrpoVariant& v) {
     return Surrogate::kSequenceWeight || v.sequence_level || v.rollout_sequence || v.off_policy_mask;
 }
 
-// What its tokens need to know of a sequence.
+// The values of a sequence that the terms of its tokens depend on.
 struct Sequence {
     float tokens;
-    float share;  // the weight of a token
-    float ratio;  // at the sequence level
+    float share;  // weight of each token
+    float ratio;  // if the ratio is per sequence
     float log_weight;
     float rollout_log_weight;
     bool drifted;
 };
 
-// What all tokens' weights are divided by as far as it is known before the batch is read; finish() has the rest.
+// The factor of all token weights that is known before the batch is read. finish() computes the rest.
 VLMK_HD float known_scale(const GrpoLoss& p) {
     float scale = 1.0f / p.divisor;
     return p.num_items == nullptr || *p.num_items == 0.0f ? scale : scale / *p.num_items;
@@ -225,16 +226,16 @@ VLMK_HD Sequence sequence_of(const SequenceSums<float>& sums, const GrpoLoss& p)
     return q;
 }
 
-// What a token adds to the loss and the statistics. At the sequence level the part of its gradient that reaches logp through
-// the ratio is to be spread evenly over the sequence.
+// What a token adds to the loss, the gradient (direct + through_ratio) and the statistics. With a ratio per sequence, the sum
+// of through_ratio is spread evenly over the tokens of the sequence.
 template <class F>
 struct TokenTerms {
     F value, direct, through_ratio;
     F low, high, kl, ratio;
-    F kept, rollout, effective;  // plain: all three are the mask
+    F kept, rollout, effective;  // all three equal the loss mask if the variant is plain
 };
 
-// Whether each token is for itself and none has a weight of its own: what most calls ask, and the fast path of token_terms.
+// Whether tokens do not depend on each other and have no weights of their own: the common case, with a fast path.
 VLMK_HD bool is_plain(const GrpoVariant& v, const float* entropy_threshold) {
     return !v.sequence_level && !v.rollout && !v.off_policy_mask && entropy_threshold == nullptr;
 }
@@ -242,7 +243,7 @@ VLMK_HD bool is_plain(const GrpoVariant& v, const float* entropy_threshold) {
 template <class Surrogate, bool kPlain, class F, class M>
 VLMK_HD TokenTerms<F> token_terms(const Token<F, M>& t, const Sequence& q, float entropy_threshold, const GrpoVariant& v) {
     TokenTerms<F> r;
-    F valid = one_where<F>(t.mask);
+    F valid = one_where<F>(t.loss_mask);
     bool sequence_level = !kPlain && v.sequence_level;
     r.ratio = valid * (sequence_level ? splat_as<F>(q.ratio) : exp(bounded(t.log_ratio())));
     r.kept = r.rollout = r.effective = valid;
@@ -264,7 +265,7 @@ VLMK_HD TokenTerms<F> token_terms(const Token<F, M>& t, const Sequence& q, float
     r.high = valid * term.high;
     r.value = weight * term.loss;
     r.direct = r.through_ratio = r.kl = F{};
-    if (v.kl != 0) {
+    if (v.kl != KlEstimator::none) {
         KlTerm<F> kl = kl_term(v.kl, bounded(t.ref_logp - t.logp));
         r.kl = valid * kl.kl;
         r.direct = valid * v.beta * kl.dlogp;
@@ -279,66 +280,36 @@ VLMK_HD TokenTerms<F> token_terms(const Token<F, M>& t, const Sequence& q, float
     return r;
 }
 
-// ---- a token for itself, in the sweep of linear_grpo_loss ----
-
-// The derivative of the loss by a token's log-probability and entropy.
-struct TokenGradient {
-    float dlogp, dentropy;
-};
-
-template <class Surrogate>
-VLMK_HD TokenGradient token_gradient_of(const LinearLogps& p, int64_t k, float logp) {
-    auto read = [&](const float* data, float otherwise) { return data == nullptr ? otherwise : at_least(data[k], kMinLogp); };
-    Token<float, bool> t{};
-    t.mask = true;
-    t.logp = at_least(logp, kMinLogp);
-    t.old_logp = read(p.old_logp, t.logp);
-    t.ref_logp = read(p.ref_logp, t.logp);
-    t.rollout_logp = read(p.rollout_logp, t.old_logp);
-    t.adv = p.advantages[k];
-    TokenTerms<float> terms = token_terms<Surrogate, false>(t, Sequence{}, -kMaxLogRatio, p.variant);
-    return {(terms.direct + terms.through_ratio) * p.share[k], p.entropy_scale};
-}
-
-VLMK_HD TokenGradient token_gradient(const LinearLogps& p, int64_t k, float logp) {
-    switch (p.variant.surrogate) {
-        case 0:
-            return token_gradient_of<PpoClip>(p, k, logp);
-        case 1:
-            return token_gradient_of<Cispo>(p, k, logp);
-        default:
-            return token_gradient_of<Sapo>(p, k, logp);  // vespo needs its sequence
-    }
-}
-
 // ---- the batch ----
 
+// a / max(b, 1)
 VLMK_HD float ratio_of(float a, float b) { return a / (b > 1.0f ? b : 1.0f); }
 
 // The loss and the statistics from the columns of all sequences.
-VLMK_HD void finish(const GrpoLoss& p, const float (&total)[kColumns], float* loss, float* stats) {
-    bool any = total[kTokens] > 0.0f;
-    float policy_scale = p.divide_by_tokens ? ratio_of(1.0f, total[kTokens]) : 1.0f;
-    float entropy_scale = -ratio_of(p.entropy_coef, total[kKept]) / p.accumulation_steps;
-    float policy_loss = total[kLoss] * policy_scale;
-    // Without a coefficient the entropy is a metric, and may be anything.
-    *loss = p.entropy_coef == 0.0f ? policy_loss : policy_loss + entropy_scale * total[kKeptEntropy];
-    stats[0] = policy_scale;
-    stats[1] = entropy_scale;
-    stats[2] = policy_loss;
-    stats[3] = ratio_of(total[kKl], total[kTokens]);
-    stats[4] = ratio_of(total[kEntropy], total[kTokens]);
-    stats[5] = ratio_of(total[kLow], total[kUnits]);
-    stats[6] = total[kUnits] > 0.0f ? total[kLowMin] : 0.0f;
-    stats[7] = ratio_of(total[kHigh], total[kUnits]);
-    stats[8] = total[kUnits] > 0.0f ? total[kHighMax] : 0.0f;
-    stats[9] = ratio_of(total[kRatio], total[kTokens]);
-    stats[10] = any ? total[kRatioMin] : 0.0f;
-    stats[11] = any ? total[kRatioMax] : 0.0f;
-    stats[12] = total[kTokens];
-    stats[13] = total[kEffective];
-    stats[14] = ratio_of(total[kRollout], total[kTokens]);
-    stats[15] = stats[5] + stats[7];  // a token is clipped at one bound at most
+VLMK_HD void finish(const GrpoLoss& p, const float (&total)[GrpoColumn::count], float* loss, float* stats) {
+    float tokens = total[GrpoColumn::tokens], units = total[GrpoColumn::units];
+    float policy_scale = p.divide_by_tokens ? ratio_of(1.0f, tokens) : 1.0f;
+    float entropy_scale = -ratio_of(p.entropy_coef, total[GrpoColumn::kept]) / p.accumulation_steps;
+    float policy_loss = total[GrpoColumn::loss] * policy_scale;
+    float low_mean = ratio_of(total[GrpoColumn::low], units), high_mean = ratio_of(total[GrpoColumn::high], units);
+    // Without a coefficient the entropy is only a metric, and may be NaN.
+    *loss = p.entropy_coef == 0.0f ? policy_loss : policy_loss + entropy_scale * total[GrpoColumn::kept_entropy];
+    stats[GrpoStat::policy_scale] = policy_scale;
+    stats[GrpoStat::entropy_scale] = entropy_scale;
+    stats[GrpoStat::policy_loss] = policy_loss;
+    stats[GrpoStat::kl] = ratio_of(total[GrpoColumn::kl], tokens);
+    stats[GrpoStat::entropy] = ratio_of(total[GrpoColumn::entropy], tokens);
+    stats[GrpoStat::low_mean] = low_mean;
+    stats[GrpoStat::low_min] = units > 0.0f ? total[GrpoColumn::low_min] : 0.0f;
+    stats[GrpoStat::high_mean] = high_mean;
+    stats[GrpoStat::high_max] = units > 0.0f ? total[GrpoColumn::high_max] : 0.0f;
+    stats[GrpoStat::ratio_mean] = ratio_of(total[GrpoColumn::ratio], tokens);
+    stats[GrpoStat::ratio_min] = tokens > 0.0f ? total[GrpoColumn::ratio_min] : 0.0f;
+    stats[GrpoStat::ratio_max] = tokens > 0.0f ? total[GrpoColumn::ratio_max] : 0.0f;
+    stats[GrpoStat::tokens] = tokens;
+    stats[GrpoStat::effective_tokens] = total[GrpoColumn::effective];
+    stats[GrpoStat::rollout_mean] = ratio_of(total[GrpoColumn::rollout], tokens);
+    stats[GrpoStat::region_mean] = low_mean + high_mean;  // a token is clipped at one bound at most
 }
 
 }  // namespace vlmk::VLMK_NS

@@ -1,4 +1,5 @@
-// gather_logps on the CPU: one read of a row forward; one read and one write backward. Formulas: common/gather_logps.h.
+// gather_logps on the CPU. The forward pass reads each row once; the backward pass reads and writes it once. Formulas:
+// common/gather_logps.h.
 #include "../common/gather_logps.h"
 
 #include <vector>
@@ -14,9 +15,9 @@ void forward(const GatherLogps& p, int threads) {
     float inverse = 1.0f / p.temperature;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t k = 0; k < p.num_results; ++k) {
-        bool asked = p.mask == nullptr || p.mask[k];
+        bool selected = p.mask == nullptr || p.mask[k];
         float logp = 0, entropy = 0, m = 0, log_sum = 0;
-        if (asked) {
+        if (selected) {
             int64_t n = p.rows == nullptr ? k : p.rows[k];
             const T* x = static_cast<const T*>(p.logits) + n / p.inner * p.stride_outer + n % p.inner * p.stride_inner;
             Softmax softmax = p.entropy != nullptr ? read_row<true>(PlainRow<T>{x}, p.vocab, inverse * kLog2e)
@@ -44,7 +45,7 @@ void backward_row(const GatherLogps& p, int64_t begin, int64_t end, const T* x, 
     RowGradient gradient{p.stats[2 * begin], inverse * kLog2e, p.stats[2 * begin + 1] * kLog2e, 0, dentropy * inverse * kLn2};
     gradient.constant = inverse * (dlogp + (p.dentropy == nullptr ? 0 : dentropy * p.entropy[begin]));
 
-    // The targets' elements first, in fp32 and before the row is overwritten: several results may share one.
+    // The elements of the targets are computed first, in fp32, before the row is overwritten. Results may share a target.
     at_target.clear();
     for (int64_t k = begin; k < end; ++k) {
         float one_hot = 0;
@@ -59,14 +60,14 @@ void backward_row(const GatherLogps& p, int64_t begin, int64_t end, const T* x, 
 
 template <class T>
 void backward(const GatherLogps& p, int threads) {
-    if (p.dlogits != p.logits) ask_for_huge_pages(p.dlogits, p.num_rows * p.vocab * sizeof(T));
+    if (p.dlogits != p.logits) advise_huge_pages(p.dlogits, p.num_rows * p.vocab * sizeof(T));
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> at_target;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t n = 0; n < p.num_rows; ++n) {
-            int64_t begin = p.starts == nullptr ? n : p.starts[n];
-            int64_t end = p.starts == nullptr ? n + (p.mask == nullptr || p.mask[n]) : p.starts[n + 1];
+            int64_t begin = p.offsets == nullptr ? n : p.offsets[n];
+            int64_t end = p.offsets == nullptr ? n + (p.mask == nullptr || p.mask[n]) : p.offsets[n + 1];
             T* dx = static_cast<T*>(p.dlogits) + n / p.inner * p.grad_stride_outer + n % p.inner * p.grad_stride_inner;
             if (begin == end) {
                 std::memset(dx, 0, p.vocab * sizeof(T));
@@ -81,25 +82,11 @@ void backward(const GatherLogps& p, int threads) {
 }  // namespace
 
 void gather_logps_fwd(const GatherLogps& p, int threads) {
-    switch (p.dtype) {
-        case DType::float32:
-            return forward<float>(p, threads);
-        case DType::bfloat16:
-            return forward<bf16>(p, threads);
-        case DType::float16:
-            return forward<f16>(p, threads);
-    }
+    with_dtype(p.dtype, [&](auto x) { forward<decltype(x)>(p, threads); });
 }
 
 void gather_logps_bwd(const GatherLogps& p, int threads) {
-    switch (p.dtype) {
-        case DType::float32:
-            return backward<float>(p, threads);
-        case DType::bfloat16:
-            return backward<bf16>(p, threads);
-        case DType::float16:
-            return backward<f16>(p, threads);
-    }
+    with_dtype(p.dtype, [&](auto x) { backward<decltype(x)>(p, threads); });
 }
 
 }  // namespace vlmk::VLMK_ISA

@@ -1,4 +1,4 @@
-// group_advantages on the CPU: a few thousand numbers, in fp64.
+// group_advantages on the CPU, in fp64: a batch has a few thousand rewards.
 #include "../common/group_advantages.h"
 
 #include <algorithm>
@@ -14,16 +14,16 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 struct Moments {
     int64_t count = 0;
     double mean = 0, std = 0;
-    double best = -kInfinity, second = -kInfinity, least = kInfinity;  // second: after one occurrence of the best
+    double best = -kInfinity, second = -kInfinity, least = kInfinity;  // second: the greatest without one occurrence of best
 
     bool equal() const { return best <= least || count == 0; }
-    // x less the mean; exactly 0 where all are equal.
-    double centre(double x) const { return equal() ? 0.0 : x - mean; }
-    // Infinite where all are equal, whatever eps: what is divided is exactly 0.
+    // x - mean; exactly 0 if all values are equal.
+    double center(double x) const { return equal() ? 0.0 : x - mean; }
+    // Infinite if all values are equal, so that eps = 0 does not give 0 / 0.
     double divisor(double eps) const { return std == 0 ? kInfinity : std + eps; }
 };
 
-// Of the value(i) for i in [begin, end) that are not NaN.
+// The moments of value(i) for i in [begin, end). NaN is left out.
 template <class Value>
 Moments moments_of(int64_t begin, int64_t end, Value value) {
     Moments m;
@@ -46,23 +46,24 @@ Moments moments_of(int64_t begin, int64_t end, Value value) {
     return m;
 }
 
-double advantage(double r, const Moments& group, int32_t baseline) {
+double advantage(double r, const Moments& group, GroupBaseline baseline) {
     switch (baseline) {
-        case kBaselineMean:
-            return group.centre(r);
-        case kBaselineLeaveOneOut:
-            return group.centre(r) * group.count / std::max<int64_t>(group.count - 1, 1);
-        case kBaselinePassAtK:
+        case GroupBaseline::mean:
+            return group.center(r);
+        case GroupBaseline::leave_one_out:
+            return group.center(r) * group.count / std::max<int64_t>(group.count - 1, 1);
+        case GroupBaseline::pass_at_k:
             return group.count > 1 && r == group.best ? group.best - group.second : 0.0;
-        default:
-            return r;
+        case GroupBaseline::none:
+            break;
     }
+    return r;
 }
 
 }  // namespace
 
 void group_advantages(const GroupAdvantages& p, int) {
-    auto start = [&](int64_t g) { return p.starts != nullptr ? p.starts[g] : g * (p.num / p.num_groups); };
+    auto start = [&](int64_t g) { return p.offsets != nullptr ? p.offsets[g] : g * (p.num / p.num_groups); };
     auto weight = [&](int64_t k) { return p.weights != nullptr ? p.weights[k] : 1.0f; };
     std::vector<double> r(p.num, std::nan(""));
     auto add = [&](int64_t i, double x) { r[i] = std::isnan(r[i]) ? x : r[i] + x; };
@@ -71,13 +72,13 @@ void group_advantages(const GroupAdvantages& p, int) {
             float x = p.rewards[i * p.functions + k];
             if (!std::isnan(x)) add(i, static_cast<double>(weight(k)) * x);
         }
-        r[i] = p.total[i] = static_cast<float>(r[i]);  // rewards that show no difference have none
+        r[i] = p.total[i] = static_cast<float>(r[i]);  // rewards that are equal in fp32 count as equal
     }
     auto value = [&](int64_t i) { return r[i]; };
     Moments batch = moments_of(0, p.num, value);
     for (int64_t g = 0; g < p.num_groups; ++g) {
         Moments group = moments_of(start(g), start(g + 1), value);
-        double divisor = p.scale == kScaleNone ? 1.0 : (p.scale == kScaleGroup ? group : batch).divisor(p.eps);
+        double divisor = p.scale == GroupScale::none ? 1.0 : (p.scale == GroupScale::group ? group : batch).divisor(p.eps);
         for (int64_t i = start(g); i < start(g + 1); ++i) {
             p.advantages[i] = std::isnan(r[i]) ? 0.0f : static_cast<float>(advantage(r[i], group, p.baseline) / divisor);
             p.mean[i] = static_cast<float>(group.mean);
@@ -92,13 +93,13 @@ void group_advantages(const GroupAdvantages& p, int) {
             auto reward = [&](int64_t i) { return static_cast<double>(p.rewards[i * p.functions + k]); };
             Moments group = moments_of(start(g), start(g + 1), reward);
             for (int64_t i = start(g); i < start(g + 1); ++i) {
-                if (!std::isnan(reward(i))) add(i, weight(k) * group.centre(reward(i)) / group.divisor(p.eps));
+                if (!std::isnan(reward(i))) add(i, weight(k) * group.center(reward(i)) / group.divisor(p.eps));
             }
         }
     }
     batch = moments_of(0, p.num, value);
     for (int64_t i = 0; i < p.num; ++i) {
-        p.advantages[i] = std::isnan(r[i]) ? 0.0f : static_cast<float>(batch.centre(r[i]) / batch.divisor(p.eps));
+        p.advantages[i] = std::isnan(r[i]) ? 0.0f : static_cast<float>(batch.center(r[i]) / batch.divisor(p.eps));
     }
 }
 

@@ -1,25 +1,22 @@
-// grpo_loss on the CPU: a sequence is read once where its tokens do not depend on each other, twice from the cache where they
-// do.
-#include "simd.h"
-#define VLMK_NS VLMK_ISA
+// grpo_loss on the CPU. A sequence is read once if its tokens do not depend on each other, else twice, from the cache.
 #include <algorithm>
 #include <vector>
 
-#include "../common/surrogate.h"
+#include "grpo.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 32 * kLanes;  // tokens summed in fp32 before the sum goes on in fp64
-constexpr int64_t kPerThread = 1 << 14;  // tokens that are worth a thread
+constexpr int64_t kBlock = 32 * kLanes;  // tokens that are summed in fp32; blocks are summed in fp64
+constexpr int64_t kPerThread = 1 << 14;  // least number of tokens per thread
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A sequence's tensors.
+// The tensors of a sequence.
 struct Rows {
-    int64_t begin, size;  // its tokens in the results
+    int64_t begin, size;  // its tokens in dlogp and dentropy
     const float *logp, *old_logp, *ref_logp, *rollout_logp, *entropy, *advantages;
-    const bool* mask;
-    float advantage;  // where there is one for the sequence
+    const bool* loss_mask;
+    float advantage;  // if there is one per sequence
 };
 
 Rows rows_of(const GrpoLoss& p, int64_t s) {
@@ -36,7 +33,7 @@ Rows rows_of(const GrpoLoss& p, int64_t s) {
            row(p.rollout_logp, p.rollout_logp_stride),
            row(p.entropy, p.entropy_stride),
            nullptr,
-           row(p.mask, p.mask_stride),
+           row(p.loss_mask, p.loss_mask_stride),
            0};
     if (p.advantage_per_token) {
         r.advantages = row(p.advantages, p.advantages_stride);
@@ -46,7 +43,7 @@ Rows rows_of(const GrpoLoss& p, int64_t s) {
     return r;
 }
 
-// Of sixteen tokens, the first `left` of which exist: 1 where the mask holds.
+// The loss mask of sixteen tokens, of which the first `left` exist, as bytes 0 and 1. Without a mask all are 1.
 using Bytes = uint8_t __attribute__((vector_size(kLanes)));
 
 template <bool kWhole>
@@ -76,16 +73,16 @@ i32 widen(Bytes bytes) {
 
 template <bool kWhole>
 i32 load_mask(const Rows& r, int64_t i) {
-    return widen(load_bytes<kWhole>(r.mask == nullptr ? nullptr : r.mask + i, r.size - i));
+    return widen(load_bytes<kWhole>(r.loss_mask == nullptr ? nullptr : r.loss_mask + i, r.size - i));
 }
 
 template <bool kWhole>
 __attribute__((always_inline)) inline Token<f32, i32> load_token(const Rows& r, int64_t i) {
     Token<f32, i32> t;
-    t.mask = load_mask<kWhole>(r, i);
+    t.loss_mask = load_mask<kWhole>(r, i);
     auto read = [&](const float* data) {
         f32 x = kWhole ? load(data + i) : load_tail(data + i, r.size - i, 0.0f);
-        return t.mask ? x : f32{};
+        return t.loss_mask ? x : f32{};
     };
     auto read_logp = [&](const float* data) { return at_least(read(data), kMinLogp); };
     t.logp = read_logp(r.logp);
@@ -93,11 +90,11 @@ __attribute__((always_inline)) inline Token<f32, i32> load_token(const Rows& r, 
     t.ref_logp = r.ref_logp == nullptr ? t.logp : read_logp(r.ref_logp);
     t.rollout_logp = r.rollout_logp == nullptr ? t.old_logp : read_logp(r.rollout_logp);
     t.entropy = r.entropy == nullptr ? f32{} : read(r.entropy);
-    t.adv = r.advantages == nullptr ? (t.mask ? splat(r.advantage) : f32{}) : read(r.advantages);
+    t.adv = r.advantages == nullptr ? (t.loss_mask ? splat(r.advantage) : f32{}) : read(r.advantages);
     return t;
 }
 
-// Calls body(index of the first token, whole) for every sixteen tokens of [begin, end).
+// Calls body(i, whole) for every vector of sixteen tokens in [begin, end). `whole` is false_type for an incomplete last vector.
 template <class Body>
 void each(int64_t begin, int64_t end, Body body) {
     for (; begin + kLanes <= end; begin += kLanes) body(begin, std::true_type{});
@@ -119,7 +116,7 @@ template <class Surrogate>
 SequenceSums<float> sums_of(const Rows& r, const GrpoVariant& v) {
     SequenceSums<float> total;
     if (!needs_sums<Surrogate>(v)) {
-        total.tokens = static_cast<float>(r.mask == nullptr ? r.size : count(r.mask, r.size));
+        total.tokens = static_cast<float>(r.loss_mask == nullptr ? r.size : count(r.loss_mask, r.size));
         return total;
     }
     SequenceSums<double> sums;
@@ -155,7 +152,7 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
         each(start, std::min(start + kBlock, r.size), [&](int64_t i, auto whole) {
             constexpr bool kWhole = decltype(whole)::value;
             auto write = [&](float* out, f32 x) { kWhole ? store(out + i, x) : store_tail(out + i, r.size - i, x); };
-            if (r.mask != nullptr && none(load_bytes<kWhole>(r.mask + i, r.size - i))) {  // the end of a padded row
+            if (r.loss_mask != nullptr && none(load_bytes<kWhole>(r.loss_mask + i, r.size - i))) {  // no token is in the loss
                 write(dlogp, f32{});
                 if (p.dentropy != nullptr) write(p.dentropy + r.begin, f32{});
                 return;
@@ -182,36 +179,36 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
                 rollout += terms.rollout;
                 effective += terms.effective;
             }
-            f32 at_valid = t.mask ? terms.ratio : splat(kInfinity);
+            f32 at_valid = t.loss_mask ? terms.ratio : splat(kInfinity);
             least = at_valid < least ? at_valid : least;
             greatest = max(terms.ratio, greatest);
         });
-        column[kLoss] += static_cast<double>(hsum(value)) * q.share;
-        column[kLow] += hsum(low);
-        column[kHigh] += hsum(high);
-        column[kKl] += hsum(kl);
-        column[kEntropy] += hsum(entropy);
-        column[kRatio] += hsum(ratio);
+        column[GrpoColumn::loss] += static_cast<double>(hsum(value)) * q.share;
+        column[GrpoColumn::low] += hsum(low);
+        column[GrpoColumn::high] += hsum(high);
+        column[GrpoColumn::kl] += hsum(kl);
+        column[GrpoColumn::entropy] += hsum(entropy);
+        column[GrpoColumn::ratio] += hsum(ratio);
         if constexpr (!kPlain) {
             through_ratio += hsum(through);
-            column[kKept] += hsum(kept);
-            column[kKeptEntropy] += hsum(kept_entropy);
-            column[kRollout] += hsum(rollout);
-            column[kEffective] += hsum(effective);
+            column[GrpoColumn::kept] += hsum(kept);
+            column[GrpoColumn::kept_entropy] += hsum(kept_entropy);
+            column[GrpoColumn::rollout] += hsum(rollout);
+            column[GrpoColumn::effective] += hsum(effective);
         }
     }
-    column[kTokens] = column[kUnits] = q.tokens;
+    column[GrpoColumn::tokens] = column[GrpoColumn::units] = q.tokens;
     if constexpr (kPlain) {
-        column[kKept] = column[kRollout] = column[kEffective] = q.tokens;
-        column[kKeptEntropy] = column[kEntropy];
+        column[GrpoColumn::kept] = column[GrpoColumn::rollout] = column[GrpoColumn::effective] = q.tokens;
+        column[GrpoColumn::kept_entropy] = column[GrpoColumn::entropy];
     }
-    column[kRatioMin] = -hmax(-least);
-    column[kRatioMax] = hmax(greatest);
+    column[GrpoColumn::ratio_min] = -hmax(-least);
+    column[GrpoColumn::ratio_max] = hmax(greatest);
     if ((v.sequence_level || Surrogate::kSequenceWeight) && !p.advantage_per_token) {
         Term<float> term = Surrogate::term(0.0f, q.ratio, q.log_weight, r.advantage, v);
-        column[kLow] = term.low;
-        column[kHigh] = term.high;
-        column[kUnits] = 1;
+        column[GrpoColumn::low] = term.low;
+        column[GrpoColumn::high] = term.high;
+        column[GrpoColumn::units] = 1;
     }
     if (kPlain || !v.sequence_level) return;
     f32 spread = splat(static_cast<float>(through_ratio / std::max(q.tokens, 1.0f)) * q.share);
@@ -229,31 +226,31 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
 }  // namespace
 
 void grpo_loss(const GrpoLoss& p, int threads) {
-    std::vector<double> columns(p.num_sequences * kColumns);
+    std::vector<double> columns(p.num_sequences * GrpoColumn::count);
     bool plain = is_plain(p.variant, p.entropy_threshold);
     threads = static_cast<int>(std::clamp<int64_t>(p.num_tokens / kPerThread, 1, threads));
     with_surrogate(p.variant, [&](auto surrogate) {
         auto run = plain ? run_sequence<decltype(surrogate), true> : run_sequence<decltype(surrogate), false>;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-        for (int64_t s = 0; s < p.num_sequences; ++s) run(p, s, &columns[s * kColumns]);
+        for (int64_t s = 0; s < p.num_sequences; ++s) run(p, s, &columns[s * GrpoColumn::count]);
     });
-    double sums[kColumns] = {};
+    double sums[GrpoColumn::count] = {};
     float ratio_min = kInfinity, ratio_max = -kInfinity, low_min = kInfinity, high_max = 0;
     for (int64_t s = 0; s < p.num_sequences; ++s) {
-        const double* column = &columns[s * kColumns];
-        for (int c = 0; c < kRatioMin; ++c) sums[c] += column[c];
-        ratio_min = std::min(ratio_min, static_cast<float>(column[kRatioMin]));
-        ratio_max = std::max(ratio_max, static_cast<float>(column[kRatioMax]));
-        if (column[kUnits] == 0) continue;
-        low_min = std::min(low_min, static_cast<float>(column[kLow] / column[kUnits]));
-        high_max = std::max(high_max, static_cast<float>(column[kHigh] / column[kUnits]));
+        const double* column = &columns[s * GrpoColumn::count];
+        for (int c = 0; c < GrpoColumn::ratio_min; ++c) sums[c] += column[c];
+        ratio_min = std::min(ratio_min, static_cast<float>(column[GrpoColumn::ratio_min]));
+        ratio_max = std::max(ratio_max, static_cast<float>(column[GrpoColumn::ratio_max]));
+        if (column[GrpoColumn::units] == 0) continue;
+        low_min = std::min(low_min, static_cast<float>(column[GrpoColumn::low] / column[GrpoColumn::units]));
+        high_max = std::max(high_max, static_cast<float>(column[GrpoColumn::high] / column[GrpoColumn::units]));
     }
-    float total[kColumns];
-    std::copy(sums, sums + kColumns, total);
-    total[kRatioMin] = ratio_min;
-    total[kRatioMax] = ratio_max;
-    total[kLowMin] = low_min;
-    total[kHighMax] = high_max;
+    float total[GrpoColumn::count];
+    std::copy(sums, sums + GrpoColumn::count, total);
+    total[GrpoColumn::ratio_min] = ratio_min;
+    total[GrpoColumn::ratio_max] = ratio_max;
+    total[GrpoColumn::low_min] = low_min;
+    total[GrpoColumn::high_max] = high_max;
     finish(p, total, p.loss, p.stats);
 }
 

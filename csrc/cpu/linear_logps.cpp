@@ -1,22 +1,19 @@
-// The rows of linear_logps and linear_grpo_loss on the CPU: one read; one read, mostly from the second-level cache, and one
-// write. Formulas: common/linear_logps.h.
-#include "../common/linear_logps.h"
-
+// The rows of linear_logps and linear_grpo_loss on the CPU. A row is read from memory once; the second read is mostly from the
+// L2 cache. Formulas: common/linear_logps.h.
+#include "grpo.h"
 #include "softmax.h"
-#define VLMK_NS VLMK_ISA
-#include "../common/surrogate.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
 
-// tanh within a few ulp: its series near 0, where the difference would cancel.
+// tanh within a few ulp. Near 0 it uses the series, because 1 - 2 / (e^(2x) + 1) would cancel.
 f32 tanh(f32 x) {
     f32 square = x * x;
     f32 series = x + x * square * (-1 / 3.0f + square * (2 / 15.0f + square * (-17 / 315.0f + square * (62 / 2835.0f))));
     return square < 0.0625f ? series : 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
 }
 
-// u of a row, and what dx is of du.
+// A row of u, and du/dx. Without a softcap, u = x and the factor logit_scale is part of `inverse`.
 template <class T>
 struct Uncapped : PlainRow<T> {
     Uncapped(const LinearLogps&, const T* x) : PlainRow<T>{x} {}
@@ -40,7 +37,7 @@ struct Capped {
     }
 };
 
-// hidden . weight[target] in fp32.
+// hidden . weight[target] + bias in fp32.
 template <class T>
 float target_logit(const LinearLogps& p, int64_t k) {
     const T* h = static_cast<const T*>(p.hidden) + k * p.hidden_stride;
@@ -55,7 +52,7 @@ float target_logit(const LinearLogps& p, int64_t k) {
     return hsum(sum) + rest;
 }
 
-// What 2^y and y 2^y add to s and sy; 0 for y of -infinity.
+// The terms 2^y and y 2^y of s and sy; 0 for y = -infinity.
 struct Addend {
     float s, sy;
 };
@@ -95,7 +92,7 @@ void write(const LinearLogps& p, int64_t k, TokenGradient token, Out* dx, const 
                      p.inverse * token.dentropy * kLn2};
     write_row([&](f32 u) { return by_u(u) * row.slope(u); }, row, dx, p.vocab);
     if (p.targets[k] < 0) return;
-    // From logp, which knows the target's logit better than the row does; and 1 - p without cancellation.
+    // From logp, which is more accurate than the rounded logit, and without the cancellation of 1 - p.
     float probability = std::exp(logp), surprise = probability > 0.0f ? probability * (logp + entropy) : probability;
     float du = -p.inverse * (token.dlogp * std::expm1(logp) + token.dentropy * surprise);
     f32 u = splat((logp + log_sum) / p.inverse + m);
@@ -123,13 +120,8 @@ void run(const LinearLogps& p, int threads) {
 
 }  // namespace
 
-// The gradient has the dtype of the operands.
 void linear_logps(const LinearLogps& p, int threads) {
-    if (p.dtype == DType::bfloat16) return run<bf16, bf16>(p, threads);
-    if (p.dtype == DType::float16) return run<f16, f16>(p, threads);
-    if (p.operand_dtype == DType::bfloat16) return run<float, bf16>(p, threads);
-    if (p.operand_dtype == DType::float16) return run<float, f16>(p, threads);
-    run<float, float>(p, threads);
+    with_dtypes(p, [&](auto x, auto out) { run<decltype(x), decltype(out)>(p, threads); });
 }
 
 }  // namespace vlmk::VLMK_ISA

@@ -1,6 +1,6 @@
 // pack_patches on the CPU. Layouts: common/pack_patches.h.
 //
-// A value is looked up in a cycle or so on any instruction set, whatever its type: memory bounds the rest.
+// A table lookup takes about one cycle on every instruction set; memory bandwidth limits the speed.
 #include "../common/pack_patches.h"
 
 #include <cstring>
@@ -10,7 +10,7 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
-constexpr int kChunk = 64;  // rows that a thread takes at a time
+constexpr int kChunk = 64;  // rows per OpenMP chunk
 
 template <class T>
 T value(const T* table, int64_t channel, uint8_t pixel) {
@@ -18,8 +18,8 @@ T value(const T* table, int64_t channel, uint8_t pixel) {
     return table[256 * channel + pixel];
 }
 
-// The values of one channel of a patch. kPatch, kStride: the patch size and stride_x where they are known, else 0; then a line
-// is a loop that the compiler unrolls.
+// The values of one channel of a patch. kPatch and kStride are the patch size and stride_x if they are known at compile time,
+// so that the compiler unrolls the loop over a line; otherwise 0.
 template <class T, int kPatch, int kStride>
 void look_up(const T* __restrict table, int64_t channel, const uint8_t* __restrict line, int64_t size, const PatchImage& image,
              T* __restrict out) {
@@ -36,7 +36,7 @@ void look_up(const T* __restrict table, int64_t channel, const uint8_t* __restri
     }
 }
 
-// The values of a patch whose channels come last.
+// The values of a patch in the channels-last layout.
 template <class T>
 void look_up_pixels(const T* __restrict table, const uint8_t* __restrict line, int64_t size, const PatchImage& image,
                     T* __restrict out) {
@@ -83,7 +83,7 @@ void pack(const PackPatches& p, int threads) {
 template <class T>
 void pack(const PackPatches& p, int threads) {
     if (p.fresh) {
-        ask_for_huge_pages(p.rows, p.num_rows * 3 * p.temporal_patch_size * p.patch_size * p.patch_size * sizeof(T));
+        advise_huge_pages(p.rows, p.num_rows * 3 * p.temporal_patch_size * p.patch_size * p.patch_size * sizeof(T));
     }
     switch (p.patch_size) {
         case 14:
@@ -98,14 +98,7 @@ void pack(const PackPatches& p, int threads) {
 }  // namespace
 
 void pack_patches(const PackPatches& p, int threads) {
-    switch (p.element_size) {
-        case 1:
-            return pack<uint8_t>(p, threads);
-        case 2:
-            return pack<uint16_t>(p, threads);
-        case 4:
-            return pack<uint32_t>(p, threads);
-    }
+    with_element(p.element_size, [&](auto x) { pack<decltype(x)>(p, threads); });
 }
 
 }  // namespace vlmk::VLMK_ISA

@@ -1,4 +1,5 @@
-// rotary on the CPU: a token's angles are widened once, for all heads of its query and key. Formulas: common/rotary.h.
+// rotary on the CPU. The angles of a token are converted to fp32 once for all heads of its query and key. Formulas:
+// common/rotary.h.
 #include "../common/rotary.h"
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
-constexpr int64_t kPerThread = 1 << 14;  // elements that are worth a thread
+constexpr int64_t kPerThread = 1 << 14;  // least number of elements per thread
 
 template <class T>
 void widen_row(const void* values, int64_t offset, int64_t count, float* out) {
@@ -22,14 +23,7 @@ void widen_row(const void* values, int64_t offset, int64_t count, float* out) {
 
 void read_row(const RotaryTable& table, DType dtype, int64_t b, int64_t s, int64_t count, float* out) {
     int64_t offset = b * table.stride_batch + s * table.stride_token;
-    switch (dtype) {
-        case DType::float32:
-            return widen_row<float>(table.values, offset, count, out);
-        case DType::bfloat16:
-            return widen_row<bf16>(table.values, offset, count, out);
-        case DType::float16:
-            return widen_row<f16>(table.values, offset, count, out);
-    }
+    with_dtype(dtype, [&](auto x) { widen_row<decltype(x)>(table.values, offset, count, out); });
 }
 
 template <class T>
@@ -42,7 +36,7 @@ void rotate_head(const T* x, T* out, const float* cos, const float* sin, int64_t
     if (pairs >= kLanes) {
         auto read = [](auto* p) { return load(p); };
         auto write = [](auto* p, f32 y) { store(p, y); };
-        // The last vector overlaps the one before it instead of being cut short.
+        // The last vector overlaps the one before it, so that every vector is complete.
         for (int64_t j = 0; j < pairs; j += kLanes) turn(std::min(j, pairs - kLanes), read, write);
     } else if (pairs > 0) {
         turn(0, [&](auto* p) { return load_tail(p, pairs, 0.0f); }, [&](auto* p, f32 y) { store_tail(p, pairs, y); });
@@ -62,8 +56,8 @@ void rotate_token(const RotaryHeads& heads, const Rotary& p, int64_t b, int64_t 
 template <class T>
 void rotate(const Rotary& p, int threads) {
     int64_t num = p.batch * p.tokens, elements = num * p.width * (p.query.num + p.key.num);
-    ask_for_huge_pages(p.query.out, num * p.query.num * p.width * sizeof(T));
-    ask_for_huge_pages(p.key.out, num * p.key.num * p.width * sizeof(T));
+    advise_huge_pages(p.query.out, num * p.query.num * p.width * sizeof(T));
+    advise_huge_pages(p.key.out, num * p.key.num * p.width * sizeof(T));
     threads = static_cast<int>(std::clamp<int64_t>(elements / kPerThread, 1, threads));
 #pragma omp parallel num_threads(threads)
     {
@@ -85,14 +79,7 @@ void rotate(const Rotary& p, int threads) {
 }  // namespace
 
 void rotary(const Rotary& p, int threads) {
-    switch (p.dtype) {
-        case DType::float32:
-            return rotate<float>(p, threads);
-        case DType::bfloat16:
-            return rotate<bf16>(p, threads);
-        case DType::float16:
-            return rotate<f16>(p, threads);
-    }
+    with_dtype(p.dtype, [&](auto x) { rotate<decltype(x)>(p, threads); });
 }
 
 }  // namespace vlmk::VLMK_ISA

@@ -1,7 +1,7 @@
-// Sixteen floats at a time, in the vector extensions of GCC and Clang: one source for every instruction set.
+// Vectors of sixteen floats, in the vector extensions of GCC and Clang: one source for every instruction set.
 //
-// Each .cpp of this folder is compiled once per instruction set with VLMK_ISA set to its name, which is the namespace of all
-// that it defines; bindings.cpp calls the best one that the processor runs.
+// Each .cpp file of this folder is compiled once per instruction set. VLMK_ISA is the name of the instruction set and the
+// namespace of everything in the file. bindings.cpp calls the best one that the processor supports.
 #pragma once
 
 #include <cmath>
@@ -28,13 +28,6 @@ using i32 = int32_t __attribute__((vector_size(64)));
 using u32 = uint32_t __attribute__((vector_size(64)));
 using u16 = uint16_t __attribute__((vector_size(32)));
 
-struct bf16 {
-    uint16_t bits;
-};
-struct f16 {
-    uint16_t bits;
-};
-
 inline f32 splat(float x) { return x - f32{}; }
 
 template <class To, class From>
@@ -45,7 +38,7 @@ inline To bit_cast(From from) {
     return to;
 }
 
-// ---- 16-bit formats, both ways exact or rounded to nearest even ----
+// ---- conversion of 16-bit formats: exact to fp32, rounded to nearest even from fp32 ----
 
 inline f32 widen(u16 raw, bf16) { return bit_cast<f32>(__builtin_convertvector(raw, u32) << 16); }
 
@@ -62,7 +55,7 @@ inline u16 narrow(f32 x, f16) { return bit_cast<u16>(_mm512_cvtps_ph(bit_cast<__
 #else
 inline f32 widen(u16 raw, f16) {
     u32 h = __builtin_convertvector(raw, u32);
-    // The exponent is rebiased by a multiplication, which is exact and does denormals too.
+    // A multiplication changes the exponent's bias. It is exact, also for denormals.
     f32 x = bit_cast<f32>((h & 0x7fff) << 13) * 0x1p112f;
     u32 bits = bit_cast<u32>(x);
     bits = (h & 0x7c00) == 0x7c00 ? bits | 0x7f800000 : bits;
@@ -71,7 +64,7 @@ inline f32 widen(u16 raw, f16) {
 
 inline u16 narrow(f32 x, f16) {
     u32 bits = bit_cast<u32>(x), sign = bits & 0x80000000, magnitude = bits ^ sign;
-    // Below 2^-14 the sum with 0.5 leaves the rounded denormal in the low bits of the significand.
+    // Below 2^-14, adding 0.5 leaves the rounded denormal in the low bits of the significand.
     u32 denormal = bit_cast<u32>(bit_cast<f32>(magnitude) + 0.5f) - 0x3f000000;
     u32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     u32 half = magnitude < 0x38800000 ? denormal : normal;
@@ -117,7 +110,7 @@ inline void store_one(T* p, float x) {
     *p = lanes[0];
 }
 
-// The n < 16 elements at p, then `fill`.
+// The n < 16 elements at p, padded with `fill`.
 template <class T>
 inline f32 load_tail(const T* p, int64_t n, float fill) {
     T lanes[kLanes] = {};
@@ -157,13 +150,13 @@ inline float hsum(f32 x) {
     return x[0];
 }
 
-// 2^x for x <= 127, relative error 2e-7. Below 2^-126 it is 0, and x is raised so that 2^x times x is 0, not NaN.
+// 2^x for x <= 127, with a relative error of 2e-7. Results below 2^-126 are 0, and x is clamped so that x 2^x is 0, not NaN.
 inline f32 exp2_clamp(f32& x) {
 #if defined(__AVX512F__)
-    x = bit_cast<f32>(_mm512_max_ps(_mm512_set1_ps(-1000.0f), bit_cast<__m512>(x)));  // the second operand where one is NaN
+    x = bit_cast<f32>(_mm512_max_ps(_mm512_set1_ps(-1000.0f), bit_cast<__m512>(x)));  // a NaN in x stays
     f32 n = bit_cast<f32>(_mm512_roundscale_ps(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 #else
-    constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
+    constexpr float kShift = 0x1.8p23f;  // adding it rounds x to an integer, in the low bits
     i32 tiny = x < -126.0f;
     x = tiny ? splat(-126.0f) : x;
     f32 shifted = x + kShift;
@@ -183,10 +176,10 @@ inline f32 exp2_clamp(f32& x) {
 #endif
 }
 
-// The bound where x is beyond it; a NaN stays one.
+// min(x, high) and max(x, low) that keep a NaN.
 inline f32 at_most(f32 x, float high) {
 #if defined(__AVX512F__)
-    return bit_cast<f32>(_mm512_min_ps(_mm512_set1_ps(high), bit_cast<__m512>(x)));  // the second operand where one is NaN
+    return bit_cast<f32>(_mm512_min_ps(_mm512_set1_ps(high), bit_cast<__m512>(x)));  // a NaN in x stays
 #else
     return x > high ? splat(high) : x;
 #endif
@@ -201,18 +194,18 @@ inline f32 at_least(f32 x, float low) {
 
 inline float exp(float x) { return std::exp(x); }
 
-// e^x within 2 ulp; 0 below -87, and above 88 as for 88. A NaN stays one.
+// e^x within 2 ulp. It is 0 for x < -87 and e^88 for x > 88; a NaN stays NaN.
 inline f32 exp(f32 x) {
     i32 tiny = x < -87.0f;
     f32 bounded = at_least(at_most(x, 88.0f), -87.0f);
 #if defined(__AVX512F__)
     f32 n = bit_cast<f32>(_mm512_roundscale_ps(bit_cast<__m512>(bounded * 1.44269504088896340736f), _MM_FROUND_TO_NEAREST_INT));
 #else
-    constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
+    constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
     f32 shifted = bounded * 1.44269504088896340736f + kShift;
     f32 n = shifted - kShift;
 #endif
-    f32 r = bounded - n * 0x1.62e4p-1f;  // ln 2 in two parts, the first times n exact
+    f32 r = bounded - n * 0x1.62e4p-1f;  // ln 2 in two parts; n times the first part is exact
     r = r - n * 0x1.7f7d1cp-20f;
     f32 q = r * 1.3814540106e-03f + 8.3687451956e-03f;
     q = q * r + 4.1668390791e-02f;

@@ -1,4 +1,4 @@
-// The softmax of a row of logits that is read once, and its gradient. Formulas: common/gather_logps.h.
+// The softmax of a row of logits in one read, and its gradient. Formulas: common/gather_logps.h.
 #pragma once
 
 #include <algorithm>
@@ -7,12 +7,12 @@
 
 namespace vlmk::VLMK_ISA {
 
-constexpr int64_t kBlock = 1024;  // elements between two looks at the maximum; they stay in the first-level cache
-constexpr float kSlack = 4;       // bits
+constexpr int64_t kBlock = 1024;  // elements between two checks of the maximum; they stay in the L1 cache
+constexpr float kSlack = 4;       // in bits
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
-// Of y_v = (x_v - m) log2(e) / temperature: s = sum_v 2^y_v and sy = sum_v 2^y_v y_v, for the maximum m so far.
+// s = sum_v 2^y_v and sy = sum_v 2^y_v y_v, where y_v = (x_v - m) log2(e) / temperature and m is the maximum so far.
 struct Softmax {
     float m = std::numeric_limits<float>::lowest();
     f32 s{};
@@ -36,7 +36,7 @@ struct Softmax {
     }
 };
 
-// A row in memory. What is read of a row: sixteen elements from v on, or the n that are left and then `fill`.
+// A row in memory. row(v) reads the sixteen elements from v on; row.tail(v, n, fill) reads the last n, padded with `fill`.
 template <class T>
 struct PlainRow {
     const T* x;
@@ -45,8 +45,8 @@ struct PlainRow {
     f32 tail(int64_t v, int64_t n, float fill) const { return load_tail(x + v, n, fill); }
 };
 
-// The row is read once, with a look at the maximum only after each block: y may exceed 0 by kSlack before m is raised and the
-// block, which is still in the first-level cache, is done again. Few blocks are: the maximum of the first is a good guess.
+// Reads the row once and checks the maximum only after each block. If some y exceeds kSlack, m is raised and the block, which
+// is still in the L1 cache, is computed again. This is rare, because the maximum of the first block is a good estimate.
 template <bool kEntropy, class Row>
 Softmax read_row(const Row& row, int64_t vocab, float scale) {
     constexpr float kNone = -std::numeric_limits<float>::infinity();
@@ -70,7 +70,7 @@ Softmax read_row(const Row& row, int64_t vocab, float scale) {
                 next.template add<kEntropy>(loaded, scale);
             }
             float top = hmax(max(maximum[0], maximum[1]));
-            // Written so that a maximum of infinity ends the loop, as NaN.
+            // The negated comparison ends the loop for a maximum of infinity; the result is NaN.
             if (!((top - softmax.m) * scale > kSlack) || top == softmax.m) {
                 softmax = next;
                 break;
@@ -81,11 +81,10 @@ Softmax read_row(const Row& row, int64_t vocab, float scale) {
     return softmax;
 }
 
-// What the results of one row ask of its gradient: dx_v = ([v == t] dlogp - p_v (dlogp + dentropy (log p_v + H))) /
-// temperature.
+// The gradient of one row without the one-hot term: dx_v = -p_v (dlogp + dentropy (log p_v + entropy)) / temperature.
 struct RowGradient {
     float m, scale, log2_sum;  // log2 p_v = (x_v - m) scale - log2_sum
-    float constant, slope;     // dx_v = -p_v (constant + slope log2 p_v), the one-hot term aside
+    float constant, slope;     // dx_v = -p_v (constant + slope log2 p_v)
 
     f32 operator()(f32 x) const {
         f32 y = (x - m) * scale - log2_sum;
@@ -94,7 +93,7 @@ struct RowGradient {
     }
 };
 
-// dx may be the memory of the row, of its type or a narrower one: nothing is written ahead of what is read.
+// dx may be the memory of the row, with the same or a narrower type: every element is read before it is overwritten.
 template <class Gradient, class Row, class Out>
 void write_row(const Gradient& gradient, const Row& row, Out* dx, int64_t vocab) {
     int64_t v = 0;

@@ -1,4 +1,4 @@
-// Launchers of gather_logps on a GPU: they neither allocate nor wait, and can be captured in a CUDA graph.
+// Launchers of gather_logps on a GPU. They do not allocate or synchronize, and can be captured in a CUDA graph.
 #include "gather_logps.cuh"
 
 namespace vlmk::cuda {
@@ -7,12 +7,13 @@ namespace {
 void check_sizes(const GatherLogps& p) {
     constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
     if (p.num_rows > kMax || p.num_results > kMax || p.vocab > kMax - 8 * kThreads) {
-        throw std::runtime_error("gather_logps: sizes must be below 2^31, got " + std::to_string(p.num_rows) + " rows, " +
-                                 std::to_string(p.num_results) + " results, vocabulary " + std::to_string(p.vocab));
+        throw std::runtime_error("gather_logps: the numbers of rows and results and the vocabulary must be below 2^31, got " +
+                                 std::to_string(p.num_rows) + ", " + std::to_string(p.num_results) + " and " +
+                                 std::to_string(p.vocab));
     }
 }
 
-// log2(e) / temperature, rounded once.
+// log2(e) / temperature, computed in fp64 and rounded once.
 float scale_of(const GatherLogps& p) { return static_cast<float>(1.4426950408889634 / p.temperature); }
 
 template <class T>
@@ -27,7 +28,8 @@ void forward(const GatherLogps& p, uintptr_t stream) {
 
 template <class T>
 void backward(GatherLogps p, int device, uintptr_t stream) {
-    // Short enough parts for sixteen blocks per multiprocessor, else long ones: the start of a block costs two trips to memory.
+    // Parts are long, because the start of a block costs two round trips to memory, but short enough for sixteen blocks per
+    // multiprocessor.
     int64_t step = kThreads * kUnroll * kVec<T>, steps = (p.vocab + step - 1) / step;
     int64_t depth = std::min<int64_t>(p.num_rows * steps / (16 * multiprocessors(device)), kBwdDepth);
     p.splits = depth < 2 ? steps : (steps + depth - 1) / depth;
@@ -40,27 +42,13 @@ void backward(GatherLogps p, int device, uintptr_t stream) {
 void gather_logps_fwd(const GatherLogps& p, int device, uintptr_t stream) {
     check_sizes(p);
     DeviceGuard guard(device);
-    switch (p.dtype) {
-        case DType::float32:
-            return forward<float>(p, stream);
-        case DType::bfloat16:
-            return forward<bf16>(p, stream);
-        case DType::float16:
-            return forward<f16>(p, stream);
-    }
+    with_dtype(p.dtype, [&](auto x) { forward<decltype(x)>(p, stream); });
 }
 
 void gather_logps_bwd(const GatherLogps& p, int device, uintptr_t stream) {
     check_sizes(p);
     DeviceGuard guard(device);
-    switch (p.dtype) {
-        case DType::float32:
-            return backward<float>(p, device, stream);
-        case DType::bfloat16:
-            return backward<bf16>(p, device, stream);
-        case DType::float16:
-            return backward<f16>(p, device, stream);
-    }
+    with_dtype(p.dtype, [&](auto x) { backward<decltype(x)>(p, device, stream); });
 }
 
 }  // namespace vlmk::cuda

@@ -1,7 +1,5 @@
-// gather_logps on a GPU: one read of a row forward; one read and one write backward. Formulas: common/gather_logps.h.
-//
-// A row is cut into vectors of 16 bytes, with single elements before the first aligned address and after the last whole vector.
-// `splits` blocks share a row. Each thread has kUnroll vectors in flight before it computes with the first.
+// gather_logps on a GPU. The forward pass reads each row once; the backward pass reads and writes it once. `splits` blocks
+// share a row. Formulas: common/gather_logps.h. How a row is split into vectors: softmax.cuh.
 #pragma once
 
 #include "../common/gather_logps.h"
@@ -10,29 +8,30 @@
 namespace vlmk::cuda {
 
 constexpr int kResident = 5;  // blocks per multiprocessor: at most 48 registers per thread
-// At most so many times kUnroll vectors per thread in the backward pass: 2 reach 97 % of the copy bandwidth of an H200, 4 93 %.
+// A thread of the backward pass has at most kBwdDepth * kUnroll vectors. On an H200, 2 reaches 97 % of the copy bandwidth and 4
+// reaches 93 %.
 constexpr int kBwdDepth = 2;
 
 VLMK_DEVICE int64_t row_offset(const GatherLogps& p, int64_t row, int64_t outer, int64_t inner) {
-    // The launcher checks that N < 2^31; division in 64 bits is slow.
+    // 64-bit division is slow, and the launcher checks that N < 2^31.
     uint32_t n = static_cast<uint32_t>(row), size = static_cast<uint32_t>(p.inner);
     return n / size * outer + n % size * inner;
 }
 
-VLMK_DEVICE bool asked(const GatherLogps& p, int64_t k) { return p.mask == nullptr || p.mask[k]; }
+VLMK_DEVICE bool selected(const GatherLogps& p, int64_t k) { return p.mask == nullptr || p.mask[k]; }
 VLMK_DEVICE bool valid(int64_t index, int64_t size) { return 0 <= index && index < size; }
 
-// The row that result k is computed from; null where it is masked, or its row or its target does not exist.
+// The row that result k is computed from; null if the result is masked, or its row or target is out of range.
 template <class T>
 VLMK_DEVICE const T* row_of_result(const GatherLogps& p, int64_t k) {
     int64_t n = p.rows == nullptr ? k : p.rows[k];
-    if (!asked(p, k) || !valid(n, p.num_rows) || !valid(p.targets[k], p.vocab)) return nullptr;
+    if (!selected(p, k) || !valid(n, p.num_rows) || !valid(p.targets[k], p.vocab)) return nullptr;
     return static_cast<const T*>(p.logits) + row_offset(p, n, p.stride_outer, p.stride_inner);
 }
 
-// A result without a row: 0 where it is masked, else NaN.
+// Writes a result without a row: 0 if it is masked, else NaN.
 VLMK_DEVICE void write_nothing(const GatherLogps& p, int64_t k) {
-    float value = asked(p, k) ? kNaN : 0.0f;
+    float value = selected(p, k) ? kNaN : 0.0f;
     p.logp[k] = value;
     if (p.entropy != nullptr) p.entropy[k] = value;
     p.stats[2 * k] = value;
@@ -47,8 +46,9 @@ VLMK_DEVICE void write_result(const GatherLogps& p, int64_t k, Softmax softmax, 
     p.stats[2 * k + 1] = log_sum;
 }
 
-// logp = (x_t - m) / temperature - L, entropy = L - sum_v p_v (x_v - m) / temperature, stats = (m, L), and with splits > 1 the
-// sums of a part of the row to `partial`.
+// logp = (x_t - m) / temperature - L, entropy = L - sum_v p_v (x_v - m) / temperature, stats = (m, L). With splits > 1, the
+// sums of the block's part of the row go to `partial`.
+//
 // Grid: (K * splits,), block k * splits + split.
 template <class T, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, kResident)
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
             raw[u] = i + u * kThreads < part.end ? load_vec(x + part.head, i + u * kThreads) : lowest_vec<T>();
         }
         rebase(softmax, fmaxf(softmax.m, max_of<T>(raw)), scale);
-        // A chain of dependent additions per vector.
+        // One chain of dependent additions per vector.
         static_assert(kUnroll == 4);
         Softmax sum[kUnroll];
 #pragma unroll
@@ -100,8 +100,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     }
 }
 
-// The results from the sums of the parts, in a fixed order.
-// Grid: (ceil(K / kWarps),), a warp per result.
+// Merges the sums of the parts in a fixed order and writes the results.
+// Grid: (ceil(K / kWarps),), one warp per result.
 template <class T>
 __global__ void __launch_bounds__(kThreads) gather_logps_merge_kernel(const __grid_constant__ GatherLogps p, float scale) {
     int64_t k = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -132,11 +132,11 @@ struct Results {
 };
 
 VLMK_DEVICE Results results_of_row(const GatherLogps& p, uint32_t n) {
-    if (p.starts != nullptr) return {static_cast<uint32_t>(p.starts[n]), static_cast<uint32_t>(p.starts[n + 1])};
-    return {n, n + asked(p, n)};
+    if (p.offsets != nullptr) return {static_cast<uint32_t>(p.offsets[n]), static_cast<uint32_t>(p.offsets[n + 1])};
+    return {n, n + selected(p, n)};
 }
 
-// Adds the one-hot terms to the elements of a row that start at `first`. (A target out of range has made them NaN already.)
+// Adds the one-hot terms to the kCount elements of a row from `first` on. (If a target is out of range, they are NaN already.)
 template <int kCount>
 VLMK_DEVICE void add_one_hot(const GatherLogps& p, Results results, uint32_t first, float inverse, float (&x)[kCount]) {
 #pragma unroll 1
@@ -148,7 +148,7 @@ VLMK_DEVICE void add_one_hot(const GatherLogps& p, Results results, uint32_t fir
     }
 }
 
-// The thread's next vectors of a row, as far as it has any. kAligned: the row's vectors are aligned to 16 bytes.
+// Loads the next vectors of the thread, up to `end`. kAligned: the vectors of the row are aligned to 16 bytes.
 template <bool kAligned, class T, int kCount>
 VLMK_DEVICE void load_some(uint4 (&raw)[kCount], const T* x, uint32_t i, uint32_t end) {
 #pragma unroll
@@ -158,7 +158,7 @@ VLMK_DEVICE void load_some(uint4 (&raw)[kCount], const T* x, uint32_t i, uint32_
     }
 }
 
-// The thread's share of a row. kAligned: x and dx have their vectors at the same elements.
+// Writes the thread's part of a row. kAligned: the vectors of x and dx start at the same elements.
 template <class T, bool kEntropy, bool kAligned>
 VLMK_DEVICE void write_gradient(const GatherLogps& p, const Part& part, Results results, const T* x, T* dx, float scale,
                                 float inverse) {
@@ -168,7 +168,7 @@ VLMK_DEVICE void write_gradient(const GatherLogps& p, const Part& part, Results 
     load_some<kAligned>(raw, x + part.head, i, part.end);
 
     float dlogp = 0, dentropy = 0;
-    uint32_t has_target = 0;  // bit j: a target lies in the thread's vector j
+    uint32_t has_target = 0;  // bit j: a target is in vector j of the thread
 #pragma unroll 1
     for (uint32_t k = results.begin; k < results.end; ++k) {
         int64_t target = p.targets[k];

@@ -1,4 +1,4 @@
-// group_advantages on a GPU: one block, a group per warp, so that statistics of the batch need no second launch.
+// group_advantages on a GPU: one block with one group per warp, so that statistics of the batch need no second launch.
 #pragma once
 
 #include "../common/group_advantages.h"
@@ -20,16 +20,16 @@ VLMK_DEVICE float warp_sum(float x) {
 
 struct Moments {
     float count, mean, std;
-    float best, second, least;  // second: after one occurrence of the best
+    float best, second, least;  // second: the greatest without one occurrence of best
 
     VLMK_DEVICE bool equal() const { return best <= least || count == 0.0f; }
-    // x less the mean; exactly 0 where all are equal.
-    VLMK_DEVICE float centre(float x) const { return equal() ? 0.0f : x - mean; }
-    // Infinite where all are equal, whatever eps: what is divided is exactly 0.
+    // x - mean; exactly 0 if all values are equal.
+    VLMK_DEVICE float center(float x) const { return equal() ? 0.0f : x - mean; }
+    // Infinite if all values are equal, so that eps = 0 does not give 0 / 0.
     VLMK_DEVICE float divisor(float eps) const { return std == 0.0f ? kInfinity : std + eps; }
 };
 
-// Of the value(i) for i in [begin, end) that are not NaN; every lane of the warp gets them.
+// The moments of value(i) for i in [begin, end), in every lane of the warp. NaN is left out.
 template <class Value>
 VLMK_DEVICE Moments moments_of(int64_t begin, int64_t end, Value value) {
     Moments m{0.0f, 0.0f, 0.0f, -kInfinity, -kInfinity, kInfinity};
@@ -62,24 +62,24 @@ VLMK_DEVICE Moments moments_of(int64_t begin, int64_t end, Value value) {
     return m;
 }
 
-VLMK_DEVICE float advantage_of(float r, const Moments& group, int32_t baseline) {
-    if (baseline == kBaselineMean) return group.centre(r);
-    if (baseline == kBaselineLeaveOneOut) return group.centre(r) * group.count / fmaxf(group.count - 1.0f, 1.0f);
-    if (baseline == kBaselinePassAtK) return group.count > 1.0f && r == group.best ? group.best - group.second : 0.0f;
+VLMK_DEVICE float advantage_of(float r, const Moments& group, GroupBaseline baseline) {
+    if (baseline == GroupBaseline::mean) return group.center(r);
+    if (baseline == GroupBaseline::leave_one_out) return group.center(r) * group.count / fmaxf(group.count - 1.0f, 1.0f);
+    if (baseline == GroupBaseline::pass_at_k) return group.count > 1.0f && r == group.best ? group.best - group.second : 0.0f;
     return r;
 }
 
-// NaN stands for nothing so far.
+// a + b, where NaN stands for an empty sum.
 VLMK_DEVICE float sum_of(float a, float b) { return is_nan(a) ? b : is_nan(b) ? a : a + b; }
 
-// Every result. Grid: (1,)
+// Grid: (1,)
 __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const __grid_constant__ GroupAdvantages p) {
     auto start = [&](int64_t g) {
-        return p.starts != nullptr ? static_cast<int64_t>(p.starts[g]) : g * (p.num / p.num_groups);
+        return p.offsets != nullptr ? static_cast<int64_t>(p.offsets[g]) : g * (p.num / p.num_groups);
     };
     auto weight = [&](int64_t k) { return p.weights != nullptr ? p.weights[k] : 1.0f; };
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // The sums that are normalised in the batch: `total`, or with normalize_first those that `advantages` holds for a while.
+    // The sums to normalize over the batch: `total`, or with normalize_first the intermediate sums in `advantages`.
     float* sums = p.normalize_first ? p.advantages : p.total;
 
     for (int64_t i = threadIdx.x; i < p.num; i += kGroupThreads) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const _
             p.std[i] = group.std;
             p.degenerate[i] = group.equal();
             if (p.normalize_first) continue;
-            float r = p.total[i], divisor = p.scale == kScaleGroup ? group.divisor(p.eps) : 1.0f;
+            float r = p.total[i], divisor = p.scale == GroupScale::group ? group.divisor(p.eps) : 1.0f;
             p.advantages[i] = is_nan(r) ? 0.0f : advantage_of(r, group, p.baseline) / divisor;
         }
         if (!p.normalize_first) continue;
@@ -104,20 +104,20 @@ __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const _
             auto reward = [&](int64_t i) { return p.rewards[i * p.functions + k]; };
             Moments of_function = moments_of(start(g), start(g + 1), reward);
             for (int64_t i = start(g) + lane; i < start(g + 1); i += 32) {
-                float x = reward(i), z = weight(k) * of_function.centre(x) / of_function.divisor(p.eps);
+                float x = reward(i), z = weight(k) * of_function.center(x) / of_function.divisor(p.eps);
                 if (!is_nan(x)) p.advantages[i] = sum_of(p.advantages[i], z);
             }
         }
     }
-    if (!p.normalize_first && p.scale != kScaleBatch) return;
+    if (!p.normalize_first && p.scale != GroupScale::batch) return;
     __syncthreads();
-    // Every warp computes the batch's, the same way.
+    // Every warp computes the moments of the batch, with the same result.
     Moments batch = moments_of(0, p.num, [&](int64_t i) { return sums[i]; });
     __syncthreads();
     for (int64_t i = threadIdx.x; i < p.num; i += kGroupThreads) {
         float divisor = batch.divisor(p.eps);
         if (p.normalize_first) {
-            p.advantages[i] = is_nan(sums[i]) ? 0.0f : batch.centre(sums[i]) / divisor;
+            p.advantages[i] = is_nan(sums[i]) ? 0.0f : batch.center(sums[i]) / divisor;
         } else {
             p.advantages[i] /= divisor;
         }

@@ -1,4 +1,4 @@
-// Launcher of grpo_loss on a GPU: two kernels, no allocation, no wait.
+// Launcher of grpo_loss on a GPU: two kernels. It does not allocate or synchronize.
 #include "grpo_loss.cuh"
 
 namespace vlmk::cuda {

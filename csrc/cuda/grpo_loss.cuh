@@ -1,31 +1,24 @@
-// grpo_loss on a GPU: a block per sequence, then one block for the batch. Formulas: common/surrogate.h.
+// grpo_loss on a GPU: one block per sequence, then one block for the batch. Formulas: common/surrogate.h.
 #pragma once
 
-#include "../common/grpo_loss.h"
-#include "launch.h"
-#include "vec.h"
-
-namespace vlmk::cuda {
-VLMK_HD float exp(float x) { return expf(x); }
-}  // namespace vlmk::cuda
-
-#define VLMK_NS cuda
-#include "../common/surrogate.h"
+#include "grpo.cuh"
 
 namespace vlmk::cuda {
 
 constexpr int kGrpoThreads = 512;
 constexpr int kGrpoWarps = kGrpoThreads / 32;
-static_assert(kColumns <= kGrpoWarps, "the batch's columns are reduced by a warp each");
+static_assert(GrpoColumn::count <= kGrpoWarps, "each column of the batch is reduced by a warp");
 
-// How a column of two parts is made into one.
+// Merges the values of a column of two parts, and the value of an empty part.
 VLMK_DEVICE float merge_column(int column, float a, float b) {
-    if (column == kRatioMin || column == kLowMin) return fminf(a, b);
-    if (column == kRatioMax || column == kHighMax) return fmaxf(a, b);
+    if (column == GrpoColumn::ratio_min || column == GrpoColumn::low_min) return fminf(a, b);
+    if (column == GrpoColumn::ratio_max || column == GrpoColumn::high_max) return fmaxf(a, b);
     return a + b;
 }
 VLMK_DEVICE float empty_column(int column) {
-    return column == kRatioMin || column == kLowMin ? kInfinity : column == kRatioMax || column == kHighMax ? -kInfinity : 0.0f;
+    return column == GrpoColumn::ratio_min || column == GrpoColumn::low_min    ? kInfinity
+           : column == GrpoColumn::ratio_max || column == GrpoColumn::high_max ? -kInfinity
+                                                                               : 0.0f;
 }
 VLMK_DEVICE float merge_warp(int column, float x) {
 #pragma unroll
@@ -33,12 +26,12 @@ VLMK_DEVICE float merge_warp(int column, float x) {
     return x;
 }
 
-// columns[c] of the threads of the block merged, in every thread.
+// Merges columns[c] over the threads of the block; every thread gets the results.
 template <int kCount>
 VLMK_DEVICE void merge_block(const int (&names)[kCount], float (&columns)[kCount]) {
     VLMK_SHARED(float, of_warp, kGrpoWarps* kCount);
     uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    __syncthreads();  // the last reader of this memory is done
+    __syncthreads();  // wait for the last reader of this memory
 #pragma unroll
     for (int c = 0; c < kCount; ++c) {
         float x = merge_warp(names[c], columns[c]);
@@ -51,12 +44,12 @@ VLMK_DEVICE void merge_block(const int (&names)[kCount], float (&columns)[kCount
     }
 }
 
-// A sequence's tensors.
+// The tensors of a sequence.
 struct Rows {
-    int64_t begin, size;  // its tokens in the results
+    int64_t begin, size;  // its tokens in dlogp and dentropy
     const float *logp, *old_logp, *ref_logp, *rollout_logp, *entropy, *advantages;
-    const bool* mask;
-    float advantage;  // where there is one for the sequence
+    const bool* loss_mask;
+    float advantage;  // if there is one per sequence
 };
 
 template <class T>
@@ -68,7 +61,7 @@ VLMK_DEVICE Rows rows_of(const GrpoLoss& p, int64_t s) {
     bool packed = p.cu_seqlens != nullptr;
     int64_t length = p.num_tokens / p.num_sequences, begin = s * length;
     if (packed) {
-        // Whatever they hold, nothing outside of the tensors is touched.
+        // Clamped, so that invalid offsets do not read or write outside of the tensors.
         begin = max(int64_t{0}, min(static_cast<int64_t>(p.cu_seqlens[s]), p.num_tokens));
         length = max(begin, min(static_cast<int64_t>(p.cu_seqlens[s + 1]), p.num_tokens)) - begin;
     }
@@ -81,7 +74,7 @@ VLMK_DEVICE Rows rows_of(const GrpoLoss& p, int64_t s) {
     r.ref_logp = row_of(p.ref_logp, offset(p.ref_logp_stride));
     r.rollout_logp = row_of(p.rollout_logp, offset(p.rollout_logp_stride));
     r.entropy = row_of(p.entropy, offset(p.entropy_stride));
-    r.mask = row_of(p.mask, offset(p.mask_stride));
+    r.loss_mask = row_of(p.loss_mask, offset(p.loss_mask_stride));
     r.advantages = p.advantage_per_token ? p.advantages + offset(p.advantages_stride) : nullptr;
     r.advantage = p.advantage_per_token ? 0.0f : p.advantages[s * p.advantages_stride];
     return r;
@@ -89,8 +82,8 @@ VLMK_DEVICE Rows rows_of(const GrpoLoss& p, int64_t s) {
 
 VLMK_DEVICE Token<float, bool> load_token(const Rows& r, int64_t i) {
     Token<float, bool> t{};
-    t.mask = r.mask == nullptr || r.mask[i];
-    if (!t.mask) return t;
+    t.loss_mask = r.loss_mask == nullptr || r.loss_mask[i];
+    if (!t.loss_mask) return t;
     auto read = [&](const float* data, float otherwise) { return data == nullptr ? otherwise : at_least(data[i], kMinLogp); };
     t.logp = at_least(r.logp[i], kMinLogp);
     t.old_logp = read(r.old_logp, t.logp);
@@ -109,16 +102,16 @@ VLMK_DEVICE Sequence read_sequence(const Rows& r, const GrpoLoss& p) {
         for (int64_t i = threadIdx.x; i < r.size; i += kGrpoThreads) add<Surrogate>(sums, load_token(r, i), v);
     } else {
         for (int64_t i = threadIdx.x; i < r.size; i += kGrpoThreads)
-            sums.tokens += r.mask == nullptr || r.mask[i] ? 1.0f : 0.0f;
+            sums.tokens += r.loss_mask == nullptr || r.loss_mask[i] ? 1.0f : 0.0f;
     }
-    const int names[5] = {kLoss, kLoss, kLoss, kLoss, kLoss};
+    const int names[5] = {GrpoColumn::loss, GrpoColumn::loss, GrpoColumn::loss, GrpoColumn::loss, GrpoColumn::loss};
     float columns[5] = {sums.tokens, sums.log_ratio, sums.log_weight, sums.rollout_log_ratio, sums.drift};
     merge_block(names, columns);
     return sequence_of({columns[0], columns[1], columns[2], columns[3], columns[4]}, p);
 }
 
-// The gradient, without policy_scale, and the columns of the sequence.
-// Grid: (S,), a sequence per block.
+// Writes the gradient, not yet multiplied by policy_scale, and the columns of the sequence.
+// Grid: (S,), one block per sequence.
 template <class Surrogate>
 __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_constant__ GrpoLoss p) {
     const GrpoVariant& v = p.variant;
@@ -127,8 +120,9 @@ __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_co
     float threshold = p.entropy_threshold == nullptr ? -kInfinity : *p.entropy_threshold;
     float* dlogp = p.dlogp + r.begin;
 
-    const int names[12] = {kLoss,        kLow,   kHigh,    kKl,        kEntropy,  kKept,
-                           kKeptEntropy, kRatio, kRollout, kEffective, kRatioMin, kRatioMax};
+    const int names[12] = {GrpoColumn::loss,    GrpoColumn::low,       GrpoColumn::high,         GrpoColumn::kl,
+                           GrpoColumn::entropy, GrpoColumn::kept,      GrpoColumn::kept_entropy, GrpoColumn::ratio,
+                           GrpoColumn::rollout, GrpoColumn::effective, GrpoColumn::ratio_min,    GrpoColumn::ratio_max};
     float columns[12];
 #pragma unroll
     for (int c = 0; c < 12; ++c) columns[c] = empty_column(names[c]);
@@ -154,55 +148,55 @@ __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_co
                                  terms.ratio,
                                  terms.rollout,
                                  terms.effective,
-                                 t.mask ? terms.ratio : kInfinity,
+                                 t.loss_mask ? terms.ratio : kInfinity,
                                  terms.ratio};
 #pragma unroll
         for (int c = 0; c < 12; ++c) columns[c] = merge_column(names[c], columns[c], added[c]);
     }
     merge_block(names, columns);
     if (threadIdx.x == 0) {
-        float* out = p.partial + static_cast<int64_t>(blockIdx.x) * kColumns;
+        float* out = p.partial + static_cast<int64_t>(blockIdx.x) * GrpoColumn::count;
 #pragma unroll
         for (int c = 0; c < 12; ++c) out[names[c]] = columns[c];
         float units = q.tokens;
         if ((v.sequence_level || Surrogate::kSequenceWeight) && !p.advantage_per_token) {
             Term<float> term = Surrogate::term(0.0f, q.ratio, q.log_weight, r.advantage, v);
-            out[kLow] = term.low;
-            out[kHigh] = term.high;
+            out[GrpoColumn::low] = term.low;
+            out[GrpoColumn::high] = term.high;
             units = 1.0f;
         }
-        out[kTokens] = q.tokens;
-        out[kUnits] = units;
-        out[kLowMin] = units > 0.0f ? out[kLow] / units : kInfinity;
-        out[kHighMax] = units > 0.0f ? out[kHigh] / units : -kInfinity;
+        out[GrpoColumn::tokens] = q.tokens;
+        out[GrpoColumn::units] = units;
+        out[GrpoColumn::low_min] = units > 0.0f ? out[GrpoColumn::low] / units : kInfinity;
+        out[GrpoColumn::high_max] = units > 0.0f ? out[GrpoColumn::high] / units : -kInfinity;
     }
     if (!v.sequence_level) return;
-    const int sum[1] = {kLoss};
+    const int sum[1] = {GrpoColumn::loss};
     merge_block(sum, through_ratio);
     float spread = ratio_of(through_ratio[0], q.tokens) * q.share;
     for (int64_t i = threadIdx.x; i < r.size; i += kGrpoThreads) {
-        if (r.mask == nullptr || r.mask[i]) dlogp[i] += spread;
+        if (r.loss_mask == nullptr || r.loss_mask[i]) dlogp[i] += spread;
     }
 }
 
-// The loss and the statistics.
-// Grid: (1,), a column per warp.
+// Writes the loss and the statistics.
+// Grid: (1,), one warp per column.
 __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_finish_kernel(const __grid_constant__ GrpoLoss p) {
-    VLMK_SHARED(float, totals, kColumns);
+    VLMK_SHARED(float, totals, GrpoColumn::count);
     int column = threadIdx.x / 32;
-    if (column < kColumns) {
+    if (column < GrpoColumn::count) {
         float x = empty_column(column);
         for (int64_t s = threadIdx.x % 32; s < p.num_sequences; s += 32) {
-            x = merge_column(column, x, p.partial[s * kColumns + column]);
+            x = merge_column(column, x, p.partial[s * GrpoColumn::count + column]);
         }
         x = merge_warp(column, x);
         if (threadIdx.x % 32 == 0) totals[column] = x;
     }
     __syncthreads();
     if (threadIdx.x != 0) return;
-    float total[kColumns];
+    float total[GrpoColumn::count];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) total[c] = totals[c];
+    for (int c = 0; c < GrpoColumn::count; ++c) total[c] = totals[c];
     finish(p, total, p.loss, p.stats);
 }
 

@@ -1,4 +1,4 @@
-// Launching a kernel: <<<>>> under nvcc, the host's SIMT shim (tests/simt) where the kernels are compiled as C++.
+// Launches a kernel: with <<<>>> under nvcc, with the SIMT emulator of tests/simt if the kernels are compiled as C++.
 #pragma once
 
 #ifdef __CUDACC__
@@ -12,7 +12,7 @@
 #include <stdexcept>
 #include <string>
 
-// VLMK_SHARED(float, sums, 32) declares float* sums, shared by the block: 32 elements, uninitialised.
+// VLMK_SHARED(float, sums, 32) declares float* sums, 32 uninitialized elements in the shared memory of the block.
 #ifdef __CUDACC__
 #define VLMK_SHARED(TYPE, NAME, COUNT)                                \
     __shared__ alignas(16) char NAME##_bytes[sizeof(TYPE) * (COUNT)]; \
@@ -29,11 +29,11 @@ namespace vlmk::cuda {
 
 inline void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    (void)cudaGetLastError();  // otherwise the next launch would report this error again
+    (void)cudaGetLastError();  // clear the error, or the next launch would report it again
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` current; the previous one again at the end.
+// Makes `device` current, and restores the previous device at the end of the scope.
 class DeviceGuard {
   public:
     explicit DeviceGuard(int device) : device_(device) {
@@ -70,11 +70,12 @@ inline int multiprocessors(int) { return 2; }
 
 #endif
 
-// Starts `grid` blocks of `threads` threads on `stream`; neither allocates nor waits. `name` is for the error.
+// Launches `grid` blocks of `threads` threads on `stream`. Does not allocate or synchronize. `name` is used in errors.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t grid, int threads, uintptr_t stream, const Args&... args) {
     if (grid > std::numeric_limits<int32_t>::max()) {
-        throw std::runtime_error(std::string(name) + ": " + std::to_string(grid) + " blocks are more than a grid holds");
+        throw std::runtime_error(std::string(name) + ": the grid must have fewer than 2^31 blocks, got " +
+                                 std::to_string(grid));
     }
     if (grid == 0) return;
 #ifdef __CUDACC__

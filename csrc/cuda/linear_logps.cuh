@@ -1,19 +1,12 @@
-// The rows of linear_logps and linear_grpo_loss on a GPU, a block per row. Formulas: common/linear_logps.h.
+// The rows of linear_logps and linear_grpo_loss on a GPU, one block per row. Formulas: common/linear_logps.h.
 #pragma once
 
-#include "../common/linear_logps.h"
+#include "grpo.cuh"
 #include "softmax.cuh"
 
 namespace vlmk::cuda {
-VLMK_HD float exp(float x) { return expf(x); }
-}  // namespace vlmk::cuda
 
-#define VLMK_NS cuda
-#include "../common/surrogate.h"
-
-namespace vlmk::cuda {
-
-// u of x, and du/dx.
+// u, and du/dx. Without a softcap, u = x and the factor logit_scale is part of `inverse`.
 template <bool kCap>
 VLMK_DEVICE float cap(const LinearLogps& p, float x) {
     if constexpr (!kCap) return x;
@@ -27,7 +20,7 @@ VLMK_DEVICE float slope(const LinearLogps& p, float u) {
 
 VLMK_DEVICE bool in_vocabulary(const LinearLogps& p, int64_t target) { return 0 <= target && target < p.vocab; }
 
-// The sum of x over the block, in thread 0.
+// The sum of x over the block; thread 0 gets it.
 VLMK_DEVICE float sum_block(float x) {
     VLMK_SHARED(float, of_warp, kWarps);
 #pragma unroll
@@ -42,7 +35,7 @@ VLMK_DEVICE float sum_block(float x) {
     return total;
 }
 
-// hidden . weight[target] + bias in fp32, in thread 0.
+// hidden . weight[target] + bias in fp32; thread 0 gets it.
 template <class T>
 VLMK_DEVICE float target_logit(const LinearLogps& p, int64_t k, int64_t target) {
     const T* h = static_cast<const T*>(p.hidden) + k * p.hidden_stride;
@@ -53,7 +46,7 @@ VLMK_DEVICE float target_logit(const LinearLogps& p, int64_t k, int64_t target) 
     return p.bias == nullptr ? sum : sum + load_one(static_cast<const T*>(p.bias) + target);
 }
 
-// What 2^y and y 2^y add to s and sy; 0 for y of -infinity.
+// The terms 2^y and y 2^y of s and sy; 0 for y = -infinity.
 struct Addend {
     float s, sy;
 };
@@ -63,7 +56,7 @@ VLMK_DEVICE Addend addend(float y) {
     return {s, s * y};
 }
 
-// The softmax of the row, whole in thread 0.
+// The softmax of the row; thread 0 gets it.
 template <class T, bool kCap>
 VLMK_DEVICE Softmax read_softmax(const LinearLogps& p, const T* x, const Part& part, float scale) {
     Softmax softmax;
@@ -73,7 +66,7 @@ VLMK_DEVICE Softmax read_softmax(const LinearLogps& p, const T* x, const Part& p
         for (int u = 0; u < kUnroll; ++u) {
             raw[u] = i + u * kThreads < part.end ? load_cached(x + part.head, i + u * kThreads) : lowest_vec<T>();
         }
-        // The cap rises with x.
+        // The cap is monotonic, so the maximum of u is the cap of the maximum of x.
         rebase(softmax, fmaxf(softmax.m, cap<kCap>(p, max_of<T>(raw))), scale);
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
@@ -96,7 +89,7 @@ VLMK_DEVICE Softmax read_softmax(const LinearLogps& p, const T* x, const Part& p
     return merge_block(softmax, scale);
 }
 
-// What the stages hand on to each other of a row.
+// The values of a row that one stage passes to the next.
 struct RowResults {
     float logp, entropy, m, log_sum;
     TokenGradient token;
@@ -131,7 +124,7 @@ VLMK_DEVICE RowResults read(const LinearLogps& p, int64_t k, const T* x, const P
     return r;
 }
 
-// kCount elements of the gradient, at `address`: one store of 8 or 16 bytes where it is aligned to that.
+// Stores kCount elements of the gradient: in one store of 8 or 16 bytes if `address` is aligned to it.
 template <class Out, int kCount>
 VLMK_DEVICE void store_some(Out* address, const float (&values)[kCount], bool aligned) {
     if (!aligned) {
@@ -144,8 +137,8 @@ VLMK_DEVICE void store_some(Out* address, const float (&values)[kCount], bool al
     }
 }
 
-// The gradient over the row. One that overwrites its logits in a narrower dtype lies over elements that other threads read: a
-// group of vectors is read before any of it is written, and the single elements come last.
+// Writes the gradient of the row. If it overwrites the logits in a narrower dtype, it overlaps elements that other threads
+// read: the block reads a group of vectors before it writes any of them, and writes the single elements last.
 template <class T, class Out, bool kCap>
 VLMK_DEVICE void write(const LinearLogps& p, const RowResults& r, int64_t k, int64_t target, const T* x, const Part& part,
                        float scale) {
@@ -181,13 +174,13 @@ VLMK_DEVICE void write(const LinearLogps& p, const RowResults& r, int64_t k, int
     if (part.edge < p.vocab) store_one(dx + part.edge, edge);
     __syncthreads();
     if (threadIdx.x != 0 || !in_vocabulary(p, target)) return;
-    // From logp, which knows the target's logit better than the row does; and 1 - p without cancellation.
+    // From logp, which is more accurate than the rounded logit, and without the cancellation of 1 - p.
     float probability = expf(r.logp), surprise = probability > 0.0f ? probability * (r.logp + r.entropy) : probability;
     float du = -p.inverse * (r.token.dlogp * expm1f(r.logp) + r.token.dentropy * surprise);
     store_one(dx + target, du * slope<kCap>(p, (r.logp + r.log_sum) / p.inverse + r.m));
 }
 
-// Grid: (n,), a row per block.
+// Grid: (n,), one block per row.
 template <class T, class Out, bool kCap>
 __global__ void __launch_bounds__(kThreads, 4) linear_logps_kernel(const __grid_constant__ LinearLogps p, float scale) {
     VLMK_SHARED(RowResults, shared, 1);
@@ -210,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 4) linear_logps_kernel(const __grid_
         } else {
             r.token = {p.dlogp[k], p.dentropy == nullptr ? 0.0f : p.dentropy[k]};
         }
-        // No such token: NaN throughout, as its logp is.
+        // The target is out of range: the gradient of the row is NaN, like its logp.
         if (target >= p.vocab) r.token.dlogp = kNaN;
         shared[0] = r;
     }

@@ -1,4 +1,4 @@
-// Launcher of pack_patches on a GPU: it neither allocates nor waits.
+// Launcher of pack_patches on a GPU. It does not allocate or synchronize.
 #include <algorithm>
 
 #include "pack_patches.cuh"
@@ -35,7 +35,7 @@ bool is_small(const PackPatches& p) {
     return p.num_rows <= kMax && stride <= kMax / (2 + 2 * p.patch_size);
 }
 
-// Whether a line of a patch can be read in steps of `vec` bytes.
+// Whether a line of every patch can be read in steps of `vec` bytes.
 bool is_wide(const PackPatches& p, int64_t vec) {
     return std::all_of(p.images, p.images + p.num_images, [&](const PatchImage& image) {
         int64_t offsets =
@@ -85,6 +85,7 @@ void pack_size(const PackPatches& p, const Target& target) {
     pack_general<T, 0, 1>(p, target);
 }
 
+// One launch per kPackImages images, with row numbers that start at 0.
 template <class T>
 void pack(const PackPatches& all, const Target& target) {
     for (int64_t begin = 0; begin < all.num_images; begin += kPackImages) {
@@ -114,14 +115,7 @@ void pack(const PackPatches& all, const Target& target) {
 
 void pack_patches(const PackPatches& p, int device, uintptr_t stream) {
     DeviceGuard guard(device);
-    switch (p.element_size) {
-        case 1:
-            return pack<uint8_t>(p, {device, stream});
-        case 2:
-            return pack<uint16_t>(p, {device, stream});
-        case 4:
-            return pack<uint32_t>(p, {device, stream});
-    }
+    with_element(p.element_size, [&](auto x) { pack<decltype(x)>(p, {device, stream}); });
 }
 
 }  // namespace vlmk::cuda

@@ -1,7 +1,7 @@
-// pack_patches on a GPU: a warp per row. Layouts: common/pack_patches.h.
+// pack_patches on a GPU: one warp per row. Layouts: common/pack_patches.h.
 //
-// pack_patches_kernel serves the usual sizes: all pixels of a frame's patch are in flight at once, and the table lies in shared
-// memory kPackCopies times, so that few lanes meet in a bank. pack_patches_general_kernel serves every case.
+// pack_patches_kernel supports the usual sizes. It loads all pixels of a frame's patch before it stores one, and keeps
+// kPackCopies copies of the table in shared memory to avoid bank conflicts. pack_patches_general_kernel supports every size.
 #pragma once
 
 #include "../common/pack_patches.h"
@@ -12,10 +12,10 @@ namespace vlmk::cuda {
 constexpr int kPackThreads = 512;
 constexpr int kPackWarps = kPackThreads / 32;
 constexpr int kPackResident = 2;  // blocks per multiprocessor: at most 64 registers per thread
-constexpr int kPackCopies = 16;   // 48 KB of tables per block, what needs no permission
-constexpr int kPackImages = 32;   // of a launch: they are arguments, so that nothing has to be copied to the device
+constexpr int kPackCopies = 16;   // 48 KB of tables per block, the most without opting in
+constexpr int kPackImages = 32;   // per launch: they are kernel arguments, which saves a copy to the device
 
-// A divisor of numbers below 2^31: n / by = n inverse / 2^(31 + shift), rounded down.
+// Division of numbers below 2^31 by a constant: n / by = floor(n * inverse / 2^(31 + shift)).
 struct Divisor {
     uint32_t by;
     uint32_t inverse;
@@ -32,12 +32,13 @@ VLMK_DEVICE uint32_t divide(uint32_t n, const Divisor& divisor, uint32_t& rest) 
     return quotient;
 }
 
-// Arguments of the general kernel, and of the other. Both have rows from 0 to num_rows - 1 and images from 0 to num_images - 1.
+// Arguments of the general kernel.
 struct PackGeneral {
     PackPatches p;
     PatchImage images[kPackImages];
 };
 
+// An image, and the arguments, of pack_patches_kernel.
 struct PackImage {
     const uint8_t* pixels;
     int64_t stride_frame;
@@ -60,7 +61,7 @@ struct PackRows {
     PackImage images[kPackImages];
 };
 
-// kCount elements of T, stored at once; two or four to a word where T is smaller.
+// Stores kCount elements of T at once. A word of x holds one, two or four elements.
 template <class T, int kCount, int kWords>
 VLMK_DEVICE void store_words(T* address, const uint32_t (&x)[kWords]) {
     constexpr int kBytes = kCount * sizeof(T);
@@ -77,7 +78,7 @@ VLMK_DEVICE void store_words(T* address, const uint32_t (&x)[kWords]) {
     }
 }
 
-// How the lanes of a warp divide the 3 P P pixels of a frame's patch: kVec neighbours in a line each in every step.
+// How the lanes of a warp share the 3 P P pixels of a frame's patch: kVec consecutive pixels of a line per lane and step.
 template <int kPatch>
 struct PackSteps {
     static constexpr int kVec = kPatch % 4 == 0 ? 4 : 2;
@@ -90,14 +91,15 @@ struct PackSteps {
     static VLMK_DEVICE bool has(int step, int lane) {
         return (step + 1) * kStep <= kValues || step * kStep + lane * kVec < kValues;
     }
-    // The channel of a lane's pixels; a step touches two at most.
+    // The channel of a lane's pixels. The pixels of a step are from at most two channels.
     static VLMK_DEVICE uint32_t plane(int step, int lane) {
         const int low = step * kStep / kArea, high = min(((step + 1) * kStep - 1) / kArea, 2);
         return low == high || step * kStep + lane * kVec < high * kArea ? low : high;
     }
 };
 
-// The lane, read anew in every call: what is computed from it is not moved out of a loop, where it would occupy registers.
+// The lane, read again in every call. This keeps the compiler from moving computations out of a loop, where the results would
+// occupy registers.
 VLMK_DEVICE int lane_again() {
 #ifdef __CUDA_ARCH__
     int lane;
@@ -108,19 +110,20 @@ VLMK_DEVICE int lane_again() {
 #endif
 }
 
-// Channels first, kPatch 14 or 16, kSlots for the temporal patch size, rows aligned to kVec elements, and byte offsets within a
-// patch below 2^31. kWide: neighbouring pixels are neighbours in memory, aligned to kVec bytes.
-// Grid: any; its warps take the rows in turns, and each block copies the table into shared memory first.
+// Requires channels first, kPatch 14 or 16, kSlots = temporal patch size, rows aligned to kVec elements, and byte offsets
+// within a patch below 2^31. kWide: consecutive pixels are consecutive in memory, aligned to kVec bytes.
+//
+// Grid: any. Warps loop over the rows with a stride. Each block first copies the table into shared memory.
 template <class T, int kPatch, int kSlots, bool kWide>
 __global__ void __launch_bounds__(kPackThreads, kPackResident) pack_patches_kernel(const __grid_constant__ PackRows p) {
     using Steps = PackSteps<kPatch>;
     constexpr int kVec = Steps::kVec, kArea = Steps::kArea, kCount = Steps::kCount;
     constexpr int kWords = (kVec * sizeof(T) + 3) / 4, kLoads = kWide ? 1 : kVec;
-    constexpr int kHeld = sizeof(T) == 4 ? 10 : 12;  // words of values: what registers allow
+    constexpr int kHeld = sizeof(T) == 4 ? 10 : 12;  // words of values that fit in registers
     constexpr int kChunk = kCount * kWords <= kHeld ? kCount : kHeld / kWords;
     static_assert(kSlots == 1 || kSlots == 2);
 
-    // Of each value kPackCopies words; a value of 16 bits is both halves of its word.
+    // kPackCopies words per value. A 16-bit value fills both halves of its word.
     VLMK_SHARED(uint32_t, table, sizeof(T) > 1 ? 3 * 256 * kPackCopies : 1);
     if constexpr (sizeof(T) > 1) {
 #pragma unroll
@@ -135,8 +138,8 @@ __global__ void __launch_bounds__(kPackThreads, kPackResident) pack_patches_kern
     }
     const int lane = threadIdx.x % 32;
 
-    uint32_t index = 0, end = 0;   // the image of the row, and the row after its last
-    uint32_t offset[kCount] = {};  // of this lane's pixels in a patch, in bytes
+    uint32_t index = 0, end = 0;   // the image of the row, and the end of the image's rows
+    uint32_t offset[kCount] = {};  // byte offsets of this lane's pixels in a patch
     for (uint32_t row = blockIdx.x * kPackWarps + threadIdx.x / 32; row < p.num_rows; row += gridDim.x * kPackWarps) {
         if (row >= end) {
             index = image_of_row(p.images, p.num_images, row);
@@ -174,14 +177,14 @@ __global__ void __launch_bounds__(kPackThreads, kPackResident) pack_patches_kern
                     for (int k = 0; k < kVec; ++k) raw[step][k] = __ldg(pixels + (offset[step] + k * image.stride_x));
                 }
             }
-            // The last frame is also in the slot after it.
+            // The last frame is repeated in the next slot.
             const bool twice = kSlots == 2 && slot == 0 && frame == image.last_frame;
 #pragma unroll
             for (int begin = 0; begin < kCount; begin += kChunk) {
                 uint32_t values[kChunk][kWords] = {};
 #pragma unroll
                 for (int step = begin; step < min(begin + kChunk, kCount); ++step) {
-                    // The bits of a table's address in bytes: 2 of the channel, 8 of the pixel, 6 of a word in its copies.
+                    // Bits of the byte address in the table: 2 for the channel, 8 for the pixel, 6 for a word of the copies.
                     const uint32_t own = Steps::plane(step, lane) << 14 | lane % kPackCopies * 4;
                     static_assert(kPackCopies == 16);
 #pragma unroll
@@ -214,8 +217,8 @@ __global__ void __launch_bounds__(kPackThreads, kPackResident) pack_patches_kern
     }
 }
 
-// kPatch: the patch size where it is known, so that divisions by it are multiplications; else 0. kVec: the pixels of a lane, 4
-// or, where P P is not a multiple of 4 or the rows are not aligned, 1.
+// kPatch: the patch size if it is known at compile time, so that divisions become multiplications; else 0. kVec: pixels per
+// lane, 4, or 1 if P P is not a multiple of 4 or the rows are not aligned.
 template <class T, int kPatch, int kVec>
 __global__ void __launch_bounds__(kPackThreads, kPackResident)
     pack_patches_general_kernel(const __grid_constant__ PackGeneral general) {

@@ -1,4 +1,4 @@
-// Launcher of rotary on a GPU: it neither allocates nor waits, and can be captured in a CUDA graph.
+// Launcher of rotary on a GPU. It does not allocate or synchronize, and can be captured in a CUDA graph.
 #include "rotary.cuh"
 
 namespace vlmk::cuda {
@@ -12,8 +12,8 @@ bool is_aligned(const RotaryHeads& heads) {
 
 template <class T>
 void rotate(const Rotary& p, uintptr_t stream) {
-    bool whole = p.pairs % kVec<T> == 0 && p.width % kVec<T> == 0 && is_aligned<T>(p.query) && is_aligned<T>(p.key);
-    auto kernel = whole ? rotary_kernel<T, kVec<T>> : rotary_kernel<T, 1>;
+    bool vectors = p.pairs % kVec<T> == 0 && p.width % kVec<T> == 0 && is_aligned<T>(p.query) && is_aligned<T>(p.key);
+    auto kernel = vectors ? rotary_kernel<T, kVec<T>> : rotary_kernel<T, 1>;
     launch("rotary_kernel", kernel, p.batch * p.tokens, kRotaryThreads, stream, p);
 }
 
@@ -21,14 +21,7 @@ void rotate(const Rotary& p, uintptr_t stream) {
 
 void rotary(const Rotary& p, int device, uintptr_t stream) {
     DeviceGuard guard(device);
-    switch (p.dtype) {
-        case DType::float32:
-            return rotate<float>(p, stream);
-        case DType::bfloat16:
-            return rotate<bf16>(p, stream);
-        case DType::float16:
-            return rotate<f16>(p, stream);
-    }
+    with_dtype(p.dtype, [&](auto x) { rotate<decltype(x)>(p, stream); });
 }
 
 }  // namespace vlmk::cuda

@@ -1,4 +1,4 @@
-// rotary on a GPU: a block per token, whose angles lie in shared memory for all heads of query and key. Formulas:
+// rotary on a GPU: one block per token. The angles of the token are in shared memory for all heads of query and key. Formulas:
 // common/rotary.h.
 #pragma once
 
@@ -21,7 +21,7 @@ VLMK_DEVICE float table_value(const RotaryTable& table, DType dtype, int64_t i) 
     return first;
 }
 
-// kCount neighbouring elements as floats, and back.
+// Reads kCount consecutive elements as floats, and writes them.
 template <class T, int kCount>
 VLMK_DEVICE void read_elements(const T* address, float (&x)[kCount]) {
     if constexpr (kCount == 1) {
@@ -39,7 +39,7 @@ VLMK_DEVICE void write_elements(T* address, const float (&x)[kCount]) {
     }
 }
 
-// kCount: kVec<T> where every head begins at 16 bytes and P is a multiple of it, else 1.
+// kCount: kVec<T> if every head is aligned to 16 bytes and P is a multiple of kVec<T>, else 1.
 // Grid: (batch * tokens,).
 template <class T, int kCount>
 __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_constant__ Rotary p) {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kRotaryThreads) rotary_kernel(const __grid_con
     }
     __syncthreads();
 
-    // Work items: the runs of kCount pairs of each head, then what stays.
+    // Work items of a head: runs of kCount pairs, then the elements that are copied.
     const uint32_t runs = pairs / kCount, items = runs + (width - 2 * pairs);
     const uint32_t total = static_cast<uint32_t>(p.query.num + p.key.num) * items;
     for (uint32_t i = threadIdx.x; i < total; i += kRotaryThreads) {

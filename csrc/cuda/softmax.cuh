@@ -1,6 +1,7 @@
 // The softmax of a row of logits that a block reads once, and its gradient. Formulas: common/gather_logps.h.
 //
-// A row is cut into vectors of 16 bytes, with single elements before the first aligned address and after the last whole vector.
+// A row is split into vectors of 16 bytes. The elements before the first aligned address and after the last complete vector are
+// processed one by one.
 #pragma once
 
 #include "vec.h"
@@ -9,7 +10,7 @@ namespace vlmk::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kUnroll = 4;  // vectors that a thread has in flight before it computes with the first
+constexpr int kUnroll = 4;  // vectors that a thread loads before it computes with the first one
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
@@ -17,9 +18,9 @@ constexpr float kLn2 = 0.69314718055994530942f;
 // The part of a row that a block works on.
 struct Part {
     uint32_t head;   // elements before the first vector of the row
-    uint32_t begin;  // vectors, counted from there
+    uint32_t begin;  // first vector, counted from `head`
     uint32_t end;
-    uint32_t edge;  // the single element of this thread, or V: none
+    uint32_t edge;  // the single element of this thread; V: none
 };
 
 template <class T>
@@ -27,7 +28,7 @@ VLMK_DEVICE Part part_of_row(const T* row, uint32_t vocab, uint32_t split, uint3
     uint32_t head = -(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kVec<T>;
     head = head < vocab ? head : vocab;
     uint32_t vectors = (vocab - head) / kVec<T>;
-    // Whole groups of 8 vectors, 128 bytes, so that the blocks of a row seldom meet within a cache line.
+    // Complete groups of 8 vectors, 128 bytes, so that the blocks of a row rarely share a cache line.
     uint32_t each = ((vectors + 7) / 8 + splits - 1) / splits * 8;
     uint32_t begin = min(split * each, vectors), end = min(begin + each, vectors);
     uint32_t first = threadIdx.x, last = head + vectors * kVec<T> + threadIdx.x - kVec<T>, edge = vocab;
@@ -36,17 +37,17 @@ VLMK_DEVICE Part part_of_row(const T* row, uint32_t vocab, uint32_t split, uint3
     return {head, begin, end, edge};
 }
 
-// 2^y is 0 at kLowest, and so is y 2^y, which for y = -infinity is NaN.
+// Lower bound of y: 2^y and y 2^y are 0 there, while y 2^y is NaN for y = -infinity.
 constexpr float kLowest = -200.0f;
 
-// Of y_v = (x_v - m) log2(e) / temperature: s = sum_v 2^y_v and sy = sum_v 2^y_v y_v, for the maximum m so far.
+// s = sum_v 2^y_v and sy = sum_v 2^y_v y_v, where y_v = (x_v - m) log2(e) / temperature and m is the maximum so far.
 struct Softmax {
     float m = std::numeric_limits<float>::lowest();
     float s = 0;
     float sy = 0;
 };
 
-// s and sy for another maximum.
+// Changes m, and s and sy with it.
 VLMK_DEVICE void rebase(Softmax& softmax, float m, float scale) {
     float shift = max_nan((softmax.m - m) * scale, kLowest), alpha = exp2_approx(shift);
     softmax.sy = fmaf(softmax.s, shift, softmax.sy) * alpha;
@@ -62,7 +63,7 @@ VLMK_DEVICE void merge(Softmax& softmax, Softmax other, float scale) {
     softmax.sy += other.sy;
 }
 
-// kCount elements.
+// Adds kCount elements.
 template <bool kEntropy, int kCount>
 VLMK_DEVICE void add(Softmax& sum, const float (&x)[kCount], float m, float scale) {
 #pragma unroll
@@ -75,7 +76,7 @@ VLMK_DEVICE void add(Softmax& sum, const float (&x)[kCount], float m, float scal
     }
 }
 
-// The result is whole in every lane of the warp.
+// Merges the values of a warp; every lane gets the result.
 VLMK_DEVICE Softmax merge_warp(Softmax softmax, float scale) {
 #pragma unroll
     for (int lane = 16; lane > 0; lane /= 2) {
@@ -88,7 +89,7 @@ VLMK_DEVICE Softmax merge_warp(Softmax softmax, float scale) {
     return softmax;
 }
 
-// The result is whole in the first warp.
+// Merges the values of a block; the first warp gets the result.
 VLMK_DEVICE Softmax merge_block(Softmax softmax, float scale) {
     VLMK_SHARED(Softmax, of_warp, kWarps);
     softmax = merge_warp(softmax, scale);
@@ -98,7 +99,7 @@ VLMK_DEVICE Softmax merge_block(Softmax softmax, float scale) {
     return threadIdx.x < 32 ? merge_warp(softmax, scale) : softmax;
 }
 
-// What the results of one row ask of its gradient, the one-hot terms aside.
+// The gradient of one row without the one-hot terms.
 struct RowGradient {
     float m, scale, log2_sum;  // log2 p_v = (x_v - m) scale - log2_sum
     float constant, slope;     // dx_v = -p_v (constant + slope log2 p_v)

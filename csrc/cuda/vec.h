@@ -1,5 +1,4 @@
-// Element types, 16-byte vectors of them, and the few instructions that C++ has no name for. Device code, and plain host code
-// of the same meaning.
+// 16-byte vectors of elements, and instructions that C++ has no function for: as device code, and as equivalent host code.
 #pragma once
 
 #include <cstdint>
@@ -17,19 +16,12 @@
 
 namespace vlmk::cuda {
 
-struct bf16 {
-    uint16_t bits;
-};
-struct f16 {
-    uint16_t bits;
-};
-
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // ---- arithmetic ----
 
-// 2^x within 2 ulp; results below the least normal number may be 0.
+// 2^x within 2 ulp. Denormal results may be 0.
 VLMK_DEVICE float exp2_approx(float x) {
 #ifdef __CUDA_ARCH__
     float result;
@@ -40,7 +32,7 @@ VLMK_DEVICE float exp2_approx(float x) {
 #endif
 }
 
-// The greater of the two; NaN where either is. (fmaxf returns the other.)
+// max(a, b), or NaN if one of them is NaN. (fmaxf returns the other one.)
 VLMK_DEVICE float max_nan(float a, float b) {
 #ifdef __CUDA_ARCH__
     float result;
@@ -51,7 +43,7 @@ VLMK_DEVICE float max_nan(float a, float b) {
 #endif
 }
 
-// ---- 16-bit formats, two to a register: the first in the low half ----
+// ---- 16-bit formats, two per register: the first in the low half ----
 
 #ifdef __CUDA_ARCH__
 
@@ -111,7 +103,7 @@ inline uint16_t narrow_one(float x, f16) {
     if (x != x) return 0x7fff;
     float magnitude = std::fabs(x);
     if (magnitude >= 65520.0f) return sign | 0x7c00;
-    // In units of the spacing around it; nearbyint rounds ties to even, and a carry runs into the exponent.
+    // In units of the spacing of floats around x. nearbyint rounds ties to even; a carry increments the exponent.
     int exponent = std::max(magnitude > 0 ? std::ilogb(magnitude) : -14, -14);
     int steps = static_cast<int>(std::nearbyint(std::ldexp(magnitude, 10 - exponent)));
     return sign | (((exponent + 14) << 10) + steps);
@@ -125,7 +117,7 @@ template <class T>
 inline uint32_t narrow(float first, float second, T format) {
     return narrow_one(first, format) | uint32_t{narrow_one(second, format)} << 16;
 }
-// Of each of the two, like fmaxf: NaN only where both are.
+// The maximum per element, like fmaxf: NaN only if both are NaN.
 template <class T>
 inline uint32_t max_pair(uint32_t a, uint32_t b, T format) {
     float a_first, a_second, b_first, b_second;
@@ -156,7 +148,7 @@ VLMK_DEVICE float bits_float(uint32_t bits) {
 template <class T>
 constexpr int kVec = 16 / sizeof(T);
 
-// The kVec<T> elements of a vector as floats, and back.
+// Converts the kVec<T> elements of a vector to floats, and back.
 template <class T>
 VLMK_DEVICE void unpack(uint4 raw, float (&x)[kVec<T>]) {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -183,7 +175,7 @@ VLMK_DEVICE uint4 pack(const float (&x)[kVec<T>]) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// The greatest element of kCount vectors; NaN only where all are.
+// The greatest element of kCount vectors; NaN only if all elements are NaN.
 template <class T, int kCount>
 VLMK_DEVICE float max_of(const uint4 (&raw)[kCount]) {
     uint4 top = raw[0];
@@ -219,7 +211,7 @@ VLMK_DEVICE uint4 lowest_vec() {
     return make_uint4(kWord, kWord, kWord, kWord);
 }
 
-// One element. Loads and stores of big tensors stream: their lines are the first to leave the caches.
+// Load or store one element. Accesses to big tensors stream: their cache lines are evicted first.
 template <class T>
 VLMK_DEVICE float load_one(const T* address) {
     if constexpr (sizeof(T) == 4) {
@@ -239,7 +231,7 @@ VLMK_DEVICE void store_one(T* address, float x) {
     }
 }
 
-// Vector i of those that start at `base`, which is aligned to 16 bytes.
+// Load or store vector i from `base`, which is aligned to 16 bytes.
 template <class T>
 VLMK_DEVICE uint4 load_vec(const T* base, uint32_t i) {
     return __ldcs(reinterpret_cast<const uint4*>(base) + i);
@@ -249,7 +241,7 @@ VLMK_DEVICE void store_vec(T* base, uint32_t i, uint4 raw) {
     __stcs(reinterpret_cast<uint4*>(base) + i, raw);
 }
 
-// The same for memory that is soon read again, from the second-level cache.
+// The same for memory that is read again soon, from the L2 cache.
 template <class T>
 VLMK_DEVICE uint4 load_cached(const T* base, uint32_t i) {
     return __ldcg(reinterpret_cast<const uint4*>(base) + i);
@@ -259,8 +251,7 @@ VLMK_DEVICE void store_cached(T* address, Vector raw) {
     __stcg(reinterpret_cast<Vector*>(address), raw);
 }
 
-// The same where `base` is aligned to its elements alone; neighbouring threads share cache lines, so these loads may stay in
-// L1.
+// The same if `base` is only aligned to its elements. Neighbouring threads share cache lines, so these loads may stay in L1.
 template <class T>
 VLMK_DEVICE uint4 load_unaligned(const T* base, uint32_t i) {
     base += static_cast<int64_t>(i) * kVec<T>;

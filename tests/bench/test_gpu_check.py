@@ -1,4 +1,4 @@
-"""bench/gpu_check.py without a GPU: every stage starts, stays within its budget and writes what it finds as it goes."""
+"""bench/gpu_check.py without a GPU: every stage starts, stays within its budget and writes results as they come."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def test_a_dry_run(tmp_path):
 
 
 def test_outcomes_are_written_as_they_come(script, stage, tmp_path):
-    """... also those of a run that is cut off, and of set-up and collection that fail."""
+    """Includes a run that is cut off, and errors of set-up and collection."""
     (tmp_path / "test_some.py").write_text(
         "import pytest, time\n"
         "@pytest.fixture\ndef broken(): raise ValueError('no fixture')\n"
@@ -49,7 +49,8 @@ def test_outcomes_are_written_as_they_come(script, stage, tmp_path):
     )
     (tmp_path / "test_wrong.py").write_text("import no_such_module\n")
     outcomes = tmp_path / "outcomes.jsonl"
-    options = ["-q", "-p", "no:cacheprovider", "-p", "gpu_session", "--outcomes", outcomes, "--continue-on-collection-errors"]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "support.gpu_session", "--outcomes", outcomes]
+    options.append("--continue-on-collection-errors")
     assert stage.run([sys.executable, "-m", "pytest", *options, "--rootdir", tmp_path, tmp_path], 20) is None
     rows = {row["test"].rpartition("::")[2]: row for row in script.read_outcomes(outcomes)}
     assert {name: row["outcome"] for name, row in rows.items() if name != "test_five"} == {

@@ -1,4 +1,4 @@
-"""The command line: a run from files to a saved model and back, and errors that name the argument."""
+"""The command line: training from files to a saved model, evaluation of it, and errors that name the argument."""
 
 import json
 import re
@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with a model and a dataset of four images."""
+    """Return a folder with a model and a dataset of four images."""
     folder = tmp_path_factory.mktemp("files")
     tiny.vlm().save_pretrained(folder / "model")
     tiny.processor().save_pretrained(folder / "model")
@@ -118,15 +118,15 @@ def test_train_and_eval_lora(files, tmp_path):
                 "--vllm_server_base_url",
                 "http://127.0.0.1:9",
             ],
-            "vllm_server_base_url must be that of a healthy vLLM server within .* = 0.1 s, got http://127.0.0.1:9",
+            "vllm_server_base_url must be the URL of a healthy vLLM server within .* = 0.1 s, got http://127.0.0.1:9",
         ),
         (
             ["--reward", "cer", "--share_prefix", "false", "--rollout_correction", "token_mask"],
-            "rollout_correction must be None where generate samples, .*: share_prefix is off, got 'token_mask'",
+            "rollout_correction must be None with an engine that returns no log-probabilities, .*, got 'token_mask'",
         ),
         ([], "--reward must be given"),
         (["--rewards", "[cer]"], "argument --rewards: invalid json_list value: '.cer.'"),
-        (["--rewards", '[{"name": "cer"}]', "--reward", "cer"], "--reward must be absent where --rewards is given"),
+        (["--rewards", '[{"name": "cer"}]', "--reward", "cer"], "--reward must not be used together with --rewards"),
         (["--rewards", '[{"name": "iou", "fram": "resized"}]'], "options of the reward iou must be among .*frame.*, got fram"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,16 +1,15 @@
-"""From rows to model inputs, and what is said about rows that cannot become any."""
+"""Rows to model inputs, and invalid rows."""
 
 import io
-import json
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support import tiny, tiny_families
 
-from vlmkernels.data.samples import check_dataset, encode, load_dataset, open_image, read_sample, render
+from vlmkernels.data.images import open_image
+from vlmkernels.data.samples import encode, read_sample, render
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
@@ -41,20 +40,20 @@ def test_images_in_every_form_give_the_same_pixels(tmp_path):
     forms.append({"bytes": None, "path": str(tmp_path / "a.png")})
     for form in forms:
         assert open_image(form).convert("RGB").tobytes() == image.tobytes()
-    grey = read_sample({"prompt": ask(), "image": image.convert("L")}, 0).images[0]
-    assert grey.mode == "RGB"
+    gray = read_sample({"prompt": ask(), "image": image.convert("L")}, 0).images[0]
+    assert gray.mode == "RGB"
 
 
-def test_images_go_to_the_prompt_s_image_parts():
+def test_images_fill_the_image_parts_of_the_prompt():
     image = tiny.image(0)
     block = "<|vision_start|><|image_pad|><|vision_end|>"
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     plain = [{"role": "user", "content": "what?"}]
-    assert text_of({"prompt": plain, "image": image}) == turn.format(block + "what?")  # put before the text
+    assert text_of({"prompt": plain, "image": image}) == turn.format(block + "what?")  # inserted before the text
     assert text_of({"prompt": plain, "images": [image, image]}) == turn.format(2 * block + "what?")
     assert text_of({"prompt": plain, "image": None}) == turn.format("what?")
     last = [{"role": "user", "content": [{"type": "text", "text": "what?"}, {"type": "image"}]}]
-    assert text_of({"prompt": last, "image": image}) == turn.format("what?" + block)  # left where it is
+    assert text_of({"prompt": last, "image": image}) == turn.format("what?" + block)  # stays in its place
     inside = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
     assert text_of({"prompt": inside}) == turn.format(block + "?")
     assert text_of({"prompt": f"{block}what?", "image": image}) == f"{block}what?"
@@ -82,7 +81,7 @@ def test_videos_in_every_form_give_the_same_frames(tmp_path):
     assert (sample.fps, read_sample({"prompt": ask(), "videos": [frames], "fps": 4}, 0).fps) == (2.0, 4.0)
 
 
-def test_videos_go_to_the_prompt_s_video_parts():
+def test_videos_fill_the_video_parts_of_the_prompt():
     frames, picture = [tiny.image(0), tiny.image(1)], tiny.image(2)
     image, video = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for kind in ("image", "video"))
     turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -100,7 +99,7 @@ WITH_VIDEOS = [name for name in tiny_families.BUILDERS if tiny_families.case(nam
 
 @pytest.mark.parametrize("name", WITH_VIDEOS)
 def test_videos_of_every_family(name):
-    """What encode makes of rows is what the processor makes of the same pixels."""
+    """encode returns what the processor returns for the same pixels."""
     case, rows = tiny_families.case(name), []
     for index, sample in enumerate(case.samples):
         noise = np.random.default_rng(index)
@@ -123,7 +122,7 @@ def test_encode_pads_left_and_keeps_each_image_once():
     assert prompts.inputs["attention_mask"][0, 0] == 0
     assert prompts.inputs["attention_mask"][:, -1].all()
     texts = tiny.tokenizer().batch_decode(prompts.inputs["input_ids"])
-    assert [text.count("<|image_pad|>") for text in texts] == [0, 1, 3]  # the second image of the last is two tokens wide
+    assert [text.count("<|image_pad|>") for text in texts] == [0, 1, 3]  # the last image has two tokens
     alone = encode([read_sample(rows[2], 2)], tiny.processor(), QWEN_VL)
     torch.testing.assert_close(prompts.select(torch.tensor([2])).inputs["pixel_values"], alone.inputs["pixel_values"])
 
@@ -189,7 +188,7 @@ def test_encode_text_model():
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:60],
 )
-def test_bad_rows_are_named_before_a_step_is_taken(tmp_path, row, message):
+def test_bad_rows_are_named_before_training(tmp_path, row, message):
     rows = [{"prompt": ask(), "image": tiny.image(0)}, row]
     args = GRPOConfig(output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=2)
     with pytest.raises((ValueError, TypeError), match=message):
@@ -201,89 +200,3 @@ def test_an_image_with_missing_pixels_is_named_when_it_is_read():
     row = {"prompt": ask(), "image": whole[: len(whole) // 2]}
     with pytest.raises(ValueError, match="sample 4: image cannot be read: image file is truncated"):
         read_sample(row, 4)
-
-
-def test_bad_datasets():
-    check = lambda dataset: check_dataset(dataset, "eval_dataset", tiny.processor())  # noqa: E731
-    with pytest.raises(ValueError, match="eval_dataset must have a column 'prompt', got question, image"):
-        check([{"question": "?", "image": None}])
-    with pytest.raises(ValueError, match="eval_dataset must hold at least one sample, got 0"):
-        check([])
-    with pytest.raises(TypeError, match="eval_dataset must be a sequence of rows with a length, got generator"):
-        check(row for row in tiny.rows(2))
-    with pytest.raises(ValueError, match="sample 0: images must be absent for a text model, got 1"):
-        check_dataset(tiny.rows(2, "one"), "train_dataset", tiny.tokenizer())
-    without = tiny_families.case("llava").processor
-    with pytest.raises(ValueError, match="sample 1: videos must be absent for a processor without videos, got 1"):
-        check_dataset([{"prompt": "?"}, {"prompt": "?", "videos": [[tiny.image(0)]]}], "train_dataset", without)
-
-
-def test_huggingface_dataset_with_images():
-    data = datasets.Dataset.from_list(tiny.rows(3, "one")).cast_column("image", datasets.Image())
-    check_dataset(data, "train_dataset", tiny.processor())
-    assert read_sample(data[2], 2).images[0].tobytes() == tiny.rows(3, "one")[2]["image"].tobytes()
-    several = datasets.Dataset.from_list(tiny.rows(3, "mixed")).cast_column("images", datasets.List(datasets.Image()))
-    check_dataset(several, "train_dataset", tiny.processor())
-    assert [len(read_sample(several[i], i).images) for i in range(3)] == [0, 1, 2]
-    frames = [row["videos"] for row in tiny.rows(3, "videos")[1:]]
-    videos = datasets.Dataset.from_dict({"prompt": ["<|video_pad|>?"] * 2, "videos": frames})
-    assert [read_sample(videos[i], i).videos[0].shape[0] for i in range(2)] == [3, 4]  # stored as bytes
-    videos = videos.cast_column("videos", datasets.List(datasets.List(datasets.Image())))
-    assert isinstance(videos[0]["videos"][0][0], Image.Image)
-    check_dataset(videos, "train_dataset", tiny.processor())
-    assert [read_sample(videos[i], i).videos[0].shape[0] for i in range(2)] == [3, 4]
-    broken = datasets.Dataset.from_dict({"prompt": ["<|image_pad|>"], "image": [{"bytes": b"no", "path": None}]})
-    with pytest.raises(ValueError, match="sample 0: image cannot be read: cannot identify"):
-        check_dataset(broken.cast_column("image", datasets.Image()), "train_dataset", tiny.processor())
-
-
-def test_a_line_of_jsonl_ends_at_a_newline_alone(tmp_path):
-    """JSON may hold characters that Unicode counts as ends of lines."""
-    row = {"prompt": "one\u2028two\x85three"}
-    (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert load_dataset(tmp_path / "data.jsonl") == [row]
-
-
-def test_jsonl_and_parquet_and_folders(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    for index in range(2):
-        tiny.image(index).save(tmp_path / "pictures" / f"{index}.png")
-    rows = [{"prompt": ask(), "image": f"pictures/{i}.png", "answer": str(i)} for i in range(2)]
-    rows[1]["images"] = [rows[1].pop("image")]
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    loaded = load_dataset(tmp_path / "data.jsonl")
-    assert [read_sample(row, i).images[0].tobytes() for i, row in enumerate(loaded)] == [
-        tiny.image(i).tobytes() for i in range(2)
-    ]
-
-    video = {"prompt": "<|video_pad|>", "videos": [["pictures/0.png", "pictures/1.png"]]}
-    (tmp_path / "videos.jsonl").write_text(json.dumps(video))
-    assert len(read_sample(load_dataset(tmp_path / "videos.jsonl")[0], 0).videos[0]) == 2
-
-    paths = datasets.Dataset.from_list([{"prompt": "<|image_pad|>?", "image": f"pictures/{i}.png"} for i in range(2)])
-    paths.to_parquet(tmp_path / "paths.parquet")
-    assert read_sample(load_dataset(tmp_path / "paths.parquet")[1], 1).images[0].tobytes() == tiny.image(1).tobytes()
-
-    inside = datasets.Dataset.from_list(tiny.rows(2, "one")).cast_column("image", datasets.Image())
-    inside.to_parquet(tmp_path / "inside.parquet")
-    assert read_sample(load_dataset(tmp_path / "inside.parquet")[0], 0).images[0].tobytes() == tiny.image(0).tobytes()
-
-    datasets.DatasetDict({"train": inside, "test": inside.select([1])}).save_to_disk(tmp_path / "folder")
-    assert len(load_dataset(tmp_path / "folder", "test")) == 1
-    with pytest.raises(ValueError, match="split must be one of train, test, got 'dev'"):
-        load_dataset(tmp_path / "folder", "dev")
-
-
-def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset must be an existing file or folder, got .*nothing.jsonl"):
-        load_dataset(tmp_path / "nothing.jsonl")
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"prompt": "a"}\n{"prompt": \n')
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 2: must be JSON, got '\{\"prompt\": '"):
-        load_dataset(bad)
-    bad.write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: must be a JSON object, got '\[1\]'"):
-        load_dataset(bad)
-    (tmp_path / "table.csv").write_text("prompt\n")
-    with pytest.raises(ValueError, match=r"dataset must end in .jsonl or .parquet or be a folder, got .*table.csv"):
-        load_dataset(tmp_path / "table.csv")

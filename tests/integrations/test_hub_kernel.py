@@ -1,6 +1,6 @@
-"""The ops as a kernel of Hugging Face's ``kernels``, built and loaded in a process of its own.
+"""The ops as a kernel for the Hugging Face library ``kernels``, built and loaded in a separate process.
 
-``make setup`` puts kernels beside the environment: pip install --no-deps --target .venv/peers kernels==0.17.2
+``make setup`` installs the library outside of the environment: pip install --no-deps --target .venv/peers kernels==0.17.2
 """
 
 import os
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PEERS = Path(sys.prefix) / "peers"
-TEXT = (ROOT / "docs" / "dropins.md").read_text()
+TEXT = (ROOT / "docs" / "integrations" / "transformers.md").read_text()
 BLOCK = re.search(r"## Hugging Face kernels\n.*?```python\n(.*?)```", TEXT, flags=re.DOTALL)[1]
 SCRIPT = """
 import sys
@@ -44,7 +44,7 @@ try:
 except NotImplementedError as error:
     assert "cpp: not implemented" in str(error), error
 else:
-    raise AssertionError("the compiled backend is not in the kernel")
+    raise AssertionError("the kernel must not contain the compiled backend")
 print("done", kernel.__name__)
 """
 

@@ -1,4 +1,4 @@
-"""Liger's functions on our ops against Liger 0.8.5 where it is right, and against the formula where it is not."""
+"""Our versions of Liger's functions, compared with Liger 0.8.5 where it is correct and with the formula where it is not."""
 
 import importlib.metadata
 import sys
@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from vlmkernels.integrations import liger as ours
+from vlmkernels.integrations.liger import formulas
 from vlmkernels.integrations.patch import parameters
+from vlmkernels.ops.grpo_loss import GRPOLossConfig, reference
 
 pytest.importorskip("liger_kernel")
 from liger_kernel import chunked_loss, ops
@@ -21,7 +23,10 @@ RATIO_SHAPES = {"(B,)": (B,), "(B, 1)": (B, 1), "(B, L)": (B, T)}
 
 def make(padded=True, dtype=torch.float32):
     rng = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
     hidden, weight, bias = normal(B, T, H), normal(V, H), normal(V)
     ids = torch.randint(V, (B, T), generator=rng)
     logits = hidden @ weight.T + bias
@@ -43,7 +48,7 @@ def make(padded=True, dtype=torch.float32):
 
 
 def assert_equal(actual, expected, what):
-    """Within fp32 rounding of the greatest."""
+    """Assert equality within fp32 rounding of the largest value."""
     assert len(actual) == len(expected), what
     for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert (a is None) == (b is None), (what, number)
@@ -54,7 +59,7 @@ def assert_equal(actual, expected, what):
 
 
 def from_logits(function, d, reduce=True, ratio=None, **settings):
-    """All results and the gradient by logits."""
+    """Return all results and the gradient by logits."""
     logits = d.logits.detach().requires_grad_()
     if ratio is not None:
         ratio = d.ratios.reshape(-1)[: torch.Size(RATIO_SHAPES[ratio]).numel()].view(RATIO_SHAPES[ratio])
@@ -66,11 +71,11 @@ def from_logits(function, d, reduce=True, ratio=None, **settings):
         flat = [loss, *metrics]
     else:
         assert type(results) is tuple
-        loss, flat = (results[0] * d.upstream).sum(), list(results)  # any gradient per token
+        loss, flat = (results[0] * d.upstream).sum(), list(results)  # each token gets another gradient
     return [x if x is None else x.detach() for x in flat] + [*torch.autograd.grad(loss, logits)]
 
 
-# One row for each loss, level, KL, cap, correction and way to reduce; the interpreter takes 0.1 s for one.
+# Every loss, level, KL term, cap, policy weight and reduction occurs in a row.
 CASES = [
     {},
     {"loss_type": "grpo", "beta": 0.0, "reduce": True},
@@ -97,8 +102,25 @@ def test_triton_grpo_loss(case):
     assert_equal(actual, expected, case)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo", "vespo"])
+def test_token_formulas_equal_the_reference(loss_type):
+    """Losses and gradients per token, in fp64."""
+    config = GRPOLossConfig(loss_type=loss_type, beta=0.1, delta=1.3 if loss_type == "grpo" else None)
+    row = reference.SURROGATES[config.loss.surrogate]
+    rng = torch.Generator().manual_seed(0)
+    logps, old, ref, advantages = torch.randn(4, 5, 40, generator=rng, dtype=torch.float64)
+    log_weight = torch.randn(5, 1, generator=rng, dtype=torch.float64)
+    logps = logps.requires_grad_()
+    ratio = (logps - old).exp()
+    loss = formulas.surrogate(config, logps, ratio, log_weight, advantages)
+    expected = row.term(logps.detach(), ratio.detach(), log_weight, advantages, config.scalars)
+    torch.testing.assert_close(loss.detach(), expected.loss)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), logps)[0], expected.dlogp)
+    torch.testing.assert_close(formulas.kl(ref, logps.detach()), reference.KL["k3"](ref - logps.detach())[0])
+
+
 def from_hidden(module, d, ref="logps", ratio=None, num_items=None, **settings):
-    """Loss, metrics and the gradients by hidden states, weight and bias."""
+    """Return the loss, metrics and the gradients by hidden states, weight and bias."""
     leaves = [x.clone().requires_grad_() for x in (d.hidden, d.weight, d.bias)]
     if ratio is not None:
         ratio = d.ratios.reshape(-1)[: torch.Size(RATIO_SHAPES[ratio]).numel()].view(RATIO_SHAPES[ratio])
@@ -135,7 +157,7 @@ def test_linear_grpo_loss(loss_type, level):
 
 
 def formula(d, loss_type, level, delta=None, beta=0.2, weight=None):
-    """In fp64, from logits: the loss of arXiv:2602.05261 or, of one weight per token, of grpo; and its gradient."""
+    """Return the loss of luspo (arXiv:2602.05261) or grpo in fp64, and its gradient by logits."""
     logits = d.logits.double().requires_grad_()
     logp = (logits[:, :-1] / 0.9).log_softmax(-1).gather(-1, d.ids.unsqueeze(-1)).squeeze(-1)
     log_ratio, mask = logp - d.old.double(), d.mask.double()
@@ -152,8 +174,8 @@ def formula(d, loss_type, level, delta=None, beta=0.2, weight=None):
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_luspo_leaves_the_padding_out(level):
-    """Liger sums over it, and divides by the padded length; without padding the two agree (above)."""
+def test_luspo_ignores_padding(level):
+    """Liger sums over padding and divides by the padded length. Without padding both are equal (above)."""
     d = make()
     settings = {"loss_type": "luspo", "importance_sampling_level": level, "beta": 0.2}
     loss, gradient = formula(d, "luspo", level)
@@ -168,8 +190,8 @@ def test_luspo_leaves_the_padding_out(level):
     assert (liger[-3] - dhidden).abs().max() > 0.02 * dhidden.abs().max()
 
 
-def test_gradient_of_a_cap_below_the_clip():
-    """With delta < 1 + eps_high and A < 0 the clipped ratio is chosen where it is the ratio: Liger drops its gradient."""
+def test_gradient_with_a_cap_below_the_clip():
+    """With delta < 1 + eps_high and A < 0 the clipped ratio is chosen where it equals the ratio. Liger drops its gradient."""
     d = make(padded=False)
     d.advantages = -d.advantages.abs()
     settings = {"loss_type": "grpo", "delta": 1.01, "beta": 0.2}
@@ -180,7 +202,7 @@ def test_gradient_of_a_cap_below_the_clip():
     assert (liger[-1] - gradient).abs().max() > 0.1 * gradient.abs().max()
 
 
-def test_an_advantage_per_token():
+def test_advantage_per_token():
     d = make()
     d.advantages = d.ratios - 1
     d.upstream = d.mask / d.mask.sum(1, keepdim=True) / B  # the weights of grpo
@@ -195,8 +217,8 @@ def test_an_advantage_per_token():
 
 @pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
 @pytest.mark.parametrize("reduce", [True, False])
-def test_what_the_mask_leaves_out_is_not_read(loss_type, reduce):
-    """Liger's vespo multiplies the weights of padding into that of the sequence."""
+def test_masked_positions_are_not_read(loss_type, reduce):
+    """Liger's vespo multiplies the weights of padding into the weight of the sequence."""
     d = make()
     settings = {"reduce": reduce, "loss_type": loss_type, "ratio": "(B, L)"}
     clean = from_logits(ours.triton_grpo_loss, d, **settings)
@@ -208,7 +230,7 @@ def test_what_the_mask_leaves_out_is_not_read(loss_type, reduce):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_finite_where_liger_is_not():
-    """A ratio of e^100 counts as e^20."""
+    """A ratio of e^100 is clamped to e^20."""
     d = make()
     d.old -= 100
     d.advantages = -d.advantages.abs()
@@ -219,8 +241,8 @@ def test_finite_where_liger_is_not():
 
 
 @pytest.mark.parametrize("layout", ["strided", "long"])
-def test_layouts_that_liger_refuses(layout):
-    """Logits that are a view, and more than 65,535 tokens: the second axis of a grid."""
+def test_layouts_that_liger_does_not_support(layout):
+    """Logits that are a view, and more than 65,535 tokens, which exceed the second axis of a CUDA grid."""
     d = make()
     if layout == "strided":
         d.logits = torch.stack([d.logits, d.logits], 1)[:, 0]
@@ -244,7 +266,7 @@ def test_layouts_that_liger_refuses(layout):
 
 
 def test_selective_log_softmax():
-    """Of the last tokens of a longer row, as Liger's."""
+    """The result has the log-probabilities of the last tokens of a longer row."""
     d = make()
     ids, mask = (torch.cat([x, x], 1) for x in (d.ids, d.mask))
     for arguments in ((0.9, None), (0.7, mask)):
@@ -258,16 +280,15 @@ def test_inplace_writes_the_gradient_over_the_logits():
     d = make()
     expected = from_logits(ours.triton_grpo_loss, d)[-1]
     logits = d.logits.clone().requires_grad_()
-    loss, _ = ours.triton_grpo_loss(
-        logits, d.old, d.ref, d.ids, d.advantages, d.mask, eps_low=0.1, eps_high=0.15, reduce=True
-    )  # inplace is the default
+    # inplace is the default
+    loss, _ = ours.triton_grpo_loss(logits, d.old, d.ref, d.ids, d.advantages, d.mask, eps_low=0.1, eps_high=0.15, reduce=True)
     loss.backward()
     assert torch.equal(logits.detach(), expected)
     assert torch.equal(logits.grad, expected)
 
 
-def test_num_items_of_several_processes(monkeypatch):
-    """Given or not: over all processes, per process."""
+def test_num_items_with_several_processes(monkeypatch):
+    """The divisor is the tokens of all processes divided by the number of processes, also without num_items_in_batch."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *group: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, **op: x.mul_(3))
@@ -300,7 +321,7 @@ def test_scaled_cross_entropy(dtype):
             assert all(x.dtype == torch.float32 for x in mine[:-2])
             if dtype == torch.float32:
                 assert_equal(mine, other, (entropy, selected))
-            else:  # Liger rounds its logits, and the entropy, to bf16
+            else:  # Liger rounds logits and entropy to bf16
                 for a, b in zip(mine, other, strict=True):
                     assert (a - b).abs().max() <= 0.03 * b.abs().max()
 
@@ -326,7 +347,7 @@ def test_errors(call, message):
 
 
 def test_patch():
-    """Everyone who holds them gets ours, before and after, and Liger's again at the end."""
+    """Every module that holds Liger's functions gets ours, and Liger's again at the end."""
     holder = types.ModuleType("holder")
     holder.triton_grpo_loss = holder.alias = theirs.triton_grpo_loss
     sys.modules["holder"] = holder
@@ -341,13 +362,13 @@ def test_patch():
             assert ops.LigerFusedLinearScaledCrossEntropyFunction is function
             with pytest.raises(RuntimeError, match="patch_liger must be undone before it is called again"):
                 ours.patch_liger()
-            holder.LigerFusedLinearGRPOLoss = chunked_loss.LigerFusedLinearGRPOLoss  # imported meanwhile
+            holder.LigerFusedLinearGRPOLoss = chunked_loss.LigerFusedLinearGRPOLoss  # imported under the patch
         assert (holder.triton_grpo_loss, holder.LigerFusedLinearGRPOLoss) == (holder.alias, original[1]) == original
         assert (theirs.triton_grpo_loss, chunked_loss.grpo_loss.LigerFusedLinearGRPOLoss) == original
         assert ours.triton_grpo_loss.__module__ == ours.__name__
-        patch.undo()  # once more does nothing
+        patch.undo()  # a second undo does nothing
         again = ours.patch_liger()
-        patch.undo()  # of one that is over
+        patch.undo()  # does not undo the new patch
         assert theirs.triton_grpo_loss is ours.triton_grpo_loss
         again.undo()
         assert theirs.triton_grpo_loss is original[0]
@@ -359,15 +380,17 @@ def test_patch_of_another_version(monkeypatch):
     version = importlib.metadata.version("liger-kernel")
     for other in ("0.7.0", "0.9.1", "1.0.8"):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, other=other: other)
-        with pytest.raises(RuntimeError, match=f"patch_liger must be given liger-kernel 0.8.\\*, got {other}"):
+        with pytest.raises(RuntimeError, match=f"patch_liger needs liger-kernel 0.8.\\*, got {other}"):
             ours.patch_liger()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     original = theirs.triton_grpo_loss
     monkeypatch.setattr(theirs, "triton_grpo_loss", lambda logits: None)
-    with pytest.raises(RuntimeError, match=r"find liger_kernel.*:triton_grpo_loss as in liger-kernel"):
+    with pytest.raises(
+        RuntimeError, match=r"patch_liger needs liger-kernel .*: liger_kernel.*:triton_grpo_loss has other parameters"
+    ):
         ours.patch_liger()
     monkeypatch.setattr(theirs, "triton_grpo_loss", original)
-    with ours.patch_liger():  # nothing was left behind
+    with ours.patch_liger():  # the failed calls replaced nothing
         pass
 
     def missing(name):
@@ -379,7 +402,7 @@ def test_patch_of_another_version(monkeypatch):
 
 
 def test_settings_are_attributes():
-    """As in Liger: what is changed between steps counts."""
+    """As in Liger, settings changed between steps take effect."""
     d = make()
     results = []
     for cls in (ours.LigerFusedLinearGRPOLoss, chunked_loss.LigerFusedLinearGRPOLoss):
@@ -390,7 +413,7 @@ def test_settings_are_attributes():
     assert_equal(*results, "attributes")
 
 
-def test_defaults_are_ligers():
+def test_parameters_equal_those_of_liger():
     for function in ours._REPLACEMENTS.values():
         assert len(parameters(function)) > 3
     assert parameters(ours.triton_grpo_loss) == parameters(theirs.triton_grpo_loss)

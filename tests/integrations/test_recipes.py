@@ -1,9 +1,10 @@
-"""The blocks of docs/dropins.md, run as they stand, against the trainers' formulas and ms-swift's own function."""
+"""The code blocks of docs/integrations run unchanged, and equal the trainers' formulas and ms-swift's own function."""
 
 import ast
 import re
 import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,14 +12,18 @@ import pytest
 import torch
 from support import tiny
 
-TEXT = (Path(__file__).parents[2] / "docs" / "dropins.md").read_text()
-BLOCKS = dict(re.findall(r"\n## ([\w -]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", TEXT, flags=re.DOTALL))
+PAGES = {path.stem: path.read_text() for path in (Path(__file__).parents[2] / "docs" / "integrations").glob("*.md")}
+# The Python blocks of each page, and of each section of others.md.
+BLOCKS = {page: re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) for page, text in PAGES.items()}
+BLOCKS |= {section: [code] for section, code in re.findall(
+    r"\n## ([\w -]+)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGES["others"], flags=re.DOTALL
+)}  # fmt: skip
 SWIFT = Path(sys.prefix) / "peers" / "swift" / "rlhf_trainers" / "grpo_trainer.py"
 
 
 @pytest.fixture
 def recipe(monkeypatch):
-    """recipe(trainer, modules): its block run with stubs of these modules and the classes in them; the last class, patched."""
+    """recipe(trainer, modules): run the trainer's block with stubs of modules and their classes; return the patched class."""
 
     def run(trainer: str, modules: dict[str, list[str]]) -> type:
         for module, names in modules.items():
@@ -29,7 +34,7 @@ def recipe(monkeypatch):
             for name in names:
                 own = {method: lambda *arguments, **options: "its own" for method in ("forward", "_forward_micro_batch")}
                 setattr(sys.modules[module], name, type(name, (), own))
-        exec(BLOCKS[trainer], {})
+        exec(BLOCKS[trainer][0], {})
         return getattr(sys.modules[module], name)
 
     return run
@@ -42,39 +47,61 @@ class Stub(types.ModuleType):
 
 
 def test_every_trainer_has_a_block():
-    modules = {"TRL", "Liger-Kernel", "transformers", "Hugging Face kernels"}
-    assert set(BLOCKS) == modules | {"ms-swift", "VLM-R1", "R1-V", "EasyR1", "OpenRLHF"}
+    trainers = {"VLM-R1", "R1-V", "EasyR1", "OpenRLHF"}
+    assert set(BLOCKS) - trainers == {"trl", "liger", "verl", "transformers", "ms-swift", "others"}
+    assert trainers < set(BLOCKS)
 
 
 def test_trl():
     trl = pytest.importorskip("trl")
     before, names = trl.GRPOTrainer._compute_loss, {}
-    exec(BLOCKS["TRL"], names)
+    exec(BLOCKS["trl"][0], names)
     assert trl.GRPOTrainer._compute_loss.__module__ == "vlmkernels.integrations.trl"
     names["patch"].undo()
     assert trl.GRPOTrainer._compute_loss is before
 
 
-def test_liger_kernel():
+@pytest.mark.parametrize("page", ["liger", "ms-swift"])
+def test_liger_kernel(page):
+    """Runs the patch and the call of Liger's class on its page, and the plugin for ms-swift."""
     chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
     names: dict = {}
-    exec(BLOCKS["Liger-Kernel"], names)
+    for block in BLOCKS[page] if page == "liger" else BLOCKS[page][1:]:
+        exec(block, names)
     assert chunked_loss.LigerFusedLinearGRPOLoss.__module__ == "vlmkernels.integrations.liger"
+    assert page == "ms-swift" or names["loss"].isfinite()
     names["patch"].undo()
     assert chunked_loss.LigerFusedLinearGRPOLoss.__module__.startswith("liger_kernel")
+
+
+def test_flags_of_swift_rlhf():
+    """Every flag of the page is an argument of ms-swift 4.6 or of transformers, and plugins are imported with the arguments."""
+    from transformers import TrainingArguments
+
+    arguments = SWIFT.parents[1] / "arguments"
+    if not arguments.exists():
+        pytest.skip(f"ms-swift is not there: pip install --no-deps --target {SWIFT.parents[2]} ms-swift==4.6.0")
+    source = "\n".join(path.read_text() for path in arguments.rglob("*.py"))
+    fields = set(re.findall(r"^    (\w+): ", source, flags=re.MULTILINE)) | TrainingArguments.__dataclass_fields__.keys()
+    flags = set(re.findall(r"--(\w+)", PAGES["ms-swift"]))
+    assert {"rlhf_type", "external_plugins", "use_liger_kernel"} <= flags
+    assert flags <= fields
+    tree = ast.parse((arguments / "base_args" / "base_args.py").read_text())
+    (start,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "__post_init__")
+    assert "_import_external_plugins" in ast.unparse(start)
 
 
 def test_transformers(tmp_path):
     tiny.vlm().save_pretrained(tmp_path)
     names: dict = {}
-    exec(BLOCKS["transformers"].replace("path/to/Qwen2.5-VL", str(tmp_path)), names)
+    exec(BLOCKS["transformers"][0].replace("path/to/Qwen2.5-VL", str(tmp_path)), names)
     config = names["model"].config
     assert config.text_config._attn_implementation == "vlmkernels"
     assert config.vision_config._attn_implementation == "vlmkernels_flash_varlen"
 
 
 def prompts_with_completions():
-    """A tiny Qwen2.5-VL and two samples of one image each, prompts padded on the left, completions of three tokens."""
+    """Return a tiny Qwen2.5-VL and inputs of two samples: one image each, left-padded prompts, completions of three tokens."""
     processor, model = tiny.processor(), tiny.vlm(tied=False)
     texts = [
         processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
@@ -92,7 +119,7 @@ def prompts_with_completions():
 
 
 def trainer_of(cls, model, **attributes):
-    """A trainer as far as the functions look at it."""
+    """Return a trainer with the attributes that the functions read."""
     trainer = cls()
     trainer.accelerator = types.SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
     trainer.template = types.SimpleNamespace(padding_free=False)
@@ -102,14 +129,14 @@ def trainer_of(cls, model, **attributes):
 
 
 def formula(model, inputs, temperature=1.0):
-    """Log-probabilities (B, L - 1) and entropies of all tokens but the first, from all logits."""
+    """Return log-probabilities and entropies (B, L - 1) of all tokens but the first, from the logits of the model."""
     logp = (model(**inputs).logits[:, :-1] / temperature).log_softmax(-1)
     chosen = logp.gather(-1, inputs["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1)
     return chosen, -(logp.exp() * logp).sum(-1)
 
 
 def assert_same(model, mine, expected):
-    """Values and the gradients of all parameters."""
+    """Assert that values and the gradients of all parameters are equal."""
     torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
     weights = torch.linspace(1, 2, mine.numel()).view(mine.shape)
     gradients = []
@@ -121,7 +148,7 @@ def assert_same(model, mine, expected):
 
 
 def swifts_own():
-    """ms-swift's own method, out of its file: that imports packages which this does not need."""
+    """Return ms-swift's own method, compiled from its source, because its module imports packages that are not installed."""
     tree = ast.parse(SWIFT.read_text())
     name = "_get_logps_via_local_forward"
     (node,) = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
@@ -170,12 +197,10 @@ def test_r1(recipe, name, cls):
     model, inputs = prompts_with_completions()
     ids, mask, pixels, grid = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"], inputs["image_grid_thw"]
     trainer = trainer_of(cls, model)
-    call = trainer._get_per_token_logps
-    mine = (
-        call(model, ids, mask, pixels, grid)
-        if name == "R1-V"
-        else call(model, ids, mask, pixel_values=pixels, image_grid_thw=grid)
-    )
+    images = {"pixel_values": pixels, "image_grid_thw": grid}
+    call = partial(trainer._get_per_token_logps, model, ids, mask)
+    call = partial(call, pixels, grid) if name == "R1-V" else partial(call, **images)
+    mine = call()
     expected, _ = formula(model, inputs)
     assert mine.shape == expected.shape
     last = (ids == model.config.image_token_id).int().cumsum(1).argmax(1)  # of the image tokens
@@ -183,17 +208,13 @@ def test_r1(recipe, name, cls):
     completion = slice(ids.shape[1] - 4, None)
     assert_same(model, mine[:, completion], expected[:, completion])
     with torch.inference_mode():  # as R1-V calls the reference model
-        again = (
-            call(model, ids, mask, pixels, grid)
-            if name == "R1-V"
-            else call(model, ids, mask, pixel_values=pixels, image_grid_thw=grid)
-        )
+        again = call()
     torch.testing.assert_close(again, mine.detach())
 
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_easy_r1(recipe, monkeypatch, padding_free):
-    """Padded, with images; or packed, of a text model, whose attention tells the sequences apart by their positions."""
+    """Compares padded inputs with images, and packed inputs of a text model, which finds the sequences by their positions."""
     protocol = Stub("verl.protocol")
     protocol.batch_collate = lambda rows: {name: [row[name] for row in rows] for name in rows[0]}
     monkeypatch.setitem(sys.modules, "verl.protocol", protocol)

@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from support import tiny, tiny_families
-from test_group import SHARING, completions_of, whole
+from support.groups import SHARING, completions_of, processed
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import vlmkernels.integrations.transformers as ours
@@ -15,7 +15,7 @@ import vlmkernels.integrations.transformers as ours
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    """A vision-language and a text model on disk."""
+    """The folder of a saved vision-language and a saved text model."""
     root = tmp_path_factory.mktemp("models")
     tiny.vlm().save_pretrained(root / "vlm")
     tiny.text_model().save_pretrained(root / "text")
@@ -23,7 +23,7 @@ def paths(tmp_path_factory):
 
 
 def encoded():
-    """Two prompts with an image each, padded on the left."""
+    """Return two left-padded prompts with an image each."""
     processor = tiny.processor()
     texts = [f"<|vision_start|><|image_pad|><|vision_end|>{text}" for text in ("what is it?", "a")]
     images = [tiny.image(0, width=56), tiny.image(1)]
@@ -31,8 +31,8 @@ def encoded():
 
 
 @pytest.mark.parametrize("packed_vision", [False, True])
-def test_padded_inputs_are_as_with_sdpa(paths, packed_vision):
-    """Logits, the gradients of all parameters, and generated tokens."""
+def test_padded_inputs_equal_sdpa(paths, packed_vision):
+    """Compares logits, the gradients of all parameters, and generated tokens."""
     results = []
     for name in ("sdpa", "vlmkernels"):
         model = AutoModelForImageTextToText.from_pretrained(paths / "vlm", attn_implementation=name).eval()
@@ -49,7 +49,7 @@ def test_padded_inputs_are_as_with_sdpa(paths, packed_vision):
 
 
 def test_packs_of_groups(paths):
-    """Hidden states of completions behind one copy of their prompt and its image are those behind copies."""
+    """Hidden states of completions are equal with one copy of their prompt and image and with a copy for each."""
     model = AutoModelForImageTextToText.from_pretrained(paths / "vlm", attn_implementation="vlmkernels").eval()
     prompts, group = encoded(), torch.tensor([0, 0, 1])
     ids = torch.arange(1, 10).view(3, 3)
@@ -57,8 +57,8 @@ def test_packs_of_groups(paths):
     with torch.no_grad():
         hidden = model.model(**pack.inputs, use_cache=False).last_hidden_state[0, pack.rows].view(3, 3, -1)
         for completion, owner in enumerate(group.tolist()):
-            alone = prompts["attention_mask"][owner].bool()
-            own = torch.cat([prompts["input_ids"][owner, alone], ids[completion]]).unsqueeze(0)
+            kept = prompts["attention_mask"][owner].bool()
+            own = torch.cat([prompts["input_ids"][owner, kept], ids[completion]]).unsqueeze(0)
             patches = prompts["image_grid_thw"].prod(1).tolist()
             copy = {
                 "input_ids": own,
@@ -71,7 +71,7 @@ def test_packs_of_groups(paths):
 
 
 def test_packed_sequences(paths):
-    """By transformers' own arguments for flash attention, as each sequence alone."""
+    """With transformers' arguments for flash attention, each sequence gets the results of a separate pass."""
     model = AutoModelForCausalLM.from_pretrained(paths / "text", attn_implementation="vlmkernels").eval()
     sequences = [torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2]), torch.tensor([6, 5, 3, 5])]
     lengths = torch.tensor([len(s) for s in sequences])
@@ -91,13 +91,13 @@ def test_packed_sequences(paths):
     model.config.attention_dropout = 0.5
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
-    message = r"vlmkernels takes packed sequences without these, got \{'dropout': 0.5\} in Qwen2Attention"
+    message = r"vlmkernels must run packed sequences without these settings, got \{'dropout': 0.5\} in Qwen2Attention"
     with pytest.raises(NotImplementedError, match=message):
         model.train()(**packed)
 
 
 def test_packed_sequences_with_images(paths):
-    """The vision tower, which is handed the sequences' bounds too, does not take them for those of its images."""
+    """The vision tower, which receives the bounds of the sequences too, does not use them as the bounds of its images."""
     model = AutoModelForImageTextToText.from_pretrained(paths / "vlm", attn_implementation="vlmkernels").eval()
     padded = encoded()
     kept = padded["attention_mask"].bool()
@@ -116,13 +116,13 @@ def test_packed_sequences_with_images(paths):
 
 PACKING = ("qwen", "glm", "text")
 if Version(transformers.__version__) >= Version("5.20"):
-    PACKING += ("pixtral", "mistral3")  # which mask their images from each other before
+    PACKING += ("pixtral", "mistral3")  # before 5.20 they use a mask instead
 
 
 @pytest.mark.parametrize("name", SHARING)
-def test_one_name_for_the_whole_model(name):
-    """Vision towers, which are handed the arguments of packs too, attend as they did."""
-    model, batch = copy.deepcopy(tiny_families.case(name).model), whole(name)
+def test_one_implementation_for_the_whole_model(name):
+    """Vision towers, which receive the arguments of packs too, compute the same as before."""
+    model, batch = copy.deepcopy(tiny_families.case(name).model), processed(name)
     group = torch.arange(len(batch)).repeat_interleave(2)
     ids, mask = completions_of([3, 5] * len(batch), vocab=20)
     ids += tiny_families.token_id("a")
@@ -132,9 +132,25 @@ def test_one_name_for_the_whole_model(name):
         change(model)
         with torch.no_grad():
             if change is ours.use_varlen_vision and not name.startswith(PACKING):
-                with pytest.raises(NotImplementedError, match="needs cu_seq_lens_q, of a tower that packs patches: "):
+                with pytest.raises(
+                    NotImplementedError, match="needs a vision tower that packs patches and passes cu_seq_lens_q, got "
+                ):
                     model.base_model(**pack.inputs, use_cache=False)
                 continue
             results.append(model.base_model(**pack.inputs, use_cache=False).last_hidden_state)
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_undo(paths):
+    """The calls in the docstrings of the ``use_...`` functions restore the results bit by bit."""
+    model = AutoModelForImageTextToText.from_pretrained(paths / "vlm", attn_implementation="sdpa").eval()
+    inputs = encoded()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        ours.use_varlen_vision(ours.use_group_attention(model))
+        assert model.config.text_config._attn_implementation == "vlmkernels"
+        model.set_attn_implementation({"vision_config": "sdpa"})
+        model.set_attn_implementation({"text_config": "sdpa"})
+        assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
+        assert torch.equal(model(**inputs).logits, expected)

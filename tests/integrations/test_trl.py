@@ -1,37 +1,46 @@
-"""TRL's own trainers with and without this package beneath them: the same losses, metrics, gradients and parameters."""
+"""TRL's trainers have the same losses, metrics, gradients and parameters with and without ``patch_trl``."""
 
+import copy
+import functools
 import importlib
 import json
 import subprocess
 import sys
+import types
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 trl = pytest.importorskip("trl")
 
 import torch  # noqa: E402
-from trl_runs import STEPS, FixedEngine, build, rows, tiny_model, train  # noqa: E402
+from support import tiny_families  # noqa: E402
+from support.groups import processed  # noqa: E402
+from support.paths import environment  # noqa: E402
+from support.trl_runs import STEPS, FixedEngine, build, rows, tiny_model, train  # noqa: E402
 
 from vlmkernels.integrations import trl as ours  # noqa: E402
 from vlmkernels.integrations.trl import patch_trl  # noqa: E402
+from vlmkernels.integrations.trl.features import FeatureCache  # noqa: E402
 from vlmkernels.models import families  # noqa: E402
+from vlmkernels.models.attention import use_group_attention  # noqa: E402
+from vlmkernels.models.image_features import encode_images  # noqa: E402
+from vlmkernels.models.loading import base_model  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TEXT, ONE, SEVERAL = [[]], [[(28, 28)], [(56, 28)]], [[(28, 28)], [(56, 28), (28, 28)]]
-DRAWN = {"top_k": 100, "top_p": 0.95, "repetition_penalty": 1.2, "generation_kwargs": {"min_new_tokens": 2}}
-NOT_BY_GROUPS = {"generation_kwargs": {"no_repeat_ngram_size": 2}}
+SAMPLING = {"top_k": 100, "top_p": 0.95, "repetition_penalty": 1.2, "generation_kwargs": {"min_new_tokens": 2}}
+UNGROUPED = {"generation_kwargs": {"no_repeat_ngram_size": 2}}
 SEQUENCE = {"importance_sampling_level": "sequence"}
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_importance_sampling_clip_max": 2.0}
 
 
 @dataclass
 class Case:
-    """images: the sizes of a row's, see ``rows``. shares: whether prompts run once."""
+    """images: the image sizes of each row, see ``rows``. shares: whether completions share a prompt."""
 
     model: str
     images: list
@@ -43,13 +52,13 @@ class Case:
 
 # fmt: off
 CASES = {
-    # every family, every loss
+    # every family and every loss
     "dapo": Case("qwen2_5_vl", SEVERAL, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}),
-    "grpo": Case("qwen3_vl", ONE, {"loss_type": "grpo", "beta": 0.1, **DRAWN}),
+    "grpo": Case("qwen3_vl", ONE, {"loss_type": "grpo", "beta": 0.1, **SAMPLING}),
     "bnpo, LoRA": Case("llava", ONE, {"loss_type": "bnpo", "beta": 0.1}, lora=True),
     "dr_grpo": Case("smolvlm", ONE, {"loss_type": "dr_grpo", "delta": 1.5, "steps_per_generation": 2}),
     "cispo": Case("gemma3", [[(28, 28)]], {"loss_type": "cispo", "beta": 0.1, "epsilon_high": 5.0}, shares=False),
-    "sapo": Case("internvl", ONE, {"loss_type": "sapo", "top_entropy_quantile": 0.6, "entropy_coef": 0.01, **NOT_BY_GROUPS}),
+    "sapo": Case("internvl", ONE, {"loss_type": "sapo", "top_entropy_quantile": 0.6, "entropy_coef": 0.01, **UNGROUPED}),
     "vespo": Case("text", TEXT, {"loss_type": "vespo", "use_adaptive_entropy": True, "entropy_target": 5.56}),
     "luspo, LoRA": Case("text", TEXT, {"loss_type": "luspo", **SEQUENCE, "beta": 0.05}, lora=True),
     # other options
@@ -84,20 +93,20 @@ def assert_same(mine, theirs):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_same_as_without_the_line(tmp_path, monkeypatch, name):
+def test_training_equals_trl(tmp_path, monkeypatch, name):
     case = CASES[name]
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", FixedEngine)
     arguments = (tmp_path, getattr(trl, f"{case.trainer}Trainer"), *tiny_model(case.model), rows(4, case.images))
     theirs = train(build(*arguments, **options_of(case)))
     with patch_trl():
         mine = train(build(*arguments, **options_of(case)))
-    assert mine.trainer._scoring.shares == case.shares
+    assert mine.trainer._scorer.shares_prefix == case.shares
     assert any(log.get("grad_norm", 0) > 0 for log in theirs.logs)
     assert_same(mine, theirs)
 
 
 def one_batch(tmp_path, name: str, images: list, trainer=None, **options):
-    """A trainer under our methods, and a micro-batch that it made."""
+    """Return a trainer with our methods and one of its micro-batches."""
     trainer = build(tmp_path, trainer or ours.GRPOTrainer, *tiny_model(name), rows(4, images), num_iterations=2, **options)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
@@ -105,7 +114,7 @@ def one_batch(tmp_path, name: str, images: list, trainer=None, **options):
 
 
 def outcome(trainer, inputs: dict):
-    """Loss, metrics and gradients of a micro-batch."""
+    """Return the loss, metrics and gradients of a micro-batch."""
     trainer._metrics["train"] = defaultdict(list)
     trainer.model.zero_grad()
     loss = trainer._compute_loss(trainer.model, inputs)
@@ -115,8 +124,8 @@ def outcome(trainer, inputs: dict):
 
 
 @pytest.mark.parametrize("change", ["tool_mask", "advantages of tokens", "bf16", "bf16, fp32 head", "nothing counts"])
-def test_a_batch_is_scored_as_by_trl(tmp_path, change):
-    """What a run above does not reach: a trainer without ``_scoring`` is TRL's own."""
+def test_loss_of_a_batch_equals_trl(tmp_path, change):
+    """Batches that do not occur in the runs above. A trainer without ``_scorer`` runs TRL's own code."""
     options = {"bf16": "bf16" in change, "cast_lm_head_to_fp32": "fp32 head" in change, "top_entropy_quantile": 0.7}
     trainer, inputs = one_batch(tmp_path, "qwen2_5_vl", ONE, **options)
     mask = inputs["completion_mask"]
@@ -127,17 +136,15 @@ def test_a_batch_is_scored_as_by_trl(tmp_path, change):
     elif change == "nothing counts":
         inputs["completion_mask"] = torch.zeros_like(mask)
     loss, metrics, gradients = outcome(trainer, inputs)
-    trainer._scoring = None
+    trainer._scorer = None
     expected, their_metrics, theirs = outcome(trainer, inputs)
     tolerance = 2e-2 if "bf16" in change else 1e-5
     assert loss == pytest.approx(expected, rel=tolerance, abs=tolerance)
     assert metrics.keys() == their_metrics.keys()
     for name, value in their_metrics.items():
-        # In bf16 a ratio or an entropy at a bound may fall on its other side.
-        loose = (
-            {"rel": 2e-2, "abs": 0.2 if name.startswith("clip") else 2e-2} if "bf16" in change else {"rel": 1e-5, "abs": 1e-6}
-        )
-        assert metrics[name] == pytest.approx(value, nan_ok=True, **loose), name
+        # In bf16 a ratio or an entropy close to a bound may cross it.
+        rel, tol = (2e-2, 0.2 if name.startswith("clip") else 2e-2) if "bf16" in change else (1e-5, 1e-6)
+        assert metrics[name] == pytest.approx(value, nan_ok=True, rel=rel, abs=tol), name
     assert gradients.keys() >= theirs.keys()
     size = max(gradient.abs().max() for gradient in theirs.values())
     for name, gradient in theirs.items():
@@ -145,10 +152,9 @@ def test_a_batch_is_scored_as_by_trl(tmp_path, change):
 
 
 def watched(trainer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Patches that the vision tower takes, and the size of what the language model takes, call by call."""
+    """Return lists that will hold, per call, the patches of the vision tower and the input size of the language model."""
     patches, tokens = [], []
-    inner = trainer.accelerator.unwrap_model(trainer.model)
-    inner = ours.scoring.base_of(inner).model
+    inner = base_model(trainer.accelerator.unwrap_model(trainer.model)).model
     inner.visual.register_forward_pre_hook(lambda module, args, kwargs: patches.append(len(args[0])), with_kwargs=True)
     inner.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
@@ -157,14 +163,14 @@ def watched(trainer) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def test_prompts_and_images_run_once(tmp_path):
-    """Two prompts of four completions: in the rollout and in the training step, whose rows TRL has shuffled."""
+    """Two prompts with four completions each, in the rollout and in the training step, whose rows TRL shuffles."""
     trainer = build(tmp_path, ours.GRPOTrainer, *tiny_model("qwen2_5_vl"), rows(2, ONE), num_iterations=1, max_steps=1)
     patches, tokens = watched(trainer)
     train(trainer)
     inputs = trainer._buffered_inputs[0]
     prompts = zip(inputs["prompt_ids"].tolist(), inputs["prompt_mask"], strict=True)
     lengths = {tuple(ids): int(mask.sum()) for ids, mask in prompts}
-    assert len(lengths) == 2  # of images of two sizes
+    assert len(lengths) == 2  # the two images differ in size
     first, *steps, last = tokens
     assert patches == [4 + 8] * 2
     assert first == (1, sum(lengths.values()))
@@ -173,7 +179,7 @@ def test_prompts_and_images_run_once(tmp_path):
 
 
 def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path):
-    """For the rollout, the old and the reference model, and ten passes of training in micro-batches of their own order."""
+    """The rollout, the old and the reference model and ten training passes in another row order share its features."""
     case = Case("qwen2_5_vl", ONE, {"beta": 0.1, "steps_per_generation": 2, "max_steps": 10}, lora=True)
     arguments = (tmp_path, trl.GRPOTrainer, *tiny_model(case.model), rows(4, case.images))
     theirs = train(build(*arguments, **options_of(case)))
@@ -186,8 +192,8 @@ def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path):
 
 
 @pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
-def test_regrouped(tmp_path, trainer):
-    """Two micro-batches of four rows, of two prompts by four completions: each of one prompt, and the steps are the same."""
+def test_regroup(tmp_path, trainer):
+    """Two micro-batches of two prompts with four completions: each has the rows of one prompt, and the steps are equal."""
     arguments = (tmp_path, getattr(trl, f"{trainer}Trainer"), *tiny_model("qwen2_5_vl"), rows(4, ONE))
     options = {"config": getattr(trl, f"{trainer}Config"), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     options |= {"beta": 0.1} | ({"loss_type": "grpo"} if trainer == "GRPO" else {})
@@ -196,28 +202,36 @@ def test_regrouped(tmp_path, trainer):
         mine = train(build(*arguments, **options))
     assert [len(batch["prompt_index"].unique()) for batch in mine.trainer._buffered_inputs] == [1] * 2
     grids = [len(batch["image_grid_thw"].unique(dim=0)) for batch in theirs.trainer._buffered_inputs]
-    assert max(grids) == 2  # TRL's own are of two prompts, whose images differ in size
+    assert max(grids) == 2  # TRL's own micro-batch has both prompts, whose images differ in size
     for run in (mine, theirs):
         for log in run.logs:
             for name in [name for name in log if name.startswith(("clip_ratio", "entropy", "kl"))]:
-                del log[name]  # means of other micro-batches
+                del log[name]  # means over other micro-batches
     assert_same(mine, theirs)
 
 
-def test_images_of_tools_run_unshared(tmp_path):
+def test_images_in_completions_disable_sharing(tmp_path):
     trainer, inputs = one_batch(tmp_path, "qwen2_5_vl", ONE)
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     model_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model_inputs |= {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    convert = functools.partial(trainer._scorer.micro_batch, trainer.model, model_inputs)
     width = inputs["completion_ids"].shape[1]
-    assert (
-        "group_layout" in trainer._scoring.micro(trainer.model, _with_media(inputs, model_inputs), width, [1] * 8).batch.inputs
-    )
+    assert "group_layout" in convert(width, [1] * 8).batch.inputs
     ids[3, -2] = trainer.model.config.image_token_id
-    assert "group_layout" not in trainer._scoring.micro(trainer.model, model_inputs, width, [1] * 8).batch.inputs
+    assert "group_layout" not in convert(width, [1] * 8).batch.inputs
 
 
-def _with_media(inputs: dict, model_inputs: dict) -> dict:
-    return model_inputs | {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava"])
+def test_features_of_several_calls(name):
+    """Later calls add samples with and without images, and reuse the features of earlier ones."""
+    model, batch = use_group_attention(copy.deepcopy(tiny_families.case(name).model)), processed(name)
+    expected = encode_images(model, batch)
+    cache = FeatureCache(model)
+    first = batch.num_images.argmax().unsqueeze(0)
+    for samples in (first, torch.arange(len(batch)), first):
+        actual = cache.encode(batch.select(samples))
+        torch.testing.assert_close(actual.inputs, expected.select(samples).inputs, rtol=1e-5, atol=1e-5)
 
 
 def members() -> dict:
@@ -228,7 +242,7 @@ def fail():
     raise ZeroDivisionError
 
 
-def test_undone_on_leaving(tmp_path):
+def test_undo_at_the_end_of_the_block(tmp_path):
     before = members()
     arguments = (tmp_path, trl.GRPOTrainer, *tiny_model("text"), rows(4, TEXT))
     theirs = train(build(*arguments))
@@ -236,13 +250,13 @@ def test_undone_on_leaving(tmp_path):
         assert members() != before
         late = build(*arguments)
     assert members() == before
-    assert_same(train(late), theirs)  # by TRL's own methods again
+    assert_same(train(late), theirs)  # which runs TRL's own methods again
     with pytest.raises(ZeroDivisionError), patch_trl():
         fail()
     assert members() == before
 
 
-def test_patched_twice_late_and_a_subclass(tmp_path, monkeypatch):
+def test_second_patch_and_trainers_built_before_it(tmp_path, monkeypatch):
     before, notices = members(), []
     monkeypatch.setattr(ours.logger, "warning_once", notices.append)
     arguments = (tmp_path, trl.GRPOTrainer, *tiny_model("text"), rows(4, TEXT))
@@ -253,17 +267,17 @@ def test_patched_twice_late_and_a_subclass(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="patch_trl must be undone before it is called again, got a second call"):
             patch_trl()
         assert_same(train(early), theirs)
-        assert early._scoring is None  # TRL's own code, though TRL is patched
+        assert early._scorer is None  # so it runs TRL's own code, although TRL is patched
         assert set(notices) == {"A trainer built before patch_trl() runs TRL's own code"}
-        ours_alone = train(build(tmp_path, ours.GRPOTrainer, *arguments[2:]))
+        mine = train(build(tmp_path, ours.GRPOTrainer, *arguments[2:]))
     finally:
         patch.undo()
-    assert_same(ours_alone, theirs)
+    assert_same(mine, theirs)
     patch.undo()
     assert members() == before
 
 
-def test_notices_and_refusals(tmp_path, monkeypatch):
+def test_warnings_and_errors(tmp_path, monkeypatch):
     notices = []
     for module in (ours, ours.scoring, ours.generation):
         monkeypatch.setattr(module.logger, "warning_once", notices.append)
@@ -275,9 +289,7 @@ def test_notices_and_refusals(tmp_path, monkeypatch):
         return ours.GRPOTrainer(*args, share_prefix=True, **kwargs)
 
     made("gemma3", [[(28, 28)]])
-    assert notices.pop().startswith(
-        "Prompts and images run once per completion, as TRL runs them: Gemma3ForConditionalGeneration: "
-    )
+    assert notices.pop().startswith("Prefix sharing disabled: Gemma3ForConditionalGeneration: ")
     with pytest.raises(
         ValueError, match=r"share_prefix must be 'auto' or False: Gemma3For.* image tokens attend in both directions"
     ):
@@ -308,40 +320,41 @@ def test_notices_and_refusals(tmp_path, monkeypatch):
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             patch_trl(**options)
-    assert ours.Patch.active is None
+    assert "patch_trl" not in ours.Patch.active
     assert not notices
 
     model, _ = tiny_model("text")
     monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
-    reason = ours.scoring._why_not_shared(model)
+    trainer = types.SimpleNamespace(aux_loss_enabled=False, use_transformers_continuous_batching=False)
+    reason = ours.scoring.sharing_unsupported(model, trainer)
     assert reason == "attn_implementation must be 'sdpa', 'eager' or 'vlmkernels', got 'flex_attention'"
 
 
-def test_a_trl_whose_seams_differ_is_named(monkeypatch):
+def test_errors_for_an_unsupported_trl(monkeypatch):
     def without_images(self, model, input_ids, attention_mask, logits_to_keep, compute_entropy, compute_aux_loss):
-        """As if a release took them another way."""
+        """Stand in for a release of TRL with other arguments."""
 
     before, name = members(), "_get_per_token_logps_and_entropies"
     monkeypatch.setattr(trl, "__version__", "1.99.0")
-    monkeypatch.setitem(ours._TRL[trl.RLOOTrainer], name, without_images)
-    message = f"trl must be 1.16 or have its seams, got 1.99.0: RLOOTrainer.{name} does not take pixel_values, image_grid_thw"
+    monkeypatch.setitem(ours._ORIGINAL[trl.RLOOTrainer], name, without_images)
+    message = f"vlmkernels.integrations.trl needs trl 1.16.*, got 1.99.0: RLOOTrainer.{name} does not accept pixel_values"
     with pytest.raises(NotImplementedError, match=message):
         patch_trl()
-    monkeypatch.setitem(ours._TRL[trl.RLOOTrainer], name, None)
-    with pytest.raises(NotImplementedError, match=f"got 1.99.0: RLOOTrainer.{name} is not there"):
+    monkeypatch.setitem(ours._ORIGINAL[trl.RLOOTrainer], name, None)
+    with pytest.raises(NotImplementedError, match=f"got 1.99.0: RLOOTrainer.{name} is missing"):
         patch_trl()
     assert members() == before
 
-    # One that lacks a function which this module imports.
+    # A TRL without a function that the integration imports.
     monkeypatch.delattr("trl.trainer.utils.split_tensor_dict")
     for name in [name for name in sys.modules if name.startswith("vlmkernels.integrations.trl")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r"trl must be 1.16 or have its seams, got 1.99.0: .* 'split_tensor_dict'"):
+    with pytest.raises(ImportError, match=r"vlmkernels.integrations.trl needs trl 1.16.\*, got 1.99.0: .* 'split_tensor_dict'"):
         importlib.import_module("vlmkernels.integrations.trl")
 
 
 def test_a_model_of_no_family(tmp_path, monkeypatch):
-    """Scored without logits all the same, and a notice says why its prompts run once per completion."""
+    """It is scored without logits too, and a warning says why its completions do not share a prompt."""
     known = tuple(family for family in families.FAMILIES if family.name != "llava")
     monkeypatch.setattr(families, "FAMILIES", known)
     notices = []
@@ -350,7 +363,7 @@ def test_a_model_of_no_family(tmp_path, monkeypatch):
     (notice,) = notices
     assert "LlavaForConditionalGeneration: model_type must be one of" in notice
     loss, metrics, _ = outcome(trainer, inputs)
-    trainer._scoring = None
+    trainer._scorer = None
     expected, theirs, _ = outcome(trainer, inputs)
     assert loss == pytest.approx(expected, abs=1e-6)
     assert {name: value for name, (value,) in metrics.items()} == pytest.approx(
@@ -358,7 +371,7 @@ def test_a_model_of_no_family(tmp_path, monkeypatch):
     )
 
 
-def test_a_subclass_keeps_what_it_overrides(tmp_path):
+def test_a_subclass_keeps_its_overrides(tmp_path):
     class Doubled(trl.GRPOTrainer):
         def _get_per_token_logps_and_entropies(self, *args, **kwargs):
             logps, entropy, aux = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -368,15 +381,15 @@ def test_a_subclass_keeps_what_it_overrides(tmp_path):
     theirs = train(build(*arguments, max_steps=STEPS))
     with patch_trl():
         mine = train(build(*arguments, max_steps=STEPS))
-    assert mine.trainer._scoring.shares
+    assert mine.trainer._scorer.shares_prefix
     assert_same(mine, theirs)
 
 
 def test_two_processes(tmp_path):
-    """Means over the tokens, and ratios over the sequences, of both."""
-    script = str(Path(__file__).with_name("trl_processes.py"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, str(tmp_path)]
-    result = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    """Metrics are means over the tokens or sequences of both."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    program = ["-m", "support.trl_processes", str(tmp_path)]
+    result = subprocess.run([*launch, *program], env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     runs = json.loads((tmp_path / "logs.json").read_text())
     for theirs, mine in runs:

@@ -1,6 +1,6 @@
-"""verl's functions on our ops against verl 0.9.1's own: its files, loaded without the packages that they do not need.
+"""Our versions of verl's functions, compared with verl 0.9.1, whose files are loaded without their dependencies.
 
-``make setup`` puts verl beside the environment: pip install --no-deps --target .venv/peers verl==0.9.1
+``make setup`` installs verl beside the environment: pip install --no-deps --target .venv/peers verl==0.9.1
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ PEERS = Path(sys.prefix) / "peers"
 if not (PEERS / "verl").is_dir():
     pytest.skip(f"verl is not in {PEERS}: pip install --no-deps --target {PEERS} verl==0.9.1", allow_module_level=True)
 
-# What core_algos imports and its policy losses do not use.
+# Imports of core_algos that its policy losses do not use.
 STUBS = {
     "omegaconf": ["DictConfig"],
     "tensordict": ["TensorDict"],
@@ -45,7 +45,7 @@ FILES = [
 
 @pytest.fixture(scope="module")
 def verl():
-    """verl's modules, in sys.modules for as long as the tests of this file run."""
+    """verl's modules, which are in sys.modules while the tests of this file run."""
     with pytest.MonkeyPatch.context() as patch:
         for name, attributes in STUBS.items():
             module = types.ModuleType(name)
@@ -63,7 +63,7 @@ def verl():
 
 
 def assert_close(mine, other, what, rel=5e-6, scale=None):
-    """|mine - other| <= rel times the greatest of other, or of the terms that it is the sum of."""
+    """Assert |mine - other| <= rel * scale. scale: the largest value of other by default."""
     assert mine.shape == other.shape, what
     error = (mine.double() - other.double()).abs().max().item()
     scale = other.double().abs().max().item() if scale is None else scale
@@ -72,7 +72,10 @@ def assert_close(mine, other, what, rel=5e-6, scale=None):
 
 def make(dtype=torch.float32, shape=(3, 7), width=16, vocab=53):
     rng = torch.Generator().manual_seed(0)
-    normal = lambda *size: torch.randn(*size, generator=rng).to(dtype)  # noqa: E731
+
+    def normal(*size):
+        return torch.randn(*size, generator=rng).to(dtype)
+
     targets = torch.randint(vocab, shape, generator=rng)
     return normal(*shape, width).requires_grad_(), normal(vocab, width).requires_grad_(), targets
 
@@ -96,7 +99,7 @@ def test_fused_linear_for_ppo(verl, shape):
 
 
 def test_linear_cross_entropy():
-    """verl's kernel runs on CUDA alone: the formula in fp64; results are flat, as verl's, whatever the shape of hidden."""
+    """Compared with the formula in fp64, because verl's kernel needs CUDA. Results are flat for any shape of hidden."""
     hidden, weight, ids = make()
     logp = ((hidden.double() @ weight.double().T) / 0.7).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1).flatten()
@@ -111,7 +114,7 @@ def test_linear_cross_entropy():
             assert_close(mine.detach(), other.detach(), f"{name} {reduction}")
     with pytest.raises(ValueError, match="reduction must be one of none, sum, mean, got 'max'"):
         ours.linear_cross_entropy(hidden, weight, ids, 1.0, "max")
-    # Where verl's running maximum, which starts at 0, underflows (verl-project/verl#7439).
+    # Here verl's running maximum, which starts at 0, underflows (verl-project/verl#7439).
     offset = torch.cat([hidden.detach(), torch.full((*hidden.shape[:-1], 1), 100.0)], -1)
     far = torch.cat([weight.detach(), torch.full((len(weight), 1), -50.0)], -1)
     logps, _ = ours.linear_cross_entropy(offset.double(), far.double(), ids, 0.7)
@@ -170,11 +173,11 @@ def test_policy_loss_errors():
         with pytest.raises(ValueError, match=message):
             loss(x, x, x, mask, **{"config": config()} | arguments)
     result, _ = loss(x, x.clone().requires_grad_(), x, torch.zeros(2, 3), config=config())
-    assert result == 0  # nothing counts; verl's is NaN
+    assert result == 0  # no token counts; verl's result is NaN
 
 
 def test_patch(verl, monkeypatch):
-    """In verl's modules and registry, and out again."""
+    """The patch changes verl's modules and registry and puts them back."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9.1")
     functional, kernel = verl.utils_experimental_torch_functional, verl.utils_kernel_linear_cross_entropy
     registry = verl.trainer_ppo_core_algos.POLICY_LOSS_REGISTRY
@@ -191,7 +194,7 @@ def test_patch(verl, monkeypatch):
     import vlmkernels.integrations.verl_workers  # noqa: F401
 
     assert functional.FusedLinearForPPO is ours.FusedLinearForPPO
-    ours.Patch._active["patch_verl"].undo()
+    ours.Patch.active["patch_verl"].undo()
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.8.0")
-    with pytest.raises(RuntimeError, match=r"patch_verl must be given verl 0.9.\*, got 0.8.0"):
+    with pytest.raises(RuntimeError, match=r"patch_verl needs verl 0.9.\*, got 0.8.0"):
         ours.patch_verl()

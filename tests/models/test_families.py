@@ -1,4 +1,4 @@
-"""The table of families against a tiny model and the real processor of each: no cut, order or joint changes a hidden state."""
+"""Selecting, ordering and joining samples does not change hidden states, in a tiny model of every family."""
 
 from functools import cache
 
@@ -7,30 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny, tiny_families
+from support.groups import processed
 from support.tiny_families import BUILDERS, token_id
 
-from vlmkernels.models.families import FAMILIES, TEXT, family_of, media_token_ids, why_not_share_prefix
-from vlmkernels.models.inputs import Batch, concat
+from vlmkernels.models.families import FAMILIES, TEXT, family_of, media_token_ids, prefix_sharing_unsupported
+from vlmkernels.models.inputs import ModelInputs, concat
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # of processors, under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # raised by processors with NumPy 2
 
 PAD = token_id("<pad>")
 
 
-@cache
-def whole(name: str, *chosen: int) -> Batch:
-    """The chosen samples of a case (all by default), by one call of its processor."""
-    case = tiny_families.case(name)
-    samples = [case.samples[index] for index in chosen] or case.samples
-    counts = [
-        torch.tensor([len(media) for media in kind]) for kind in zip(*((s.images, s.videos) for s in samples), strict=True)
-    ]
-    return Batch.of(case.inputs(*chosen), family_of(case.model.config), *counts)
-
-
-def hidden_states(name: str, batch: Batch) -> list[torch.Tensor]:
-    """Last hidden states of each sample, without padding, (length, H)."""
+def hidden_states(name: str, batch: ModelInputs) -> list[torch.Tensor]:
+    """Return the last hidden states of each sample without padding, (length, H)."""
     with torch.no_grad():
         hidden = tiny_families.case(name).model.model(**batch.inputs, use_cache=False).last_hidden_state
     return [h[mask.bool()] for h, mask in zip(hidden, batch.inputs["attention_mask"], strict=True)]
@@ -38,7 +28,7 @@ def hidden_states(name: str, batch: Batch) -> list[torch.Tensor]:
 
 @cache
 def expected(name: str) -> list[torch.Tensor]:
-    return hidden_states(name, whole(name))
+    return hidden_states(name, processed(name))
 
 
 def assert_same(actual: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
@@ -51,8 +41,8 @@ def assert_same(actual: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_hidden_states_do_not_depend_on_the_batch(name, data):
-    batch = whole(name)
-    chosen = data.draw(st.lists(st.integers(0, len(batch) - 1), min_size=1, max_size=5))  # any order, any repetition
+    batch = processed(name)
+    chosen = data.draw(st.lists(st.integers(0, len(batch) - 1), min_size=1, max_size=5))  # in any order, with repetitions
     cuts = sorted(data.draw(st.sets(st.integers(1, len(chosen) - 1)))) if len(chosen) > 1 else []
     sizes = [stop - start for start, stop in zip([0, *cuts], [*cuts, len(chosen)], strict=True)]
     parts = [part.trim() for part in batch.select(torch.tensor(chosen)).split(sizes)]
@@ -68,19 +58,18 @@ def test_hidden_states_do_not_depend_on_the_batch(name, data):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_joined_from_separate_calls_of_the_processor(name):
-    """Parts of different sizes are padded as the processor pads them."""
-    batch = whole(name)
-    joined = concat([whole(name, 0, 1), *(whole(name, index) for index in range(2, len(batch)))], PAD)
+def test_joining_separate_processor_calls(name):
+    """Parts of different sizes are padded in the same way as by the processor."""
+    batch = processed(name)
+    joined = concat([processed(name, 0, 1), *(processed(name, index) for index in range(2, len(batch)))], PAD)
     assert joined.inputs.keys() == batch.inputs.keys()
     for input_name, tensor in batch.inputs.items():
         torch.testing.assert_close(joined.inputs[input_name], tensor, msg=input_name)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_repeated_and_continued(name):
-    """A completion is told from its prompt: the prompt's hidden states are as before."""
-    batch = whole(name)
+def test_appending_completions_keeps_prompt_hidden_states(name):
+    batch = processed(name)
     repeated = batch.repeat(2)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(token_id("a"), token_id("z"), (len(repeated), 3), generator=generator)
@@ -91,8 +80,8 @@ def test_repeated_and_continued(name):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_logits_of_continued_prompts_are_those_that_were_sampled_from(name):
-    case, batch = tiny_families.case(name), whole(name).repeat(2)
+def test_logits_of_completions_equal_the_logits_they_were_sampled_from(name):
+    case, batch = tiny_families.case(name), processed(name).repeat(2)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "disable_compile": True}
     options["suppress_tokens"] = media_token_ids(case.model.config, case.processor) or None
     with torch.no_grad():
@@ -104,31 +93,31 @@ def test_logits_of_continued_prompts_are_those_that_were_sampled_from(name):
 
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "text"])
-def test_hidden_states_tell_one_image_from_another(name):
-    """What the tests above compare would show an image given to the wrong sample."""
-    batch = whole(name)
+def test_hidden_states_depend_on_the_image(name):
+    """This shows that the tests above fail if a sample gets the wrong image."""
+    batch = processed(name)
     turned = {n: t.flip(0) if n.startswith("pixel_values") else t for n, t in batch.inputs.items()}
-    changed = hidden_states(name, Batch(turned, batch.rows, batch.family))
+    changed = hidden_states(name, ModelInputs(turned, batch.rows, batch.family))
     differences = [float((a - b).abs().max()) for a, b in zip(changed, expected(name), strict=True)]
     has_media = (batch.num_images + batch.rows["video"]) > 0
     assert all(difference > 1e-2 for difference, media in zip(differences, has_media.tolist(), strict=True) if media)
 
 
-def test_every_row_has_a_model():
+def test_every_family_has_a_tiny_model():
     tested = {tiny_families.case(name).model.config.model_type for name in BUILDERS}
     listed = {model_type for family in FAMILIES for model_type in family.model_types}
     assert listed <= tested
 
 
-def test_images_of_no_sample_are_left_out():
-    batch = whole("idefics3").select(torch.tensor([0, 0]))
+def test_inputs_without_images_are_left_out():
+    batch = processed("idefics3").select(torch.tensor([0, 0]))
     assert batch.inputs.keys() == {"input_ids", "attention_mask"}
-    batch = whole("qwen2_5_vl").select(torch.tensor([4]))
+    batch = processed("qwen2_5_vl").select(torch.tensor([4]))
     assert "pixel_values" not in batch.inputs
     assert batch.inputs["second_per_grid_ts"].shape == (1,)
 
 
-def test_text():
+def test_text_models():
     model = tiny.text_model()
     assert family_of(model.config) is TEXT
     assert media_token_ids(model.config, tiny.tokenizer()) == []
@@ -151,7 +140,7 @@ def test_text():
         ("paligemma", ["<image>"]),
     ],
 )
-def test_tokens_that_must_not_be_sampled(name, tokens):
+def test_media_token_ids(name, tokens):
     case = tiny_families.case(name)
     assert media_token_ids(case.model.config, case.processor) == sorted(map(token_id, tokens))
 
@@ -159,22 +148,22 @@ def test_tokens_that_must_not_be_sampled(name, tokens):
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("qwen3_5", {}, "its linear-attention layers carry a state"),
+        ("qwen3_5", {}, "its linear-attention layers would carry their state"),
         ("gemma3", {}, "its image tokens attend in both directions"),
         ("paligemma", {}, "the tokens of its prompt attend in both directions"),
         ("qwen2_vl", {"layer_types": ["full_attention", "sliding_attention"]}, "layers of type sliding_attention"),
         ("pixtral", {"sliding_window": 64}, r"layers of type sliding_attention \(sliding_window=64\)"),
-        ("qwen3_vl_moe", {"output_router_logits": True}, "its router's loss counts tokens"),
+        ("qwen3_vl_moe", {"output_router_logits": True}, "the router's auxiliary loss would count"),
         ("internvl", {"model_type": "mamba"}, "its decoder must be one of llama, .*, got mamba"),
     ],
 )
-def test_why_a_prefix_is_not_shared(monkeypatch, name, changes, reason):
+def test_prefix_sharing_unsupported(monkeypatch, name, changes, reason):
     config = tiny_families.case(name).model.config
     for attribute, value in changes.items():
-        assert why_not_share_prefix(config) is None
+        assert prefix_sharing_unsupported(config) is None
         monkeypatch.setattr(config.get_text_config(), attribute, value, raising=False)  # absent in transformers 5.17
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(why_not_share_prefix(config))
+        raise AssertionError(prefix_sharing_unsupported(config))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +180,7 @@ def test_why_a_prefix_is_not_shared(monkeypatch, name, changes, reason):
             {"pixel_values": torch.ones(43, 8)},
             "pixel_values must have 44 rows, one for each of: patches of .*, got 43",
         ),
-        ("internvl", {"pixel_values": torch.ones(16, 3, 2, 2)}, "pixel_values must have tiles that stand .*, got 16 tiles"),
+        ("internvl", {"pixel_values": torch.ones(16, 3, 2, 2)}, "pixel_values must have tiles with .*, got 16 tiles"),
         (
             "idefics3",
             {"pixel_values": torch.ones(3, 6, 3, 28, 28)},
@@ -205,37 +194,37 @@ def test_why_a_prefix_is_not_shared(monkeypatch, name, changes, reason):
         ("text", {"attention_mask": None}, "inputs must have attention_mask, got input_ids"),
     ],
 )
-def test_inputs_that_do_not_fit_are_named(name, change, message):
-    batch = whole(name)
+def test_errors_of_from_processor(name, change, message):
+    batch = processed(name)
     inputs = {n: t for n, t in {**batch.inputs, **change}.items() if t is not None}
     with pytest.raises(ValueError, match=message):
-        Batch.of(inputs, batch.family, batch.num_images, batch.rows["video"])
+        ModelInputs.from_processor(inputs, batch.family, batch.num_images, batch.rows["video"])
 
 
-def test_other_errors_are_named():
-    batch = whole("llava_onevision")
+def test_errors_of_split_and_concat():
+    batch = processed("llava_onevision")
     with pytest.raises(TypeError, match="pixel_values must be a tensor, got list"):
-        Batch.of({**batch.inputs, "pixel_values": [1]}, batch.family, batch.num_images, batch.rows["video"])
+        ModelInputs.from_processor({**batch.inputs, "pixel_values": [1]}, batch.family, batch.num_images, batch.rows["video"])
     with pytest.raises(ValueError, match=r"sizes must add up to the 6 samples, got \[2, 3\]"):
         batch.split([2, 3])
     with pytest.raises(ValueError, match="batches must be of one family, got llava_onevision, text"):
-        concat([batch, whole("text")], PAD)
+        concat([batch, processed("text")], PAD)
     frames = batch.inputs["pixel_values_videos"].repeat(1, 2, 1, 1, 1)
-    longer = Batch({**batch.inputs, "pixel_values_videos": frames}, batch.rows, batch.family)
+    longer = ModelInputs({**batch.inputs, "pixel_values_videos": frames}, batch.rows, batch.family)
     with pytest.raises(ValueError, match=r"pixel_values_videos must have one size along axis 1 in batches .*, got \(2, 4\)"):
         concat([batch, longer], PAD)
-    unsized = Batch({n: t for n, t in batch.inputs.items() if n != "image_sizes"}, batch.rows, batch.family)
+    unsized = ModelInputs({n: t for n, t in batch.inputs.items() if n != "image_sizes"}, batch.rows, batch.family)
     with pytest.raises(ValueError, match="inputs must have image_sizes in all batches or none, got input_ids"):
         concat([batch, unsized], PAD)
-    stacked = whole("idefics3")
+    stacked = processed("idefics3")
     with pytest.raises(ValueError, match="pixel_values must be absent where no sample has an image or video, got 4 rows"):
-        Batch.of(stacked.inputs, stacked.family, torch.zeros(4, dtype=torch.long))
+        ModelInputs.from_processor(stacked.inputs, stacked.family, torch.zeros(4, dtype=torch.long))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_equal_samples_and_images_are_found(name):
-    """In any order; the same question about other pixels is another sample."""
-    batch = whole(name)
+    """Samples can be in any order. Two samples with the same text and different pixels are not equal."""
+    batch = processed(name)
     last = len(batch) - 1
     chosen = torch.tensor([last, 1, 0, 1, last, 1])
     repeated = batch.select(chosen)

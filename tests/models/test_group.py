@@ -1,4 +1,4 @@
-"""Packs of groups through real models, against each completion behind a prompt of its own."""
+"""Packs of groups in real models, compared with a copy of the prompt for each completion."""
 
 import copy
 import functools
@@ -7,40 +7,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import tiny, tiny_families
-from test_families import whole
+from support import tiny_families
+from support.groups import MODELS, SHARING, completions_of, processed, prompts_of
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.families import family_of, why_not_share_prefix
+from vlmkernels.models.families import prefix_sharing_unsupported
 from vlmkernels.models.group import cut_packs, pack_groups, prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 
-MODELS = {"qwen2-vl": tiny.qwen2_vl, "qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qwen3_vl, "qwen2": tiny.text_model}
-
-
-def prompts_of(images, model):
-    """Prompts of unequal length with as many images each, as the processor makes them."""
-    from vlmkernels.data.samples import encode, read_sample
-
-    samples = []
-    for index, number in enumerate(images):
-        row = {"prompt": [{"role": "user", "content": "what is " + "it?" * (index + 1)}]}
-        if number:
-            row["images"] = [tiny.image(10 * index + k, width=28 * (1 + k)) for k in range(number)]
-        samples.append(read_sample(row, index))
-    return encode(samples, tiny.processor() if any(images) else tiny.tokenizer(), family_of(model.config))
-
-
-def completions_of(lengths, vocab=30):
-    """(B, C) ids and mask, right-padded."""
-    rng = torch.Generator().manual_seed(sum(lengths))
-    width = max(lengths, default=0)
-    ids = torch.randint(vocab, (len(lengths), width), generator=rng)
-    return ids, torch.arange(width) < torch.tensor(lengths, dtype=torch.int64).unsqueeze(1)
-
 
 def unshared(model, prompts, group, ids, mask):
-    """Log-probabilities, one completion at a time."""
+    """Return log-probabilities, computed completion by completion."""
     parts = []
     for k in range(len(group)):
         length = int(mask[k].sum())
@@ -60,14 +37,14 @@ def shared(model, prompts, group, ids, mask):
 CASES = {
     "one image each": ((1, 1), (4, 4), [5, 3, 6, 6, 2, 7, 1, 4]),
     "several, none, one": ((2, 0, 1), (2, 3, 1), [4, 4, 1, 6, 2, 5]),
-    "text alone": ((0, 0), (3, 2), [3, 5, 2, 4, 4]),
+    "text only": ((0, 0), (3, 2), [3, 5, 2, 4, 4]),
     "empty completions": ((1, 1), (3, 1), [0, 4, 0, 0]),
 }
 
 
-@pytest.mark.parametrize(("name", "case"), [(n, c) for n in MODELS for c in CASES if n != "qwen2" or c == "text alone"])
+@pytest.mark.parametrize(("name", "case"), [(n, c) for n in MODELS for c in CASES if n != "qwen2" or c == "text only"])
 def test_equals_unshared(name, case):
-    """Log-probabilities, and gradients of every parameter, the vision tower's included."""
+    """Compares log-probabilities and the gradients of all parameters, including the vision tower."""
     images, sizes, lengths = CASES[case]
     model = MODELS[name]().double()
     prompts = prompts_of(images, model)
@@ -84,7 +61,7 @@ def test_equals_unshared(name, case):
     (expected, gradients), (actual, ours) = results
     torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
     assert {n for n, g in ours.items() if g is None} == {n for n, g in gradients.items() if g is None}
-    # Rotary angles are fp32 in a model of fp64 too.
+    # Rotary angles are fp32 even in an fp64 model.
     bad = [n for n, g in gradients.items() if g is not None and (ours[n] - g).abs().max() > 1e-6 * g.abs().max()]
     assert not bad
 
@@ -94,32 +71,34 @@ WITH_POSITIONS = [n for n in tiny_families.BUILDERS if hasattr(tiny_families.cas
 
 @pytest.mark.parametrize("name", WITH_POSITIONS)
 @pytest.mark.parametrize("videos", [False, True])
-def test_positions_are_those_of_the_model(monkeypatch, name, videos):
-    """Its own function is asked where ``mrope_positions`` does not serve it."""
-    model, batch = tiny_families.case(name).model, whole(name)
+def test_positions_equal_those_of_the_model(monkeypatch, name, videos):
+    """The model's own function is called only where ``mrope_positions`` does not support the inputs."""
+    model, batch = tiny_families.case(name).model, processed(name)
     inputs = (batch if videos else batch.select((batch.rows["video"] == 0).nonzero()[:, 0])).inputs
-    own, asked = model.base_model.get_rope_index, []
+    own, calls = model.base_model.get_rope_index, []
     expected = own(**{n: x for n, x in inputs.items() if not n.startswith("pixel")})[0]
-    counted = functools.wraps(own)(lambda *args, **kwargs: asked.append(1) or own(*args, **kwargs))  # its signature is read
+
+    @functools.wraps(own)  # prompt_positions reads the signature
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
     monkeypatch.setattr(model.base_model, "get_rope_index", counted)
     assert torch.equal(prompt_positions(model, inputs), expected)
-    # Versions of transformers round the seconds of Qwen2.5-VL's videos differently.
-    served = name in ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe") or (name == "qwen2_5_vl" and not videos)
-    assert bool(asked) == (not served)
+    # transformers versions round the seconds of Qwen2.5-VL's videos differently.
+    supported = name in ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe") or (name == "qwen2_5_vl" and not videos)
+    assert bool(calls) == (not supported)
 
 
-SHARING = [name for name in tiny_families.BUILDERS if not name.startswith(("qwen3_5", "gemma3", "paligemma"))]
-
-
-def test_every_family_that_may_share_is_tested():
-    refused = {name for name in tiny_families.BUILDERS if why_not_share_prefix(tiny_families.case(name).model.config)}
+def test_every_family_that_supports_sharing_is_tested():
+    refused = {name for name in tiny_families.BUILDERS if prefix_sharing_unsupported(tiny_families.case(name).model.config)}
     assert refused == {*tiny_families.BUILDERS} - {*SHARING}
 
 
 @pytest.mark.parametrize("name", SHARING)
 def test_every_family_equals_copies(name):
-    """Hidden states that predict completions, and the gradients of all parameters through them."""
-    model, batch = copy.deepcopy(tiny_families.case(name).model), whole(name)
+    """Compares the hidden states that predict completions, and the gradients of all parameters."""
+    model, batch = copy.deepcopy(tiny_families.case(name).model), processed(name)
     group = torch.arange(len(batch)).repeat_interleave(2)
     ids, mask = completions_of([3, 5] * len(batch), vocab=20)
     ids += tiny_families.token_id("a")
@@ -152,7 +131,7 @@ def test_every_family_equals_copies(name):
     sizes=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=9), min_size=6, max_size=6),
     slack=st.integers(0, 200),
 )
-def test_packs_hold_everything_once_within_the_budget(prefixes, sizes, slack):
+def test_packs_contain_every_completion_once_within_the_budget(prefixes, sizes, slack):
     sizes = sizes[: len(prefixes)]
     group = [g for g, own in enumerate(sizes) for _ in own]
     lengths = [length for own in sizes for length in own]
@@ -173,14 +152,14 @@ def test_packs_hold_everything_once_within_the_budget(prefixes, sizes, slack):
 
 
 def test_packs_are_balanced_by_cost():
-    """Eight short groups and two long ones: not the long ones together."""
+    """Of eight short and two long groups, the long ones are in different packs."""
     prefixes, group, lengths = [100] * 8 + [900] * 2, [*range(10)], [10] * 10
     packs = cut_packs(prefixes, group, lengths, 2000, hidden_size=64)
     assert len(packs) == 2
     assert all(len({8, 9} & set(pack)) == 1 for pack in packs)
 
 
-def test_a_budget_that_is_too_small_names_what_is_needed():
+def test_error_of_a_small_budget_names_the_required_one():
     rule = "max_tokens_per_microbatch must be at least 47, a prompt of 40 tokens and a completion of 7, got 46"
     with pytest.raises(ValueError, match=rule):
         cut_packs([40, 3], [0, 0, 1], [2, 7, 40], 46, hidden_size=64)

@@ -1,4 +1,4 @@
-"""Image features made once: for equal images of a forward pass, and for all passes of a frozen tower."""
+"""Features of equal images are computed once per forward pass, and with a frozen tower once for all passes."""
 
 import copy
 import re
@@ -8,23 +8,28 @@ import pytest
 import torch
 import transformers
 from support import tiny, tiny_families
-from test_families import whole
-from test_group import SHARING, completions_of
-from test_trainer import config, length_reward, lora, run_ours
+from support.groups import SHARING, completions_of, processed
+from support.training import config, length_reward, lora, run_ours
 
 from vlmkernels.data.samples import encode, read_sample
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import family_of
 from vlmkernels.models.group import pack_groups, prompt_positions
-from vlmkernels.models.image_features import encode_images, once_per_image, takes_features, why_not_frozen
+from vlmkernels.models.image_features import (
+    accepts_image_features,
+    deduplicate_images,
+    encode_images,
+    feature_reuse_unsupported,
+)
 from vlmkernels.train import GRPOTrainer
 from vlmkernels.train.experience import Experience
 
-WITH_IMAGES = [name for name in SHARING if whole(name).num_images.any()]
-ROWS_KNOWN = [name for name in WITH_IMAGES if whole(name).family.axis("pixel_values") in ("image", "image_patch")]
+WITH_IMAGES = [name for name in SHARING if processed(name).num_images.any()]
+ROWS_KNOWN = [name for name in WITH_IMAGES if processed(name).family.axis("pixel_values") in ("image", "image_patch")]
 
 needs_features = pytest.mark.skipif(
-    not takes_features(tiny.vlm()), reason=f"transformers {transformers.__version__} takes no features in place of pixels"
+    not accepts_image_features(tiny.vlm()),
+    reason=f"transformers {transformers.__version__} does not accept features in place of pixels",
 )
 
 
@@ -33,7 +38,7 @@ def model_of(name):
 
 
 def hidden_of(model, batch, inputs):
-    """Hidden states that predict completions of the batch's prompts."""
+    """Return the hidden states that predict completions of the prompts."""
     group = torch.arange(len(batch)).repeat_interleave(2)
     ids, mask = completions_of([3, 2] * len(batch), vocab=20)
     pack = pack_groups(inputs, prompt_positions(model, batch.inputs), group, ids + tiny_families.token_id("a"), mask)
@@ -42,8 +47,8 @@ def hidden_of(model, batch, inputs):
 
 @needs_features
 @pytest.mark.parametrize("name", WITH_IMAGES)
-def test_features_stand_for_pixels(name):
-    model, batch = model_of(name), whole(name)
+def test_features_replace_pixels(name):
+    model, batch = model_of(name), processed(name)
     encoded = encode_images(model, batch)
     assert "image_features" in encoded.inputs
     assert not {"pixel_values", "image_sizes", "pixel_attention_mask"} & encoded.inputs.keys()
@@ -57,11 +62,11 @@ def test_features_stand_for_pixels(name):
 @needs_features
 @pytest.mark.parametrize("name", ROWS_KNOWN)
 def test_equal_images_are_encoded_once(name):
-    """With the gradients of all their places added up."""
-    model, batch = model_of(name), whole(name)
+    """The gradient of an image is the sum over all samples that contain it."""
+    model, batch = model_of(name), processed(name)
     keys = torch.arange(int(batch.num_images.sum())) * 7 - 3
     batch = replace(batch, image_keys=keys).select(torch.tensor([2, 1, 2, 1]))
-    inputs = once_per_image(batch)
+    inputs = deduplicate_images(batch)
     if "batch_num_images" in inputs:
         assert inputs is batch.inputs  # counts the images of each sample
         return
@@ -80,7 +85,7 @@ def test_equal_images_are_encoded_once(name):
     assert all((ours[n] - g).abs().max() <= 1e-5 * size for n, g in gradients.items())
 
 
-def test_keys_tell_images_by_content():
+def test_image_keys_depend_on_content():
     model = tiny.vlm()
     red, blue = (tiny.image(0, 28, 28).convert("P", palette=0) for _ in range(2))
     blue.putpalette([255 - x for x in blue.getpalette()])
@@ -97,18 +102,18 @@ def freeze(model):
     return model
 
 
-def test_features_are_refused_by_a_model_that_takes_none():
-    """Such a model would ignore them. A text model stands in for those of transformers 5.17."""
+def test_features_raise_in_a_model_that_ignores_them():
+    """A text model, like models of transformers 5.17, does not accept features."""
     model, ids = use_group_attention(tiny.text_model()), torch.ones(1, 2, dtype=torch.int64)
     for given in ({"image_features": torch.ones(1, 4)}, {"image_index": None}, {"idle_media": {}}):
-        with pytest.raises(NotImplementedError, match=r"take features .*transformers >= 5.18\), got Qwen2Model"):
+        with pytest.raises(NotImplementedError, match=r"accept features .*transformers >= 5.18\), got Qwen2Model"):
             model(input_ids=ids, **given)
 
 
 @needs_features
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path, adapters):
-    """... for sampling, reference and policy, twice over; and the steps are those of a tower run every time."""
+    """The features serve sampling, the reference and two iterations of the policy; the steps equal steps without sharing."""
     options = {"beta": 0.1, "num_iterations": 2, "steps_per_generation": 2, "max_steps": 4, "fixed": False}
     if adapters:
         options["peft_config"] = lora()
@@ -118,18 +123,18 @@ def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path, adapters):
         model = freeze(tiny.vlm())
         model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
         seen.clear()
-        # Both sample from copies, for the same completions.
+        # Both sample from copies of the prompt, so that completions are equal.
         options["generation_kwargs"] = {"typical_p": 0.9}
         trainer, logs, _ = run_ours(
             tmp_path / f"{share}", tiny.rows(8, "one"), model=model, funcs=(length_reward,), share_prefix=share, **options
         )
-        assert trainer.encodes_once == (share == "auto")
+        assert trainer.prepared.reuses_image_features == (share == "auto")
         runs.append((logs, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}))
         if share == "auto":
             prompts = trainer._experience.rollout.prompts
             assert "pixel_values" not in prompts.inputs
             batches = -(-options["max_steps"] * trainer.args.gradient_accumulation_steps // trainer.args.steps_per_rollout)
-            assert len(seen) == 2 * batches  # once to sample from copies, once for all else
+            assert len(seen) == 2 * batches  # once to sample from copies, once for all other passes
             state = trainer._experience.state_dict()
             again = Experience.from_state_dict(state, prompts.family, "cpu")
             assert torch.equal(again.rollout.prompts.inputs["image_features"], prompts.inputs["image_features"])
@@ -143,14 +148,14 @@ def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path, adapters):
 
 
 @needs_features
-def test_features_of_a_checkpoint_serve_a_run_that_makes_none(tmp_path):
-    """A run resumed with other options goes on within the generation batch."""
+def test_a_run_without_feature_reuse_resumes_from_features(tmp_path):
+    """A run resumed with other options continues within the generation batch."""
     logs = []
     for share in ("auto", False):
         options = {"max_steps": 2, "num_iterations": 2, "beta": 0.1, "save_strategy": "steps", "save_steps": 1}
         args = config(tmp_path, share_prefix=share, **options)
         trainer = GRPOTrainer(freeze(tiny.vlm()), [length_reward], args, tiny.rows(4), processing_class=tiny.processor())
-        assert trainer.encodes_once == (share == "auto")
+        assert trainer.prepared.reuses_image_features == (share == "auto")
         trainer.train(resume_from_checkpoint=None if share == "auto" else str(tmp_path / "checkpoint-1"))
         assert "image_features" in trainer._experience.rollout.prompts.inputs
         logs.append([log for log in trainer.state.log_history if "loss" in log])
@@ -159,28 +164,28 @@ def test_features_of_a_checkpoint_serve_a_run_that_makes_none(tmp_path):
 
 
 @needs_features
-def test_a_trained_tower_runs_for_each_pass(tmp_path):
-    """... on equal images once."""
+def test_a_trained_tower_runs_in_each_pass(tmp_path):
+    """In each pass, it encodes equal images once."""
     seen, model = [], tiny.vlm()
     model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     rows = [{**row, "images": [tiny.image(5)]} for row in tiny.rows(4, "one")]
     options = {"per_device_train_batch_size": 8, "num_generations": 4, "gradient_accumulation_steps": 1, "max_steps": 1}
     trainer, _, _ = run_ours(tmp_path, rows, model=model, fixed=False, **options)
-    assert not trainer.encodes_once
+    assert not trainer.prepared.reuses_image_features
     patches = trainer._experience.rollout.prompts.inputs["pixel_values"].shape[0]
     assert seen == [patches // 2] * 2  # two prompts, to sample and to train
 
 
 @needs_features
-def test_why_features_may_differ():
+def test_feature_reuse_unsupported():
     model = tiny.vlm()
-    assert why_not_frozen(freeze(model)) is None
+    assert feature_reuse_unsupported(freeze(model)) is None
     model.model.visual.merger.ln_q.weight.requires_grad_(True)
-    assert why_not_frozen(model) == "visual.merger.ln_q is trained"
+    assert feature_reuse_unsupported(model) == "visual.merger.ln_q is trained"
     freeze(model).model.visual.add_module("noise", torch.nn.Dropout(0.1))
-    assert why_not_frozen(model) == "visual.noise drops out"
+    assert feature_reuse_unsupported(model) == "visual.noise has dropout"
     del model.model.visual.noise
     model.model.visual.blocks[1].attn.attention_dropout = 0.1
-    assert why_not_frozen(model) == "visual.blocks.1.attn drops out"
+    assert feature_reuse_unsupported(model) == "visual.blocks.1.attn has dropout"
     dense = tiny_families.case("llava_next").model
-    assert why_not_frozen(dense) is not None
+    assert feature_reuse_unsupported(dense) is not None

@@ -1,4 +1,4 @@
-"""FastImageProcessor against the processor that it stands in for."""
+"""FastImageProcessor, compared with the processor that it replaces."""
 
 import io
 
@@ -35,7 +35,7 @@ def photo():
 
 
 def check(actual, expected):
-    """The same outputs, bit by bit."""
+    """Assert that the outputs are bitwise equal."""
     assert list(actual) == list(expected)
     for name in expected:
         assert actual[name].dtype == expected[name].dtype
@@ -48,22 +48,22 @@ IMAGES = {
     "long": lambda: Image.fromarray(noise(30, 900, 3).numpy()),
     "palette": lambda: Image.fromarray(photo()).quantize(32),
     "RGBA": lambda: Image.fromarray(noise(90, 70, 4).numpy()),
-    "grey": lambda: Image.fromarray(photo()).convert("L"),
+    "gray": lambda: Image.fromarray(photo()).convert("L"),
     "an array": lambda: photo(),
-    "a grey array": lambda: photo()[..., :1],
+    "a gray array": lambda: photo()[..., :1],
     "an RGBA array": lambda: noise(90, 70, 4).numpy(),
     "a tensor": lambda: noise(3, 123, 77),
     "several": lambda: [Image.fromarray(noise(60 + i, 90, 3, seed=i).numpy()) for i in range(5)],
     "several of one size": lambda: [noise(3, 60, 90, seed=i) for i in range(3)],
     "nested": lambda: [[noise(3, 60, 90)], [noise(3, 70, 50), noise(3, 60, 90)]],
-    "a float array": lambda: photo()[:64, :64].astype(np.float32),  # left to the parent class
+    "a float array": lambda: photo()[:64, :64].astype(np.float32),  # handled by the parent class
 }
-REFUSED = ("a grey array", "an RGBA array")  # by some versions of transformers before 5.21
+REFUSED = ("a gray array", "an RGBA array")  # which some transformers versions before 5.21 reject
 
 
 @pytest.mark.parametrize("settings", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
 @pytest.mark.parametrize("name", IMAGES)
-def test_the_same_bits(settings, name):
+def test_bitwise_equal(settings, name):
     images = IMAGES[name]()
     try:
         expected = Qwen2VLImageProcessor(**settings)(images, return_tensors="pt")
@@ -78,7 +78,7 @@ def test_the_same_bits(settings, name):
 OPTIONS = {
     "no resize": {"do_resize": False},
     "another size": {"size": {"shortest_edge": 28 * 28, "longest_edge": 6 * 28 * 28}},
-    "no normalisation": {"do_normalize": False},
+    "no normalization": {"do_normalize": False},
     "no rescaling": {"do_rescale": False},
     "neither": {"do_rescale": False, "do_normalize": False},
     "another factor": {"rescale_factor": 1 / 127.5},
@@ -110,14 +110,14 @@ def test_saved_settings_load_with_and_without_this_package(tmp_path):
     check(FastImageProcessor.from_dict(loaded.to_dict())(image, return_tensors="pt"), expected)
 
 
-def test_number_of_patches_is_that_of_the_rows():
+def test_number_of_patches_equals_the_rows():
     processor = FastImageProcessor(**QWEN2)
     rows = processor(noise(3, 123, 77), return_tensors="pt")["pixel_values"]
     assert processor.get_number_of_image_patches(123, 77) == len(rows)
 
 
-def test_rows_of_resized_images_are_those_of_pack_patches():
-    """The two ways to the same rows: a resized image packed with and without the processor."""
+def test_processor_equals_pack_patches():
+    """For an image that needs no resizing."""
     processor = FastImageProcessor(**QWEN2)
     image = noise(3, 56, 84)
     expected = processor(image, return_tensors="pt")["pixel_values"]
@@ -160,7 +160,7 @@ def test_sides_that_do_not_divide_without_resize():
 
 
 def test_inside_a_processor():
-    """The processor with the fast image processor makes the same inputs; the one given stays as it is."""
+    """The processor with the fast image processor returns the same inputs, and the original processor does not change."""
     processor = tiny.processor()
     fast = with_fast_images(processor)
     assert type(fast.image_processor) is FastImageProcessor

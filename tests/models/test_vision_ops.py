@@ -1,11 +1,11 @@
-"""The trainer's vision tower on the ops of this package, against the tower and the processor of transformers."""
+"""Training with ``use_vision_ops``, compared with the vision tower and the processor of transformers."""
 
 import re
 
 import pytest
 import torch
 from support import tiny, tiny_families
-from test_trainer import length_reward, run_ours, vowel_reward
+from support.training import length_reward, run_ours, vowel_reward
 from transformers import AutoModelForImageTextToText
 
 from vlmkernels.models.attention import VARLEN
@@ -19,18 +19,19 @@ MODELS = {"qwen2-vl": tiny.qwen2_vl, "qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qw
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_training_is_the_same(tmp_path, monkeypatch, name):
-    """Losses, gradients of every parameter and parameters, with and without; what is saved and what the model then takes."""
+def test_training_equals_the_original_tower(tmp_path, monkeypatch, name):
+    """Compares losses, gradients and parameters, and loads the saved model in transformers."""
     runs = []
     for ours in (True, False):
         if not ours:
-            monkeypatch.setattr("vlmkernels.train.trainer.use_vision_ops", lambda model, processor: {})
+            monkeypatch.setattr("vlmkernels.train.setup.use_vision_ops", lambda model, processor: {})
         trainer, logs, gradients = run_ours(
             tmp_path / str(ours), tiny.rows(8, "mixed"), model=MODELS[name](), funcs=(length_reward, vowel_reward),
             max_steps=2, learning_rate=1e-3, beta=0.1,
         )  # fmt: skip
         rows = trainer._experience.rollout.prompts.inputs["pixel_values"]
-        assert (rows.dtype, rows.shape[1]) == ((torch.uint8, 588) if ours else (torch.float32, 1176))  # an eighth of the bytes
+        expected_rows = (torch.uint8, 588) if ours else (torch.float32, 1176)  # uint8 rows have an eighth of the bytes
+        assert (rows.dtype, rows.shape[1]) == expected_rows
         runs.append((trainer, logs, gradients))
     (trainer, logs, gradients), (other, expected_logs, expected) = runs
     for mine, theirs in zip(logs, expected_logs, strict=True):
@@ -52,8 +53,8 @@ def test_training_is_the_same(tmp_path, monkeypatch, name):
         torch.testing.assert_close(trainer.model.eval()(**inputs).logits, loaded(**inputs).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_videos_train_alike_shared_or_not(tmp_path):
-    """Images as pixels beside videos as normalised rows; one prompt for all its completions, or a copy for each."""
+def test_videos_with_and_without_prefix_sharing(tmp_path):
+    """Images are uint8 pixels and videos normalized rows in the same batch."""
     runs = []
     for share in ("auto", False):
         options = {"share_prefix": share, "max_steps": 2, "learning_rate": 1e-3, "beta": 0.1, "log_completions": True}
@@ -69,8 +70,8 @@ def test_videos_train_alike_shared_or_not(tmp_path):
         assert all((mine[n] - g).abs().max() <= 2e-5 * size for n, g in theirs.items())
 
 
-def test_what_each_family_gets():
-    """Towers that pack patches; of those, pixels where the fast image processor makes them and nothing adapts their weights."""
+def test_each_family():
+    """Towers that pack patches are changed. They accept pixels if the image processor is fast and no adapter changes them."""
     for name in tiny_families.BUILDERS:
         case = tiny_families.BUILDERS[name]()
         arguments = use_vision_ops(case.model, with_fast_images(case.processor))
@@ -83,7 +84,7 @@ def test_what_each_family_gets():
     assert not patch_embeds(model)
     assert use_vision_ops(model, with_fast_images(tiny.processor())) == {}
     processor = with_fast_images(tiny.processor())
-    processor.image_processor.image_mean = 0.5  # one for all channels
+    processor.image_processor.image_mean = 0.5  # one value for all channels
     assert use_vision_ops(tiny.vlm(), processor)
     processor.image_processor.do_normalize = False
     assert use_vision_ops(tiny.vlm(), processor) == {}

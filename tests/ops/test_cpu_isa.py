@@ -1,4 +1,4 @@
-"""The C++ kernels as an older processor would run them: the module picks its code when it loads."""
+"""The C++ kernels as an older processor runs them: the module selects an instruction set when it is imported."""
 
 import os
 import subprocess
@@ -14,18 +14,20 @@ VALUES = "matches_fp64 or extreme or leading_strides or narrowed_in_place or siz
 
 
 def test_instruction_set():
-    """What the test below asks of each of its processes."""
+    """The module uses the selected instruction set. The test below runs this in each of its processes."""
     module = backend.NATIVE["cpp"]()
     assert not isinstance(module, ImportError), module
     assert os.environ.get("VLMKERNELS_CPU_ISA", module.cpu_isa) == module.cpu_isa
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_lesser_instruction_sets(isa):
+@pytest.mark.parametrize(("isa", "threads"), [("baseline", "1"), ("avx2", "2")])
+def test_lesser_instruction_sets(isa, threads):
+    """With two threads too: `make test` runs the other tests with one."""
     files = [__file__, *(str(Path(__file__).with_name(f"test_{op}.py")) for op in OPS)]
     selected = f"test_instruction_set or (cpp and ({VALUES}))"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected, *files]
-    done = subprocess.run(command, env={**os.environ, "VLMKERNELS_CPU_ISA": isa}, capture_output=True, text=True)
+    environment = {**os.environ, "VLMKERNELS_CPU_ISA": isa, "OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "VLMKERNELS_CPU_ISA must be at most" in done.stdout:
-        pytest.skip(f"this processor does not run {isa}")
+        pytest.skip(f"this processor does not support {isa}")
     assert done.returncode == 0, done.stdout[-3000:]

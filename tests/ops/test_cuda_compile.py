@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiles for the GPUs we name: nothing on the stack, few enough registers, 16-byte loads and stores."""
+"""Every CUDA kernel compiles for the supported GPUs: no stack memory, few registers, 16-byte loads and stores."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 CACHE = ROOT / "build" / "cubin"
 ARCHS = ["80", "90a", "100a"]
 
-# 65536 registers / (48 x 256 threads) = 5 blocks per multiprocessor, what the launch bounds of the two large kernels ask for.
+# 65536 registers / (48 x 256 threads) = 5 blocks per multiprocessor, the launch bounds of the two large kernels.
 MAX_REGISTERS = {"gather_logps_fwd_kernel": 48, "gather_logps_bwd_kernel": 48, "gather_logps_merge_kernel": 40}
 # 65536 registers / (4 x 256, 2 x 512 or 1 x 1024 threads).
 MAX_REGISTERS |= {
@@ -35,7 +35,7 @@ ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'(.*?)(?=Compili
 
 
 def compile_cubin(source: Path, arch: str) -> tuple[Path, str]:
-    """The machine code of ``source`` and what ptxas said, from an earlier run where the text is the same."""
+    """The machine code of ``source`` and the output of ptxas, from an earlier run if the text is the same."""
     command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
     digest = hashlib.sha256(repr(command).encode())
     for path in [source, *sorted((ROOT / "csrc").rglob("*.*h"))]:
@@ -62,7 +62,7 @@ def compiled() -> dict[tuple[str, str], tuple[Path, str]]:
 
 @pytest.fixture(scope="module")
 def entries(compiled) -> list[dict]:
-    """One row per compiled kernel: its name, the architecture and what ptxas counted."""
+    """One row per compiled kernel: its name, its architecture and the counts of ptxas."""
     rows = []
     for (_, arch), (_, log) in compiled.items():
         for symbol, target, text in ENTRY.findall(log):
@@ -97,7 +97,7 @@ def test_registers(entries):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gather_logps_has_four_vectors_in_flight(compiled, arch):
-    """The loop over a row issues four 16-byte loads, with nothing but address arithmetic between them."""
+    """The loop over a row issues four 16-byte loads, with only address arithmetic between them."""
     triton = pytest.importorskip("triton")
     tool = shutil.which("cuobjdump") or triton.knobs.nvidia.cuobjdump.path
     cubin, _ = compiled["gather_logps", arch]

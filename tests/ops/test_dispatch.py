@@ -1,4 +1,4 @@
-"""Ops call their implementation directly where nothing needs the dispatcher, and the registered operator elsewhere."""
+"""Ops call their implementation directly unless something needs torch's dispatcher; then they call the registered operator."""
 
 import pytest
 import torch
@@ -26,7 +26,10 @@ class Subclass(torch.Tensor):
 
 def arguments(op):
     rng = torch.Generator().manual_seed(0)
-    randn = lambda *shape: torch.randn(shape, generator=rng)  # noqa: E731
+
+    def randn(*shape):
+        return torch.randn(shape, generator=rng)
+
     if op is rotary:
         return randn(2, 3, 4, 8), randn(2, 3, 1, 8), randn(2, 3, 4), randn(2, 3, 4)
     return (randn(6, 2), 3) if op is group_advantages else (randn(2, 5), randn(2))
@@ -89,7 +92,7 @@ def test_what_needs_the_dispatcher():
 
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_rotary_results_may_be_changed_in_place(heads_first):
-    """They are no views of anything, though heads_first gives them the strides of a transposed tensor."""
+    """The results are not views, although heads_first gives them the strides of a transposed tensor."""
     query, key, cos, sin = arguments(rotary)
     if heads_first:
         query, key = (x.transpose(1, 2) for x in (query, key))

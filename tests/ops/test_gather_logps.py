@@ -1,10 +1,8 @@
 """gather_logps: every backend against the fp64 reference, values and gradients."""
 
-import math
-
 import pytest
 import torch
-from support.budget import assert_within_budget
+from support.gather_cases import assert_results_within_budget, check, run
 
 from vlmkernels import backend as backends
 from vlmkernels import gather_logps, use_backend
@@ -15,36 +13,6 @@ KERNELS = ["cpp", "triton", "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def run(logits, targets, backend, *, inplace_backward=False, **options):
-    """logp, entropy and the gradient of a weighted sum of both."""
-    device = "cpu" if backends.device_type(backend) == "cpu" else logits.device
-    logits = logits.to(device).requires_grad_()
-    options = {name: o.to(device) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
-    source = logits.clone() if inplace_backward else logits
-    logp, entropy = gather_logps(
-        source, targets.to(device), return_entropy=True, inplace_backward=inplace_backward, backend=backend, **options
-    )
-    weight = torch.linspace(-1, 2, logp.numel(), dtype=logp.dtype, device=device).view_as(logp)
-    (dlogits,) = torch.autograd.grad([logp, entropy], logits, [weight, weight.flip(0) / 2])
-    return {"logp": logp.detach().cpu(), "entropy": entropy.detach().cpu(), "dlogits": dlogits.cpu()}
-
-
-def check(logits, targets, backend, **options):
-    """Any backend against the fp64 reference, within the error of the eager computation in the same dtype."""
-    inplace = options.pop("inplace_backward", False)
-    exact = run(logits.double(), targets, "reference", **options)
-    eager = run(logits, targets, "reference", **options)
-    actual = run(logits, targets, backend, inplace_backward=inplace, **options)
-    assert_results_within_budget(actual, eager, exact, logits.shape[-1])
-
-
-def assert_results_within_budget(actual, eager, exact, vocab):
-    """log V is the size of the terms whose difference logp and entropy are."""
-    for name, value in exact.items():
-        scale = None if name == "dlogits" or not value.numel() else max(math.log(vocab), value.abs().max().item())
-        assert_within_budget(name, actual[name], eager[name], value, scale=scale)
-
-
 def make(num, vocab, dtype, device, scale=3.0):
     rng = torch.Generator().manual_seed(num + vocab)
     logits = (scale * torch.randn(num, vocab, generator=rng)).to(device, dtype)  # rounded first: all see one input
@@ -53,9 +21,9 @@ def make(num, vocab, dtype, device, scale=3.0):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_every_backend_is_tested(backend, device):
-    """What this machine can run must not be skipped below."""
+    """A backend that this machine can run is not skipped below."""
     if device == "cuda" and backend == "cpp":
-        assert "takes cpu tensors" in backends.why_not("gather_logps", backend, torch.zeros(1, 1, device=device))
+        assert "supports cpu tensors" in backends.why_not("gather_logps", backend, torch.zeros(1, 1, device=device))
     else:
         assert backends.why_not("gather_logps", backend, torch.zeros(1, 1, device=device)) is None
 
@@ -71,9 +39,9 @@ def test_matches_fp64(need, device, nan_filled, backend, dtype, num, vocab):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("inplace_backward", [False, True])
-@pytest.mark.parametrize("selection", ["mask", "rows", "rows+mask", "none asked"])
-def test_only_what_is_asked_for(need, device, nan_filled, backend, inplace_backward, selection):
-    """Logits that nobody asks for are not read (they are NaN here), and get gradient 0; repeated rows add up."""
+@pytest.mark.parametrize("selection", ["mask", "rows", "rows+mask", "none selected"])
+def test_only_selected_results_are_computed(need, device, nan_filled, backend, inplace_backward, selection):
+    """Logits without a result are not read (they are NaN here) and get gradient 0; gradients of repeated rows are added."""
     num, vocab = 12, 301
     logits, targets, _ = make(num, vocab, torch.float32, device)
     need("gather_logps", backend, logits)
@@ -88,7 +56,7 @@ def test_only_what_is_asked_for(need, device, nan_filled, backend, inplace_backw
         options["mask"] = mask.to(device)
         targets = targets.masked_fill(~options["mask"], -100)
         used = torch.zeros(num, dtype=torch.bool).index_fill(0, rows[mask] if "rows" in options else mask.nonzero()[:, 0], True)
-    if selection == "none asked":
+    if selection == "none selected":
         options["mask"], used = torch.zeros(num, dtype=torch.bool, device=device), torch.zeros(num, dtype=torch.bool)
     logits[~used.to(device)] = torch.nan
     check(logits, targets, backend, inplace_backward=inplace_backward, **options)
@@ -133,7 +101,7 @@ def test_any_leading_strides(need, device, nan_filled, backend, layout, dtype):
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_logits(need, device, backend, dtype):
-    """Banned tokens (-inf), a certain token, logits all equal, all strongly negative, the largest finite values."""
+    """Banned tokens (-inf), a token with probability 1, equal logits, strongly negative logits, the largest finite values."""
     logits, targets, _ = make(6, 50, dtype, device)
     need("gather_logps", backend, logits)
     logits[0, 10:] = -torch.inf
@@ -150,7 +118,7 @@ def test_extreme_logits(need, device, backend, dtype):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_nan_logits_give_nan(need, device, backend):
-    """A fault upstream must show, not be averaged away."""
+    """NaN logits make the result NaN."""
     logits, targets, _ = make(2, 50, torch.float32, device)
     need("gather_logps", backend, logits)
     logits[0, 20] = torch.nan
@@ -268,7 +236,7 @@ def error_cases():
     yield "rows dtype", (x, t[0]), {"rows": m[0]}, TypeError, "rows must have dtype int64, got bool"
     yield "rows shape", (x, t), {"rows": t[0]}, ValueError, r"targets must have the shape of rows, \(3,\), got \(2, 3\)"
     yield "backend", (x, t), {"backend": "tpu"}, ValueError, "backend must be one of auto, reference, .* got 'tpu'"
-    yield "fp64", (x.double(), t), {"backend": "cpp"}, NotImplementedError, "cpp: takes float32, bfloat16, .* got float64"
+    yield "fp64", (x.double(), t), {"backend": "cpp"}, NotImplementedError, "cpp: supports float32, bfloat16, .* got float64"
     yield "expanded", (x[:1].expand(2, -1, -1), t), {"inplace_backward": True}, ValueError, "inplace_backward must .* stride 0"
 
 
@@ -322,13 +290,13 @@ def test_cuda_graph(backend):
 def test_use_backend(monkeypatch):
     x, t = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
     assert gather_logps(x, t).dtype == torch.float64  # auto: the reference serves fp64
-    with use_backend("cpp"), pytest.raises(NotImplementedError, match="no backend serves gather_logps: cpp: takes float32"):
+    with use_backend("cpp"), pytest.raises(NotImplementedError, match="no backend serves gather_logps: cpp: supports float32"):
         gather_logps(x, t)
     with use_backend("cpp"):
         gather_logps(x, t, backend="reference")  # the call's own name wins
     gather_logps(x, t)
     with (
-        pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton, cuda; got 'fast'"),
+        pytest.raises(ValueError, match=r"backend must be one of auto, reference, cpp, triton, cuda, parts, .*; got 'fast'"),
         use_backend("fast"),
     ):
         pass

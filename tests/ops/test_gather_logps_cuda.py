@@ -1,10 +1,10 @@
-"""gather_logps in CUDA: what its kernels do that the others do not. Values on every backend: test_gather_logps.py."""
+"""gather_logps in CUDA: tests of its own kernels. Values on every backend are tested in test_gather_logps.py."""
 
 import ctypes
 
 import pytest
 import torch
-from test_gather_logps import check
+from support.gather_cases import check
 
 from vlmkernels import backend as backends
 from vlmkernels import gather_logps
@@ -25,7 +25,7 @@ def _needs_cuda(need, device):
 
 @pytest.fixture
 def traffic():
-    """traffic(tensor) starts to count; traffic() is (bytes loaded, bytes stored) within the tensor since then."""
+    """traffic(tensor) starts counting; traffic() returns (bytes loaded, bytes stored) within the tensor since then."""
     if torch.cuda.is_available():
         pytest.skip("counted on the host")
     library = ctypes.CDLL(backends.NATIVE["cuda"]().__file__)
@@ -44,13 +44,13 @@ def traffic():
 
 
 def split(monkeypatch, num: int, splits: int) -> None:
-    """Let `splits` blocks share each of `num` rows."""
+    """Split each of `num` rows over `splits` blocks."""
     monkeypatch.setattr(native, "_BLOCKS", num * splits)
     monkeypatch.setattr(native, "_MIN_SPLIT", 1)
 
 
 def rows_at(offset, num, vocab, dtype, device, stride=None):
-    """Logits whose first element lies `offset` elements after an aligned address, in storage that is NaN around them."""
+    """Logits that start `offset` elements after an aligned address, with NaN before and after them."""
     stride = stride or vocab
     rng = torch.Generator().manual_seed(vocab + offset)
     storage = torch.full((offset + num * stride + 16,), torch.nan, dtype=dtype, device=device)
@@ -77,13 +77,13 @@ def test_misaligned_rows(device, nan_filled, dtype, vocab, offset):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", [1008, 1011])
 def test_gradient_aligned_unlike_the_logits(device, nan_filled, dtype, stride):
-    """Logits with a stride, a gradient without: their rows have their 16-byte vectors at different elements."""
+    """Logits with a row stride, a gradient without: the 16-byte vectors of their rows start at different elements."""
     check(*rows_at(3, 3, 1003, dtype, device, stride), "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_rows_with_many_results(device, nan_filled, dtype):
-    """A block walks over several groups of vectors, with targets in all of them, in the edges, and twice in one element."""
+    """A block processes several groups of vectors. Targets are in all groups, at the edges, and twice at one element."""
     num, vocab = 33, 9001
     logits, _ = rows_at(1, num, vocab, dtype, device)
     rows = torch.tensor([4] * 40 + [0, 31]).to(device)
@@ -144,7 +144,7 @@ def test_masked_rows_are_not_read(device, traffic, monkeypatch, splits):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_what_does_not_exist_gives_nan(device, monkeypatch, splits):
-    """On a GPU nobody looks at targets and rows before the kernel does."""
+    """On a GPU only the kernel checks targets and rows: a wrong one makes the result NaN."""
     monkeypatch.setattr("vlmkernels.ops.gather_logps.require_indices", lambda *_: None)
     split(monkeypatch, 4, splits)
     logits, targets = rows_at(0, 4, 1000, torch.float32, device)
@@ -169,7 +169,7 @@ def test_what_does_not_exist_gives_nan(device, monkeypatch, splits):
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinite_and_nan_logits(device, monkeypatch, dtype, splits):
-    """Impossible tokens have probability and gradient 0, also where a whole part of a row is impossible; NaN spreads."""
+    """Impossible tokens have probability and gradient 0, also if a whole part of a row is impossible; NaN spreads."""
     split(monkeypatch, 3, splits)
     vocab = 1003
     logits, targets = rows_at(0, 3, vocab, dtype, device)
@@ -193,14 +193,18 @@ def test_infinite_and_nan_logits(device, monkeypatch, dtype, splits):
 def test_launch_errors_name_what_failed(device):
     launcher = backends.load("gather_logps", "cuda")
     params = launcher.module.GatherLogps(num_results=1, splits=1, num_rows=1, vocab=1)
+    many_rows = launcher.module.GatherLogps(num_results=1, splits=1, num_rows=2**31, vocab=1)
+    many_blocks = launcher.module.GatherLogps(num_results=2**30, splits=4, num_rows=1, vocab=1)
     with pytest.raises(RuntimeError, match=r"cudaSetDevice: .+"):
         launcher.module.gather_logps_fwd_cuda(params, 999, 0)
-    params.num_rows = 2**31
-    with pytest.raises(RuntimeError, match=r"gather_logps: sizes must be below 2\^31, got 2147483648 rows, 1 results"):
-        launcher.module.gather_logps_bwd_cuda(params, 0, 0)
-    params.num_rows, params.num_results, params.splits = 1, 2**30, 4
-    with pytest.raises(RuntimeError, match="gather_logps_fwd_kernel: 4294967296 blocks are more than a grid holds"):
-        launcher.module.gather_logps_fwd_cuda(params, 0, 0)
+    with pytest.raises(
+        RuntimeError, match=r"gather_logps: the numbers of rows and results .+ below 2\^31, got 2147483648, 1 and 1"
+    ):
+        launcher.module.gather_logps_bwd_cuda(many_rows, 0, 0)
+    with pytest.raises(
+        RuntimeError, match=r"gather_logps_fwd_kernel: the grid must have fewer than 2\^31 blocks, got 4294967296"
+    ):
+        launcher.module.gather_logps_fwd_cuda(many_blocks, 0, 0)
 
 
 @pytest.mark.gpu

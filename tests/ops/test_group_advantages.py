@@ -12,6 +12,7 @@ from support.budget import assert_within_budget
 from vlmkernels import backend as backends
 from vlmkernels import group_advantages
 from vlmkernels.ops.group_advantages import BASELINES, SCALES
+from vlmkernels.ops.group_advantages.inputs import Inputs
 
 pytestmark = pytest.mark.device
 
@@ -26,7 +27,7 @@ def options(rule):
 
 
 def make(num, functions, dtype=torch.float32, seed=0):
-    """Rewards of which a fifth is not scored; the first completion by nobody."""
+    """Rewards, a fifth of them not scored; no function scores the first completion."""
     rng = torch.Generator().manual_seed(seed)
     rewards = torch.randn(num, functions, generator=rng, dtype=torch.float64)
     rewards[torch.rand(num, functions, generator=rng) < 0.2] = NAN
@@ -60,10 +61,13 @@ def test_matches_fp64(need, device, nan_filled, backend, rule):
 
 
 def trl_advantages(rewards, weights, size, rule):
-    """The advantages of TRL 1.16, with its nanstd, for groups of which two or more completions are scored."""
+    """The advantages of TRL 1.16, with its nanstd, for groups with at least two scored completions."""
     trl = pytest.importorskip("trl.trainer.utils")
     scale, _, aggregation = rule
-    grouped = lambda x, reduce: reduce(x.view(-1, size), dim=1).repeat_interleave(size)  # noqa: E731
+
+    def grouped(x, reduce):
+        return reduce(x.view(-1, size), dim=1).repeat_interleave(size)
+
     if aggregation == "sum_then_normalize":
         r = (rewards * weights).nansum(1)
         r[rewards.isnan().all(1)] = NAN
@@ -82,7 +86,7 @@ def test_trl_parity(rule, dtype):
     rewards, weights = make(32, 2, dtype)
     result = group_advantages(rewards, 8, weights=weights, backend="reference", **options(rule))
     expected = trl_advantages(rewards, weights, 8, rule)
-    # TRL's nanstd corrects for the degree of freedom in fp32.
+    # TRL's nanstd computes N / (N - 1) in fp32.
     exact = dtype == torch.float64 and rule[0] == "none"
     torch.testing.assert_close(result.advantages, expected, rtol=0, atol=1e-12 if exact else 4e-6)
 
@@ -92,10 +96,13 @@ ALL = ["reference", *KERNELS]
 
 @pytest.mark.parametrize("backend", ALL)
 def test_first_principles(need, device, backend):
-    """Two groups: rewards 1, 2, 6 (mean 3, std sqrt 7) and one of a single completion."""
+    """Two groups: rewards 1, 2, 6 (mean 3, std sqrt 7), and a single completion."""
     rewards = torch.tensor([1.0, 2.0, 6.0, 5.0], device=device)
     need("group_advantages", backend, rewards)
-    run = lambda **rules: group_advantages(rewards, group_sizes=[3, 1], eps=0.0, backend=backend, **rules)  # noqa: E731
+
+    def run(**rules):
+        return group_advantages(rewards, group_sizes=[3, 1], eps=0.0, backend=backend, **rules)
+
     assert run(scale="none").advantages.tolist() == [-2.0, -1.0, 3.0, 0.0]
     assert run(scale="none", baseline="none").advantages.tolist() == rewards.tolist()
     # RLOO: 1 - (2 + 6) / 2, ...
@@ -107,7 +114,7 @@ def test_first_principles(need, device, backend):
     torch.testing.assert_close(result.std, torch.tensor([7**0.5] * 3 + [0.0], device=device))
     assert result.degenerate.tolist() == [False, False, False, True]
     torch.testing.assert_close(run(scale="batch").advantages * rewards.std(), result.advantages)
-    # Without a baseline the group of one has no deviation to be divided by; the batch has.
+    # Without a baseline, the group of one completion has a standard deviation of 0, so its advantage is 0; the batch has not.
     torch.testing.assert_close(run(baseline="none").advantages * 7**0.5, torch.tensor([1.0, 2.0, 6.0, 0.0], device=device))
     torch.testing.assert_close(run(scale="batch", baseline="none").advantages * rewards.std(), rewards)
 
@@ -115,8 +122,11 @@ def test_first_principles(need, device, backend):
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("rule", [r for r in RULES if r[:2] != ("none", "none")], ids=str)
 def test_equal_rewards_give_exactly_nothing(need, device, backend, rule):
-    """0.1 eight times has a mean that is not 0.1, sums may be equal as rounded alone; a tie of the best is no lead; one-sample
-    groups; nobody scored."""
+    """Equal rewards have an advantage of exactly 0, also if rounding hides that they are equal.
+
+    The cases are eight rewards of 0.1, whose rounded mean is not 0.1; sums that are equal only after rounding; ties of the best
+    completion; groups of one completion; and groups that no function scored.
+    """
     rewards = torch.tensor([[0.1]] * 8 + [[NAN]] * 7 + [[3.0]], device=device)
     need("group_advantages", backend, rewards)
     if rule[:2] == ("batch", "none"):
@@ -155,12 +165,15 @@ def test_empty_views_and_dtypes(need, device, backend):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_properties(data):
-    """Shifting a group's rewards, permuting its completions or scaling all rewards (eps = 0) changes what it must, alone."""
+    """Shifting the rewards of a group, permuting its completions, and scaling all rewards have the expected effects."""
     size, groups = data.draw(st.integers(2, 6)), data.draw(st.integers(1, 4))
     values = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0, 4.0, NAN])
     rewards = torch.tensor(data.draw(st.lists(values, min_size=size * groups, max_size=size * groups)), dtype=torch.float64)
     rule = options(data.draw(st.sampled_from([r for r in RULES if r[1] != "none"])))
-    run = lambda x: group_advantages(x, size, backend="reference", **rule)  # noqa: E731
+
+    def run(x):
+        return group_advantages(x, size, backend="reference", **rule)
+
     base = run(rewards)
     assert base.advantages.isfinite().all()
     assert base.advantages[rewards.isnan()].eq(0).all()
@@ -181,11 +194,17 @@ def test_properties(data):
 def test_opcheck_and_compile(need, device, backend):
     rewards = torch.randn(6, 2, device=device)
     need("group_advantages", backend, rewards)
-    starts = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
-    rules = ["group", "mean", "sum_then_normalize"]
-    for args in ((rewards, None, None, 3), (rewards, rewards[0], starts, 4)):
-        torch.library.opcheck(torch.ops.vlmkernels.group_advantages.default, (*args, rules, 1e-4, backend))
-    function = lambda x: group_advantages(x * 2, 3, backend=backend).advantages.sum()  # noqa: E731
+    offsets = torch.tensor([0, 2, 6], dtype=torch.int32, device=device)
+    rules = {"scale": "group", "baseline": "mean", "normalize_first": False, "eps": 1e-4, "backend": backend}
+    for args in (
+        Inputs(rewards, None, None, 3, **rules),
+        Inputs(rewards, rewards[0], offsets, 4, **rules),
+    ):
+        torch.library.opcheck(torch.ops.vlmkernels.group_advantages.default, tuple(args))
+
+    def function(x):
+        return group_advantages(x * 2, 3, backend=backend).advantages.sum()
+
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(rewards), function(rewards))
 
 
@@ -223,7 +242,7 @@ ERRORS = {
     "indivisible": ((R, 4), {}, ValueError, "num_generations must divide the 6 rewards, got 4"),
     "sum": ((R,), {"group_sizes": [2, 3]}, ValueError, r"group_sizes must add up to the 6 rewards, got \[2, 3\] = 5"),
     "empty group": ((R,), {"group_sizes": [6, 0]}, ValueError, r"group_sizes must be >= 1 each, got \[6, 0\]"),
-    "fp64": ((R.double(), 2), {"backend": "cpp"}, NotImplementedError, "cpp: takes float32, got float64"),
+    "fp64": ((R.double(), 2), {"backend": "cpp"}, NotImplementedError, "cpp: supports float32, got float64"),
 }
 
 

@@ -10,7 +10,8 @@ from support.budget import assert_within_budget
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels.ops.group_attention import IMPLEMENTATIONS, GroupLayout, cudnn, flash, flex, group_attention
+from vlmkernels import backend as backends
+from vlmkernels.ops.group_attention import GroupLayout, cudnn, flash, flex, group_attention
 from vlmkernels.ops.group_attention.merge import merge_
 
 pytestmark = pytest.mark.device
@@ -37,7 +38,7 @@ def run(inputs, layout, weight, attention, forward_only):
 
 
 def formula(query, key, value, layout, scale=0.3):
-    """Scores of all pairs."""
+    """Attention by the scores of all pairs of tokens."""
     k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, k) * scale
     scores = scores.masked_fill(~layout.mask().to(query.device), -torch.inf)
@@ -51,43 +52,46 @@ def eager_formula(query, key, value, layout):
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
 
 
-def skip_unless_supported(implementation, query):
+def skip_unless_supported(backend, query):
     try:
-        IMPLEMENTATIONS.choose(implementation, query)
+        backends.choose("group_attention", backend, query)
     except NotImplementedError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(autouse=True)
 def many_variants():
-    """These tests compile FlexAttention for more dtypes and shapes than a process otherwise may."""
+    """Raise the recompile limit: these tests compile FlexAttention for many dtypes and shapes."""
     with torch._dynamo.config.patch(recompile_limit=64):
         yield
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.modules)
+@pytest.mark.parametrize("backend", backends.backends_of("group_attention").modules)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("heads", [4, 2])
-def test_matches_fp64(device, implementation, dtype, name, heads):
+def test_matches_fp64(device, backend, dtype, name, heads):
     layout = LAYOUTS[name]
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(device, dtype) for h in (4, heads, heads)]
     weight = torch.randn(layout.num_tokens, 4, 16, generator=rng).to(device)
-    skip_unless_supported(implementation, inputs[0])
-    forward_only = implementation == "flex" and device == "cpu"
+    skip_unless_supported(backend, inputs[0])
+    forward_only = backend == "flex" and device == "cpu"
     exact = run([x.double() for x in inputs], layout, weight.double(), formula, forward_only)
     eager = run(inputs, layout, weight, eager_formula, forward_only)
-    ours = lambda q, k, v, layout: group_attention(q, k, v, layout, scale=0.3, implementation=implementation)  # noqa: E731
+
+    def ours(q, k, v, layout):
+        return group_attention(q, k, v, layout, scale=0.3, backend=backend)
+
     actual = run(inputs, layout, weight, ours, forward_only)
     for what in exact:
         # FlexAttention in fp32 on a GPU was up to 1.05 times over the budget of one eps.
-        size = 4 * exact[what].abs().max().item() if implementation == "flex" and layout.num_tokens else None
+        size = 4 * exact[what].abs().max().item() if backend == "flex" and layout.num_tokens else None
         assert_within_budget(what, actual[what], eager[what], exact[what], scale=size)
 
 
 def reference_scores(query, key, queries, keys, causal, scale):
-    """(Hq, N, M) scores of packed sequences, -inf between different ones."""
+    """(Hq, N, M) scores of packed sequences, -inf between different sequences."""
     length, length_k = queries.bounds.diff(), keys.bounds.diff()
     assert queries.bounds.dtype == keys.bounds.dtype == torch.int32
     assert (queries.longest, keys.longest) == (length.max(), length_k.max())
@@ -102,7 +106,7 @@ def reference_scores(query, key, queries, keys, causal, scale):
 
 
 def reference_forward(query, key, value, queries, keys, causal, scale):
-    """What the forward kernel of torch returns, with the layout of its log-sum-exp, rounded once."""
+    """The results of torch's forward kernel, with the layout of its log-sum-exp, rounded once."""
     q, k, v = (x.double() for x in (query, key, value))
     scores = reference_scores(q, k, queries, keys, causal, scale)
     out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(q.shape[1] // v.shape[1], 1))
@@ -111,7 +115,7 @@ def reference_forward(query, key, value, queries, keys, causal, scale):
 
 
 def reference_backward(dout, query, key, value, out, lse, queries, keys, causal, scale):
-    """What the backward kernel of torch computes from the output and log-sum-exp that it is given, rounded once."""
+    """The results of torch's backward kernel from the given output and log-sum-exp, rounded once."""
     assert dout.is_contiguous()
     assert out.is_contiguous()
     assert lse.is_contiguous()
@@ -127,7 +131,7 @@ def reference_backward(dout, query, key, value, out, lse, queries, keys, causal,
 
 
 def replace_kernels(patch):
-    """flash.py with formulas in place of the kernels of torch: all but the kernels themselves."""
+    """Run flash.py with formulas instead of the kernels of torch."""
     patch.setattr(flash, "unsupported", lambda query: None)
     patch.setattr(flash, "_forward", reference_forward)
     patch.setattr(flash, "_backward", reference_backward)
@@ -137,13 +141,13 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpre
 
 
 def dense_scores(query, key, causal, scale):
-    """(B, H, S, T) scores; causally, query i sees keys up to i."""
+    """(B, H, S, T) scores; if causal, query i sees keys up to i."""
     scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2) * scale
     return scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf) if causal else scores
 
 
 def dense_forward(query, key, value, causal, scale):
-    """What cuDNN's forward kernel returns, laid out like it, rounded once."""
+    """The results of cuDNN's forward kernel, in its memory layout, rounded once."""
     assert query.transpose(1, 2).is_contiguous()
     q, k, v = (x.double() for x in (query, key, value))
     scores = dense_scores(q, k, causal, scale)
@@ -154,7 +158,7 @@ def dense_forward(query, key, value, causal, scale):
 
 
 def dense_backward(dout, query, key, value, out, lse, causal, scale):
-    """What cuDNN's backward kernel computes from the output and log-sum-exp that it is given, rounded once."""
+    """The results of cuDNN's backward kernel from the given output and log-sum-exp, rounded once."""
     assert lse.is_contiguous()
     assert all(x.transpose(1, 2).is_contiguous() for x in (dout, query, key, value, out))
     q, k, v, do, o = (x.double() for x in (query, key, value, dout, out))
@@ -168,7 +172,7 @@ def dense_backward(dout, query, key, value, out, lse, causal, scale):
 
 
 def replace_dense_kernels(patch, block=8):
-    """cudnn.py with formulas in place of the kernels of torch, and with blocks of which the layouts here have several."""
+    """Run cudnn.py with formulas instead of the kernels of torch, and with blocks smaller than the layouts here."""
     patch.setattr(cudnn, "unsupported", lambda query: None)
     patch.setattr(cudnn, "_forward", dense_forward)
     patch.setattr(cudnn, "_backward", dense_backward)
@@ -193,22 +197,22 @@ CUDNN_LAYOUTS = LAYOUTS | {
 }
 
 
-# By implementation: what puts formulas in the place of its kernels, and layouts.
+# For each backend: the function that replaces its kernels by formulas, and the layouts to test.
 REPLACED = {"flash": (replace_kernels, LAYOUTS), "cudnn": (replace_dense_kernels, CUDNN_LAYOUTS)}
-CASES = [(implementation, name) for implementation, (_, layouts) in REPLACED.items() for name in layouts]
+CASES = [(backend, name) for backend, (_, layouts) in REPLACED.items() for name in layouts]
 
 
-def with_scale(implementation):
-    return lambda q, k, v, layout: group_attention(q, k, v, layout, scale=0.3, implementation=implementation)
+def with_scale(backend):
+    return lambda q, k, v, layout: group_attention(q, k, v, layout, scale=0.3, backend=backend)
 
 
 @on_cpu
-@pytest.mark.parametrize(("implementation", "name"), CASES)
+@pytest.mark.parametrize(("backend", "name"), CASES)
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("heads_first", [False, True])
-def test_with_reference_kernels(monkeypatch, own_plans, implementation, name, heads, heads_first):
-    """The calls, their padding and their merge, which alone is in fp32."""
-    replace, layouts = REPLACED[implementation]
+def test_with_reference_kernels(monkeypatch, own_plans, backend, name, heads, heads_first):
+    """The calls, their padding, and their merge; only the merge is in fp32."""
+    replace, layouts = REPLACED[backend]
     replace(monkeypatch)
     layout = layouts[name]
     rng = torch.Generator().manual_seed(0)
@@ -216,39 +220,39 @@ def test_with_reference_kernels(monkeypatch, own_plans, implementation, name, he
     if heads_first:
         inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     weight = torch.randn(layout.num_tokens, 4, 24, generator=rng, dtype=torch.float64)
-    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(implementation)))
+    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(backend)))
     for what in exact:
         torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
 
 
 @on_cpu
-@pytest.mark.parametrize(("implementation", "name"), CASES)
+@pytest.mark.parametrize(("backend", "name"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rounding(monkeypatch, own_plans, implementation, name, dtype):
+def test_rounding(monkeypatch, own_plans, backend, name, dtype):
     """Parts are rounded before they are merged or added."""
-    replace, layouts = REPLACED[implementation]
+    replace, layouts = REPLACED[backend]
     replace(monkeypatch)
     layout = layouts[name]
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
     weight = torch.randn(layout.num_tokens, 4, 16, generator=rng)
     exact = run([x.double() for x in inputs], layout, weight.double(), formula, False)
-    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, with_scale(implementation)))
+    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, with_scale(backend)))
     for what in exact:
         assert_within_budget(what, actual[what], eager[what], exact[what])
 
 
 @on_cpu
-@pytest.mark.parametrize(("implementation", "options"), [("flash", {}), ("cudnn", {"block": 4})])
+@pytest.mark.parametrize(("backend", "options"), [("flash", {}), ("cudnn", {"block": 4})])
 @settings(max_examples=30, deadline=None)
 @given(groups=st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=5))
-def test_any_layout(implementation, options, groups):
+def test_any_layout(backend, options, groups):
     layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
     inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
     weight = torch.randn_like(inputs[0])
     with pytest.MonkeyPatch.context() as patch:
-        REPLACED[implementation][0](patch, **options)
-        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(implementation)))
+        REPLACED[backend][0](patch, **options)
+        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(backend)))
     cudnn._plan.cache_clear()
     for what in exact:
         torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
@@ -256,14 +260,14 @@ def test_any_layout(implementation, options, groups):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("implementation", "width"), [*(("flash", x) for x in (8, 64, 96, 128, 256)), *(("cudnn", x) for x in (8, 96, 128))]
+    ("backend", "width"), [*(("flash", x) for x in (8, 64, 96, 128, 256)), *(("cudnn", x) for x in (8, 96, 128))]
 )
 @pytest.mark.parametrize("how", ["contiguous", "heads first", "sliced", "misaligned"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_strides_and_widths(implementation, dtype, how, width):
+def test_strides_and_widths(backend, dtype, how, width):
     layout = GroupLayout((300, 70), ((40, 257), (128, 5)))
-    skip_unless_supported(implementation, torch.empty(1, 1, width, device="cuda", dtype=dtype))
-    attention = with_scale(implementation)
+    skip_unless_supported(backend, torch.empty(1, 1, width, device="cuda", dtype=dtype))
+    attention = with_scale(backend)
     rng = torch.Generator().manual_seed(0)
 
     def make(heads):
@@ -292,17 +296,17 @@ def test_strides_and_widths(implementation, dtype, how, width):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("implementation", ["flash", "cudnn"])
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
 @pytest.mark.parametrize("layout", [GroupLayout((133, 20), ((40, 7), (12, 5))), GroupLayout((256,), ((128, 128),))])
-def test_does_not_wait_for_the_device(implementation, layout):
+def test_does_not_wait_for_the_device(backend, layout):
     flash._plan.cache_clear()
     cudnn._plan.cache_clear()
     q, k, v = (torch.randn(layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    skip_unless_supported(implementation, q)
+    skip_unless_supported(backend, q)
     weight = torch.randn_like(q)
     torch.cuda.set_sync_debug_mode("error")  # what waits raises
     try:
-        gradients = torch.autograd.grad(group_attention(q, k, v, layout, implementation=implementation), (q, k, v), weight)
+        gradients = torch.autograd.grad(group_attention(q, k, v, layout, backend=backend), (q, k, v), weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -320,7 +324,7 @@ def test_flash_unsupported(device, dtype, width, reason):
     query = torch.zeros(4, 2, width, dtype=dtype, device=device)
     assert flash.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
     if device == "cuda":
-        assert IMPLEMENTATIONS.choose("auto", query) == "flex"
+        assert backends.choose("group_attention", "auto", query) == "flex"
 
 
 @pytest.mark.parametrize(
@@ -363,7 +367,7 @@ def test_cudnn_needs(monkeypatch, state, reason):
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 1 << 20))
 def test_cudnn_lengths_come_from_a_small_set(length):
-    """Multiples of a block, at most an eighth longer from 16 blocks on; 8 per power of two."""
+    """Padded lengths are multiples of a block, and from 16 blocks on at most an eighth longer, 8 lengths per power of two."""
     padded = cudnn._padded(length)
     assert padded % cudnn.BLOCK == 0
     assert length <= padded < length + max(cudnn.BLOCK, length / 8 + 1)
@@ -376,7 +380,7 @@ def test_cudnn_lengths_come_from_a_small_set(length):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [8, 80, 128])
 def test_merge(device, dtype, width):
-    """Rows that are merged and rows that are left alone, in tensors with strides of their own; shares from 0 to 1."""
+    """Merged and untouched rows, in tensors with different strides; shares from 0 to 1."""
     rng = torch.Generator().manual_seed(0)
     num, heads = 50, 3
     rows = torch.randperm(num, generator=rng)[:37].to(torch.int32)
@@ -425,7 +429,7 @@ def test_gradcheck():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=4)), max_size=4), st.integers(0, 99))
 def test_each_completion_is_as_if_alone(groups, seed):
-    """A completion's results are those of a causal sequence: its prefix, then itself."""
+    """The results of a completion equal those of causal attention over its prefix and itself."""
     layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
     rng = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(layout.num_tokens, 2, 8, generator=rng, dtype=torch.float64) for _ in range(3))
@@ -446,9 +450,9 @@ def test_each_completion_is_as_if_alone(groups, seed):
         ({"query": torch.zeros(5, 16)}, ValueError, r"query must be \(N, Hq, D\), got \(5, 16\)"),
         ({"key": torch.zeros(5, 3, 8)}, ValueError, "key must be .* Hkv a divisor of 2"),
         ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
-        ({"implementation": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
-        ({"implementation": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
-        ({"implementation": "math"}, ValueError, "implementation must be auto or one of parts, flash, cudnn, flex, got 'math'"),
+        ({"backend": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
+        ({"backend": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
+        ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, cudnn, flex; got 'math'"),
     ],
 )
 def test_bad_input(changes, error, message):

@@ -15,8 +15,8 @@ from support.grpo_cases import VARIANTS, make, on, packed, run
 
 from vlmkernels import GRPOLossConfig, grpo_loss
 from vlmkernels import backend as backends
-from vlmkernels.ops.grpo_loss.batch import Batch, entropy_quantile
 from vlmkernels.ops.grpo_loss.config import KL_ESTIMATORS, LOSSES, parse
+from vlmkernels.ops.grpo_loss.inputs import LossInputs, entropy_quantile
 from vlmkernels.ops.grpo_loss.native import variant as native_variant
 
 pytestmark = pytest.mark.device
@@ -25,7 +25,7 @@ KERNELS = ["cpp", "triton", "cuda"]
 
 
 def check(batch, config, backend, **options):
-    """Any backend against the fp64 reference: gradients within the budget of budget.py, scalars within that of their sums."""
+    """Compare a backend with the fp64 reference. Gradients have the budget of budget.py, scalars the budget of their sums."""
     device = "cpu" if backends.device_type(backend) == "cpu" else batch["logps"].device
     double = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
     exact, eager = run(double, config, "reference", **options), run(batch, config, "reference", **options)
@@ -34,7 +34,7 @@ def check(batch, config, backend, **options):
     size = exact["dlogps"].abs().sum().item()
     for name, value in exact.items():
         if value.dim():
-            # An exponential has the relative error of its argument times the argument: e^-57 in a vespo gradient.
+            # The relative error of e^x is the absolute error of x, which grows with x: a vespo gradient has e^-57.
             largest = value.abs().max().item() if value.numel() else 0.0
             scale = largest * max(1.0, abs(math.log(largest))) if largest else None
             assert_within_budget(name, actual[name].cpu(), eager[name].cpu(), value.cpu(), scale=scale)
@@ -58,7 +58,7 @@ def test_matches_fp64(need, device, nan_filled, backend, variant):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_views_are_read_in_place(need, device, nan_filled, backend):
-    """Rows of a wider tensor, columns, one row for all; on policy and without a mask."""
+    """Rows of a wider tensor, transposed tensors, expanded rows; on policy and without a mask."""
     wide = on(device, make(4, 50, dtype=torch.float32))
     need("grpo_loss", backend, wide["logps"])
     config = GRPOLossConfig(loss_type="grpo", beta=0.1)
@@ -72,13 +72,13 @@ def test_views_are_read_in_place(need, device, nan_filled, backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_every_backend_is_tested(backend, device):
-    """What this machine can run must not be skipped above."""
+    """A backend that this machine can run is not skipped above."""
     reason = backends.why_not("grpo_loss", backend, torch.zeros(1, 1, device=device))
-    assert reason is None or (device == "cuda" and backend == "cpp" and "takes cpu tensors" in reason)
+    assert reason is None or (device == "cuda" and backend == "cpp" and "supports cpu tensors" in reason)
 
 
 def test_the_tables_have_the_same_rows():
-    from vlmkernels.ops.grpo_loss import reference
+    from vlmkernels.ops.grpo_loss import inputs, reference
 
     rows = {row.surrogate for row in LOSSES.values()}
     assert set(reference.SURROGATES) == rows
@@ -87,11 +87,15 @@ def test_the_tables_have_the_same_rows():
     if not isinstance(compiled, ImportError):
         assert compiled.surrogates == tuple(reference.SURROGATES)
         assert compiled.kl_estimators == tuple(reference.KL)
+        assert compiled.grpo_columns == inputs.COLUMNS
+        assert compiled.grpo_stats == inputs.STATS
     triton = pytest.importorskip("vlmkernels.ops.grpo_loss.triton")
     assert {name: row[1] for name, row in triton.SURROGATES.items()} == {
         name: row.through_ratio for name, row in reference.SURROGATES.items()
     }
     assert set(triton.KL) == set(reference.KL)
+    for prefix, names in (("COLUMN", inputs.COLUMNS), ("STAT", inputs.STATS)):
+        assert [getattr(triton, f"{prefix}_{name.upper()}").value for name in names] == list(range(len(names)))
 
 
 @pytest.mark.parametrize("name", ["ppo_clip", "cispo", "sapo", "vespo"])
@@ -110,7 +114,7 @@ def test_dlogp_is_the_derivative_of_loss(name):
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
 def test_kl_estimators(name):
-    """Their derivatives; the mean of k1 and k3 over the policy is the divergence, and k2's gradient is that of it."""
+    """Derivatives; the mean of k1 and of k3 over the policy is the divergence, and the gradient of k2 is its gradient."""
     from vlmkernels.ops.grpo_loss import reference
 
     policy = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log().requires_grad_()
@@ -124,11 +128,13 @@ def test_kl_estimators(name):
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v].get("loss_type", "dapo") not in ("cispo", "vespo")])
 def test_gradient_is_that_of_the_loss(variant):
-    """By finite differences: the forward pass's own gradient, also where Liger's bias-corrected one at the sequence level is
-    15 % off its forward pass."""
+    """The gradient equals finite differences of the loss.
+
+    This includes the bias-corrected KL at the sequence level, where Liger's gradient differs from its loss's by 15 %.
+    """
     config = GRPOLossConfig(**VARIANTS[variant])
     batch = make(3, 5)
-    fixed = {name: batch[name] for name in ("old_logps", "ref_logps", "advantages", "mask")}
+    fixed = {name: batch[name] for name in ("old_logps", "ref_logps", "advantages", "loss_mask")}
     if config.rollout_correction or config.off_policy_mask_threshold:
         fixed["rollout_logps"] = batch["rollout_logps"]
     options = {"entropy_threshold": torch.tensor(1.2, dtype=torch.float64)} if config.top_entropy_quantile < 1 else {}
@@ -140,32 +146,43 @@ def test_gradient_is_that_of_the_loss(variant):
 
 
 def test_luspo_from_first_principles():
-    """B^-1 sum_i |y_i| (-min(s_i A_i, clip(s_i) A_i)), s_i the geometric mean of the ratios of the tokens that count.
-    Liger sums over the padding too."""
+    """The loss is 1 / B sum_i |y_i| (-min(s_i A_i, clip(s_i) A_i)), with s_i the geometric mean of the unmasked tokens' ratios.
+
+    Liger also sums over the padding.
+    """
     batch = make(4, 6)
     config = GRPOLossConfig.preset("luspo")
     expected = 0.0
-    for logp, old, adv, mask in zip(*(batch[n] for n in ("logps", "old_logps", "advantages", "mask")), strict=True):
+    for logp, old, adv, mask in zip(*(batch[n] for n in ("logps", "old_logps", "advantages", "loss_mask")), strict=True):
         if mask.any():
             s = (logp - old)[mask].mean().exp()
             expected -= mask.sum() * torch.minimum(s * adv, s.clamp(0.8, 1.2) * adv) / 4
-    actual = grpo_loss(**{n: batch[n] for n in ("logps", "old_logps", "advantages", "mask")}, config=config).loss
+    actual = grpo_loss(**{n: batch[n] for n in ("logps", "old_logps", "advantages", "loss_mask")}, config=config).loss
     torch.testing.assert_close(actual, expected)
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_properties(data):
-    """What must not change the result does not: packing, the order of sequences, masked rows, the level of log-probabilities;
-    and the losses of parts add up."""
+    """Properties of the loss.
+
+    Packing, the order of sequences, masked rows and a constant added to all log-probabilities do not change the result, and the
+    losses of parts add up.
+    """
     variant = data.draw(st.sampled_from(sorted(VARIANTS)))
     config = GRPOLossConfig(**VARIANTS[variant])
     B, T = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 7))
     batch = make(B, T, per_token=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99))) if B > 1 else make(2, T)
     B = len(batch["logps"])
-    total = lambda x: run(x, config, "reference", num_items=11.0)  # noqa: E731
-    base, mask = total(batch), batch["mask"]
-    same = lambda a, b, names: [torch.testing.assert_close(a[n], b[n], msg=f"{variant} {n}") for n in names]  # noqa: E731
+
+    def total(x):
+        return run(x, config, "reference", num_items=11.0)
+
+    base, mask = total(batch), batch["loss_mask"]
+
+    def same(a, b, names):
+        return [torch.testing.assert_close(a[n], b[n], msg=f"{variant} {n}") for n in names]
+
     scalars = [name for name in base if base[name].dim() == 0]
 
     if batch["advantages"].dim() == 1 or mask.sum() != B:  # else they count as one per sequence
@@ -187,7 +204,7 @@ def test_properties(data):
         torch.testing.assert_close(sum(part["loss"] for part in parts), base["loss"])
         torch.testing.assert_close(torch.cat([part["dlogps"] for part in parts]), base["dlogps"])
         padded = {name: torch.cat([x, x[:1]]) for name, x in batch.items()}
-        padded["mask"][-1] = False
+        padded["loss_mask"][-1] = False
         torch.testing.assert_close(total(padded)["loss"], base["loss"])
 
 
@@ -205,7 +222,7 @@ def test_accumulation_steps_divide_what_is_a_mean():
 
 
 def test_entropy_quantile_of_more_tokens_than_the_dtype_counts():
-    """In bfloat16 the rank of the last of 260 rounds to one beyond it, as that of 2^24 + 4 in float32."""
+    """In bfloat16 the rank 259 rounds to 260, past the last value. In float32 this happens with 2^24 + 4 values."""
     entropy = torch.arange(260).bfloat16()
     assert entropy_quantile(entropy, None, 1.0) == entropy[-1]
     assert entropy_quantile(torch.cat([entropy, -entropy]), torch.arange(520) < 260, 1.0) == entropy[-1]
@@ -217,7 +234,7 @@ ALL = ["reference", *KERNELS]
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_always_finite(need, device, backend, variant):
-    """Log-ratios of 1e4 either way, impossible reference tokens, fp16's extremes, sequences of which nothing counts."""
+    """Log-ratios of -1e4 and 1e4, impossible reference tokens, the extremes of fp16, sequences without unmasked tokens."""
     config = GRPOLossConfig(**VARIANTS[variant])
     batch = make(4, 8, dtype=torch.float32)
     batch["logps"][1] = torch.tensor([-1e4, 0.0, -65504.0, -1e4, -0.0, -6e-8, -1e-30, -torch.inf])
@@ -230,8 +247,8 @@ def test_always_finite(need, device, backend, variant):
     for sign in (1, -1):
         result = run(batch | {"advantages": sign * batch["advantages"].abs()}, config, backend)
         assert all(value.isfinite().all() for value in result.values()), result
-        assert result["dlogps"][~batch["mask"]].eq(0).all()
-    nothing = run(batch | {"mask": torch.zeros_like(batch["mask"])}, config, backend)
+        assert result["dlogps"][~batch["loss_mask"]].eq(0).all()
+    nothing = run(batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])}, config, backend)
     assert nothing["loss"] == 0
     assert nothing["dlogps"].eq(0).all()
     assert all(value.isfinite().all() for value in nothing.values())
@@ -251,7 +268,7 @@ def test_a_fault_upstream_shows(need, device, backend):
         where = r"\(1,\)" if name == "advantages" else r"\(1, 0\)"
         with pytest.raises(ValueError, match=rf"{name} must be finite \(check_finite\), got nan at index {where}"):
             run(broken, GRPOLossConfig(beta=0.1, check_finite=True), backend)
-    batch["logps"][~batch["mask"]] = torch.nan
+    batch["logps"][~batch["loss_mask"]] = torch.nan
     batch["advantages"][0] = torch.nan  # of a sequence of which nothing counts
     for same in (batch, packed(batch)):
         assert run(same, GRPOLossConfig(check_finite=True), backend)["loss"].isfinite()
@@ -290,7 +307,7 @@ def test_half_precision_inputs(need, device, backend):
         assert result["dlogps"].dtype == dtype
         wide = run({name: x.float() if x.is_floating_point() else x for name, x in half.items()}, config, backend)
         torch.testing.assert_close(result["dlogps"], wide["dlogps"].to(dtype))
-    # e^20 / N, and a coefficient: beyond what fp16 has.
+    # Gradients of e^20 / N and of a large coefficient are beyond the range of fp16.
     far = {"logps": 0.0, "old_logps": -30.0, "entropy": 1.0}
     far = {name: torch.full((2, 3), x, dtype=torch.float16, device=device) for name, x in far.items()}
     result = run(far | {"advantages": -torch.ones(2, device=device)}, GRPOLossConfig(entropy_coef=1e6), backend)
@@ -305,7 +322,7 @@ def test_backward_scales(need, device, backend):
     config = GRPOLossConfig(entropy_coef=0.1)
     leaves = [batch["logps"].requires_grad_(), batch["entropy"].requires_grad_()]
     loss, metrics = grpo_loss(
-        **{n: batch[n] for n in ("logps", "entropy", "advantages", "mask")}, config=config, backend=backend
+        **{n: batch[n] for n in ("logps", "entropy", "advantages", "loss_mask")}, config=config, backend=backend
     )
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
     for mine, other in zip(torch.autograd.grad(-3 * loss, leaves, retain_graph=True), once, strict=True):
@@ -323,9 +340,9 @@ def test_opcheck_and_compile(need, device, backend, variant):
     config = GRPOLossConfig(**VARIANTS[variant])
     batch = on(device, make(3, 5, dtype=torch.float32))
     need("grpo_loss", backend, batch["logps"])
-    fixed = {name: batch[name] for name in ("old_logps", "ref_logps", "advantages", "mask")}
+    fixed = {name: batch[name] for name in ("old_logps", "ref_logps", "advantages", "loss_mask")}
     fixed |= {"rollout_logps": batch["rollout_logps"]} if config.rollout_correction else {}
-    args = Batch(*(batch.get(name) for name in Batch._fields))._replace(accumulation_steps=2.0)
+    args = LossInputs(*(batch.get(name) for name in LossInputs._fields))._replace(accumulation_steps=2.0)
     torch.library.opcheck(torch.ops.vlmkernels.grpo_loss_fwd.default, (*args, config.text, backend))
     leaves = (batch["logps"].requires_grad_(), batch["entropy"].requires_grad_())
 
@@ -422,7 +439,7 @@ def test_configurations_survive_what_is_done_with_them():
     copies = (GRPOLossConfig(**asdict(config)), config.replace(), pickle.loads(pickle.dumps(config)), parse(config.text))
     for same in (written, *copies):
         assert (same, same.text, hash(same)) == (config, config.text, hash(config))
-    # A schedule of entropy_coef makes a new one at every step.
+    # A schedule of entropy_coef creates a configuration per step, so the caches must be bounded.
     assert all(cached.cache_info().maxsize for cached in (parse, native_variant))
 
 
@@ -437,7 +454,7 @@ ERRORS = {
     "config": ((X, S), {"config": "dapo"}, TypeError, "config must be a GRPOLossConfig, got dapo"),
     "advantages": ((X, torch.zeros(3)), {}, ValueError, r"advantages must be one per sequence, \(2,\), or per .* got \(3,\)"),
     "old_logps": ((X, S), {"old_logps": S}, ValueError, r"old_logps must have the shape of logps, \(2, 3\), got \(2,\)"),
-    "mask": ((X, S), {"mask": X}, TypeError, "mask must have dtype bool, got float32"),
+    "loss_mask": ((X, S), {"loss_mask": X}, TypeError, "loss_mask must have dtype bool, got float32"),
     "ref_logps": (
         (X, S),
         {"config": GRPOLossConfig(beta=0.1)},
@@ -468,11 +485,11 @@ ERRORS = {
     "num_items shape": ((X, S), {"num_items": S}, ValueError, r"num_items must be a number or a \(\) tensor, got \(2,\)"),
     "accumulation": ((X, S), {"accumulation_steps": 0}, ValueError, "accumulation_steps must be finite and > 0, got 0"),
     "accumulation type": ((X, S), {"accumulation_steps": "2"}, TypeError, "accumulation_steps must be finite and > 0, got '2'"),
-    "mask and cu_seqlens": (
+    "loss_mask and cu_seqlens": (
         (X.view(6), S),
-        {"cu_seqlens": C, "mask": torch.ones(6, dtype=torch.bool)},
+        {"cu_seqlens": C, "loss_mask": torch.ones(6, dtype=torch.bool)},
         ValueError,
-        "mask must be None with cu_seqlens: leave out the tokens that do not count",
+        "loss_mask must be None with cu_seqlens: leave out the tokens that do not count",
     ),
     "packed shape": ((X, S), {"cu_seqlens": C}, ValueError, r"logps must be \(N,\) with cu_seqlens, got \(2, 3\)"),
     "cu dtype": ((X.view(6), S), {"cu_seqlens": C.long()}, TypeError, "cu_seqlens must have dtype int32, got int64"),
@@ -483,7 +500,7 @@ ERRORS = {
         r"cu_seqlens must not decrease, got \[0, 4, 2, 6\]",
     ),
     "cu end": ((X.view(6)[:5], S), {"cu_seqlens": C}, ValueError, r"cu_seqlens must go from 0 to 5, .* got \[0, 2, 6\]"),
-    "fp64": ((X.double(), S), {"backend": "cpp"}, NotImplementedError, "cpp: takes float32, got float64"),
+    "fp64": ((X.double(), S), {"backend": "cpp"}, NotImplementedError, "cpp: supports float32, got float64"),
 }
 
 
@@ -499,8 +516,11 @@ def test_errors_name_argument_rule_and_value(case):
 def test_cuda_graph_and_no_wait(backend):
     batch = on("cuda", make(16, 300, dtype=torch.float32))
     config = GRPOLossConfig(loss_type="grpo", beta=0.1)
-    names = ("logps", "advantages", "old_logps", "ref_logps", "mask", "entropy")
-    call = lambda: grpo_loss(**{n: batch[n] for n in names}, config=config, backend=backend)  # noqa: E731
+    names = ("logps", "advantages", "old_logps", "ref_logps", "loss_mask", "entropy")
+
+    def call():
+        return grpo_loss(**{n: batch[n] for n in names}, config=config, backend=backend)
+
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,11 +1,11 @@
-"""A batch in parts: their losses, gradients and metrics are those of one call."""
+"""The losses, gradients and metrics of the parts of a batch add up to those of one call."""
 
 import pytest
 import torch
 from support.grpo_cases import VARIANTS, make, run
 
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
-from vlmkernels.ops.grpo_loss.batch import entropy_quantile
+from vlmkernels.ops.grpo_loss.inputs import entropy_quantile
 from vlmkernels.ops.grpo_loss.parts import combine_metrics, in_parts
 
 CUTS = ((0, 1), (1, 4), (4, 5), (5, 9))  # the first without a token that counts
@@ -21,10 +21,10 @@ def test_parts_add_up(variant, items):
     shared = {"num_items": 31.0} if items else {}
     if config.top_entropy_quantile < 1:
         quantile = 1 - config.top_entropy_quantile
-        shared["entropy_threshold"] = entropy_quantile(batch["entropy"], batch["mask"], quantile)
+        shared["entropy_threshold"] = entropy_quantile(batch["entropy"], batch["loss_mask"], quantile)
     whole = run(batch, config, accumulation_steps=3, **shared)
     cut = [{name: x[begin:end] for name, x in batch.items()} for begin, end in CUTS]
-    sizes, tokens = [len(part["logps"]) for part in cut], [int(part["mask"].sum()) for part in cut]
+    sizes, tokens = [len(part["logps"]) for part in cut], [int(part["loss_mask"].sum()) for part in cut]
     assert tokens[0] == 0
     calls = in_parts(config, sizes, tokens, 3)
     results = [run(part, **call._asdict(), **shared) for part, call in zip(cut, calls, strict=True)]

@@ -1,4 +1,4 @@
-"""grpo_loss against TRL 1.16's own loss function, and the reading of its arguments."""
+"""grpo_loss against the loss function of TRL 1.16, and GRPOLossConfig.from_trl."""
 
 import importlib
 import itertools
@@ -16,7 +16,7 @@ TRL_LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vesp
 
 
 def assert_close(mine, other, rel, name, scale=1e-3):
-    """|mine - other| <= rel max(max |other|, scale)."""
+    """Check that |mine - other| <= rel max(max |other|, scale)."""
     mine, other = (torch.as_tensor(x, dtype=torch.float64) for x in (mine, other))
     assert mine.shape == other.shape, name
     bound = rel * max(other.abs().max().item(), scale)
@@ -32,7 +32,7 @@ EXTRAS = {
     "off policy": {"off_policy_mask_threshold": 0.02},
     "all": {"delta": 1.3, "top_entropy_quantile": 0.61, "entropy_coef": -0.1, "off_policy_mask_threshold": 0.05},
 }
-# dtype, an advantage per token, old_logps that are the policy's
+# (dtype, whether advantages are per token, whether old_logps equal logps)
 INPUTS = [
     (torch.float64, False, False),
     (torch.float64, True, False),
@@ -45,12 +45,12 @@ INPUTS = [
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("kl", KL)
 def test_trl_parity(loss_type, level, kl):
-    """Loss, gradients and every metric of TRL's own function: 1e-12 in fp64, 1e-6 in fp32."""
+    """Loss, gradients and all metrics equal TRL's: within 1e-12 in fp64, 1e-6 in fp32."""
     if (loss_type, level) == ("vespo", "sequence"):
-        pytest.skip("refused: vespo is of the sequence already")
+        pytest.skip("not supported: the weight of vespo is per sequence already")
     for correction, extra, (dtype, per_token, on_policy) in itertools.product((None, *CORRECTIONS), EXTRAS, INPUTS):
         if loss_type == "vespo" and correction and correction.startswith("sequence"):
-            continue  # refused by TRL too
+            continue  # TRL does not support it either
         if extra not in ("plain", "all") and (per_token or on_policy or dtype == torch.float32):
             continue
         options = {"max_completion_length": 20, **KL[kl], **EXTRAS[extra]}
@@ -76,7 +76,7 @@ def test_trl_parity(loss_type, level, kl):
         for name, value in theirs.items():
             if value is not None and name in mine:
                 exact = dtype == torch.float64 and name in ("loss", "dlogps", "dentropy")
-                # Terms cancel in the loss: its scale is theirs.
+                # Terms cancel in the loss, so its error is compared with the size of the terms.
                 scale = dlogps.abs().sum().item() if name == "loss" else 1e-3
                 assert_close(mine[name], value, 1e-12 if exact else 1e-6, f"{name} {dtype} {options}", scale)
             else:

@@ -1,6 +1,6 @@
-"""Why Liger's Hopper kernel is a peer of the benchmarks and no backend: its roundings, emulated, against those of ours.
+"""Why Liger's Hopper kernel is compared in benchmarks but is not a backend: it rounds more than ours.
 
-docs/head.md has the figures; bench/accuracy.py measures the kernel itself where it runs.
+Its roundings are emulated here. docs/head.md has the figures, and bench/accuracy.py measures the kernel itself on a Hopper GPU.
 """
 
 import importlib.util
@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.budget import assert_within_budget
-from test_linear_logps import fp32_results  # noqa: F401
 
 from vlmkernels import linear_logps
 
 pytestmark = pytest.mark.device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the GEMM leaves fp32; on the CPU fp32_results stands in for it
-# What liger-kernel 0.8.5 rounds, by the file of its liger_kernel/ops/cutedsl/ops that does it.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU, fp32_results replaces CUDA's GEMM with fp32 results
+# The roundings of liger-kernel 0.8.5: a file in liger_kernel/ops/cutedsl/ops -> patterns in its text.
 ROUNDS = {
     "_fused_scaled_cross_entropy_forward_fragment_sm90.py": (
         r"s_logits\[.*\] = Float16\(accum",
@@ -26,11 +25,11 @@ ROUNDS = {
     "_fused_scaled_cross_entropy_backward_fused_sm90.py": (r'dz_logit_dtype: str = "f16"', r"dw: .*BF16.*\(reduce-add\)"),
     "fused_scaled_cross_entropy_sm90.py": (r"BACKWARD_M_TILES_PER_WAVE = 8\b",),
 }
-WAVE = 1024  # rows after which the gradient by the weight is rounded
+WAVE = 1024  # the gradient of the weight is rounded after this many rows
 
 
 def make(num=2048, width=64, vocab=2048, largest=30.0):
-    """hidden, weight, targets sampled from logits in [-largest, largest], and the gradients by logp and entropy."""
+    """Return hidden, weight, targets sampled from logits in [-largest, largest], and the gradients of logp and entropy."""
     rng = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(num, width, generator=rng).bfloat16(), torch.randn(vocab, width, generator=rng)
     logits = hidden.float() @ weight.T
@@ -41,7 +40,7 @@ def make(num=2048, width=64, vocab=2048, largest=30.0):
 
 
 def formula(hidden, weight, targets, dlogp, dentropy, logits=lambda x: x, entropies=lambda x: x, wave=None):
-    """logp, entropy and the gradients by hidden states and weight, with what rounds logits and entropies."""
+    """logp, entropy and the gradients of hidden states and weight, with functions that round logits and entropies."""
     x = logits(hidden @ weight.T)
     log_p = x.log_softmax(-1)
     entropy = entropies(-(log_p.exp() * log_p).sum(-1))
@@ -60,8 +59,11 @@ def formula(hidden, weight, targets, dlogp, dentropy, logits=lambda x: x, entrop
 
 
 def liger_hopper(hidden, weight, *rest):
-    through = lambda dtype: lambda x: x.to(dtype).float()  # noqa: E731
-    rounded = {"logits": through(torch.float16), "entropies": through(torch.bfloat16), "wave": WAVE}
+    rounded = {
+        "logits": lambda x: x.half().float(),
+        "entropies": lambda x: x.bfloat16().float(),
+        "wave": WAVE,
+    }
     return formula(hidden.float(), weight.float(), *rest, **rounded)
 
 
@@ -73,15 +75,18 @@ def ours(hidden, weight, targets, dlogp, dentropy):
 
 
 def errors(results, exact):
-    """The largest of logp and entropy; 1 - cosine of the gradients."""
+    """Return the largest errors of logp and entropy, and 1 - cosine similarity of the gradients."""
     difference = {name: (results[name].double() - exact[name]).abs().max().item() for name in ("logp", "entropy")}
-    cosine = lambda a, b: torch.cosine_similarity(a.double().flatten(), b.flatten(), 0).item()  # noqa: E731
+
+    def cosine(a, b):
+        return torch.cosine_similarity(a.double().flatten(), b.flatten(), 0).item()
+
     return difference | {name: 1 - cosine(results[name], exact[name]) for name in ("dhidden", "dweight")}
 
 
 @pytest.mark.parametrize("largest", [5.0, 30.0])
-def test_ours_is_closer_in_every_result(fp32_results, largest):  # noqa: F811
-    """By a GEMM that leaves fp32, as CUDA's does."""
+def test_ours_is_closer_in_every_result(fp32_results, largest):
+    """linear_logps with a GEMM that returns fp32, like CUDA's."""
     inputs = make(largest=largest)
     exact = formula(*[x if x.dtype == torch.int64 else x.double() for x in inputs])
     own, theirs = errors(ours(*inputs), exact), errors(liger_hopper(*inputs), exact)
@@ -91,7 +96,7 @@ def test_ours_is_closer_in_every_result(fp32_results, largest):  # noqa: F811
 
 
 def test_the_error_budget():
-    """Its values are outside that of fp32 logits, and its log-probabilities inside that of logits in bf16."""
+    """Liger's errors exceed the budget of fp32 logits. Its log-probabilities are within the budget of bf16 logits."""
     inputs = make()
     exact = formula(*[x if x.dtype == torch.int64 else x.double() for x in inputs])
     fp32 = formula(*[x if x.dtype == torch.int64 else x.float() for x in inputs])
@@ -114,7 +119,7 @@ def test_fp16_overflows():
 @pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 @pytest.mark.parametrize("file", ROUNDS)
 def test_the_installed_kernel_rounds_so(file):
-    """A release that rounds otherwise is to be judged anew."""
+    """A Liger release with other roundings must be evaluated again."""
     root = Path(importlib.util.find_spec("liger_kernel").submodule_search_locations[0])
     text = (root / "ops" / "cutedsl" / "ops" / file).read_text()
     assert all(re.search(pattern, text) for pattern in ROUNDS[file])

@@ -1,4 +1,4 @@
-"""linear_grpo_loss: what grpo_loss of linear_logps is, in one sweep where the objective allows it."""
+"""linear_grpo_loss equals grpo_loss of linear_logps, also in one sweep over the logits."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.budget import assert_within_budget
 from support.grpo_cases import VARIANTS, make, on, packed
-from test_linear_logps import KERNELS, ROW
+from support.linear_cases import KERNELS, ROW
 
 from vlmkernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logps
 from vlmkernels.ops import linear_grpo_loss as linear_grpo_loss_module
@@ -21,10 +21,13 @@ ONE_SWEEP = [name for name, settings in VARIANTS.items() if in_one_sweep(GRPOLos
 
 
 def problem(device, B=5, T=6, dtype=torch.float32, bias=True, per_token=False):
-    """hidden, weight, bias, targets, and a batch of grpo_loss whose policies lie around the model's own log-probabilities."""
+    """hidden, weight, bias, targets, and a batch of grpo_loss whose policies are close to the model's logps."""
     batch = on(device, make(B, T, per_token=per_token))
     rng = torch.Generator().manual_seed(B + T)
-    randn = lambda *shape: torch.randn(*shape, generator=rng).to(device, dtype)  # noqa: E731
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=rng).to(device, dtype)
+
     operands = [randn(B, T, WIDTH), 0.5 * randn(VOCAB, WIDTH), randn(VOCAB) if bias else None]
     targets = torch.randint(VOCAB, (B, T), generator=rng).to(device)
     double = [x if x is None else x.double() for x in operands]
@@ -36,7 +39,7 @@ def problem(device, B=5, T=6, dtype=torch.float32, bias=True, per_token=False):
 
 
 def inputs_for(config, batch):
-    """What the configuration asks for."""
+    """The inputs that the configuration reads."""
     batch = dict(batch)
     if config.rollout_correction is None and config.off_policy_mask_threshold is None:
         batch.pop("rollout_logps")
@@ -45,7 +48,7 @@ def inputs_for(config, batch):
 
 def composed(hidden, weight, targets, *, bias, rows=None, backend, **options):
     """The formula of the docstring."""
-    head = {"bias": bias, "temperature": 0.8, "rows": rows, "mask": options.get("mask"), "backend": backend}
+    head = {"bias": bias, "temperature": 0.8, "rows": rows, "mask": options.get("loss_mask"), "backend": backend}
     logps, entropy = linear_logps(hidden, weight, targets, **head, return_entropy=True)
     return grpo_loss(logps, entropy=entropy, backend=backend, **options)
 
@@ -55,7 +58,7 @@ def fused(hidden, weight, targets, **options):
 
 
 def gradients(function, operands, targets, **options):
-    """Of 1.7 times the loss; and the output."""
+    """Return the gradients of 1.7 times the loss, and the output."""
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in operands]
     output = function(*leaves[:2], targets, bias=leaves[2], **options)
     wanted = [x for x in leaves if x is not None]
@@ -63,13 +66,13 @@ def gradients(function, operands, targets, **options):
 
 
 def check(operands, targets, batch, config, backend, chunk_bytes=None, **options):
-    """Gradients within the error of the formula in the same dtype, or the formula's own; loss and metrics grpo_loss's own."""
+    """Gradients are within the error of the formula in the same dtype, or equal to it. Loss and metrics equal grpo_loss."""
     batch = inputs_for(config, batch) | options
     double = [None if x is None else x.double() for x in operands]
     exact, _ = gradients(composed, double, targets, config=config, backend="reference", **batch)
     eager, _ = gradients(composed, operands, targets, config=config, backend="reference", **batch)
     actual, output = gradients(fused, operands, targets, config=config, backend=backend, chunk_bytes=chunk_bytes, **batch)
-    # The bias's gradient is a sum of what cancels: of a column of the logits' gradient.
+    # The gradient of the bias sums a column of the logits' gradient, whose terms cancel.
     size = exact[0].abs().sum().item() if len(exact) > 2 else None
     if in_one_sweep(config, torch.float32):
         for name, a, e, x in zip(("dhidden", "dweight", "dbias"), actual, eager, exact, strict=False):
@@ -107,7 +110,7 @@ def test_matches_fp64(need, device, nan_filled, backend, variant):
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(need, device, nan_filled, backend, dtype):
-    """On policy, where no rounding moves a token across a bound; one chunk, and several."""
+    """On policy, because there no rounding moves a token across a bound; one chunk, and several."""
     operands, targets, batch = problem(device, 5, 7, dtype, bias=False)
     need("linear_grpo_loss", backend, operands[0])
     config = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1)
@@ -123,7 +126,7 @@ def test_packed_and_repeated_rows(device, variant):
     config = GRPOLossConfig(**VARIANTS[variant])
     flat = packed(batch)
     cu_seqlens = flat["cu_seqlens"].long()
-    rows = batch["mask"].flatten().nonzero().squeeze(1)
+    rows = batch["loss_mask"].flatten().nonzero().squeeze(1)
     first = cu_seqlens[:-1][cu_seqlens.diff() > 0]
     head = {"bias": operands[2].double(), "temperature": 0.8, "backend": "reference"}
 
@@ -143,12 +146,12 @@ def test_advantages_per_token(device):
     operands, targets, batch = problem(device, per_token=True)
     check(operands, targets, batch, GRPOLossConfig("bnpo"), "auto")
     flat = packed(batch)
-    check([operands[0][batch["mask"]], *operands[1:]], targets[batch["mask"]], flat, GRPOLossConfig("bnpo"), "auto")
+    check([operands[0][batch["loss_mask"]], *operands[1:]], targets[batch["loss_mask"]], flat, GRPOLossConfig("bnpo"), "auto")
 
 
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])
 def test_only_needed_gradients_are_computed(device, monkeypatch, needs):
-    """Forward and backward: two products with a frozen head, instead of three."""
+    """Forward and backward pass run two products with a frozen head, instead of three."""
     (hidden, weight, bias), targets, batch = problem(device)
     operands = {"hidden": hidden, "weight": weight, "bias": bias}
     every, _ = gradients(fused, list(operands.values()), targets, **inputs_for(GRPOLossConfig(), batch))
@@ -160,21 +163,21 @@ def test_only_needed_gradients_are_computed(device, monkeypatch, needs):
     output = fused(**operands, targets=targets, **inputs_for(GRPOLossConfig(), batch))
     (1.7 * output.loss).backward()
     torch.testing.assert_close(operands[needs].grad, every[list(operands).index(needs)])
-    num = int(batch["mask"].sum())
+    num = int(batch["loss_mask"].sum())
     logits, dhidden, dweight = (num, VOCAB), (num, WIDTH), (VOCAB, WIDTH)
     assert shapes == {"hidden": [logits, dhidden], "weight": [logits, dweight], "bias": [logits]}[needs]
 
 
 @pytest.mark.parametrize("variant", ["dapo", "gspo"])
 def test_nothing_is_computed_again(device, monkeypatch, variant):
-    """Logits that fit in chunk_bytes are made once, whatever the objective."""
+    """Logits that fit in chunk_bytes are computed once, for any objective."""
     operands, targets, batch = problem(device)
     config = GRPOLossConfig(**VARIANTS[variant])
     made = []
     original = linear_logps_module.sweep.Sweep.logits
     monkeypatch.setattr(linear_logps_module.sweep.Sweep, "logits", lambda *a: made.append(len(a[1])) or original(*a))
     gradients(fused, operands, targets, config=config, **inputs_for(config, batch))
-    assert made == [int(batch["mask"].sum())]
+    assert made == [int(batch["loss_mask"].sum())]
 
 
 def test_without_gradients(device):
@@ -206,12 +209,12 @@ def test_one_backward_pass(device):
     leaves = [x.requires_grad_() for x in operands]
     output = fused(*leaves[:2], targets, bias=leaves[2], **inputs_for(GRPOLossConfig(), batch))
     output.loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="linear_grpo_loss has one backward pass"):
+    with pytest.raises(RuntimeError, match="linear_grpo_loss supports one backward pass"):
         output.loss.backward()
 
 
 def test_fp16_is_scaled_before_it_is_rounded(device):
-    """Gradients of 1e-9 come through a loss scale, as without the fusion."""
+    """Gradients of 1e-9 survive with a loss scale, as without the fusion."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 64, 32, generator=rng).to(device, torch.float16).requires_grad_()
     weight = (0.3 * torch.randn(2000, 32, generator=rng)).to(device, torch.float16).requires_grad_()
@@ -225,12 +228,12 @@ def test_fp16_is_scaled_before_it_is_rounded(device):
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 3)])
 def test_nothing_counts(device, shape):
-    """An empty batch, or one whose every token is masked: loss and gradients are 0."""
+    """An empty batch, or one with all tokens masked: loss and gradients are 0."""
     hidden = torch.zeros(*shape, WIDTH, device=device, requires_grad=True)
     weight = torch.ones(VOCAB, WIDTH, device=device, requires_grad=True)
     mask = torch.zeros(shape, dtype=torch.bool, device=device)
     targets = torch.zeros(shape, dtype=torch.long, device=device)
-    output = linear_grpo_loss(hidden, weight, targets, torch.ones(shape[0], device=device), mask=mask)
+    output = linear_grpo_loss(hidden, weight, targets, torch.ones(shape[0], device=device), loss_mask=mask)
     output.loss.backward()
     assert output.loss == 0
     assert weight.grad.eq(0).all()
@@ -239,7 +242,7 @@ def test_nothing_counts(device, shape):
 
 @pytest.fixture
 def wide_logits(monkeypatch, device):
-    """GEMMs of 16-bit operands leave fp32 logits, as on a GPU."""
+    """GEMMs of 16-bit operands return fp32 logits, as on a GPU."""
     if device == "cuda":
         return
     for module in (sweep, linear_grpo_loss_module):
@@ -252,14 +255,14 @@ def wide_logits(monkeypatch, device):
     monkeypatch.setattr(sweep.Sweep, "logits", logits)
 
 
-# Of 30 rows in chunks of 8: the gradients by all logits; by those of segments of 24 and 6; of 16 and 14; none beyond a chunk.
+# 30 rows in chunks of 8. The kept logit gradients are all, segments of 24 and 6 rows, segments of 16 and 14, or those of a chunk.
 @pytest.mark.parametrize("kept_rows", [30, 24, 16, 0])
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_kept_gradients(need, device, nan_filled, wide_logits, backend, kept_rows):
     operands, targets, batch = problem(device, dtype=torch.bfloat16)
     need("linear_grpo_loss", backend, operands[0])
     config, batch = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1), inputs_for(GRPOLossConfig(), batch)
-    for name in ("old_logps", "mask"):
+    for name in ("old_logps", "loss_mask"):
         del batch[name]  # on policy no rounding moves a token across a bound
     kept = {"chunk_bytes": 8 * VOCAB * 4, "keep_logits_bytes": kept_rows * VOCAB * 2}
     double = [x.double() for x in operands]
@@ -273,7 +276,7 @@ def test_kept_gradients(need, device, nan_filled, wide_logits, backend, kept_row
 
 @pytest.mark.parametrize(("kept_rows", "products"), [(30, 1), (24, 2), (16, 2), (0, 4)])
 def test_few_long_products(monkeypatch, wide_logits, device, kept_rows, products):
-    """A product into the (V, H) gradient by the weight per segment, not per chunk."""
+    """One product into the (V, H) gradient of the weight per segment, not per chunk."""
     (hidden, weight, _), targets, batch = problem(device, dtype=torch.bfloat16, bias=False)
     added = []
     original = sweep._add_product
@@ -288,10 +291,10 @@ def test_few_long_products(monkeypatch, wide_logits, device, kept_rows, products
 
 @pytest.mark.parametrize(("segment_rows", "products"), [(30, 1), (24, 2), (8, 4), (0, 4)])
 def test_few_long_products_of_linear_logps(monkeypatch, wide_logits, device, segment_rows, products):
-    """The same in the backward pass of linear_logps, of which objectives of whole sequences are made."""
+    """The same in the backward pass of linear_logps, which objectives of whole sequences use."""
     operands, targets, batch = problem(device, dtype=torch.bfloat16)
     config, batch = GRPOLossConfig(**VARIANTS["gspo"]), inputs_for(GRPOLossConfig(), batch)
-    for name in ("old_logps", "mask"):
+    for name in ("old_logps", "loss_mask"):
         del batch[name]
     exact, _ = gradients(composed, [x.double() for x in operands], targets, config=config, backend="reference", **batch)
     eager, _ = gradients(composed, operands, targets, config=config, backend="reference", **batch)
@@ -310,9 +313,9 @@ def test_few_long_products_of_linear_logps(monkeypatch, wide_logits, device, seg
 @pytest.mark.parametrize("keep_logits_bytes", [0, 2**20])
 def test_opcheck(device, keep_logits_bytes):
     (hidden, weight, bias), targets, batch = problem(device, 2, 3)
-    names = ("advantages", "old_logps", "ref_logps", "mask", "cu_seqlens", "rollout_logps")
+    names = ("advantages", "old_logps", "ref_logps", "loss_mask", "cu_seqlens", "rollout_logps")
     if keep_logits_bytes:
-        del batch["mask"]  # the rows of dlogits behind those of the selected tokens are not written
+        del batch["loss_mask"]  # the rows of dlogits behind those of the selected tokens are not written
     inputs = [batch.get(name) for name in names]
     config = GRPOLossConfig(beta=0.1, rollout_correction="token_truncate").text
     scalars = (None, 1.0, [True, True, True], config, "auto")
@@ -342,7 +345,10 @@ def test_checkpointing(device):
     operands, targets, batch = problem(device)
     leaves = [x.requires_grad_() for x in operands]
     batch = inputs_for(GRPOLossConfig(), batch)
-    function = lambda hidden, weight, bias: fused(hidden.tanh(), weight, targets, bias=bias, **batch).loss  # noqa: E731
+
+    def function(hidden, weight, bias):
+        return fused(hidden.tanh(), weight, targets, bias=bias, **batch).loss
+
     expected = torch.autograd.grad(function(*leaves), leaves)
     loss = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected)
@@ -356,7 +362,7 @@ def test_checkpointing(device):
         ({"targets": torch.full((2, 4), 300)}, r"targets must be in \[0, 211\), the vocabulary, got 300"),
         ({"old_logps": torch.zeros(2, 3)}, "old_logps must have the shape of logps"),
         ({"config": GRPOLossConfig(beta=0.1)}, "ref_logps must be given with beta = 0.1"),
-        ({"mask": torch.ones(2, 4)}, "mask must have dtype bool"),
+        ({"loss_mask": torch.ones(2, 4)}, "loss_mask must have dtype bool"),
         ({"rollout_logps": torch.zeros(2, 4)}, "rollout_logps must be None unless"),
         ({"chunk_bytes": 100}, "chunk_bytes must hold one row of logits, 844 bytes, got 100"),
         ({"hidden": torch.zeros(2, 4, 5)}, r"weight must be \(V, H\)"),

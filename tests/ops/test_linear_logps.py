@@ -1,34 +1,23 @@
-"""linear_logps: every backend against the fp64 reference, values and gradients; budgets, keeping, accumulation, wrappers."""
+"""linear_logps: every backend against the fp64 reference, values and gradients; memory budgets, accumulation, wrappers."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.budget import assert_within_budget
+from support.linear_cases import KERNELS, ROW, make
+from support.paths import environment
 
 from vlmkernels import VocabParallel, gather_logps, linear_logps
 from vlmkernels import backend as backends
 from vlmkernels.ops import linear_logps as linear_logps_module
-from vlmkernels.ops.linear_logps import sweep
+from vlmkernels.ops.linear_logps.inputs import SelectedRows
 from vlmkernels.ops.linear_logps.sweep import Head, narrowed
 
 pytestmark = pytest.mark.device
 
-KERNELS = ["cpp", "triton", "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROW = 4  # bytes of the widest logit
-
-
-def make(rows, vocab, width, dtype, device, bias=True, scale=3.0):
-    """hidden, weight, bias: logits of about ``scale``; rounded first, so that all see one input."""
-    rng = torch.Generator().manual_seed(sum(rows) + vocab + width)
-    hidden = torch.randn(*rows, width, generator=rng)
-    weight = scale / width**0.5 * torch.randn(vocab, width, generator=rng)
-    offset = torch.randn(vocab, generator=rng) if bias else None
-    targets = torch.randint(vocab, rows, generator=rng).to(device)
-    return [x if x is None else x.to(device, dtype) for x in (hidden, weight, offset)], targets
 
 
 def run(operands, targets, backend, **options):
@@ -43,12 +32,12 @@ def run(operands, targets, backend, **options):
 
 
 def check(operands, targets, backend, **options):
-    """Against the fp64 reference, within the error of the reference in the same dtype."""
+    """Compare a backend with the fp64 reference, within the error of the reference in the same dtype."""
     double = [x if x is None else x.double() for x in operands]
     exact = run(double, targets, "reference", **options | {"chunk_bytes": None})
     eager = run(operands, targets, "reference", **options)
     actual = run(operands, targets, backend, **options)
-    # Where terms cancel: a column of the logits' gradient in the bias's; what makes a sure target's probability 1.
+    # Terms cancel in the gradient of the bias, which sums a column of the logits' gradient, and in logp close to 0.
     scales = {"dbias": torch.linspace(-1, 2, targets.numel()).abs().sum().item()}
     scales["logp"] = scales["entropy"] = max(1.0, exact["logp"].abs().max().item())
     for name in exact:
@@ -84,9 +73,9 @@ def test_chunks_and_kept_logits(need, device, nan_filled, backend, dtype, keep_r
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("selection", ["mask", "rows", "rows+mask", "none asked"])
-def test_only_what_is_asked_for(need, device, nan_filled, backend, dtype, selection):
-    """Rows that nobody asks for are not multiplied (they are NaN here), and get gradient 0; repeated rows add up."""
+@pytest.mark.parametrize("selection", ["mask", "rows", "rows+mask", "none selected"])
+def test_only_selected_results_are_computed(need, device, nan_filled, backend, dtype, selection):
+    """Rows without a result are not multiplied (they are NaN here) and get gradient 0; gradients of repeated rows are added."""
     num, vocab = 12, 301
     operands, targets = make((num,), vocab, 16, dtype, device)
     need("linear_logps", backend, operands[0])
@@ -101,7 +90,7 @@ def test_only_what_is_asked_for(need, device, nan_filled, backend, dtype, select
         options["mask"] = mask.to(device)
         targets = targets.masked_fill(~options["mask"], -100)
         used = torch.zeros(num, dtype=torch.bool).index_fill(0, rows[mask] if "rows" in options else mask.nonzero()[:, 0], True)
-    if selection == "none asked":
+    if selection == "none selected":
         options["mask"], used = torch.zeros(num, dtype=torch.bool, device=device), torch.zeros(num, dtype=torch.bool)
     operands[0][~used.to(device)] = torch.nan
     result = check(operands, targets, backend, **options)
@@ -113,7 +102,7 @@ def test_only_what_is_asked_for(need, device, nan_filled, backend, dtype, select
 
 @pytest.mark.parametrize("backend", ["reference", "triton", "cuda", "without logits"])
 def test_a_target_that_is_no_token_is_nan(need, device, monkeypatch, backend):
-    """On a GPU, where no check waits for the device, what lies outside the vocabulary shows."""
+    """On a GPU no check waits for the device: a target outside of the vocabulary makes the result NaN."""
     monkeypatch.setattr(linear_logps_module, "require_indices", lambda *args: None)
     (hidden, weight, _), targets = make((3,), 20, 8, torch.float32, device, bias=False)
     targets[1:] = torch.tensor([20, -1])
@@ -133,7 +122,7 @@ def test_a_target_that_is_no_token_is_nan(need, device, monkeypatch, backend):
 
 
 def test_equals_gather_logps(device):
-    """The formula of the docstring, by other code."""
+    """The formula of the docstring, computed by other code."""
     (hidden, weight, bias), targets = make((3, 4), 50, 8, torch.float64, device)
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
     mask = torch.arange(12, device=device).view(3, 4) % 5 > 0
@@ -163,7 +152,7 @@ def test_gradcheck_of_the_reference(device):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="logits are fp32 there")
 @pytest.mark.parametrize("backend", KERNELS)
 def test_the_target_of_rounded_logits_is_exact(need, device, backend):
-    """16 bits leave an error of up to 2^-9 of a logit; that of the target, here a sampled token, is computed anew."""
+    """16-bit logits are rounded by up to 2^-9 of their size, but the logit of the target is computed again in fp32."""
     (hidden, weight, bias), _ = make((128,), 300, 64, torch.bfloat16, device)
     need("linear_logps", backend, hidden)
     logits = hidden.double() @ weight.double().T + bias.double()
@@ -184,7 +173,7 @@ def test_the_target_of_rounded_logits_is_exact(need, device, backend):
 @pytest.mark.parametrize("vocab", [4, 1003, 1004, 9001])  # rows at every offset from an aligned address; several groups
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_fp32_logits_are_narrowed_in_place(need, device, backend, half, vocab, softcap):
-    """What a GPU's GEMM leaves: fp32 logits of 16-bit operands, whose gradient is written over them in 16 bits."""
+    """As on a GPU, the logits of 16-bit operands are fp32, and their 16-bit gradient is written over them."""
     need("linear_logps", backend, torch.zeros(1, 1, dtype=half, device=device))
     rng = torch.Generator().manual_seed(vocab)
     logits = (3 * torch.randn(5, vocab, generator=rng)).to(device)
@@ -193,13 +182,14 @@ def test_fp32_logits_are_narrowed_in_place(need, device, backend, half, vocab, s
     head = Head(torch.zeros(vocab, 1, dtype=half, device=device), None, 0.7, 1.0, softcap)
     results = {}
     for name, dtype in (("reference", torch.float64), (backend, torch.float32)):
-        rows = backends.load("linear_logps", name)
+        kernels = backends.load("linear_logps", name)
         x = logits.to(dtype)
-        logp, entropy, stats = x.new_empty(5), x.new_empty(5), x.new_empty(5, 2)
-        rows.fwd(x, torch.zeros(5, 1, dtype=half, device=device), targets, head, logp, entropy, stats)
+        gradients = {"dlogp": dlogp.to(dtype), "dentropy": dlogp.flip(0).to(dtype)}
+        selected = SelectedRows(targets, x.new_empty(5), x.new_empty(5), x.new_empty(5, 2), **gradients)
+        kernels.fwd(x, torch.zeros(5, 1, dtype=half, device=device), selected, head)
         out = torch.empty_like(x) if name == "reference" else narrowed(x, half)
-        rows.bwd(x, targets, dlogp.to(dtype), dlogp.flip(0).to(dtype), logp, entropy, stats, head, out)
-        results[name] = logp, entropy, out
+        kernels.bwd(x, selected, head, out)
+        results[name] = selected.logp, selected.entropy, out
     for actual, exact in zip(results[backend][:2], results["reference"][:2], strict=True):
         torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-5)
     actual, exact = results[backend][2], results["reference"][2]
@@ -207,25 +197,10 @@ def test_fp32_logits_are_narrowed_in_place(need, device, backend, half, vocab, s
     assert ((actual.double() - exact).abs() <= torch.finfo(half).eps * exact.abs() + 1e-6).all()
 
 
-@pytest.fixture
-def fp32_results(monkeypatch):
-    """GEMMs that leave 16-bit operands' products in fp32, as those of CUDA do."""
-    if torch.cuda.is_available():
-        return
-    mm = torch.mm
-
-    def widening(a, b, *, out_dtype=None, out=None):
-        return mm(a, b) if out is None else mm(a, b, out=out) if out_dtype is None else out.copy_(mm(a.float(), b.float()))
-
-    monkeypatch.setattr(torch, "mm", widening)
-    monkeypatch.setattr(sweep, "result_dtype", lambda hidden: torch.promote_types(hidden.dtype, torch.float32))
-    monkeypatch.setattr(linear_logps_module, "result_dtype", sweep.result_dtype)
-
-
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_gemms_with_fp32_results(need, device, nan_filled, fp32_results, backend, half):
-    """The logits are not rounded: values are as exact as in fp32, and only gradients have the operands' precision."""
+    """The logits are not rounded: values are as exact as in fp32; only gradients have the precision of the operands."""
     operands, targets = make((4, 5), 301, 16, half, device)
     need("linear_logps", backend, operands[0])
     exact = run([x.double() for x in operands], targets, "reference", temperature=0.8)
@@ -235,8 +210,37 @@ def test_gemms_with_fp32_results(need, device, nan_filled, fp32_results, backend
             torch.testing.assert_close(actual[name].double(), exact[name], rtol=1e-5, atol=1e-5)
         for name in ("dhidden", "dweight", "dbias"):
             error = (actual[name].double() - exact[name]).abs().max()
-            # Of each term's rounding and the sum's; the interpreter of Triton truncates.
+            # Every term and the sum are rounded; the interpreter of Triton truncates instead.
             assert error < 4 * torch.finfo(half).eps * max(1.0, exact[name].abs().max())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="oneDNN is on the CPU")
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", [False, True], ids=["same dtype", "fp32 results"])
+def test_no_strided_operand_of_16_bits_reaches_a_gemm(request, monkeypatch, half, wide):
+    """With AMX, oneDNN reads past the rows of such an operand."""
+    if wide:
+        request.getfixturevalue("fp32_results")
+    seen = []
+    for name in ("mm", "addmm"):
+        product = getattr(torch, name)
+
+        def checked(*operands, product=product, **options):
+            seen.extend(operands)
+            return product(*operands, **options)
+
+        monkeypatch.setattr(torch, name, checked)
+    (hidden, weight, bias), targets = make((4, 5), 301, 16, half, "cpu")
+    padded_hidden, padded_weight = (torch.full((*x.shape[:-1], 24), torch.nan, dtype=half) for x in (hidden, weight))
+    padded_hidden[..., :16], padded_weight[:, :16] = hidden, weight
+    views = [padded_hidden[..., :16].requires_grad_(), padded_weight[:, :16].requires_grad_(), bias]
+    for options in ({}, {"chunk_bytes": 7 * 301 * ROW}):
+        logp = linear_logps(*views[:2], targets, bias=bias, **options)
+        gradients = torch.autograd.grad(logp.sum(), views[:2])
+        assert all(x.isfinite().all() for x in (logp, *gradients))
+    halves = [x for x in seen if x.dtype == half and x.dim() == 2]
+    assert len(halves) > 6
+    assert all(x.is_contiguous() or x.t().is_contiguous() for x in halves)
 
 
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])
@@ -257,7 +261,7 @@ def test_only_needed_gradients_are_computed(device, monkeypatch, needs):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_accumulate_weight_grad(device, dtype):
-    """The gradient is added to weight.grad itself, and autograd sees none."""
+    """The gradient is added to weight.grad, and autograd sees none."""
     (hidden, weight, _), targets = make((9,), 40, 8, dtype, device, bias=False)
     weight.requires_grad_()
     options = {"chunk_bytes": 4 * 40 * ROW}
@@ -273,11 +277,14 @@ def test_accumulate_weight_grad(device, dtype):
 
 
 def test_accumulation_reaches_the_leaf_whatever_is_saved(device):
-    """Checkpointing and offloading unpack saved tensors as others."""
+    """Checkpointing and offloading unpack saved tensors as other tensors."""
     (hidden, weight, _), targets = make((5,), 20, 4, torch.float32, device, bias=False)
     weight.requires_grad_()
     (expected,) = torch.autograd.grad(linear_logps(hidden, weight, targets).sum(), weight)
-    function = lambda h: linear_logps(h, weight, targets, accumulate_weight_grad=True)  # noqa: E731
+
+    def function(h):
+        return linear_logps(h, weight, targets, accumulate_weight_grad=True)
+
     for run in (lambda: torch.utils.checkpoint.checkpoint(function, hidden, use_reentrant=False), lambda: function(hidden)):
         weight.grad = None
         with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
@@ -309,7 +316,7 @@ def test_one_position(device):
 
 
 def test_fp32_master_weight(device):
-    """The GEMM runs in 16 bits, the weight's gradient is fp32: more than a 16-bit weight's gradient holds."""
+    """The GEMM runs in 16 bits, and the gradients of weight and bias are fp32."""
     (hidden, weight, bias), targets = make((33,), 301, 16, torch.bfloat16, device)
     master = weight.float().requires_grad_()
     offset = bias.float().requires_grad_()
@@ -320,7 +327,7 @@ def test_fp32_master_weight(device):
 
 
 def test_autocast(device):
-    """As a linear layer: operands are cast, gradients come back in the parameter's dtype."""
+    """Like a linear layer: operands are cast, and gradients have the dtype of the parameter."""
     (hidden, weight, _), targets = make((6,), 50, 8, torch.float32, device, bias=False)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -388,11 +395,14 @@ def test_compile(device, chunk_bytes):
 
 
 def test_compile_with_transposed_operands(device):
-    """The gradients' strides are those that the compiler was told."""
+    """The gradients have the strides that the compiler expects."""
     rng = torch.Generator().manual_seed(0)
     leaves = [torch.randn(*s, generator=rng).to(device).requires_grad_() for s in ((5, 3, 8), (8, 40))]
     targets = torch.randint(40, (3, 5), generator=rng).to(device)
-    function = lambda hidden, weight: linear_logps(hidden.transpose(0, 1), weight.t(), targets).sum()  # noqa: E731
+
+    def function(hidden, weight):
+        return linear_logps(hidden.transpose(0, 1), weight.t(), targets).sum()
+
     expected = torch.autograd.grad(function(*leaves), leaves)
     torch.testing.assert_close(torch.autograd.grad(torch.compile(function, fullgraph=True)(*leaves), leaves), expected)
 
@@ -400,19 +410,28 @@ def test_compile_with_transposed_operands(device):
 def test_checkpointing(device):
     (hidden, weight, _), targets = make((6,), 50, 8, torch.float32, device, bias=False)
     operands = [x.requires_grad_() for x in (hidden, weight)]
-    function = lambda hidden, weight: linear_logps(hidden.tanh(), weight, targets).sum()  # noqa: E731
+
+    def function(hidden, weight):
+        return linear_logps(hidden.tanh(), weight, targets).sum()
+
     expected = torch.autograd.grad(function(*operands), operands)
     loss = torch.utils.checkpoint.checkpoint(function, *operands, use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(loss, operands), expected)
 
 
 def test_tied_embedding(device):
-    """One parameter as embedding and head: its gradient is the sum of both."""
+    """One parameter is embedding and head: its gradient is the sum of both."""
     weight = torch.randn(30, 8, device=device, requires_grad=True)
     ids = torch.arange(6, device=device)
-    loss = lambda logps: logps(weight[ids].tanh(), weight, ids + 1).sum()  # noqa: E731
+
+    def loss(logps):
+        return logps(weight[ids].tanh(), weight, ids + 1).sum()
+
     (actual,) = torch.autograd.grad(loss(linear_logps), weight)
-    by_logits = lambda hidden, weight, targets: gather_logps(hidden @ weight.T, targets)  # noqa: E731
+
+    def by_logits(hidden, weight, targets):
+        return gather_logps(hidden @ weight.T, targets)
+
     torch.testing.assert_close(actual, torch.autograd.grad(loss(by_logits), weight)[0])
 
 
@@ -420,9 +439,8 @@ def test_tied_embedding(device):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes(processes):
     """Vocabulary-parallel with shards of unequal size, and FSDP2: equal to one process."""
-    script = Path(__file__).parents[1] / "support" / "head_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    done = subprocess.run([*command, "support.head_processes"], env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal to one process") == processes
 
@@ -495,7 +513,7 @@ def test_bad_input(case):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="logits are fp32 there")
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_logits_beyond_fp16_are_named(need, backend):
-    """In fp16 a GEMM that leaves 16 bits makes them inf, and everything that follows NaN; under a cap they are only capped."""
+    """Logits that are inf in fp16, which would make the results NaN, raise an error. A softcap makes them finite."""
     hidden, weight = torch.tensor([[1.0], [300.0]]).half(), torch.full((5, 1), 300.0).half()
     need("linear_logps", backend, hidden)
     targets = torch.zeros(2, dtype=torch.long)

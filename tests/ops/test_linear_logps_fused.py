@@ -1,13 +1,14 @@
-"""linear_logps without logits (chunk_bytes=0): against the fp64 reference, by one split of the vocabulary and by several."""
+"""linear_logps without logits (chunk_bytes=0) against the fp64 reference, with one split of the vocabulary and with several."""
 
 import pytest
 import torch
 from support.budget import assert_within_budget
-from test_linear_logps import make
+from support.linear_cases import make
 
 from vlmkernels import linear_grpo_loss, linear_logps
 from vlmkernels.backend import load
 from vlmkernels.ops.linear_logps import fused as linear_logps_fused
+from vlmkernels.ops.linear_logps.inputs import SelectedRows
 from vlmkernels.ops.linear_logps.sweep import Head
 
 pytestmark = pytest.mark.device
@@ -18,7 +19,7 @@ FUSED = {"backend": "triton", "chunk_bytes": 0}
 
 @pytest.fixture
 def fused(need, device):
-    """The implementation, where it runs."""
+    """The Triton module, if it runs here."""
     need("linear_logps_fused", "triton", torch.zeros(1, 1, device=device))
     return load("linear_logps_fused", "triton")
 
@@ -37,7 +38,7 @@ def check(operands, targets, **options):
     return results[0]
 
 
-@pytest.mark.parametrize("processors", [1, 7])  # of which programs there are as many: one split, and several
+@pytest.mark.parametrize("processors", [1, 7])  # one split of the vocabulary, and several
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("rows", "vocab", "width"),
@@ -52,7 +53,7 @@ def test_matches_fp64(fused, device, monkeypatch, nan_filled, processors, dtype,
 
 @pytest.mark.parametrize(("width", "aligned"), [(64, True), (40, True), (36, False)])  # in rows of 16 bytes, or not
 def test_weights_by_tensor_descriptors(fused, device, monkeypatch, nan_filled, width, aligned):
-    """The same results, wherever the last blocks of V and H end; where no descriptor can be made, without."""
+    """The last blocks of V and H may have any size. If a descriptor does not support the weight, none is used."""
     made = []
     new = fused.TensorDescriptor.from_tensor
     monkeypatch.setattr(fused.TensorDescriptor, "from_tensor", lambda *args: made.append(args) or new(*args))
@@ -68,7 +69,7 @@ def test_weights_by_tensor_descriptors(fused, device, monkeypatch, nan_filled, w
 @pytest.mark.parametrize("level", [-3e4, 3e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_that_are_all_strongly_negative_or_positive(fused, device, monkeypatch, dtype, level):
-    """A running maximum that starts at 0 makes the first of these NaN."""
+    """All logits are far below 0: a running maximum that started at 0 would give NaN."""
     monkeypatch.setattr(fused, "processors", lambda _: 3)
     (hidden, weight, _), targets = make((5,), 1003, 16, dtype, device, bias=False)
     bias = torch.full((1003,), level, device=device).to(dtype)
@@ -78,7 +79,7 @@ def test_logits_that_are_all_strongly_negative_or_positive(fused, device, monkey
 
 
 def test_tokens_that_are_impossible(fused, device, monkeypatch):
-    """Whole splits of the vocabulary at -inf: they add nothing, and only what they hold is impossible."""
+    """Whole splits of the vocabulary at -inf: only their tokens are impossible."""
     monkeypatch.setattr(fused, "processors", lambda _: 8)
     (hidden, weight, bias), targets = make((5,), 1003, 16, torch.float32, device)
     bias[128:900] = -torch.inf
@@ -91,25 +92,25 @@ def test_tokens_that_are_impossible(fused, device, monkeypatch):
     assert logp.isneginf().tolist() == [False] * 4 + [True]
 
 
-@pytest.mark.parametrize("selection", ["mask", "rows", "rows+mask", "none asked"])
-def test_only_what_is_asked_for(fused, device, nan_filled, selection):
-    """Rows that nobody asks for are NaN here."""
+@pytest.mark.parametrize("selection", ["mask", "rows", "rows+mask", "none selected"])
+def test_only_selected_results_are_computed(fused, device, nan_filled, selection):
+    """Rows without a result are not read (they are NaN here)."""
     operands, targets = make((12,), 301, 16, torch.bfloat16, device)
-    asked = torch.ones(12, dtype=torch.bool, device=device)
+    selected = torch.ones(12, dtype=torch.bool, device=device)
     options, index = {}, torch.arange(12, device=device)
     if selection.startswith("rows"):
         index = options["rows"] = torch.tensor([7, 2, 2, 11, 2, 0, 7], device=device)
         targets = targets[:7]
-        asked = asked[:7]
+        selected = selected[:7]
     if selection != "rows":
-        asked = options["mask"] = (torch.arange(len(targets), device=device) % 3 > 0) & (selection != "none asked")
-        targets = targets.masked_fill(~asked, -100)
+        selected = options["mask"] = (torch.arange(len(targets), device=device) % 3 > 0) & (selection != "none selected")
+        targets = targets.masked_fill(~selected, -100)
     used = torch.zeros(12, dtype=torch.bool, device=device)
-    used[index[asked]] = True
+    used[index[selected]] = True
     operands[0][~used] = torch.nan
     logp, entropy = check(operands, targets, **options)
-    assert logp[~asked].eq(0).all()
-    assert entropy[~asked].eq(0).all()
+    assert logp[~selected].eq(0).all()
+    assert entropy[~selected].eq(0).all()
 
 
 def test_strides(fused, device):
@@ -129,7 +130,7 @@ def test_empty(fused, device, shape):
 
 
 def test_a_part_of_the_vocabulary(fused, device):
-    """What VocabParallel gathers: a shard's own softmax, and -inf for the targets of others."""
+    """The results that VocabParallel gathers: the softmax of the shard, and -inf for the targets of other shards."""
     (hidden, weight, bias), targets = make((6,), 301, 16, torch.float32, device)
     targets[:] = torch.tensor([0, 99, 100, 200, 201, 300], device=device)
     inputs = (hidden, weight[100:201], bias[100:201], targets, None, None, 0.8, 1.0, None, 100, 301)
@@ -155,7 +156,7 @@ def test_gradients_need_logits(device):
         lambda *args, **how: linear_grpo_loss(args[0][None], weight, targets[None], targets[:1] * 1.0, **how),
     ):
         with pytest.raises(
-            ValueError, match="chunk_bytes must hold one row of logits, 80 bytes, or where no gradient is needed be 0, got 0"
+            ValueError, match="chunk_bytes must hold one row of logits, 80 bytes, if a gradient is needed, got 0"
         ):
             function(hidden, weight, targets, **FUSED)
 
@@ -193,7 +194,7 @@ def test_fp32_master_weight(fused, device):
 
 
 def test_splits_fill_the_processors(fused):
-    """151936 tokens in blocks of 256 on 132 processors, few rows and many: little longer than the work divided evenly."""
+    """For 151936 tokens in blocks of 256 on 132 processors, the time is close to that of evenly divided work."""
     for row_blocks in (1, 2, 16, 64, 1000):
         splits = fused.splits_of(row_blocks, 594, 132)
         time = -(-row_blocks * splits // 132) * -(-594 // splits)
@@ -208,6 +209,7 @@ def test_every_program_has_a_part_of_its_own(fused, device, monkeypatch):
     monkeypatch.setattr(fused, "GROUP", 2)
     (hidden, weight, _), targets = make((7 * fused.FP32.rows - 5,), 70, 2, torch.float32, device, bias=False)
     logp = torch.full((3, len(targets)), torch.nan, device=device)
-    fused.fwd(hidden, None, targets, Head(weight, None, 1.0, 1.0, None), logp[0], logp[1], logp.new_empty(len(targets), 2))
+    selected = SelectedRows(targets, logp[0], logp[1], logp.new_empty(len(targets), 2))
+    fused.fwd(hidden, None, selected, Head(weight, None, 1.0, 1.0, None))
     expected = (hidden.double() @ weight.double().T).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
     torch.testing.assert_close(logp[0].double(), expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Image features put in by index against masked_scatter."""
+"""merge_image_features against masked_scatter."""
 
 import pytest
 import torch
@@ -76,10 +76,13 @@ def test_compiles():
     [
         (
             [1, 3],
-            "sample 1: must have one placeholder token per feature, 3, got 2: the prompt was truncated, or an image was res",
+            "input_ids must have one placeholder token per feature, 3 in sample 1, got 2: the prompt was truncated, or an im",
         ),
-        ([1, 1], "sample 1: must have one placeholder token per feature, 1, got 2: placeholder tokens were sampled in a compl"),
-        ([2, 1], "sample 0: must have one placeholder token per feature, 2, got 1"),  # the sum is right
+        (
+            [1, 1],
+            "input_ids must have one placeholder token per feature, 1 in sample 1, got 2: placeholder tokens were sampled",
+        ),
+        ([2, 1], "input_ids must have one placeholder token per feature, 2 in sample 0, got 1"),  # the sum is right
         ([3], "num_features must hold one number per sample, 2, got 1"),
     ],
 )
@@ -99,5 +102,5 @@ def test_other_errors_are_named():
         merge_image_features(draw(5, 4), draw(2, 4), positions.int())
     with pytest.raises(ValueError, match=r"input_ids must be \(B, S\) or packed \(N,\), got \(1, 2, 3\)"):
         placeholder_positions(torch.zeros(1, 2, 3), IMAGE, [0])
-    with pytest.raises(ValueError, match=r"input_ids must be on the CPU: .*, got meta"):
+    with pytest.raises(ValueError, match=r"input_ids must be on the CPU \(reading them must not wait for a device\), got meta"):
         placeholder_positions(torch.zeros(2, 3, device="meta"), IMAGE, [0, 0])

@@ -18,7 +18,7 @@ from vlmkernels import mrope_positions  # noqa: E402
 
 pytestmark = pytest.mark.device
 
-# model class, and what is told to mrope_positions instead
+# model class, and the arguments of mrope_positions
 MODELS = {
     "qwen2_vl": (Qwen2VLModel, {}),
     "qwen2_5_vl": (Qwen2_5_VLModel, {"tokens_per_second": 4}),
@@ -27,7 +27,7 @@ MODELS = {
 
 
 def theirs(model, types, **kwargs):
-    """get_rope_index without a model: it reads two numbers of the configuration."""
+    """get_rope_index without a model: it reads only two numbers of the configuration."""
     cls = MODELS[model][0]
     vision = SimpleNamespace(spatial_merge_size=2, tokens_per_second=4)
     stand_in = SimpleNamespace(config=SimpleNamespace(vision_config=vision))
@@ -43,7 +43,7 @@ def rounds_seconds() -> bool:
 
 
 def batch_of(sequences, frames_apart):
-    """Token types of each sequence, a list of text lengths, images (h, w) and videos (t, h, w), in tokens; and the grids."""
+    """The token types of each sequence, a list of text lengths, images (h, w) and videos (t, h, w) in tokens; the grids."""
     rows, grids = [], {1: [], 2: []}
     for parts in sequences:
         row = [0]

@@ -1,6 +1,6 @@
-"""Models, decoding and the trainer on the device of the kernels: a GPU where there is one.
+"""Models, decoding and the trainer on the device of the kernels: a GPU if there is one.
 
-Heads of 32, which every attention kernel takes; the models of tiny.py have heads of 8.
+The models here have head dimensions of 32, which every attention kernel supports; those of tiny.py have 8.
 """
 
 import copy
@@ -9,16 +9,17 @@ import pytest
 import torch
 import transformers
 from support import tiny
-from test_generate import EOS, LENGTH, PAD, lively
-from test_group import completions_of, prompts_of
-from test_trainer import Gradients, config, length_reward, train, vowel_reward
+from support.engines import FunctionEngine
+from support.groups import EOS, LENGTH, PAD, amplified, completions_of, prompts_of
+from support.training import Gradients, config, length_reward, train, vowel_reward
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.group import pack_groups, prompt_positions
-from vlmkernels.models.image_features import encode_images, takes_features
+from vlmkernels.models.image_features import accepts_image_features, encode_images
 from vlmkernels.ops.linear_logps import linear_logps
-from vlmkernels.rollout.decode import Sampling, decode_groups
+from vlmkernels.rollout.base import Sampling
+from vlmkernels.rollout.decode import decode_groups
 from vlmkernels.train import GRPOTrainer
 
 pytestmark = pytest.mark.device
@@ -46,7 +47,7 @@ MODELS = {"qwen2": (text_model, (0, 0)), "qwen2.5-vl": (vlm, (1, 0, 2))}
 @pytest.fixture(params=MODELS)
 def model_and_prompts(request, device):
     build, images = MODELS[request.param]
-    model = lively(build())
+    model = amplified(build())
     return model.to(device), prompts_of(images, model).to(device)
 
 
@@ -102,9 +103,9 @@ def test_shared_prefixes_equal_copies(model_and_prompts):
 
 
 def test_features_stand_for_pixels(device):
-    model = use_group_attention(lively(vlm())).to(device)
-    if not takes_features(model):
-        pytest.skip(f"transformers {transformers.__version__} takes no features in place of pixels")
+    model = use_group_attention(amplified(vlm())).to(device)
+    if not accepts_image_features(model):
+        pytest.skip(f"transformers {transformers.__version__} does not accept features in place of pixels")
     prompts = prompts_of((1, 0, 2), model).to(device)
     encoded = encode_images(model, prompts)
     group = torch.arange(len(prompts)).repeat_interleave(2)
@@ -120,7 +121,7 @@ def test_features_stand_for_pixels(device):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_step_equals_that_of_the_cpu(tmp_path, device, name):
-    """Two steps with completions of the CPU's first run: loss, metrics and gradients."""
+    """Two steps with the completions of the first run on the CPU: loss, metrics and gradients are equal."""
     build, _ = MODELS[name]
     processor = tiny.tokenizer() if name == "qwen2" else tiny.processor()
     rows = tiny.rows(4, "none" if name == "qwen2" else "mixed")
@@ -129,10 +130,10 @@ def test_training_step_equals_that_of_the_cpu(tmp_path, device, name):
         args = config(tmp_path / f"{where}{len(runs)}", use_cpu=where == "cpu", beta=0.1, max_steps=2, learning_rate=1e-4)
         trainer = GRPOTrainer(build(), [length_reward, vowel_reward], args, rows, processing_class=processor)
         assert trainer.accelerator.device.type == where
-        generate, kept = trainer.generate, iter(list(rollouts))
+        engine, kept = trainer.engine, iter(list(rollouts))
 
-        def generated(model, prompts, *arguments, generate=generate, first=not runs, kept=kept):
-            rollout = generate(model, prompts, *arguments)
+        def generated(model, prompts, *arguments, engine=engine, first=not runs, kept=kept):
+            rollout = engine(model, prompts, *arguments)
             if first:
                 rollouts.append(rollout)
                 return rollout
@@ -141,7 +142,7 @@ def test_training_step_equals_that_of_the_cpu(tmp_path, device, name):
             moved = {field: x if (x := getattr(old, field)) is None else x.to(target) for field in fields}
             return type(rollout)(prompts=rollout.prompts, group=old.group, **moved)
 
-        trainer.generate = generated
+        trainer.engine = FunctionEngine(generated, engine.shares_prefix)
         gradients = Gradients()
         runs.append((train(trainer, gradients), gradients.steps))
     (expected_logs, expected), (logs, gradients) = runs

@@ -65,7 +65,7 @@ def test_matches_fp64(need, device, nan_filled, backend, dtype, size):
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("table_dtype", DTYPES[1:], ids=str)
 def test_table_of_16_bits(need, device, backend, table_dtype):
-    """As text models hand it on: what counts is the table given."""
+    """Text models pass cos and sin in 16 bits: the results depend only on their values."""
     inputs = make((2, 5), 3, 1, 40, 20, torch.float32, device, table_dtype)
     need("rotary", backend, *inputs)
     check(*inputs, backend)
@@ -104,7 +104,7 @@ def test_strides_are_taken_as_they_are(need, device, nan_filled, backend, layout
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_heads_first(need, device, nan_filled, backend):
-    """The same numbers as with tensors transposed there and back."""
+    """Results and gradients equal those of transposed tensors."""
     query, key, cos, sin = make((2, 5), 6, 2, 32, 12, torch.float32, device)
     need("rotary", backend, query)
     inputs = [x.transpose(1, 2).contiguous().requires_grad_() for x in (query, key)]
@@ -121,7 +121,7 @@ def test_heads_first(need, device, nan_filled, backend):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_gradients_of_any_stride(need, device, backend):
-    """A sum's gradient is one number, expanded."""
+    """The gradient that ``sum`` returns is an expanded scalar, with strides of 0."""
     query, key, cos, sin = make((3,), 2, 2, 8, 4, torch.float32, device)
     need("rotary", backend, query)
     query.requires_grad_()
@@ -141,7 +141,10 @@ def test_empty(need, device, backend, size):
 def test_gradcheck_of_the_reference():
     query, key, cos, sin = make((2, 3), 2, 1, 7, 2, torch.float64, "cpu", torch.float64)
     inputs = query.requires_grad_(), key.requires_grad_()
-    function = lambda q, k: rotary(q, k, cos, sin, backend="reference")  # noqa: E731
+
+    def function(q, k):
+        return rotary(q, k, cos, sin, backend="reference")
+
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
 
@@ -161,7 +164,10 @@ def test_compiles_whole(need, device, backend):
     query, key, cos, sin = make((5,), 2, 2, 8, 4, torch.float32, device)
     need("rotary", backend, query)
     query.requires_grad_()
-    loss = lambda q: sum(x.square().sum() for x in rotary(q * 2, key, cos, sin, backend=backend))  # noqa: E731
+
+    def loss(q):
+        return sum(x.square().sum() for x in rotary(q * 2, key, cos, sin, backend=backend))
+
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(query), loss(query))
     torch.testing.assert_close(*(torch.autograd.grad(f(query), query)[0] for f in (compiled, loss)))
@@ -187,9 +193,15 @@ def error_cases():
     yield "sin dtype", (q, k, c, c.bfloat16()), {}, TypeError, "sin must have dtype float32, got bfloat16"
     yield "cos dtype", (q, k, c.int(), c.int()), {}, TypeError, "cos must have dtype float32 or .*, got int32"
     yield "trained", (q, k, c.clone().requires_grad_(), c), {}, ValueError, "cos and sin must not require gradients"
-    yield "fp64", (q.double(), k.double(), c, c), {"backend": "cpp"}, NotImplementedError, "cpp: takes float32, .* float64"
+    yield "fp64", (q.double(), k.double(), c, c), {"backend": "cpp"}, NotImplementedError, "cpp: supports float32, .* float64"
     crosswise = torch.zeros(2, 3, 8, 4).transpose(2, 3)
-    yield "last axis", (crosswise, k, c, c), {"backend": "cpp"}, NotImplementedError, "cpp: takes a contiguous last axis, got"
+    yield (
+        "last axis",
+        (crosswise, k, c, c),
+        {"backend": "cpp"},
+        NotImplementedError,
+        "cpp: supports a contiguous last axis, got",
+    )
 
 
 ERRORS = {name: case for name, *case in error_cases()}
@@ -207,7 +219,7 @@ def test_too_many_pairs_for_a_block():
     if reason := backends.missing("cuda"):
         pytest.skip(reason)
     assert backends.why_not("rotary", "cuda", *(x.to(backends.device_type("cuda")) for x in inputs)) == (
-        "takes at most 256 pairs, got 300"
+        "supports at most 256 pairs, got 300"
     )
 
 
@@ -221,7 +233,7 @@ def transformers_module(name):
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_vision_function(device, name, dtype):
-    """The reference gives the same bits."""
+    """Bitwise equal to the reference."""
     module = transformers_module(name)
     query, key, cos, sin = make((19,), 3, 3, 80, 40, dtype, device)
     expected = module.apply_rotary_pos_emb_vision(query, key, *(torch.cat([t, t], -1) for t in (cos, sin)))
@@ -231,7 +243,7 @@ def test_vision_function(device, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_text_function(device, dtype):
-    """In fp32 the same bits; in 16 bits, where transformers rounds each product, closer to fp64 than that."""
+    """Bitwise equal in fp32; in 16 bits closer to fp64 than transformers, which rounds each product."""
     module = transformers_module("qwen2_5_vl")
     query, key, cos, sin = make((2, 5), 6, 2, 128, 64, dtype, device, dtype)
     whole = [torch.cat([t, t], -1) for t in (cos, sin)]
@@ -247,7 +259,7 @@ def test_text_function(device, dtype):
 @pytest.fixture
 def tiny():
     pytest.importorskip("transformers")
-    return importlib.import_module("tiny")
+    return importlib.import_module("support.tiny")
 
 
 MODELS = ["qwen2_vl", "vlm", "qwen3_vl"]  # of tiny.py; "vlm" is Qwen2.5-VL
@@ -274,7 +286,7 @@ def test_tables_are_those_of_the_models(tiny, name):
 
 @pytest.mark.parametrize(("name", "layers"), [*((name, 4) for name in MODELS), ("text_model", 2)])
 def test_in_models(tiny, monkeypatch, name, layers):
-    """The same logits and gradients; other models of the same classes are as they were."""
+    """The same logits and gradients; other models of the same classes are unchanged."""
     from vlmkernels.models import rotary as models_rotary
 
     model, other = getattr(tiny, name)(), getattr(tiny, name)()
@@ -306,7 +318,7 @@ def test_in_models(tiny, monkeypatch, name, layers):
 def test_axes():
     assert mrope_axes([1, 2, 3]) == [0, 1, 1, 2, 2, 2]
     assert mrope_axes([4, 2, 2], interleaved=True) == [0, 1, 2, 0, 1, 2, 0, 0]
-    with pytest.raises(ValueError, match=r"section must be three numbers of pairs, got \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"section must be three numbers >= 0, got \[1, 2\]"):
         mrope_axes([1, 2])
     with pytest.raises(ValueError, match="axes must be one per pair, 4, got 3"):
         rotary_table(torch.zeros(3, 1), torch.ones(4), [0, 1, 2])
@@ -331,11 +343,13 @@ def test_copies_of_models_and_compiled_ones(tiny):
     ]
 
 
-def test_models_that_turn_otherwise_are_refused(tiny):
-    from vlmkernels.models.rotary import use_fused_rotary
+def test_models_with_another_rotary_function_raise(tiny):
+    from vlmkernels.models.rotary import undo_fused_rotary, use_fused_rotary
 
-    model = importlib.import_module("tiny_families").case("glm4v").model
-    with pytest.raises(NotImplementedError, match=r"turns the pairs \(j, j \+ P\), got another function in Glm4vTextAttention"):
+    model = importlib.import_module("support.tiny_families").case("glm4v").model
+    with pytest.raises(
+        NotImplementedError, match=r"rotates the pairs \(j, j \+ P\), got another function in Glm4vTextAttention"
+    ):
         use_fused_rotary(model)
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(NotImplementedError, match=r"model must have attention modules that call .*, got Linear"):
@@ -347,3 +361,5 @@ def test_models_that_turn_otherwise_are_refused(tiny):
         use_fused_rotary(hooked)
     del attention.forward
     use_fused_rotary(use_fused_rotary(hooked))
+    undo_fused_rotary(hooked)
+    assert not any("forward" in vars(module) for module in hooked.modules())

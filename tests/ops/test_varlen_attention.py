@@ -1,20 +1,21 @@
-"""Packed attention against attention sequence by sequence, and inside a vision tower."""
+"""Packed attention against attention of each sequence, and in a vision tower."""
 
 import pytest
 import torch
 from support import tiny
-from test_patch_embed import MODELS
 from torch.nn.functional import scaled_dot_product_attention
 
+from vlmkernels import backend as backends
 from vlmkernels.models.attention import use_varlen_vision
-from vlmkernels.ops.varlen_attention import IMPLEMENTATIONS, varlen_attention
+from vlmkernels.ops.varlen_attention import varlen_attention
 
 pytestmark = pytest.mark.device
 LENGTHS = {"runs": [4, 4, 4, 7, 0, 3, 3, 1], "one": [9], "none": [], "empty ones": [0, 0]}
+MODELS = {"qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qwen3_vl_large_patches}
 
 
 def formula(query, key, value, lengths, causal, scale):
-    """A matrix of scores per sequence."""
+    """Attention by a matrix of scores per sequence."""
     parts = []
     for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -25,20 +26,23 @@ def formula(query, key, value, lengths, causal, scale):
     return torch.cat(parts) if parts else query.clone()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS.modules)
+@pytest.mark.parametrize("backend", backends.backends_of("varlen_attention").modules)
 @pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize(("causal", "scale", "heads"), [(False, None, 4), (True, 0.3, 2)])
-def test_matches_the_formula(device, implementation, case, causal, scale, heads):
-    lengths, dtype = LENGTHS[case], torch.float32 if implementation == "sdpa" else torch.bfloat16
+def test_matches_the_formula(device, backend, case, causal, scale, heads):
+    lengths, dtype = LENGTHS[case], torch.float32 if backend == "sdpa" else torch.bfloat16
     rng = torch.Generator().manual_seed(0)
-    make = lambda h: torch.randn(sum(lengths), h, 16, generator=rng).to(device, dtype).requires_grad_()  # noqa: E731
+
+    def make(h):
+        return torch.randn(sum(lengths), h, 16, generator=rng).to(device, dtype).requires_grad_()
+
     inputs = make(4), make(heads), make(heads)
     try:
-        IMPLEMENTATIONS.choose(implementation, inputs[0])
+        backends.choose("varlen_attention", backend, inputs[0])
     except NotImplementedError as error:
         pytest.skip(str(error))
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0)], dtype=torch.int32, device=device)
-    out = varlen_attention(*inputs, cu_seqlens, causal=causal, scale=scale, implementation=implementation)
+    out = varlen_attention(*inputs, cu_seqlens, causal=causal, scale=scale, backend=backend)
     assert out.shape == inputs[0].shape
     double = [x.detach().double().requires_grad_() for x in inputs]
     expected = formula(*double, lengths, causal, scale)
@@ -97,9 +101,9 @@ def test_text_layers_are_untouched():
         ({"cu_seqlens": torch.tensor([0, 5])}, TypeError, "cu_seqlens must have dtype int32"),
         ({"cu_seqlens": torch.tensor([0, 4]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back, got"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 5]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back"),
-        ({"implementation": "math"}, ValueError, "implementation must be auto or one of flash_attn, torch, sdpa, got 'math'"),
-        ({"implementation": "flash_attn"}, NotImplementedError, "no implementation serves varlen_attention: flash_attn: "),
-        ({"implementation": "torch"}, NotImplementedError, "torch: takes cuda tensors, got cpu"),
+        ({"backend": "math"}, ValueError, "backend must be one of auto, flash_attn, torch, sdpa; got 'math'"),
+        ({"backend": "flash_attn"}, NotImplementedError, "no backend serves varlen_attention: flash_attn: "),
+        ({"backend": "torch"}, NotImplementedError, "torch: supports CUDA tensors, got cpu"),
     ],
 )
 def test_bad_input(changes, error, message):

@@ -1,4 +1,4 @@
-"""Pure reward functions: values by hand and against pycocotools, and what is said about wrong references."""
+"""Scoring functions: values by hand, comparison with pycocotools, and errors of wrong references."""
 
 import json
 import math
@@ -160,7 +160,9 @@ def test_frames():
             assert converted[0] == pytest.approx(expected[target])
     assert boxes.convert_frame(box, "original", "original") == pytest.approx(np.array(box))
     assert boxes.convert_frame([[1, 1]], "0-1", "0-1000").tolist() == [[1000, 1000]]
-    with pytest.raises(ValueError, match="resized sizes must be given to convert from the frame resized to original, got None"):
+    with pytest.raises(
+        ValueError, match="resized sizes must be given to convert from the resized frame to the original frame, got None"
+    ):
         boxes.convert_frame(box, "resized", "original", original=[[1, 1]])
     with pytest.raises(ValueError, match="frame must be one of original, resized, 0-1, 0-1000, got 'pixels'"):
         boxes.convert_frame(box, "pixels", "pixels")
@@ -178,7 +180,7 @@ def some_boxes(rng, count: int, labels: str) -> Boxes:
 
 
 def guesses(rng, wanted: Boxes, scored: bool = True) -> Boxes:
-    """Boxes near those wanted, some of them with another label, some twice, in any order, and some elsewhere."""
+    """Random predictions: boxes near the reference and elsewhere, some with another label, some twice, in random order."""
     other = some_boxes(rng, rng.integers(0, 4), "abc")
     near = wanted.boxes + rng.integers(-3, 4, wanted.boxes.shape)
     boxes, labels = np.concatenate([near, other.boxes]), [*wanted.labels, *other.labels]
@@ -189,7 +191,7 @@ def guesses(rng, wanted: Boxes, scored: bool = True) -> Boxes:
 
 
 def coco_ap(predicted: Boxes, wanted: Boxes) -> float:
-    """The mean average precision of one image by pycocotools."""
+    """Return the mean average precision of one image according to pycocotools."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -216,19 +218,19 @@ def coco_ap(predicted: Boxes, wanted: Boxes) -> float:
 
 
 @pytest.mark.parametrize("scored", [True, False])
-def test_mean_ap_is_that_of_pycocotools(scored):
+def test_mean_ap_equals_pycocotools(scored):
     rng = np.random.default_rng(0)
     references = [
         some_boxes(rng, n, "ab") for n in range(1, 61)
-    ]  # recalls n / 60 and the like: among the 101 points, or by a hair
+    ]  # recalls such as n / 60, which are equal or very close to some of the 101 recalls
     predictions = [guesses(rng, wanted, scored) for wanted in references]
     expected = [coco_ap(p, r) for p, r in zip(predictions, references, strict=True)]
     assert max(expected) > 0.5
     assert detection.mean_ap(predictions, references, over_prediction_penalty=False) == pytest.approx(expected, abs=1e-9)
     penalty = [min(1, len(r.boxes) / max(1, len(p.boxes))) for p, r in zip(predictions, references, strict=True)]
     assert min(penalty) < 1
-    penalised = [a * b for a, b in zip(expected, penalty, strict=True)]
-    assert detection.mean_ap(predictions, references) == pytest.approx(penalised, abs=1e-9)
+    penalized = [a * b for a, b in zip(expected, penalty, strict=True)]
+    assert detection.mean_ap(predictions, references) == pytest.approx(penalized, abs=1e-9)
 
 
 CHAIN = [[0, 0, 10, 10], [0, 0, 10, 8]], [[0, 0, 10, 9], [0, 0, 10, 12]]  # IoUs 9/10, 10/12; 8/9, 8/12
@@ -256,7 +258,7 @@ SCORES = {
 
 @pytest.mark.parametrize("name", SCORES)
 def test_sets_of_boxes(name, monkeypatch):
-    """Empty sets, labels, and that a batch, whatever its chunks, gives what each sample gives alone."""
+    """Empty sets and labels; a batch gives the scores of its samples alone, whatever its chunks."""
     score = SCORES[name]
     cat, dog = {"bbox_2d": [0, 0, 9, 9], "label": "cat"}, {"bbox_2d": [20, 0, 29, 9], "label": "dog"}
     bare = [{"bbox_2d": cat["bbox_2d"]}]
@@ -266,9 +268,9 @@ def test_sets_of_boxes(name, monkeypatch):
         [as_boxes([cat, dog]), as_boxes([dog, cat]), as_boxes([cat])], [[cat, dog], [cat, dog], bare]
     ) == pytest.approx([1] * 3)
     swapped = as_boxes([{**cat, "label": "dog"}, {**dog, "label": "cat"}])
-    unlabelled = as_boxes([cat["bbox_2d"], dog["bbox_2d"]])
+    unlabeled = as_boxes([cat["bbox_2d"], dog["bbox_2d"]])
     wrong = 0.3 if name == "weighted_match" else 0
-    assert score([swapped, unlabelled], [[cat, dog]] * 2) == pytest.approx([wrong] * 2)
+    assert score([swapped, unlabeled], [[cat, dog]] * 2) == pytest.approx([wrong] * 2)
 
     rng = np.random.default_rng(1)
     references = [some_boxes(rng, rng.integers(0, 9), "ab") for _ in range(40)]
@@ -281,7 +283,7 @@ def test_sets_of_boxes(name, monkeypatch):
 
 
 def test_weighted_match_by_hand():
-    """Two of three found, one of them with the wrong label, and one box too many."""
+    """Two of three boxes are found, one of them with the wrong label, and there is one extra box."""
     wanted = [{"bbox_2d": box, "label": "a"} for box in ([0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10])]
     found = [
         {"bbox_2d": [0, 0, 10, 8], "label": "a"},
@@ -315,15 +317,15 @@ def test_chair():
 @pytest.mark.parametrize(
     ("score", "prediction", "reference", "message"),
     [
-        (text.exact_match, "a", {"a": 1}, "must be a text or number, got dict"),
-        (text.exact_match, "a", [], r"must be a text or a list of at least one, got \[\]"),
+        (text.exact_match, "a", {"a": 1}, "must be a string or number, got dict"),
+        (text.exact_match, "a", [], r"must be a string or a list with at least one string, got \[\]"),
         (text.numeric, 1.0, "cat", "must be a number, got 'cat'"),
         (text.count, 1.0, math.nan, "must be a finite number, got nan"),
         (text.yes_no, "yes", "maybe", "must be yes or no, got 'maybe'"),
-        (text.choice, "A", "cat", "must be an option's letter, got 'cat'"),
+        (text.choice, "A", "cat", "must be an option letter, got 'cat'"),
         (boxes.iou, (0, 0, 1, 1), [[0, 0, 1, 1], [0, 0, 1, 1]], r"must be one box \(x1, y1, x2, y2\), got 2"),
-        (boxes.iou, (0, 0, 1, 1), [5, 0, 1, 1], r"must have boxes with x1 < x2 and y1 < y2, .*, got \[5.0, 0.0, 1.0, 1.0\]"),
-        (boxes.iou, (0, 0, 1, 1), [0, 0, 1, math.nan], "must have boxes with x1 < x2 and y1 < y2, finite, got"),
+        (boxes.iou, (0, 0, 1, 1), [5, 0, 1, 1], r"must have finite boxes with x1 < x2 and y1 < y2, got \[5.0, 0.0, 1.0, 1.0\]"),
+        (boxes.iou, (0, 0, 1, 1), [0, 0, 1, math.nan], "must have finite boxes with x1 < x2 and y1 < y2, got"),
         (boxes.iou, (0, 0, 1, 1), [0, 0, 1], r"must be boxes of 4 numbers, got \[0, 0, 1\]"),
         (boxes.iou, (0, 0, 1, 1), "cat", r"must be boxes \(x1, y1, x2, y2\), got 'cat'"),
         (detection.matched_iou, as_boxes([]), [{"label": "cat"}], "must have bbox_2d or bbox or box or Position, .*, got"),
@@ -344,7 +346,7 @@ def test_wrong_options():
         (lambda: detection.mean_ap([as_boxes([])], [[]], thresholds=[]), r"thresholds must be in \(0, 1\], got \[\]"),
         (lambda: detection.weighted_match([as_boxes([])], [[]], position=-1), "position, label, completeness must be >= 0"),
         (lambda: text.numeric([1.0], [1], rel_tol=-1), "rel_tol must be >= 0, got -1"),
-        (lambda: text.cer(["a"], []), "predictions must be as many as the references, 0, got 1"),
+        (lambda: text.cer(["a"], []), "predictions must have one entry per reference, 0, got 1"),
         (lambda: length.soft_overlong([1], max_length=10, cache=11), r"cache must be in \(0, max_length = 10\], got 11"),
         (lambda: length.repetition([[1]], ngram=0), "ngram must be >= 1, got 0"),
         (lambda: hallucination.chair(["a"], [[]], vocabulary=[]), r"vocabulary must name at least one object, got \[\]"),
@@ -366,7 +368,8 @@ def test_third_party_packages_are_imported_where_they_are_used():
         "    sys.modules[name] = None\n"
         "import vlmkernels.rewards as rewards\n"
         "assert not any(name.startswith('vlmkernels.train') for name in sys.modules)\n"
-        "assert rewards.Rewards(['exact_match', 'format'])(1, completions=['a'], answer=['a']).rewards.tolist() == [[1, 0]]\n"
+        "found = rewards.Rewards(['exact_match', 'think_answer_format'])(1, completions=['a'], answer=['a'])\n"
+        "assert found.rewards.tolist() == [[1, 0]]\n"
         "try:\n"
         "    rewards.Rewards('cer')\n"
         "except ImportError as error:\n"

@@ -1,20 +1,18 @@
-"""Completions decoded by groups, each prompt run and kept once, against ``generate`` on copies of the prompts."""
+"""``decode_groups`` and the default engine against ``model.generate`` on copies of the prompts."""
 
 import pytest
 import torch
 from support import tiny, tiny_families
-from test_families import whole
-from test_group import SHARING, prompts_of
+from support.groups import EOS, LENGTH, MODELS, PAD, SHARING, amplified, processed, prompts_of
 
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import media_token_ids
+from vlmkernels.models.group_cache import GroupCache
 from vlmkernels.ops.gather_logps import gather_logps
-from vlmkernels.rollout.decode import GroupCache, Sampling, decode_groups, draw
+from vlmkernels.rollout.base import Sampling
+from vlmkernels.rollout.decode import decode_groups
 from vlmkernels.rollout.generate import Generate
-from vlmkernels.train import GRPOConfig
-
-MODELS = {"qwen2-vl": tiny.qwen2_vl, "qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qwen3_vl, "qwen2": tiny.text_model}
-EOS, PAD, LENGTH = [5, 12, 30, 37], 0, 12
+from vlmkernels.rollout.token_sampler import invert_cdf
 
 
 def generated(model, prompts, times, **options):
@@ -33,22 +31,13 @@ def assert_same_tokens(decoded, expected):
     assert torch.equal(decoded.truncated, ~ended.any(1))
 
 
-def lively(model):
-    """Weights under which what comes depends on what came, as it hardly does with those of initialisation."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "layers." in name and weight.dim() == 2:
-                weight *= 4
-    return model.eval()
-
-
 CASES = [(name, images) for name in MODELS for images in ((1, 1), (2, 0, 1), (0, 0)) if name != "qwen2" or not any(images)]
 
 
 @pytest.mark.parametrize(("name", "images"), CASES)
 def test_greedy_equals_generate(name, images):
-    """However many completions are decoded at a time; each image is encoded once."""
-    model = lively(MODELS[name]())
+    """For any number of slots and any token budget of the prompts. Each image is encoded once."""
+    model = amplified(MODELS[name]())
     prompts = prompts_of(images, model)
     expected = generated(model, prompts, 3)
     use_group_attention(model)
@@ -67,7 +56,7 @@ def test_greedy_equals_generate(name, images):
 @pytest.mark.parametrize("name", SHARING)
 def test_every_family_equals_generate(name):
     case = tiny_families.case(name)
-    model, batch = case.model, whole(name)
+    model, batch = case.model, processed(name)
     previous = model.config.get_text_config()._attn_implementation
     expected = generated(model, batch, 2, max_new_tokens=4, suppress_tokens=EOS)
     try:
@@ -79,7 +68,7 @@ def test_every_family_equals_generate(name):
 
 
 OPTIONS = {
-    "suppressed": {"suppress_tokens": [7, 8, 9, 10, 11, 151653]},  # the last: of no token that the model has
+    "suppressed": {"suppress_tokens": [7, 8, 9, 10, 11, 151653]},  # the last id is beyond the vocabulary
     "at least": {"min_new_tokens": 9},
     "penalty": {"repetition_penalty": 1.7},
     "one token": {"max_new_tokens": 1},
@@ -88,8 +77,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options_equal_those_of_generate(case):
-    model = lively(tiny.text_model())
-    prompts = prompts_of((0, 0), model).select(torch.tensor([1, 1]))  # no padding, which generate's penalty counts as seen
+    model = amplified(tiny.text_model())
+    prompts = prompts_of((0, 0), model).select(torch.tensor([1, 1]))  # generate's penalty counts padding
     expected = generated(model, prompts, 2, **OPTIONS[case])
     assert not torch.equal(expected, generated(model, prompts, 2)[:, : expected.shape[1]]) or case == "one token"
     use_group_attention(model)
@@ -103,8 +92,8 @@ def test_options_equal_those_of_generate(case):
     "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}, {"repetition_penalty": 2.0}]
 )
 def test_samples_do_not_depend_on_the_slots(options):
-    """... and their log-probabilities are those of the model at the temperature."""
-    model = lively(tiny.vlm())
+    """The tokens do not depend on the number of slots, and logps are those of the model at the temperature."""
+    model = amplified(tiny.vlm())
     prompts = prompts_of((1, 0, 2), model)
     use_group_attention(model)
     options = {"suppress_tokens": media_token_ids(model.config, tiny.processor()), **options}
@@ -127,7 +116,7 @@ def test_samples_do_not_depend_on_the_slots(options):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mixed_precision(name):
-    """Under autocast rotary embeddings leave queries and keys in fp32, beside values in bf16."""
+    """Under autocast, rotary embeddings return queries and keys in fp32, while values are in bf16."""
     model = MODELS[name]()
     prompts = prompts_of((1, 0, 2) if name != "qwen2" else (0, 0), model)
     use_group_attention(model)
@@ -142,10 +131,13 @@ def test_mixed_precision(name):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_scores_are_not_rounded(autocast):
-    """Scores of 16-bit queries and keys stay in fp32: rounding to bf16 changes scores of about 50 by up to 0.1."""
+    """Scores of 16-bit queries and keys are in fp32. Rounding to bf16 would change scores of about 50 by up to 0.1."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rng = torch.Generator().manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, generator=rng).bfloat16().to(device)  # noqa: E731
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=rng).bfloat16().to(device)
+
     slots, query_heads, heads, length, width = 4, 4, 2, 40, 32
     key, value = 3 * randn(1, heads, length, width), randn(1, heads, length, width)
     query, own_key, own_value = (
@@ -170,7 +162,7 @@ def test_scores_are_not_rounded(autocast):
     torch.testing.assert_close(actual[0].float(), expected, rtol=2**-6, atol=2**-6)
 
 
-def test_draw_inverts_the_distribution():
+def test_invert_cdf():
     scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
     scores[:, ::7] = -torch.inf
     scores[2, :] = -torch.inf
@@ -178,26 +170,24 @@ def test_draw_inverts_the_distribution():
     rows = scores.softmax(-1)
     uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     for row in rows:
-        drawn = draw(row.expand(len(uniform), -1), uniform)
+        drawn = invert_cdf(row.expand(len(uniform), -1), uniform)
         shares = torch.bincount(drawn, minlength=50) / len(uniform)
         torch.testing.assert_close(shares, row, rtol=0, atol=2e-5)
         assert not shares[row == 0].any()
-    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the least and the greatest that torch.rand gives
-    assert draw(rows[:1].expand(2, -1), ends).tolist() == [1, 48]
-    assert draw(rows[2:].expand(2, -1), ends).tolist() == [13, 13]
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the smallest and the largest value of torch.rand
+    assert invert_cdf(rows[:1].expand(2, -1), ends).tolist() == [1, 48]
+    assert invert_cdf(rows[2:].expand(2, -1), ends).tolist() == [13, 13]
 
 
-def test_stop_strings(tmp_path):
-    """A completion ends with the token that completes one, by either engine."""
-    model, tokenizer = lively(tiny.text_model()), tiny.tokenizer()
+def test_stop_strings():
+    """A completion ends with the token that completes a stop string, with decode_groups and with model.generate."""
+    model, tokenizer = amplified(tiny.text_model()), tiny.tokenizer()
     prompts = prompts_of((0, 0), model)
     plain = generated(model, prompts, 2, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     stop = tokenizer.decode(plain[0, 3:6])
-    kwargs = {"stop_strings": [stop]}
     rollouts = []
-    for share in ("auto", False):
-        options = {"max_completion_length": LENGTH, "use_cpu": True, "generation_kwargs": kwargs, "share_prefix": share}
-        engine = Generate(model, tokenizer, GRPOConfig(output_dir=str(tmp_path), **options))
+    for share in (True, False):
+        engine = Generate(model, tokenizer, Sampling(LENGTH, stop_strings=[stop]), share_prefix=share)
         rollouts.append(engine(model, prompts, 2, 0))
     ours, theirs = rollouts
     assert ours.completion_mask[0].sum() <= 6
@@ -213,16 +203,16 @@ def test_stop_strings(tmp_path):
     [{"eos_token_id": 29}, {"eos_token_id": [29, 12], "top_k": None, "min_new_tokens": None, "stop_strings": None}],
     ids=["one", "several"],
 )
-def test_both_engines_follow_the_options_alone(tmp_path, kwargs):
-    """... and not what else the model's generation config holds; a token that ends is the last one that counts."""
-    model, tokenizer = lively(tiny.text_model()), tiny.tokenizer()
+def test_the_generation_config_of_the_model_is_ignored(kwargs):
+    """Both ways of sampling ignore the model's generation config, and the mask ends with the end-of-sequence token."""
+    model, tokenizer = amplified(tiny.text_model()), tiny.tokenizer()
     prompts = prompts_of((0, 0), model)
     declared = {"min_p": 0.9, "no_repeat_ngram_size": 1, "min_new_tokens": 9, "suppress_tokens": [29]}
     model.generation_config.update(**declared)
     rollouts = []
-    for share in ("auto", False):
-        options = {"max_completion_length": LENGTH, "use_cpu": True, "generation_kwargs": kwargs, "share_prefix": share}
-        engine = Generate(model, tokenizer, GRPOConfig(output_dir=str(tmp_path), **options))
+    for share in (True, False):
+        sampling = Sampling.from_kwargs(max_new_tokens=LENGTH, **kwargs)
+        engine = Generate(model, tokenizer, sampling, share_prefix=share)
         rollouts.append(engine(model, prompts, 2, 0))
     ours, theirs = rollouts
     assert ours.truncated.tolist() in ([False, False, True, True], [False] * 4)
@@ -231,33 +221,32 @@ def test_both_engines_follow_the_options_alone(tmp_path, kwargs):
     assert {name: getattr(model.generation_config, name) for name in declared} == declared
 
 
-def test_what_an_engine_refuses(tmp_path):
+def test_end_of_sequence_tokens():
+    """The tokenizer's and those of the model's generation config are used. Without any, the engine raises."""
     model, tokenizer = tiny.text_model(), tiny.tokenizer()
-    for share in ("auto", False):
-        options = {"use_cpu": True, "share_prefix": share}
-        with pytest.raises(ValueError, match="stop_strings must be a list of strings, got 'ab'"):
-            Generate(model, tokenizer, GRPOConfig(str(tmp_path), generation_kwargs={"stop_strings": "ab"}, **options))
     tokenizer.eos_token = None
-    assert Generate(model, tokenizer, GRPOConfig(str(tmp_path), use_cpu=True)).eos == [model.generation_config.eos_token_id]
+    engine = Generate(model, tokenizer, Sampling(2))
+    assert engine.sampling.eos_token_id == [model.generation_config.eos_token_id]
     model.generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match="eos_token_id must be one of the tokenizer's or of the model's generation config"):
-        Generate(model, tokenizer, GRPOConfig(str(tmp_path), use_cpu=True))
+    with pytest.raises(ValueError, match="eos_token_id must be set, or be in the tokenizer or the model's generation config"):
+        Generate(model, tokenizer, Sampling(2))
 
 
 @pytest.mark.parametrize("reason", ["model", "options", "off"])
-def test_otherwise_generate_on_copies(tmp_path, reason, caplog):
-    model = tiny.text_model()
-    options = {"max_completion_length": 4, "use_cpu": True}
+def test_falls_back_to_generate_on_copies(reason, caplog):
+    model, kwargs = tiny.text_model(), {}
     if reason == "model":
         model.config.attention_dropout, said = 0.1, "attention_dropout must be 0, got 0.1"
     elif reason == "options":
-        options["generation_kwargs"] = {"num_beams": 2, "typical_p": 0.9}
+        kwargs = {"num_beams": 2, "typical_p": 0.9}
         said = "generation_kwargs holds num_beams, typical_p"
     else:
-        options["share_prefix"], said = False, "share_prefix is off"
-    engine = Generate(model, tiny.tokenizer(), GRPOConfig(output_dir=str(tmp_path), **options))
-    assert not engine.by_groups
-    assert f"Each completion is generated behind a copy of its prompt and images: {said}" in caplog.text
+        said = "share_prefix is off"
+    sampling = Sampling.from_kwargs(max_new_tokens=4, **kwargs)
+    engine = Generate(model, tiny.tokenizer(), sampling, share_prefix=reason != "off")
+    assert not engine.shares_prefix
+    assert not engine.returns_logps
+    assert f"Prefix sharing disabled in sampling, model.generate is used: {said}" in caplog.text
     rollout = engine(model, prompts_of((0, 0), model), 3, 1.0)
     assert rollout.completion_ids.shape[0] == 6
     assert rollout.logps is None
@@ -267,13 +256,15 @@ def test_otherwise_generate_on_copies(tmp_path, reason, caplog):
     ("change", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
-        ({"temperature": -1}, "temperature must be >= 0, got -1"),
+        ({"temperature": -1}, "temperature must be finite and >= 0, got -1"),
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
         ({"top_k": -1}, "top_k must be >= 0, got -1"),
         ({"min_p": 2}, r"min_p must be None or in \[0, 1\], got 2"),
         ({"repetition_penalty": 0}, "repetition_penalty must be > 0, got 0"),
         ({"stop_strings": "x"}, "stop_strings must be a list of strings, got 'x'"),
         ({"stop_strings": [""]}, "stop_strings must hold no empty string"),
+        ({"generation_kwargs": {"beams": 2}}, "generation_kwargs must hold only arguments of GenerationConfig, got beams"),
+        ({"generation_kwargs": {"top_k": 2}}, "generation_kwargs must not hold do_sample or fields of Sampling, got top_k"),
     ],
 )
 def test_bad_sampling(change, message):

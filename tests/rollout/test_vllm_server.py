@@ -1,154 +1,25 @@
-"""The client of a vLLM server against one made here, which answers as told: late, wrongly, not at all."""
+"""The engine of a vLLM server against a fake server: sampling, weight updates, faults, and the checks before training."""
 
-import base64
-import io
-import json
-import threading
 import time
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from safetensors.torch import load_file
 from support import tiny
+from support.fake_vllm import FakeVLLM, Status
 
 from vlmkernels.data.samples import encode, read_sample
 from vlmkernels.rollout.base import RolloutError
-from vlmkernels.rollout.vllm.engine import check_adapters
-from vlmkernels.rollout.vllm.server import VLLMClient, VLLMServer
 from vlmkernels.rollout.vllm import engine as vllm_engine
 from vlmkernels.rollout.vllm import server as vllm_server
+from vlmkernels.rollout.vllm.server import VLLMClient, VLLMServer
+from vlmkernels.rollout.vllm.weights import check_adapters
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
 torch.set_num_threads(1)
-OK = {"message": "done"}
-
-
-class FakeVLLM:
-    """Answers as vLLM 0.32 does, sampling from a model of its own, whose weights arrive as vLLM's do.
-
-    ``change[path](answer, number)`` may change the answer to the number-th request of a path, raise ``Status`` or sleep.
-    """
-
-    def __init__(self, seed: int = 0):
-        self.model, self.processor = tiny.vlm(seed, tied=False), tiny.processor()
-        self.tokenizer, self.version, self.change, self.bodies = self.processor.tokenizer, "default", {}, []
-        self.counts, self.under_way, self.most = Counter(), 0, 0
-        self.lock = threading.Lock()
-        self.rng = torch.Generator()  # a late answer must not draw from the numbers that the next test seeds
-        self.config = {"dtype": "torch.float32", "logprobs_mode": "raw_logprobs", "max_model_len": 256, "max_logprobs": 20}
-        self.lora = None
-        self.paths = ["/collective_rpc", "/update_weight_version", "/inference/v1/generate", "/v1/load_lora_adapter"]
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                self.reply(None)
-
-            def do_POST(self):
-                self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def reply(self, body):
-                status, content = fake.answer(self.path.partition("?")[0], body)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args):
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request, client_address):
-                """The client may have gone: that is what some tests are about."""
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def answer(self, path: str, body) -> tuple[int, bytes]:
-        with self.lock:
-            self.counts[path] += 1
-            number = self.counts[path]
-            self.under_way += 1
-            self.most = max(self.most, self.under_way)
-        try:
-            answer = getattr(self, path.rpartition("/")[2].replace(".", "_"), lambda body: OK)(body)
-            if path in self.change:
-                answer = self.change[path](answer, number)
-            return 200, answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        except Status as error:
-            return error.args[0], json.dumps({"error": {"message": error.args[1]}}).encode()
-        finally:
-            with self.lock:
-                self.under_way -= 1
-
-    def openapi_json(self, body):
-        return {"paths": {path: {} for path in self.paths}}
-
-    def server_info(self, body):
-        scheduler, load = {"max_num_seqs": 16}, {"load_format": "auto"}
-        config = {"model_config": self.config, "lora_config": self.lora, "scheduler_config": scheduler, "load_config": load}
-        return {"vllm_config": config}
-
-    def models(self, body):
-        return {"data": [{"id": "tiny"}]}
-
-    def weight_info(self, body):
-        return {"weight_version": self.version}
-
-    def update_weight_version(self, body):
-        self.version = body["new_version"]
-        return OK
-
-    def reset_prefix_cache(self, body):
-        return {"success": True}
-
-    def collective_rpc(self, body):
-        assert body["method"] == "reload_weights"
-        self.model = type(self.model).from_pretrained(body["kwargs"]["weights_path"])
-        return {"results": [None]}
-
-    @torch.no_grad()
-    def generate(self, body):
-        with self.lock:
-            self.bodies.append(body)
-            images = [part["url"].partition(",")[2] for part in body.get("content_parts") or ()]
-            images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in images]
-            text, params = self.tokenizer.decode(body["token_ids"]), body["sampling_params"]
-            inputs = self.processor(text=[text], **({"images": [images]} if images else {}), return_tensors="pt")
-            logits = self.model(**inputs).logits[0].float()
-            ids, logps = inputs["input_ids"][0], logits.log_softmax(-1)
-            prompt = [None, *({str(t): {"logprob": logps[i, t].item()}} for i, t in enumerate(ids[1:].tolist()))]
-            banned = torch.tensor([*map(int, params["logit_bias"])])
-            choices, allowed = [], logps[-1].exp().index_fill(0, banned, 0.0)
-            for index in range(params["n"]):
-                token = int(allowed.multinomial(1, generator=self.rng))
-                told = {"token_id": token, "logprob": logps[-1, token].item()}
-                choices.append(
-                    {
-                        "index": index,
-                        "finish_reason": "stop" if index % 2 else "length",
-                        "token_ids": [token],
-                        "logprobs": {"content": [{**told, "top_logprobs": [told]}]} if "logprobs" in params else None,
-                        "weight_versions": [{"version": self.version, "start": 0, "end": 1}],
-                    }
-                )
-            asked = "prompt_logprobs" in params
-            return {"choices": choices, "prompt_token_ids": ids.tolist(), "prompt_logprobs": prompt if asked else None}
-
-
-class Status(Exception):
-    """An answer of an error's status and message."""
 
 
 @pytest.fixture
@@ -192,32 +63,33 @@ def trainer(tmp_path, fake, peft_config=None, **options):
 
 
 def engine_of(tmp_path, fake, **options):
-    """The engine with its model as ``engine.own``; ``sampled(engine)`` is what a trainer does with them at its first step."""
-    engine = VLLMServer(own := tiny.vlm(tied=False), tiny.processor(), config(tmp_path, fake, **options), Accelerator(cpu=True))
+    """Return an engine with its model in ``engine.own``. ``sampled(engine)`` does the first sampling step of a trainer."""
+    args, own = config(tmp_path, fake, **options), tiny.vlm(tied=False)
+    engine = VLLMServer(own, tiny.processor(), args.sampling(), args.vllm_config(), Accelerator(cpu=True))
     engine.own = own
     return engine
 
 
 def sampled(engine, rows="several"):
     samples = [read_sample(row, index) for index, row in enumerate(tiny.rows(2, rows))]
-    metrics = engine.synchronise(engine.own, 0)
+    metrics = engine.sync_weights(engine.own, 0)
     prompts = encode(samples, engine.processor, engine.family)
-    return engine(engine.own, prompts, 2, engine.args.temperature, samples=samples), metrics
+    return engine(engine.own, prompts, 2, engine.sampling.temperature, samples), metrics
 
 
 # Sampling and weights
 
 
 def test_training(fake, tmp_path):
-    """Unexpanded prompts, each image once; after each step the server has the trainer's weights, and nothing is left behind."""
+    """Prompts are sent unexpanded, each image once. After each step the server has the trainer's weights; no file is left."""
     run = trainer(tmp_path, fake)
     run.train()
     logs = [entry["vllm/fingerprint"] for entry in run.state.log_history if "vllm/fingerprint" in entry]
     assert len(logs) == 2
     assert max(logs) < 1e-6
-    assert fake.version == f"{run.generate.run}-1"
+    assert fake.version == f"{run.engine.run}-1"
     first = {name: x.clone() for name, x in fake.model.state_dict().items()}
-    run.generate.synchronise(run.model, 2)
+    run.engine.sync_weights(run.model, 2)
     for name, weight in run.model.state_dict().items():
         assert torch.equal(fake.model.state_dict()[name], weight)
     assert any(not torch.equal(first[name], x) for name, x in fake.model.state_dict().items())
@@ -232,30 +104,30 @@ def test_training(fake, tmp_path):
 
 
 def test_logps_are_those_of_the_whole_vocabulary_at_the_temperature(fake, tmp_path):
-    """Of raw log-probabilities, and recovered from processed ones, which leave out what is banned."""
+    """Processed log-probabilities exclude banned tokens; those of the whole vocabulary are recovered from them."""
     logits, temperature = torch.randn(50, generator=torch.Generator().manual_seed(0)), 0.7
     fake.config["logprobs_mode"] = "processed_logprobs"
     engine = engine_of(tmp_path, fake, temperature=temperature)
     logits[engine.banned] += 2
     expected = (logits / temperature).log_softmax(-1)
     biased = logits.index_add(0, torch.tensor(engine.banned), torch.full((len(engine.banned),), -100.0))
-    told = (biased / temperature).log_softmax(-1)
-    assert (told - expected)[3] > 0.5
+    processed = (biased / temperature).log_softmax(-1)
+    assert (processed - expected)[3] > 0.5
     params = engine._params(2, temperature)
     assert params["logprobs"] == len(params["logprob_token_ids"]) == len(engine.banned) + 1
-    told = dict(enumerate(told.tolist()))
+    returned = dict(enumerate(processed.tolist()))
     for token in (0, 3, 30):
-        assert engine._logp(token, told, temperature) == pytest.approx(expected[token].item(), abs=1e-5)
-    assert "logprobs" not in engine._params(2, 0)  # nothing is known of greedy tokens there
+        assert engine._logp(token, returned, temperature) == pytest.approx(expected[token].item(), abs=1e-5)
+    assert "logprobs" not in engine._params(2, 0)  # processed log-probabilities of greedy tokens are useless
 
 
-def test_at_most_so_many_requests_at_a_time(fake, tmp_path, monkeypatch):
+def test_concurrency_is_limited(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_server, "CONCURRENCY", 2)
     engine = engine_of(tmp_path, fake)
     prompts = [vllm_engine.Prompt([0, 1, 2], [])] * 8
     fake.change["/inference/v1/generate"] = lambda answer, number: (time.sleep(0.02), answer)[1]
-    assert len(engine._answers(prompts, engine._params(2, 1.0))) == 8
-    assert fake.most == 2
+    assert len(engine._replies(prompts, engine._params(2, 1.0))) == 8
+    assert fake.max_concurrent == 2
 
 
 def test_evaluation_is_greedy_and_without_logps(fake, tmp_path):
@@ -268,7 +140,7 @@ def test_evaluation_is_greedy_and_without_logps(fake, tmp_path):
 # Faults
 
 
-def test_what_passes_is_tried_again(fake, tmp_path):
+def test_transient_errors_are_retried(fake, tmp_path):
     failures = {2: Status(503, "busy"), 3: Status(429, "busy")}
 
     def fail(answer, number):
@@ -279,7 +151,7 @@ def test_what_passes_is_tried_again(fake, tmp_path):
     fake.change["/inference/v1/generate"] = fail
     rollout, _ = sampled(engine_of(tmp_path, fake))
     assert len(rollout.group) == 4
-    assert fake.counts["/inference/v1/generate"] == 2 + 2 + 3  # two fingerprints, two prompts, three more
+    assert fake.counts["/inference/v1/generate"] == 2 + 2 + 3  # two fingerprints, two prompts, three retries
 
 
 def raised(status, message):
@@ -296,22 +168,24 @@ def slow(answer, number):
 
 GENERATE = "/inference/v1/generate"
 FAULTS = {
-    "late": (GENERATE, slow, r"generate answered TimeoutError: .*\(3 requests\)"),
-    "garbage": (GENERATE, lambda answer, number: b"{oops", r"generate answered JSONDecodeError.*\(3 requests\)"),
+    "late": (GENERATE, slow, r"generate failed with TimeoutError: .*\(3 requests\)"),
+    "garbage": (GENERATE, lambda answer, number: b"{oops", r"generate failed with JSONDecodeError.*\(3 requests\)"),
     "no JSON": (GENERATE, lambda answer, number: b"<html>", r"must be that of /inference/v1/generate, got None"),
-    "refused": (GENERATE, raised(400, "longer than the context"), "generate answered 400 Bad Request: longer than the context"),
-    "dead": (GENERATE, raised(500, "EngineCore died"), "generate answered 500 Internal Server Error: EngineCore died"),
+    "refused": (GENERATE, raised(400, "too long a prompt"), "generate failed with 400 Bad Request: too long a prompt"),
+    "dead": (GENERATE, raised(500, "EngineCore died"), "generate failed with 500 Internal Server Error: EngineCore died"),
     "cache": ("/reset_prefix_cache", lambda answer, number: {"success": False}, "reset_prefix_cache must succeed"),
-    "reload": ("/collective_rpc", raised(500, "no such folder"), "collective_rpc answered 500 .*: no such folder"),
+    "reload": ("/collective_rpc", raised(500, "no such folder"), "collective_rpc failed with 500 .*: no such folder"),
     "not loaded": ("/inference/v1/generate", None, "disagree after its weights were updated"),
 }
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_what_does_not_pass_stops_the_run(fake, tmp_path, case):
+def test_permanent_errors_stop_the_run(fake, tmp_path, case):
     path, change, message = FAULTS[case]
     engine = engine_of(tmp_path, fake)
-    engine.client.request_timeout = 0.1 if case == "late" else 5
+    if case == "late":
+        engine.sync_weights(engine.own, 0)
+        engine.client.http.timeout = 0.1
     if change is None:
         fake.collective_rpc = lambda body: {"results": [None]}
         with torch.no_grad():
@@ -346,21 +220,21 @@ def one_fewer(answer, number):
     return answer
 
 
-ANSWERS = {
-    "image tokens": (longer_prompt, r"made \d+ tokens of the prompt, the trainer \d+, not the same from \d+ on: .*processors"),
-    "too few": (one_fewer, "must answer with 2 completions, got 1"),
+REPLIES = {
+    "image tokens": (longer_prompt, r"encoded the prompt as \d+ tokens and the trainer as \d+, .* from position \d+ on"),
+    "too few": (one_fewer, "must return 2 completions, got 1"),
     "banned": (with_choice(token_ids=[48]), r"must not sample the banned tokens \[.*48.*\], got \[48\]"),
     "no tokens": (with_choice(token_ids=[]), "must have 1 to 4 tokens, got 0"),
-    "no logps": (with_choice(logprobs=None), "must tell a finite log-probability of every sampled token, got None"),
+    "no logps": (with_choice(logprobs=None), "must return a finite log-probability of every sampled token, got None"),
     "clamped": (with_choice(token_ids=[1], logprobs={"content": [{"token_id": 1, "logprob": -9999.0, "top_logprobs": []}]}),
-                "must tell a finite log-probability"),
+                "must return a finite log-probability"),
     "nonsense": (with_choice(token_ids="abc"), "must be that of /inference/v1/generate"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ANSWERS)
-def test_wrong_answers_stop_the_run(fake, tmp_path, case):
-    change, message = ANSWERS[case]
+@pytest.mark.parametrize("case", REPLIES)
+def test_wrong_replies_stop_the_run(fake, tmp_path, case):
+    change, message = REPLIES[case]
     engine = engine_of(tmp_path, fake)
     fake.change["/inference/v1/generate"] = change
     with pytest.raises(RolloutError, match=message):
@@ -392,13 +266,13 @@ def test_a_server_that_was_restarted_gets_the_weights_again(fake, tmp_path):
 def test_an_unreachable_server(tmp_path):
     start = time.monotonic()
     with pytest.raises(
-        RolloutError, match=r"of a healthy vLLM server within vllm_server_timeout = 0.2 s, got http://127.0.0.1:9"
+        RolloutError, match=r"the URL of a healthy vLLM server within vllm_server_timeout = 0.2 s, got http://127.0.0.1:9"
     ):
         engine_of(tmp_path, None, vllm_server_timeout=0.2)
     assert time.monotonic() - start < 5
 
 
-def test_a_server_that_comes_up_is_waited_for(fake):
+def test_wait_for_a_server_that_starts(fake):
     def busy(answer, number):
         if number < 3:
             raise Status(503, "starting")
@@ -409,11 +283,11 @@ def test_a_server_that_comes_up_is_waited_for(fake):
     assert fake.counts["/health"] == 3
 
 
-def test_a_dripping_answer_meets_the_time_out(fake):
+def test_slow_reply_times_out(fake):
     client = VLLMClient(fake.url, 5, 0.2)
     fake.change["/health"] = lambda answer, number: (time.sleep(1), b"ok")[1]
     with pytest.raises(TimeoutError):
-        client._send("/health", None, 0.2)
+        client.http.send(f"{fake.url}/health", timeout=0.2)
 
 
 @pytest.mark.parametrize(
@@ -421,13 +295,13 @@ def test_a_dripping_answer_meets_the_time_out(fake):
     [
         (lambda f: f.paths.remove("/collective_rpc"), "it must be started with VLLM_SERVER_DEV_MODE=1"),
         (lambda f: f.paths.remove("/inference/v1/generate"), "it must be started with --enable-scale-out"),
-        (lambda f: f.config.update(max_model_len=4), "--max-model-len above 4, and a prompt, got 4"),
+        (lambda f: f.config.update(max_model_len=4), "--max-model-len above 4 plus the length of a prompt, got 4"),
         (lambda f: f.config.update(logprobs_mode="raw_logits"), "--logprobs-mode raw_logprobs, got raw_logits"),
     ],
 )
 def test_a_server_that_cannot_serve_the_run(fake, tmp_path, change, message):
     change(fake)
-    with pytest.raises(ValueError, match=rf"vllm_server_base_url must be of a server that can serve this run: .*{message}"):
+    with pytest.raises(ValueError, match=f"vllm_server_base_url must be the URL of .* that can serve this run: .*{message}"):
         engine_of(tmp_path, fake)
 
 
@@ -450,13 +324,13 @@ def test_a_server_of_another_model(tmp_path):
         ({"vllm_fingerprint_tolerance": 0}, "vllm_fingerprint_tolerance must be None or > 0, got 0"),
         (
             {"generation_kwargs": {"num_beams": 2}},
-            "generation_kwargs must hold only what vLLM knows with use_vllm, got num_beams",
+            "generation_kwargs must hold only options that vLLM supports with use_vllm, got num_beams",
         ),
         ({"temperature": 0.7, "top_p": 0.9}, "temperature must be 1 with use_vllm and top_p, .*, got 0.7"),
-        ({"max_num_seqs": 8}, r"max_num_seqs must be None with a vLLM server, whose own it is \(--max-num-seqs\), got 8"),
+        ({"max_num_seqs": 8}, r"max_num_seqs must be None with a vLLM server \(set its --max-num-seqs instead\), got 8"),
     ],
 )
-def test_options_that_do_not_go_together(tmp_path, options, message):
+def test_unsupported_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, None, **options)
 
@@ -469,14 +343,14 @@ def test_options_that_do_not_go_together(tmp_path, options, message):
         ({"target_modules": ["q_proj"], "bias": "all"}, "have bias='none' with use_vllm, got 'all'"),
     ],
 )
-def test_adapters_that_vllm_does_not_know(options, message):
+def test_unsupported_adapters(options, message):
     model = get_peft_model(tiny.vlm(tied=False), LoraConfig(r=2, task_type="CAUSAL_LM", **options))
     with pytest.raises(ValueError, match=f"peft_config must {message}"):
         check_adapters(model)
 
 
-def test_adapters_travel_alone(fake, tmp_path):
-    """The server gets the folder of an adapter that peft can read, and keeps it as long as it uses it."""
+def test_only_adapters_are_sent(fake, tmp_path):
+    """The server gets a folder that peft can load; it stays until the next update, because vLLM may load it again."""
     fake.lora = {"max_lora_rank": 2}
     adapters = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM", init_lora_weights=False)
     run = trainer(tmp_path, fake, peft_config=adapters)
@@ -497,7 +371,7 @@ def test_adapters_travel_alone(fake, tmp_path):
     assert any(not torch.equal(loaded[0][name], loaded[1][name]) for name in loaded[0])
     assert fake.counts["/collective_rpc"] == 0
     assert fake.bodies[-1]["model"] == "vlmkernels"
-    assert [folder.name for folder in (tmp_path / "vllm-weights").iterdir()] == [run.generate.version]
+    assert [folder.name for folder in (tmp_path / "vllm-weights").iterdir()] == [run.engine.version]
 
 
 def test_videos_are_refused(fake, tmp_path):

@@ -1,6 +1,6 @@
 // Launches every CUDA kernel on small inputs for compute-sanitizer: odd sizes, rows at every alignment, split rows, gradients
-// that overwrite their logits. Each tensor is an allocation of its exact size, so that memcheck knows its bounds. Fails where a
-// result is not finite. Without Python or torch it starts in a second, under compute-sanitizer too.
+// that overwrite their logits. Each tensor is an allocation of its exact size, so that memcheck knows its bounds. The program
+// fails if a result is not finite. It does not need Python or torch, so it starts in a second, also under compute-sanitizer.
 //
 //   nvcc -std=c++17 -O3 -lineinfo -arch=native -o kernels tests/sanitizer/kernels.cu csrc/cuda/*.cu
 //   compute-sanitizer --tool memcheck ./kernels
@@ -12,21 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/common/gather_logps.h"
-#include "../../csrc/common/group_advantages.h"
-#include "../../csrc/common/linear_logps.h"
-#include "../../csrc/common/pack_patches.h"
-#include "../../csrc/common/rotary.h"
-
-namespace vlmk::cuda {
-void gather_logps_fwd(const GatherLogps&, int, uintptr_t);
-void gather_logps_bwd(const GatherLogps&, int, uintptr_t);
-void group_advantages(const GroupAdvantages&, int, uintptr_t);
-void grpo_loss(const GrpoLoss&, int, uintptr_t);
-void linear_logps(const LinearLogps&, int, uintptr_t);
-void pack_patches(const PackPatches&, int, uintptr_t);
-void rotary(const Rotary&, int, uintptr_t);
-}  // namespace vlmk::cuda
+#include "../../csrc/ops.h"
 
 using namespace vlmk;
 
@@ -86,7 +72,7 @@ const int64_t* targets(int64_t count, int64_t vocab) {
     return on_device(values);
 }
 
-const bool* mask(int64_t count) {
+const bool* random_mask(int64_t count) {
     std::vector<uint8_t> values(count);
     for (uint8_t& x : values) x = below(4) > 0;
     return reinterpret_cast<const bool*>(on_device(values));
@@ -129,7 +115,8 @@ void gather(int64_t num, int64_t vocab, int64_t offset, int64_t splits, bool in_
     expect_finite("gather_logps_bwd", p.stats, 2 * num);
 }
 
-// T: of the logits; Out: of the gradient and of the operands. In place, a narrower gradient starts where its row does.
+// T: the type of the logits. Out: the type of the gradient and the operands. In place, row k of a narrower gradient starts at
+// the address of row k of the logits.
 template <class T, class Out>
 void linear(int64_t num, int64_t vocab, bool in_place, float softcap) {
     constexpr int64_t kWidth = 33, kRatio = sizeof(T) / sizeof(Out);
@@ -144,14 +131,14 @@ void linear(int64_t num, int64_t vocab, bool in_place, float softcap) {
     p.inverse = 1.2f;
     p.softcap = softcap;
     p.logit_scale = 1;
-    if (sizeof(T) == 2) {  // the target's logit is computed again
+    if (sizeof(T) == 2) {  // the logit of the target is computed again
         p.hidden = random<Out>(num * kWidth);
         p.weight = random<Out>(vocab * kWidth);
         p.width = p.hidden_stride = p.weight_stride = kWidth;
         p.weight_step = 1;
     }
     p.read = p.objective = p.write = true;
-    p.variant.kl = 3;
+    p.variant.kl = KlEstimator::k3;
     p.variant.beta = 0.04f;
     p.variant.epsilon_low = p.variant.epsilon_high = 0.2f;
     p.variant.delta = INFINITY;
@@ -168,11 +155,11 @@ void linear(int64_t num, int64_t vocab, bool in_place, float softcap) {
     expect_finite("linear_logps", p.logp, num);
 }
 
-void grpo(int surrogate, bool sequence_level) {
+void grpo(GrpoSurrogate surrogate, bool sequence_level) {
     constexpr int64_t kSequences = 5, kLength = 601, kTokens = kSequences * kLength;
     GrpoLoss p{};
     p.variant.surrogate = surrogate;
-    p.variant.kl = 3;
+    p.variant.kl = KlEstimator::k3;
     p.variant.sequence_level = sequence_level;
     p.variant.beta = 0.04f;
     p.variant.epsilon_low = p.variant.epsilon_high = 0.2f;
@@ -186,17 +173,17 @@ void grpo(int surrogate, bool sequence_level) {
     p.ref_logp = random<float>(kTokens);
     p.entropy = random<float>(kTokens);
     p.advantages = random<float>(kSequences);
-    p.mask = mask(kTokens);
-    p.logp_stride = p.old_logp_stride = p.ref_logp_stride = p.entropy_stride = p.mask_stride = kLength;
+    p.loss_mask = random_mask(kTokens);
+    p.logp_stride = p.old_logp_stride = p.ref_logp_stride = p.entropy_stride = p.loss_mask_stride = kLength;
     p.advantages_stride = 1;
     p.divisor = p.accumulation_steps = 1;
     p.divide_by_tokens = true;
     p.entropy_coef = 0.1f;
-    p.partial = empty<float>(kSequences * kColumns);
+    p.partial = empty<float>(kSequences * GrpoColumn::count);
     p.dlogp = empty<float>(kTokens);
     p.dentropy = empty<float>(kTokens);
     p.loss = empty<float>(1);
-    p.stats = empty<float>(16);
+    p.stats = empty<float>(GrpoStat::count);
     cuda::grpo_loss(p, 0, 0);
     expect_finite("grpo_loss", p.dlogp, kTokens);
 }
@@ -240,7 +227,7 @@ void rotate(int64_t width) {
 }
 
 void pack(int64_t patch, int64_t slots, int64_t offset) {
-    constexpr int64_t kImages = 34;  // more than a launch takes
+    constexpr int64_t kImages = 34;  // more than one launch
     const int64_t side = 2 * patch, features = 3 * slots * patch * patch;
     std::vector<PatchImage> images;
     for (int64_t i = 0; i < kImages; ++i) {
@@ -274,11 +261,13 @@ int main() {
         linear<float, float>(7, 2051, in_place, 0.0f);
         linear<uint16_t, uint16_t>(7, 2051, in_place, 0.0f);
     }
-    for (int surrogate = 0; surrogate < 4; ++surrogate) {
+    using S = GrpoSurrogate;
+    for (S surrogate : {S::ppo_clip, S::cispo, S::sapo, S::vespo}) {
         for (bool sequence_level : {false, true}) grpo(surrogate, sequence_level);
     }
-    for (GroupScale scale : {kScaleNone, kScaleGroup, kScaleBatch}) {
-        for (GroupBaseline baseline : {kBaselineNone, kBaselineMean, kBaselineLeaveOneOut}) advantages(scale, baseline);
+    using B = GroupBaseline;
+    for (GroupScale scale : {GroupScale::none, GroupScale::group, GroupScale::batch}) {
+        for (B baseline : {B::none, B::mean, B::leave_one_out, B::pass_at_k}) advantages(scale, baseline);
     }
     for (int64_t width : {80, 82}) rotate(width);
     for (int64_t patch : {14, 16, 6}) {

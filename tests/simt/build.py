@@ -1,4 +1,4 @@
-"""Builds csrc/ with its CUDA kernels compiled as C++ under simt.h: the module behind backend "cuda" where there is no GPU."""
+"""Build csrc/ with its CUDA kernels compiled as C++ under simt.h: the module of backend "cuda" on a machine without a GPU."""
 
 import fcntl
 import hashlib
@@ -39,7 +39,7 @@ def _digest(*texts: bytes) -> str:
 
 
 def build(name: str, sources: list[Path], *flags: str) -> Path:
-    """The shared library of ``sources``; what an earlier run compiled from the same text and headers is not compiled again."""
+    """Build ``sources`` into a shared library. A file is compiled again only if its text, a header or a flag has changed."""
     cxx = compiler()
     if cxx is None:
         raise ImportError("no C++ compiler found (c++, g++, clang++ or CXX)")
@@ -50,7 +50,7 @@ def build(name: str, sources: list[Path], *flags: str) -> Path:
     library = CACHE / f"{name}-{_digest(repr(list(objects)).encode())}.so"
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one of several test processes builds
         if not library.exists():
             for old in {*CACHE.glob(f"{name}-*")} - {*objects}:
                 old.unlink()
@@ -85,7 +85,11 @@ def _load() -> object:
 
 
 def load():
-    """The module, or the ``ImportError`` that says why there is none; raises what the compiler said of a wrong source."""
+    """Return the module, or an ``ImportError`` with the reason if there is no compiler.
+
+    Raises:
+        RuntimeError: a source does not compile; the message is the compiler's.
+    """
     module = _load()
     if isinstance(module, RuntimeError):
         raise module

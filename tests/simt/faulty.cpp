@@ -1,11 +1,11 @@
-// Kernels for test_simt.py: one that is right, and one for each mistake that simt.h reports.
+// Kernels for test_simt.py: correct ones, and one for each mistake that simt.h reports.
 #include "cuda/launch.h"
 
 namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-// out[block] = the sum of the block's part of in.
+// out[block] is the sum of the block's part of in.
 void block_sum_kernel(const float* in, float* out) {
     VLMK_SHARED(float, sums, 32);
     float sum = __ldg(in + blockIdx.x * blockDim.x + threadIdx.x);
@@ -17,7 +17,7 @@ void block_sum_kernel(const float* in, float* out) {
     out[blockIdx.x] = sum;
 }
 
-// The same without the barrier: thread 0 reads what later warps have not written.
+// The same without the barrier: thread 0 reads values that later warps have not written yet.
 void missing_barrier_kernel(const float* in, float* out) {
     VLMK_SHARED(float, sums, 32);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = in[threadIdx.x];
@@ -90,7 +90,7 @@ constexpr Kernel kKernels[] = {
 
 }  // namespace
 
-// Runs a kernel; the message of what it throws, or an empty string.
+// Runs a kernel. Returns the message of its exception, or an empty string.
 extern "C" __attribute__((visibility("default"))) const char* run(const char* name, int grid, int threads, const float* in,
                                                                   float* out) {
     static std::string message;

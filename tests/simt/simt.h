@@ -1,10 +1,10 @@
-// Runs CUDA kernels on the host: a fiber per thread, the blocks of a grid one after another. For tests; nothing here is fast.
+// Runs CUDA kernels on the host for tests: one fiber per thread, and the blocks of a grid one after another. It is slow.
 //
-// The fibers of a block take turns; one runs until it waits at a barrier or a warp operation. What a GPU answers with a hang, a
-// fault or garbage is an exception here: a barrier that not all threads of the block reach, a warp operation that not all lanes
-// of its mask reach, a lane that does not exist, a load or store that is not aligned to its own size. Shared memory starts as
-// NaN. simt_watch() counts the bytes that streaming loads and stores move within a range of memory. Kernels and grids have one
-// dimension. A plain dereference is not seen by these checks.
+// The fibers of a block run in turns, each until it waits at a barrier or a warp operation. Mistakes for which a GPU hangs,
+// faults or returns garbage raise an exception: a barrier that not all threads of the block reach, a warp operation that not
+// all lanes of its mask reach, a lane that does not exist, a load or store that is not aligned to its size. Shared memory
+// starts as NaN. simt_watch() counts the bytes that loads and stores move within a range of memory. Kernels and grids have one
+// dimension. The checks see __ldg, __ldcs, __ldcg, __stcs and __stcg, but not a plain dereference.
 #pragma once
 
 #include <ucontext.h>
@@ -45,9 +45,9 @@ namespace simt {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
-constexpr size_t kShared = 48 * 1024;  // what a block gets without asking for more
+constexpr size_t kShared = 48 * 1024;  // shared memory of a block without opting in to more
 
-// Where a fiber waits, and for whom.
+// The place in the source where a fiber waits.
 struct Site {
     const char* what;
     const char* file;
@@ -64,17 +64,17 @@ struct Fiber {
     State state = State::ready;
     Site site{};
     uint32_t mask = 0;   // of the warp operation
-    uint64_t value = 0;  // what the lane gives
-    int source = 0;      // the lane whose value it takes
-    uint64_t taken = 0;
-    uint32_t votes = 0;  // the lanes of the mask whose value is not 0
+    uint64_t value = 0;  // input of the lane
+    int source = 0;      // the lane whose value this lane receives
+    uint64_t received = 0;
+    uint32_t votes = 0;  // bit per lane of the mask: its value is not 0
 };
 
 struct Index {
     unsigned x = 0, y = 0, z = 0;
 };
 
-// The GPU of one host thread.
+// The emulated GPU of one host thread.
 struct Device {
     std::string kernel;
     std::function<void()> body;
@@ -126,7 +126,7 @@ inline void wait(Fiber::State state, const Site& site) {
     d.thread.x = thread;
 }
 
-// Names a thread that waits, and one that it waits for.
+// Fails with the name of a thread that waits, and of one that it waits for.
 inline void report_deadlock() {
     Device& d = device();
     unsigned first = 0;
@@ -169,13 +169,14 @@ inline void run_block() {
 
 inline void launch(const std::string& kernel, unsigned grid, unsigned threads, std::function<void()> body) {
     Device& d = device();
-    if (threads == 0 || threads > 1024) throw std::runtime_error(kernel + ": a block has 1 to 1024 threads");
+    if (threads == 0 || threads > 1024)
+        throw std::runtime_error(kernel + ": a block must have 1 to 1024 threads, got " + std::to_string(threads));
     d.kernel = kernel;
     d.body = std::move(body);
     d.error = nullptr;
     d.block_dim = {threads, 1, 1};
     d.grid_dim = {grid, 1, 1};
-    // Those of an earlier launch stand at the start of fiber_main's loop.
+    // Fibers of an earlier launch are reused: they are at the start of the loop in fiber_main.
     d.fibers.resize(std::min<size_t>(d.fibers.size(), threads));
     while (d.fibers.size() < threads) {
         d.fibers.push_back(std::make_unique<Fiber>());
@@ -192,12 +193,12 @@ inline void launch(const std::string& kernel, unsigned grid, unsigned threads, s
             run_block();
         }
     } catch (...) {
-        d.fibers.clear();  // some stopped half way
+        d.fibers.clear();  // some have not finished
         throw;
     }
 }
 
-// Shared memory of the block for the declaration with that address; the first thread to come allocates.
+// The shared memory of the block for the declaration with this address. The first thread allocates it.
 inline void* shared_array(const void* declaration, size_t bytes) {
     Device& d = device();
     for (auto& [known, offset] : d.shared_arrays) {
@@ -205,7 +206,8 @@ inline void* shared_array(const void* declaration, size_t bytes) {
     }
     size_t offset = d.shared_used;
     d.shared_used += (bytes + 15) / 16 * 16;
-    if (d.shared_used > kShared) fail("more than 48 KB of shared memory");
+    if (d.shared_used > kShared)
+        fail("a block must use at most 48 KB of shared memory, got " + std::to_string(d.shared_used) + " bytes");
     d.shared_arrays.emplace_back(declaration, offset);
     return d.shared + offset;
 }
@@ -227,7 +229,7 @@ inline void barrier(const Site& site) {
     for (auto& fiber : d.fibers) fiber->state = Fiber::State::ready;
 }
 
-// Gives `value` and takes that of lane `source`, when all lanes of the mask are here.
+// Waits for all lanes of the mask, then gives `value` to the lanes that read it and receives the value of lane `source`.
 inline Fiber& exchange(const Site& site, uint32_t mask, uint64_t value, int source) {
     Device& d = device();
     Fiber& self = d.current();
@@ -259,7 +261,7 @@ inline Fiber& exchange(const Site& site, uint32_t mask, uint64_t value, int sour
     for (unsigned l = 0; l < kWarp; ++l) {
         if (!in_mask(l)) continue;
         Fiber& other = *d.fibers[warp + l];
-        other.taken = d.fibers[warp + other.source]->value;
+        other.received = d.fibers[warp + other.source]->value;
         other.votes = votes;
         other.state = Fiber::State::ready;
     }
@@ -269,10 +271,10 @@ inline Fiber& exchange(const Site& site, uint32_t mask, uint64_t value, int sour
 template <class T>
 T shuffle(const Site& site, uint32_t mask, T value, int source) {
     static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
-    if (source < 0 || source >= kWarp) source = device().thread.x % kWarp;  // as the hardware does: its own value
+    if (source < 0 || source >= kWarp) source = device().thread.x % kWarp;  // like the hardware: the lane's own value
     uint64_t raw = 0;
     std::memcpy(&raw, &value, sizeof(T));
-    raw = exchange(site, mask, raw, source).taken;
+    raw = exchange(site, mask, raw, source).received;
     std::memcpy(&value, &raw, sizeof(T));
     return value;
 }
@@ -288,7 +290,7 @@ inline Watch watch;
 template <class T>
 int64_t watched(const T* address) {
     uintptr_t at = reinterpret_cast<uintptr_t>(address);
-    if (at % sizeof(T) != 0) fail("an access of " + std::to_string(sizeof(T)) + " bytes is not aligned to them");
+    if (at % sizeof(T) != 0) fail("an access of " + std::to_string(sizeof(T)) + " bytes is not aligned to its size");
     uintptr_t begin = std::max(at, watch.begin), end = std::min(at + sizeof(T), watch.end);
     return begin < end ? end - begin : 0;
 }
@@ -357,7 +359,7 @@ void __stcg(T* address, T value) {
     simt::store(address, value);
 }
 
-// Other threads run only while this one waits, so that no other care is needed.
+// Other threads run only while this one waits, so these need no synchronization.
 template <class T>
 T atomicAdd(T* address, T value) {
     return std::exchange(*address, *address + value);

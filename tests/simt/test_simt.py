@@ -1,4 +1,4 @@
-"""The shim itself: a right kernel gives the right result, and each wrong one is reported instead of hanging or passing."""
+"""The emulator: a correct kernel gives the correct result, and each wrong kernel is reported instead of hanging or passing."""
 
 import ctypes
 import math
@@ -19,7 +19,7 @@ def run():
     library.run.restype = ctypes.c_char_p
 
     def call(name: str, threads: int, grid: int = 1) -> tuple[np.ndarray, str]:
-        """What the kernel wrote and what the shim said; the input is 0, 1, 2, ..."""
+        """Run a kernel on 0, 1, 2, ... and return its output and the error message."""
         numbers = np.arange(1 << 14, dtype=np.float32)
         numbers = numbers[-numbers.ctypes.data // 4 % 4 :]  # aligned to 16 bytes
         numbers[:] = np.arange(len(numbers))
@@ -41,7 +41,7 @@ def test_votes_and_atomics(run):
     out, error = run("vote", 32)
     assert error == ""
     np.testing.assert_array_equal(out[:32], np.arange(32) % 3 == 0)
-    assert out[32] == 1  # any, not all
+    assert out[32] == 1  # any is true, all is false
     assert out[33] == 32
 
 
@@ -69,6 +69,6 @@ def test_mistakes_are_reported(run, kernel, threads, words):
     assert error.startswith(kernel)
     for word in words:
         assert word in error
-    out, error = run("block_sum", 64)  # and the next launch is clean
+    out, error = run("block_sum", 64)  # the next launch works
     assert error == ""
     assert out[0] == sum(range(64))

@@ -1,4 +1,4 @@
-"""How far a result may be from the exact one."""
+"""How much a result may differ from the exact one."""
 
 import torch
 
@@ -6,12 +6,15 @@ import torch
 def assert_within_budget(
     name: str, actual: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, scale: float | None = None
 ) -> None:
-    """max |actual - exact| <= 2 max |eager - exact| + eps scale, with eps of the dtype of ``actual``.
+    """Assert max |actual - exact| <= 2 max |eager - exact| + eps scale, where eps is that of the dtype of ``actual``.
 
-    ``scale`` is max |exact|, or that of the terms that it is the sum of, where they cancel.
+    The budget comes from the data; there is no tolerance to choose.
 
-    ``exact`` is the fp64 reference, ``eager`` the reference in the dtype under test: the budget comes from the data, not from
-    a tolerance that somebody chose.
+    Args:
+        actual: the result under test.
+        eager: the result of the reference in the same dtype.
+        exact: the result of the reference in fp64.
+        scale: by default max |exact|. Where ``exact`` is a sum whose terms cancel, pass the size of the terms.
     """
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, eager has {eager.dtype}"
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, exact has {tuple(exact.shape)}"

@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel for GPUs that need not be there and prints, as JSON lines, what each takes.
+"""Compile every Triton kernel for several GPU architectures, without a GPU, and print its resources as JSON lines.
 
-A script of its own because triton's interpreter, in which the tests run, replaces the kernels when triton is imported.
+This is a program because tests run in Triton's interpreter, which replaces the kernels when triton is imported.
 """
 
 import importlib
@@ -15,28 +15,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vlmkernels import backend
 from vlmkernels.ops.group_advantages.triton import BASELINES
 from vlmkernels.ops.grpo_loss.config import Scalars
 from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
 from vlmkernels.ops.linear_logps import triton_fused as linear_logps_fused
 
-# (op, kernel, argument types, compile-time arguments, num_warps). Integers are "i32" or "i64"; "16" after a type says that
-# the value is a multiple of 16, as triton finds at run time.
+# Types of arguments. "16" after a type says that the value is a multiple of 16, which Triton finds at run time.
 GATHER = {"N": "i32", "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16"}
 FWD = {"logits_ptr": "*bf16:16", "mask_ptr": "*i1:16", "rows_ptr": "*i64:16", "partial_ptr": "*fp32:16", **GATHER}
 MERGE = {"targets_ptr": "*i64:16", "logp_ptr": "*fp32:16", "entropy_ptr": "*fp32:16", "stats_ptr": "*fp32:16"}
 BWD = {
     "dlogp_ptr": "*fp32:16", "targets_ptr": "*i64:16", "stats_ptr": "*fp32:16", "dentropy_ptr": "*fp32:16",
-    "entropy_ptr": "*fp32:16", "logits_ptr": "*bf16:16", "starts_ptr": "*i64:16", "dlogits_ptr": "*bf16:16",
+    "entropy_ptr": "*fp32:16", "logits_ptr": "*bf16:16", "offsets_ptr": "*i64:16", "dlogits_ptr": "*bf16:16",
     "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16", "grad_stride_outer": "i64:16",
     "grad_stride_inner": "i32:16", "blocks": "i32", "temperature": "fp32", "scale": "fp32",
 }  # fmt: skip
 FLOATS = ("logp", "old_logp", "ref_logp", "rollout_logp", "entropy", "adv", "threshold", "dlogp", "dentropy", "partial")
 FLOATS += ("num_items", "loss", "stats")
-STRIDES = ("logp", "old", "ref", "rollout", "entropy", "adv", "mask")
+STRIDES = ("logp", "old", "ref", "rollout", "entropy", "adv", "loss_mask")
 GRPO = {
     **{f"{name}_ptr": "*fp32:16" for name in FLOATS},
-    "mask_ptr": "*i1:16", "cu_seqlens_ptr": "*i32:16", "T": "i32", "N": "i64", "S": "i32",
+    "loss_mask_ptr": "*i1:16", "cu_seqlens_ptr": "*i32:16", "T": "i32", "N": "i64", "S": "i32",
     **{f"stride_{name}": "i64" for name in STRIDES}, "p": Scalars(*["fp32"] * len(Scalars._fields)),
     "divisor": "fp32", "entropy_coef": "fp32", "accumulation_steps": "fp32",
 }  # fmt: skip
@@ -46,7 +46,7 @@ PLAIN = {
 }  # fmt: skip
 EVERYTHING = {**PLAIN, "SEQUENCE": True, "ADV_PER_TOKEN": True, "ROLLOUT": "sequence", "ROLLOUT_MASK": True, "OFF_POLICY": True}
 GROUPS = {
-    "rewards_ptr": "*fp32:16", "weights_ptr": "*fp32:16", "starts_ptr": "*i32:16", "advantages_ptr": "*fp32:16",
+    "rewards_ptr": "*fp32:16", "weights_ptr": "*fp32:16", "offsets_ptr": "*i32:16", "advantages_ptr": "*fp32:16",
     "total_ptr": "*fp32:16", "mean_ptr": "*fp32:16", "std_ptr": "*fp32:16", "degenerate_ptr": "*i1:16",
     "N": "i32", "K": "i32", "R": "i32", "group_size": "i32", "eps": "fp32",
 }  # fmt: skip
@@ -58,7 +58,7 @@ ROTARY = {
     **{f"{x}_stride_{axis}": "i32" for x in ("cos", "sin") for axis in "bs"},
 }  # fmt: skip
 ON_POLICY = dict.fromkeys(f"{name}_ptr" for name in ("old_logp", "ref_logp", "rollout_logp", "entropy", "threshold"))
-ON_POLICY |= dict.fromkeys(("mask_ptr", "dentropy_ptr", "num_items_ptr"))
+ON_POLICY |= dict.fromkeys(("loss_mask_ptr", "dentropy_ptr", "num_items_ptr"))
 PADDED = ON_POLICY | {"cu_seqlens_ptr": None}
 RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
 
@@ -73,7 +73,7 @@ STAGES = {
     "CAP": False, "READ": True, "WRITE": True, "BIAS_CORRECTED": True, "ROLLOUT": True, "ROLLOUT_MASK": False, "BLOCK_V": 4096,
     "BLOCK_H": 1024,
 }  # fmt: skip
-# What fp32 logits, a fused objective, and a pass by itself do without.
+# The arguments that are None with fp32 logits, with a fused objective, and without an objective.
 FP32 = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "H", "stride_hidden", "stride_weight", "step_weight"))
 FUSED = STAGES | FP32 | dict.fromkeys(("dlogp_ptr", "dentropy_ptr"))
 ALONE = STAGES | dict.fromkeys(("old_logp_ptr", "ref_logp_ptr", "rollout_logp_ptr", "adv_ptr", "share_ptr", "entropy_scale"))
@@ -94,7 +94,7 @@ def surrogate(name: str) -> dict:
 
 
 def fused_forward(dtype: str, capability: int, capped: bool, tma: bool = False) -> tuple:
-    """The arguments of compile_kernel, with the blocks that the launcher takes on that GPU."""
+    """The arguments of compile_kernel, with the block sizes that the launcher uses on that GPU."""
     wide = torch.float32 if dtype == "fp32" else torch.bfloat16
     blocks = linear_logps_fused.blocks_of(wide, divmod(capability, 10), capped)
     rows, vocab, width, num_warps, num_stages, _ = blocks
@@ -160,7 +160,8 @@ KERNELS = [
 
 
 def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps, capability: int, num_stages=3) -> dict:
-    kernel = getattr(importlib.import_module(f"vlmkernels.ops.{op}.triton"), name)
+    kernel = getattr(importlib.import_module(backend.module_name(op, "triton")), name)
+    assert set(kernel.do_not_specialize) <= set(kernel.arg_names)  # Triton ignores a name that no argument has
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -193,7 +194,7 @@ def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps
 JOBS = [(*row, capability) for row in KERNELS for capability in (80, 90, 100)]
 JOBS += [fused_forward("bf16", capability, False) for capability in (80, 86, 90, 100)]
 JOBS += [fused_forward("bf16", 90, False, tma=True)]
-JOBS += [fused_forward(dtype, 100, True) for dtype in ("bf16", "fp32")]  # where ptxas leaves the fewest registers
+JOBS += [fused_forward(dtype, 100, True) for dtype in ("bf16", "fp32")]  # these need the most registers
 
 
 def run(job: int) -> dict:

@@ -1,4 +1,4 @@
-"""pytest plugin for a test run on a GPU that may be cut short, loaded by `-p gpu_session` (bench/gpu_check.py).
+"""pytest plugin for a test run on a GPU that may be cut short, loaded by `-p support.gpu_session` (bench/gpu_check.py).
 
 Every outcome is appended to the file of `--outcomes` as soon as it is known. A test waits for the device before it counts as
 passed, so that an asynchronous error is reported by the test that caused it. After such an error every later call into CUDA
@@ -17,7 +17,7 @@ def pytest_addoption(parser):
 
 
 def device_error() -> str | None:
-    """The error that makes this process's CUDA context unusable, if any."""
+    """The error that has made the CUDA context of this process unusable, if any."""
     if not torch.cuda.is_initialized():
         return None
     try:
@@ -60,7 +60,7 @@ class Session:
             self.append({"test": report.nodeid, "outcome": "failed", "message": message_of(report)})
 
     def write(self, report) -> None:
-        """The outcome of the call; of set-up and teardown what is not "passed"."""
+        """Record the outcome of the call, and of set-up and teardown if they did not pass."""
         if report.when != "call" and report.outcome == "passed":
             return
         row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(getattr(report, "duration", 0.0), 3)}
@@ -77,7 +77,7 @@ class Session:
 
 
 def message_of(report) -> str:
-    """The exception's own text, or the reason for a skip."""
+    """The message of the exception, or the reason for a skip."""
     longrepr = report.longrepr
     if isinstance(longrepr, tuple):
         return longrepr[2]

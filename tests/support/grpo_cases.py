@@ -1,10 +1,10 @@
-"""Batches and configurations that the tests of grpo_loss share."""
+"""Batches and configurations for the tests of grpo_loss and linear_grpo_loss."""
 
 import torch
 
 from vlmkernels import grpo_loss
 
-# Every row of every table, and what turns on each branch of the kernels.
+# Every row of the tables of variants, and every branch of the kernels.
 VARIANTS = {
     "grpo": {"loss_type": "grpo"},
     "bnpo": {"loss_type": "bnpo", "beta": 0.1, "kl_estimator": "k1"},
@@ -27,10 +27,13 @@ VARIANTS = {
 
 
 def make(B=5, T=9, dtype=torch.float64, spread=0.4, per_token=False, seed=0):
-    """A batch with holes in its mask, an empty completion, and NaN wherever nothing counts."""
+    """A batch with holes in its mask, one empty completion and one complete one."""
     rng = torch.Generator().manual_seed(seed)
     logps = -torch.rand(B, T, generator=rng, dtype=torch.float64) * 3
-    around = lambda: logps + spread * torch.randn(B, T, generator=rng, dtype=torch.float64)  # noqa: E731
+
+    def around():
+        return logps + spread * torch.randn(B, T, generator=rng, dtype=torch.float64)
+
     batch = {
         "logps": logps,
         "advantages": torch.randn((B, T) if per_token else (B,), generator=rng, dtype=torch.float64),
@@ -42,11 +45,11 @@ def make(B=5, T=9, dtype=torch.float64, spread=0.4, per_token=False, seed=0):
     mask = torch.rand(B, T, generator=rng) < 0.7
     mask[0] = False
     mask[1] = True
-    return {name: x.to(dtype) for name, x in batch.items()} | {"mask": mask}
+    return {name: x.to(dtype) for name, x in batch.items()} | {"loss_mask": mask}
 
 
 def run(batch, config, backend="auto", **options):
-    """The loss, its gradients by logps and entropy, and the metrics. Reads only what the configuration asks for."""
+    """The loss, its gradients with respect to logps and entropy, and the metrics. Passes only the inputs that config uses."""
     batch = {name: x.detach().clone() for name, x in batch.items() if x is not None}
     if config.rollout_correction is None and config.off_policy_mask_threshold is None:
         batch.pop("rollout_logps", None)
@@ -64,8 +67,8 @@ def on(device, batch):
 
 
 def packed(batch):
-    """The tokens that the mask holds, one sequence after another."""
-    mask = batch["mask"]
-    result = {name: x[mask] if x.shape == mask.shape else x for name, x in batch.items() if name != "mask"}
+    """The batch without its masked tokens, one sequence after another, with ``cu_seqlens``."""
+    mask = batch["loss_mask"]
+    result = {name: x[mask] if x.shape == mask.shape else x for name, x in batch.items() if name != "loss_mask"}
     lengths = mask.sum(1)
     return result | {"cu_seqlens": torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()}

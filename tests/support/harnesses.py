@@ -1,5 +1,4 @@
-"""The metric functions of lmms-eval's wheel, where `make setup` put it, beside the environment and without its
-dependencies."""
+"""The metric functions of lmms-eval, which `make setup` installs without dependencies outside the environment."""
 
 import importlib.util
 import sys
@@ -9,12 +8,12 @@ from unittest import mock
 
 LMMS_EVAL = Path(sys.prefix) / "peers" / "lmms_eval"
 INSTALLED = LMMS_EVAL.is_dir()
-# Imported by the modules, not used by the functions that are called here.
+# Imported by the modules, but not used by the functions that tests call.
 UNUSED = ("loguru", "sacrebleu", "lmms_eval.api.registry", "lmms_eval.tasks._task_utils.file_utils")
 
 
 def load(path: str) -> types.ModuleType:
-    """A module of lmms-eval, by its path in the wheel. Decorators of its registry do nothing."""
+    """Load a module of lmms-eval by its path in the wheel, with registry decorators that do nothing."""
     spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), LMMS_EVAL / path)
     module = importlib.util.module_from_spec(spec)
     stubs = {name: mock.MagicMock() for name in UNUSED}

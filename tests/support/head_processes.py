@@ -1,4 +1,4 @@
-"""The head over several processes, compared with one: the subprocess of a test of linear_logps."""
+"""The program that a test of linear_logps launches with several processes: the head over processes equals the head of one."""
 
 import os
 
@@ -11,13 +11,14 @@ from vlmkernels import GRPOLossConfig, VocabParallel, linear_grpo_loss, linear_l
 from vlmkernels.integrations.verl import linear_cross_entropy
 
 torch.set_num_threads(1)
-SIZES = (17, 5, 9)  # of the shards, of however many processes
+SIZES = (17, 5, 9)  # vocabulary sizes of the shards of up to three processes
 
 
 def inputs(seed: int, vocab: int):
     rng = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=rng)  # noqa: E731
-    return randn(4, 6, 8), randn(vocab, 8), randn(vocab), torch.randint(vocab, (4, 6), generator=rng), randn(4)
+    hidden, weight, bias = (torch.randn(*shape, generator=rng) for shape in ((4, 6, 8), (vocab, 8), (vocab,)))
+    targets = torch.randint(vocab, (4, 6), generator=rng)
+    return hidden, weight, bias, targets, torch.randn(4, generator=rng)
 
 
 def gradients(loss, *tensors):
@@ -35,7 +36,7 @@ def vocabulary_parallel(rank: int, processes: int) -> None:
         weight.detach()[own].requires_grad_(),
         bias.detach()[own].requires_grad_(),
     ]
-    parallel = VocabParallel.of(parts[1])
+    parallel = VocabParallel.from_shard(parts[1])
     assert parallel[1:] == (start, sum(sizes))
     rows = torch.tensor([5, 0, 5, 23])
     for options in ({}, {"temperature": 0.7, "softcap": 3.0}, {"mask": targets % 3 > 0}, {"rows": rows}):
@@ -47,7 +48,7 @@ def vocabulary_parallel(rank: int, processes: int) -> None:
         expected, actual = results
         expected[3], expected[4] = expected[3][own], expected[4][own]
         torch.testing.assert_close(actual, expected)
-    # A shard without any token that is possible, and no tokens at all.
+    # All tokens of a shard have probability 0; then a batch without tokens.
     padded, own_bias = torch.where(torch.arange(sum(sizes)) < sizes[0], bias.detach(), -torch.inf), parts[2].detach()
     possible = targets % sizes[0]
     expected = linear_logps(hidden, weight, possible, bias=padded)
@@ -64,8 +65,8 @@ def vocabulary_parallel(rank: int, processes: int) -> None:
         torch.testing.assert_close(gradients(of_parts.loss, *parts)[0], gradients(of_whole.loss, *whole)[0])
 
 
-def of_verl(rank: int, processes: int) -> None:
-    """verl's function over processes: results of the whole on each, gradients by hidden states that add up to the whole."""
+def verl(rank: int, processes: int) -> None:
+    """verl's function over processes: each has the full result, and their gradients of the hidden states add up."""
     hidden, weight, _, targets, _ = inputs(0, 12 * processes)
     own = slice(12 * rank, 12 * rank + 12)
     results = []
@@ -80,7 +81,7 @@ def of_verl(rank: int, processes: int) -> None:
 
 
 def fsdp(rank: int, processes: int) -> None:
-    """A sharded weight, and a sharded module's own forward pass: the gradient is the mean over the processes."""
+    """A sharded weight, by itself and in the forward pass of its sharded module: gradients are means over processes."""
     mesh = init_device_mesh("cpu", (processes,))
     head = torch.nn.Linear(8, 31)
     with torch.no_grad():
@@ -110,13 +111,13 @@ def unsupported_placements(rank: int, processes: int) -> None:
     except NotImplementedError as error:
         assert "weight must be sharded or replicated over a mesh of one dimension, got placements" in str(error)  # noqa: PT017
     else:
-        raise AssertionError("partial placements were taken")
+        raise AssertionError("partial placements raised no error")
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for check in (vocabulary_parallel, of_verl, fsdp, unsupported_placements):
+    for check in (vocabulary_parallel, verl, fsdp, unsupported_placements):
         check(dist.get_rank(), dist.get_world_size())
     dist.barrier()
     print("equal to one process", flush=True)
-    os._exit(0)  # gloo's threads may ask for the interpreter while it ends, which aborts the process
+    os._exit(0)  # a gloo thread that needs the interpreter while it shuts down would abort the process

@@ -1,4 +1,4 @@
-"""Models of a few thousand parameters with real architectures, processors and tokenizers, built in code."""
+"""Models with a few thousand parameters but real architectures, processors and tokenizers, created without downloads."""
 
 from functools import cache
 
@@ -55,7 +55,7 @@ def _vocabulary() -> dict[str, int]:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE without merges: one token per character, and Qwen's special tokens."""
+    """A byte-level BPE without merges: one token per character, and the special tokens of Qwen."""
     bpe = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def _ids() -> dict[str, int]:
 
 
 def vlm(seed: int = 0, tied: bool = True) -> Qwen2_5_VLForConditionalGeneration:
-    """Qwen2.5-VL, 2 layers of width 32, a vision tower of 2 layers."""
+    """Qwen2.5-VL with 2 layers of width 32 and a vision tower of 2 layers."""
     torch.manual_seed(seed)
     text, ids = _ids()
     config = Qwen2_5_VLConfig(
@@ -114,18 +114,30 @@ def vlm(seed: int = 0, tied: bool = True) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def qwen2_vl(seed: int = 0) -> Qwen2VLForConditionalGeneration:
-    """Qwen2-VL of the same sizes."""
+    """Qwen2-VL with the sizes of ``vlm``."""
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
     return _other_vlm(Qwen2VLForConditionalGeneration, Qwen2VLConfig, vision, seed)
 
 
 def qwen3_vl(seed: int = 0) -> Qwen3VLForConditionalGeneration:
-    """Qwen3-VL of the same sizes, with deep features of the tower's first layer, and the patches of the processor above."""
+    """Qwen3-VL with the sizes of ``vlm`` and the patch size of ``processor``; DeepStack features from the first layer."""
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 14,
         "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
     }  # fmt: skip
     return _other_vlm(Qwen3VLForConditionalGeneration, Qwen3VLConfig, vision, seed, head_dim=8)
+
+
+def qwen3_vl_large_patches(seed: int = 0) -> Qwen3VLForConditionalGeneration:
+    """Qwen3-VL with patches of 16 pixels, as released, and a vision tower of one layer. Its patch embedding has a bias."""
+    vision = {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32, "patch_size": 16,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    text = {**TEXT, "head_dim": 8, "vocab_size": 60}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
 def _other_vlm(model_class, config_class, vision: dict, seed: int, **text):
@@ -139,13 +151,13 @@ def _other_vlm(model_class, config_class, vision: dict, seed: int, **text):
 
 
 def text_model(seed: int = 0) -> Qwen2ForCausalLM:
-    """Qwen2, 2 layers of width 32."""
+    """Qwen2 with 2 layers of width 32."""
     torch.manual_seed(seed)
     return _finish(Qwen2ForCausalLM(Qwen2Config(**TEXT, **_ids()[0], vocab_size=len(_vocabulary()))))
 
 
 def _finish(model):
-    """Larger weights than the default: the untrained model's distributions should not all be flat."""
+    """Enlarge the weights, so that the output distributions of the untrained model are not flat."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -155,15 +167,19 @@ def _finish(model):
 
 
 def image(index: int, width: int = 28, height: int = 28) -> Image.Image:
-    """An image of one colour and a gradient, different for each index."""
+    """An image with one color and a gradient, different for each index."""
     rows = torch.linspace(0, 255, height).view(-1, 1, 1).expand(height, width, 3)
     shade = torch.tensor([37.0 * index % 256, 91.0 * index % 256, 53.0 * index % 256])
     return Image.fromarray(((rows + shade) % 256).byte().numpy())
 
 
 def rows(num: int, images: str = "one") -> list[dict]:
-    """Samples with an answer. images: "none", "one" (column image), "several" (1 or 2 in column images), "mixed" (0 to 2),
-    "videos" (by turns an image, a video of 2 to 4 frames, both)."""
+    """Samples with an answer.
+
+    Args:
+        images: "none", "one" (column image), "several" (1 or 2 in column images), "mixed" (0 to 2), or "videos" (in turn an
+            image, a video of 2 to 4 frames, both).
+    """
     samples = []
     for index in range(num):
         row = {"prompt": [{"role": "user", "content": f"what is {index}?"}], "answer": str(index)}

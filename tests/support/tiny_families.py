@@ -1,4 +1,4 @@
-"""A tiny model and its real processor of every family, built in code: 2 layers, random weights, nothing downloaded."""
+"""A tiny model and its real processor for every model family: 2 layers, random weights, no downloads."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +34,7 @@ def token_id(token: str) -> int:
 
 
 def tokenizer(**named: str) -> tf.PreTrainedTokenizerFast:
-    """One token per byte; ``named`` are tokens that a processor asks its tokenizer for."""
+    """One token per byte. named: the special tokens that a processor reads from its tokenizer, by attribute."""
     bpe = Tokenizer(models.BPE(vocab=vocabulary(), merges=[]))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -45,7 +45,7 @@ def tokenizer(**named: str) -> tf.PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Sample:
-    """Media of a sample: images as (height, width), videos as (frames, height, width)."""
+    """The media of a sample: images as (height, width), videos as (frames, height, width)."""
 
     images: tuple[tuple[int, int], ...] = ()
     videos: tuple[tuple[int, int, int], ...] = ()
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass
 class Case:
-    """A family to test. image, video: how a prompt stands for one."""
+    """A family under test. image, video: their placeholders in a prompt."""
 
     model: tf.PreTrainedModel
     processor: Any
@@ -62,7 +62,7 @@ class Case:
     video: str = ""
 
     def inputs(self, *chosen: int) -> dict[str, torch.Tensor]:
-        """The processor's output for the chosen samples (all by default), each with its own noise and a question of its own."""
+        """The output of the processor for the chosen samples (by default all). Each has its own pixels and question."""
         chosen = chosen or range(len(self.samples))
         texts, images, videos = [], [], []
         for index in chosen:
@@ -94,7 +94,8 @@ TEXT = {
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MIXED = (Sample(), Sample(((28, 28),)), Sample(((28, 56), (56, 28))), Sample(((56, 56),)))
 WITH_VIDEOS = (*MIXED, Sample(videos=((4, 28, 28),)), Sample(((56, 28),), ((2, 28, 56), (4, 28, 28))))
-OF_TWO_FRAMES = (*MIXED, Sample(videos=((2, 28, 28),)), Sample(((56, 28),), ((2, 28, 56), (2, 28, 28))))  # stacked
+# For processors that stack videos, which then need the same number of frames.
+OF_TWO_FRAMES = (*MIXED, Sample(videos=((2, 28, 28),)), Sample(((56, 28),), ((2, 28, 56), (2, 28, 28))))
 
 
 def _mrope(*section: int) -> dict:
@@ -190,7 +191,7 @@ def _glm(prefix: str, samples: tuple[Sample, ...], **text) -> Case:
     )
 
 
-# GLM-4V has one placeholder token for images and videos, and its model takes only one kind at a time.
+# GLM-4V has one placeholder token for images and videos, and its model accepts only one kind in a batch.
 def glm4v():
     return _glm("Glm4v", MIXED)
 
@@ -319,7 +320,7 @@ def idefics3():
 
 
 def smolvlm():
-    """Its own processor needs num2words; Idefics3's makes the same of images."""
+    """Uses the processor of Idefics3, which treats images in the same way: its own needs num2words."""
     return Case(_idefics("SmolVLM"), idefics3().processor, "<image>", MIXED)
 
 
@@ -369,7 +370,7 @@ BUILDERS = {
 
 @cache
 def case(name: str) -> Case:
-    """The case of that name, its weights large enough for outputs to differ (Gemma3's projector starts at zero)."""
+    """The case of that name, with weights so large that outputs differ (the projector of Gemma3 is initialized with zeros)."""
     torch.manual_seed(0)
     built = BUILDERS[name]()
     with torch.no_grad():

@@ -8,7 +8,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 class OneProcess:
-    """What _compute_loss asks of accelerate."""
+    """The methods of accelerate's Accelerator that ``_compute_loss`` calls, for one process."""
 
     num_processes = 1
     sync_gradients = True
@@ -23,7 +23,7 @@ class OneProcess:
         return x
 
 
-# What decides the loss, with the defaults of trl.GRPOConfig.
+# The options that affect the loss, with the defaults of trl.GRPOConfig.
 FIELDS = [
     "loss_type", "importance_sampling_level", "beta", "use_bias_correction_kl", "epsilon", "epsilon_high", "delta",
     "max_completion_length", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
@@ -35,7 +35,7 @@ DEFAULTS = {name: GRPOConfig.__dataclass_fields__[name].default for name in FIEL
 
 
 def trl_args(**options) -> SimpleNamespace:
-    """A ``trl.GRPOConfig`` as far as the loss goes: the real one takes a device, and milliseconds."""
+    """The loss options of a ``trl.GRPOConfig``, without the device check and the milliseconds of its constructor."""
     assert options.keys() <= DEFAULTS.keys()
     fields = SimpleNamespace(**DEFAULTS | options)
     fields.__dataclass_fields__ = DEFAULTS
@@ -43,7 +43,7 @@ def trl_args(**options) -> SimpleNamespace:
 
 
 def rollout_ratio(args, old_logps, rollout_logps, mask):
-    """The importance ratio that TRL computes when it samples, (B, T) or (B, 1)."""
+    """The importance ratio that TRL computes after sampling, (B, T) or (B, 1)."""
     log_ratio = torch.where(mask, (old_logps - rollout_logps).nan_to_num(nan=0.0), 0)
     level, bound = args.vllm_importance_sampling_mode.split("_")
     ratio = (log_ratio.sum(1, keepdim=True) if level == "sequence" else log_ratio).exp()
@@ -55,7 +55,7 @@ def rollout_ratio(args, old_logps, rollout_logps, mask):
 
 
 def trl_loss(args, logps, advantages, mask, *, old_logps, ref_logps, rollout_logps, entropy, num_items):
-    """(loss, metrics) of TRL 1.16, in evaluation mode without accumulation."""
+    """(loss, metrics) of TRL 1.16 in evaluation mode, without gradient accumulation."""
     masks = {"prompt_mask": mask[:, :0], "completion_mask": mask.to(logps.dtype)}
     inputs = {
         "prompt_ids": mask[:, :0].long(),

@@ -1,4 +1,4 @@
-"""The correction for the policy that sampled: exact expectations over a small vocabulary, and the trainer against formulas."""
+"""The rollout correction: exact expectations over a small vocabulary, and the trainer against the formulas."""
 
 import math
 from dataclasses import replace
@@ -6,14 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from support import tiny
-from test_generate import lively
-from test_group import prompts_of
-from test_trainer import FixedGenerate, Gradients, config, fixed_completions, length_reward, perturb, train, vowel_reward
+from support.engines import FunctionEngine
+from support.groups import amplified, prompts_of
+from support.training import FixedGenerate, Gradients, config, fixed_completions, length_reward, perturb, train, vowel_reward
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, grpo_loss
-from vlmkernels.rollout.decode import Sampling, decode_groups
+from vlmkernels.rollout.base import Sampling
+from vlmkernels.rollout.decode import decode_groups
 from vlmkernels.train import GRPOTrainer
 
 torch.set_num_threads(1)
@@ -21,7 +22,7 @@ EOS, PAD, V = 5, 0, tiny.text_model().config.vocab_size
 
 
 def chosen_from(logits: torch.Tensor, temperature: float, seen: set[int], options: dict) -> torch.Tensor:
-    """The probabilities (V,) that a token is drawn with, from the definitions, one token after another."""
+    """Compute the sampling probabilities (V,) of the next token from the definitions of the options."""
     scores = {token: value for token, value in enumerate(logits.double().tolist())}
     penalty = options.get("repetition_penalty", 1.0)
     for token in seen:
@@ -30,23 +31,23 @@ def chosen_from(logits: torch.Tensor, temperature: float, seen: set[int], option
         scores.pop(token, None)
     weights = {token: math.exp(value / temperature) for token, value in scores.items()}
 
-    def normalised():
+    def normalized():
         total = sum(weights.values())
         return sorted(((weight / total, token) for token, weight in weights.items()), reverse=True)
 
     if top_k := options.get("top_k"):
-        weights = {token: weights[token] for _, token in normalised()[:top_k]}
+        weights = {token: weights[token] for _, token in normalized()[:top_k]}
     if (top_p := options.get("top_p", 1.0)) < 1:
         kept, mass = {}, 0.0
-        for p, token in normalised():
+        for p, token in normalized():
             if mass < top_p:
                 kept[token], mass = weights[token], mass + p
         weights = kept
     if min_p := options.get("min_p"):
-        ranked = normalised()
+        ranked = normalized()
         weights = {token: weights[token] for p, token in ranked if p >= min_p * ranked[0][0]}
     q = torch.zeros(len(logits), dtype=torch.float64)
-    for p, token in normalised():
+    for p, token in normalized():
         q[token] = p
     return q
 
@@ -66,8 +67,8 @@ OPTIONS = {
 
 
 def sampled(options: dict, length: int, count: int, uniform=None):
-    """The model, a prompt, and completions of it."""
-    model = lively(tiny.text_model())
+    """Return a model, a prompt and sampled completions."""
+    model = amplified(tiny.text_model())
     use_group_attention(model)
     prompts = prompts_of((0,), model)
     sampling = Sampling(**{"max_new_tokens": length, "eos_token_id": [EOS], "pad_token_id": PAD, **options})
@@ -76,21 +77,23 @@ def sampled(options: dict, length: int, count: int, uniform=None):
 
 
 def logits_of(model, prompts, decoded) -> torch.Tensor:
-    """(B, C, V), each token's, with gradients."""
+    """Return the logits (B, C, V) of the sampled tokens, with gradients."""
     inputs = prompts.repeat(len(decoded.ids)).append(decoded.ids, decoded.mask.long()).inputs
     return model(**inputs).logits[:, -decoded.ids.shape[1] - 1 : -1]
 
 
 def logps_of(model, prompts, decoded, temperature=1.0) -> torch.Tensor:
-    """(B, C), under the model, fp64 but for its forward pass; 0 outside of the mask."""
+    """Return log-probabilities (B, C) under the model, in fp64 after the forward pass; 0 outside of the mask."""
     logps = (logits_of(model, prompts, decoded).double() / temperature).log_softmax(-1)
     return logps.gather(-1, decoded.ids.unsqueeze(-1)).squeeze(-1).masked_fill(~decoded.mask, 0)
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_what_a_token_was_drawn_with(case):
-    """logps is the whole vocabulary's log-probability, logps - log_kept_mass that of the draw; where tokens are only left out,
-    the kept mass is the probability of the others."""
+    """logps is over the whole vocabulary, and logps - log_kept_mass is the log-probability that the token was sampled with.
+
+    If the options only exclude tokens, the kept mass is the probability of the remaining tokens.
+    """
     options = OPTIONS[case]
     temperature = options.get("temperature", 1.0)
     model, prompts, decoded = sampled(options, 6, 8)
@@ -117,7 +120,7 @@ def test_greedy_keeps_one_token():
 
 
 def every_completion(options: dict, length: int):
-    """All that can be sampled, once each, and the probabilities (n,) with which they are."""
+    """Return every completion that can be sampled, once each, and its probability (n,)."""
     side = 200 if length == 1 else 50
     grid = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     uniform = torch.cartesian_prod(*[grid] * length).view(-1, length)
@@ -125,11 +128,11 @@ def every_completion(options: dict, length: int):
     keys = {(*ids, *mask): row for row, (ids, mask) in enumerate(zip(decoded.ids.tolist(), decoded.mask.tolist(), strict=True))}
     decoded = type(decoded)(*[x[list(keys.values())] for x in decoded])
     q = (decoded.logps - decoded.log_kept_mass).double().sum(1).exp()
-    # That these are all, and that q is what they are drawn with: it is a distribution over them.
+    # The completions are all that can be sampled, because their probabilities add up to 1.
     assert q.sum().item() == pytest.approx(1, abs=1e-5)
     assert 3 <= len(q) < len(uniform) / 2
-    policy = lively(tiny.text_model())
-    perturb(policy)  # the trainer's, which is off
+    policy = amplified(tiny.text_model())
+    perturb(policy)  # differs from the model that sampled
     return model, policy, prompts, decoded, q
 
 
@@ -154,7 +157,7 @@ def test_expected_gradient_is_that_of_the_policy_on_the_support(case, level, len
     logps = logps_of(policy, prompts, decoded, temperature)
     assert (logps.detach() - decoded.logps).abs().max() > 0.01
     loss, _ = grpo_loss(
-        logps.float(), advantages * q.float(), mask=decoded.mask, rollout_logps=decoded.logps - decoded.log_kept_mass,
+        logps.float(), advantages * q.float(), loss_mask=decoded.mask, rollout_logps=decoded.logps - decoded.log_kept_mass,
         num_items=1, config=GRPOLossConfig(rollout_correction=f"{level}_truncate", rollout_clip_max=None),
     )  # fmt: skip
     objective = (logps.sum(1).exp() * advantages).sum()
@@ -164,8 +167,10 @@ def test_expected_gradient_is_that_of_the_policy_on_the_support(case, level, len
 
 @pytest.mark.parametrize("case", ["top_k", "top_p"])
 def test_bias_of_the_ratios(case):
-    """What is lost is the rest of the vocabulary: no more than its probability, times the greatest value. The ratio of whole
-    vocabularies is too great by 1 / kept mass."""
+    """The truncated ratio loses at most the probability of the excluded tokens times the largest value.
+
+    The ratio over the full vocabulary is too large by the factor 1 / kept mass.
+    """
     temperature = SUPPORTS[case].get("temperature", 1.0)
     model, policy, prompts, decoded, q = every_completion(SUPPORTS[case], 1)
     f = torch.randn(V, generator=torch.Generator().manual_seed(3)).double()
@@ -190,13 +195,13 @@ def test_bias_of_the_ratios(case):
 
 
 class OffEngine(FixedGenerate):
-    """Its log-probabilities are the policy's, plus noise; of some tokens there are none."""
+    """An engine whose log-probabilities are the policy's plus noise, and NaN for some tokens."""
 
     def __init__(self, trainer, kept: bool = True):
         super().__init__(trainer)
         self.kept = kept
 
-    def __call__(self, model, prompts, num_generations, temperature):
+    def __call__(self, model, prompts, num_generations, temperature, samples=None):
         rollout = super().__call__(model, prompts, num_generations, temperature)
         batch = rollout.padded(torch.arange(len(rollout.group)))
         with torch.no_grad():
@@ -214,13 +219,13 @@ def run(folder, kept=True, engine=OffEngine, **options):
     args = config(folder, **options)
     model = tiny.vlm()
     trainer = GRPOTrainer(model, [length_reward, vowel_reward], args, tiny.rows(8, "mixed"), processing_class=tiny.processor())
-    trainer.generate = engine(trainer, kept)
+    trainer.engine = engine(trainer, kept)
     gradients = Gradients()
     return trainer, train(trainer, gradients), gradients.steps
 
 
 def by_hand(trainer):
-    """Old, rollout and kept log-probabilities (B, C) in fp64, with the policy's gradients; the mask and the advantages."""
+    """Return the model, log-probabilities with gradients (B, C) and those of the rollout in fp64, loss mask and advantages."""
     experience, model = trainer._experience, tiny.vlm()
     rollout = experience.rollout
     inputs = rollout.padded(torch.arange(len(rollout.group))).inputs
@@ -230,7 +235,7 @@ def by_hand(trainer):
     logits = model(**inputs).logits[:, -rollout.completion_ids.shape[1] - 1 : -1].double()
     logps = logits.log_softmax(-1).gather(-1, rollout.completion_ids.unsqueeze(-1)).squeeze(-1)
     fixed = rollout.logps.double(), rollout.log_kept_mass.double()
-    return model, logps, *fixed, experience.mask, experience.advantages.double()
+    return model, logps, *fixed, experience.loss_mask, experience.advantages.double()
 
 
 CORRECTIONS = {
@@ -245,7 +250,7 @@ CORRECTIONS = {
 
 @pytest.mark.parametrize("case", CORRECTIONS)
 def test_trainer_against_the_formulas(tmp_path, case):
-    """Gradient and metrics of a step with an engine that is off; in parts within a token budget too."""
+    """Gradient and metrics of a step with an inexact engine, also with a token budget."""
     options = CORRECTIONS[case]
     low, high = options.get("rollout_clip_min", 0), options["rollout_clip_max"]
     trainer, (log,), (gradients,) = run(tmp_path / "whole", **options)
@@ -289,7 +294,7 @@ def test_trainer_against_the_formulas(tmp_path, case):
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
 def test_gradient_and_differences_are_those_of_trl(tmp_path, monkeypatch, mode):
-    """TRL told of the same log-probabilities as those of its vLLM; its fields under their names here."""
+    """TRL gets the same log-probabilities in place of those of vLLM."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -311,8 +316,10 @@ def test_gradient_and_differences_are_those_of_trl(tmp_path, monkeypatch, mode):
     args = config(tmp_path / "ours", **given)
     ours = GRPOTrainer(tiny.text_model(), funcs, args, data, processing_class=tiny.tokenizer())
     fixed = FixedGenerate(ours)
-    told = pad_sequence([torch.tensor([torch.nan if x is None else x for x in row]) for row in logps], batch_first=True)
-    ours.generate = lambda *inputs: replace(fixed(*inputs), logps=told)
+    returned_logps = pad_sequence(
+        [torch.tensor([torch.nan if x is None else x for x in row]) for row in logps], batch_first=True
+    )
+    ours.engine = FunctionEngine(lambda *inputs: replace(fixed(*inputs), logps=returned_logps))
 
     gradients = Gradients(), Gradients()
     logs = [train(trainer, kept)[0] for trainer, kept in zip((ours, theirs), gradients, strict=True)]
@@ -326,11 +333,11 @@ def test_gradient_and_differences_are_those_of_trl(tmp_path, monkeypatch, mode):
 
 
 def test_the_trainers_own_engine(tmp_path):
-    """It agrees with the trainer, and the mean ratio to what top_p left is the mass that it kept."""
+    """The default engine agrees with the trainer, and the mean full ratio under top_p is the kept mass."""
     options = {"top_p": 0.9, "max_completion_length": 16, "per_device_train_batch_size": 16}
     args = config(tmp_path, rollout_correction="token_truncate", **options)
     data = tiny.rows(8, "mixed")
-    trainer = GRPOTrainer(lively(tiny.vlm()), [length_reward, vowel_reward], args, data, processing_class=tiny.processor())
+    trainer = GRPOTrainer(amplified(tiny.vlm()), [length_reward, vowel_reward], args, data, processing_class=tiny.processor())
     (log,) = train(trainer, Gradients())
     assert log["sampling/sampling_logp_difference/max"] < 1e-4
     assert log["sampling/kept_mass/mean"] == pytest.approx(log["sampling/importance_sampling_ratio/raw_mean"], rel=1e-4)
@@ -339,7 +346,7 @@ def test_the_trainers_own_engine(tmp_path):
 
 
 def test_metrics_without_a_correction(tmp_path):
-    """... are there, and the loss is as if the engine did not tell; a second pass over a batch measures nothing again."""
+    """Without a correction the metrics are logged and the loss stays the same. A second pass over a batch measures nothing."""
     options = {"num_iterations": 2, "steps_per_generation": 4, "max_steps": 4, "loss_type": "grpo"}
     _, logs, gradients = run(tmp_path / "told", **options)
     _, others, expected = run(tmp_path / "untold", engine=lambda trainer, _: FixedGenerate(trainer), **options)
@@ -353,9 +360,9 @@ def test_metrics_without_a_correction(tmp_path):
 
 
 def test_weights_of_long_completions(tmp_path):
-    """... whose product is beyond any float: shifted alike, they count alike."""
+    """Log-weights whose exponentials overflow: equal shifts leave the effective sample size unchanged."""
     trainer, *_ = run(tmp_path, rollout_correction="sequence_truncate", rollout_policy="full")
-    rollout, mask = trainer._experience.rollout, trainer._experience.mask
+    rollout, mask = trainer._experience.rollout, trainer._experience.loss_mask
     rollout = replace(rollout, logps=rollout.logps.nan_to_num())
     old = rollout.logps + 0.3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
     everything, results = torch.arange(len(mask)), []
@@ -367,14 +374,14 @@ def test_weights_of_long_completions(tmp_path):
 
 
 def test_off_policy_mask_takes_the_sampler_that_is_told(tmp_path):
-    """mean log(sampling policy / policy) is that of the engine's log-probabilities, full ones."""
+    """The mean log-ratio of the sampling policy to the policy uses the engine's log-probabilities over the full vocabulary."""
     drift = {"off_policy_mask_threshold": 0.05}
     trainer, (log,), _ = run(tmp_path / "told", **drift)
     _, logps, rollout, _, mask, advantages = by_hand(trainer)
     gaps = torch.where(mask & ~rollout.isnan(), rollout - logps.detach(), 0).sum(1) / mask.sum(1)
     out = (advantages < 0) & (gaps > 0.05)
     assert 0 < out.sum() < len(out)
-    # As logged: the mean of two micro-batches.
+    # The logged value is the mean of two micro-batches.
     assert log["effective_tokens"] == pytest.approx((mask & ~out[:, None]).sum().item() / 2)
 
 
@@ -403,9 +410,11 @@ def test_config_errors(tmp_path, options, message):
 
 
 def test_what_an_engine_must_tell(tmp_path):
-    with pytest.raises(ValueError, match="rollout_policy must be 'full' with an engine that does not tell log_kept_mass, got"):
+    with pytest.raises(
+        ValueError, match="rollout_policy must be 'full' with an engine that does not return the kept probability mass, got"
+    ):
         run(tmp_path / "kept", kept=False, rollout_correction="token_mask")
     run(tmp_path / "full", kept=False, rollout_correction="token_mask", rollout_policy="full")
-    message = "rollout_correction must be None with an engine that does not tell log-probabilities, got 'token_mask'"
+    message = "rollout_correction must be None with an engine that returns no log-probabilities, got 'token_mask'"
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "none", engine=lambda trainer, _: FixedGenerate(trainer), rollout_correction="token_mask")

@@ -1,4 +1,4 @@
-"""The trainer: against TRL on the same weights and completions, and on every mix of images."""
+"""The trainer against TRL with the same weights and completions, and with every mix of images."""
 
 import math
 import os
@@ -6,100 +6,29 @@ import os
 import pytest
 import torch
 from support import tiny
+from support.engines import FunctionEngine
+from support.training import (
+    FixedGenerate,
+    Gradients,
+    config,
+    fixed_completions,
+    length_reward,
+    lora,
+    perturb,
+    run_ours,
+    train,
+    vowel_reward,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
 
 from vlmkernels.models.families import media_token_ids
 from vlmkernels.models.group import pad_completions
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
 from vlmkernels.models.image_features import use_image_features
 from vlmkernels.models.vision import use_vision_ops
-from vlmkernels.rollout.generate import Rollout
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
 torch.set_num_threads(1)
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of each optimiser step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-
-
-def length_reward(completions, **kwargs):
-    return [len(c[0]["content"]) / 4 for c in completions]
-
-
-def vowel_reward(completions, **kwargs):
-    """Not every completion is scored."""
-    texts = [c[0]["content"] for c in completions]
-    return [None if text.startswith("a") else float(sum(letter in "aeiou" for letter in text)) for text in texts]
-
-
-def config(tmp_path, cls=GRPOConfig, **kwargs):
-    defaults = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "gradient_accumulation_steps": 2,
-        "max_completion_length": 6,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": False,
-        "shuffle_dataset": False,
-    }
-    return cls(**{**defaults, **kwargs})
-
-
-def fixed_completions(num: int) -> list[list[int]]:
-    """Completions of 2 to 6 tokens, every other one ended by the end-of-sequence token."""
-    generator = torch.Generator().manual_seed(1)
-    eos = tiny.tokenizer().eos_token_id
-    out = []
-    for index in range(num):
-        ids = torch.randint(0, 30, (2 + index % 5,), generator=generator).tolist()
-        out.append([*ids[:-1], eos] if index % 2 else ids)
-    return out
-
-
-class FixedGenerate:
-    """In place of sampling: always the same completions."""
-
-    def __init__(self, trainer):
-        self.eos, self.pad = trainer.tokenizer.eos_token_id, trainer.tokenizer.pad_token_id
-
-    def __call__(self, model, prompts, num_generations, temperature):
-        group = torch.arange(len(prompts.num_images)).repeat_interleave(num_generations)
-        completions = fixed_completions(len(group))
-        width = max(map(len, completions))
-        ids = torch.tensor([c + [self.pad] * (width - len(c)) for c in completions])
-        mask = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in completions]).bool()
-        return Rollout(prompts, group, ids, mask, torch.tensor([c[-1] != self.eos for c in completions]))
-
-
-def perturb(model):
-    """A reference model that differs from the policy."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator) * parameter.std().nan_to_num())
-
-
-def train(trainer, gradients):
-    trainer.add_callback(gradients)
-    trainer.train()
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +72,7 @@ def train(trainer, gradients):
 )
 def test_loss_gradient_and_metrics_are_those_of_trl(tmp_path, monkeypatch, images, options):
     trl = pytest.importorskip("trl")
-    # TRL shuffles completions over the micro-batches; metrics are means of micro-batches' means.
+    # TRL shuffles completions over the micro-batches, and metrics are means over micro-batches.
     monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
     model = tiny.text_model() if images == "none" else tiny.vlm()
     processor = tiny.tokenizer() if images == "none" else tiny.processor()
@@ -170,7 +99,7 @@ def test_loss_gradient_and_metrics_are_those_of_trl(tmp_path, monkeypatch, image
         trainer._generate_single_turn = lambda prompt_ids, *_, **__: (fixed_completions(len(prompt_ids)), None)
 
     def stub_ours(trainer):
-        trainer.generate = FixedGenerate(trainer)
+        trainer.engine = FixedGenerate(trainer)
 
     trl_only = {"gradient_checkpointing": False}
     theirs, their_gradients = run(trl.GRPOTrainer, trl.GRPOConfig, stub_trl, **trl_only)
@@ -188,19 +117,8 @@ def test_loss_gradient_and_metrics_are_those_of_trl(tmp_path, monkeypatch, image
             torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=2e-5 * float(scale), msg=name)
 
 
-def run_ours(tmp_path, data, model=None, fixed=True, funcs=(length_reward, vowel_reward), peft_config=None, **options):
-    model = tiny.vlm() if model is None else model
-    args = config(tmp_path, **options)
-    trainer = GRPOTrainer(model, list(funcs), args, data, processing_class=tiny.processor(), peft_config=peft_config)
-    if fixed:
-        trainer.generate = FixedGenerate(trainer)
-    gradients = Gradients()
-    logs = train(trainer, gradients)
-    return trainer, logs, gradients.steps
-
-
 def test_mixed_batch_gives_the_gradient_of_its_samples_alone(tmp_path):
-    """No, one and two images in one micro-batch, against full logits of each sample by itself, without padding."""
+    """A micro-batch with no, one and two images, against the full logits of each sample without padding."""
     options = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1, "loss_type": "grpo"}
     data = tiny.rows(3, "mixed")
     trainer, (log,), (gradients,) = run_ours(tmp_path, data, **options)
@@ -250,7 +168,10 @@ def test_checkpointed_activations_give_the_same_gradient(tmp_path):
 @pytest.mark.parametrize("change", ["none", "cap", "scale", "square"])
 def test_what_a_model_does_to_its_logits_is_found_out(change):
     model = tiny.text_model()
-    model.config.final_logit_softcapping, model.config.logit_scale = 5.0, 0.25  # named, but applied only where asked
+    model.config.final_logit_softcapping, model.config.logit_scale = (
+        5.0,
+        0.25,
+    )  # in the configuration; applied only if the test patches the model
     changes = {"none": lambda x: x, "cap": lambda x: 5 * torch.tanh(x / 5), "scale": lambda x: x / 4, "square": lambda x: x**2}
     forward = model.forward
 
@@ -277,14 +198,8 @@ def test_what_a_model_does_to_its_logits_is_found_out(change):
     torch.testing.assert_close(logps.view(2, 4), expected)
 
 
-def lora():
-    from peft import LoraConfig
-
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-
-
 def test_lora_on_the_head():
-    """Log-probabilities and gradients are those of the logits that the adapted head makes."""
+    """Log-probabilities and gradients equal those of the adapted head's logits."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
@@ -318,11 +233,11 @@ def test_what_cannot_adapt_the_head_is_named(changes):
 
 
 def check_logps(trainer, logps):
-    """Those of the experience are the initial model's, from full logits of padded inputs."""
+    """Old log-probabilities in the experience equal those of the initial model, from full logits of padded inputs."""
     rollout = trainer._experience.rollout
     inputs, width = rollout.padded(slice(0, len(rollout.group))).inputs, rollout.completion_mask.shape[1]
-    model = use_image_features(tiny.vlm())  # of a frozen tower there are features in place of pixels
-    use_vision_ops(model, trainer.processing_class)  # otherwise rows are uint8
+    model = use_image_features(tiny.vlm())  # a frozen tower replaces pixels by features
+    use_vision_ops(model, trainer.processing_class)  # because the rows of pixels are uint8
     with torch.no_grad():
         logits = model(**inputs).logits[:, -width - 1 : -1]
     expected = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, -width:, None]).squeeze(-1)
@@ -347,7 +262,7 @@ def test_second_iteration_uses_the_log_probabilities_of_the_first(tmp_path):
     assert first["clip_ratio/region_mean"] == 0
     assert second["clip_ratio/region_mean"] > 0
     assert "reward" in first
-    assert "reward" not in second  # nothing was sampled for it
+    assert "reward" not in second  # the second step sampled nothing
     check_logps(trainer, trainer._experience.old_logps)
 
 
@@ -366,7 +281,7 @@ def test_trains_a_vlm_on_sampled_completions(tmp_path, images):
 
 @pytest.mark.parametrize("share", ["auto", False])
 def test_mixed_precision_casts_weights_once_to_sample(tmp_path, share):
-    """Once for all tokens; and the casts end with the sampling: all of the model trains."""
+    """Weights are cast once for all tokens, and casts are released after sampling, so that the whole model trains."""
     model, casts = tiny.text_model(), []
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     weights = {parameter.data_ptr() for parameter in model.parameters()}
@@ -380,14 +295,14 @@ def test_mixed_precision_casts_weights_once_to_sample(tmp_path, share):
     options = {"bf16": True, "use_cpu": True, "share_prefix": share, "max_completion_length": 16}
     args = config(tmp_path, **options)
     trainer = GRPOTrainer(model, [length_reward], args, tiny.rows(4, "none"), processing_class=tiny.tokenizer())
-    generate = trainer.generate
+    engine = trainer.engine
 
     def counted(*args):
         casts.append(0)
         with Casts():
-            return generate(*args)
+            return engine(*args)
 
-    trainer.generate = counted
+    trainer.engine = FunctionEngine(counted, engine.shares_prefix)
     trainer.train()
     assert casts
     assert 0 < max(casts) <= len(weights)
@@ -399,7 +314,7 @@ def test_media_tokens_are_never_sampled(tmp_path):
     banned = [tiny.tokenizer().convert_tokens_to_ids(tiny.SPECIAL[n]) for n in ("image", "video", "vision_start", "vision_end")]
     assert media_token_ids(model.config, tiny.processor()) == sorted(banned)
     assert media_token_ids(tiny.text_model().config, tiny.tokenizer()) == []
-    with torch.no_grad():  # a model that would sample nothing else
+    with torch.no_grad():  # the model would sample only these tokens
         model.lm_head.weight[banned] *= 100
     data = tiny.rows(4, "one")
     trainer, _, _ = run_ours(tmp_path, data, model=model, fixed=False, generation_kwargs={"suppress_tokens": [0, 1]})
@@ -454,7 +369,7 @@ def test_completions_page_holds_everything(tmp_path):
         ({"generation_batch_size": 8, "steps_per_generation": 4}, r"generation_batch_size must equal .* = 16, got 8"),
         (
             {"generation_kwargs": {"temperature": 0.5}},
-            "generation_kwargs must leave these to temperature and .*, got temperature",
+            "generation_kwargs must not hold temperature or do_sample: .*, got temperature",
         ),
         ({"steps_per_generation": 3}, r"gradient_accumulation_steps must divide, or be a multiple of, .* = 3, got 2"),
     ],
@@ -465,11 +380,19 @@ def test_config_errors_name_argument_rule_and_value(tmp_path, options, message):
         config(tmp_path, **options)
 
 
+def test_generation_kwargs_override_the_fields(tmp_path):
+    kwargs = {"top_k": 5, "top_p": None, "eos_token_id": 3, "num_beams": 2}
+    sampling = config(tmp_path, top_p=0.9, temperature=0.7, generation_kwargs=kwargs).sampling()
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (6, 0.7, 0.9, 5)
+    assert (sampling.eos_token_id, sampling.generation_kwargs) == ([3], {"num_beams": 2})
+
+
 def test_constructor_errors(tmp_path):
-    make = lambda funcs, **options: GRPOTrainer(  # noqa: E731
-        tiny.vlm(), funcs, config(tmp_path, **options), tiny.rows(2), processing_class=tiny.processor()
-    )
-    with pytest.raises(ValueError, match=r"reward_weights must hold one number per reward function, 1, got \[1.0, 2.0\]"):
+    def make(funcs, **options):
+        args = config(tmp_path, **options)
+        return GRPOTrainer(tiny.vlm(), funcs, args, tiny.rows(2), processing_class=tiny.processor())
+
+    with pytest.raises(ValueError, match=r"reward_weights must have one number per reward function, 1, got \[1.0, 2.0\]"):
         make(["cer"], reward_weights=[1.0, 2.0])
     with pytest.raises(ValueError, match="train_dataset must hold at least the 4 prompts of one generation batch, got 2"):
         make(["cer"], gradient_accumulation_steps=4)

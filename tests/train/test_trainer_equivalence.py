@@ -1,14 +1,14 @@
-"""Training with a prompt run once per group, against training with a copy of it for every completion."""
+"""Training with shared prefixes equals training with a copy of the prompt for every completion."""
 
 import re
 
 import pytest
 import torch
 from support import tiny
-from test_trainer import length_reward, lora, run_ours, vowel_reward
+from support.training import length_reward, lora, run_ours, vowel_reward
 
-from vlmkernels.models.group import why_not_shared
-from vlmkernels.rollout.generate import Rollout
+from vlmkernels.models.families import prefix_sharing_unsupported
+from vlmkernels.rollout.base import Rollout
 
 CASES = {
     "images": {"images": "one", "loss_type": "dapo"},
@@ -47,17 +47,19 @@ def test_same_losses_gradients_and_parameters(tmp_path, case):
     runs = []
     for share in ("auto", False):
         trainer, result = run(tmp_path / str(share), max_steps=5, share_prefix=share, **CASES[case])
-        assert trainer.shares_prefix == (share == "auto")
+        assert trainer.prepared.shares_prefix == (share == "auto")
         runs.append(result)
     assert_same(*runs)
 
 
 def test_mixed_precision(tmp_path):
-    """Sampling, log-probabilities and gradients under autocast, close to those of copies of the prompts."""
+    """Under autocast, sampling, log-probabilities and gradients are close to those with copies of the prompts."""
     results = []
     for share in ("auto", False):
         options = {"images": "mixed", "bf16": True, "use_cpu": True, "max_steps": 2, "num_iterations": 2, "entropy_coef": 0.1}
-        assert run(tmp_path / str(share), share_prefix=share, fixed=False, **options)[0].shares_prefix == (share == "auto")
+        assert run(tmp_path / str(share), share_prefix=share, fixed=False, **options)[0].prepared.shares_prefix == (
+            share == "auto"
+        )
         results.append(run(tmp_path / str(share), share_prefix=share, **options)[1])
     (ours, gradients, _), (theirs, expected, _) = results
     for mine, other in zip(ours, theirs, strict=True):
@@ -109,10 +111,10 @@ def test_a_budget_less_than_a_prompt_and_a_completion(tmp_path, share):
 def test_what_cannot_share_says_why(tmp_path):
     model = tiny.text_model()
     model.config.layer_types = ["full_attention", "sliding_attention"]
-    assert why_not_shared(model) == "Qwen2ForCausalLM: its decoder has layers of type sliding_attention"
+    assert prefix_sharing_unsupported(model) == "Qwen2ForCausalLM: its decoder has layers of type sliding_attention"
     model.config.layer_types = ["full_attention"] * 2
     model.config.attention_dropout = 0.1
-    assert why_not_shared(model) == "attention_dropout must be 0, got 0.1"
+    assert prefix_sharing_unsupported(model) == "attention_dropout must be 0, got 0.1"
     with pytest.raises(ValueError, match=r"share_prefix must be 'auto' or False: attention_dropout must be 0, got 0.1"):
         run_ours(tmp_path, tiny.rows(4, "none"), model=model, share_prefix=True)
     with pytest.raises(ValueError, match="share_prefix must be auto, true or false, got 'maybe'"):

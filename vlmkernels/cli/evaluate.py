@@ -1,4 +1,4 @@
-"""``vlmkernels eval``."""
+"""``vlmkernels eval``: measure a model, or saved predictions, on a dataset."""
 
 import argparse
 import hashlib
@@ -6,109 +6,195 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vlmkernels.cli import DATASET, REWARD, REWARDS, Help, add_flag, json_list, user_errors
+from vlmkernels.cli.flags import DATASET, REWARD, REWARDS, Help, add_flag, json_list, user_errors
+
+if TYPE_CHECKING:
+    from vlmkernels.data.images import ImageLimits
+    from vlmkernels.evaluate.evaluation import Evaluation, EvaluationRows, Scoring
+    from vlmkernels.evaluate.predictions import Decoding, Predictions
+    from vlmkernels.report.curves import Point
+    from vlmkernels.rewards import Rewards
 
 USAGE = """vlmkernels eval --model PATH --dataset PATH [--ARGUMENT VALUE ...]
        vlmkernels eval --predictions FILE --dataset PATH [--ARGUMENT VALUE ...]"""
 SUITE = "shapes-and-digits"
 
 
-def parser() -> argparse.ArgumentParser:
-    from vlmkernels.data.images import DEFAULT
+def build_parser() -> argparse.ArgumentParser:
+    from vlmkernels.data.images import ImageLimits
     from vlmkernels.evaluate.metrics import names
     from vlmkernels.evaluate.predictions import VIEWS
     from vlmkernels.evaluate.tasks import HARNESSES, TASKS
     from vlmkernels.rewards.boxes import FRAMES
 
     parser = argparse.ArgumentParser("vlmkernels eval", USAGE, "Measure a model's answers.", formatter_class=Help)
-    add_flag(
-        parser, "model", action="append", default=[], help="path of a model and its processor, or of adapters; again: a curve"
-    )
-    add_flag(
-        parser, "predictions", action="append", default=[], help="saved predictions (JSON lines); again: runs of other seeds"
-    )
-    add_flag(parser, "dataset", required=True, help=f"{DATASET}; or {SUITE}, which is built in")
-    add_flag(parser, "split", default="test", help="the split, where the dataset has several")
-    add_flag(parser, "count", type=int, help="take the first samples of the dataset alone")
-    scoring = parser.add_argument_group("what is measured")
-    add_flag(scoring, "task", help=f"of every sample, where no column 'task' says it: {', '.join(TASKS)}")
-    add_flag(scoring, "metric", action="append", default=[], help=f"in place of the task's own; again for more: {names()}")
+    model = "path of a model and its processor, or of adapters; repeat the flag for checkpoints of one run, drawn as a curve"
+    predictions = "file of saved predictions (JSON lines); repeat the flag for runs with different seeds"
+    add_flag(parser, "model", action="append", default=[], help=model)
+    add_flag(parser, "predictions", action="append", default=[], help=predictions)
+    add_flag(parser, "dataset", required=True, help=f"{DATASET}; or {SUITE}, the built-in benchmark")
+    add_flag(parser, "split", default="test", help="the split of --dataset, if it has several")
+    add_flag(parser, "count", type=int, help="number of samples to evaluate, from the start of the dataset; by default all")
+    scoring = parser.add_argument_group("metrics")
+    task = f"task of every sample, if the dataset has no column 'task': {', '.join(TASKS)}"
+    metric = f"a metric to report instead of the task's default metrics; repeat the flag for several: {names()}"
+    vocabulary = "a JSON file with the objects that CHAIR looks for: a list of names, or a map of names to synonyms"
+    add_flag(scoring, "task", help=task)
+    add_flag(scoring, "metric", action="append", default=[], help=metric)
     add_flag(scoring, "reward", action="append", default=[], help=REWARD)
     add_flag(scoring, "rewards", type=json_list, default=[], help=REWARDS)
-    add_flag(scoring, "match", default="vlmkernels", help=f"compare as this harness does: {', '.join(HARNESSES)}")
-    add_flag(scoring, "by", help="report by this column, by default category or the task")
-    add_flag(scoring, "frame", default="original", help=f"of the predicted boxes: {', '.join(FRAMES)}")
-    add_flag(scoring, "vocabulary", help="a JSON file with the objects CHAIR looks for: a list, or names with their synonyms")
-    add_flag(scoring, "confidence", type=float, default=0.95, help="of the intervals")
-    add_flag(scoring, "baseline", help="saved predictions to compare with, sample by sample")
-    add_flag(scoring, "log", help="a trainer_state.json whose rewards are drawn too")
-    decoding = parser.add_argument_group("what is sampled")
+    add_flag(scoring, "match", default="vlmkernels", help=f"compare answers as this harness does: {', '.join(HARNESSES)}")
+    add_flag(scoring, "by", help="column to group the results by; by default category if the dataset has it, else the task")
+    add_flag(scoring, "frame", default="original", help=f"coordinate frame of the predicted boxes: {', '.join(FRAMES)}")
+    add_flag(scoring, "vocabulary", help=vocabulary)
+    add_flag(scoring, "confidence", type=float, default=0.95, help="confidence level of the intervals")
+    add_flag(scoring, "baseline", help="file of saved predictions to compare with, sample by sample")
+    add_flag(scoring, "log", help="metrics.jsonl or trainer_state.json of a run; draws its reward curves on the page")
+    decoding = parser.add_argument_group("sampling")
     add_flag(decoding, "num_generations", type=int, default=1, help="completions per prompt")
-    add_flag(decoding, "temperature", type=float, default=0.0, help="sampling temperature; 0 = greedy")
+    add_flag(decoding, "temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy decoding")
     add_flag(
-        decoding, "top_p", type=float, default=1.0, help="sample among the most probable tokens that hold this probability"
+        decoding,
+        "top_p",
+        type=float,
+        default=1.0,
+        help="sample from the most probable tokens whose probabilities add up to top_p",
     )
-    add_flag(decoding, "top_k", type=int, default=0, help="sample among this many most probable tokens; 0 = all")
-    add_flag(decoding, "max_completion_length", type=int, default=512, help="the most tokens of a completion")
-    add_flag(decoding, "batch_size", type=int, default=8, help="completions at a time")
-    add_flag(decoding, "seed", type=int, default=0, help="of sampling")
-    add_flag(decoding, "hide", choices=VIEWS[1:], help="measure again with the image grey, or none")
-    limits = parser.add_argument_group("what images may be")
-    add_flag(limits, "max_image_pixels", type=int, default=DEFAULT.max_pixels, help="the most pixels of an image")
-    add_flag(limits, "max_image_bytes", type=int, default=DEFAULT.max_bytes, help="the most bytes of an image's file")
-    add_flag(limits, "allow_image_urls", action="store_true", help="fetch images whose path is an http or https address")
-    add_flag(parser, "samples", type=int, default=12, help="samples of each group on the page")
-    add_flag(parser, "output", default="eval.json", help="where the metrics go; .md, .html and predictions go beside it")
+    add_flag(decoding, "top_k", type=int, default=0, help="sample from the top_k most probable tokens; 0 samples from all")
+    add_flag(decoding, "max_completion_length", type=int, default=512, help="maximum number of tokens per completion")
+    add_flag(decoding, "batch_size", type=int, default=8, help="completions sampled together")
+    add_flag(decoding, "seed", type=int, default=0, help="seed of sampling")
+    add_flag(decoding, "hide", choices=VIEWS[1:], help="also evaluate with the image replaced by gray, or removed")
+    limits = parser.add_argument_group("limits of images")
+    add_flag(limits, "max_image_pixels", type=int, default=ImageLimits.max_pixels, help="maximum number of pixels of an image")
+    add_flag(limits, "max_image_bytes", type=int, default=ImageLimits.max_bytes, help="maximum size of an image file in bytes")
+    add_flag(limits, "allow_image_urls", action="store_true", help="fetch images whose path is an http or https URL")
+    add_flag(parser, "samples", type=int, default=12, help="number of samples per group to show on the page")
+    add_flag(
+        parser, "output", default="eval.json", help="file for the metrics; .md, .html and predictions are written next to it"
+    )
     return parser
 
 
-def load(path: str, split: str, count: int | None):
-    """The dataset, or the first ``count`` rows of it."""
-    from vlmkernels.data.samples import load_dataset
-    from vlmkernels.ops.checks import require
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """The inputs of an evaluation, which are read and checked before the model is loaded."""
+
+    dataset: Sequence[dict[str, Any]]
+    rows: "EvaluationRows"
+    scoring: "Scoring"
+    decoding: "Decoding"
+    limits: "ImageLimits"
+    rewards: "Rewards | None"
+    curves: "dict[str, list[Point]]"
+
+    def evaluate(self, runs: "list[Predictions]") -> "Evaluation":
+        """Compute the metrics of one or more runs of predictions."""
+        from vlmkernels.evaluate.evaluation import Evaluation, reward_parts
+
+        views = set.intersection(*(run.views for run in runs))
+        parts = {view: reward_parts(self.rewards, self.rows, runs, view) for view in views} if self.rewards else None
+        return Evaluation(runs, self.rows, self.scoring, parts)
+
+
+def load(path: str, split: str, count: int | None) -> Sequence[dict[str, Any]]:
+    """Load the dataset, or its first ``count`` rows."""
+    from vlmkernels.data.dataset import load_dataset
 
     if path == SUITE:
-        from vlmkernels.evaluate.shapes_and_digits import Split
+        from vlmkernels.evaluate.shapes_and_digits import ShapesAndDigits
 
-        return Split(split, count)
+        return ShapesAndDigits(split, count)
     dataset = load_dataset(path, split)
     if count is None:
         return dataset
-    require(1 <= count <= len(dataset), "count", f"be 1 to {len(dataset)}", count)
+    if not 1 <= count <= len(dataset):
+        raise ValueError(f"count must be 1 to {len(dataset)}, got {count}")
     return dataset.select(range(count)) if hasattr(dataset, "select") else dataset[:count]
 
 
-def predict_to(output: Path, path: str, dataset, decoding, views: tuple[str, ...], limits):
-    """The model's predictions, in a file beside ``output`` whose name is decided by what was sampled."""
+def read_inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> EvaluationInputs:
+    """Read the dataset and the other inputs that the flags name. Invalid arguments end the program with exit code 2."""
+    from vlmkernels.data.dataset import column_names
+    from vlmkernels.data.images import ImageLimits
+    from vlmkernels.evaluate.evaluation import EvaluationRows, Scoring
+    from vlmkernels.evaluate.predictions import Decoding
+    from vlmkernels.evaluate.report import curves_of_log
+    from vlmkernels.rewards import Rewards
+
+    with user_errors(parser, "--dataset"):
+        dataset = load(args.dataset, args.split, args.count)
+        columns = column_names(dataset) if len(dataset) else []
+    with user_errors(parser, "--vocabulary"):
+        vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else None
+    with user_errors(parser, "--log"):
+        curves = curves_of_log(args.log) if args.log else {}
+    names = [*args.reward, *args.rewards]
+    if "answer" in columns and "task" not in columns and args.task is None and "exact_match" not in names:
+        names.insert(0, "exact_match")
+    with user_errors(parser):
+        fields = {name: getattr(args, name) for name in ("task", "match", "by", "frame", "confidence")}
+        scoring = Scoring(**fields, metrics=tuple(args.metric), vocabulary=vocabulary)
+        decoding_flags = ("num_generations", "temperature", "max_completion_length", "top_p", "top_k", "seed", "batch_size")
+        decoding = Decoding(**{name: getattr(args, name) for name in decoding_flags})
+        rewards = Rewards(names) if names else None
+        if rewards:
+            rewards.check_columns(columns, "dataset")
+        limits = ImageLimits(args.max_image_pixels, args.max_image_bytes, args.allow_image_urls)
+        return EvaluationInputs(dataset, EvaluationRows(dataset, scoring, limits), scoring, decoding, limits, rewards, curves)
+
+
+def predict_to(output: Path, path: str, inputs: EvaluationInputs, views: tuple[str, ...]) -> "Predictions":
+    """Sample a model's predictions and write them to a file next to ``output``.
+
+    The file name contains a hash of the sampling settings, so that an interrupted evaluation resumes from its own file.
+    """
     import torch
 
-    from vlmkernels.data.samples import check_dataset
+    from vlmkernels.data.dataset import check_dataset
     from vlmkernels.evaluate.predictions import predict, settings_of
     from vlmkernels.models.loading import load_model, load_processor
 
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(model.config._name_or_path)
-    check_dataset(dataset, "dataset", processor, limits=limits)
-    settings = json.dumps(settings_of(model, dataset, decoding), sort_keys=True)
+    check_dataset(inputs.dataset, "dataset", processor, limits=inputs.limits)
+    settings = json.dumps(settings_of(model, inputs.dataset, inputs.decoding), sort_keys=True)
     file = output.with_name(f"{output.stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl")
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{path}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    return predict(model, processor, dataset, decoding, file, views, progress, limits)
+    return predict(model, processor, inputs.dataset, inputs.decoding, file, views, progress, inputs.limits)
 
 
 def step_of(path: str, position: int) -> float:
-    """The training step that a checkpoint's name tells, else its position."""
+    """Return the training step in the name of a checkpoint, or ``position`` if the name has no step."""
     match = re.search(r"(\d+)/?$", Path(path).name)
     return float(match[1]) if match else float(position)
 
 
-def summary(evaluation, rewards: list[str]) -> dict:
-    """The summary at the top of the JSON: accuracy, mean rewards, lengths."""
+def evaluations(args: argparse.Namespace, inputs: EvaluationInputs) -> "list[tuple[float, Evaluation]]":
+    """Evaluate the saved predictions, or each model. Returns pairs of training step and evaluation."""
+    from vlmkernels.evaluate.predictions import Predictions
+
+    if args.predictions:
+        return [(0.0, inputs.evaluate([Predictions.read(path) for path in args.predictions]))]
+    views = ("image", args.hide) if args.hide else ("image",)
+    found = []
+    for position, path in enumerate(args.model):
+        predictions = predict_to(Path(args.output), path, inputs, views)
+        found.append((step_of(path, position), inputs.evaluate([predictions])))
+    return found
+
+
+def summary(evaluation: "Evaluation", rewards: list[str]) -> dict[str, Any]:
+    """Return the summary at the top of the JSON file: accuracy, mean rewards, and lengths of completions."""
     import numpy as np
     import torch
 
@@ -117,11 +203,17 @@ def summary(evaluation, rewards: list[str]) -> dict:
 
     whole = evaluation.groups.get(ALL) or next(iter(evaluation.groups.values()))
     answers, names = whole.answers["image"], whole.metrics
-    mean = lambda name: None if np.isnan(value := evaluation.value(whole.name, name)) else value  # noqa: E731
+
+    def mean(name: str) -> float | None:
+        value = evaluation.value(whole.name, name)
+        return None if np.isnan(value) else value
+
     completions = {}
     if "mean_length" in names and "truncation_rate" in names:
-        lengths, truncated = torch.tensor(answers.lengths).flatten(), torch.tensor(answers.truncated).flatten().bool()
-        completions = {k.removeprefix("completions/"): v for k, v in completion_metrics(lengths, truncated).items()}
+        lengths, truncated = torch.tensor(answers.lengths).flatten(), torch.tensor(answers.truncated).flatten()
+        known = ~(lengths.isnan() | truncated.isnan())  # saved predictions of other programs may lack some values
+        values = completion_metrics(lengths[known], truncated[known].bool()) if known.any() else {}
+        completions = {k.removeprefix("completions/"): v for k, v in values.items()}
     return {
         "num_samples": len(evaluation.rows),
         "accuracy": mean("accuracy") if "accuracy" in names else None,
@@ -130,81 +222,57 @@ def summary(evaluation, rewards: list[str]) -> dict:
     }
 
 
+def to_result(
+    args: argparse.Namespace,
+    inputs: EvaluationInputs,
+    found: "list[tuple[float, Evaluation]]",
+    baseline: "tuple[str, Evaluation] | None",
+) -> dict[str, Any]:
+    """Return the content of the JSON file."""
+    from vlmkernels.evaluate.report import to_json
+
+    last = found[-1][1]
+    result = {"model": args.model[-1] if args.model else None, "dataset": args.dataset}
+    result |= summary(last, inputs.rewards.names if inputs.rewards else [])
+    result |= {"predictions": [str(run.path) for run in last.runs], "match": args.match, "decoding": inputs.decoding.settings()}
+    result |= to_json(last, baseline and baseline[1])
+    if len(found) > 1:
+        result["steps"] = [{"step": step, **to_json(evaluation)} for step, evaluation in found]
+    return result
+
+
 def main(argv: list[str]) -> int:
-    flags = parser()
-    args = flags.parse_args(argv)
+    """Write metrics and page, print a summary, and return 0. Invalid arguments end the program with exit code 2."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        flags.error("it runs in one process, not under torchrun: its predictions go to one file")
+        parser.error("eval runs in one process and writes one file of predictions; do not start it with torchrun")
     if bool(args.model) == bool(args.predictions):
-        flags.error("--model or --predictions must be given, one of them")
+        parser.error("exactly one of --model and --predictions must be given")
 
-    from vlmkernels.data.images import ImageLimits
-    from vlmkernels.data.samples import column_names
-    from vlmkernels.evaluate.evaluation import Evaluation, Rows, Scoring, reward_parts
     from vlmkernels.evaluate.page import write_page
-    from vlmkernels.evaluate.predictions import Decoding, Predictions
-    from vlmkernels.evaluate.report import curves_of, curves_of_log, to_json, to_markdown
-    from vlmkernels.rewards import Rewards
+    from vlmkernels.evaluate.predictions import Predictions
+    from vlmkernels.evaluate.report import curves_of, to_markdown
 
-    output = Path(args.output)
-    with user_errors(flags, "--dataset"):
-        dataset = load(args.dataset, args.split, args.count)
-        columns = column_names(dataset) if len(dataset) else []
-    with user_errors(flags, "--vocabulary"):
-        vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else None
-    with user_errors(flags, "--log"):
-        curves = curves_of_log(args.log) if args.log else {}
-    names = [*args.reward, *args.rewards]
-    if "answer" in columns and "task" not in columns and args.task is None and "exact_match" not in names:
-        names.insert(0, "exact_match")
-    with user_errors(flags):
-        fields = {name: getattr(args, name) for name in ("task", "match", "by", "frame", "confidence")}
-        scoring = Scoring(**fields, metrics=tuple(args.metric), vocabulary=vocabulary)
-        fields = ("num_generations", "temperature", "max_completion_length", "top_p", "top_k", "seed", "batch_size")
-        decoding = Decoding(**{name: getattr(args, name) for name in fields})
-        rewards = Rewards(names) if names else None
-        if rewards:
-            rewards.check_columns(columns, "dataset")
-        limits = ImageLimits(args.max_image_pixels, args.max_image_bytes, args.allow_image_urls)
-        rows = Rows(dataset, scoring, limits)
-
-    def evaluation(runs: list[Predictions]) -> Evaluation:
-        views = set.intersection(*(run.views for run in runs))
-        parts = {view: reward_parts(rewards, rows, runs, view) for view in views} if rewards else None
-        return Evaluation(runs, rows, scoring, parts)
-
-    with user_errors(flags):
-        if args.predictions:
-            found = [(0.0, evaluation([Predictions.read(path) for path in args.predictions]))]
-        else:
-            views = ("image", args.hide) if args.hide else ("image",)
-            found = [
-                (step_of(path, place), evaluation([predict_to(output, path, dataset, decoding, views, limits)]))
-                for place, path in enumerate(args.model)
-            ]
-        other = (args.baseline, evaluation([Predictions.read(args.baseline)])) if args.baseline else None
-        last = found[-1][1]
-        result = {
-            "model": args.model[-1] if args.model else None,
-            "dataset": args.dataset,
-            **summary(last, rewards.names if rewards else []),
-        }
-        result |= {"predictions": [str(run.path) for run in last.runs], "match": args.match, "decoding": decoding.settings()}
-        result |= to_json(last, other and other[1])
-        if len(found) > 1:
-            curves |= curves_of(found)
-            result["steps"] = [{"step": step, **to_json(each)} for step, each in found]
+    inputs = read_inputs(parser, args)
+    with user_errors(parser):
+        found = evaluations(args, inputs)
+        baseline = (args.baseline, inputs.evaluate([Predictions.read(args.baseline)])) if args.baseline else None
+        result = to_result(args, inputs, found, baseline)
+        curves = inputs.curves | (curves_of(found) if len(found) > 1 else {})
+    last, output = found[-1][1], Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    output.with_suffix(".md").write_text(to_markdown(last, other))
+    output.with_suffix(".md").write_text(to_markdown(last, baseline))
     title = f"{Path(args.model[-1]).name if args.model else ', '.join(args.predictions)} on {Path(args.dataset).name}"
     count = len(next(iter(last.completions.values()))[0])
-    subtitle = f"{len(rows)} samples, {count} completion{'s' * (count > 1)} each, compared as {args.match} does"
-    write_page(output.with_suffix(".html"), title, subtitle, last, other=other, curves=curves, samples_per_group=args.samples)
+    subtitle = f"{len(inputs.rows)} samples, {count} completion{'s' * (count > 1)} each, compared as {args.match} does"
+    page = output.with_suffix(".html")
+    write_page(page, title, subtitle, last, other=baseline, curves=curves, samples_per_group=args.samples)
     print(subtitle)
     if result["accuracy"] is not None:
         print(f"accuracy (exact match): {100 * result['accuracy']:.1f} %")
     for name, value in result["rewards"].items():
         print(f"mean reward {name}: {'not scored' if value is None else f'{value:.4f}'}")
-    print(f"written to {output}, {output.with_suffix('.md')} and {output.with_suffix('.html')}")
+    print(f"written to {output}, {output.with_suffix('.md')} and {page}")
     return 0

@@ -1,4 +1,4 @@
-"""Opening the images of a dataset, which may come from anyone: what they may cost is known before anything is decoded."""
+"""Opening images of untrusted datasets: their cost is known and limited before any pixel is decoded."""
 
 import base64
 import binascii
@@ -13,27 +13,26 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from vlmkernels.ops.checks import require
-
-# Decoders of pixels alone. PIL knows more formats, among them EPS, for which it runs Ghostscript.
+# Formats whose decoders read pixels only. PIL knows more formats, among them EPS, for which it runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# What ``open_image`` raises for a value that is no image, or one outside the limits, and PIL where datasets opens one; a
-# SyntaxError is what it raises for a broken PNG file.
-ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
-FETCH_TIMEOUT = 30.0  # seconds without a byte from a remote server
+# What ``open_image`` raises, and PIL when datasets opens an image. PIL raises SyntaxError for a broken PNG file.
+IMAGE_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
+FETCH_TIMEOUT = 30.0  # seconds to wait for each read from a remote server
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://|(data):", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image, or one frame of a video, may be.
+    """Limits of one image, or of one frame of a video. Error messages use the names of the fields of ``GRPOConfig``.
 
-    max_pixels: width times height; by default the number beyond which PIL warns of a decompression bomb. max_bytes: of the
-    file, before it is decoded. allow_urls: whether http and https addresses are fetched.
+    Args:
+        max_pixels: maximum of width times height. Default: the number of pixels above which PIL warns of a decompression bomb.
+        max_bytes: maximum size of the file, before it is decoded.
+        allow_urls: whether http and https URLs are fetched.
 
     Raises:
-        ValueError: a limit is not positive, or max_pixels above what PIL itself opens.
+        ValueError: a limit is not positive, or max_pixels exceeds the limit at which PIL raises.
     """
 
     max_pixels: int = 89_478_485
@@ -41,37 +40,43 @@ class ImageLimits:
     allow_urls: bool = False
 
     def __post_init__(self) -> None:
-        require(self.max_pixels >= 1, "max_image_pixels", "be >= 1", self.max_pixels)
-        require(self.max_bytes >= 1, "max_image_bytes", "be >= 1", self.max_bytes)
-        if Image.MAX_IMAGE_PIXELS is not None:
-            most = 2 * Image.MAX_IMAGE_PIXELS
-            rule = f"be at most {most}, where PIL refuses (raise PIL.Image.MAX_IMAGE_PIXELS for more)"
-            require(self.max_pixels <= most, "max_image_pixels", rule, self.max_pixels)
+        if self.max_pixels < 1:
+            raise ValueError(f"max_image_pixels must be >= 1, got {self.max_pixels}")
+        if self.max_bytes < 1:
+            raise ValueError(f"max_image_bytes must be >= 1, got {self.max_bytes}")
+        if Image.MAX_IMAGE_PIXELS is not None and self.max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"max_image_pixels must be at most {2 * Image.MAX_IMAGE_PIXELS}, above which PIL raises "
+                f"(set PIL.Image.MAX_IMAGE_PIXELS for more), got {self.max_pixels}"
+            )
 
 
-DEFAULT = ImageLimits()
+DEFAULT_LIMITS = ImageLimits()
 
 
 def scheme_of(value: Any) -> str | None:
-    """ "http", "data", ... of an address; None of a path."""
+    """Return the scheme of a URL ("http", "data", ...), or None for a path or another value."""
     found = _URL.match(value) if isinstance(value, str) else None
     return found and (found[1] or found[2]).lower()
 
 
-def _within(size: int, limits: ImageLimits, what: str) -> None:
-    require(size <= limits.max_bytes, what, f"have at most {limits.max_bytes} bytes (max_image_bytes)", f"{size} bytes")
+def _check_bytes(size: int, limits: ImageLimits, name: str) -> None:
+    if size > limits.max_bytes:
+        raise ValueError(f"{name} must have at most {limits.max_bytes} bytes (max_image_bytes), got {size} bytes")
 
 
 def _check_file(path: str | os.PathLike, limits: ImageLimits) -> None:
     status = os.stat(path)
-    require(stat.S_ISREG(status.st_mode), "image", "be a regular file", os.fspath(path))  # a pipe would be waited for
-    _within(status.st_size, limits, "image")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
+        raise ValueError(f"image must be a regular file, got {os.fspath(path)}")
+    _check_bytes(status.st_size, limits, "image")
 
 
-def _of_data_url(url: str, limits: ImageLimits) -> bytes:
+def _decode_data_url(url: str, limits: ImageLimits) -> bytes:
     head, comma, content = url.partition(",")
-    require(bool(comma) and head.lower().endswith(";base64"), "data URL", "begin with data:<type>;base64,", f"{url!r:.60}")
-    _within(len(content) // 4 * 3, limits, "data URL")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ValueError(f"data URL must begin with 'data:<type>;base64,', got {url!r:.60}")
+    _check_bytes(len(content) // 4 * 3, limits, "data URL")
     try:
         return base64.b64decode(content, validate=True)
     except binascii.Error as error:
@@ -79,15 +84,8 @@ def _of_data_url(url: str, limits: ImageLimits) -> bytes:
 
 
 def _fetch(url: str, limits: ImageLimits) -> bytes:
-    opener = urllib.request.OpenerDirector()  # without files and ftp, which a redirect could lead to
-    for handler in (
-        "Proxy",
-        "Unknown",
-        "HTTP",
-        "HTTPS",
-        "HTTPRedirect",
-        "HTTPDefaultError",
-    ):
+    opener = urllib.request.OpenerDirector()  # without file: and ftp:, which a redirect could lead to
+    for handler in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPRedirect", "HTTPDefaultError"):
         opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
     opener.add_handler(urllib.request.HTTPErrorProcessor())
     try:
@@ -95,50 +93,56 @@ def _fetch(url: str, limits: ImageLimits) -> bytes:
             content = response.read(limits.max_bytes + 1)
     except (urllib.error.URLError, TimeoutError) as error:
         raise OSError(f"{url:.200} was not fetched: {error}") from error
-    _within(len(content), limits, f"{url:.200}")
+    _check_bytes(len(content), limits, f"{url:.200}")
     return content
 
 
-def _of_url(url: str, scheme: str, limits: ImageLimits) -> bytes:
+def _read_url(url: str, scheme: str, limits: ImageLimits) -> bytes:
     if scheme == "data":
-        return _of_data_url(url, limits)
-    require(scheme in ("http", "https"), "image", "be a path, or an address that begins with data:, http: or https:", url[:80])
-    require(limits.allow_urls, "image", "be no remote address unless allow_image_urls is set", url[:200])
+        return _decode_data_url(url, limits)
+    if scheme not in ("http", "https"):
+        raise ValueError(f"image must be a path, or a URL that begins with data:, http: or https:, got {url[:80]}")
+    if not limits.allow_urls:
+        raise ValueError(f"image must not be a remote URL unless allow_image_urls is set, got {url[:200]}")
     return _fetch(url, limits)
 
 
-def open_image(value: Any, limits: ImageLimits = DEFAULT) -> Image.Image:
-    """The image that a column's value stands for; its pixels are not decoded yet.
+def open_image(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Open an image without decoding its pixels.
 
     Args:
-        value: a PIL image, a path, bytes, a ``{"bytes": ..., "path": ...}`` dict, a data: URL of base64, or, where the limits
-            allow it, an http(s) address. Of an animated file the first frame counts, and no other is decoded.
+        value: a PIL image, a path, bytes, a ``{"bytes": ..., "path": ...}`` dict, a base64 data: URL, or an http(s) URL if the
+            limits allow it. Only the first frame of an animated file is used.
+        limits: limits of its size, and whether URLs are fetched.
 
     Raises:
-        ValueError, OSError, TypeError, SyntaxError: it is no image of ``FORMATS``, or outside the limits (``ERRORS``).
+        ValueError, OSError, TypeError, SyntaxError: the value is not an image of ``FORMATS``, or exceeds the limits
+            (``IMAGE_ERRORS``).
     """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, Image.Image):
-        image = value
-    else:
-        if isinstance(value, bytes):
-            _within(len(value), limits, "image")
-        elif scheme := scheme_of(value):
-            value = _of_url(value, scheme, limits)
-        elif isinstance(value, (str, os.PathLike)):
-            _check_file(value, limits)
-        else:
-            rule = "be a PIL image, a path, bytes or a dict with bytes or path"
-            require(False, "image", rule, type(value).__name__, TypeError)
-        try:
-            image = Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=FORMATS)
-        except Image.DecompressionBombError as error:  # far beyond the limit, and no ValueError
-            raise ValueError(f"image must have at most {limits.max_pixels} pixels (max_image_pixels): {error}") from error
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{error}; formats: {', '.join(FORMATS)}") from error
+    image = value if isinstance(value, Image.Image) else _open_file(value, limits)
     size = f"{image.width} x {image.height}"
-    require(0 not in image.size, "image", "not be empty", f"{size} pixels")
-    rule = f"have at most {limits.max_pixels} pixels (max_image_pixels)"
-    require(image.width * image.height <= limits.max_pixels, "image", rule, size)
+    if 0 in image.size:
+        raise ValueError(f"image must not be empty, got {size} pixels")
+    if image.width * image.height > limits.max_pixels:
+        raise ValueError(f"image must have at most {limits.max_pixels} pixels (max_image_pixels), got {size}")
     return image
+
+
+def _open_file(value: Any, limits: ImageLimits) -> Image.Image:
+    """Check the size in bytes of an image that is given by bytes, URL or path, and open it."""
+    if isinstance(value, bytes):
+        _check_bytes(len(value), limits, "image")
+    elif scheme := scheme_of(value):
+        value = _read_url(value, scheme, limits)
+    elif isinstance(value, (str, os.PathLike)):
+        _check_file(value, limits)
+    else:
+        raise TypeError(f"image must be a PIL image, a path, bytes or a dict with bytes or path, got {type(value).__name__}")
+    try:
+        return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=FORMATS)
+    except Image.DecompressionBombError as error:  # not a ValueError; PIL raises it for images far above the limit
+        raise ValueError(f"image must have at most {limits.max_pixels} pixels (max_image_pixels): {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{error}; formats: {', '.join(FORMATS)}") from error

@@ -1,42 +1,48 @@
 """From a dataset's rows to model inputs.
 
-A row has ``prompt``, a string or a conversation, and optionally ``image`` (one), ``images`` (a list), ``videos`` (a list) and
-their ``fps``. An image is a PIL image, a path, bytes, a ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it, or an
-address (see ``open_image``). A video is a list of frames, each such an image or uint8 pixels (H, W, 3) or (3, H, W), or an
-array or tensor of all of them. All other columns go to the reward functions. ``encode`` alone knows how a processor turns
-prompts, images and videos into the one dict of model inputs.
+Columns of a row:
+
+- ``prompt``: a string or a conversation (a list of messages).
+- ``image`` (one), ``images`` (a list), ``videos`` (a list): optional. An image is a PIL image, a path, bytes, a
+  ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it, or a URL (see ``open_image``). A video is a list of frames,
+  each an image as above or uint8 pixels (H, W, 3) or (3, H, W), or one array or tensor of all frames.
+- ``fps``: frames per second of the videos, optional.
+- All other columns are passed to the reward functions.
 """
 
 import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
-from vlmkernels.data.images import DEFAULT, ERRORS, ImageLimits, open_image, scheme_of
+from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageLimits, open_image
 from vlmkernels.models.families import Family
-from vlmkernels.models.inputs import Batch
-from vlmkernels.ops.checks import require, require_positive
+from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.ops.checks import require_positive
 from vlmkernels.ops.pack_patches.images import as_frames
 
 MEDIA_COLUMNS = ("image", "images", "videos")
-DEFAULT_FPS = 2.0  # frames per second of a video, where a row has no ``fps``: what Qwen's processors sample at
+DEFAULT_FPS = 2.0  # frames per second of a video without ``fps``; Qwen's processors sample at this rate
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row that was read: ``prompt`` in its own form, with one part per image or video where it is a conversation.
+    """A row with its images and videos opened.
 
-    videos: (T, 3, H, W) uint8 each, of which ``fps`` frames make a second.
+    Args:
+        index: index of the row in its dataset.
+        prompt: the row's prompt. A conversation has one content part per image or video.
+        images: the images, in the order of their parts.
+        row: the row itself.
+        videos: the frames of each video, (T, 3, H, W) uint8.
+        fps: frames per second of the videos.
     """
 
     index: int
-    prompt: str | list[dict]
+    prompt: str | list[dict[str, Any]]
     images: list[Image.Image]
     row: dict[str, Any]
     videos: list[torch.Tensor]
@@ -44,57 +50,98 @@ class Sample:
 
 
 def is_conversation(prompt: Any) -> bool:
+    """Return whether ``prompt`` is a non-empty list of messages with roles."""
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and "role" in m for m in prompt)
 
 
-def _frame(value: Any, name: str, decode: bool, limits: ImageLimits) -> torch.Tensor:
-    """(3, H, W); with decode=False on the device "meta"."""
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """Return a prompt as text for people: messages one per line, with their roles and without images."""
+    if isinstance(prompt, str):
+        return prompt
+    texts = ["".join(part["text"] for part in _parts(message) if part["type"] == "text") for message in prompt]
+    return "\n".join(f"{message['role']}: {text}" for message, text in zip(prompt, texts, strict=True))
+
+
+def still_images(sample: Sample) -> list[Image.Image]:
+    """Return the sample's images and the first frame of each of its videos."""
+    return sample.images + [Image.fromarray(video[0].permute(1, 2, 0).cpu().numpy()) for video in sample.videos]
+
+
+def _read_frame(value: Any, name: str, decode: bool, limits: ImageLimits) -> torch.Tensor:
+    """Return a frame's pixels, (3, H, W) uint8; without ``decode`` on the device "meta"."""
     if not hasattr(value, "dtype"):  # neither an array nor a tensor
         try:
             value = open_image(value, limits)
-        except ERRORS as error:
+        except IMAGE_ERRORS as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         if not decode:
             return torch.empty(3, value.height, value.width, dtype=torch.uint8, device="meta")
     frames = as_frames(value, name)
-    require(len(frames) == 1, name, "be one frame", f"{len(frames)} frames")
+    if len(frames) != 1:
+        raise ValueError(f"{name} must be one frame, got {len(frames)} frames")
     return frames[0] if decode else frames[0].to("meta")
 
 
-def read_video(value: Any, name: str, decode: bool = True, limits: ImageLimits = DEFAULT) -> torch.Tensor:
-    """A column's video, (T, 3, H, W) uint8; with decode=False a list of frames is on the device "meta", its pixels not read."""
+def read_video(value: Any, name: str, decode: bool = True, limits: ImageLimits = DEFAULT_LIMITS) -> torch.Tensor:
+    """Read a video.
+
+    Args:
+        value: see the module's docstring.
+        name: name of the value in error messages.
+        decode: False reads only the headers of a list of images; the frames are then on the device "meta".
+        limits: limits of each frame.
+
+    Returns:
+        (T, 3, H, W) uint8.
+
+    Raises:
+        TypeError, ValueError: the value is not a video, or its frames differ in size.
+    """
     if hasattr(value, "dtype"):
-        frames = as_frames(value, name)
-        require(len(value.shape) == 4, name, "be frames (T, H, W, 3) or (T, 3, H, W)", tuple(value.shape))
-        return frames
-    rule = "be a list of frames, an array or a tensor"
-    require(isinstance(value, (list, tuple)), name, rule, type(value).__name__, TypeError)
-    require(len(value) > 0, name, "hold at least one frame", len(value))
-    frames = [_frame(frame, f"{name}[{i}]", decode, limits) for i, frame in enumerate(value)]
+        pixels = as_frames(value, name)
+        if len(value.shape) != 4:
+            raise ValueError(f"{name} must be frames (T, H, W, 3) or (T, 3, H, W), got {tuple(value.shape)}")
+        return pixels
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list of frames, an array or a tensor, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name} must hold at least one frame, got 0")
+    frames = [_read_frame(frame, f"{name}[{i}]", decode, limits) for i, frame in enumerate(value)]
+    height, width = frames[0].shape[1:]
     for i, frame in enumerate(frames):
-        sizes = f"{frame.shape[1]} x {frame.shape[2]}", f"{frames[0].shape[1]} x {frames[0].shape[2]}"
-        require(frame.shape == frames[0].shape, f"{name}[{i}]", f"have the size of the first frame, {sizes[1]}", sizes[0])
+        if frame.shape != frames[0].shape:
+            size = f"{frame.shape[1]} x {frame.shape[2]}"
+            raise ValueError(f"{name}[{i}] must have the size of the first frame, {height} x {width}, got {size}")
     return torch.stack(frames)
 
 
-def _media(row: dict) -> dict[str, tuple[str, list]]:
-    """Of images and videos the name of the row's column and its values, not opened."""
-    listed = lambda x: [] if x is None else list(x) if isinstance(x, (list, tuple)) else [x]  # noqa: E731
-    several = row.get("images") is not None
-    images = ("images", listed(row["images"])) if several else ("image", [x for x in [row.get("image")] if x is not None])
-    return {"image": images, "video": ("videos", listed(row.get("videos")))}
+def _as_list(value: Any) -> list:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _parts(message: dict) -> list[dict]:
+def _media(row: dict[str, Any]) -> dict[str, tuple[str, list]]:
+    """Return, for "image" and "video", the name of the row's column and its unopened values."""
+    if row.get("images") is not None:
+        images = "images", _as_list(row["images"])
+    else:
+        images = "image", [] if row.get("image") is None else [row["image"]]
+    return {"image": images, "video": ("videos", _as_list(row.get("videos")))}
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message["content"]
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
-def _conversation(prompt: list[dict], media: dict[str, tuple[str, list]]) -> tuple[list[dict], dict[str, list]]:
-    """The conversation with one part per image or video, and these in order.
+def _conversation(
+    prompt: list[dict[str, Any]], media: dict[str, tuple[str, list]]
+) -> tuple[list[dict[str, Any]], dict[str, list]]:
+    """Return the conversation with one part per image or video, and the values of these parts in order.
 
-    Those of a column fill the conversation's parts of their kind in order; where it has none, they go before the first user
-    message's text, images first. Without a column, parts bring their own.
+    The values of a column fill the parts of their kind in order. If the conversation has no such parts, they are inserted
+    before the text of the first user message, images first. Without a column, the values are in the parts themselves.
     """
     messages = [{**message, "content": _parts(message)} for message in prompt]
     first_user = next((message for message in messages if message["role"] == "user"), messages[0])
@@ -114,8 +161,18 @@ def _conversation(prompt: list[dict], media: dict[str, tuple[str, list]]) -> tup
     return messages, filled
 
 
-def read_sample(row: dict, index: int, decode: bool = True, limits: ImageLimits = DEFAULT) -> Sample:
-    """A row as a ``Sample``. Errors name the row's index; ``decode=False`` opens images without reading their pixels."""
+def read_sample(row: dict[str, Any], index: int, decode: bool = True, limits: ImageLimits = DEFAULT_LIMITS) -> Sample:
+    """Open the images and videos of a row.
+
+    Args:
+        row: see the module's docstring.
+        index: index of the row, for error messages.
+        decode: False opens images without decoding their pixels.
+        limits: limits of images and frames.
+
+    Raises:
+        TypeError, ValueError: the prompt, an image or a video is invalid; the message has the index.
+    """
     prompt = row["prompt"]
     if not isinstance(prompt, str) and not is_conversation(prompt):
         raise TypeError(f"sample {index}: prompt must be a string or a list of messages, got {prompt!r:.80}")
@@ -131,18 +188,28 @@ def read_sample(row: dict, index: int, decode: bool = True, limits: ImageLimits 
         try:
             image = open_image(value, limits)
             images.append(image.convert("RGB") if decode else image)
-        except ERRORS as error:
-            which = column if column == "image" else f"{column}[{position}]"
-            raise ValueError(f"sample {index}: {which} cannot be read: {error}") from error
+        except IMAGE_ERRORS as error:
+            name = column if column == "image" else f"{column}[{position}]"
+            raise ValueError(f"sample {index}: {name} cannot be read: {error}") from error
     videos = [read_video(x, f"sample {index}: videos[{k}]", decode, limits) for k, x in enumerate(values["video"])]
     fps = DEFAULT_FPS if row.get("fps") is None else row["fps"]
     require_positive(f"sample {index}: fps", fps)
     return Sample(index, prompt, images, row, videos, float(fps))
 
 
-def render(sample: Sample, processor, **chat_template_kwargs) -> str:
-    """The prompt as the text that is tokenised, one placeholder per image or video; checked."""
-    text, media = sample.prompt, {"image": sample.images, "video": sample.videos}
+def render(sample: Sample, processor: Any, **chat_template_kwargs: Any) -> str:
+    """Return the prompt as the text that is tokenized, with one placeholder per image or video.
+
+    Args:
+        sample: the sample.
+        processor: the model's processor, or its tokenizer for a text model.
+        chat_template_kwargs: arguments of ``apply_chat_template``.
+
+    Raises:
+        ValueError: the model does not support the sample's images or videos, or the number of placeholders is wrong.
+    """
+    text = sample.prompt
+    media: dict[str, list] = {"image": sample.images, "video": sample.videos}
     tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in media}
     for kind, values in media.items():
         if tokens[kind] is None and values:
@@ -150,33 +217,53 @@ def render(sample: Sample, processor, **chat_template_kwargs) -> str:
             raise ValueError(f"sample {sample.index}: {kind}s must be absent for {what}, got {len(values)}")
     if not isinstance(text, str):
         messages = text
-        if tokens["image"] is None:  # a tokenizer's template takes plain strings
+        if tokens["image"] is None:  # the template of a tokenizer takes plain strings
             messages = [{**m, "content": "".join(part["text"] for part in m["content"])} for m in text]
         text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **chat_template_kwargs)
     for kind, values in media.items():
         token = tokens[kind]
-        placeholders = text.count(token) if token else 0
-        if placeholders != len(values):
-            rule = f"hold one {token} per {kind}, {len(values)}"
-            raise ValueError(f"sample {sample.index}: prompt must {rule}, got {placeholders} in {text!r:.200}")
+        count = text.count(token) if token else 0
+        if count != len(values):
+            raise ValueError(
+                f"sample {sample.index}: prompt must hold one {token} per {kind}, {len(values)}, got {count} in {text!r:.200}"
+            )
     return text
 
 
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase:
+    """Return the processor's tokenizer, or the processor itself if it is a tokenizer."""
+    return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+
+
 def _video_arguments(samples: list[Sample]) -> dict[str, Any]:
-    """Of a processor's call: all frames are taken, since they were chosen by whoever made the dataset."""
+    """Return the processor's arguments for videos. They keep all frames, which the dataset's author has chosen already."""
     videos = [(video, sample.fps) for sample in samples for video in sample.videos]
     metadata = [{"total_num_frames": len(x), "fps": fps, "frames_indices": list(range(len(x)))} for x, fps in videos]
     return {"videos": [video for video, _ in videos], "video_metadata": metadata, "do_sample_frames": False}
 
 
 def encode(
-    samples: list[Sample], processor, family: Family, chat_template_kwargs: dict | None = None, **processor_arguments
-) -> Batch:
-    """The model inputs of the samples' prompts, by one call of the processor (or tokenizer): each image once, however many
-    completions its prompt gets. ``processor_arguments``: further ones of that call."""
+    samples: list[Sample],
+    processor: Any,
+    family: Family,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    **processor_arguments: Any,
+) -> ModelInputs:
+    """Encode the prompts of samples, each image once, in one call of the processor.
+
+    Args:
+        samples: the samples, at least one.
+        processor: the model's processor, or its tokenizer for a text model.
+        family: the model's family.
+        chat_template_kwargs: arguments of ``apply_chat_template``.
+        processor_arguments: further arguments of the processor's call.
+
+    Returns:
+        Left-padded model inputs of one prompt per sample.
+    """
     texts = [render(sample, processor, **(chat_template_kwargs or {})) for sample in samples]
-    # A chat template writes the beginning-of-sequence token itself.
-    arguments = {"add_special_tokens": isinstance(samples[0].prompt, str)}
+    # A chat template writes the beginning-of-sequence token, so the tokenizer must not add one.
+    arguments: dict[str, Any] = {"add_special_tokens": isinstance(samples[0].prompt, str)}
     if any(sample.images for sample in samples):
         arguments["images"] = [sample.images for sample in samples]
     if any(sample.videos for sample in samples):
@@ -184,131 +271,12 @@ def encode(
     arguments |= processor_arguments
     inputs = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **arguments)
     num_images, num_videos = (torch.tensor([len(getattr(s, kind)) for s in samples]) for kind in ("images", "videos"))
-    keys = torch.tensor([_key(image) for sample in samples for image in sample.images], dtype=torch.int64)
-    return replace(Batch.of(dict(inputs), family, num_images, num_videos), image_keys=keys)
+    keys = torch.tensor([_content_key(image) for sample in samples for image in sample.images], dtype=torch.int64)
+    return replace(ModelInputs.from_processor(dict(inputs), family, num_images, num_videos), image_keys=keys)
 
 
-def _key(image: Image.Image) -> int:
-    """A number that tells the image from others by its content."""
+def _content_key(image: Image.Image) -> int:
+    """Return a 64-bit hash of the image's pixels, size and mode."""
     content = hashlib.blake2b(repr((image.mode, image.size, image.getpalette())).encode(), digest_size=8)
     content.update(image.tobytes())
     return int.from_bytes(content.digest(), "little", signed=True)
-
-
-def column_names(dataset) -> list[str]:
-    return list(getattr(dataset, "column_names", None) or dataset[0])
-
-
-def undecoded(dataset):
-    """The dataset with images as they are stored: a check of every row must not read every pixel."""
-    if not hasattr(dataset, "cast_column"):
-        return dataset
-    from datasets import Image as ImageFeature
-    from datasets import List
-
-    def stored(feature):
-        if isinstance(feature, List):
-            return List(stored(feature.feature))
-        return ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature
-
-    for name in dataset.features.keys() & MEDIA_COLUMNS:
-        dataset = dataset.cast_column(name, stored(dataset.features[name]))
-    return dataset
-
-
-def check_dataset(
-    dataset,
-    name: str,
-    processor,
-    chat_template_kwargs: dict | None = None,
-    check_row: Callable[[dict, str], None] | None = None,
-    bad: dict[int, str] | None = None,
-    limits: ImageLimits = DEFAULT,
-) -> set[str]:
-    """Raise for the first row that cannot be trained on: what ``read_sample``, ``render`` and ``check_row`` refuse, which gets
-    the row and how to name it. Where ``bad`` is given, their indices go there, with the reasons, as long as one row is left.
-
-    Reads every row, of each image the header alone.
-
-    Returns:
-        Which of "image" and "video" its rows have.
-    """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise TypeError(f"{name} must be a sequence of rows with a length, got {type(dataset).__name__}")
-    if len(dataset) == 0:
-        raise ValueError(f"{name} must hold at least one sample, got 0")
-    columns = column_names(dataset)
-    if "prompt" not in columns:
-        raise ValueError(f"{name} must have a column 'prompt', got {', '.join(columns)}")
-    rows, kinds = undecoded(dataset), set()
-    for index in range(len(rows)):
-        try:
-            if "prompt" not in rows[index]:
-                raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
-            sample = read_sample(rows[index], index, decode=False, limits=limits)
-            render(sample, processor, **(chat_template_kwargs or {}))
-            if check_row is not None:
-                check_row(rows[index], f"{name}: sample {index}")
-        except (ValueError, TypeError) as error:
-            if bad is None:
-                raise
-            if len(bad) + 1 == len(rows):
-                raise ValueError(f"{name} must hold a sample that can be used, got none: {error}") from error
-            bad[index] = str(error)
-            continue
-        kinds |= {kind for kind, media in (("image", sample.images), ("video", sample.videos)) if media}
-    return kinds
-
-
-def _resolve(row: dict, folder: Path) -> dict:
-    """The row with relative paths of images and frames, not addresses, taken from ``folder``."""
-
-    def path(value):
-        if isinstance(value, list):
-            return [path(item) for item in value]
-        return str(folder / value) if isinstance(value, str) and scheme_of(value) is None else value
-
-    return {name: path(value) if name in MEDIA_COLUMNS else value for name, value in row.items()}
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """The objects of a .jsonl file, each with the number of its line; empty lines are passed over."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate((line.removesuffix("\n") for line in lines), 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: must be JSON, got {line[:80]!r} ({error})") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}, line {number}: must be a JSON object, got {line[:80]!r}")
-            yield number, value
-
-
-def load_dataset(path: str | os.PathLike, split: str | None = None):
-    """Rows of a ``.jsonl`` or ``.parquet`` file, or of a folder written by ``datasets``' ``save_to_disk``.
-
-    Relative paths of images start at the file's folder. ``split`` chooses within a folder of several splits.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"dataset must be an existing file or folder, got {path}")
-    if path.suffix == ".jsonl":
-        return [_resolve(row, path.parent) for _, row in json_lines(path)]
-    import datasets
-
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
-        as_text = [name for name in MEDIA_COLUMNS if "string" in str(dataset.features.get(name))]
-        return dataset.map(lambda row: _resolve(row, path.parent), keep_in_memory=True) if as_text else dataset
-    if not path.is_dir():
-        raise ValueError(f"dataset must end in .jsonl or .parquet or be a folder, got {path}")
-    dataset = datasets.load_from_disk(str(path))
-    if not isinstance(dataset, datasets.DatasetDict):
-        return dataset
-    if split not in dataset:
-        raise ValueError(f"split must be one of {', '.join(dataset)}, got {split!r}")
-    return dataset[split]

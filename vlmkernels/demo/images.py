@@ -1,9 +1,11 @@
-"""What images cost in a step of the demo, measured: as trainers encode them, and as this one does."""
+"""Measure the time that a step of the demo spends on images, with transformers' code and with the trainer's."""
 
 import statistics
 import time
 
 import torch
+from PIL.Image import Image
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmkernels.demo.model import build_model
 from vlmkernels.models.image_processor import with_fast_images
@@ -12,8 +14,8 @@ from vlmkernels.models.vision import use_vision_ops
 ROUNDS = 3
 
 
-def _seconds(model, processor, images: list, **arguments) -> float:
-    """Of processing the images, the tower's forward pass to sample, and its forward and backward pass to learn."""
+def _seconds(model: PreTrainedModel, processor: ProcessorMixin, images: list[Image], **arguments) -> float:
+    """Return the seconds of image processing, the tower's forward pass for sampling, and its training forward and backward."""
     start = time.perf_counter()
     rows = processor.image_processor(images, return_tensors="pt", **arguments.get("images_kwargs", {}))
     with torch.no_grad():
@@ -22,9 +24,19 @@ def _seconds(model, processor, images: list, **arguments) -> float:
     return time.perf_counter() - start
 
 
-def image_seconds(processor, images: list, num_generations: int) -> dict[str, float]:
-    """Seconds that the images of a step take. before: processor and tower of transformers, an image for every completion.
-    after: those that the trainer uses, each image once. The demo's model, whose weights do not matter here."""
+def image_seconds(processor: ProcessorMixin, images: list[Image], num_generations: int) -> dict[str, float]:
+    """Measure the seconds that the images of a step take in the demo's model.
+
+    Args:
+        processor: the demo's processor.
+        images: one image per prompt.
+        num_generations: completions per prompt.
+
+    Returns:
+        "before": with the processor and vision tower of transformers, and one image per completion. "after": with the trainer's
+        processor and vision ops, and one image per prompt.
+    """
+    # New models are built because the weights do not affect the time.
     before, after = build_model(processor, 0), build_model(processor, 0)
     fast = with_fast_images(processor)
     arguments = use_vision_ops(after, fast)
@@ -34,6 +46,11 @@ def image_seconds(processor, images: list, num_generations: int) -> dict[str, fl
 
 
 def image_shares(seconds: dict[str, float], step_seconds: float) -> dict[str, float]:
-    """The images' share of a step that takes ``step_seconds`` with images as "after", and of one that differs in them alone."""
+    """Return the share of a step's time that is spent on images, for "before" and "after".
+
+    Args:
+        seconds: the result of ``image_seconds``.
+        step_seconds: duration of a step with the images of "after". The rest of the step is assumed to be the same in "before".
+    """
     rest = step_seconds - seconds["after"]
     return {when: value / (rest + value) for when, value in seconds.items()}

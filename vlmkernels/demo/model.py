@@ -1,4 +1,4 @@
-"""A small Qwen2.5-VL built in code: the real architecture, processor and chat format, random weights, no download."""
+"""Build a small Qwen2.5-VL: the real architecture, processor and chat format, with random weights and no download."""
 
 import re
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -35,7 +36,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(texts: Sequence[str] = (PROMPT,)) -> Qwen2Tokenizer:
-    """Qwen's byte-level BPE with the 256 bytes and just the merges that make each word of ``texts`` one token."""
+    """Build a byte-level BPE tokenizer like Qwen's, whose merges make each word in ``texts`` one token."""
     vocab = {byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
     merges = []
     words = dict.fromkeys(word.replace(" ", "Ġ") for text in texts for word in re.findall(" ?[A-Za-z]+", text))
@@ -56,7 +57,7 @@ def build_tokenizer(texts: Sequence[str] = (PROMPT,)) -> Qwen2Tokenizer:
 
 
 def build_processor(texts: Sequence[str] = (PROMPT,)) -> Qwen2_5_VLProcessor:
-    """The processor; ``size`` leaves every image of whole digits as it is, so that a digit becomes one image token."""
+    """Build the processor. It keeps the size of images that consist of whole digits, so that each digit is one image token."""
     size = {"shortest_edge": DIGIT_PIXELS**2, "longest_edge": 1280 * DIGIT_PIXELS**2}
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=size),
@@ -67,7 +68,10 @@ def build_processor(texts: Sequence[str] = (PROMPT,)) -> Qwen2_5_VLProcessor:
 
 
 def build_model(processor: Qwen2_5_VLProcessor, seed: int, num_layers: int = 2) -> Qwen2_5_VLForConditionalGeneration:
-    """Some 600 thousand random weights: a windowed and a full block in the vision tower, ``num_layers`` in the text model."""
+    """Build a model with random weights, about 600 thousand with 2 layers.
+
+    The vision tower has one layer with windowed and one with full attention; the text model has ``num_layers`` layers.
+    """
     tokenizer = processor.tokenizer
     token_id = tokenizer.convert_tokens_to_ids
     text = dict(
@@ -112,13 +116,13 @@ def build_model(processor: Qwen2_5_VLProcessor, seed: int, num_layers: int = 2) 
 
 
 def prompt_texts(processor: Qwen2_5_VLProcessor, rows: list[dict]) -> list[str]:
-    """The prompts in the chat format, up to where the answer begins."""
+    """Render the prompts of the rows with the chat template, including the generation prompt."""
     return [processor.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in rows]
 
 
 @torch.no_grad()
-def read_numbers(model, processor: Qwen2_5_VLProcessor, rows: list[dict]) -> list[str]:
-    """The model's answers, by greedy decoding."""
+def read_numbers(model: PreTrainedModel, processor: Qwen2_5_VLProcessor, rows: list[dict]) -> list[str]:
+    """Return the model's answers to the rows, decoded greedily."""
     images = [row["image"] for row in rows]
     inputs = processor(text=prompt_texts(processor, rows), images=images, padding=True, return_tensors="pt")
     sequences = model.eval().generate(**inputs.to(model.device), max_new_tokens=MAX_DIGITS + 1, do_sample=False)

@@ -1,4 +1,4 @@
-"""What a person looks at: the curves and a page of samples."""
+"""Draw the figure of training curves and write the HTML page of samples."""
 
 import base64
 import io
@@ -29,20 +29,20 @@ b { font-family: ui-monospace, monospace; font-size: 1rem } .right { color: #1a7
 
 
 def _smooth(values: list[float], width: int = 9) -> np.ndarray:
-    """Running mean over ``width`` steps, fewer at the ends."""
+    """Return the centered running mean over ``width`` steps. The windows at the ends are shorter."""
     kernel = np.ones(min(width, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
 def draw_curves(metrics: dict, path: Path) -> None:
-    """Two panels: the rewards of what was sampled, and the accuracy on held-out numbers."""
+    """Draw two panels: the mean rewards of sampled answers, and the accuracy on held-out numbers."""
     data = metrics["curves"]
     figure = matplotlib.figure.Figure(figsize=(10.5, 4.2), dpi=150, layout="constrained")
     rewards, accuracy = figure.subplots(1, 2)
     for name, label, color in (("cer", "1 − character error rate", ORANGE), ("exact_match", "exact match", BLUE)):
         rewards.plot(data["step"], data[name], color=color, alpha=0.25, linewidth=1)
         rewards.plot(data["step"], _smooth(data[name]), color=color, linewidth=2, label=label)
-    rewards.set_title("Reward of sampled answers, mean of a step", loc="left", fontsize=11, color=INK)
+    rewards.set_title("Mean reward of sampled answers per step", loc="left", fontsize=11, color=INK)
     rewards.legend(frameon=False, loc="lower right")
 
     accuracy.plot(data["held_out_step"], data["held_out_accuracy"], color=GREEN, linewidth=2, marker="o", markersize=4)
@@ -52,7 +52,7 @@ def draw_curves(metrics: dict, path: Path) -> None:
     ):
         label = f"{metrics[name]:.1%}"
         accuracy.annotate(label, (x, metrics[name]), offset, textcoords="offset points", ha=side, color=GREEN, weight="bold")
-    accuracy.set_title("Held-out numbers read without a mistake", loc="left", fontsize=11, color=INK)
+    accuracy.set_title("Share of held-out numbers read correctly", loc="left", fontsize=11, color=INK)
     for axes in (rewards, accuracy):
         axes.set_ylim(0, 1.04)
         axes.set_xlabel("GRPO step", color=MUTED)
@@ -66,12 +66,14 @@ def draw_curves(metrics: dict, path: Path) -> None:
 
 
 def _image(image: Image.Image) -> str:
+    """Return an img element with the image as a data URI."""
     data = io.BytesIO()
     image.save(data, "PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def _card(row: dict, before: str, after: str) -> str:
+    """Return the card of one number with the model's answers before and after GRPO."""
     truth = row["answer"]
     answers = "".join(
         f'<div>{when} <b class="{"right" if answer == truth else "wrong"}">{escape(answer) or "–"}</b></div>'
@@ -80,8 +82,19 @@ def _card(row: dict, before: str, after: str) -> str:
     return f'<div class="card">{_image(row["image"])}<div>written <b>{escape(truth)}</b></div>{answers}</div>'
 
 
+def _cards(samples: list[tuple[dict, str, str]]) -> str:
+    return f'<div class="cards">{"".join(_card(*sample) for sample in samples)}</div>'
+
+
 def write_samples(metrics: dict, rows: list[dict], before: list[str], after: list[str], path: Path) -> None:
-    """One HTML file that needs nothing else: accuracies, the first held-out numbers, and those still read wrong."""
+    """Write a self-contained HTML page: accuracies, the first held-out numbers, and numbers that are still read wrong.
+
+    Args:
+        metrics: the result of ``vlmkernels.demo.run.to_metrics``.
+        rows: the held-out numbers.
+        before, after: the model's answers before and after GRPO, one per row.
+        path: file to write.
+    """
     triples = list(zip(rows, before, after, strict=True))
     mistakes = [triple for triple in triples if triple[2] != triple[0]["answer"]]
     names = ["all", *(f"{n + 1} digit{'s' * (n > 0)}" for n in range(len(metrics["accuracy_after_by_digits"])))]
@@ -92,15 +105,15 @@ def write_samples(metrics: dict, rows: list[dict], before: list[str], after: lis
         for label in ("before", "after")
     )
     shares = metrics["image_share_of_step"]
-    cards = lambda chosen: f'<div class="cards">{"".join(_card(*triple) for triple in chosen)}</div>'  # noqa: E731
     path.write_text(
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>Numbers written by hand</title><style>{STYLE}</style>"
-        "<h1>Numbers written by hand, read by a small VLM</h1>"
-        f"<p>{len(rows)} held-out numbers, made of scans that the model never saw. Greedy answers. Seed {metrics['seed']}.</p>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Handwritten numbers</title><style>{STYLE}</style>"
+        "<h1>Handwritten numbers, read by a small VLM</h1>"
+        f"<p>{len(rows)} held-out numbers, composed of scans that were not used in training. Greedy decoding."
+        f" Seed {metrics['seed']}.</p>"
         f"<table><tr><th>exact match</th>{''.join(f'<th>{name}</th>' for name in names)}</tr>{table}</table>"
-        f"<p>Images took {shares['after']:.0%} of a step of {metrics['step_seconds']:.2f} s. With transformers' processor and"
-        f" tower, and an image for every completion, it would be {shares['before']:.0%}.</p>"
-        f"<h2>The first {min(NUM_SAMPLES, len(rows))} held-out numbers</h2>{cards(triples[:NUM_SAMPLES])}"
+        f"<p>Images took {shares['after']:.0%} of a step of {metrics['step_seconds']:.2f} s. With the processor and vision"
+        f" tower of transformers, and one image per completion, they would take {shares['before']:.0%}.</p>"
+        f"<h2>The first {min(NUM_SAMPLES, len(rows))} held-out numbers</h2>{_cards(triples[:NUM_SAMPLES])}"
         f"<h2>Still wrong after GRPO: {len(mistakes)}, the first {min(NUM_MISTAKES, len(mistakes))}</h2>"
-        f"{cards(mistakes[:NUM_MISTAKES])}</html>\n"
+        f"{_cards(mistakes[:NUM_MISTAKES])}</html>\n"
     )

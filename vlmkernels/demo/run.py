@@ -1,15 +1,16 @@
-"""The demo from beginning to end: data, model, warm-up, GRPO, results."""
+"""Run the whole demo: data, model, warm-up, GRPO and results."""
 
 import json
 import os
 import platform
 import statistics
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from vlmkernels.demo.images import image_seconds, image_shares
@@ -20,23 +21,23 @@ from vlmkernels.env import version
 from vlmkernels.evaluate.digits import MAX_DIGITS, compose, load_scans, save_rows
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
-NUM_TRAIN, NUM_TEST = 4800, 600  # numbers, composed of different scans
-MIN_GAIN, MIN_ACCURACY = 0.15, 0.80  # what GRPO must reach on the test
+NUM_TRAIN, NUM_TEST = 4800, 600  # numbers; training and test numbers are composed of different scans
+MIN_GAIN, MIN_ACCURACY = 0.15, 0.80  # requirements for the demo to succeed, on the held-out numbers
 
 GRPO = {
-    "per_device_train_batch_size": 64 * 8,  # completions in a step
+    "per_device_train_batch_size": 64 * 8,  # completions per step
     "num_generations": 8,
-    "max_completion_length": MAX_DIGITS + 1,  # a token per digit and the end
+    "max_completion_length": MAX_DIGITS + 1,  # one token per digit, and the end-of-turn token
     "learning_rate": 5e-4,
     "warmup_steps": 10,
-    # Not "group": dividing by a group's own deviation enlarges the lone lucky guesses of the longest numbers, and the model
-    # unlearned to write a third digit.
+    # With "group", dividing by the standard deviation of each group amplifies single lucky guesses at the longest numbers; the
+    # model then stopped writing a third digit.
     "scale_rewards": "batch",
 }
 
 
-class Progress(TrainerCallback):
-    """A line at each evaluation."""
+class PrintEvaluations(TrainerCallback):
+    """Print a line at each evaluation."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
@@ -51,8 +52,30 @@ class Progress(TrainerCallback):
         )
 
 
-def build_trainer(model, processor, train: list[dict], test: list[dict], seed: int, steps: int, output: Path) -> GRPOTrainer:
-    config = GRPOConfig(
+def build_trainer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    train: list[dict],
+    test: list[dict],
+    config: GRPOConfig,
+) -> GRPOTrainer:
+    """Build the trainer, with ``PrintEvaluations`` instead of the default printing callback."""
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=["exact_match", "cer"],
+        args=config,
+        train_dataset=train,
+        eval_dataset=test,
+        processing_class=processor,
+        callbacks=[PrintEvaluations()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def build_config(seed: int, steps: int, output: Path) -> GRPOConfig:
+    """Build the configuration of the GRPO run. It evaluates greedy answers every 10 steps."""
+    return GRPOConfig(
         **GRPO,
         max_steps=steps,
         seed=seed,
@@ -70,21 +93,10 @@ def build_trainer(model, processor, train: list[dict], test: list[dict], seed: i
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=["exact_match", "cer"],
-        args=config,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=processor,
-        callbacks=[Progress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def curves(log_history: list[dict], accuracy_before: float) -> dict[str, list]:
-    """Mean rewards of the sampled completions per step, and held-out accuracy."""
+    """Return the mean rewards of sampled completions and the accuracy on held-out numbers, each with its steps."""
     train = [entry for entry in log_history if "reward" in entry]
     held_out = [(entry["step"], entry["eval_rewards/exact_match/mean"]) for entry in log_history if "eval_reward" in entry]
     return {
@@ -97,18 +109,93 @@ def curves(log_history: list[dict], accuracy_before: float) -> dict[str, list]:
 
 
 def failures(before: float, after: float) -> list[str]:
-    """The rules that the result breaks."""
-    rules = {
+    """List the requirements that the accuracies before and after GRPO do not meet."""
+    requirements = {
         "GRPO must improve the held-out accuracy": after > before,
         f"GRPO must raise the held-out accuracy by at least {100 * MIN_GAIN:.0f} points": after - before >= MIN_GAIN,
         f"the held-out accuracy must reach {100 * MIN_ACCURACY:.0f} %": after >= MIN_ACCURACY,
     }
-    return [rule for rule, holds in rules.items() if not holds]
+    return [requirement for requirement, is_met in requirements.items() if not is_met]
+
+
+def accuracy(answers: list[str], rows: list[dict], digits: int | None = None) -> float:
+    """Return the share of correct answers, over all numbers or over the numbers with ``digits`` digits."""
+    pairs = [(answer, row["answer"]) for answer, row in zip(answers, rows, strict=True)]
+    return float(np.mean([answer == truth for answer, truth in pairs if digits in (None, len(truth))]))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The measurements of a run of the demo. Answers are the model's answers to the held-out numbers."""
+
+    answers_before: list[str]
+    answers_after: list[str]
+    log: list[dict]
+    warmup_steps: int
+    warmup_seconds: float
+    train_seconds: float
+    image_seconds: dict[str, float]
+
+    @property
+    def step_seconds(self) -> float:
+        """Median duration of a GRPO step in seconds."""
+        return statistics.median(entry["step_time"] for entry in self.log if "step_time" in entry)
+
+
+def to_metrics(measured: Measured, test: list[dict], seed: int, steps: int) -> dict:
+    """Return the content of metrics.json."""
+    before, after = accuracy(measured.answers_before, test), accuracy(measured.answers_after, test)
+    shares = image_shares(measured.image_seconds, measured.step_seconds)
+    lengths = range(1, MAX_DIGITS + 1)
+    return {
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "accuracy_before_by_digits": [accuracy(measured.answers_before, test, n) for n in lengths],
+        "accuracy_after_by_digits": [accuracy(measured.answers_after, test, n) for n in lengths],
+        "rules_broken": failures(before, after),
+        "warmup_steps": measured.warmup_steps,
+        "warmup_seconds": round(measured.warmup_seconds, 1),
+        "train_seconds": round(measured.train_seconds, 1),
+        "step_seconds": round(measured.step_seconds, 3),
+        "image_seconds_per_step": {when: round(value, 3) for when, value in measured.image_seconds.items()},
+        "image_share_of_step": {when: round(value, 3) for when, value in shares.items()},
+        "seed": seed,
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {name: version(name) for name in ("vlmkernels", "torch", "transformers")},
+        "grpo_config": {**GRPO, "max_steps": steps},
+        "curves": curves(measured.log, before),
+    }
+
+
+def print_result(metrics: dict, output: Path) -> None:
+    """Print accuracies, times, the paths of the results, and the requirements that are not met."""
+    before, after = metrics["accuracy_before"], metrics["accuracy_after"]
+    gain = 100 * (after - before)
+    print(f"\nHeld-out accuracy (exact match): before GRPO {before:.1%}, after {after:.1%}, {gain:+.1f} points")
+    warmup, train, total = metrics["warmup_seconds"], metrics["train_seconds"], metrics["total_seconds"]
+    print(f"Time: warm-up {warmup:.0f} s, GRPO {train:.0f} s, total {total:.0f} s")
+    shares = metrics["image_share_of_step"]
+    milliseconds = {when: f"{1e3 * value:.0f} ms" for when, value in metrics["image_seconds_per_step"].items()}
+    step = f"{1e3 * metrics['step_seconds']:.0f} ms"
+    print(
+        f"Images: {shares['after']:.0%} of a step ({milliseconds['after']} of {step}); with the processor and vision tower of"
+    )
+    print(f"transformers, and one image per completion, {shares['before']:.0%} ({milliseconds['before']})")
+    print(f"Results: {output / 'curves.png'}, {output / 'samples.html'}, {output / 'metrics.json'}. Next:")
+    print(f"  vlmkernels report {output}")
+    print(f"  vlmkernels eval --model {output / 'model'} --dataset {output / 'test.jsonl'}")
+    for requirement in metrics["rules_broken"]:
+        print(f"FAILED {requirement}")
 
 
 def run(seed: int, steps: int, output: Path) -> int:
+    """Run the demo and write its results to ``output``.
+
+    Returns:
+        0 if GRPO improved the model as much as required, else 1.
+    """
     start = time.perf_counter()
-    torch.set_num_threads(1)  # the matrices are too small to share between cores
+    torch.set_num_threads(1)  # the matrices are too small to benefit from more threads
     disable_progress_bar()
     output.mkdir(parents=True, exist_ok=True)
     train_scans, test_scans = load_scans()
@@ -116,58 +203,30 @@ def run(seed: int, steps: int, output: Path) -> int:
     test = compose(test_scans, NUM_TEST, np.random.default_rng(0))  # the same for every seed
     processor = build_processor()
     model = build_model(processor, seed)
-    print("A small vision-language model learns to read numbers written by hand.\n")
+    print("A small vision-language model learns to read handwritten numbers.\n")
     print(f"Model     the Qwen2.5-VL architecture, {model.num_parameters():,} random weights, seed {seed}")
-    print(f"Data      {len(train_scans.digits)} scanned digits to train on, {len(test_scans.digits)} others for the test,")
-    print(f"          composed into numbers of one to {MAX_DIGITS} digits, {NUM_TEST} of them held out")
+    print(f"Data      {len(train_scans.digits)} scanned digits for training, {len(test_scans.digits)} others for testing,")
+    print(f"          composed into numbers of one to {MAX_DIGITS} digits; {NUM_TEST} numbers are held out")
     print("\nWarm-up: supervised, cross-entropy on the answers", flush=True)
-
-    def accuracy(answers: list[str], digits: int | None = None) -> float:
-        """Share of the held-out numbers (of that many digits) that were read without a mistake."""
-        pairs = [(answer, row["answer"]) for answer, row in zip(answers, test, strict=True)]
-        return float(np.mean([answer == truth for answer, truth in pairs if digits in (None, len(truth))]))
-
     warmup_start = time.perf_counter()
     warmup_steps = warm_up(model, processor, train_scans, rng)
     warmup_seconds = time.perf_counter() - warmup_start
     answers_before = read_numbers(model, processor, test)
-    before = accuracy(answers_before)
-    print(f"  {warmup_steps} steps in {warmup_seconds:.0f} s, held-out accuracy {before:.1%}")
+    print(f"  {warmup_steps} steps in {warmup_seconds:.0f} s, held-out accuracy {accuracy(answers_before, test):.1%}")
 
-    print("\nGRPO: no labels in the loss, two rewards: exact match, and 1 - character error rate", flush=True)
+    print("\nGRPO: no labels in the loss; two rewards, exact match and 1 - character error rate", flush=True)
     train = compose(train_scans, NUM_TRAIN, rng)
-    trainer = build_trainer(model, processor, train, test, seed, steps, output)
+    trainer = build_trainer(model, processor, train, test, build_config(seed, steps, output))
     train_start = time.perf_counter()
     trainer.train()
     train_seconds = time.perf_counter() - train_start
     answers_after = read_numbers(model, processor, test)
-    after = accuracy(answers_after)
 
     prompts = GRPO["per_device_train_batch_size"] // GRPO["num_generations"]
     images = image_seconds(processor, [row["image"] for row in train[:prompts]], GRPO["num_generations"])
-    step_seconds = statistics.median(entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry)
-    shares = image_shares(images, step_seconds)
-
-    lengths = range(1, MAX_DIGITS + 1)
-    broken = failures(before, after)
-    metrics = {
-        "accuracy_before": before,
-        "accuracy_after": after,
-        "accuracy_before_by_digits": [accuracy(answers_before, n) for n in lengths],
-        "accuracy_after_by_digits": [accuracy(answers_after, n) for n in lengths],
-        "rules_broken": broken,
-        "warmup_steps": warmup_steps,
-        "warmup_seconds": round(warmup_seconds, 1),
-        "train_seconds": round(train_seconds, 1),
-        "step_seconds": round(step_seconds, 3),
-        "image_seconds_per_step": {when: round(value, 3) for when, value in images.items()},
-        "image_share_of_step": {when: round(value, 3) for when, value in shares.items()},
-        "seed": seed,
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {name: version(name) for name in ("vlmkernels", "torch", "transformers")},
-        "grpo_config": {**GRPO, "max_steps": steps},
-        "curves": curves(trainer.state.log_history, before),
-    }
+    log = trainer.state.log_history
+    measured = Measured(answers_before, answers_after, log, warmup_steps, warmup_seconds, train_seconds, images)
+    metrics = to_metrics(measured, test, seed, steps)
     draw_curves(metrics, output / "curves.png")
     write_samples(metrics, test, answers_before, answers_after, output / "samples.html")
     save_rows(test, output / "test.jsonl")
@@ -175,16 +234,5 @@ def run(seed: int, steps: int, output: Path) -> int:
     processor.save_pretrained(output / "model")
     metrics["total_seconds"] = round(time.perf_counter() - start, 1)
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-
-    gain = 100 * (after - before)
-    print(f"\nHeld-out accuracy (exact match): before GRPO {before:.1%}, after {after:.1%}, {gain:+.1f} points")
-    print(f"Time: warm-up {warmup_seconds:.0f} s, GRPO {train_seconds:.0f} s, all {metrics['total_seconds']:.0f} s")
-    milliseconds = {when: f"{1e3 * value:.0f} ms" for when, value in images.items()}
-    print(f"Images: {shares['after']:.0%} of a step ({milliseconds['after']} of {1e3 * step_seconds:.0f}); with transformers'")
-    print(f"processor and tower, and an image for every completion, {shares['before']:.0%} ({milliseconds['before']})")
-    print(f"Look at {output / 'curves.png'}, {output / 'samples.html'}, {output / 'metrics.json'}; go on with")
-    print(f"  vlmkernels report {output}")
-    print(f"  vlmkernels eval --model {output / 'model'} --dataset {output / 'test.jsonl'}")
-    for rule in broken:
-        print(f"FAILED {rule}")
-    return 1 if broken else 0
+    print_result(metrics, output)
+    return 1 if metrics["rules_broken"] else 0

@@ -1,9 +1,10 @@
-"""The supervised start: cross-entropy on the answers until the model reads some numbers, so that rewards can differ."""
+"""Supervised warm-up: train on the answers until the model reads some numbers, so that rewards differ within groups."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmkernels.demo.model import END_OF_TURN, prompt_texts, read_numbers
 from vlmkernels.evaluate.digits import MAX_DIGITS, Scans, compose
@@ -11,11 +12,11 @@ from vlmkernels.evaluate.digits import MAX_DIGITS, Scans, compose
 BATCH_SIZE = 64
 LEARNING_RATE = 1e-3
 CHECK_EVERY = 5  # steps
-MAX_STEPS = 400  # of a stage
+MAX_STEPS = 400  # per stage
 
 
 class Stage(NamedTuple):
-    """Numbers of up to ``max_digits`` digits, until the share ``target`` of them is read."""
+    """Train on numbers of up to ``max_digits`` digits until the model reads the share ``target`` correctly."""
 
     name: str
     max_digits: int
@@ -25,8 +26,8 @@ class Stage(NamedTuple):
 STAGES = (Stage("one digit", 1, 0.5), Stage(f"one to {MAX_DIGITS} digits", MAX_DIGITS, 0.6))
 
 
-def encode(processor, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Model inputs of prompts with their answers; ``labels`` is -100 but at the answer and the end of the turn."""
+def encode(processor: ProcessorMixin, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Return model inputs of prompts and answers. ``labels`` is -100 except at the answer and the end-of-turn token."""
     texts = [prompt + row["answer"] + END_OF_TURN for prompt, row in zip(prompt_texts(processor, rows), rows, strict=True)]
     inputs = processor(text=texts, images=[row["image"] for row in rows], padding=True, return_tensors="pt")
     length = torch.tensor([len(row["answer"]) + 1 for row in rows])  # a digit is one token; padding is on the left
@@ -35,8 +36,12 @@ def encode(processor, rows: list[dict]) -> dict[str, torch.Tensor]:
     return {**inputs, "labels": inputs["input_ids"].where(is_answer, -100)}
 
 
-def warm_up(model, processor, scans: Scans, rng: np.random.Generator) -> int:
-    """Train ``model`` through ``STAGES``; how far it is, is measured on numbers made of training scans. The steps taken."""
+def warm_up(model: PreTrainedModel, processor: ProcessorMixin, scans: Scans, rng: np.random.Generator) -> int:
+    """Train ``model`` through ``STAGES``. Accuracy is measured on other numbers composed of training scans.
+
+    Returns:
+        The total number of steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = 0
     for stage in STAGES:
@@ -55,5 +60,5 @@ def warm_up(model, processor, scans: Scans, rng: np.random.Generator) -> int:
                 if accuracy >= stage.target:
                     break
         steps += step
-        print(f"  {stage.name}: {step} steps, loss {loss.item():.2f}, {accuracy:.0%} of the numbers read", flush=True)
+        print(f"  {stage.name}: {step} steps, loss {loss.item():.2f}, {accuracy:.0%} of the numbers read correctly", flush=True)
     return steps

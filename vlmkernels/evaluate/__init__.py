@@ -1,20 +1,20 @@
-"""Measuring a model's answers: metrics with intervals, one definition of them for training and evaluation.
+"""Evaluation of a model's answers: metrics with confidence intervals, with the scoring functions that reward training uses.
 
     predictions = predict(model, processor, dataset, Decoding(num_generations=8, temperature=1.0), "predictions.jsonl")
     evaluation = Evaluation(predictions, dataset, Scoring(match="lmms-eval"))
     evaluation.value("grounding", "acc@0.5"), to_markdown(evaluation), to_json(evaluation)
 
-| module | what it holds |
+| module | contents |
 | --- | --- |
-| ``predictions`` | completions, sampled or saved; a killed run goes on where it stopped |
-| ``tasks`` | what an answer is and what it is compared with, by task; what other harnesses do |
+| ``predictions`` | sampled or saved completions; a killed run resumes where it stopped |
+| ``tasks`` | the answers, references and metrics of each task; differences of other harnesses |
 | ``metrics``, ``vqa``, ``coco`` | the metrics by name |
 | ``statistics`` | bootstrap intervals, paired comparisons, pass@k, maj@k |
-| ``evaluation`` | all of it for a dataset, in groups |
-| ``report``, ``page`` | JSON, Markdown, curves; one HTML page |
-| ``shapes_and_digits`` | a benchmark that is built in |
+| ``evaluation`` | all metrics of a dataset, in groups |
+| ``report``, ``page`` | JSON, Markdown and curves; an HTML page |
+| ``shapes_and_digits`` | a built-in benchmark |
 
-Needs the extra ``eval``.
+Requires the extra ``eval``.
 """
 
 from vlmkernels.evaluate.evaluation import Evaluation, Scoring, reward_parts

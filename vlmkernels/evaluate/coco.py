@@ -1,31 +1,37 @@
-"""Average precision of detections, by pycocotools."""
+"""Average precision of detections, computed with pycocotools."""
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from vlmkernels.rewards.answers import Boxes
 
 
-def _quietly(function, *arguments):
+def _quietly(function: Callable, *arguments: Any) -> Any:
+    """Call a function of pycocotools without its output."""
     with contextlib.redirect_stdout(io.StringIO()):
         return function(*arguments)
 
 
 class CocoAP:
-    """A ``Statistic``: COCO's AP over all areas with 100 detections per image.
+    """COCO's AP over all areas with 100 detections per image; a ``Statistic``.
 
-    Every completion is an image of its own; boxes without a label are of one category, those without a confidence are certain.
+    Every completion counts as one image. Boxes without a label form one category; boxes without a confidence have score 1.
+
+    Args:
+        predictions: the boxes of G completions for each of N samples; None for a completion without boxes.
+        references: the reference boxes of each sample.
+        threshold: IoU threshold. Default: average over the thresholds 0.5, 0.55, ..., 0.95.
     """
 
-    max_replicates = 200  # each sorts all detections again
+    max_replicates = 200  # fewer than for other metrics, because each replicate sorts all detections again
 
     def __init__(
         self, predictions: Sequence[Sequence[Boxes | None]], references: Sequence[Boxes], threshold: float | None = None
     ):
-        """predictions: N lists of G. threshold: the one IoU to take; by default the mean over 0.5, 0.55, ..., 0.95."""
         try:
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval
@@ -67,20 +73,21 @@ class CocoAP:
         self.images = np.array(self.evaluation.evalImgs, dtype=object).reshape(len(categories), -1)
 
     @staticmethod
-    def _annotation(image: int, category: int, box: tuple[float, ...], **more) -> dict:
+    def _annotation(image: int, category: int, box: tuple[float, ...], **more: Any) -> dict[str, Any]:
         x1, y1, x2, y2 = box
         size = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
         return {"image_id": image, "category_id": category, **size, **more}
 
     def value(self, samples: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """See ``Statistic``."""
         return np.array([self._ap(np.outer(*weights).flatten().astype(int)) for weights in zip(samples, seeds, strict=True)])
 
     def _ap(self, copies: np.ndarray) -> float:
-        """AP of the images, each as often as ``copies`` says: COCOeval's own accumulation of what it found in each image."""
+        """Return the AP of a dataset with ``copies[i]`` copies of image i, accumulated by COCOeval."""
         evaluation = self.evaluation
         chosen = np.repeat(np.arange(len(copies)), copies)
         evaluation.evalImgs = self.images[:, chosen].flatten().tolist()
         evaluation.params.imgIds = evaluation._paramsEval.imgIds = list(range(len(chosen)))
         _quietly(evaluation.accumulate)
-        precision = evaluation.eval["precision"][..., 0, -1]  # (thresholds, recalls, categories), -1 without a reference box
+        precision = evaluation.eval["precision"][..., 0, -1]  # (thresholds, recalls, categories); -1 without references
         return float(precision[precision > -1].mean()) if (precision > -1).any() else np.nan

@@ -1,4 +1,4 @@
-"""Numbers of one to three digits, composed of real scans: 1797 digits that 43 people wrote, 8 x 8 pixels each.
+"""Numbers of one to three digits, composed of real scans: 1797 digits written by 43 people, 8 x 8 pixels each.
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998, as packed by scikit-learn.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-DIGIT_PIXELS = 28  # two by two patches of 14 pixels, merged: one image token
+DIGIT_PIXELS = 28  # 2 x 2 patches of 14 pixels, which are merged into one image token
 MARGIN = 2  # pixels of paper around a scan
 MAX_DIGITS = 3
 TEST_SHARE = 0.25
@@ -19,14 +19,19 @@ PROMPT = "Read the number."
 
 
 class Scans(NamedTuple):
-    """Single digits. pixels: (n, 28, 28) uint8, dark ink on white paper; digits: (n,), 0 to 9."""
+    """Scans of single digits.
+
+    Attributes:
+        pixels: (n, 28, 28) uint8, dark ink on white paper.
+        digits: (n,), 0 to 9.
+    """
 
     pixels: np.ndarray
     digits: np.ndarray
 
 
 def load_scans() -> tuple[Scans, Scans]:
-    """The scans to train on and those kept for the test. No scan is in both; the split is the same in every run."""
+    """Return the scans for training and for testing. The two parts are disjoint and the same in every run."""
     source = load_digits()
     side = DIGIT_PIXELS - 2 * MARGIN
     paper = (255 - source.images * (255 / 16)).astype(np.uint8)
@@ -38,7 +43,14 @@ def load_scans() -> tuple[Scans, Scans]:
 
 
 def compose(scans: Scans, count: int, rng: np.random.Generator, max_digits: int = MAX_DIGITS) -> list[dict]:
-    """``count`` rows as the trainer takes them, equally many of each length: random scans side by side, prompt and answer."""
+    """Compose rows for the trainer: an image of random scans side by side, a prompt, and the number as answer.
+
+    Args:
+        scans: scans to choose from.
+        count: number of rows. Numbers of 1 to ``max_digits`` digits alternate.
+        rng: random generator that chooses the scans.
+        max_digits: maximum number of digits of a number.
+    """
     rows = []
     for index in range(count):
         chosen = rng.integers(len(scans.digits), size=1 + index % max_digits)
@@ -50,7 +62,7 @@ def compose(scans: Scans, count: int, rng: np.random.Generator, max_digits: int 
 
 
 def save_rows(rows: list[dict], path: Path) -> None:
-    """Write ``path``, one JSON object per line, and the images beside it in ``<name>-images/``."""
+    """Write rows to ``path`` as JSON lines, and their images to the folder ``<name>-images`` beside it."""
     folder = path.with_name(f"{path.stem}-images")
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

@@ -1,4 +1,4 @@
-"""From predictions to metrics: samples in groups, each group's answers parsed and scored, intervals and comparisons."""
+"""Metrics of predictions: answers are parsed and graded in groups of samples, with intervals and paired comparisons."""
 
 import difflib
 import math
@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmkernels.data.images import DEFAULT, ImageLimits
-from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, column_names, read_sample
-from vlmkernels.evaluate.metrics import REWARD, Answers, Metric, score
-from vlmkernels.evaluate.predictions import VIEWS, Predictions, joined
+from vlmkernels.data.dataset import column_names
+from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
+from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, prompt_text, read_sample
+from vlmkernels.evaluate.metrics import REWARD, Answers, Metric, scores_of
+from vlmkernels.evaluate.predictions import VIEWS, Predictions, concat_runs
 from vlmkernels.evaluate.statistics import (
     REPLICATES,
     Bootstrap,
@@ -24,25 +25,33 @@ from vlmkernels.evaluate.statistics import (
     point_value,
 )
 from vlmkernels.evaluate.tasks import COMMON, HARNESSES, TASKS, Harness
-from vlmkernels.ops.checks import require, require_one_of
+from vlmkernels.ops.checks import require_one_of
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.boxes import FRAMES
-from vlmkernels.rewards.builtin import PROVIDED, to_frame
-from vlmkernels.rollout.score import prompt_text
+from vlmkernels.rewards.builtin import to_frame
+from vlmkernels.rollout.score import score
 
-ALL = "all"
+ALL = "all"  # the group of all samples
 
 
 @dataclass(frozen=True)
 class Scoring:
     """How predictions are scored.
 
-    task: of every sample, by default the dataset's column ``task``, or "exact" where it has none but ``answer``.
-    metrics: in place of the tasks' own. match: the harness whose thresholds and comparisons are taken, a key of ``HARNESSES``.
-    by: the column whose values are reported one by one, by default ``category`` or else the task.
-    frame: of the predicted boxes and points, a key of ``FRAMES``; references are in pixels of the original image.
-    vocabulary: names of the objects that CHAIR looks for, or a mapping of names to synonyms; by default all that occur in the
-    references. confidence, replicates, seed: of the bootstrap.
+    Args:
+        task: task of every sample. Default: the dataset's column ``task``. Without that column, "exact" if there is a column
+            ``answer``, otherwise "open".
+        metrics: metrics to report instead of the default metrics of the tasks.
+        match: the harness whose thresholds and comparisons are used, a key of ``HARNESSES``.
+        by: the column whose values form the groups. Default: ``category`` if there is such a column, otherwise the task.
+        frame: coordinate frame of predicted boxes and points, a key of ``FRAMES``. References are in pixels of the original
+            image.
+        vocabulary: names of the objects that CHAIR looks for, or a mapping of names to synonyms. Default: the names in all
+            references.
+        confidence, replicates, seed: see ``Bootstrap``.
+
+    Raises:
+        ValueError: a value is invalid.
     """
 
     task: str | None = None
@@ -59,18 +68,21 @@ class Scoring:
         require_one_of("match", self.match, HARNESSES)
         require_one_of("frame", self.frame, FRAMES)
         if self.task is not None:
-            _require_task("task", self.task)
+            _check_task("task", self.task)
         for name in self.metrics:
             self.harness.metric(name)
-        require(0 < self.confidence < 1, "confidence", "be in (0, 1)", self.confidence)
-        require(self.replicates >= 1, "replicates", "be >= 1", self.replicates)
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")
+        if self.replicates < 1:
+            raise ValueError(f"replicates must be >= 1, got {self.replicates}")
 
     @property
     def harness(self) -> Harness:
+        """The harness of ``match``."""
         return HARNESSES[self.match]
 
 
-def _require_task(name: str, value: Any) -> None:
+def _check_task(name: str, value: Any) -> None:
     if value not in TASKS:
         near = difflib.get_close_matches(str(value), TASKS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -78,7 +90,13 @@ def _require_task(name: str, value: Any) -> None:
 
 
 class Result(NamedTuple):
-    """One metric of one group. hidden: where the image was hidden; cost: the metric minus that."""
+    """A metric of a group.
+
+    Attributes:
+        estimate: the metric with its interval.
+        hidden: the metric with the image hidden. None without a view that hides it.
+        cost: the difference ``estimate - hidden``, that is, the effect of the image.
+    """
 
     group: str
     metric: str
@@ -89,52 +107,62 @@ class Result(NamedTuple):
 
 @dataclass
 class Group:
-    """Samples that are reported together: their answers by view."""
+    """Samples that are reported together, with their metrics by name and their answers by view."""
 
     name: str
     metrics: dict[str, Metric]
     answers: dict[str, Answers]
-    _statistics: dict = field(default_factory=dict)
+    _statistics: dict[tuple[str, str], Statistic] = field(default_factory=dict)
 
     def statistic(self, metric: str, view: str = "image") -> Statistic:
+        """Return the statistic of a metric for the answers of a view. It is computed once."""
         if (metric, view) not in self._statistics:
             self._statistics[metric, view] = self.metrics[metric].statistic(self.answers[view])
         return self._statistics[metric, view]
 
 
-class Rows:
-    """A dataset's columns without its images, and what each sample is: checked when it is made, before anything is scored."""
+class EvaluationRows:
+    """A dataset's rows without images, with the task, group and reference of each sample.
 
-    def __init__(self, dataset, scoring: Scoring, limits: ImageLimits = DEFAULT):
-        self.limits = limits  # of images
-        require(len(dataset) > 0, "dataset", "hold at least one sample", 0)
-        self.dataset, names = dataset, column_names(dataset)
-        plain = (
-            dataset.remove_columns([n for n in MEDIA_COLUMNS if n in names]) if hasattr(dataset, "remove_columns") else dataset
-        )
+    Args:
+        dataset: rows with ``prompt`` and the columns that the tasks need.
+        scoring: selects the tasks and the groups.
+        limits: limits of images.
+
+    Raises:
+        TypeError, ValueError: a column is missing or a reference is invalid; the message has the sample's index.
+    """
+
+    def __init__(self, dataset: Any, scoring: Scoring, limits: ImageLimits = DEFAULT_LIMITS):
+        if not len(dataset):
+            raise ValueError("dataset must hold at least one sample, got 0")
+        self.dataset, self.limits, names = dataset, limits, column_names(dataset)
+        plain = dataset
+        if hasattr(dataset, "remove_columns"):  # reading the rows of datasets would decode their images
+            plain = dataset.remove_columns([name for name in MEDIA_COLUMNS if name in names])
         self.rows = [{k: v for k, v in plain[i].items() if k not in MEDIA_COLUMNS} for i in range(len(plain))]
         if scoring.task is None and "task" not in names:
-            default = "exact" if "answer" in names else "open"
-            self.tasks = [default] * len(self.rows)
+            self.tasks = ["exact" if "answer" in names else "open"] * len(self.rows)
         else:
             self.tasks = [scoring.task or row.get("task") for row in self.rows]
         by = scoring.by or ("category" if "category" in names else None)
-        require(by is None or by in names, "by", f"be a column of the dataset ({', '.join(names)})", repr(by))
-        self.names = [str(row.get(by)) if by else task for row, task in zip(self.rows, self.tasks, strict=True)]
+        if by is not None and by not in names:
+            raise ValueError(f"by must be a column of the dataset ({', '.join(names)}), got {by!r}")
+        self.group_names = [str(row.get(by)) if by else task for row, task in zip(self.rows, self.tasks, strict=True)]
         self.references = [self._reference(index, names) for index in range(len(self.rows))]
 
     def _reference(self, index: int, names: Sequence[str]) -> Any:
         row, task = self.rows[index], self.tasks[index]
         if "prompt" not in row:
             raise ValueError(f"sample {index}: dataset must have a column 'prompt', got {', '.join(row)}")
-        _require_task(f"sample {index}: task", task)
+        _check_task(f"sample {index}: task", task)
         column = TASKS[task].column
         if column not in row and task != "open":
             raise ValueError(
                 f"sample {index}: dataset must have a column {column!r} for the task {task}, got {', '.join(names)}"
             )
         try:
-            TASKS[task].reference(row.get(column))
+            TASKS[task].check_reference(row.get(column))
         except (ValueError, TypeError) as error:
             raise type(error)(f"sample {index}: {column} {error}") from error
         return row.get(column)
@@ -143,52 +171,65 @@ class Rows:
         return len(self.rows)
 
     def sample(self, index: int, decode: bool = True) -> Sample:
+        """Return a sample with its images; see ``read_sample``."""
         return read_sample(self.dataset[index], index, decode, self.limits)
 
     def groups(self) -> dict[str, list[int]]:
-        """Indices of the samples of each group, in the order of the dataset; a group has one task."""
+        """Return the indices of each group's samples, in the order of the dataset. All samples of a group have one task."""
         found: dict[tuple[str, str], list[int]] = {}
-        for index, key in enumerate(zip(self.names, self.tasks, strict=True)):
+        for index, key in enumerate(zip(self.group_names, self.tasks, strict=True)):
             found.setdefault(key, []).append(index)
-        several = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
-        return {f"{name} ({task})" if name in several else name: indices for (name, task), indices in found.items()}
+        ambiguous = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
+        return {f"{name} ({task})" if name in ambiguous else name: indices for (name, task), indices in found.items()}
 
 
 class Evaluation:
-    """What predictions are worth on a dataset.
+    """The metrics of predictions on a dataset.
 
     Args:
-        predictions: see ``predict`` and ``Predictions.read``; several are runs of one method, with different training seeds.
-        dataset: rows with ``prompt`` and the columns that the tasks need.
+        predictions: see ``predict`` and ``Predictions.read``. Several are runs of one method with different training seeds.
+        dataset: rows with ``prompt`` and the columns that the tasks need, or ``EvaluationRows``.
         scoring: see ``Scoring``.
-        rewards: by view, then by name, (num_samples, num_generations); see ``reward_parts``.
+        rewards: rewards (num_samples, num_generations) by view and name; see ``reward_parts``.
+
+    Attributes:
+        groups: the groups by name. If there are several, the first is ``ALL``, with all samples.
+        views: the views that all predictions have.
+        completions: the completions of each sample, by view.
+
+    Raises:
+        TypeError, ValueError: the dataset, the predictions and the metrics are incompatible.
     """
 
     def __init__(
         self,
         predictions: Predictions | Sequence[Predictions],
-        dataset,
+        dataset: Any,
         scoring: Scoring | None = None,
         rewards: dict[str, dict[str, np.ndarray]] | None = None,
     ):
         self.scoring = scoring or Scoring()
         self.runs = [predictions] if isinstance(predictions, Predictions) else list(predictions)
-        self.rows = dataset if isinstance(dataset, Rows) else Rows(dataset, self.scoring)
+        self.rows = dataset if isinstance(dataset, EvaluationRows) else EvaluationRows(dataset, self.scoring)
         self.rewards = rewards or {}
         self.views = [view for view in VIEWS if all(view in run.views for run in self.runs)]
-        require(self.views[:1] == ["image"], "predictions", "have the view 'image'", self.views)
-        self.completions = {view: joined(self.runs, len(self.rows), view) for view in self.views}
+        if self.views[:1] != ["image"]:
+            raise ValueError(f"predictions must have the view 'image', got {self.views}")
+        self.completions = {view: concat_runs(self.runs, len(self.rows), view) for view in self.views}
         self.resized = self.runs[0].resized_sizes(len(self.rows))
         self.groups = self._groups()
 
     @property
     def hidden_view(self) -> str | None:
+        """The view in which the image is hidden; None if there is none."""
         return self.views[1] if len(self.views) > 1 else None
 
     def _answers(self, indices: list[int], view: str) -> Answers:
-        """Completions of samples beside what the dataset says, not parsed yet."""
+        """Collect the completions and columns of samples, without parsing the answers."""
         rows, completions = self.rows, [self.completions[view][index] for index in indices]
-        known = lambda name: np.array([[_nan(getattr(c, name)) for c in group] for group in completions])  # noqa: E731
+        lengths, truncated = (
+            np.array([[_or_nan(getattr(c, name)) for c in group] for group in completions]) for name in ("length", "truncated")
+        )
         return Answers(
             indices=indices,
             texts=[[c.text for c in group] for group in completions],
@@ -196,24 +237,24 @@ class Evaluation:
             references=[rows.references[index] for index in indices],
             rows=[rows.rows[index] for index in indices],
             prompts=[prompt_text(rows.rows[index]["prompt"]) for index in indices],
-            lengths=known("length"),
-            truncated=known("truncated"),
+            lengths=lengths,
+            truncated=truncated,
             rewards={name: values[indices] for name, values in self.rewards.get(view, {}).items()},
         )
 
     def _parsed(self, answers: Answers, task: str) -> Answers:
-        """Answers of one task, read and told right from wrong."""
+        """Parse and grade the answers of one task."""
         harness, vocabulary, kind = self.scoring.harness, self.scoring.vocabulary, TASKS[task].answer
         answers = replace(answers, values=[[harness.parse(task, text) for text in group] for group in answers.texts])
         if self.scoring.frame != "original" and kind in ("box", "boxes", "point"):
             answers = self._to_pixels(answers)
         if kind == "objects" and vocabulary is None:
             vocabulary = sorted({str(name) for shown in answers.references for name in shown})
-        right = harness.right(task)
-        return replace(answers, correct=None if right is None else score(right, answers), vocabulary=vocabulary)
+        grade = harness.grade(task)
+        return replace(answers, correct=None if grade is None else scores_of(grade, answers), vocabulary=vocabulary)
 
     def _to_pixels(self, answers: Answers) -> Answers:
-        """Predicted boxes and points from their frame to pixels of the original image; those outside the frame are unread."""
+        """Convert predicted boxes and points to pixels of the original image. Those outside the frame become None."""
         sizes: dict[str, list] = {"original": [], "resized": []}
         for index in answers.indices:
             images = self.rows.sample(index, decode=False).images
@@ -221,11 +262,11 @@ class Evaluation:
                 raise ValueError(
                     f"sample {index}: dataset must have an image to convert boxes from the frame {self.scoring.frame}"
                 )
-            seen = self.resized[index] or [(math.nan, math.nan)]
-            if self.scoring.frame == "resized" and math.isnan(seen[0][0]):
+            resized = self.resized[index] or [(math.nan, math.nan)]
+            if self.scoring.frame == "resized" and math.isnan(resized[0][0]):
                 raise ValueError(f"sample {index}: predictions must hold 'resized', the image's size as the model saw it")
             sizes["original"].append(images[0].size)
-            sizes["resized"].append(seen[0])
+            sizes["resized"].append(resized[0])
         per_answer = {name: np.repeat(np.array(rows, dtype=np.float64), answers.shape[1], 0) for name, rows in sizes.items()}
         moved = iter(to_frame(answers.pairs()[0], self.scoring.frame, "original", per_answer))
         return replace(answers, values=[[next(moved) for _ in group] for group in answers.values])
@@ -237,43 +278,50 @@ class Evaluation:
             answers = {view: self._parsed(self._answers(indices, view), task) for view in self.views}
             groups[name] = Group(name, self._metrics(task, answers["image"]), answers)
         for metric in self.scoring.metrics:
+            self._check_metric(metric, groups)
+        return {ALL: self._all_samples(groups), **groups} if len(groups) > 1 else groups
+
+    def _check_metric(self, metric: str, groups: dict[str, Group]) -> None:
+        """Raise if no group has the metric, or if it needs more completions than there are."""
+        if not any(metric in group.metrics for group in groups.values()):
             kind, tasks = self.scoring.harness.metric(metric).kind, sorted(set(self.rows.tasks))
-            if not any(metric in group.metrics for group in groups.values()):
-                able = [task for task in TASKS if self._suits(metric, task)]
-                raise ValueError(f"metric {metric} needs a task of {', '.join(able)} ({kind} answers), got {', '.join(tasks)}")
-            at, _, k = metric.partition("@")
-            count = len(self.completions["image"][0])
-            if at in ("pass", "maj"):
-                require(int(k) <= count, f"metric {metric}", f"take at most the {count} completions of a sample", k)
-        return {ALL: self._whole(groups), **groups} if len(groups) > 1 else groups
+            suitable = [task for task in TASKS if self._suits(metric, task)]
+            raise ValueError(f"metric {metric} needs a task of {', '.join(suitable)} ({kind} answers), got {', '.join(tasks)}")
+        prefix, _, k = metric.partition("@")
+        count = len(self.completions["image"][0])
+        if prefix in ("pass", "maj") and int(k) > count:
+            raise ValueError(f"metric {metric} must take at most the {count} completions of a sample, got {k}")
 
     def _suits(self, name: str, task: str) -> bool:
         kind = self.scoring.harness.metric(name).kind
-        return kind in ("", task, TASKS[task].answer) or (kind == "right" and TASKS[task].right is not None)
+        return kind in ("", task, TASKS[task].answer) or (kind == "graded" and TASKS[task].grade is not None)
 
     def _metrics(self, task: str, answers: Answers) -> dict[str, Metric]:
-        """The metrics of a group, but those of what is not known of its completions."""
+        """Return the metrics of a group, without those whose values are unknown."""
         names = [name for name in self.scoring.metrics if self._suits(name, task)]
         if not self.scoring.metrics:
-            names = [*self.scoring.harness.task_metrics(task), *self._sampled(answers), *COMMON]
+            names = [*self.scoring.harness.task_metrics(task), *self._metrics_of_several(answers), *COMMON]
         names += [REWARD + name for name in answers.rewards]
-        absent = {
+        unknown = {
             "mean_length": np.isnan(answers.lengths).all(),
             "truncation_rate": np.isnan(answers.truncated).all(),
         }
-        return {name: self.scoring.harness.metric(name) for name in names if not absent.get(name, False)}
+        return {name: self.scoring.harness.metric(name) for name in names if not unknown.get(name, False)}
 
     @staticmethod
-    def _sampled(answers: Answers) -> list[str]:
-        """pass@k for powers of two, and maj@n, of n completions; pass@1 is the accuracy."""
+    def _metrics_of_several(answers: Answers) -> list[str]:
+        """Return pass@k for powers of two and maj@n, for n > 1 completions; pass@1 is the accuracy."""
         n = answers.shape[1]
         if n == 1 or answers.correct is None:
             return []
         powers = {2**i for i in range(1, n.bit_length()) if 2**i < n}
         return [*(f"pass@{k}" for k in sorted(powers | {n})), f"maj@{n}"]
 
-    def _whole(self, groups: dict[str, Group]) -> Group:
-        """All samples: the metrics that any task has, and those of right answers over the samples that have them."""
+    def _all_samples(self, groups: dict[str, Group]) -> Group:
+        """Return the group of all samples.
+
+        It has the metrics that suit every task, and the metrics of graded answers over the samples whose answers are graded.
+        """
         answers = {}
         for view in self.views:
             whole = self._answers(list(range(len(self.rows))), view)
@@ -287,43 +335,45 @@ class Evaluation:
         image = answers["image"]
         metrics = self._metrics("open", image)
         if image.correct is not None:
-            names = [name for name in self.scoring.metrics if self.scoring.harness.metric(name).kind == "right"]
-            names = names if self.scoring.metrics else ["accuracy", *self._sampled(image)]
+            names = [name for name in self.scoring.metrics if self.scoring.harness.metric(name).kind == "graded"]
+            names = names if self.scoring.metrics else ["accuracy", *self._metrics_of_several(image)]
             metrics = {name: self.scoring.harness.metric(name) for name in names} | metrics
         return Group(ALL, metrics, answers)
 
     @property
     def bootstrap(self) -> Bootstrap:
+        """Options of the intervals."""
         scoring = self.scoring
         return Bootstrap(scoring.confidence, scoring.replicates, scoring.seed, len(self.runs))
 
     @cached_property
     def results(self) -> list[Result]:
-        """Every metric of every group, with intervals; with the image hidden beside it where it was."""
+        """All metrics of all groups with their intervals, also with the image hidden if there is such a view."""
         found, options = [], self.bootstrap
         for group in self.groups.values():
             for name in group.metrics:
-                seen = group.statistic(name)
-                hidden = group.statistic(name, self.hidden_view) if self.hidden_view else None
-                found.append(
-                    Result(
-                        group.name,
-                        name,
-                        estimate(seen, options),
-                        hidden and estimate(hidden, options),
-                        hidden and compare(seen, hidden, options),
-                    )
-                )
+                shown = group.statistic(name)
+                result = Result(group.name, name, estimate(shown, options))
+                if self.hidden_view:
+                    hidden = group.statistic(name, self.hidden_view)
+                    result = result._replace(hidden=estimate(hidden, options), cost=compare(shown, hidden, options))
+                found.append(result)
         return found
 
     def value(self, group: str, metric: str) -> float:
-        """The metric of a group, without its interval."""
+        """Return a metric of a group without its interval."""
         return point_value(self.groups[group].statistic(metric))
 
     def minus(self, other: "Evaluation") -> dict[tuple[str, str], Difference]:
-        """Each metric minus the other run's, by group and metric, paired by sample; both are of one dataset and scoring."""
-        require(len(self.rows) == len(other.rows), "the other run", f"be of {len(self.rows)} samples", len(other.rows))
-        require(len(self.runs) == len(other.runs), "the other run", f"have {len(self.runs)} seeds", len(other.runs))
+        """Return the difference of each metric from another run, by group and metric, paired by sample.
+
+        Raises:
+            ValueError: the runs have different numbers of samples or of seeds.
+        """
+        if len(self.rows) != len(other.rows):
+            raise ValueError(f"the other run must have {len(self.rows)} samples, got {len(other.rows)}")
+        if len(self.runs) != len(other.runs):
+            raise ValueError(f"the other run must have {len(self.runs)} seeds, got {len(other.runs)}")
         return {
             (group.name, name): compare(group.statistic(name), other.groups[group.name].statistic(name), self.bootstrap)
             for group in self.groups.values()
@@ -332,41 +382,33 @@ class Evaluation:
         }
 
 
-def _nan(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
 def reward_parts(
-    rewards: Rewards, rows: Rows, runs: Sequence[Predictions], view: str = "image", batch: int = 256
+    rewards: Rewards, rows: EvaluationRows, runs: Sequence[Predictions], view: str = "image", batch_size: int = 256
 ) -> dict[str, np.ndarray]:
-    """What each reward function gives each completion, by its name, (num_samples, num_generations), NaN = not scored.
+    """Score predictions with reward functions.
 
     Args:
-        batch: samples at a time, whose images are in memory together.
+        rewards: the reward functions.
+        rows: the dataset.
+        runs: predictions; the completions of a sample are concatenated over all runs.
+        view: the view of the predictions to score.
+        batch_size: number of samples whose images are in memory at the same time.
+
+    Returns:
+        Rewards (num_samples, num_generations) by name of the reward function; NaN if not scored.
     """
-    completions, resized = joined(runs, len(rows), view), runs[0].resized_sizes(len(rows))
+    completions, resized = concat_runs(runs, len(rows), view), runs[0].resized_sizes(len(rows))
     parts = []
-    for start in range(0, len(rows), batch):
-        indices = range(start, min(start + batch, len(rows)))
+    for start in range(0, len(rows), batch_size):
+        indices = range(start, min(start + batch_size, len(rows)))
         samples = {index: rows.sample(index) for index in indices}
         repeated = [samples[index] for index in indices for _ in completions[index]]
         flat = [completion for index in indices for completion in completions[index]]
-        columns = sorted({name for sample in samples.values() for name in sample.row} - {"prompt", *PROVIDED})
-        parts.append(
-            rewards(
-                len(flat),
-                [sample.index for sample in repeated],
-                prompts=[sample.row["prompt"] for sample in repeated],
-                completions=[
-                    c.text if isinstance(s.prompt, str) else [{"role": "assistant", "content": c.text}]
-                    for s, c in zip(repeated, flat, strict=True)
-                ],
-                completion_ids=[c.ids or [] for c in flat],
-                images=[sample.images for sample in repeated],
-                image_sizes=[[image.size for image in sample.images] for sample in repeated],
-                resized_sizes=[resized[sample.index] for sample in repeated],
-                **{name: [sample.row.get(name) for sample in repeated] for name in columns},
-            )
-        )
+        texts, ids, sizes = [c.text for c in flat], [c.ids or [] for c in flat], [resized[s.index] for s in repeated]
+        parts.append(score(rewards, repeated, texts, ids, sizes).scores)
     values = Scores.cat(parts).rewards.double().numpy().reshape(len(rows), len(completions[0]), -1)
     return {name: values[..., place] for place, name in enumerate(rewards.names)}

@@ -1,4 +1,4 @@
-"""The metrics: a name, and what of each completion goes into it. Single answers are scored by ``vlmkernels.rewards``."""
+"""The metrics by name. The functions of ``vlmkernels.rewards`` score single answers; a metric combines their scores."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -20,10 +20,18 @@ from vlmkernels.rewards.hallucination import mentions
 class Answers:
     """G completions of each of N samples of one task.
 
-    indices: of the samples in the dataset. texts: the completions. values: what was parsed from each, None where nothing could
-    be. references, rows: of the dataset, rows without images. prompts: as text. correct: (N, G) of 0 and 1, None where the
-    task's answers are not right or wrong. lengths, truncated: (N, G), NaN where it is not known. rewards: (N, G) by name, NaN =
-    not scored. vocabulary: names of objects, for CHAIR.
+    Args:
+        indices: indices of the samples in the dataset.
+        texts: the completions.
+        values: the answer parsed from each completion; None if it could not be parsed.
+        references: the reference answer of each sample.
+        rows: the row of each sample, without images.
+        prompts: the prompts as text.
+        lengths: (N, G) number of tokens of each completion; NaN if unknown.
+        truncated: (N, G) 1 if a completion was truncated, else 0; NaN if unknown.
+        correct: (N, G) 1 if an answer is correct, else 0. None if the task does not grade answers as correct or wrong.
+        rewards: (N, G) rewards by name; NaN if not scored.
+        vocabulary: names of the objects that CHAIR looks for.
     """
 
     indices: list[int]
@@ -40,15 +48,16 @@ class Answers:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(N, G)."""
         return len(self.texts), len(self.texts[0])
 
     def pairs(self) -> tuple[list, list]:
-        """Parsed answers and their references, (N * G,) each."""
+        """Return the N * G parsed answers and the reference of each."""
         return [v for values in self.values for v in values], [r for r in self.references for _ in range(self.shape[1])]
 
 
-def score(function: Callable, answers: Answers, **options) -> np.ndarray:
-    """(N, G) of a pure function of ``vlmkernels.rewards``; an answer that could not be parsed scores 0."""
+def scores_of(function: Callable, answers: Answers, **options: Any) -> np.ndarray:
+    """Return the scores (N, G) of a function of ``vlmkernels.rewards``; 0 for an answer that could not be parsed."""
     scores = function(*answers.pairs(), **options)
     return np.array([0.0 if value is None else value for value in scores]).reshape(answers.shape)
 
@@ -57,30 +66,35 @@ def _ratio(total: np.ndarray) -> np.ndarray:
     return total[:, 0] / total[:, 1]
 
 
-def _sums(answers: Answers, statistic: Callable[[Any, Any], Sequence[float]], finish=_ratio) -> Sums:
-    """``statistic(parsed answer, reference)`` of each completion, of which ``finish`` takes the totals."""
+def _sums(
+    answers: Answers,
+    statistic: Callable[[Any, Any], Sequence[float]],
+    finish: Callable[[np.ndarray], np.ndarray] = _ratio,
+) -> Sums:
+    """Return the metric ``finish(sum of statistic(parsed answer, reference))`` over all answers."""
     rows = [statistic(value, reference) for value, reference in zip(*answers.pairs(), strict=True)]
     return Sums(np.array(rows, dtype=np.float64).reshape(*answers.shape, -1), finish)
 
 
-def _mean(function: Callable, **options) -> Callable[[Answers], Statistic]:
-    return lambda answers: mean_of(score(function, answers, **options))
+def _mean(function: Callable, **options: Any) -> Callable[[Answers], Statistic]:
+    return lambda answers: mean_of(scores_of(function, answers, **options))
 
 
 # Boxes
 
 
 def _iou(answers: Answers) -> np.ndarray:
-    return score(boxes.iou, answers)
+    return scores_of(boxes.iou, answers)
 
 
-def accuracy_at(threshold: float, at_least: bool, answers: Answers) -> Sums:
-    """The share of boxes whose IoU is >= the threshold, or > it."""
+def accuracy_at(threshold: float, inclusive: bool, answers: Answers) -> Sums:
+    """Return the share of boxes with IoU >= threshold, or > threshold if not ``inclusive``."""
     iou = _iou(answers)
-    return mean_of((iou >= threshold if at_least else iou > threshold).astype(float))
+    return mean_of((iou >= threshold if inclusive else iou > threshold).astype(float))
 
 
 def average_precision(threshold: float | None, answers: Answers) -> Statistic:
+    """Return COCO's average precision; see ``CocoAP``."""
     return CocoAP(answers.values, [as_boxes(reference) for reference in answers.references], threshold)
 
 
@@ -88,8 +102,11 @@ def average_precision(threshold: float | None, answers: Answers) -> Statistic:
 
 
 def _error_rate(split: Callable[[str], Sequence], answers: Answers) -> Sums:
-    """Edit distance over the reference's length, both summed over samples, not clipped; no answer counts as an empty one. Of
-    several references, the one with the least share of errors."""
+    """Return the edit distance divided by the length of the reference, both summed over samples. It can exceed 1.
+
+    An answer that could not be parsed counts as empty. If a sample has several references, the one with the lowest error rate
+    is used.
+    """
     from rapidfuzz.distance import Levenshtein
 
     def statistic(value: str | None, reference: Any) -> tuple[int, int]:
@@ -104,10 +121,15 @@ def _vqa(answers: Answers) -> Sums:
     return _sums(answers, lambda value, reference: (0.0 if value is None else vqa_accuracy(value, reference), 1))
 
 
-# Yes or no, as POPE (2305.10355) counts. Totals: true, false positives; false, true negatives; unparsed of "yes", of "no".
+# Yes or no, counted as in POPE (https://arxiv.org/abs/2305.10355).
 
 
 def confusion(value: str | None, reference: Any) -> list[bool]:
+    """Return a one-hot list of six cases.
+
+    The cases are true positive, false positive, false negative, true negative, unparsed with the reference yes, and unparsed
+    with the reference no.
+    """
     yes = text.yes_no(["yes"], [reference])[0] == 1.0
     return [value == answer and yes == truth for answer, truth in (("yes", 1), ("yes", 0), ("no", 1), ("no", 0))] + [
         value is None and yes == truth for truth in (True, False)
@@ -119,7 +141,7 @@ def _precision(t: np.ndarray) -> np.ndarray:
 
 
 def _recall(t: np.ndarray) -> np.ndarray:
-    """Of all that is there; an answer that could not be parsed did not find it."""
+    """Return the recall. Answers that could not be parsed count as false negatives."""
     return t[:, 0] / (t[:, 0] + t[:, 2] + t[:, 4])
 
 
@@ -132,14 +154,15 @@ def _yes_ratio(t: np.ndarray) -> np.ndarray:
 
 
 def pope(finish: Callable[[np.ndarray], np.ndarray]) -> Callable[[Answers], Sums]:
+    """Return a metric of the totals (R, 6) of ``confusion``."""
     return lambda answers: _sums(answers, confusion, finish)
 
 
-# MME: questions come in pairs about one image, "yes" and "no"; a sample of its statistics is a pair.
+# MME: two questions per image, one with the answer yes and one with the answer no. The statistics are per pair.
 
 
 class _Pair(NamedTuple):
-    right: np.ndarray  # (2, G)
+    correct: np.ndarray  # (2, G)
     category: str
 
 
@@ -151,22 +174,25 @@ def _pairs(answers: Answers) -> list[_Pair]:
                 f"sample {answers.indices[place]} must have a column 'question_id', one value per pair of questions"
             )
         groups.setdefault((row.get("category"), row["question_id"]), []).append(place)
-    right = score(text.yes_no, answers)
+    correct = scores_of(text.yes_no, answers)
     for (_, name), places in groups.items():
         if len(places) != 2:
             where = ", ".join(str(answers.indices[place]) for place in places)
             raise ValueError(f"question_id {name!r} must occur twice within its category, got {len(places)} (samples {where})")
-    return [_Pair(right[places], str(category)) for (category, _), places in groups.items()]
+    return [_Pair(correct[places], str(category)) for (category, _), places in groups.items()]
 
 
 def _mme(answers: Answers, single: float, both: float, per_category: bool) -> Sums:
-    """``single`` times the accuracy plus ``both`` times the share of pairs with both right, of each category or of all."""
+    """Return ``single`` * accuracy + ``both`` * share of pairs with two correct answers.
+
+    With ``per_category``, return the sum of this over the categories.
+    """
     pairs = _pairs(answers)
     names = sorted({pair.category for pair in pairs}) if per_category else [None]
     statistics = np.zeros((len(pairs), answers.shape[1], 2 * len(names)))
     for row, pair in zip(statistics, pairs, strict=True):
         place = names.index(pair.category) if per_category else 0
-        row[:, 2 * place] = single * pair.right.mean(0) + both * pair.right.all(0)
+        row[:, 2 * place] = single * pair.correct.mean(0) + both * pair.correct.all(0)
         row[:, 2 * place + 1] = 1
     return Sums(statistics, lambda total: np.nansum(total[:, ::2] / total[:, 1::2], axis=1))
 
@@ -175,14 +201,17 @@ def _mme(answers: Answers, single: float, both: float, per_category: bool) -> Su
 
 
 def _chair(per_caption: bool, answers: Answers) -> Sums:
-    """CHAIR (1809.02156): the share of objects named that are not there; of captions that name one that is not there."""
+    """Return CHAIR (https://arxiv.org/abs/1809.02156).
+
+    It is the share of named objects that are hallucinated or, with ``per_caption``, the share of captions that name one.
+    """
     captions, shown = answers.pairs()
     found = mentions([caption or "" for caption in captions], shown, answers.vocabulary)
     rows = [(bool(f.hallucinated), 1) if per_caption else (len(f.hallucinated), len(f.mentioned)) for f in found]
     return Sums(np.array(rows, dtype=np.float64).reshape(*answers.shape, 2), _ratio)
 
 
-# Whatever the task
+# Any task
 
 
 def _format(answers: Answers) -> Sums:
@@ -203,14 +232,21 @@ def _majority(k: int, answers: Answers) -> Sums:
     return mean_of(majority_at_k(values, answers.correct, k)[:, None])
 
 
-def _hashable(value):
+def _hashable(value: Any) -> Any:
     return value.casefold().strip() if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
 class Metric:
-    """statistic: of the answers. kind: of the answers that it takes, or their task; "" = any, "right" = those that are right
-    or wrong. sign: +1 where more is better, -1 where less is, 0 where neither. share: shown in percent."""
+    """A metric.
+
+    Args:
+        statistic: computes the metric from answers.
+        kind: the kind of answers, or the task, that it needs. "" is any; "graded" is answers that are either correct or wrong.
+        doc: one line that explains it on the page.
+        sign: +1 if higher is better, -1 if lower is better, 0 otherwise.
+        share: whether it is a share, which is shown in percent.
+    """
 
     statistic: Callable[[Answers], Statistic]
     kind: str
@@ -220,35 +256,35 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "exact_match": Metric(_mean(text.exact_match), "text", "the answer is the reference, letter by letter"),
-    "accuracy": Metric(lambda answers: mean_of(answers.correct), "right", "the answer is right"),
+    "exact_match": Metric(_mean(text.exact_match), "text", "the answer equals the reference, letter by letter"),
+    "accuracy": Metric(lambda answers: mean_of(answers.correct), "graded", "the answer is correct"),
     "soft_count": Metric(_mean(text.count, soft=True), "count", "1 - |count - reference| / reference, at least 0"),
     "relaxed_accuracy": Metric(_mean(text.relaxed_accuracy), "text", "numbers within 5 %, texts equal (ChartQA)"),
-    "anls": Metric(_mean(text.anls), "text", "average normalised Levenshtein similarity, 0 below 0.5"),
+    "anls": Metric(_mean(text.anls), "text", "average normalized Levenshtein similarity, 0 below 0.5"),
     "cer": Metric(partial(_error_rate, str), "text", "character error rate over all samples", -1),
     "wer": Metric(partial(_error_rate, str.split), "text", "word error rate over all samples", -1),
-    "vqa_accuracy": Metric(_vqa, "vqa", "agreement with people (VQAv2)"),
-    "precision": Metric(pope(_precision), "yes_no", "of the answers yes, those that are right"),
-    "recall": Metric(pope(_recall), "yes_no", "of what is there, what was found"),
+    "vqa_accuracy": Metric(_vqa, "vqa", "agreement with the answers of people (VQAv2)"),
+    "precision": Metric(pope(_precision), "yes_no", "share of the answers yes that are correct"),
+    "recall": Metric(pope(_recall), "yes_no", "share of the questions with the answer yes that were answered yes"),
     "f1": Metric(pope(_f1), "yes_no", "harmonic mean of precision and recall"),
-    "yes_ratio": Metric(pope(_yes_ratio), "yes_no", "the share of answers that are yes", 0),
-    "mme_accuracy": Metric(partial(_mme, single=1, both=0, per_category=False), "mme", "questions answered right"),
-    "mme_accuracy_plus": Metric(partial(_mme, single=0, both=1, per_category=False), "mme", "images with both questions right"),
+    "yes_ratio": Metric(pope(_yes_ratio), "yes_no", "share of answers that are yes", 0),
+    "mme_accuracy": Metric(partial(_mme, single=1, both=0, per_category=False), "mme", "questions answered correctly"),
+    "mme_accuracy_plus": Metric(partial(_mme, single=0, both=1, per_category=False), "mme", "images with two correct answers"),
     "mme_score": Metric(
         partial(_mme, single=100, both=100, per_category=True),
         "mme",
         "100 (accuracy + accuracy plus), summed over categories",
         share=False,
     ),
-    "miou": Metric(lambda answers: mean_of(_iou(answers)), "box", "mean IoU; 0 where no box could be read"),
+    "miou": Metric(lambda answers: mean_of(_iou(answers)), "box", "mean IoU; 0 if no box could be parsed"),
     "ap": Metric(partial(average_precision, None), "boxes", "COCO's AP, IoU 0.50 to 0.95"),
     "ap50": Metric(partial(average_precision, 0.5), "boxes", "COCO's AP at IoU 0.50"),
-    "chair_i": Metric(partial(_chair, False), "objects", "objects named that are not there", -1),
-    "chair_s": Metric(partial(_chair, True), "objects", "captions that name an object that is not there", -1),
+    "chair_i": Metric(partial(_chair, False), "objects", "share of named objects that are not in the image", -1),
+    "chair_s": Metric(partial(_chair, True), "objects", "share of captions that name an object that is not in the image", -1),
     "format_rate": Metric(_format, "", "<think>...</think><answer>...</answer>, each once"),
-    "parse_failure_rate": Metric(_parse_failures, "", "no answer could be read", -1),
-    "mean_length": Metric(lambda answers: mean_of(answers.lengths), "", "tokens of a completion", 0, share=False),
-    "truncation_rate": Metric(lambda answers: mean_of(answers.truncated), "", "cut off at the greatest length", -1),
+    "parse_failure_rate": Metric(_parse_failures, "", "no answer could be parsed", -1),
+    "mean_length": Metric(lambda answers: mean_of(answers.lengths), "", "mean tokens per completion", 0, share=False),
+    "truncation_rate": Metric(lambda answers: mean_of(answers.truncated), "", "share of truncated completions", -1),
 }
 # Metrics with a number in their name.
 NUMBERED = {"acc@": ("IoU", float), "pass@": ("completions", int), "maj@": ("completions", int)}
@@ -256,12 +292,20 @@ REWARD = "rewards/"
 
 
 def names() -> str:
-    """What a metric may be called, for messages."""
+    """Return the names of all metrics, for messages."""
     return ", ".join([*METRICS, *(f"{prefix}<{what}>" for prefix, (what, _) in NUMBERED.items())])
 
 
-def metric(name: str, iou_at_least: bool = True) -> Metric:
-    """The metric of a name. ValueError, which lists the valid ones, for any other."""
+def metric(name: str, inclusive: bool = True) -> Metric:
+    """Return the metric with a name.
+
+    Args:
+        name: a key of ``METRICS``, "acc@<IoU>", "pass@<k>", "maj@<k>" or "rewards/<name>".
+        inclusive: whether acc@t counts boxes with an IoU of exactly t.
+
+    Raises:
+        ValueError: there is no such metric; the message lists the valid names.
+    """
     if name in METRICS:
         return METRICS[name]
     if name.startswith(REWARD):
@@ -275,12 +319,12 @@ def metric(name: str, iou_at_least: bool = True) -> Metric:
         if number <= 0:
             continue
         if prefix == "acc@" and number < 1:
-            sign = ">=" if iou_at_least else ">"
-            return Metric(partial(accuracy_at, number, iou_at_least), "box", f"boxes with an IoU {sign} {number:g}")
+            sign = ">=" if inclusive else ">"
+            return Metric(partial(accuracy_at, number, inclusive), "box", f"boxes with an IoU {sign} {number:g}")
         if prefix == "pass@":
-            return Metric(partial(_pass, number), "right", f"one of {number} completions is right, unbiased")
+            return Metric(partial(_pass, number), "graded", f"one of {number} completions is correct, unbiased")
         if prefix == "maj@":
-            return Metric(partial(_majority, number), "right", f"the most frequent answer of {number} completions is right")
+            return Metric(partial(_majority, number), "graded", f"the most frequent answer of {number} completions is correct")
     near = difflib.get_close_matches(name, METRICS, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(f"metric must be one of {names()}, got {name!r}{hint}")

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: metrics with intervals, curves, a comparison, and samples with boxes drawn."""
+"""A self-contained HTML page: metrics with intervals, curves, a comparison, and samples with their boxes."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vlmkernels.data.samples import still_images
 from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
 from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import COMMON, TASKS
@@ -13,7 +14,6 @@ from vlmkernels.record.html import document, picture, thumbnail
 from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.curves import Point, curve
 from vlmkernels.rewards.answers import Boxes, as_boxes
-from vlmkernels.rollout.score import pictures
 
 OWN_STYLE = """
 body { max-width: 78rem; }
@@ -39,7 +39,7 @@ rect, circle.mark { fill: none; stroke-width: 2; vector-effect: non-scaling-stro
 .key.prediction { border-color: #c026d3; border-top-style: dashed; } .key.reference { border-color: rgb(46 160 67); }
 dl { margin: 0; padding: .5rem .8rem .7rem; display: grid; grid-template-columns: auto 1fr; gap: .1rem .8rem; }
 dt { opacity: .7; font-size: .85rem; } dd { margin: 0; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; }
-.wrong-only .card.right, .card.off { display: none; }
+.wrong-only .card.correct, .card.off { display: none; }
 """
 SCRIPT = """
 const wrong = document.querySelector('#wrong'), group = document.querySelector('#group')
@@ -53,22 +53,24 @@ wrong.onchange = group.onchange = show
 
 
 def number(value: float, share: bool) -> str:
-    """A metric's value as text: percent where it is a share."""
+    """Format the value of a metric, in percent if it is a share."""
     if math.isnan(value):
         return "–"
     return f"{100 * value:.1f} %" if share else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def signed(value: float, share: bool) -> str:
+    """Format a difference with its sign, in percentage points if the metric is a share."""
     return "–" if math.isnan(value) else f"{100 * value:+.1f}" if share else f"{value:+.3f}"
 
 
 def p_value(value: float) -> str:
+    """Format a p-value."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _range(result: Result, share: bool) -> str:
-    """The interval as a bar from 0 to 1."""
+    """Return the interval as a bar from 0 to 1."""
     value, low, high, _ = result.estimate
     if not share or math.isnan(value):
         return ""
@@ -78,42 +80,41 @@ def _range(result: Result, share: bool) -> str:
 
 
 def _tone(difference: Difference, sign: int, confidence: float) -> str:
-    """Green for better, red for worse, where it is significant."""
+    """Return the CSS class of a difference: good, bad, or none if it is not significant."""
     if sign == 0 or math.isnan(difference.value) or difference.p_value > 1 - confidence:
         return ""
     return "good" if difference.value * sign > 0 else "bad"
 
 
+def _metric_cells(evaluation: Evaluation, result: Result) -> str:
+    """Return the cells of one row of the table of metrics."""
+    metric, view = evaluation.groups[result.group].metrics[result.metric], evaluation.hidden_view
+    value, low, high, _ = result.estimate
+    cells = [f"<td>{escape(result.metric)}</td><td><b>{number(value, metric.share)}</b></td>"]
+    interval = "–" if math.isnan(low) else f"{number(low, metric.share)} to {number(high, metric.share)}"
+    cells.append(f"<td>{interval}</td><td>{_range(result, metric.share)}</td>")
+    if view:
+        tone = _tone(result.cost, metric.sign, evaluation.scoring.confidence)
+        cells.append(f"<td>{number(result.hidden.value, metric.share)}</td>")
+        cells.append(f'<td class="{tone}">{signed(result.cost.value, metric.share)}</td>')
+    return f'{"".join(cells)}<td class="doc">{escape(metric.doc)}</td>'
+
+
 def _metrics_table(evaluation: Evaluation) -> str:
-    """All of the first group, that of all samples where there are several; of the others without what is 0 of ``COMMON``."""
+    """Return the table of metrics. Groups after the first leave out metrics of ``COMMON`` that are 0."""
     view, confidence = evaluation.hidden_view, evaluation.scoring.confidence
-    head = [
-        "metric",
-        "value",
-        f"{100 * confidence:g} % interval",
-        "",
-        *([f"image {view}", "image's worth"] if view else []),
-        "",
-    ]
+    hidden = [f"image {view}", "effect of the image"] if view else []
+    head = ["metric", "value", f"{100 * confidence:g} % interval", "", *hidden, ""]
     rows, last, first = [], None, next(iter(evaluation.groups))
     for result in evaluation.results:
-        metric = evaluation.groups[result.group].metrics[result.metric]
-        hidden = [result.hidden] if view else []
-        if result.group != first and result.metric in COMMON and not any(e.value or e.high for e in (result.estimate, *hidden)):
+        estimates = [result.estimate, *([result.hidden] if view else [])]
+        if result.group != first and result.metric in COMMON and not any(e.value or e.high for e in estimates):
             continue
         if result.group != last:
             count = len(evaluation.groups[result.group].answers["image"].indices)
             rows.append(f'<tr><th colspan="{len(head)}">{escape(result.group)} <small>({count} samples)</small></th></tr>')
             last = result.group
-        value, low, high, _ = result.estimate
-        cells = [f"<td>{escape(result.metric)}</td><td><b>{number(value, metric.share)}</b></td>"]
-        interval = "–" if math.isnan(low) else f"{number(low, metric.share)} to {number(high, metric.share)}"
-        cells.append(f"<td>{interval}</td><td>{_range(result, metric.share)}</td>")
-        if view:
-            tone = _tone(result.cost, metric.sign, confidence)
-            cells.append(f"<td>{number(result.hidden.value, metric.share)}</td>")
-            cells.append(f'<td class="{tone}">{signed(result.cost.value, metric.share)}</td>')
-        rows.append(f'<tr>{"".join(cells)}<td class="doc">{escape(metric.doc)}</td></tr>')
+        rows.append(f"<tr>{_metric_cells(evaluation, result)}</tr>")
     titles = "".join(f"<th>{title}</th>" for title in head)
     return (
         f'<div class="wide"><table class="metrics"><thead><tr>{titles}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
@@ -121,6 +122,7 @@ def _metrics_table(evaluation: Evaluation) -> str:
 
 
 def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> str:
+    """Return the table of differences from another run, without metrics that did not change."""
     confidence = evaluation.scoring.confidence
     rows = []
     for (group, name_of_metric), difference in evaluation.minus(other).items():
@@ -140,13 +142,13 @@ def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> s
     head = "".join(f"<th>{title}</th>" for title in titles)
     return (
         f"<h2>Compared with {escape(name)}</h2>"
-        f"<p>Paired by sample; coloured where p &lt; {1 - confidence:.2g}; without what did not change.</p>"
+        f"<p>Paired by sample. Colored if p &lt; {1 - confidence:.2g}. Metrics that did not change are left out.</p>"
         f'<div class="wide"><table class="metrics"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
 def _shapes(value: Any, name: str) -> str:
-    """SVG of the boxes or the point that an answer or a reference stands for."""
+    """Return the SVG of a point, a box or boxes."""
     if value is None:
         return ""
     if len(value) == 2:
@@ -157,25 +159,26 @@ def _shapes(value: Any, name: str) -> str:
     )
 
 
-def _shown(evaluation: Evaluation, index: int, kind: str, values: list) -> str:
-    images = pictures(evaluation.rows.sample(index))
+def _images_html(evaluation: Evaluation, index: int, kind: str, values: list) -> str:
+    """Return a sample's images, the first one with the reference and the predictions drawn over it."""
+    images = still_images(evaluation.rows.sample(index))
     shapes = ""
     if kind in ("box", "boxes", "point"):
         reference = as_boxes(evaluation.rows.references[index])
         shapes = _shapes(reference, "reference") + "".join(_shapes(value, "prediction") for value in values)
-    shown = []
+    parts = []
     for place, image in enumerate(images):
         overlay = f'<svg viewBox="0 0 {image.width} {image.height}">{shapes}</svg>' if place == 0 and shapes else ""
-        shown.append(f'<div class="picture">{picture(thumbnail(image))}{overlay}</div>')
-    return f'<div class="pictures">{"".join(shown)}</div>' if shown else ""
+        parts.append(f'<div class="picture">{picture(thumbnail(image))}{overlay}</div>')
+    return f'<div class="pictures">{"".join(parts)}</div>' if parts else ""
 
 
 def _card(evaluation: Evaluation, group: str, place: int) -> str:
-    """One sample: images, prompt, reference, and each completion with what it got."""
+    """Return a sample's images, prompt and reference, and its completions with their rewards."""
     answers = evaluation.groups[group].answers["image"]
     index = answers.indices[place]
     task = TASKS[evaluation.rows.tasks[index]]
-    right = None if answers.correct is None else bool(answers.correct[place].all())
+    correct = None if answers.correct is None else bool(answers.correct[place].all())
     reference = answers.references[place]
     rows = [] if reference is None else [("reference", escape(str(reference)), "")]
     for seed, completion in enumerate(answers.texts[place]):
@@ -183,14 +186,14 @@ def _card(evaluation: Evaluation, group: str, place: int) -> str:
         tone = "" if answers.correct is None else "good" if answers.correct[place, seed] else "bad"
         rows.append(("prediction", escape(completion) or "–", tone))
         if value is None:
-            rows.append(("", "no answer could be read", "bad"))
+            rows.append(("", "no answer could be parsed", "bad"))
         rows += [
             (escape(name), "not scored" if math.isnan(values[place, seed]) else f"{values[place, seed]:.3f}", "")
             for name, values in answers.rewards.items()
         ]
     details = "".join(f'<dt>{name}</dt><dd class="{tone}">{text}</dd>' for name, text, tone in rows)
-    state = "" if right is None else "right" if right else "wrong"
-    images = _shown(evaluation, index, task.answer, answers.values[place])
+    state = "" if correct is None else "correct" if correct else "wrong"
+    images = _images_html(evaluation, index, task.answer, answers.values[place])
     title = f"<div><small>{escape(group)} · sample {index}{f' · {state}' if state else ''}</small></div>"
     return (
         f'<div class="card {state}" data-group="{escape(group)}">{title}'
@@ -199,12 +202,12 @@ def _card(evaluation: Evaluation, group: str, place: int) -> str:
 
 
 def _chosen(evaluation: Evaluation, group: str, limit: int) -> list[int]:
-    """The first samples of a group, at least half of them wrong ones where there are as many."""
+    """Return the first samples of a group, half of them wrong ones if there are enough."""
     answers = evaluation.groups[group].answers["image"]
-    every = range(len(answers.indices))
-    wrong = [] if answers.correct is None else [place for place in every if not answers.correct[place].all()]
+    places = range(len(answers.indices))
+    wrong = [] if answers.correct is None else [place for place in places if not answers.correct[place].all()]
     chosen = wrong[: (limit + 1) // 2]
-    return sorted({*chosen, *[place for place in every if place not in chosen][: limit - len(chosen)]})
+    return sorted({*chosen, *[place for place in places if place not in chosen][: limit - len(chosen)]})
 
 
 def _gallery(evaluation: Evaluation, limit: int) -> str:
@@ -212,7 +215,7 @@ def _gallery(evaluation: Evaluation, limit: int) -> str:
     cards = "".join(_card(evaluation, name, place) for name in names for place in _chosen(evaluation, name, limit))
     options = "".join(f'<option value="{escape(name)}">{escape(name)}</option>' for name in names)
     return (
-        '<h2>Samples</h2><nav><label><input type="checkbox" id="wrong"> wrong ones only</label>'
+        '<h2>Samples</h2><nav><label><input type="checkbox" id="wrong"> wrong answers only</label>'
         f'<select id="group"><option value="">all groups</option>{options}</select>'
         '<span><i class="key reference"></i>reference</span><span><i class="key prediction"></i>prediction</span></nav>'
         f'<div class="cards">{cards}</div><script>{SCRIPT}</script>'
@@ -232,16 +235,19 @@ def write_page(
     """Write the page.
 
     Args:
+        path: path of the HTML file.
+        title, subtitle: title and subtitle of the page.
+        evaluation: the metrics and samples.
         other: name and evaluation of a run to compare with.
-        curves: by title.
-        samples_per_group: in the gallery.
+        curves: curves over training steps, by title.
+        samples_per_group: maximum number of samples of each group in the gallery.
     """
-    drawn = "".join(curve(name, points) for name, points in (curves or {}).items())
+    svgs = "".join(curve(name, points) for name, points in (curves or {}).items())
     parts = [
         f'<h1>{escape(title)}</h1><p class="summary">{escape(subtitle)}</p>',
         f"<h2>Metrics</h2>{_metrics_table(evaluation)}",
         _comparison_table(evaluation, other[1], other[0]) if other else "",
-        f'<h2>Over training steps</h2><div class="curves">{drawn}</div><script>{CURVES_SCRIPT}</script>' if drawn else "",
+        f'<h2>Over training steps</h2><div class="curves">{svgs}</div><script>{CURVES_SCRIPT}</script>' if svgs else "",
         _gallery(evaluation, samples_per_group),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

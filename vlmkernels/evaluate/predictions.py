@@ -1,41 +1,45 @@
-"""Completions of a dataset's samples, written to a file as they are sampled, so that a killed run goes on where it stopped.
+"""Completions of a dataset's samples, written to a file as they are sampled, so that a killed run resumes where it stopped.
 
-A file of predictions is JSON lines. The first holds ``settings``, all that decides what is sampled; each other one a sample's
-``index``, ``view`` ("image", or how the image was hidden), ``completions``: a list of texts, or of objects with ``text`` and
-optionally ``ids``, ``length`` (tokens) and ``truncated``; and ``resized``, width and height of its images as the model saw
-them. Predictions from elsewhere need ``index`` and ``completion`` alone.
+A file of predictions has one JSON object per line. The first has ``settings``: everything that the completions depend on. Each
+of the others has:
+
+- ``index``: index of the sample.
+- ``view``: "image", or how the image was hidden. Default: "image".
+- ``completions``: a list of texts, or of objects with ``text`` and optionally ``ids``, ``length`` (tokens) and ``truncated``.
+  One text may be given as ``completion`` instead.
+- ``resized``: width and height of the sample's images as the model saw them, optional.
 """
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import PreTrainedModel
 
-from vlmkernels.data.images import DEFAULT, ImageLimits
-from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, encode, json_lines, read_sample
+from vlmkernels.data.dataset import read_json_lines
+from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
+from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, encode, read_sample, tokenizer_of
 from vlmkernels.models.families import family_of
 from vlmkernels.models.image_processor import with_fast_images
-from vlmkernels.models.inputs import Batch
+from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
-from vlmkernels.ops.checks import require
-from vlmkernels.rollout.generate import Generate, Rollout, tokenizer_of
-from vlmkernels.rollout.score import resized_sizes
-from vlmkernels.train.config import GRPOConfig
+from vlmkernels.rollout.base import Rollout, Sampling
+from vlmkernels.rollout.generate import Generate
+from vlmkernels.rollout.score import Size, resized_sizes
 
-GREY = 128
-VIEWS = ("image", "grey", "none")  # as it is; grey, of its size; taken out of the prompt
+GRAY = 128
+VIEWS = ("image", "gray", "none")  # unchanged, a gray image of the same size, removed from the prompt
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion. length: in tokens. ids, length, truncated: None where they are not known."""
+    """One completion. ``length`` is the number of tokens. ``ids``, ``length`` and ``truncated`` are None if unknown."""
 
     text: str
     ids: list[int] | None = None
@@ -43,29 +47,41 @@ class Completion:
     truncated: bool | None = None
 
     @classmethod
-    def of(cls, value: Any) -> "Completion":
-        """Raises TypeError for what is neither a text nor an object with one."""
+    def from_json(cls, value: Any) -> "Completion":
+        """Build from a text or an object with ``text``. Raises TypeError for other values."""
         value = {"text": value} if isinstance(value, str) else value
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise TypeError(f"completion must be a text or an object with one, got {value!r:.80}")
+            raise TypeError(f"completion must be a text or an object with 'text', got {value!r:.80}")
         return cls(value["text"], *(value.get(name) for name in ("ids", "length", "truncated")))
 
 
 class Predictions:
-    """Completions by sample and view, each list as long as the others. ``path``: the file they come from or go to."""
+    """Completions by sample and view, and the file that holds them. Every sample has the same number of completions.
+
+    Attributes:
+        path: the file.
+        settings: everything that the completions depend on; None if unknown.
+        by_sample: completions by index and view.
+        resized: sizes of each sample's images as the model saw them.
+    """
 
     def __init__(self, path: str | os.PathLike):
-        self.path, self.settings = Path(path), None
+        self.path = Path(path)
+        self.settings: dict[str, Any] | None = None
         self.by_sample: dict[tuple[int, str], list[Completion]] = {}
-        self.resized: dict[int, list[tuple[int, int]]] = {}
+        self.resized: dict[int, list[Size]] = {}
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Predictions":
-        """The predictions of a file. Errors name the line."""
+        """Read a file of predictions.
+
+        Raises:
+            FileNotFoundError: there is no file. TypeError, ValueError: a line is invalid; the message has its number.
+        """
         found = cls(path)
         if not found.path.is_file():
             raise FileNotFoundError(f"predictions must be an existing file, got {path}")
-        for number, value in json_lines(found.path):
+        for number, value in read_json_lines(found.path):
             if "settings" in value:
                 found.settings = value["settings"]
                 continue
@@ -75,21 +91,26 @@ class Predictions:
                 raise type(error)(f"{path}, line {number}: {error}") from error
         return found
 
-    def _add(self, value: dict) -> None:
+    def _add(self, value: dict[str, Any]) -> None:
         index, view = value.get("index"), value.get("view", "image")
-        require(type(index) is int and index >= 0, "index", "be a sample's number, from 0", repr(index))
-        require(view in VIEWS, "view", f"be one of {', '.join(VIEWS)}", repr(view))
+        if type(index) is not int or index < 0:
+            raise ValueError(f"index must be a sample's number, from 0, got {index!r}")
+        if view not in VIEWS:
+            raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {view!r}")
         given = value.get("completions", [value["completion"]] if "completion" in value else None)
-        require(isinstance(given, list) and bool(given), "completions", "be a list of at least one", repr(given))
-        require((index, view) not in self.by_sample, "index", "occur once", index)
-        self.by_sample[index, view] = [Completion.of(completion) for completion in given]
+        if not isinstance(given, list) or not given:
+            raise ValueError(f"completions must be a list with at least one completion, got {given!r}")
+        if (index, view) in self.by_sample:
+            raise ValueError(f"index must occur only once per view, got {index} again")
+        self.by_sample[index, view] = [Completion.from_json(completion) for completion in given]
         if value.get("resized") is not None and view == "image":
             self.resized[index] = [(width, height) for width, height in value["resized"]]
 
-    def resume(self, settings: dict) -> "Predictions":
-        """Start the file, or go on with it; a last line that was cut off by a kill is dropped.
+    def resume(self, settings: dict[str, Any]) -> "Predictions":
+        """Start the file or continue it. An incomplete last line, left by a killed run, is removed.
 
-        Raises ValueError, and changes nothing, where the file's settings are others.
+        Raises:
+            ValueError: the file was made with other settings. The file is then unchanged.
         """
         self.settings = settings
         if not self.path.exists() or self.path.stat().st_size == 0:
@@ -99,13 +120,13 @@ class Predictions:
         content = self.path.read_bytes()
         complete = content[: content.rfind(b"\n") + 1]
         if not complete:
-            raise ValueError(f"{self.path} must be a file of predictions, got one without a whole line")
-        _, first = next(json_lines(self.path))
-        theirs = first.get("settings") or {}
-        differ = [name for name in settings if theirs.get(name) != settings[name]]
-        if differ:
-            what = "; ".join(f"{name} {theirs.get(name)!r}, now {settings[name]!r}" for name in differ)
-            raise ValueError(f"{self.path} was made with other settings: {what}")
+            raise ValueError(f"{self.path} must be a file of predictions, got one without a complete line")
+        _, first = next(read_json_lines(self.path))
+        before = first.get("settings") or {}
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            changes = "; ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+            raise ValueError(f"{self.path} was made with other settings: {changes}")
         if len(complete) < len(content):
             with self.path.open("r+b") as file:
                 file.truncate(len(complete))
@@ -115,12 +136,19 @@ class Predictions:
 
     @property
     def views(self) -> set[str]:
+        """The views that have completions."""
         return {view for _, view in self.by_sample}
 
     def append(
-        self, view: str, completions: dict[int, list[Completion]], resized: dict[int, list | None] | None = None
+        self, view: str, completions: dict[int, list[Completion]], resized: dict[int, list[Size] | None] | None = None
     ) -> None:
-        """Add samples, and write them out before returning."""
+        """Add the completions of samples and flush them to disk.
+
+        Args:
+            view: the view that they were sampled in.
+            completions: completions by index of the sample.
+            resized: sizes of a sample's images as the model saw them, by index of the sample.
+        """
         lines = [
             {"index": i, "view": view, "completions": [asdict(c) for c in group], "resized": (resized or {}).get(i)}
             for i, group in completions.items()
@@ -132,47 +160,65 @@ class Predictions:
         for line in lines:
             self._add(line)
 
-    def resized_sizes(self, num_samples: int) -> list[list[tuple[int, int]] | None]:
-        """Width and height of each sample's images as the model saw them, None where that is not known."""
+    def resized_sizes(self, num_samples: int) -> list[list[Size] | None]:
+        """Return (width, height) of each sample's images as the model saw them; None if unknown."""
         return [self.resized.get(index) for index in range(num_samples)]
 
-    def of(self, num_samples: int, view: str = "image") -> list[list[Completion]]:
-        """The completions of every sample, equally many each. ValueError names the first that is missing."""
-        groups = [self.by_sample.get((index, view)) for index in range(num_samples)]
-        for index, group in enumerate(groups):
+    def completions_for(self, num_samples: int, view: str = "image") -> list[list[Completion]]:
+        """Return the completions of every sample.
+
+        Raises:
+            ValueError: samples have different numbers of completions or none, or there are more samples than ``num_samples``.
+        """
+        groups = []
+        for index in range(num_samples):
+            group = self.by_sample.get((index, view))
             if group is None:
-                raise ValueError(f"sample {index}: {self.path} has no completion of it (view {view!r})")
+                raise ValueError(f"sample {index}: {self.path} has no completions of this sample (view {view!r})")
+            groups.append(group)
             if len(group) != len(groups[0]):
-                raise ValueError(f"sample {index}: must have {len(groups[0])} completions as sample 0, got {len(group)}")
+                raise ValueError(f"sample {index}: must have {len(groups[0])} completions like sample 0, got {len(group)}")
         extra = [index for index, name in self.by_sample if index >= num_samples and name == view]
-        require(not extra, "predictions", f"be of the dataset's {num_samples} samples", f"index {min(extra, default=0)}")
+        if extra:
+            raise ValueError(f"predictions must have no samples beyond the dataset's {num_samples}, got index {min(extra)}")
         return groups
 
 
-def joined(runs: Sequence[Predictions], num_samples: int, view: str) -> list[list[Completion]]:
-    """The completions of every sample, of all runs one after the other."""
-    found = [run.of(num_samples, view) for run in runs]
+def concat_runs(runs: Sequence[Predictions], num_samples: int, view: str) -> list[list[Completion]]:
+    """Return, for every sample, the completions of all runs one after another.
+
+    Raises:
+        ValueError: runs have different numbers of completions per sample.
+    """
+    found = [run.completions_for(num_samples, view) for run in runs]
+    count = len(found[0][0])
     for run, groups in zip(runs, found, strict=True):
-        require(len(groups[0]) == len(found[0][0]), f"{run.path}", f"have {len(found[0][0])} completions each", len(groups[0]))
+        if len(groups[0]) != count:
+            raise ValueError(f"{run.path} must have {count} completions each, got {len(groups[0])}")
     return [[completion for group in groups for completion in group] for groups in zip(*found, strict=True)]
 
 
-def hidden(sample: Sample, view: str) -> Sample:
-    """The sample as a view shows it."""
+def hide_images(sample: Sample, view: str) -> Sample:
+    """Return the sample in a view of ``VIEWS``.
+
+    Raises:
+        ValueError: the view is "none" and the prompt is text, from which images cannot be removed.
+    """
     if view == "image" or not (sample.images or sample.videos):
         return sample
-    if view == "grey":
-        images = [Image.new("RGB", image.size, (GREY, GREY, GREY)) for image in sample.images]
-        return replace(sample, images=images, videos=[torch.full_like(video, GREY) for video in sample.videos])
+    if view == "gray":
+        images = [Image.new("RGB", image.size, (GRAY, GRAY, GRAY)) for image in sample.images]
+        return replace(sample, images=images, videos=[torch.full_like(video, GRAY) for video in sample.videos])
     if isinstance(sample.prompt, str):
-        rule = "be a conversation to take images out of it (use grey ones)"
-        raise ValueError(f"sample {sample.index}: prompt must {rule}, got text")
-    text = [{**m, "content": [part for part in m["content"] if part["type"] == "text"]} for m in sample.prompt]
-    return replace(sample, prompt=text, images=[], videos=[])
+        raise ValueError(
+            f"sample {sample.index}: prompt must be a conversation to remove images from it (use gray ones), got text"
+        )
+    prompt = [{**m, "content": [part for part in m["content"] if part["type"] == "text"]} for m in sample.prompt]
+    return replace(sample, prompt=prompt, images=[], videos=[])
 
 
 def model_digest(model: torch.nn.Module) -> str:
-    """Tells weights apart: a digest of each parameter's name, shape and sums."""
+    """Return a hash of the names, shapes and sums of all weights, which changes when the weights do."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         value = weight.detach().double()
@@ -180,20 +226,32 @@ def model_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def dataset_digest(dataset) -> str:
-    """Tells datasets apart by what a model sees of them: a digest of prompts and of images' paths (not of their pixels)."""
+def dataset_digest(dataset: Any) -> str:
+    """Return a hash of the prompts and of the paths of images, but not of their pixels."""
     if hasattr(dataset, "select_columns"):
         dataset = dataset.select_columns(["prompt"])
     digest = hashlib.sha256()
     for index in range(len(dataset)):
-        seen = {name: dataset[index][name] for name in ("prompt", *MEDIA_COLUMNS) if name in dataset[index]}
-        digest.update(json.dumps(seen, sort_keys=True, default=lambda value: type(value).__name__).encode())
+        inputs = {name: dataset[index][name] for name in ("prompt", *MEDIA_COLUMNS) if name in dataset[index]}
+        digest.update(json.dumps(inputs, sort_keys=True, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What is sampled. batch_size: completions at a time; it changes the speed alone."""
+    """How predictions are sampled.
+
+    Args:
+        num_generations: completions per prompt.
+        temperature: 0 is greedy decoding.
+        max_completion_length: maximum number of tokens of a completion.
+        top_p, top_k: see ``vlmkernels.rollout.base.Sampling``.
+        seed: seed of the random numbers.
+        batch_size: number of completions that are sampled together. It only changes the speed.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
 
     num_generations: int = 1
     temperature: float = 0.0
@@ -205,93 +263,112 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for name in ("num_generations", "max_completion_length", "batch_size"):
-            require(getattr(self, name) >= 1, name, "be >= 1", getattr(self, name))
-        require(self.temperature >= 0 and math.isfinite(self.temperature), "temperature", "be >= 0", self.temperature)
-        rule = "be > 0 for several completions: greedy ones are all alike"
-        require(self.num_generations == 1 or self.temperature > 0, "temperature", rule, self.temperature)
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        self.sampling()
+        if self.num_generations > 1 and self.temperature == 0:
+            raise ValueError(f"temperature must be > 0 for several completions (greedy ones are equal), got {self.temperature}")
 
-    def settings(self) -> dict:
+    def sampling(self) -> Sampling:
+        """Return the options of the rollout engine."""
+        return Sampling(self.max_completion_length, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything that the completions depend on."""
         return {name: value for name, value in asdict(self).items() if name != "batch_size"}
 
 
-class Sampler:
-    """Completions of samples, the same whatever the batch size.
+class Predictor:
+    """Samples the completions of a dataset's samples.
 
-    What is drawn for a sample is decided by the seed, its index and the view. A model whose completions ``generate`` samples
-    (see ``Generate``) takes one prompt at a time where the temperature is not 0.
+    The completions of a sample depend on the seed, its index and the view, but not on the batch size. Prompts are therefore
+    processed one by one if ``model.generate`` is used (see ``Generate``) and the temperature is not 0.
+
+    Args:
+        model, processor: the model and its processor or tokenizer.
+        decoding: how completions are sampled.
+
+    Attributes:
+        samples_per_batch: maximum number of samples of a call.
     """
 
-    def __init__(self, model, processor, decoding: Decoding):
+    def __init__(self, model: PreTrainedModel, processor: Any, decoding: Decoding):
         self.model, self.processor, self.decoding = model, with_fast_images(processor), decoding
         self.tokenizer, self.family = tokenizer_of(self.processor), family_of(model.config)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        names = ("max_completion_length", "top_p", "top_k")
-        config = GRPOConfig(output_dir="unused", report_to="none", **{name: getattr(decoding, name) for name in names})
-        self.generate = Generate(model, self.processor, config)
-        self.draws = decoding.temperature > 0
-        together = self.generate.by_groups or not self.draws
-        self.samples_at_a_time = max(1, decoding.batch_size // decoding.num_generations) if together else 1
+        self.engine = Generate(model, self.processor, decoding.sampling())
+        self.is_random = decoding.temperature > 0
+        batched = self.engine.shares_prefix or not self.is_random
+        self.samples_per_batch = max(1, decoding.batch_size // decoding.num_generations) if batched else 1
 
     def _seed(self, sample: Sample, view: str) -> int:
         key = f"{self.decoding.seed} {view} {sample.index}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
-    def _rollout(self, samples: list[Sample], view: str, prompts: Batch) -> Rollout:
-        decoding, arguments = self.decoding, {}
-        if self.draws and self.generate.by_groups:
+    def _rollout(self, samples: list[Sample], view: str, prompts: ModelInputs) -> Rollout:
+        decoding, uniform = self.decoding, None
+        if self.is_random and self.engine.shares_prefix:
             shape = decoding.num_generations, decoding.max_completion_length
-            seeded = [torch.Generator().manual_seed(self._seed(sample, view)) for sample in samples]
-            uniform = [torch.rand(shape, generator=generator, dtype=torch.float64) for generator in seeded]
-            arguments["uniform"] = torch.cat(uniform)
-        with torch.random.fork_rng(enabled=self.draws), inference(self.model):
-            if self.draws:
+            generators = [torch.Generator().manual_seed(self._seed(sample, view)) for sample in samples]
+            uniform = torch.cat([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators])
+        with torch.random.fork_rng(enabled=self.is_random), inference(self.model):
+            if self.is_random:
                 torch.manual_seed(self._seed(samples[0], view))
-            return self.generate(self.model, prompts, decoding.num_generations, decoding.temperature, **arguments)
+            return self.engine(self.model, prompts, decoding.num_generations, decoding.temperature, uniform=uniform)
 
-    def __call__(self, samples: list[Sample], view: str) -> tuple[dict[int, list[Completion]], dict[int, list | None]]:
-        """The completions of each sample, and the sizes of its images as the model sees them."""
-        prompts = encode([hidden(sample, view) for sample in samples], self.processor, self.family)
+    def __call__(self, samples: list[Sample], view: str) -> tuple[dict[int, list[Completion]], dict[int, list[Size] | None]]:
+        """Return the completions of each sample, and the sizes of its images as the model sees them, both by index."""
+        prompts = encode([hide_images(sample, view) for sample in samples], self.processor, self.family)
         rollout = self._rollout(samples, view, prompts.to(self.model.device))
-        ids = [i[m].tolist() for i, m in zip(rollout.completion_ids.cpu(), rollout.completion_mask.cpu(), strict=True)]
+        ids = rollout.token_ids()
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         found: dict[int, list[Completion]] = {sample.index: [] for sample in samples}
-        for place, tokens, text, cut in zip(rollout.group.tolist(), ids, texts, rollout.truncated.tolist(), strict=True):
-            found[samples[place].index].append(Completion(text, tokens, len(tokens), cut))
+        columns = rollout.group.tolist(), texts, ids, rollout.truncated.tolist()
+        for place, text, tokens, truncated in zip(*columns, strict=True):
+            found[samples[place].index].append(Completion(text, tokens, len(tokens), truncated))
         sizes = resized_sizes(prompts, self.processor)
         return found, {sample.index: size for sample, size in zip(samples, sizes, strict=True)}
 
 
-def settings_of(model, dataset, decoding: Decoding) -> dict:
-    """All that decides what is sampled."""
+def settings_of(model: torch.nn.Module, dataset: Any, decoding: Decoding) -> dict[str, Any]:
+    """Return everything that predictions depend on: hashes of model and dataset, and the decoding."""
     return {"model": model_digest(model), "dataset": dataset_digest(dataset), **decoding.settings()}
 
 
 def predict(
-    model,
-    processor,
-    dataset,
+    model: PreTrainedModel,
+    processor: Any,
+    dataset: Any,
     decoding: Decoding,
     path: str | os.PathLike,
-    views=("image",),
-    progress=None,
-    limits: ImageLimits = DEFAULT,
+    views: Sequence[str] = ("image",),
+    progress: Callable[[int, int], None] | None = None,
+    limits: ImageLimits = DEFAULT_LIMITS,
 ) -> Predictions:
-    """The completions of every sample in each view; those that ``path`` holds already are not sampled again.
+    """Sample the completions of every sample in each view. Completions that are already in the file are not sampled again.
 
     Args:
-        progress: called with (done, all) after each batch.
-        limits: of images.
+        model, processor: the model and its processor or tokenizer.
+        dataset: rows; see ``vlmkernels.data.samples``.
+        decoding: how completions are sampled.
+        path: the file of predictions.
+        views: names from ``VIEWS``.
+        progress: called after each batch with the number of finished samples and of all samples, over all views.
+        limits: limits of images.
+
+    Raises:
+        ValueError: the file was made with other settings, or a sample cannot be read.
     """
     predictions = Predictions(path).resume(settings_of(model, dataset, decoding))
-    sampler = Sampler(model, processor, decoding)
-    todo = [(view, i) for view in views for i in range(len(dataset)) if (i, view) not in predictions.by_sample]
-    total, step = len(views) * len(dataset), sampler.samples_at_a_time
+    predictor = Predictor(model, processor, decoding)
+    missing = [(view, i) for view in views for i in range(len(dataset)) if (i, view) not in predictions.by_sample]
+    total, step = len(views) * len(dataset), predictor.samples_per_batch
     for view in views:
-        indices = [index for name, index in todo if name == view]
+        indices = [index for name, index in missing if name == view]
         for start in range(0, len(indices), step):
             samples = [read_sample(dataset[index], index, limits=limits) for index in indices[start : start + step]]
-            predictions.append(view, *sampler(samples, view))
+            predictions.append(view, *predictor(samples, view))
             if progress:
                 progress(len(predictions.by_sample), total)
     return predictions

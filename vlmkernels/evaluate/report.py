@@ -1,4 +1,4 @@
-"""What an evaluation leaves: JSON for programs, Markdown for notes; and curves over training steps."""
+"""The results of an evaluation as JSON and Markdown, and curves over training steps."""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +13,19 @@ from vlmkernels.report.run import read_lines, read_state
 
 
 def _plain(value: Any) -> Any:
-    """Named tuples as dicts, NaN as null."""
+    """Convert named tuples to dicts and NaN to None."""
     if hasattr(value, "_asdict"):
         return {name: _plain(item) for name, item in value._asdict().items()}
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def to_json(evaluation: Evaluation, other: Evaluation | None = None) -> dict:
-    """``{"metrics": {group: {metric: {value, low, high, num_samples, hidden, cost}}}, "difference": {...}}``."""
+    """Return ``{"metrics": {group: {metric: {value, low, high, num_samples, hidden, cost}}}, "difference": {...}}``.
+
+    Args:
+        evaluation: the metrics.
+        other: a run to compare with, for "difference".
+    """
     found: dict[str, Any] = {"metrics": {}}
     for result in evaluation.results:
         hidden = {} if result.hidden is None else {"hidden": _plain(result.hidden), "cost": _plain(result.cost)}
@@ -32,9 +37,14 @@ def to_json(evaluation: Evaluation, other: Evaluation | None = None) -> dict:
 
 
 def to_markdown(evaluation: Evaluation, other: tuple[str, Evaluation] | None = None) -> str:
-    """Tables of the metrics, and of the differences from another run."""
+    """Return tables of the metrics and of the differences from another run.
+
+    Args:
+        evaluation: the metrics.
+        other: name and evaluation of the run to compare with.
+    """
     view, percent = evaluation.hidden_view, f"{100 * evaluation.scoring.confidence:g} % interval"
-    hidden = f" image {view} | image's worth |" if view else ""
+    hidden = f" image {view} | effect of the image |" if view else ""
     lines = [
         f"| group | metric | value | {percent} |{hidden}",
         f"| --- | --- | ---: | ---: |{' ---: | ---: |' if view else ''}",
@@ -55,12 +65,12 @@ def to_markdown(evaluation: Evaluation, other: tuple[str, Evaluation] | None = N
         lines.append("| --- | --- | ---: | ---: | ---: | --- |")
         for (group, metric), difference in evaluation.minus(run).items():
             share = evaluation.groups[group].metrics[metric].share
-            low, high = signed(difference.low, share), signed(difference.high, share)
+            interval = f"{signed(difference.low, share)} to {signed(difference.high, share)}"
             cells = [
                 group,
                 metric,
                 signed(difference.value, share),
-                f"{low} to {high}",
+                interval,
                 p_value(difference.p_value),
                 difference.test,
             ]
@@ -69,7 +79,7 @@ def to_markdown(evaluation: Evaluation, other: tuple[str, Evaluation] | None = N
 
 
 def curves_of(evaluations: Sequence[tuple[float, Evaluation]]) -> dict[str, list[Point]]:
-    """The metrics of several (step, evaluation) as curves."""
+    """Return the metrics of evaluations at several training steps as curves, by name."""
     curves: dict[str, list[Point]] = {}
     for step, evaluation in evaluations:
         for result in evaluation.results:
@@ -78,8 +88,15 @@ def curves_of(evaluations: Sequence[tuple[float, Evaluation]]) -> dict[str, list
 
 
 def curves_of_log(path: str | Path) -> dict[str, list[Point]]:
-    """Rewards and evaluations in a trainer's log: metrics.jsonl, trainer_state.json, or JSON with a list ``log_history``."""
+    """Return the mean rewards of training and evaluation in a trainer's log as curves, by name.
+
+    Args:
+        path: path of metrics.jsonl, of trainer_state.json, or of another JSON file with a list ``log_history``.
+    """
     path = Path(path)
     curves = curves_of_entries(read_lines(path) if path.suffix == ".jsonl" else read_state(path))
-    is_mean = lambda name: name == "reward" or (name.startswith("rewards/") and name.endswith("/mean"))  # noqa: E731
-    return {name: points for name, points in curves.items() if is_mean(name.removeprefix("eval_"))}
+    return {name: points for name, points in curves.items() if _is_mean_reward(name.removeprefix("eval_"))}
+
+
+def _is_mean_reward(name: str) -> bool:
+    return name == "reward" or (name.startswith("rewards/") and name.endswith("/mean"))

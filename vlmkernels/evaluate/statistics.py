@@ -1,8 +1,8 @@
 """Point values, confidence intervals and paired comparisons of metrics.
 
-A metric is a function of sums: each completion contributes a vector of statistics (hits and ones for an accuracy, edit distance
-and length for an error rate, true and false positives for a precision), the metric is computed from their totals. A bootstrap
-replicate then is a vector of weights, and all replicates of a metric are one matrix product.
+A metric is a function of sums. Each completion contributes a vector of statistics, for example (correct, 1) for an accuracy,
+(edit distance, length) for an error rate or (true positive, false positive) for a precision, and the metric is computed from
+their totals. A bootstrap replicate is then a vector of weights, and all replicates of a metric are one matrix product.
 """
 
 from collections.abc import Callable
@@ -13,21 +13,30 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 REPLICATES = 1000
-CHUNK = 2**24  # weights at a time
+CHUNK = 2**24  # maximum number of weights in one matrix product
 
 
 class Statistic(Protocol):
-    """What was measured on N samples with G completions each, G = 1 where the metric is one of a whole group."""
+    """Measurements on N samples with G completions each.
 
-    shape: tuple[int, int]
+    ``shape`` is (N, G). G is 1 for a metric that combines all completions of a sample, for example pass@k.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     def value(self, samples: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """The metric, (R,), with weights (R, N) of samples and (R, G) of seeds; NaN where there is nothing to divide by."""
+        """Return R values of the metric, (R,), for weights of samples (R, N) and of completions (R, G); NaN for 0 / 0."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """statistics: (N, G, K) fp64. finish: totals (R, K) to the metric (R,)."""
+    """A metric of sums.
+
+    Args:
+        statistics: (N, G, K) fp64.
+        finish: maps totals (R, K) to the metric, (R,).
+    """
 
     statistics: np.ndarray
     finish: Callable[[np.ndarray], np.ndarray]
@@ -42,13 +51,13 @@ class Sums:
 
 
 def mean_of(scores: np.ndarray) -> Sums:
-    """The mean of scores (N, G); NaN counts as not scored."""
+    """Return the mean of scores (N, G), without those that are NaN (not scored)."""
     scored = ~np.isnan(scores)
     return Sums(np.stack([np.where(scored, scores, 0.0), scored], -1), lambda total: total[:, 0] / total[:, 1])
 
 
 class Estimate(NamedTuple):
-    """A metric and its confidence interval; num_samples is what it was measured on."""
+    """A metric with its confidence interval and the number of samples that it was measured on."""
 
     value: float
     low: float
@@ -57,7 +66,7 @@ class Estimate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A metric of one run minus that of another on the same samples; p_value is two-sided; test names how it was made."""
+    """The difference of a metric between two runs on the same samples, with its two-sided p-value and the test's name."""
 
     value: float
     low: float
@@ -67,20 +76,24 @@ class Difference(NamedTuple):
 
 
 def point_value(statistic: Statistic) -> float:
+    """Return the metric without an interval."""
     num_samples, num_seeds = statistic.shape
     return float(statistic.value(np.ones((1, num_samples)), np.ones((1, num_seeds)))[0])
 
 
 @lru_cache(maxsize=2)
 def _weights(num_samples: int, options: "Bootstrap", start: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each sample, (rows, num_samples), and each run, (rows, runs), is drawn; kept for the next metric of a group."""
+    """Return how often each sample, (rows, num_samples), and each run, (rows, runs), is drawn in ``rows`` replicates.
+
+    The result is cached, because all metrics of a group use the same draws.
+    """
     rng = np.random.default_rng([options.seed, start])
-    draw = lambda n: rng.multinomial(n, np.full(n, 1 / n), rows).astype(np.float64)  # noqa: E731
-    return draw(num_samples), draw(options.runs)
+    samples, runs = (rng.multinomial(n, np.full(n, 1 / n), rows).astype(np.float64) for n in (num_samples, options.runs))
+    return samples, runs
 
 
 def _replicates(statistic: Statistic, options: "Bootstrap") -> np.ndarray:
-    """The metric of R bootstrap replicates: the same ones for all metrics of as many samples, so that two runs are paired."""
+    """Return the metric of R bootstrap replicates. The draws depend only on the number of samples, which pairs two runs."""
     num_samples = statistic.shape[0]
     count = min(options.replicates, getattr(statistic, "max_replicates", options.replicates))
     step, parts = max(1, CHUNK // num_samples), []
@@ -94,7 +107,7 @@ def _replicates(statistic: Statistic, options: "Bootstrap") -> np.ndarray:
 
 
 def _per_completion(runs: np.ndarray, statistic: Statistic) -> np.ndarray:
-    """Weights (R, G) of completions, from those of the runs (R, runs) that made them; ones for a metric of a whole group."""
+    """Expand weights of runs (R, runs) to weights of completions (R, G). They are 1 if the metric combines completions."""
     per_run = statistic.shape[1] // runs.shape[1]
     return np.repeat(runs, per_run, axis=1) if per_run else np.ones((len(runs), statistic.shape[1]))
 
@@ -109,11 +122,17 @@ def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are made.
+    """How confidence intervals are computed.
 
-    Samples are drawn with replacement, each with all its completions, so that both the choice of samples and chance in sampling
-    are counted. Where completions come from several runs (training seeds), runs are drawn too, independently of samples; where
-    they differ by chance alone that is too wide rather than too narrow (Owen, The pigeonhole bootstrap, 2007).
+    Samples are drawn with replacement, each with all its completions, so that an interval covers both the choice of samples and
+    the randomness of sampling. If completions come from several runs (training seeds), runs are drawn too, independently of
+    samples. If runs differ by chance only, that interval is conservative (Owen, The pigeonhole bootstrap, 2007).
+
+    Args:
+        confidence: level of the intervals.
+        replicates: number of bootstrap replicates.
+        seed: seed of the draws.
+        runs: number of runs that the completions of a sample come from, in equal parts.
     """
 
     confidence: float = 0.95
@@ -123,13 +142,13 @@ class Bootstrap:
 
 
 def estimate(statistic: Statistic, options: Bootstrap = Bootstrap()) -> Estimate:
-    """The metric with its percentile bootstrap interval."""
+    """Return the metric with its percentile bootstrap interval."""
     low, high = _interval(_replicates(statistic, options), options.confidence)
     return Estimate(point_value(statistic), low, high, statistic.shape[0])
 
 
 def _outcomes(statistic: Statistic) -> np.ndarray | None:
-    """(N,) of 0 and 1, where each sample is either right or wrong and nothing else goes into the metric."""
+    """Return which samples are correct, (N,) of 0 and 1, or None if the metric is not the share of correct samples."""
     if not isinstance(statistic, Sums) or statistic.statistics.shape[1:] != (1, 2):
         return None
     hits, ones = statistic.statistics[:, 0].T
@@ -137,10 +156,10 @@ def _outcomes(statistic: Statistic) -> np.ndarray | None:
 
 
 def compare(ours: Statistic, theirs: Statistic, options: Bootstrap = Bootstrap()) -> Difference:
-    """``ours - theirs`` on the same samples.
+    """Return ``ours - theirs`` on the same samples.
 
-    The interval is a paired bootstrap's. The p-value is McNemar's (exact, by scipy) where each sample is right or wrong, else
-    the paired bootstrap's: twice the smaller share of replicates on one side of 0.
+    The interval comes from the paired bootstrap. The p-value comes from McNemar's exact test if each sample is either correct
+    or wrong. Otherwise it comes from the paired bootstrap: twice the smaller share of replicates on one side of 0.
     """
     from scipy.stats import binomtest
 
@@ -152,39 +171,47 @@ def compare(ours: Statistic, theirs: Statistic, options: Bootstrap = Bootstrap()
         won, lost = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
         return Difference(value, low, high, binomtest(won, won + lost).pvalue if won + lost else 1.0, "McNemar")
     values = values[~np.isnan(values)]
-    share = min((values <= 0).sum(), (values >= 0).sum()) + 1  # + 1: no p-value is 0
+    share = min((values <= 0).sum(), (values >= 0).sum()) + 1  # + 1, so that no p-value is 0
     return Difference(value, low, high, min(1.0, 2 * share / (len(values) + 1)), "paired bootstrap")
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
-    """The probability that one of k completions is right, (N,): ``1 - C(n - c, k) / C(n, k)``, unbiased.
+    """Return the unbiased estimate of the probability that one of k completions is correct, ``1 - C(n - c, k) / C(n, k)``.
 
     Args:
-        correct: (N, n) of 0 and 1; c of a row are right.
+        correct: (N, n) of 0 and 1; a row has c ones.
+        k: at most n.
+
+    Returns:
+        (N,).
 
     Source: https://arxiv.org/abs/2107.03374, equation 1.
     """
     n = correct.shape[1]
     wrong = n - correct.sum(1, keepdims=True)
-    # C(n - c, k) / C(n, k) as a product of k factors; 0 as soon as there are fewer than k wrong ones.
+    # C(n - c, k) / C(n, k) is a product of k factors, one of which is 0 if fewer than k are wrong.
     return 1 - np.clip((wrong - np.arange(k)) / (n - np.arange(k)), 0, None).prod(1)
 
 
 def majority_at_k(answers: list[list], correct: np.ndarray, k: int) -> np.ndarray:
-    """Whether the most frequent of k answers is right, (N,), the mean over the ``n // k`` runs of k completions.
+    """Return whether the most frequent of k answers is correct, averaged over the ``n // k`` parts of k completions.
 
     Args:
-        answers: N lists of n answers, None where there is none: it has no vote. Of equally frequent ones the first wins.
+        answers: N lists of n answers. None has no vote. The first of equally frequent answers wins.
         correct: (N, n) of 0 and 1.
+        k: at most n.
+
+    Returns:
+        (N,).
     """
     result = np.zeros(len(answers))
-    runs = correct.shape[1] // k
-    for row, (given, right) in enumerate(zip(answers, correct, strict=True)):
-        for start in range(0, runs * k, k):
+    parts = correct.shape[1] // k
+    for row, (given, is_correct) in enumerate(zip(answers, correct, strict=True)):
+        for start in range(0, parts * k, k):
             votes: dict = {}
             for index in range(start, start + k):
                 if given[index] is not None:
                     votes.setdefault(given[index], []).append(index)
             if votes:
-                result[row] += right[max(votes.values(), key=len)[0]] / runs
+                result[row] += is_correct[max(votes.values(), key=len)[0]] / parts
     return result

@@ -1,7 +1,8 @@
-"""VQA accuracy: an answer is right as far as people agree with it."""
+"""VQA accuracy: the agreement of an answer with the answers of several people."""
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +22,12 @@ _DIGIT_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
 
 
-def normalise(answer: str) -> str:
-    """An answer as the VQA evaluation compares it.
+def normalize(answer: str) -> str:
+    """Return an answer in the form in which the VQA evaluation compares answers.
 
-    Punctuation goes where it stands beside a space (or the answer holds a number such as 1,000), and becomes a space elsewhere;
-    periods that no digit follows go; number words up to ten become digits, articles go, contractions get their apostrophes.
+    Punctuation next to a space is removed, also if the answer has a number such as 1,000; other punctuation becomes a space.
+    Periods that no digit follows and articles are removed, number words up to ten become digits, and contractions get their
+    apostrophes.
 
     Source: https://visualqa.org/evaluation.html
     """
@@ -37,8 +39,12 @@ def normalise(answer: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def people(reference: Sequence) -> list[str]:
-    """The answers of people, given as texts or as dicts with ``answer``. Raises TypeError, ValueError."""
+def human_answers(reference: Any) -> list[str]:
+    """Return the answers of a reference, which are texts or dicts with ``answer``.
+
+    Raises:
+        TypeError: the reference is not a list. ValueError: it has fewer than two texts, or other values.
+    """
     if isinstance(reference, str) or not isinstance(reference, Sequence):
         raise TypeError(f"must be a list of people's answers, got {type(reference).__name__}")
     answers = [answer["answer"] if isinstance(answer, dict) and "answer" in answer else answer for answer in reference]
@@ -47,10 +53,14 @@ def people(reference: Sequence) -> list[str]:
     return answers
 
 
-def vqa_accuracy(prediction: str, reference: Sequence) -> float:
-    """The mean, over the people left out one at a time, of ``min(others who gave this answer / 3, 1)``.
+def vqa_accuracy(prediction: str, reference: Any) -> float:
+    """Return the mean over people of ``min(number of other people who gave this answer / 3, 1)``.
+
+    Args:
+        prediction: the answer.
+        reference: see ``human_answers``.
 
     Source: https://arxiv.org/abs/1505.00468; https://visualqa.org/evaluation.html
     """
-    agree = np.array([normalise(answer) for answer in people(reference)]) == normalise(prediction)
+    agree = np.array([normalize(answer) for answer in human_answers(reference)]) == normalize(prediction)
     return float(np.minimum((agree.sum() - agree) / 3, 1).mean())

@@ -1,1 +1,1 @@
-"""Other libraries' functions, on this package's kernels: one module per library, which imports that library on use."""
+"""Replacements for functions of other libraries that run this package's kernels: one module per library."""

@@ -1,16 +1,21 @@
-"""transformers' models on this package's attention, and its processors on this package's images.
+"""This package's attention and image processor for transformers.
 
-Importing this module registers the attention::
+Importing this module registers the attention implementation "vlmkernels"::
 
     from vlmkernels.integrations.transformers import use_varlen_vision
     model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="vlmkernels")
-    use_varlen_vision(model)  # where its vision tower packs patches: Qwen2-VL to Qwen3-VL, GLM-4V, Pixtral
+    use_varlen_vision(model)  # for vision towers that pack patches: Qwen2-VL to Qwen3.5-VL, GLM-4V, Pixtral
 
-With the first line the model takes, beside what it takes with "sdpa", packs of groups (``group_layout`` of ``pack_groups``) and
-packed sequences (``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``, as of transformers'
-``DataCollatorWithFlattening(return_flash_attn_kwargs=True)``), on any device and without flash-attn. With the second the vision
-tower attends to all images and windows in one call, instead of one call for each: it hands on packed sequences to names with
-"flash" in them alone, which ``from_pretrained`` would look for in flash-attn.
+The model then supports packs of groups (``group_layout`` from ``pack_groups``) and packed sequences (``cu_seq_lens_q``,
+``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``, as from ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)``),
+on any device and without flash-attn. All other inputs run as with "sdpa".
+
+``use_varlen_vision`` runs the attention of all images and windows in one call per layer. It is a separate function because
+vision towers pass packed sequences only to implementations with "flash" in their name, which ``from_pretrained`` would look for
+in flash-attn.
+
+Nothing in transformers is replaced. The docstrings of the ``use_...`` functions say what changes in the model and how to undo
+it.
 """
 
 from vlmkernels.models.attention import use_group_attention, use_varlen_vision

@@ -1,4 +1,7 @@
-"""``patch_verl()`` on import: what VERL_USE_EXTERNAL_MODULES of verl's workers names."""
+"""Calls ``patch_verl()`` on import, for verl's workers: set ``VERL_USE_EXTERNAL_MODULES`` to this module.
+
+``vlmkernels.integrations.patch.Patch.active["patch_verl"].undo()`` undoes it.
+"""
 
 from vlmkernels.integrations.verl import patch_verl
 

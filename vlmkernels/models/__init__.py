@@ -1,1 +1,1 @@
-"""What must be known about a model: its family's inputs, and how to cut, join and merge them."""
+"""Support for transformers models: the inputs of each family, attention over packed groups, vision towers, and the head."""

@@ -1,4 +1,8 @@
-"""Packed attention inside transformers' models: registered under a name, no code of theirs changed."""
+"""The attention ops as values of ``attn_implementation`` in transformers.
+
+In every call of an attention layer, transformers looks up the attention function by the name in the layer's configuration. The
+functions below only set this name; they change no code and no weights.
+"""
 
 import torch
 import transformers
@@ -12,24 +16,51 @@ from vlmkernels.ops.group_attention import GroupLayout, group_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 
 NAME = "vlmkernels"
-# Vision towers hand on cu_seqlens, instead of cutting the sequence themselves, to implementations with "flash" in their name.
+# Vision towers pass cu_seqlens only to implementations with "flash" in their name. For others they split the sequence.
 VARLEN = "vlmkernels_flash_varlen"
 
 
-def _refuse(module: torch.nn.Module, **settings: object) -> None:
-    if given := {name: x for name, x in settings.items() if x is not None}:
-        raise NotImplementedError(f"{NAME} takes packed sequences without these, got {given} in {type(module).__name__}")
+def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
+    """Run the attention of the vision tower as one ``varlen_attention`` call per layer.
+
+    This replaces a call per image or window, or a mask; results are equal up to rounding. Towers that pack patches are
+    supported: Qwen2-VL to Qwen3.5-VL, GLM-4V and, with transformers >= 5.20, Pixtral. The forward pass of other towers raises
+    NotImplementedError.
+
+    Changes ``model`` in place: the attention implementation of its vision configuration. To undo it::
+
+        model.set_attn_implementation({"vision_config": "sdpa"})
+
+    Args:
+        model: a transformers model with a vision tower, without adapters.
+
+    Returns:
+        ``model``.
+    """
+    model.set_attn_implementation({"vision_config": VARLEN})
+    return model
 
 
-def _is_causal(module: torch.nn.Module, given: bool | None) -> bool:
-    """As transformers' functions read it."""
-    return getattr(module, "is_causal", True) if given is None else given
+def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Make ``model`` accept packs (see ``pack_groups``), and image features in place of pixels.
 
+    Other inputs run as with "sdpa".
 
-def _cast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As autocast casts the inputs of "sdpa": rotary positions leave queries and keys, not values, in fp32 under it."""
-    device = tensors[0].device.type
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
+    Changes ``model`` in place: the attention implementation of its text configuration, and the hooks of
+    ``use_image_features``. To restore the attention implementation::
+
+        model.set_attn_implementation({"text_config": "sdpa"})  # "sdpa" for a text model
+
+    Args:
+        model: a transformers model without adapters, for which ``prefix_sharing_unsupported`` returns None.
+
+    Returns:
+        ``model``.
+    """
+    text = model.config.get_text_config()
+    name = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
+    model.set_attn_implementation(NAME if name is None else {name: NAME})
+    return use_image_features(model)
 
 
 def _varlen_attention(
@@ -37,7 +68,7 @@ def _varlen_attention(
     query: torch.Tensor,  # (1, Hq, N, D)
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # says what cu_seq_lens_q does
+    attention_mask: torch.Tensor | None,  # redundant: cu_seq_lens_q has the bounds of the sequences
     *,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -46,12 +77,14 @@ def _varlen_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """(1, N, Hq, D), as transformers' attention functions return it."""
+    """Attention over packed sequences, (1, N, Hq, D), with the signature of transformers' attention functions."""
     if cu_seq_lens_q is None:
-        found = f"{type(module).__name__} of transformers {transformers.__version__} gives none"
-        raise NotImplementedError(f"{VARLEN} needs cu_seq_lens_q, of a tower that packs patches: {found}")
-    _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), softcap=kwargs.get("softcap"))
-    packed = [x.squeeze(0).transpose(0, 1) for x in _cast(query, key, value)]
+        raise NotImplementedError(
+            f"{VARLEN} needs a vision tower that packs patches and passes cu_seq_lens_q, "
+            f"got {type(module).__name__} of transformers {transformers.__version__}"
+        )
+    _check_unsupported(module, dropout, kwargs)
+    packed = [x.squeeze(0).transpose(0, 1) for x in _autocast(query, key, value)]
     cu_seqlens, causal = cu_seq_lens_q.to(torch.int32), _is_causal(module, is_causal)
     out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=causal, scale=scaling)
     return out.unsqueeze(0), None
@@ -59,7 +92,7 @@ def _varlen_attention(
 
 def _attention(
     module: torch.nn.Module,
-    query: torch.Tensor,  # (B, Hq, T, D); B = 1 of what is packed
+    query: torch.Tensor,  # (B, Hq, T, D); B = 1 for packs
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -72,51 +105,53 @@ def _attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """(B, T, Hq, D). In causal layers keywords of the model's forward pass choose:
+    """Attention, (B, T, Hq, D), with the signature of transformers' attention functions.
 
-    - ``group_layout``: packs of ``vlmkernels.models.group``. With ``group_cache`` the pack is of prompts, whose keys and values
-      the cache takes; with ``group_cache`` alone there is a token of each completion that it holds;
-    - ``cu_seq_lens_q``, of transformers' FlashAttentionKwargs: packed sequences.
+    In causal layers the keywords of the model's forward pass choose the op:
 
-    Otherwise, and in vision towers, which are handed the language model's keywords too, it is "sdpa" with its masks.
+    - ``group_layout``: a pack of groups. If ``group_cache`` is given too, the pack holds prompts only, and the cache stores
+      their keys and values.
+    - ``group_cache`` alone: one decoding step, with one token for each running completion.
+    - ``cu_seq_lens_q`` of transformers' FlashAttentionKwargs: packed sequences.
+
+    Without these keywords, and in vision towers, which receive them too, it is "sdpa".
     """
-    settings = {"scaling": scaling, "dropout": dropout, **kwargs}
+    settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
     causal = _is_causal(module, is_causal)
     if not causal or (group_layout is None and group_cache is None and cu_seq_lens_q is None):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **settings)
-    query, key, value = _cast(query, key, value)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+    query, key, value = _autocast(query, key, value)
     if group_layout is None and group_cache is not None:
         return group_cache.attend(module.layer_idx, query, key, value, scaling), None
     if group_layout is None:
         return _varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **settings)
-    _refuse(module, dropout=dropout or None, sliding_window=kwargs.get("sliding_window"), attention_mask=attention_mask)
+    _check_unsupported(module, dropout, {**kwargs, "attention_mask": attention_mask})
     if group_cache is not None:
         group_cache.fill(module.layer_idx, key, value)
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
     return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
 
 
+def _check_unsupported(module: torch.nn.Module, dropout: float, settings: dict[str, object]) -> None:
+    """Raise NotImplementedError for settings of an attention layer that the ops for packed sequences do not support."""
+    given = {name: settings.get(name) for name in ("sliding_window", "softcap", "attention_mask")}
+    given = {name: value for name, value in {"dropout": dropout or None, **given}.items() if value is not None}
+    if given:
+        layer = type(module).__name__
+        raise NotImplementedError(f"{NAME} must run packed sequences without these settings, got {given} in {layer}")
+
+
+def _is_causal(module: torch.nn.Module, is_causal: bool | None) -> bool:
+    """Return whether a layer is causal, by the rule of transformers' attention functions."""
+    return getattr(module, "is_causal", True) if is_causal is None else is_causal
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast to the dtype of autocast, as autocast does for "sdpa". Rotary positions leave queries and keys in fp32."""
+    device = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if torch.is_autocast_enabled(device) else tensors
+
+
 AttentionInterface.register(VARLEN, _varlen_attention)
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)  # none where nothing is padding
-
-
-def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
-    """Let the vision tower of ``model`` attend within its images and windows by ``varlen_attention``.
-
-    Instead of one attention call per image or window and layer, or a mask: Qwen2-VL to Qwen3-VL, GLM-4V and, with transformers
-    5.20 or newer, Pixtral, whose towers pack patches; others raise NotImplementedError in their forward pass. Equal up to
-    rounding. Changed in place and returned.
-    """
-    model.set_attn_implementation({"vision_config": VARLEN})
-    return model
-
-
-def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Let ``model`` take packs of ``vlmkernels.models.group``, and image features as ``vlmkernels.models.image_features`` makes them;
-    without the keywords of these it is as before. Changed in place and returned.
-    """
-    text = model.config.get_text_config()
-    name = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
-    model.set_attn_implementation(NAME if name is None else {name: NAME})
-    return use_image_features(model)
+AttentionMaskInterface.register(NAME, sdpa_mask)  # returns no mask if there is no padding

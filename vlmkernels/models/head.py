@@ -1,22 +1,27 @@
-"""Log-probabilities of completions under a model, and their loss: taken in its head, its logits never held."""
+"""Log-probabilities and the loss of completions, computed in place of the language-model head, without storing logits.
 
-from collections.abc import Callable
+docs/head.md, "How the loss gets into the model's forward pass", explains how this works.
+"""
+
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 
 from vlmkernels.models.group import ScoringBatch
-from vlmkernels.ops.checks import require
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import linear_logps
 
 
 @contextmanager
-def method_replaced(module: torch.nn.Module, name: str, function: Callable):
-    """Inside, ``module`` runs ``function`` in place of its method ``name``."""
-    previous = vars(module).get(name)  # another wrapper's
+def replaced_method(module: torch.nn.Module, name: str, function: Callable) -> Iterator[None]:
+    """Replace the method ``name`` of ``module`` by ``function``; restore it on exit."""
+    previous = vars(module).get(name)  # an earlier replacement; None for the method of the class
     setattr(module, name, function)
     try:
         yield
@@ -27,13 +32,23 @@ def method_replaced(module: torch.nn.Module, name: str, function: Callable):
 
 
 def logit_arguments(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, float]:
-    """What the model does to its logits after its head, as arguments of ``linear_logps``.
+    """Return how the model changes its logits after the head, as arguments of ``linear_logps``.
 
-    Configurations name a cap (Gemma), a factor (Cohere) or a divisor (Granite) that not every class with such a configuration
-    applies: two numbers are sent through to see, in evaluation mode.
+    A configuration can hold a soft cap (Gemma), a factor (Cohere) or a divisor (Granite), but not every model class applies it.
+    So this runs the model in evaluation mode on one token, with two known numbers in place of the logits.
+
+    Args:
+        model: the model, wrapped by DDP, FSDP2 or DeepSpeed or not.
+        head: its language-model head, from ``output_head``.
+
+    Returns:
+        ``{"softcap": ...}``, ``{"logit_scale": ...}``, or an empty dict if the model does not change its logits.
+
+    Raises:
+        NotImplementedError: the model does something else to its logits.
     """
     config = model.config.get_text_config()
-    candidates = [{}]
+    candidates: list[dict[str, float]] = [{}]
     if cap := getattr(config, "final_logit_softcapping", None):
         candidates.append({"softcap": cap})
     if scale := getattr(config, "logit_scale", None):
@@ -43,80 +58,140 @@ def logit_arguments(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, 
 
     probe = torch.tensor([1.0, 20.0], device=head.weight.device)
     token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+
+    def probe_logits(hidden: torch.Tensor) -> torch.Tensor:
+        return probe.to(hidden.dtype).expand(1, 1, 2)
+
     training = model.training
     model.eval()
     try:
-        with method_replaced(head, "forward", lambda hidden: probe.to(hidden.dtype).expand(1, 1, 2)), torch.no_grad():
-            seen = model(input_ids=token, attention_mask=token + 1, use_cache=False).logits.float().flatten()
+        with replaced_method(head, "forward", probe_logits), torch.no_grad():
+            found = model(input_ids=token, attention_mask=token + 1, use_cache=False).logits.float().flatten()
     finally:
         model.train(training)
     for candidate in candidates:
         expected = probe * candidate.get("logit_scale", 1.0)
         if cap := candidate.get("softcap"):
             expected = cap * torch.tanh(expected / cap)
-        if torch.allclose(seen, expected, rtol=0.01):
+        if torch.allclose(found, expected, rtol=0.01):
             return candidate
-    raise NotImplementedError(f"{type(model).__name__} must pass on, scale or cap its logits, got {seen.tolist()} for [1, 20]")
+    raise NotImplementedError(f"{type(model).__name__} must pass on, scale or cap its logits, got {found.tolist()} for [1, 20]")
 
 
 def output_head(model: torch.nn.Module) -> torch.nn.Module:
-    """The language-model head, whose weight the log-probabilities are taken with. LoRA may adapt it."""
-    head = model.get_output_embeddings()
-    if is_peft_model(model):
-        from peft.tuners.lora import Linear
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import TrainableTokensWrapper
+    """Return the language-model head of ``model``, with its LoRA adapters if it has any.
 
-        rule = "not have trainable_token_indices of the language-model head, or of an embedding tied to it"
-        require(not isinstance(head, TrainableTokensWrapper), "peft_config", rule, type(head).__name__)
-        if isinstance(head, BaseTunerLayer):
-            plain = isinstance(head, Linear) and not any(head.use_dora.values()) and not any(head.lora_bias.values())
-            rule = "adapt the language-model head (target_modules holds it) by plain LoRA alone, without DoRA or a bias"
-            require(plain, "peft_config", rule, type(head).__name__)
-            dropout = [p for layer in head.lora_dropout.values() if (p := getattr(layer, "p", 0.0)) > 0]
-            require(not dropout, "peft_config", "have lora_dropout = 0 on the language-model head", dropout)
+    Raises:
+        ValueError: the adapters of the head are not plain LoRA without dropout.
+    """
+    head = model.get_output_embeddings()
+    if not is_peft_model(model):
+        return head
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    if isinstance(head, TrainableTokensWrapper):
+        raise ValueError(
+            "peft_config must leave trainable_token_indices unset for the language-model head and an embedding tied to it, "
+            f"got {type(head).__name__}"
+        )
+    if isinstance(head, BaseTunerLayer):
+        if not isinstance(head, Linear) or any(head.use_dora.values()) or any(head.lora_bias.values()):
+            raise ValueError(
+                "peft_config must adapt the language-model head with plain LoRA, without DoRA and without a bias, "
+                f"got {type(head).__name__}"
+            )
+        dropout = [p for layer in head.lora_dropout.values() if (p := getattr(layer, "p", 0.0)) > 0]
+        if dropout:
+            raise ValueError(f"peft_config must have lora_dropout = 0 on the language-model head, got {dropout}")
     return head
 
 
 def head_weight(head: torch.nn.Module) -> torch.Tensor:
-    """Its weight (V, H), with what LoRA adds to it, differentiable by both."""
+    """Return the weight (V, H) of the head with its active LoRA adapters. Gradients go to the weight and the adapters."""
     if not hasattr(head, "lora_A"):
         return head.weight
     weight = head.base_layer.weight
-    for name in () if head.disable_adapters or head.merged else head.active_adapters:
+    if head.disable_adapters or head.merged:
+        return weight
+    for name in head.active_adapters:
         weight = weight + head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
     return weight
 
 
-def in_head(model, batch: ScoringBatch, head: torch.nn.Module, function: Callable) -> tuple:
-    """What ``function(hidden (.., .., H), weight, targets (N,), rows=..., bias=...)`` makes of the batch's hidden states, and
-    the model's output, whose logits mean nothing.
+def call_in_head(
+    model: torch.nn.Module, batch: ScoringBatch, head: torch.nn.Module, function: Callable[..., Any]
+) -> tuple[Any, Any]:
+    """Run ``model`` on a batch, and call ``function`` in place of the head.
 
-    It is called where the model would compute logits, in its head: so every parameter is used inside the model's own forward
-    pass, and what wraps it (autocast, DDP, LoRA) works as ever.
+    Args:
+        model: the model, wrapped by DDP, FSDP2 or DeepSpeed or not.
+        batch: the inputs, and the tokens to score.
+        head: its language-model head.
+        function: called once as ``function(hidden (..., H), weight (V, H), targets (N,), rows=(N,), bias=(V,) or None)``.
+            Returns a tensor or a tuple that starts with one.
+
+    Returns:
+        The result of ``function``, and the output of the model. The logits in that output have no meaning.
     """
     results = []
 
-    def in_place_of_logits(hidden: torch.Tensor) -> torch.Tensor:
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
         results.append(function(hidden, head_weight(head), batch.targets, rows=batch.rows, bias=head.bias))
         first = results[0] if isinstance(results[0], torch.Tensor) else results[0][0]
         return first.reshape(1, -1, 1)
 
-    with method_replaced(head, "forward", in_place_of_logits):
+    with replaced_method(head, "forward", forward):
         output = model(**batch.inputs, use_cache=False)
     return results[0], output
 
 
-def objective_of(counts: torch.Tensor, **objective) -> Callable[..., LinearGRPOLossOutput]:
-    """``linear_grpo_loss`` of the tokens of a batch that count, as a function for ``in_head``.
+def packed_grpo_loss(
+    loss_mask: torch.Tensor,
+    *,
+    advantages: torch.Tensor,
+    old_logps: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    rollout_logps: torch.Tensor | None = None,
+    **options: Any,
+) -> Callable[..., LinearGRPOLossOutput]:
+    """Return a function for ``call_in_head`` that computes ``linear_grpo_loss``.
 
     Args:
-        counts: (B, C) bool, the tokens of the batch's completions that count: all N of it, (B, C) row by row.
-        objective: further arguments of ``linear_grpo_loss``; what is (B, C) is cut to the tokens that count.
+        loss_mask: (B, C) bool, the completion tokens that count in the loss. They must be the tokens that the batch scores.
+        advantages: (B,), or (B, C) per token.
+        old_logps, ref_logps, rollout_logps: (B, C) or None. Values outside of ``loss_mask`` are not read.
+        options: further arguments of ``linear_grpo_loss`` that are not per token.
     """
-    cu_seqlens = torch.nn.functional.pad(counts.sum(1).cumsum(0), (1, 0)).int()
-    cut = {name: x[counts] if isinstance(x, torch.Tensor) and x.shape == counts.shape else x for name, x in objective.items()}
-    return partial(linear_grpo_loss, cu_seqlens=cu_seqlens, **cut)
+
+    def select(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else values[loss_mask]
+
+    return partial(
+        linear_grpo_loss,
+        cu_seqlens=torch.nn.functional.pad(loss_mask.sum(1).cumsum(0), (1, 0)).int(),
+        advantages=select(advantages) if advantages.dim() == 2 else advantages,
+        old_logps=select(old_logps),
+        ref_logps=select(ref_logps),
+        rollout_logps=select(rollout_logps),
+        **options,
+    )
+
+
+def top_entropy_threshold(accelerator: Accelerator, top_quantile: float, entropy: torch.Tensor) -> torch.Tensor:
+    """Return the entropy above which the ``top_quantile`` share of the tokens of all ranks lies.
+
+    ``partial(top_entropy_threshold, accelerator, top_quantile)`` can be the ``entropy_threshold`` of ``linear_grpo_loss``.
+
+    Args:
+        accelerator: gathers the entropies of all ranks, so every rank must call this function.
+        top_quantile: ``GRPOLossConfig.top_entropy_quantile``.
+        entropy: (N,), the entropies of this rank's tokens.
+    """
+    entropy = accelerator.gather(accelerator.pad_across_processes(entropy, pad_index=math.nan))
+    entropy = entropy if len(entropy) else entropy.new_zeros(1)
+    return entropy.nanquantile(1 - top_quantile)
 
 
 def completion_logps(
@@ -128,34 +203,40 @@ def completion_logps(
     temperature: float,
     return_entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (N,) of the batch's completion tokens; with ``return_entropy`` the entropies too.
+    """Compute the log-probabilities of a batch's completion tokens. Gradients go to the parameters of the model.
 
     Args:
-        model: wrapped or not. Gradients go to it.
-        head: the model's language-model head.
-        arguments: see ``logit_arguments``.
+        model: the model, wrapped by DDP, FSDP2 or DeepSpeed or not.
+        batch: from ``pack_groups`` or ``pad_completions``.
+        head: the language-model head, from ``output_head``.
+        arguments: from ``logit_arguments``.
+        temperature: divides the logits.
+        return_entropy: also return the entropies.
+
+    Returns:
+        The log-probabilities (N,), fp32. With ``return_entropy``, ``(logps, entropy)``, each (N,).
     """
     function = partial(linear_logps, temperature=temperature, return_entropy=return_entropy, **arguments)
-    return in_head(model, batch, head, function)[0]
+    return call_in_head(model, batch, head, function)[0]
 
 
 def completion_loss(
     model: torch.nn.Module,
     batch: ScoringBatch,
-    counts: torch.Tensor,
+    loss_mask: torch.Tensor,
     *,
     head: torch.nn.Module,
     arguments: dict[str, float],
     temperature: float,
-    **objective,
+    **objective: Any,
 ) -> LinearGRPOLossOutput:
-    """The loss of a batch, and what comes with it.
+    """Compute the GRPO loss of a batch, with its metrics, log-probabilities and entropies.
 
     Args:
-        model, batch, head, arguments: see ``completion_logps``.
-        counts, objective: see ``objective_of``.
+        model, batch, head, arguments, temperature: see ``completion_logps``.
+        loss_mask, objective: see ``packed_grpo_loss``.
     """
-    function = objective_of(counts, temperature=temperature, **arguments, **objective)
-    result, output = in_head(model, batch, head, function)
-    # DeepSpeed prepares for the backward pass of a module where it comes through the module's output.
+    function = packed_grpo_loss(loss_mask, temperature=temperature, **arguments, **objective)
+    result, output = call_in_head(model, batch, head, function)
+    # DeepSpeed prepares the backward pass of a module only if the loss depends on the module's output.
     return result._replace(loss=result.loss + 0.0 * output.logits.sum())

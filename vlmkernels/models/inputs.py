@@ -1,67 +1,23 @@
-"""Batches of multimodal model inputs, cut and joined sample by sample as the families' table says."""
+"""``ModelInputs``: the model inputs of a batch. It selects, joins and extends samples in every model family."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import torch
 
 from vlmkernels.models.families import AXES, Family
-from vlmkernels.ops.checks import require
-
-
-def _sums(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Sums (B,) of values (M,), where sample i owns the next counts[i] of them."""
-    ends = counts.cumsum(0)
-    total = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    return total[ends] - total[ends - counts]
-
-
-def _patches(inputs: dict, grid: str, counts: torch.Tensor) -> torch.Tensor:
-    """Patches (B,) of the images or videos that ``grid`` has one row each of."""
-    if grid not in inputs:
-        return torch.zeros_like(counts)
-    require(len(inputs[grid]) == counts.sum(), grid, f"have one row per image or video, {counts.sum()}", len(inputs[grid]))
-    return _sums(inputs[grid].cpu().prod(-1), counts)
-
-
-def _tiles(inputs: dict, family: Family) -> torch.Tensor:
-    """Tiles (B,): processors do not say how many a sample has, but every tile stands for the same number of image tokens."""
-    tokens = (inputs["input_ids"] == family.image_token_id).sum(1).cpu()
-    total = len(inputs.get("pixel_values", ()))
-    per_tile = int(tokens.sum()) // max(total, 1)
-    tiles = tokens // max(per_tile, 1)
-    rule = f"have tiles that stand for the same number of image tokens each, where the samples have {tokens.tolist()}"
-    require(int(tiles.sum()) == total and torch.equal(tiles * per_tile, tokens), "pixel_values", rule, f"{total} tiles")
-    return tiles
-
-
-def _index(counts: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The rows of the chosen samples, where sample i owns counts[i] rows and samples follow one another."""
-    picked = counts[chosen]
-    first = (counts.cumsum(0) - counts)[chosen]
-    within = torch.arange(int(picked.sum())) - (picked.cumsum(0) - picked).repeat_interleave(picked)
-    return first.repeat_interleave(picked) + within
-
-
-def _first_equal(keys: list, parts: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """(n,) int64: the first index with the same key and the same tensors as each; parts: n of each tensor."""
-    seen: dict = {}
-    result = []
-    for index, key in enumerate(keys):
-        alike = seen.setdefault(key, [])
-        same = (k for k in alike if all(torch.equal(part[k], part[index]) for part in parts))
-        result.append(next(same, index))
-        if result[-1] == index:
-            alike.append(index)
-    return torch.tensor(result, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Model inputs of B samples, their tokens left-padded.
+class ModelInputs:
+    """Model inputs of B samples, with left-padded tokens. Built by ``ModelInputs.from_processor``.
 
-    inputs: what the model is called with. rows: for each axis of the family's inputs, (B,) int64 on the CPU, the rows that each
-    sample owns along it, so that choosing and joining samples never waits for a device. image_keys: (images,) int64 on the CPU,
-    equal where images are, or None. Made by ``Batch.of``.
+    Attributes:
+        inputs: the keyword arguments of the model's forward pass.
+        rows: for each axis of the family's inputs, the number of rows of each sample along it: (B,) int64. On the CPU, so that
+            selecting and joining samples never waits for a device.
+        family: the family of the model.
+        image_keys: (images,) int64 on the CPU, equal for equal images; None if unknown.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -70,39 +26,31 @@ class Batch:
     image_keys: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, inputs: dict, family: Family, num_images: torch.Tensor, num_videos: torch.Tensor | None = None) -> "Batch":
-        """A processor's output, checked against the family's row: nothing unknown, no row too many, none missing.
+    def from_processor(
+        cls, inputs: dict, family: Family, num_images: torch.Tensor, num_videos: torch.Tensor | None = None
+    ) -> "ModelInputs":
+        """Check the output of a processor against the inputs of the family and wrap it.
 
         Args:
-            inputs: a processor's output.
+            inputs: the output of the processor.
             family: from ``family_of``.
-            num_images, num_videos: (B,) int64 on the CPU, of each sample; no videos by default.
+            num_images, num_videos: (B,) int64 on the CPU, the number of images and videos of each sample. Default: no videos.
+
+        Raises:
+            ValueError: an input is unknown or missing, or has a wrong number of rows.
+            TypeError: an input is not a tensor.
         """
         num_videos = torch.zeros_like(num_images) if num_videos is None else num_videos
         inputs = {name: value for name, value in inputs.items() if name not in family.unused}
-        used = {name: family.axis(name) for name in inputs}
+        _check_names(inputs, family, num_images, num_videos)
+        batch = cls(inputs, _count_rows(inputs, family, num_images, num_videos), family)
         for name, value in inputs.items():
-            require(isinstance(value, torch.Tensor), name, "be a tensor", type(value).__name__, TypeError)
-        for name in ("input_ids", "attention_mask"):
-            require(name in inputs, "inputs", f"have {name}", ", ".join(inputs))
-        for name, number in {"pixel_values": num_images, "pixel_values_videos": num_videos}.items():
-            if name in family.inputs and number.any():
-                require(name in inputs, "inputs", f"have {name} for the {number.sum()} images or videos", ", ".join(inputs))
-
-        one = torch.ones_like(num_images)
-        rows = {"token": one, "stack": one, "image": num_images, "video": num_videos, "illustrated": num_images.clamp(max=1)}
-        axes = {spec.axis for spec in family.inputs.values()}
-        if "image_patch" in axes:
-            rows["image_patch"] = _patches(inputs, "image_grid_thw", num_images)
-            rows["video_patch"] = _patches(inputs, "video_grid_thw", num_videos)
-        if "tile" in axes:
-            rows["tile"] = _tiles(inputs, family)
-        batch = cls(inputs, rows, family)
-        for name, axis in used.items():
-            rule = f"have {rows[axis].sum()} rows, one for each of: {AXES[axis]}"
-            require(len(inputs[name]) == rows[axis].sum(), name, rule, len(inputs[name]))
-            if axis == "stack":
-                require(batch.has(axis), name, "be absent where no sample has an image or video", f"{len(inputs[name])} rows")
+            axis = family.axis(name)
+            total = int(batch.rows[axis].sum())
+            if len(value) != total:
+                raise ValueError(f"{name} must have {total} rows, one for each of: {AXES[axis]}, got {len(value)}")
+            if axis == "stack" and not batch.has(axis):
+                raise ValueError(f"{name} must be absent where no sample has an image or video, got {len(value)} rows")
         return batch
 
     def __len__(self) -> int:
@@ -110,75 +58,98 @@ class Batch:
 
     @property
     def num_images(self) -> torch.Tensor:
-        """(B,) int64 on the CPU."""
+        """The number of images of each sample, (B,) int64 on the CPU."""
         return self.rows["image"]
 
     def has(self, axis: str) -> bool:
-        """Whether there is anything along an axis: inputs of images are absent from a batch without images."""
+        """Return whether any sample has rows along ``axis``. Image inputs are absent from a batch without images."""
         return bool((self.rows["image"] + self.rows["video"] if axis == "stack" else self.rows[axis]).any())
 
-    def to(self, device) -> "Batch":
+    def to(self, device: torch.device | str) -> "ModelInputs":
+        """Move the inputs to ``device``. ``rows`` and ``image_keys`` stay on the CPU."""
         return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
 
-    def select(self, samples: torch.Tensor) -> "Batch":
-        """The samples at ``samples``, (n,) int64 on the CPU, in that order; indices may repeat."""
-        keys = None if self.image_keys is None else self.image_keys[_index(self.num_images, samples)]
+    def select(self, samples: torch.Tensor) -> "ModelInputs":
+        """Return the given samples as a batch.
+
+        Args:
+            samples: (n,) int64 on the CPU, indices in any order; they may repeat.
+        """
+        keys = None if self.image_keys is None else self.image_keys[_row_indices(self.num_images, samples)]
         rows = {axis: counts[samples] for axis, counts in self.rows.items()}
         chosen = replace(self, inputs={}, rows=rows, image_keys=keys)
-        index = {axis: _index(counts, samples) for axis, counts in self.rows.items() if chosen.has(axis)}
+        index = {axis: _row_indices(counts, samples) for axis, counts in self.rows.items() if chosen.has(axis)}
         for name, tensor in self.inputs.items():
             if (axis := self.family.axis(name)) in index:
                 chosen.inputs[name] = tensor[index[axis].to(tensor.device)]
         return chosen
 
     def originals(self) -> torch.Tensor:
-        """(B,) int64 on the CPU: for each sample the first one with the same inputs, which may be itself.
+        """Return, for each sample, the index of the first sample with the same inputs: (B,) int64 on the CPU.
 
-        Padding is no input. On a GPU this waits for the device, once per pair of samples with the same tokens.
+        Padding is ignored. On a GPU this waits for the device for each pair of samples with the same tokens.
         """
         ids = self.inputs["input_ids"].masked_fill(self.inputs["attention_mask"] == 0, -1).tolist()
-        others = {name: axis for name in self.inputs if (axis := self.family.axis(name)) != "token"}
-        parts = [self.inputs[name].split(self.rows[axis].tolist()) for name, axis in others.items()]
+        parts = [self.inputs[name].split(self.rows[axis].tolist()) for name, axis in self._media_axes().items()]
         return _first_equal(list(map(tuple, ids)), parts)
 
     def equal_images(self) -> torch.Tensor | None:
-        """(images,) int64 on the CPU, for ``image_keys``: the first image with the same pixels as each. None where a family's
-        inputs do not tell which pixels are an image's."""
-        others = {name: axis for name in self.inputs if (axis := self.family.axis(name)) != "token"}
-        if not others or not {*others.values()} <= {"image", "image_patch"}:
+        """Return, for each image, the index of the first image with the same pixels: (images,) int64 on the CPU.
+
+        The result can serve as ``image_keys``. It is None without images, and if the rows of an input cannot be assigned to
+        images: tiles, stacks and videos.
+        """
+        axes = self._media_axes()
+        if not axes or not {*axes.values()} <= {"image", "image_patch"}:
             return None
         sizes = {"image": [1] * int(self.num_images.sum())}
-        if "image_patch" in others.values():
+        if "image_patch" in axes.values():
             sizes["image_patch"] = self.inputs["image_grid_thw"].prod(-1).tolist()
-        parts = [self.inputs[name].split(sizes[axis]) for name, axis in others.items()]
+        parts = [self.inputs[name].split(sizes[axis]) for name, axis in axes.items()]
         return _first_equal([part.shape for part in parts[0]], parts)
 
-    def of_images(self, name: str, images: torch.Tensor) -> torch.Tensor:
-        """The rows of an input that belong to the images at ``images``, (n,) int64 on the CPU."""
+    def _media_axes(self) -> dict[str, str]:
+        """Return the axis of each input that does not have a value per token."""
+        return {name: axis for name in self.inputs if (axis := self.family.axis(name)) != "token"}
+
+    def select_images(self, name: str, images: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the input ``name`` that belong to the given images.
+
+        Args:
+            images: (n,) int64 on the CPU, indices of images.
+        """
         tensor, axis = self.inputs[name], self.family.axis(name)
-        require(axis in ("image", "image_patch"), name, "tell which of its rows are an image's", AXES[axis])
+        if axis not in ("image", "image_patch"):
+            raise ValueError(f"{name} must have rows that belong to one image each, got rows that count {AXES[axis]}")
         if axis == "image_patch":
-            images = _index(self.inputs["image_grid_thw"].cpu().prod(-1), images)
+            images = _row_indices(self.inputs["image_grid_thw"].cpu().prod(-1), images)
         return tensor[images.to(tensor.device)]
 
-    def split(self, sizes: list[int]) -> list["Batch"]:
-        """Batches of the first sizes[0] samples, the next sizes[1], and so on."""
-        require(sum(sizes) == len(self), "sizes", f"add up to the {len(self)} samples", sizes)
+    def split(self, sizes: list[int]) -> list["ModelInputs"]:
+        """Split into the first ``sizes[0]`` samples, the next ``sizes[1]``, and so on."""
+        if sum(sizes) != len(self):
+            raise ValueError(f"sizes must add up to the {len(self)} samples, got {sizes}")
         return [self.select(samples) for samples in torch.arange(len(self)).split(sizes)]
 
-    def repeat(self, times: int) -> "Batch":
-        """Each sample ``times`` times in a row."""
+    def repeat(self, times: int) -> "ModelInputs":
+        """Repeat each sample ``times`` times in a row, as ``torch.repeat_interleave`` does."""
         return self.select(torch.arange(len(self)).repeat_interleave(times))
 
-    def trim(self) -> "Batch":
-        """Without the columns that are padding in every sample."""
+    def trim(self) -> "ModelInputs":
+        """Drop the leading columns that are padding in every sample."""
         start = int(self.inputs["attention_mask"].any(0).int().argmax())
         inputs = {name: t[:, start:] if self.family.axis(name) == "token" else t for name, t in self.inputs.items()}
         return replace(self, inputs=inputs)
 
-    def append(self, ids: torch.Tensor, mask: torch.Tensor) -> "Batch":
-        """Each prompt followed by a completion. ids, mask: (B, C)."""
-        new, inputs = {"input_ids": ids, "attention_mask": mask}, dict(self.inputs)
+    def append(self, ids: torch.Tensor, mask: torch.Tensor) -> "ModelInputs":
+        """Append a completion to each prompt.
+
+        Args:
+            ids: (B, C) int64, the tokens.
+            mask: (B, C), their attention mask.
+        """
+        new = {"input_ids": ids, "attention_mask": mask}
+        inputs = dict(self.inputs)
         for name, tensor in self.inputs.items():
             if self.family.axis(name) == "token":
                 column = new.get(name, torch.full_like(ids, self.family.inputs[name].completion))
@@ -186,37 +157,135 @@ class Batch:
         return replace(self, inputs=inputs)
 
 
-def concat(batches: list[Batch], pad_token_id: int) -> Batch:
-    """The samples of several batches of one family as one batch, padded where its inputs know padding."""
+def concat(batches: list[ModelInputs], pad_token_id: int) -> ModelInputs:
+    """Join the samples of several batches, padding the inputs that support it to a common size.
+
+    Raises:
+        ValueError: the batches are of different families, only some of them have an input, or an input that cannot be padded
+            differs in size.
+    """
     family = batches[0].family
-    require(all(b.family == family for b in batches), "batches", "be of one family", ", ".join(b.family.name for b in batches))
-    rows = {axis: torch.cat([b.rows[axis] for b in batches]) for axis in batches[0].rows}
-    given = {name: tensor for batch in batches for name, tensor in batch.inputs.items()}
-    inputs = {
-        name: _join(name, [_part(b, name, tensor) for b in batches], family, pad_token_id) for name, tensor in given.items()
-    }
+    if any(batch.family != family for batch in batches):
+        raise ValueError(f"batches must be of one family, got {', '.join(batch.family.name for batch in batches)}")
+    rows = {axis: torch.cat([batch.rows[axis] for batch in batches]) for axis in batches[0].rows}
+    examples = {name: tensor for batch in batches for name, tensor in batch.inputs.items()}
+    inputs = {}
+    for name, like in examples.items():
+        inputs[name] = _join(name, [_input_or_empty(batch, name, like) for batch in batches], family, pad_token_id)
     keys = [batch.image_keys for batch in batches]
-    return Batch(inputs, rows, family, None if any(key is None for key in keys) else torch.cat(keys))
+    return ModelInputs(inputs, rows, family, None if any(key is None for key in keys) else torch.cat(keys))
 
 
-def _part(batch: Batch, name: str, like: torch.Tensor) -> torch.Tensor:
-    """An input of a batch: no rows (of a stack, padding alone) where the batch has nothing along the input's axis."""
+def _check_names(inputs: dict, family: Family, num_images: torch.Tensor, num_videos: torch.Tensor) -> None:
+    for name, value in inputs.items():
+        family.axis(name)  # raises for an unknown input
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    for name in ("input_ids", "attention_mask"):
+        if name not in inputs:
+            raise ValueError(f"inputs must have {name}, got {', '.join(inputs)}")
+    for name, counts in {"pixel_values": num_images, "pixel_values_videos": num_videos}.items():
+        if name in family.inputs and counts.any() and name not in inputs:
+            raise ValueError(f"inputs must have {name} for the {counts.sum()} images or videos, got {', '.join(inputs)}")
+
+
+def _count_rows(
+    inputs: dict[str, torch.Tensor], family: Family, num_images: torch.Tensor, num_videos: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return the number of rows (B,) of each sample along every axis of the family's inputs."""
+    one = torch.ones_like(num_images)
+    rows = {"token": one, "stack": one, "image": num_images, "video": num_videos, "illustrated": num_images.clamp(max=1)}
+    rows["image_token"] = torch.zeros_like(num_images)  # until features replace pixels
+    axes = {spec.axis for spec in family.inputs.values()}
+    if "image_patch" in axes:
+        rows["image_patch"] = _count_patches(inputs, "image_grid_thw", num_images)
+        rows["video_patch"] = _count_patches(inputs, "video_grid_thw", num_videos)
+    if "tile" in axes:
+        rows["tile"] = _count_tiles(inputs, family)
+    return rows
+
+
+def _count_patches(inputs: dict[str, torch.Tensor], grid: str, counts: torch.Tensor) -> torch.Tensor:
+    """Return the number of patches (B,) of each sample, from the input ``grid`` with one row per image or video."""
+    if grid not in inputs:
+        return torch.zeros_like(counts)
+    if len(inputs[grid]) != counts.sum():
+        raise ValueError(f"{grid} must have one row per image or video, {counts.sum()}, got {len(inputs[grid])}")
+    return _segment_sums(inputs[grid].cpu().prod(-1), counts)
+
+
+def _count_tiles(inputs: dict[str, torch.Tensor], family: Family) -> torch.Tensor:
+    """Return the number of tiles (B,) of each sample.
+
+    Processors do not return this number, but every tile has the same number of image tokens.
+    """
+    tokens = (inputs["input_ids"] == family.image_token_id).sum(1).cpu()
+    total = len(inputs.get("pixel_values", ()))
+    per_tile = int(tokens.sum()) // max(total, 1)
+    tiles = tokens // max(per_tile, 1)
+    if int(tiles.sum()) != total or not torch.equal(tiles * per_tile, tokens):
+        raise ValueError(
+            "pixel_values must have tiles with the same number of image tokens each, "
+            f"got {total} tiles for {tokens.tolist()} tokens"
+        )
+    return tiles
+
+
+def _segment_sums(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Return the sum (B,) of the values of each sample: the first counts[0] of values (M,) belong to sample 0, and so on."""
+    ends = counts.cumsum(0)
+    total = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    return total[ends] - total[ends - counts]
+
+
+def _row_indices(counts: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """Return the indices of the rows of ``samples``: sample i has counts[i] rows, which follow the rows of sample i - 1."""
+    picked = counts[samples]
+    first = (counts.cumsum(0) - counts)[samples]
+    within = torch.arange(int(picked.sum())) - (picked.cumsum(0) - picked).repeat_interleave(picked)
+    return first.repeat_interleave(picked) + within
+
+
+def _first_equal(keys: list[Hashable], parts: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Return, for each of n items, the index of the first item with the same key and equal tensors: (n,) int64.
+
+    Args:
+        keys: n keys. Only the tensors of items with the same key are compared.
+        parts: several lists of n tensors.
+    """
+    candidates: dict[Hashable, list[int]] = {}
+    result = []
+    for index, key in enumerate(keys):
+        earlier = candidates.setdefault(key, [])
+        same = (k for k in earlier if all(torch.equal(part[k], part[index]) for part in parts))
+        result.append(next(same, index))
+        if result[-1] == index:
+            earlier.append(index)
+    return torch.tensor(result, dtype=torch.int64)
+
+
+def _input_or_empty(batch: ModelInputs, name: str, like: torch.Tensor) -> torch.Tensor:
+    """Return the input ``name`` of ``batch``. If the batch has no media for it, return no rows, or zeros for a stack."""
+    if name in batch.inputs:
+        return batch.inputs[name]
     axis = batch.family.axis(name)
-    if name not in batch.inputs:
-        require(not batch.has(axis), "inputs", f"have {name} in all batches or none", ", ".join(batch.inputs))
-        return like.new_zeros(int(batch.rows[axis].sum()), *like.shape[1:])
-    return batch.inputs[name]
+    if batch.has(axis):
+        raise ValueError(f"inputs must have {name} in all batches or none, got {', '.join(batch.inputs)}")
+    return like.new_zeros(int(batch.rows[axis].sum()), *like.shape[1:])
 
 
 def _join(name: str, parts: list[torch.Tensor], family: Family, pad_token_id: int) -> torch.Tensor:
-    """Parts one after the other: tokens padded on the left, other axes, where padding is known, at their end."""
-    spec, shapes = family.inputs[name], [tuple(part.shape[1:]) for part in parts]
+    """Concatenate parts along the first axis. Tokens are padded on the left, other axes that support padding at their end."""
+    shapes = [tuple(part.shape[1:]) for part in parts]
     if len(set(shapes)) == 1:
         return torch.cat(parts)
+    spec = family.inputs[name]
     tokens = spec.axis == "token"
     for dim, sizes in enumerate(zip(*shapes, strict=True), 1):
-        rule = f"have one size along axis {dim} in batches to be joined (family {family.name})"
-        require(len(set(sizes)) == 1 or dim in spec.pads or (tokens and dim == 1), name, rule, sizes)
+        if len(set(sizes)) > 1 and dim not in spec.pads and not (tokens and dim == 1):
+            raise ValueError(
+                f"{name} must have one size along axis {dim} in batches to be joined (family {family.name}), got {sizes}"
+            )
     largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     value = pad_token_id if name == "input_ids" else 0
     joined = parts[0].new_full((sum(map(len, parts)), *largest), value)

@@ -1,7 +1,9 @@
-"""The vision tower of a model on the ops of this package, as far as its family lets it."""
+"""``use_vision_ops``: this package's ops in the vision tower of a model."""
+
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmkernels.models.attention import use_varlen_vision
 from vlmkernels.models.families import family_of
@@ -10,14 +12,24 @@ from vlmkernels.models.patch_embed import fold_patch_embed, patch_embeds
 from vlmkernels.models.rotary import use_fused_rotary
 
 
-def use_vision_ops(model: PreTrainedModel, processor) -> dict[str, dict]:
-    """Let a tower that packs patches (Qwen2-VL to Qwen3.5-VL, GLM-4V) attend by ``varlen_attention``, turn its queries and keys
-    by ``rotary`` and, behind a ``FastImageProcessor``, take pixels in place of normalised rows; other models stay as they are.
+def use_vision_ops(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, dict[str, Any]]:
+    """Use ``varlen_attention``, ``rotary`` and uint8 pixels in a vision tower that packs patches::
 
-    No parameter changes, nor its name, and the model goes on to take what its own processor makes. Changed in place.
+        processor_kwargs = use_vision_ops(model, processor)
+        inputs = processor(text=..., images=..., **processor_kwargs)
+
+    Qwen2-VL to Qwen3.5-VL and GLM-4V have such towers. Other models do not change.
+
+    Changes ``model`` in place, as ``use_varlen_vision``, ``use_fused_rotary`` and ``fold_patch_embed`` do; their docstrings say
+    how to undo each. Parameters and their names stay the same, and the model still accepts the output of its own processor.
+
+    Args:
+        model: a transformers model without adapters.
+        processor: its processor. Uint8 pixels need a ``FastImageProcessor`` that rescales and normalizes.
 
     Returns:
-        Further arguments of the processor's calls: with them its rows of still images are pixels, uint8, each once.
+        Keyword arguments for calls of the processor, with which it returns still images as rows of uint8 pixels, each frame
+        once. Empty if uint8 pixels are not supported.
     """
     pixels = family_of(model.config).inputs.get("pixel_values")
     if pixels is None or pixels.axis != "image_patch":

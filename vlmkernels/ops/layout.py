@@ -4,7 +4,7 @@ import torch
 
 
 def leading_axes(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the leading axes, outermost first, neighbours merged where one stride serves both."""
+    """Return (size, stride) of the leading axes, outermost first. Neighbouring axes that one stride describes are merged."""
     axes: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:
@@ -17,9 +17,9 @@ def leading_axes(tensor: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def row_layout(tensor: torch.Tensor) -> tuple[int, int, int] | None:
-    """(inner, stride_outer, stride_inner): row n starts at (n // inner) * stride_outer + (n % inner) * stride_inner.
+    """Return (inner, stride_outer, stride_inner); row n is at (n // inner) * stride_outer + (n % inner) * stride_inner.
 
-    None where the leading axes do not merge into two, or the last axis is not contiguous.
+    It is None if the leading axes do not merge into two, or the last axis is not contiguous.
     """
     axes = leading_axes(tensor)
     if len(axes) > 2 or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
@@ -29,12 +29,14 @@ def row_layout(tensor: torch.Tensor) -> tuple[int, int, int] | None:
 
 
 def unsupported_rows(tensor: torch.Tensor) -> str | None:
+    """Return why a kernel that addresses rows by ``row_layout`` does not support ``tensor``; None if it does."""
     if row_layout(tensor) is None:
-        return f"takes a contiguous last axis and leading axes that merge into at most two, got strides {tensor.stride()}"
+        return f"supports a contiguous last axis and leading axes that merge into at most two, got strides {tensor.stride()}"
     return None
 
 
 def unsupported_last_axis(tensor: torch.Tensor) -> str | None:
+    """Return why a kernel that needs a contiguous last axis does not support ``tensor``; None if it does."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        return f"takes a contiguous last axis, got strides {tensor.stride()}"
+        return f"supports a contiguous last axis, got strides {tensor.stride()}"
     return None

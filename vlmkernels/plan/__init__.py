@@ -1,6 +1,17 @@
-"""What a step costs before it is run: tokens, operations, bytes and seconds of a configuration, by a model of the costs."""
+"""A cost model of a GRPO step, which predicts its tokens, operations, time and memory before the run. See docs/scale.md.
 
-from vlmkernels.plan.machine import MACHINES, Machine, calibrate
+| module | purpose |
+| --- | --- |
+| ``shape`` | the sizes of a model, read from its configuration |
+| ``workload`` | the configuration of a step, and its numbers of tokens |
+| ``machine``, ``calibration`` | the rates of a device, from data sheets or measured on this CPU |
+| ``layers`` | bytes per token of a transformer layer |
+| ``costs``, ``memory`` | operations and memory traffic of each pass; peak memory |
+| ``step`` | the phases of a step, with their time and limiting resource |
+"""
+
+from vlmkernels.plan.calibration import calibrate
+from vlmkernels.plan.machine import MACHINES, Machine
 from vlmkernels.plan.shape import MODELS, ModelShape
 from vlmkernels.plan.step import Plan, plan
 from vlmkernels.plan.workload import Workload

@@ -1,18 +1,33 @@
-"""What of a model decides its cost, read from its configuration."""
+"""The sizes of a model that determine its cost, read from its configuration."""
 
 import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from vlmkernels.models.families import TEXT, family_of, why_not_share_prefix
-from vlmkernels.ops.checks import require
+from vlmkernels.models.families import TEXT, family_of, prefix_sharing_unsupported
 
-# Published configurations, as far as they decide shapes.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Published configurations, reduced to the fields that determine sizes.
 MODELS = {
+    "qwen2.5-vl-3b": {
+        "model_type": "qwen2_5_vl",
+        "tie_word_embeddings": True,
+        "text_config": {
+            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+            "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
+            "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    },
     "qwen2.5-vl-7b": {
         "model_type": "qwen2_5_vl",
         "tie_word_embeddings": False,
@@ -23,6 +38,18 @@ MODELS = {
         "vision_config": {
             "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
             "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        },
+    },
+    "qwen3-vl-2b": {
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": True,
+        "text_config": {
+            "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2048,
+            "patch_size": 16, "spatial_merge_size": 2, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17],
         },
     },
     "qwen3-vl-32b": {
@@ -40,15 +67,25 @@ MODELS = {
     },
 }  # fmt: skip
 
-# Of a vision tower's modules those that run once per image token, not once per patch.
+# Modules of a vision tower that run once per image token, not once per patch.
 _AFTER_MERGE = re.compile(r"merger|projector|connector|multi_modal")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Transformer layers. linear: elements of weights that a token is multiplied by, in all layers (of experts, those it is
-    routed to); ports: inputs and outputs of the linear layers, summed. params: all of theirs. gated: whether the MLP has a
-    gate; qk_norm: whether queries and keys are normalised."""
+    """Transformer layers of a decoder or a vision tower.
+
+    Attributes:
+        layers: number of layers.
+        hidden, intermediate: hidden size, and intermediate size of the MLP.
+        heads, kv_heads, head_dim: number of query heads, number of key-value heads, and their width.
+        linear: number of weights that one token is multiplied by in all layers; of the experts, only the weights of those that
+            the token is routed to.
+        ports: sum of in_features + out_features of all linear layers, the number of LoRA parameters per rank.
+        params: number of parameters of all layers.
+        gated: whether the MLP has a gate.
+        qk_norm: whether queries and keys are normalized.
+    """
 
     layers: int
     hidden: int
@@ -64,18 +101,29 @@ class Stack:
 
     @property
     def query_width(self) -> int:
+        """Total width of all query heads."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
+        """Total width of all key heads, or of all value heads."""
         return self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class Vision:
-    """A tower. merger: elements of weights that an image token is multiplied by. patch, merge: pixels of a patch's side,
-    patches of an image token's. side: pixels that every image is resized to; None: any size. window: patches that a patch of
-    a windowed layer sees; full_layers: those where it sees all."""
+    """A vision tower.
+
+    Attributes:
+        stack: its transformer layers.
+        merger: number of weights that one image token is multiplied by after the patches have been merged.
+        patch: side of a patch in pixels.
+        merge: side of an image token in patches.
+        side: side in pixels to which every image is resized; None = images keep their size.
+        tokens: number of tokens of every image, if it is fixed.
+        window: number of patches in an attention window; None = no windows.
+        full_layers: number of layers without windows.
+    """
 
     stack: Stack
     merger: int
@@ -87,20 +135,30 @@ class Vision:
     full_layers: int
 
     def patches(self, width: int, height: int) -> int:
-        """Of an image, after its resize."""
+        """Return the number of patches of an image with this size in pixels, after resizing."""
         if self.side is not None:
             return (self.side // self.patch) ** 2
         unit = self.patch * self.merge
         return max(1, round(width / unit)) * max(1, round(height / unit)) * self.merge**2
 
     def image_tokens(self, width: int, height: int) -> int:
+        """Return the number of tokens of an image with this size in pixels."""
         return self.tokens or self.patches(width, height) // self.merge**2
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """params: all. head: elements of the language-model head; tied: it is the embedding too. unshared: why completions cannot
-    share a prompt; None where they can."""
+    """The sizes of a model.
+
+    Attributes:
+        name: name in reports.
+        decoder: layers of the language model.
+        vision: the vision tower; None for a text model.
+        vocab: vocabulary size.
+        tied: whether the language model head shares its weights with the embedding.
+        params: number of parameters.
+        unshared: why the completions of a group cannot share one prompt; None if they can.
+    """
 
     name: str
     decoder: Stack
@@ -112,28 +170,32 @@ class ModelShape:
 
     @property
     def head(self) -> int:
+        """Number of weights of the language model head."""
         return self.vocab * self.decoder.hidden
 
     @property
     def vision_params(self) -> int:
+        """Number of parameters of the vision tower."""
         return self.vision.stack.params if self.vision else 0
 
     @classmethod
-    def named(cls, name: str) -> "ModelShape":
-        """Of a row of ``MODELS``, or of the configuration at a path (a file, or the folder of a model)."""
+    def from_name(cls, name: str) -> "ModelShape":
+        """Return the shape of a model: a name in ``MODELS``, or the path of a model or of its configuration file."""
         from transformers import AutoConfig
 
         if name in MODELS:
             content = MODELS[name]
-            return cls.of(AutoConfig.for_model(**content), name)
-        rule = f"be {', '.join(MODELS)} or the path of a configuration"
-        require(Path(name).exists(), "model", rule, name)
-        return cls.of(AutoConfig.from_pretrained(name, trust_remote_code=False), name)
+            return cls.from_config(AutoConfig.for_model(**content), name)
+        if not Path(name).exists():
+            raise ValueError(f"model must be {', '.join(MODELS)} or the path of a model or its configuration, got {name}")
+        return cls.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False), name)
 
     @classmethod
-    def of(cls, config, name: str = "model") -> "ModelShape":
-        """Of a configuration of any family of ``vlmkernels.models.families``: its model is made without memory, on the device
-        "meta", and its modules are counted."""
+    def from_config(cls, config: "PreTrainedConfig", name: str = "model") -> "ModelShape":
+        """Return the shape of a model from its configuration, for any family in ``vlmkernels.models.families``.
+
+        Counts the parameters of the model on the meta device, which allocates no memory.
+        """
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         family = family_of(config)
@@ -150,21 +212,22 @@ class ModelShape:
             inside = {*decoder.modules()}
             tower = {n: m for n, m in base.named_modules() if m not in inside and m is not base}
             vision = _vision(tower, config)
-        return cls(name, stack, vision, text.vocab_size, embedding is head, params, why_not_share_prefix(config))
+        return cls(name, stack, vision, text.vocab_size, embedding is head, params, prefix_sharing_unsupported(config))
 
 
-def _first(config, *names: str, default=None):
+def _first(config: "PreTrainedConfig", *names: str, default: Any = None) -> Any:
+    """Return the first of the named attributes that exists and is not None, else ``default``."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
 
 
-def _of_linear(module: nn.Module) -> int:
-    """Elements of weights that one input is multiplied by."""
+def _product_weights(module: nn.Module) -> int:
+    """Return the number of weights of a linear layer or convolution; 0 for other modules."""
     is_product = isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))
     return module.weight.numel() if is_product else 0
 
 
-def _stack(layers: nn.ModuleList, config) -> Stack:
-    linear = sum(_of_linear(module) for module in layers.modules())
+def _stack(layers: nn.ModuleList, config: "PreTrainedConfig") -> Stack:
+    linear = sum(_product_weights(module) for module in layers.modules())
     routed = _first(config, "num_experts_per_tok", default=1) / _first(config, "num_experts", "n_routed_experts", default=1)
     linear += int(sum(p.numel() for p in layers.parameters() if p.dim() == 3) * routed)
     heads = _first(config, "num_attention_heads", "num_heads")
@@ -183,9 +246,9 @@ def _stack(layers: nn.ModuleList, config) -> Stack:
     )
 
 
-def _vision(tower: dict[str, nn.Module], config) -> Vision:
+def _vision(tower: dict[str, nn.Module], config: "PreTrainedConfig") -> Vision:
     own = config.vision_config
-    products = {name: _of_linear(module) for name, module in tower.items()}
+    products = {name: _product_weights(module) for name, module in tower.items()}
     merger = sum(count for name, count in products.items() if _AFTER_MERGE.search(name))
     width, heads = _first(own, "embed_dim", "hidden_size"), _first(own, "num_heads", "num_attention_heads")
     if own.model_type == "qwen2_5_vl_vision" or not hasattr(own, "embed_dim"):

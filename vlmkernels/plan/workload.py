@@ -1,8 +1,8 @@
-"""What is asked of a step, and the tokens that follow from it."""
+"""The configuration of a step, and its numbers of tokens."""
 
 from dataclasses import dataclass
 
-from vlmkernels.ops.checks import require, require_one_of
+from vlmkernels.ops.checks import require_one_of
 from vlmkernels.plan.shape import ModelShape
 
 ENGINES = ("transformers", "vllm", "server")
@@ -12,28 +12,34 @@ PRECISIONS = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Workload:
-    """A GRPO step: one generation batch, one optimiser step.
+    """A GRPO step: one generation batch and one optimizer step.
 
     Args:
-        prompts: of all GPUs. group_size: completions of each.
-        prompt_tokens: of the text of a prompt. completion_tokens: of a completion, on average.
-        images: of each prompt. width, height: of each image, in pixels.
-        gpus: that train. parallel: how they share it, where there are several.
-        lora_r: rank of adapters on all linear layers of the decoder; 0 trains the model.
-        freeze_vision: the tower is not trained, and its features serve all passes. LoRA freezes it too.
-        share_prefix: a prompt and its images run once for its group.
-        reference: a KL term, hence a pass of the reference. old: a pass for the old log-probabilities, needed where several
-            steps are taken from a generation batch.
-        checkpointing: activations are computed again in the backward pass, all but each layer's input.
-        microbatch_tokens: the most tokens of a forward and backward pass; None: all.
-        engine: what samples: transformers or vllm on the GPUs that train, or a vllm server on ``server_gpus`` others.
-        precision: of the GEMMs. weights: of the parameters as they are kept; fp32 under bf16 is mixed precision.
-        reward_seconds: of the reward functions, for the whole batch.
-        logits_bytes: of the chunk of logits that the head holds. dlogits_bytes: of the bf16 gradients by logits that it keeps
-            for the backward pass.
+        prompts: number of prompts per step, over all GPUs.
+        group_size: completions per prompt.
+        prompt_tokens: text tokens per prompt.
+        completion_tokens: mean number of tokens per completion.
+        images: images per prompt.
+        width, height: size of each image in pixels.
+        gpus: number of training GPUs.
+        parallel: data parallelism of the training GPUs: "ddp" or "fsdp2".
+        lora_r: rank of LoRA adapters on all linear layers of the decoder; 0 trains the whole model.
+        freeze_vision: whether the vision tower is frozen, so that its features are computed once. LoRA freezes it too.
+        share_prefix: whether each prompt and its images run once per group.
+        reference: whether the loss has a KL term, which needs a forward pass of the reference model.
+        old: whether a separate pass computes the old log-probabilities, as for several optimizer steps per generation batch.
+        checkpointing: whether activation checkpointing is used, which saves only the input of each layer.
+        microbatch_tokens: maximum number of tokens per forward and backward pass; None = no limit.
+        engine: rollout engine: "transformers" or "vllm" on the training GPUs, or a vLLM "server" on ``server_gpus`` other GPUs.
+        server_gpus: number of GPUs of the server.
+        precision: precision of matrix products.
+        weights: precision of the stored parameters. fp32 weights with bf16 products are mixed precision.
+        reward_seconds: seconds that the reward functions take for the whole batch.
+        logits_bytes: size of the chunk of logits that the fused head computes.
+        dlogits_bytes: maximum size of the bf16 gradients of logits that the head keeps for the backward pass.
 
     Raises:
-        ValueError: a value is out of range, or groups do not divide among the GPUs.
+        ValueError: a value is out of range, or ``prompts`` is not a multiple of ``gpus``.
     """
 
     prompts: int = 8
@@ -62,39 +68,55 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name in ("prompts", "completion_tokens", "width", "height", "gpus", "logits_bytes", "dlogits_bytes"):
-            require(getattr(self, name) >= 1, name, "be >= 1", getattr(self, name))
-        require(self.group_size >= 2, "group_size", "be >= 2, to compare completions", self.group_size)
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size must be >= 2, to compare completions, got {self.group_size}")
         for name in ("prompt_tokens", "images", "lora_r", "reward_seconds", "server_gpus"):
-            require(getattr(self, name) >= 0, name, "be >= 0", getattr(self, name))
-        require(self.prompts % self.gpus == 0, "prompts", f"be a multiple of gpus, {self.gpus}: groups are whole", self.prompts)
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.prompts % self.gpus:
+            raise ValueError(
+                f"prompts must be a multiple of gpus = {self.gpus}, because groups are not split, got {self.prompts}"
+            )
         require_one_of("engine", self.engine, ENGINES)
         require_one_of("parallel", self.parallel, PARALLEL)
         for name in ("precision", "weights"):
             require_one_of(name, getattr(self, name), PRECISIONS)
-        rule = "be >= 1 with engine server, else 0"
-        require((self.engine == "server") == (self.server_gpus > 0), "server_gpus", rule, self.server_gpus)
-        budget = self.microbatch_tokens
-        require(budget is None or budget >= 1, "microbatch_tokens", "be >= 1", budget)
+        if (self.engine == "server") != (self.server_gpus > 0):
+            raise ValueError(f"server_gpus must be >= 1 with engine = server, else 0, got {self.server_gpus}")
+        if self.microbatch_tokens is not None and self.microbatch_tokens < 1:
+            raise ValueError(f"microbatch_tokens must be >= 1, got {self.microbatch_tokens}")
 
     @property
     def frozen_vision(self) -> bool:
+        """Whether the vision tower is frozen, by ``freeze_vision`` or by LoRA."""
         return self.freeze_vision or self.lora_r > 0
 
     @property
     def local_prompts(self) -> int:
+        """Number of prompts per GPU."""
         return self.prompts // self.gpus
 
     @property
     def completions(self) -> int:
-        """Of one GPU."""
+        """Number of completions per GPU."""
         return self.local_prompts * self.group_size
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Of one GPU. prompt: of a prompt, images and all. passed: through the decoder in a pass over the batch; pairs: that
-    attend to one another in it. patches: through the tower in a pass, image_tokens out of it; vision_pairs: summed over its
-    layers. packs: passes that it takes."""
+class StepTokens:
+    """Numbers of tokens of a step on one GPU. A pass runs the whole batch of the GPU through the model.
+
+    Attributes:
+        prompt: tokens of a prompt, including its image tokens.
+        passed: tokens that run through the decoder in a pass.
+        pairs: pairs of tokens that attend to each other in a pass.
+        patches: image patches that run through the vision tower in a pass.
+        image_tokens: tokens that the patches are merged into.
+        vision_pairs: pairs of patches that attend to each other, summed over the layers of the vision tower.
+        packs: number of forward passes (micro-batches) that a pass is split into.
+    """
 
     prompt: int
     passed: int
@@ -105,33 +127,42 @@ class Tokens:
     packs: int
 
     @classmethod
-    def of(cls, shape: ModelShape, work: Workload) -> "Tokens":
+    def from_workload(cls, shape: ModelShape, work: Workload) -> "StepTokens":
+        """Count the tokens of a workload. Raises ValueError if ``microbatch_tokens`` is too small for one completion."""
         vision = shape.vision if work.images else None
         per_image = vision.image_tokens(work.width, work.height) if vision else 0
         prompt, length = work.prompt_tokens + work.images * per_image, work.completion_tokens
-        prompts, count = work.local_prompts, work.completions
-        if work.share_prefix:
-            group = prompt + work.group_size * length
-            passed = prompts * group
-            pairs = prompts * prompt**2 / 2 + count * (prompt * length + length**2 / 2)
-        else:
-            group = prompt + length
-            passed = count * group
-            pairs = count * group**2 / 2
-        budget, packs = work.microbatch_tokens, 1
-        if budget is not None:
-            rule = f"be at least {prompt + length}, a prompt of {prompt} tokens and a completion of {length}"
-            require(budget >= prompt + length, "microbatch_tokens", rule, budget)
-            if work.share_prefix and group > budget:  # a group that is cut repeats its prompt
-                at_a_time = (budget - prompt) // length
-                packs = prompts * -(-work.group_size // at_a_time)
-                passed, pairs = packs * prompt + count * length, pairs + (packs - prompts) * prompt**2 / 2
-            else:
-                packs = -(-(prompts if work.share_prefix else count) // (budget // group))
-        images = (prompts if work.share_prefix else count) * work.images if vision else 0
+        copies = (
+            work.local_prompts if work.share_prefix else work.completions
+        )  # how often a pass runs the prompts and their images
+        passed, pairs, packs = _decoder_tokens(work, prompt, length)
+        images = copies * work.images if vision else 0
         patches = vision.patches(work.width, work.height) if vision else 0
         vision_pairs = 0.0
         if vision:
             windowed = vision.stack.layers - vision.full_layers
             vision_pairs = images * patches * (vision.full_layers * patches + windowed * min(vision.window or 0, patches))
         return cls(prompt, passed, pairs, images * patches, images * per_image, vision_pairs, packs)
+
+
+def _decoder_tokens(work: Workload, prompt: int, length: int) -> tuple[int, float, int]:
+    """Return ``passed``, ``pairs`` and ``packs`` of ``StepTokens``, for prompts and completions of these lengths."""
+    prompts, count, budget = work.local_prompts, work.completions, work.microbatch_tokens
+    if budget is not None and budget < prompt + length:
+        raise ValueError(
+            f"microbatch_tokens must be >= {prompt + length}, a prompt of {prompt} tokens and a completion of {length}, "
+            f"got {budget}"
+        )
+    if not work.share_prefix:
+        row = prompt + length
+        packs = 1 if budget is None else -(-count // (budget // row))
+        return count * row, count * row**2 / 2, packs
+    group = prompt + work.group_size * length
+    pairs = prompts * prompt**2 / 2 + count * (prompt * length + length**2 / 2)
+    if budget is None:
+        return prompts * group, pairs, 1
+    if group <= budget:
+        return prompts * group, pairs, -(-prompts // (budget // group))
+    # If a group is split, each part repeats the prompt.
+    packs = prompts * -(-work.group_size // ((budget - prompt) // length))
+    return packs * prompt + count * length, pairs + (packs - prompts) * prompt**2 / 2, packs

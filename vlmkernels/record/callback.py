@@ -1,4 +1,4 @@
-"""What a run leaves in its output_dir beside the model, for ``vlmkernels report`` and for others to read."""
+"""The callback that writes a run's metrics, description and completions to its ``output_dir``."""
 
 import json
 import math
@@ -9,27 +9,27 @@ import shutil
 from dataclasses import MISSING, Field, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from vlmkernels.env import PACKAGES, version
-from vlmkernels.record import completions
-from vlmkernels.record.completions import Row
-from vlmkernels.record.files import ABOUT_FILE, COMPLETIONS_FOLDER, METRICS_FILE, append, write_whole
+from vlmkernels.record.completions import Groups, remove_step, save_step, stored_steps
+from vlmkernels.record.files import COMPLETIONS_FOLDER, METRICS_FILE, RUN_FILE, append_atomic, write_atomic
 from vlmkernels.record.loggers import LOGGERS
 
-PREVIOUS = "previous"  # holds what a former run left, where another one starts in its folder
+PREVIOUS_FOLDER = "previous"  # holds the files of an earlier run in the same output_dir
 SECRET = re.compile(r"token$|api_key|password|secret", re.IGNORECASE)
 
 
-def _plain(value, key: str = ""):
-    """JSON of anything: numbers that JSON lacks by their names, objects by theirs, no secrets."""
+def json_value(value: Any, key: str = "") -> Any:
+    """Convert any value to JSON: NaN and infinities become strings, other objects their ``str``, secrets "hidden"."""
     if isinstance(value, dict):
-        return {str(name): _plain(item, str(name)) for name, item in value.items()}
+        return {str(name): json_value(item, str(name)) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, str):
         return "hidden" if SECRET.search(key) else value
     if isinstance(value, float) and not math.isfinite(value):
@@ -37,23 +37,28 @@ def _plain(value, key: str = ""):
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
-def line(entry: dict) -> str:
-    return json.dumps(_plain(entry), ensure_ascii=False) + "\n"
+def json_line(entry: dict) -> str:
+    """Return the line of ``metrics.jsonl`` for one log."""
+    return json.dumps(json_value(entry), ensure_ascii=False) + "\n"
 
 
 def environment() -> dict:
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    """Describe the machine and the Python of this process."""
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
 
 
-def about(args, state, model) -> dict:
-    """What run.json holds; model: without wrappers."""
+def run_description(args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> dict:
+    """Return the content of ``run.json``.
+
+    Args:
+        model: the trained model without wrappers.
+    """
     config = model.config.to_dict() if hasattr(model, "config") else {}
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -67,72 +72,78 @@ def about(args, state, model) -> dict:
             "trained parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         },
         "arguments": args.to_dict(),
-        "changed": changed(args),
+        "changed": changed_arguments(args),
         "model config": config,
         "versions": {name: version(name) for name in ("vlmkernels", *PACKAGES)},
         "environment": environment(),
     }
 
 
-def changed(args) -> list[str]:
-    """Names of the arguments that were given, or derived from such."""
-    default = lambda f: f.default if f.default_factory is MISSING else f.default_factory()  # noqa: E731
-    off = lambda value: value is None or value is False or value in ("", "none") or value == []  # noqa: E731
+def changed_arguments(args: TrainingArguments) -> list[str]:
+    """Return the names of the arguments that differ from their defaults."""
 
-    def same(field: Field) -> bool:
-        value, usual = getattr(args, field.name), default(field)
-        return value == usual or (off(value) and off(usual)) or value == AcceleratorConfig()
+    def is_off(value: Any) -> bool:
+        return value is None or value is False or value in ("", "none") or value == []
 
-    return [field.name for field in fields(args) if field.init and not same(field)]
+    def is_default(field: Field) -> bool:
+        value = getattr(args, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        return value == default or (is_off(value) and is_off(default)) or value == AcceleratorConfig()
+
+    return [field.name for field in fields(args) if field.init and not is_default(field)]
 
 
 class RunRecord(TrainerCallback):
-    """Keeps, in output_dir, by the main process:
+    """Writes these files to ``output_dir``, on the main process:
 
-    - ``metrics.jsonl``: an object per log, as in the log_history of ``trainer_state.json``, but at once; NaN and infinities are
-      strings. A resumed run has each step once: it begins with the log of its checkpoint.
-    - ``run.json``: configuration, versions and environment of the process that trains.
-    - ``completions/step-*.json`` and pages of them (``log_completions``), which also go to the loggers.
+    - ``metrics.jsonl``: one JSON object per log, written at once. It has the entries of ``log_history`` in
+      ``trainer_state.json``, with NaN and infinities as strings. A resumed run starts with the log of its checkpoint, so that
+      each step occurs once.
+    - ``run.json``: arguments, versions and environment of the run.
+    - ``completions/step-*.json`` and pages of them (with ``log_completions``). The loggers receive the completions too.
 
-    A run that starts anew moves these of a former one to the folder ``previous``.
+    A run that starts at step 0 moves the files of an earlier run to the folder ``previous``.
     """
 
     def __init__(self) -> None:
-        self._before: list[dict] = []  # logged before training, as by evaluate()
-        self._begun = False
+        self._logged_before_training: list[dict] = []  # for example by evaluate()
+        self._training_began = False
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
-        folder, self._begun = Path(args.output_dir), True
+        folder, self._training_began = Path(args.output_dir), True
         if state.global_step == 0:
-            _set_aside(folder)
-        for step, path in completions.stored(folder / COMPLETIONS_FOLDER).items():
+            _move_previous_run(folder)
+        for step, path in stored_steps(folder / COMPLETIONS_FOLDER).items():
             if step > state.global_step:
-                completions.remove(path)
-        write_whole(folder / METRICS_FILE, "".join(map(line, [*self._before, *state.log_history])))
-        write_whole(folder / ABOUT_FILE, json.dumps(_plain(about(args, state, model)), indent=1, ensure_ascii=False) + "\n")
-        self._before = []
+                remove_step(path)
+        write_atomic(folder / METRICS_FILE, "".join(map(json_line, [*self._logged_before_training, *state.log_history])))
+        description = json_value(run_description(args, state, model))
+        write_atomic(folder / RUN_FILE, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+        self._logged_before_training = []
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, **kwargs) -> None:
         if state.is_world_process_zero:
-            entry = state.log_history[-1]  # callbacks change their logs
-            if not self._begun:
-                self._before.append(entry)
-            append(Path(args.output_dir) / METRICS_FILE, line(entry))
+            entry = state.log_history[-1]  # not logs, which other callbacks may have changed
+            if not self._training_began:
+                self._logged_before_training.append(entry)
+            append_atomic(Path(args.output_dir) / METRICS_FILE, json_line(entry))
 
-    def completions(self, args, state, groups: list[list[Row]], callbacks: list[TrainerCallback]) -> None:
-        """Store the completions of a step, and show them in those loggers of ``report_to`` that have tables or images."""
-        completions.save(Path(args.output_dir) / COMPLETIONS_FOLDER, state.global_step, groups)
+    def save_completions(
+        self, args: TrainingArguments, state: TrainerState, groups: Groups, callbacks: list[TrainerCallback]
+    ) -> None:
+        """Store the completions of a step and send them to the loggers of ``report_to`` that can show them."""
+        save_step(Path(args.output_dir) / COMPLETIONS_FOLDER, state.global_step, groups)
         for name in args.report_to:
             if name in LOGGERS:
                 LOGGERS[name](state.global_step, groups, callbacks)
 
 
-def _set_aside(folder: Path) -> None:
-    left = [folder / name for name in (METRICS_FILE, ABOUT_FILE, COMPLETIONS_FOLDER) if (folder / name).exists()]
-    if left:
-        shutil.rmtree(folder / PREVIOUS, ignore_errors=True)
-        (folder / PREVIOUS).mkdir(parents=True)
-        for path in left:
-            shutil.move(path, folder / PREVIOUS / path.name)
+def _move_previous_run(folder: Path) -> None:
+    paths = [folder / name for name in (METRICS_FILE, RUN_FILE, COMPLETIONS_FOLDER) if (folder / name).exists()]
+    if paths:
+        shutil.rmtree(folder / PREVIOUS_FOLDER, ignore_errors=True)
+        (folder / PREVIOUS_FOLDER).mkdir(parents=True)
+        for path in paths:
+            shutil.move(path, folder / PREVIOUS_FOLDER / path.name)

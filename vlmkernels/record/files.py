@@ -1,26 +1,33 @@
-"""Files that a run leaves in its ``output_dir``, and writes that a killed process cannot leave half done."""
+"""Names of the files in a run's ``output_dir``, and writes that a killed process cannot leave half done."""
 
 import os
 from pathlib import Path
 
-METRICS_FILE, ABOUT_FILE, COMPLETIONS_FOLDER, STATE_FILE = "metrics.jsonl", "run.json", "completions", "trainer_state.json"
+METRICS_FILE = "metrics.jsonl"
+RUN_FILE = "run.json"
+COMPLETIONS_FOLDER = "completions"
+STATE_FILE = "trainer_state.json"  # written by transformers.Trainer
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written."""
+def write_atomic(path: Path, text: str) -> None:
+    """Write ``text`` to a temporary file and rename it to ``path``, so that no reader sees a half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
-def append(path: Path, text: str) -> None:
-    """By one write to the end of the file: a killed process leaves the whole of it or nothing."""
+def append_atomic(path: Path, text: str) -> None:
+    """Append ``text`` with a single write, so that a killed process leaves either all of it or nothing.
+
+    Raises:
+        OSError: the file system accepted only a part of the text.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = text.encode()
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         if (written := os.write(file, data)) != len(data):
-            raise OSError(f"{path} took {written} of {len(data)} bytes: is the disk full?")
+            raise OSError(f"only {written} of {len(data)} bytes could be written to {path}: is the disk full?")
     finally:
         os.close(file)

@@ -1,4 +1,4 @@
-"""What all pages share: one file that needs nothing else, light and dark, on a desk and in a hand."""
+"""The frame of all pages: one self-contained HTML file, in light and dark colors, for wide and narrow screens."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-THUMBNAIL = 192  # pixels, the longer side at most
+THUMBNAIL_SIDE = 192  # most pixels of the longer side
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8883; --soft: #8881; --good: 46 160 67; --bad: 218 54 51; }
@@ -35,7 +35,7 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; } figcaption output { o
 
 
 class Thumbnail(NamedTuple):
-    """A small image as text: a data URI, its size on the page in pixels, and whether it was magnified."""
+    """A small image: its data URI, its size on the page in pixels, and whether it is shown larger than it is."""
 
     source: str
     width: int
@@ -44,29 +44,30 @@ class Thumbnail(NamedTuple):
 
 
 def thumbnail(image: Image.Image) -> Thumbnail:
-    """The image scaled down or (a tiny one) shown larger than it is."""
-    scale = THUMBNAIL / max(image.size)
+    """Scale an image down to ``THUMBNAIL_SIDE`` pixels, or let the page magnify a smaller image up to four times."""
+    scale = THUMBNAIL_SIDE / max(image.size)
     width, height = (max(1, round(side * min(scale, 4))) for side in image.size)
-    small = image if scale >= 1 else image.resize((width, height), Image.Resampling.LANCZOS)
+    resized = image if scale >= 1 else image.resize((width, height), Image.Resampling.LANCZOS)
     data, kind = io.BytesIO(), "png" if scale >= 1 else "jpeg"
-    small.convert("RGB").save(data, kind, quality=85)
+    resized.convert("RGB").save(data, kind, quality=85)
     source = f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}"
     return Thumbnail(source, width, height, scale >= 1)
 
 
 def picture(image: Thumbnail) -> str:
-    """An img element."""
-    look = ' class="small"' if image.magnified else ""
-    return f'<img{look} width="{image.width:d}" height="{image.height:d}" alt="" src="{escape(image.source)}">'
+    """Return an img element."""
+    style_class = ' class="small"' if image.magnified else ""
+    return f'<img{style_class} width="{image.width:d}" height="{image.height:d}" alt="" src="{escape(image.source)}">'
 
 
 def document(title: str, body: str, style: str = "") -> str:
+    """Return a whole page; ``style`` is further CSS."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return f'<!doctype html><html lang="en">{head}<style>{STYLE}{style}</style>{body}</html>\n'
 
 
 def number(value: float) -> str:
-    """Four digits that count, or all those of a whole number."""
+    """Format a number with four significant digits, and a whole number with all its digits."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else str(value)
     if value == round(value) and abs(value) < 1e15:
@@ -75,7 +76,7 @@ def number(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits, with k, M, G or T for thousands."""
+    """Format a number with three significant digits and k, M, G or T."""
     if not 1e3 <= abs(value) < 1e15:
         return f"{value:.3g}"
     power = min(int(math.log10(abs(value))) // 3, 4)

@@ -1,4 +1,7 @@
-"""Completions with images in Weights & Biases, trackio and TensorBoard, in the runs that transformers' callbacks opened."""
+"""Tables of completions with images for Weights & Biases, trackio and TensorBoard.
+
+Each function writes to the run that the logger's callback of transformers opened. A logger is imported when it is first used.
+"""
 
 from collections.abc import Callable
 
@@ -6,61 +9,70 @@ import numpy as np
 from PIL import Image
 from transformers import TrainerCallback
 
-from vlmkernels.record.completions import Row
+from vlmkernels.record.completions import Groups
 
-MOST_PIXELS = 512  # the longer side of an image in a logger
+MAX_IMAGE_SIDE = 512  # pixels of the longer side of a logged image
 
 
-def _small(image: Image.Image) -> Image.Image:
+def _scaled_down(image: Image.Image) -> Image.Image:
     image = image.convert("RGB")
-    image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
     return image
 
 
-def _rows(step: int, groups: list[list[Row]], as_image: Callable) -> tuple[list[str], list[list]]:
-    """Columns and rows of a table, with a column for each image, so that the cells of a column are alike."""
+def _table(step: int, groups: Groups, as_image: Callable) -> tuple[list[str], list[list]]:
+    """Return the columns and rows of a table. Every image has its own column, so that a column holds one type."""
     rewards = list(groups[0][0].rewards)
-    most = max(len(group[0].images) for group in groups)
+    num_images = max(len(group[0].images) for group in groups)
     rows = []
     for group in groups:
-        images = [as_image(_small(image)) for image in group[0].images]  # once for all rows
-        images += [None] * (most - len(images))
+        images = [as_image(_scaled_down(image)) for image in group[0].images]  # shared by all rows of the group
+        images += [None] * (num_images - len(images))
         for row in group:
             rows.append([step, *images, row.prompt, row.completion, *(row.rewards[name] for name in rewards), row.advantage])
-    return ["step", *(f"image {k}" for k in range(1, most + 1)), "prompt", "completion", *rewards, "advantage"], rows
+    image_columns = (f"image {k}" for k in range(1, num_images + 1))
+    return ["step", *image_columns, "prompt", "completion", *rewards, "advantage"], rows
 
 
-def wandb_table(step: int, groups: list[list[Row]], callbacks: list[TrainerCallback]) -> None:
+def wandb_table(step: int, groups: Groups, callbacks: list[TrainerCallback]) -> None:
     import wandb
 
-    columns, rows = _rows(step, groups, wandb.Image)
+    columns, rows = _table(step, groups, wandb.Image)
     wandb.log({"completions": wandb.Table(columns, rows), "train/global_step": step})
 
 
-def trackio_table(step: int, groups: list[list[Row]], callbacks: list[TrainerCallback]) -> None:
+def trackio_table(step: int, groups: Groups, callbacks: list[TrainerCallback]) -> None:
     import pandas
     import trackio
 
-    columns, rows = _rows(step, groups, trackio.Image)
+    columns, rows = _table(step, groups, trackio.Image)
     trackio.log({"completions": trackio.Table(dataframe=pandas.DataFrame(rows, columns=columns))}, step=step)
 
 
-def tensorboard_page(step: int, groups: list[list[Row]], callbacks: list[TrainerCallback]) -> None:
-    """A Markdown table for each prompt, with its images beside it under the same name."""
+def _markdown_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def tensorboard_page(step: int, groups: Groups, callbacks: list[TrainerCallback]) -> None:
+    """Write a Markdown table for each prompt, and its images under the same name."""
     from transformers.integrations import TensorBoardCallback
 
     writer = next(callback for callback in callbacks if isinstance(callback, TensorBoardCallback)).tb_writer
-    cell = lambda text: text.replace("|", "\\|").replace("\n", "<br>")  # noqa: E731
     for number, group in enumerate(groups, 1):
         names = ["completion", *group[0].rewards, "advantage"]
         lines = [f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
         for row in group:
             values = " | ".join(f"{value:.3f}" for value in (*row.rewards.values(), row.advantage))
-            lines.append(f"| {cell(row.completion)} | {values} |")
+            lines.append(f"| {_markdown_cell(row.completion)} | {values} |")
         writer.add_text(f"completions/prompt {number}", f"{group[0].prompt}\n\n" + "\n".join(lines), step)
-        for place, image in enumerate(group[0].images, 1):
-            name = f"completions/prompt {number}, image {place}"
-            writer.add_image(name, np.asarray(_small(image)), step, dataformats="HWC")
+        for image_number, image in enumerate(group[0].images, 1):
+            name = f"completions/prompt {number}, image {image_number}"
+            writer.add_image(name, np.asarray(_scaled_down(image)), step, dataformats="HWC")
 
 
-LOGGERS: dict[str, Callable] = {"wandb": wandb_table, "trackio": trackio_table, "tensorboard": tensorboard_page}
+# The loggers of ``report_to`` that can show tables or images.
+LOGGERS: dict[str, Callable[[int, Groups, list[TrainerCallback]], None]] = {
+    "wandb": wandb_table,
+    "trackio": trackio_table,
+    "tensorboard": tensorboard_page,
+}

@@ -1,133 +1,151 @@
-"""Every metric that the trainer logs: the one description that docs/observability.md and ``vlmkernels report`` are made of."""
+"""Every metric that the trainer logs. docs/observability.md and ``vlmkernels report`` are generated from these tables."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-EVALUATION = "eval_"  # of evaluation, before names of SAMPLED
+EVAL_PREFIX = "eval_"
 
 
-class Metric(NamedTuple):
-    """name: a pattern, * standing for a name that the run gives. section: of the report. meaning: with ... before it, one more
-    number on what the row before is about, which the report folds away."""
+class LoggedMetric(NamedTuple):
+    """One metric of the trainer's log.
+
+    name: a pattern, where * stands for the name of a reward function. section: the section of the report. meaning: a short
+    description. is_detail: whether the report hides the metric behind "more", because it refines another one.
+    """
 
     name: str
     section: str
     meaning: str
-
-    @property
-    def is_detail(self) -> bool:
-        return self.meaning.startswith("...")
+    is_detail: bool = False
 
 
-# What ``vlmkernels.record.phases.Phases`` divides time among.
+# The phases that ``vlmkernels.record.phases.Phases`` divides time into.
 PHASES = {
-    "data": "rows, chat template, image processor, and their way to the device",
-    "generate": "sampling, with the images of a frozen vision tower",
-    "reward": "reward functions",
-    "wait": "for the slowest process, to compare rewards and to end a checkpoint",
-    "old_logps": "log-probabilities of the policy that sampled, where it is not the one that trains",
-    "ref_logps": "log-probabilities of the reference",
-    "forward": "the policy's forward passes and the loss, which a fused head differentiates too",
-    "backward": "its backward passes, and averaging gradients over processes",
-    "optimizer": "clipping and the optimiser's step",
-    "log": "metrics, pages of completions, loggers",
-    "evaluate": "evaluation, with all that it samples and scores",
-    "save": "checkpoints",
-    "other": "the rest",
+    "data": "reading rows, the chat template, the image processor and the transfer to the device",
+    "generate": "sampling completions, and encoding images if the vision tower is frozen",
+    "reward": "calling the reward functions",
+    "wait": "waiting for other processes, for example before rewards are compared",
+    "old_logps": "log-probabilities under the policy that sampled, for micro-batches after the first optimizer step",
+    "ref_logps": "log-probabilities under the reference model",
+    "forward": "forward passes and loss of the policy; a fused head computes its gradients here too",
+    "backward": "backward passes of the policy and the averaging of gradients over processes",
+    "optimizer": "gradient clipping and the optimizer step",
+    "log": "computing metrics, writing pages of completions, calling loggers",
+    "evaluate": "evaluation, including its sampling and scoring",
+    "save": "writing checkpoints",
+    "other": "everything else",
 }
 
 REWARDS, COMPLETIONS, POLICY, MISMATCH = "Rewards", "Completions", "Policy", "Training and rollout"
-OPTIMISER, TIME, WORK = "Optimiser", "Time", "Work"
+OPTIMIZER, TIME, THROUGHPUT = "Optimizer", "Time", "Throughput"
 
 # fmt: off
+# Metrics of sampled completions, which evaluation logs too, with EVAL_PREFIX.
 SAMPLED = (
-    Metric("reward", REWARDS, "weighted sum of a completion's rewards, mean"),
-    Metric("reward_std", REWARDS, "its standard deviation"),
-    Metric("frac_reward_zero_std", REWARDS, "share of completions whose group got one reward throughout, and teaches nothing"),
-    Metric("rewards/*/mean", REWARDS, "a reward function's mean"),
-    Metric("rewards/*/unparsed", REWARDS, "share of completions in which it found no answer"),
-    Metric("rewards/*/failed", REWARDS, "share of completions that it raised or ran out of time on"),
-    Metric("rewards/*/std", REWARDS, "... its standard deviation"),
-    Metric("rewards/*/time", REWARDS, "... its seconds per call"),
-    Metric("completions/mean_length", COMPLETIONS, "tokens of a completion, mean"),
-    Metric("completions/min_length", COMPLETIONS, "... least"),
-    Metric("completions/max_length", COMPLETIONS, "... greatest"),
-    Metric("completions/clipped_ratio", COMPLETIONS, "share of completions cut off at max_completion_length"),
-    Metric("completions/mean_terminated_length", COMPLETIONS, "... of those that ended by themselves, mean"),
-    Metric("completions/min_terminated_length", COMPLETIONS, "... of those, least"),
-    Metric("completions/max_terminated_length", COMPLETIONS, "... of those, greatest"),
+    LoggedMetric("reward", REWARDS, "mean over completions of the weighted sum of rewards"),
+    LoggedMetric("reward_std", REWARDS, "standard deviation over completions of the weighted sum of rewards"),
+    LoggedMetric("frac_reward_zero_std", REWARDS, "share of completions whose group has equal rewards, and so no advantage"),
+    LoggedMetric("rewards/*/mean", REWARDS, "mean of one reward function"),
+    LoggedMetric("rewards/*/unparsed", REWARDS, "share of completions in which the reward function found no answer"),
+    LoggedMetric("rewards/*/failed", REWARDS, "share of completions for which the reward function raised or timed out"),
+    LoggedMetric("rewards/*/std", REWARDS, "standard deviation of one reward function", is_detail=True),
+    LoggedMetric("rewards/*/time", REWARDS, "seconds per call of the reward function", is_detail=True),
+    LoggedMetric("completions/mean_length", COMPLETIONS, "mean length of completions, in tokens"),
+    LoggedMetric("completions/min_length", COMPLETIONS, "length of the shortest completion", is_detail=True),
+    LoggedMetric("completions/max_length", COMPLETIONS, "length of the longest completion", is_detail=True),
+    LoggedMetric("completions/clipped_ratio", COMPLETIONS, "share of completions cut off at max_completion_length"),
+    LoggedMetric("completions/mean_terminated_length", COMPLETIONS, "mean length of completions that ended by themselves",
+                 is_detail=True),
+    LoggedMetric("completions/min_terminated_length", COMPLETIONS, "length of the shortest completion that ended by itself",
+                 is_detail=True),
+    LoggedMetric("completions/max_terminated_length", COMPLETIONS, "length of the longest completion that ended by itself",
+                 is_detail=True),
 )
 METRICS = (
     *SAMPLED,
-    Metric("loss", POLICY, "the loss"),
-    Metric("policy_loss", POLICY, "its part of the surrogate, without KL and entropy terms"),
-    Metric("kl", POLICY, "KL divergence from the reference, mean over tokens (beta > 0)"),
-    Metric("entropy", POLICY, "entropy of the next token, mean, in nats"),
-    Metric("clip_ratio/low_mean", POLICY, "share of tokens (sequence level: completions) clipped from below"),
-    Metric("clip_ratio/low_min", POLICY, "... least of a completion"),
-    Metric("clip_ratio/high_mean", POLICY, "share of tokens clipped from above"),
-    Metric("clip_ratio/high_max", POLICY, "... greatest of a completion"),
-    Metric("clip_ratio/region_mean", POLICY, "share of tokens clipped either way"),
-    Metric("cispo_clip_ratio", POLICY, "share of tokens whose ratio is capped (cispo)"),
-    Metric("vespo/phi_seq_mean", POLICY, "mean weight of a completion (vespo)"),
-    Metric("ratio/mean", POLICY, "policy over the policy that sampled, of a token, mean"),
-    Metric("ratio/min", POLICY, "... least"),
-    Metric("ratio/max", POLICY, "... greatest"),
-    Metric("sampling/sampling_logp_difference/mean", MISMATCH, "difference from the engine's log-probabilities, mean"),
-    Metric("sampling/sampling_logp_difference/max", MISMATCH, "... greatest"),
-    Metric("sampling/scored_ratio", MISMATCH, "share of tokens that the engine tells a log-probability of"),
-    Metric("sampling/effective_sample_size", MISMATCH, "of completions weighted by their ratio, a share of them"),
-    Metric("sampling/importance_sampling_ratio/raw_mean", MISMATCH, "ratio of the correction before its bounds, mean"),
-    Metric("sampling/importance_sampling_ratio/clipped", MISMATCH, "share of ratios outside of the bounds"),
-    Metric("sampling/importance_sampling_ratio/mean", MISMATCH, "ratio as the loss takes it, mean"),
-    Metric("sampling/kept_mass/mean", MISMATCH, "probability that sampling left of the vocabulary (top-p, top-k, min-p), mean"),
-    Metric("sampling/kept_mass/min", MISMATCH, "... least"),
-    Metric("vllm/fingerprint", MISMATCH, "difference of a fixed prompt's log-probabilities in vLLM after an update, relative"),
-    Metric("vllm/sync_time", MISMATCH, "... seconds of the update"),
-    Metric("tokens", POLICY, "completion tokens in the loss of a micro-batch"),
-    Metric("effective_tokens", POLICY, "... whose weight is not 0"),
-    Metric("grad_norm", OPTIMISER, "norm of the gradient before clipping"),
-    Metric("learning_rate", OPTIMISER, "the learning rate"),
-    Metric("epoch", OPTIMISER, "passes over the training prompts"),
-    Metric("frac_steps_skipped", OPTIMISER, "share of steps left out, since they were not finite (on_nonfinite)"),
-    Metric("frac_samples_replaced", OPTIMISER, "share of prompts in the place of ones that cannot be read (on_bad_sample)"),
-    Metric("step_time", TIME, "seconds of an optimiser step's micro-batches on the host, sampling included (TRL's)"),
-    *(Metric(f"time/{name}", TIME, f"seconds per optimiser step: {meaning}") for name, meaning in PHASES.items()),
-    Metric("tokens_run", WORK, "tokens that the model ran on, per optimiser step, in sampling and every scoring pass"),
-    Metric("tokens_if_unshared", WORK, "... with a copy of the prompt for each completion, G·(P + C) a group and pass"),
-    Metric("images_run", WORK, "images through the vision tower, per optimiser step"),
-    Metric("images_if_unshared", WORK, "... with a copy of the images for each completion, in every pass"),
-    Metric("tokens_per_second", WORK, "tokens_run over the time they took, evaluation and checkpoints aside"),
-    Metric("num_tokens", WORK, "tokens of prompts and completions sampled so far, a prompt counted for each completion"),
+    LoggedMetric("loss", POLICY, "the loss"),
+    LoggedMetric("policy_loss", POLICY, "the loss without its KL and entropy terms"),
+    LoggedMetric("kl", POLICY, "KL divergence from the reference, mean over tokens (beta > 0)"),
+    LoggedMetric("entropy", POLICY, "entropy of the next-token distribution, mean over tokens, in nats"),
+    LoggedMetric("clip_ratio/low_mean", POLICY, "share of tokens (sequence level: completions) clipped at the lower bound"),
+    LoggedMetric("clip_ratio/low_min", POLICY, "smallest share of tokens of one completion clipped at the lower bound",
+                 is_detail=True),
+    LoggedMetric("clip_ratio/high_mean", POLICY, "share of tokens (sequence level: completions) clipped at the upper bound"),
+    LoggedMetric("clip_ratio/high_max", POLICY, "largest share of tokens of one completion clipped at the upper bound",
+                 is_detail=True),
+    LoggedMetric("clip_ratio/region_mean", POLICY, "share of tokens (sequence level: completions) clipped at either bound"),
+    LoggedMetric("cispo_clip_ratio", POLICY, "share of tokens whose ratio is capped (cispo)"),
+    LoggedMetric("vespo/phi_seq_mean", POLICY, "mean weight of a completion (vespo)"),
+    LoggedMetric("ratio/mean", POLICY, "mean over tokens of the probability ratio of the policy to the policy that sampled"),
+    LoggedMetric("ratio/min", POLICY, "smallest probability ratio of a token", is_detail=True),
+    LoggedMetric("ratio/max", POLICY, "largest probability ratio of a token", is_detail=True),
+    LoggedMetric("sampling/sampling_logp_difference/mean", MISMATCH,
+                 "mean absolute difference between the trainer's and the engine's log-probabilities"),
+    LoggedMetric("sampling/sampling_logp_difference/max", MISMATCH,
+                 "largest absolute difference between the trainer's and the engine's log-probabilities", is_detail=True),
+    LoggedMetric("sampling/scored_ratio", MISMATCH, "share of tokens for which the engine returned a log-probability"),
+    LoggedMetric("sampling/effective_sample_size", MISMATCH,
+                 "effective sample size of completions weighted by their ratio, as a share of their number"),
+    LoggedMetric("sampling/importance_sampling_ratio/raw_mean", MISMATCH, "mean correction ratio, before its bounds apply"),
+    LoggedMetric("sampling/importance_sampling_ratio/clipped", MISMATCH, "share of correction ratios outside their bounds"),
+    LoggedMetric("sampling/importance_sampling_ratio/mean", MISMATCH, "mean correction ratio that the loss is multiplied by"),
+    LoggedMetric("sampling/kept_mass/mean", MISMATCH,
+                 "mean probability of the tokens that top_p, top_k, min_p and banned tokens leave to sample from"),
+    LoggedMetric("sampling/kept_mass/min", MISMATCH, "smallest probability of the tokens left to sample from", is_detail=True),
+    LoggedMetric("vllm/fingerprint", MISMATCH,
+                 "relative difference between vLLM's and the trainer's log-probabilities of a fixed prompt, after a sync"),
+    LoggedMetric("vllm/sync_time", MISMATCH, "seconds to send the weights to vLLM", is_detail=True),
+    LoggedMetric("tokens", POLICY, "completion tokens in the loss of a micro-batch"),
+    LoggedMetric("effective_tokens", POLICY, "completion tokens of a micro-batch whose weight in the loss is not 0",
+                 is_detail=True),
+    LoggedMetric("grad_norm", OPTIMIZER, "norm of the gradient before clipping"),
+    LoggedMetric("learning_rate", OPTIMIZER, "the learning rate"),
+    LoggedMetric("epoch", OPTIMIZER, "passes over the training prompts"),
+    LoggedMetric("frac_steps_skipped", OPTIMIZER, "share of steps skipped because the loss or a gradient was not finite"),
+    LoggedMetric("frac_samples_replaced", OPTIMIZER, "share of prompts that replaced a row that cannot be read"),
+    LoggedMetric("step_time", TIME, "host seconds of an optimizer step's micro-batches, including sampling (as in TRL)"),
+    *(LoggedMetric(f"time/{name}", TIME, f"seconds per optimizer step: {meaning}") for name, meaning in PHASES.items()),
+    LoggedMetric("tokens_run", THROUGHPUT, "tokens that the model processed per optimizer step, in all passes"),
+    LoggedMetric("tokens_if_unshared", THROUGHPUT,
+                 "tokens per optimizer step if each completion had its own copy of the prompt: G·(P + C) per pass",
+                 is_detail=True),
+    LoggedMetric("images_run", THROUGHPUT, "images that the vision tower processed per optimizer step"),
+    LoggedMetric("images_if_unshared", THROUGHPUT,
+                 "images per optimizer step if each completion had its own copy of them, in all passes",
+                 is_detail=True),
+    LoggedMetric("tokens_per_second", THROUGHPUT, "tokens_run divided by the time without evaluation and checkpoints"),
+    LoggedMetric("num_tokens", THROUGHPUT,
+                 "tokens of prompts and completions sampled since training began; a prompt counts once per completion"),
 )
 # fmt: on
-# What transformers adds once, at the end of training or of an evaluation.
+# Summaries that transformers logs once, at the end of training or of an evaluation.
 SUMMARIES = ("train_*", "eval_*runtime", "eval_*_per_second", "total_flos")
 
 
-def describe(name: str) -> Metric | None:
-    """The row of a metric, or None where none fits; of ``eval_NAME`` (or ``eval_DATASET_NAME``) that of NAME."""
-    evaluated = name.startswith(EVALUATION)
-    for metric in SAMPLED if evaluated else METRICS:
+def describe(name: str) -> LoggedMetric | None:
+    """Return the row of a metric, or None if there is none. ``eval_NAME`` and ``eval_DATASET_NAME`` have the row of NAME."""
+    is_evaluation = name.startswith(EVAL_PREFIX)
+    for metric in SAMPLED if is_evaluation else METRICS:
         if fnmatchcase(name, metric.name):
             return metric
-        if evaluated and (name == EVALUATION + metric.name or fnmatchcase(name, f"{EVALUATION}*{metric.name}")):
+        if is_evaluation and (name == EVAL_PREFIX + metric.name or fnmatchcase(name, f"{EVAL_PREFIX}*{metric.name}")):
             return metric
     return None
 
 
 def order(name: str) -> int:
-    """The place of a metric in ``METRICS``; at the end where it has none."""
+    """Return the position of a metric in ``METRICS``, or the length of ``METRICS`` if it has no row; a sort key."""
     metric = describe(name)
     return METRICS.index(metric) if metric else len(METRICS)
 
 
 def is_summary(name: str) -> bool:
+    """Whether transformers logs ``name`` once, at the end of training or of an evaluation."""
     return any(fnmatchcase(name, pattern) for pattern in SUMMARIES)
 
 
-def markdown(metrics: Iterable[Metric] = METRICS) -> list[str]:
-    """The table of docs/observability.md."""
-    lines = ["| metric | section | what it is |", "| --- | --- | --- |"]
+def markdown(metrics: Iterable[LoggedMetric] = METRICS) -> list[str]:
+    """Return the lines of the table in docs/observability.md."""
+    lines = ["| metric | section | description |", "| --- | --- | --- |"]
     return [*lines, *(f"| `{metric.name}` | {metric.section} | {metric.meaning} |" for metric in metrics)]

@@ -1,7 +1,8 @@
-"""What a run shows on the terminal."""
+"""The progress bar of a run."""
 
 from transformers import ProgressCallback
 
+# The metrics on the progress bar: label and format.
 SHOWN = {
     "reward": ("reward", "{:.3g}"),
     "tokens_per_second": ("tok/s", "{:,.0f}"),
@@ -13,14 +14,16 @@ SHOWN = {
 
 
 class RewardProgress(ProgressCallback):
-    """The progress bar, with the reward, the speed, and what else tells how the run goes; values stay until they change."""
+    """A progress bar with the last logged reward, speed, completion length, KL divergence and entropy."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         self.shown: dict[str, str] = {}
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is None or logs is None:
             return
-        self.shown |= {label: form.format(logs[name]) for name, (label, form) in SHOWN.items() if logs.get(name) is not None}
+        self.shown |= {
+            label: template.format(logs[name]) for name, (label, template) in SHOWN.items() if logs.get(name) is not None
+        }
         self.training_bar.set_postfix(self.shown)

@@ -1,1 +1,1 @@
-"""Pages that show runs, completions and curves; each one HTML file that needs nothing else."""
+"""Self-contained HTML pages about training runs, and SVG charts that other pages use too."""

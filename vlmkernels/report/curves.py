@@ -1,7 +1,7 @@
-"""Curves, areas and bars as SVG and HTML."""
+"""Draw curves, stacked areas and bars as SVG and HTML."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ COLORS = (
     *("#3b82f6", "#e08a1e", "#2ea043", "#c026d3", "#0ea5a5", "#b07a4f", "#dc4c4c"),
     *("#8b5cf6", "#eab308", "#db2777", "#84cc16", "#0369a1", "#94a3b8"),
 )
-GREY = COLORS[-1]
+GRAY = COLORS[-1]
 WIDTH, HEIGHT = 300, 120
-MOST_POINTS = 300  # of a curve that is drawn
+MAX_POINTS = 300  # maximum number of points of a drawn curve
 LABEL = 'font-size="10" fill="currentColor" opacity=".7"'
-# The step and the value under the pointer, in the caption.
+# Shows the step and the value under the mouse pointer in the caption.
 SCRIPT = """
 for (const figure of document.querySelectorAll('figure')) {
   const svg = figure.querySelector('svg'), line = figure.querySelector('.line'), caption = figure.querySelector('figcaption')
@@ -35,7 +35,7 @@ for (const figure of document.querySelectorAll('figure')) {
 
 
 class Point(NamedTuple):
-    """A value of a curve, with its interval where it has one."""
+    """A point of a curve, with an optional interval; NaN if there is none."""
 
     step: float
     value: float
@@ -43,28 +43,35 @@ class Point(NamedTuple):
     high: float = math.nan
 
 
-def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most ``most`` points: means of neighbours, with the least and the greatest of them as interval."""
-    if len(points) <= most:
+def thin(points: Sequence[Point], max_points: int = MAX_POINTS) -> list[Point]:
+    """Reduce a curve to at most ``max_points`` points: the means of neighbors, with their minimum and maximum as intervals."""
+    if len(points) <= max_points:
         return list(points)
-    size, result = -(-len(points) // most), []
+    size, result = -(-len(points) // max_points), []
     for start in range(0, len(points), size):
-        some = points[start : start + size]
-        values = [point.value for point in some]
-        edges = [v for p in some for v in (p.value, p.low, p.high) if not math.isnan(v)]
-        result.append(Point(some[-1].step, sum(values) / len(values), min(edges), max(edges)))
+        neighbors = points[start : start + size]
+        edges = [v for p in neighbors for v in (p.value, p.low, p.high) if not math.isnan(v)]
+        mean = sum(point.value for point in neighbors) / len(neighbors)
+        result.append(Point(neighbors[-1].step, mean, min(edges), max(edges)))
     return result
 
 
 def running_mean(points: Sequence[Point], width: int = 15) -> list[float]:
-    """Of each point and those around it, fewer at the ends."""
+    """Return the centered running mean over ``width`` points. The windows at the ends are shorter."""
     values = [point.value for point in points]
-    around = (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
-    return [sum(some) / len(some) for some in around]
+    windows = (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _frame(title: str, note: str, drawing: str, bounds: tuple[float, float], steps: tuple[float, float]) -> str:
-    """A figure around a drawing on 300 x 120: axes with their ends named."""
+    """Return a figure with axes around a drawing of WIDTH x HEIGHT.
+
+    Args:
+        note: tooltip of the title.
+        drawing: the SVG inside the axes.
+        bounds: values at the bottom and at the top.
+        steps: the first and the last step.
+    """
     (bottom, top), (first, last) = bounds, steps
     tip = f'<span title="{escape(note)}">{escape(title)}</span>' if note else escape(title)
     return (
@@ -79,10 +86,15 @@ def _frame(title: str, note: str, drawing: str, bounds: tuple[float, float], ste
 
 
 def curve(title: str, points: Sequence[Point], note: str = "") -> str:
-    """A line over steps, its interval as a band, of many points their running mean too; nothing where it does not move.
+    """Draw a line over steps, with intervals as a band, and with the running mean if there are many points.
 
     Args:
-        note: shown where the pointer rests on the title.
+        title: caption of the figure.
+        points: in any order. Values that are not finite are left out.
+        note: tooltip of the title.
+
+    Returns:
+        HTML; an empty string if the curve is constant or covers fewer than 2 steps.
     """
     points = thin(sorted(point for point in points if math.isfinite(point.value)))
     if len({point.value for point in points}) < 2 or points[0].step == points[-1].step:
@@ -90,8 +102,13 @@ def curve(title: str, points: Sequence[Point], note: str = "") -> str:
     values = [v for p in points for v in (p.value, p.low, p.high) if not math.isnan(v)]
     bottom, top = min(values), max(values)
     first, last = points[0].step, points[-1].step
-    x = lambda step: WIDTH * (step - first) / (last - first)  # noqa: E731
-    y = lambda value: HEIGHT * (top - value) / (top - bottom)  # noqa: E731
+
+    def x(step: float) -> float:
+        return WIDTH * (step - first) / (last - first)
+
+    def y(value: float) -> float:
+        return HEIGHT * (top - value) / (top - bottom)
+
     line = " ".join(f"{x(p.step):.2f},{y(p.value):.2f}" for p in points)
     noisy = len(points) > 40
     mean = " ".join(f"{x(p.step):.1f},{y(value):.1f}" for p, value in zip(points, running_mean(points), strict=True))
@@ -108,34 +125,44 @@ def curve(title: str, points: Sequence[Point], note: str = "") -> str:
     return _frame(title, note, drawing, (bottom, top), (first, last))
 
 
-def stack(title: str, steps: Sequence[float], parts: dict[str, Sequence[float]], colors: Sequence[str]) -> str:
-    """Areas over steps, one on another, the first at the bottom; nothing for fewer than 2 steps.
+def stack(title: str, steps: Sequence[float], parts: Mapping[str, Sequence[float]], colors: Sequence[str]) -> str:
+    """Draw stacked areas over steps, the first part at the bottom.
 
     Args:
-        colors: of the parts, in order.
-        parts: by name, a value >= 0 for each of the steps, ascending.
+        title: caption of the figure.
+        steps: in ascending order.
+        parts: name of each part -> its values, >= 0, one per step.
+        colors: one color per part, in order.
+
+    Returns:
+        HTML; an empty string for fewer than 2 steps.
     """
     if len(steps) < 2:
         return ""
     series = {name: thin([Point(*p) for p in zip(steps, values, strict=True)], 150) for name, values in parts.items()}
-    at = [point.step for point in next(iter(series.values()))]
-    top = max(sum(points[i].value for points in series.values()) for i in range(len(at))) or 1.0
-    x = [WIDTH * (step - at[0]) / (at[-1] - at[0]) for step in at]
-    below, drawing = [float(HEIGHT)] * len(at), ""
+    drawn = [point.step for point in next(iter(series.values()))]
+    top = max(sum(points[i].value for points in series.values()) for i in range(len(drawn))) or 1.0
+    x = [WIDTH * (step - drawn[0]) / (drawn[-1] - drawn[0]) for step in drawn]
+    below, drawing = [float(HEIGHT)] * len(drawn), ""
     for points, color in zip(series.values(), colors, strict=True):
         above = [y - HEIGHT * point.value / top for y, point in zip(below, points, strict=True)]
         outline = [*zip(x, above, strict=True), *reversed([*zip(x, below, strict=True)])]
         drawing += f'<polygon points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in outline)}" fill="{color}"/>'
         below = above
-    return _frame(title, "", drawing, (0.0, top), (at[0], at[-1]))
+    return _frame(title, "", drawing, (0.0, top), (drawn[0], drawn[-1]))
 
 
 def bars(rows: Sequence[tuple[str, float, str]], colors: Sequence[str] = COLORS[:1]) -> str:
-    """A table of (name, value >= 0, text), with a bar for each value; colours in turn."""
-    most = max((value for _, value, _ in rows), default=0.0) or 1.0
+    """Draw a table of bars.
+
+    Args:
+        rows: (name, value >= 0, text) of each bar. If the text is empty, the value is shown.
+        colors: colors of the bars, repeated if there are more bars than colors.
+    """
+    maximum = max((value for _, value, _ in rows), default=0.0) or 1.0
     lines = "".join(
         f"<tr><td>{escape(name)}</td>"
-        f'<td><i style="width: {100 * value / most:.1f}%; background: {colors[k % len(colors)]}"></i></td>'
+        f'<td><i style="width: {100 * value / maximum:.1f}%; background: {colors[k % len(colors)]}"></i></td>'
         f"<td>{escape(text) or number(value)}</td></tr>"
         for k, (name, value, text) in enumerate(rows)
     )

@@ -1,4 +1,4 @@
-"""The page of a training run: curves, where its time went, what it ran on, samples, and how it was configured."""
+"""Write the page about a training run: curves, time per phase, tokens and images, samples, configuration and versions."""
 
 import json
 import math
@@ -7,28 +7,28 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from vlmkernels.record.completions import load, step_html
+from vlmkernels.record.completions import load_step, step_html
 from vlmkernels.record.html import document, number, short
 from vlmkernels.record.metrics import (
     COMPLETIONS,
     MISMATCH,
-    OPTIMISER,
+    OPTIMIZER,
     PHASES,
     POLICY,
     REWARDS,
+    THROUGHPUT,
     TIME,
-    WORK,
     describe,
     is_summary,
     order,
 )
-from vlmkernels.report.curves import COLORS, GREY, Point, bars, curve, stack
+from vlmkernels.report.curves import COLORS, GRAY, Point, bars, curve, stack
 from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.run import Run
 
-MOST_STEPS, MOST_GROUPS = 8, 8  # of samples: steps, and prompts of each
+MAX_STEPS, MAX_GROUPS = 8, 8  # maximum numbers of steps in the section of samples, and of prompts per step
 EVALUATION, OTHER = "Evaluation", "Other"
-SECTIONS = (REWARDS, EVALUATION, COMPLETIONS, POLICY, MISMATCH, OPTIMISER, WORK, OTHER)
+SECTIONS = (REWARDS, EVALUATION, COMPLETIONS, POLICY, MISMATCH, OPTIMIZER, THROUGHPUT, OTHER)
 
 STYLE = """
 body { max-width: 78rem; }
@@ -60,19 +60,19 @@ for (const input of chosen) input.onchange = () => {
 
 
 def _ends(points: Sequence[Point]) -> tuple[float, float]:
-    """Means of the first and of the last tenth of a curve, of ten points at least where there are twice as many."""
-    values = [point.value for point in points if math.isfinite(point.value)]
-    some = max(len(values) // 10, min(10, len(values) // 2), 1)
-    mean = lambda x: sum(x) / len(x) if x else math.nan  # noqa: E731
-    return mean(values[:some]), mean(values[-some:])
+    """Return the means of the first and last tenth of a curve. Both cover at least 10 points, or half of a shorter curve."""
+    points = [point for point in points if math.isfinite(point.value)]
+    count = max(len(points) // 10, min(10, len(points) // 2), 1)
+    return _mean(points[:count]), _mean(points[-count:])
 
 
 def _mean(points: Sequence[Point]) -> float:
+    """Return the mean of the finite values; NaN if there are none."""
     values = [point.value for point in points if math.isfinite(point.value)]
     return sum(values) / len(values) if values else math.nan
 
 
-def _ago(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -80,38 +80,40 @@ def _ago(seconds: float) -> str:
 
 
 def _status(run: Run) -> str:
-    most = run.about.get("max_steps")
-    text = f"step {run.step:,}" + (f" of {most:,}" if isinstance(most, int) and most >= run.step else "")
+    max_steps = run.about.get("max_steps")
+    text = f"step {run.step:,}" + (f" of {max_steps:,}" if isinstance(max_steps, int) and max_steps >= run.step else "")
     if run.is_finished:
         return f"{text}, finished"
-    return f"{text}, not finished; the last log was {_ago(time.time() - run.source.stat().st_mtime)} before this page"
+    return f"{text}, not finished; last logged {_duration(time.time() - run.source.stat().st_mtime)} before this page"
 
 
 def _tiles(curves: dict[str, list[Point]]) -> str:
     tiles = []
     if "reward" in curves:
         first, last = _ends(curves["reward"])
-        tiles.append((f"{short(first)} → {short(last)}", "reward, at first and at last"))
-    if held_out := [name for name in curves if name.startswith("eval_") and name.endswith("reward")]:
-        points = curves[held_out[0]]
-        tiles.append((f"{short(points[0].value)} → {short(points[-1].value)}", f"{held_out[0]}, first and last"))
+        tiles.append((f"{short(first)} → {short(last)}", "reward, start → end"))
+    if evaluated := [name for name in curves if name.startswith("eval_") and name.endswith("reward")]:
+        points = curves[evaluated[0]]
+        tiles.append((f"{short(points[0].value)} → {short(points[-1].value)}", f"{evaluated[0]}, first → last"))
     if "step_time" in curves:
-        tiles.append((f"{short(_mean(curves['step_time']))} s", "per step, evaluation and checkpoints aside"))
+        tiles.append((f"{short(_mean(curves['step_time']))} s", "per step, excluding evaluation and checkpoints"))
     if "tokens_per_second" in curves:
         tiles.append((f"{number(round(_mean(curves['tokens_per_second'])))}", "tokens per second"))
     if _mean(curves.get("tokens_run", [])) > 0 and "tokens_if_unshared" in curves:
         ratio = _mean(curves["tokens_if_unshared"]) / _mean(curves["tokens_run"])
-        tiles.append((f"{ratio:.2f}×", "as many tokens without the shared prefix"))
+        tiles.append((f"{ratio:.2f}×", "as many tokens without prefix sharing"))
     return f'<div class="tiles">{"".join(f"<div><b>{escape(v)}</b><span>{escape(t)}</span></div>" for v, t in tiles)}</div>'
 
 
 def _warnings(curves: dict[str, list[Point]]) -> str:
-    """Metrics that ended as no number."""
+    """Warn about metrics whose last value is not finite."""
     lines = []
     for name, points in curves.items():
         if not math.isfinite(points[-1].value):
             first = next(k for k in range(len(points), 0, -1) if k == 1 or math.isfinite(points[k - 2].value))
-            lines.append(f'<p class="warning">{escape(name)} is {points[-1].value} since step {points[first - 1].step:g}</p>')
+            lines.append(
+                f'<p class="warning">{escape(name)} has been {points[-1].value} since step {points[first - 1].step:g}</p>'
+            )
     return "".join(lines)
 
 
@@ -123,8 +125,10 @@ def _section_of(name: str) -> str:
 
 
 def _curves(curves: dict[str, list[Point]]) -> str:
-    """Sections of curves, details folded away; of what does not move a line says the value."""
-    drawn, details, still = ({section: [] for section in SECTIONS} for _ in range(3))
+    """Return the sections of curves. Detail metrics are collapsed; constant metrics are listed with their value."""
+    drawn: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    details: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    still: dict[str, list[str]] = {section: [] for section in SECTIONS}
     for name, points in sorted(curves.items(), key=lambda item: order(item[0])):
         section = _section_of(name)
         if section == TIME or is_summary(name) or name == "epoch":
@@ -145,29 +149,29 @@ def _curves(curves: dict[str, list[Point]]) -> str:
 
 
 def _phases(run: Run) -> str:
-    """Seconds of each phase over steps, one on another, and their shares."""
+    """Return the section about time: a stacked chart of the seconds per phase, and each phase's share of the total."""
     entries = [entry for entry in run.entries if "time/other" in entry]
     if not entries:
         return ""
     parts = {name: [entry.get(f"time/{name}") or 0.0 for entry in entries] for name in PHASES}
     parts = {name: values for name, values in parts.items() if any(values)}
     steps = [entry["step"] for entry in entries]
-    apart = [end - start for start, end in zip([_before(run, steps[0]), *steps], steps, strict=False)]
-    totals = {name: sum(v * n for v, n in zip(values, apart, strict=True)) for name, values in parts.items()}
-    whole = sum(totals.values()) or 1.0
-    rows = [(name, total, f"{_seconds(total)} · {total / whole:.1%}") for name, total in totals.items()]
+    durations = [end - start for start, end in zip([_before(run, steps[0]), *steps], steps, strict=False)]
+    totals = {name: sum(v * n for v, n in zip(values, durations, strict=True)) for name, values in parts.items()}
+    total = sum(totals.values()) or 1.0
+    rows = [(name, value, f"{_seconds(value)} · {value / total:.1%}") for name, value in totals.items()]
     colors = [color for name, color in zip(PHASES, COLORS, strict=True) if name in parts]
-    drawing = stack("seconds per optimiser step", steps, parts, colors)
+    drawing = stack("seconds per optimizer step", steps, parts, colors)
     meanings = "".join(f"<tr><td>{name}</td><td>{escape(PHASES[name])}</td></tr>" for name in parts)
     return (
-        f"<h2>Time <small>{_seconds(whole)} in {sum(apart):,} steps</small></h2>"
+        f"<h2>Time <small>{_seconds(total)} in {sum(durations):,} steps</small></h2>"
         f'<div class="two">{drawing}<div class="wide">{bars(rows, colors)}</div></div>'
-        f'<details><summary>What each phase is</summary><table class="facts">{meanings}</table></details>'
+        f'<details><summary>Description of the phases</summary><table class="facts">{meanings}</table></details>'
     )
 
 
 def _before(run: Run, first: int) -> int:
-    """The step that the first log began after: logs are apart as the next ones are, or the run was resumed there."""
+    """Return the step at which the period of the first log entry begins, assuming that it is as long as the next period."""
     logged = sorted({entry["step"] for entry in run.entries if "time/other" in entry})
     return max(first - (logged[1] - logged[0] if len(logged) > 1 else first), 0)
 
@@ -178,37 +182,38 @@ def _seconds(value: float) -> str:
     return f"{value / 60:.1f} min" if value >= 120 else f"{value:.3g} s"
 
 
-def _work(curves: dict[str, list[Point]]) -> str:
+def _throughput(curves: dict[str, list[Point]]) -> str:
+    """Return the section about tokens and images per step, with and without prefix sharing."""
     rows = []
     for what in ("tokens", "images"):
         run, unshared = (_mean(curves.get(f"{what}_{which}", [])) for which in ("run", "if_unshared"))
         if unshared > 0:
-            rows += [(f"{what}, run", run, number(round(run, 1))), (f"{what}, unshared", unshared, number(round(unshared, 1)))]
+            rows += [(what, run, number(round(run, 1))), (f"{what}, unshared", unshared, number(round(unshared, 1)))]
     if not rows:
         return ""
-    # Tokens and images have scales of their own.
-    tables = "".join(bars(rows[start : start + 2], (COLORS[0], GREY)) for start in range(0, len(rows), 2))
+    # Tokens and images have separate scales.
+    tables = "".join(bars(rows[start : start + 2], (COLORS[0], GRAY)) for start in range(0, len(rows), 2))
     return (
-        "<h2>Tokens and images per step <small>through the model, in sampling and every pass, beside what a copy of the prompt"
-        f' for each completion would take</small></h2><div class="two">{tables}</div>'
+        "<h2>Tokens and images per step <small>processed by the model in sampling and all passes; unshared: as if each"
+        f' completion had its own copy of the prompt</small></h2><div class="two">{tables}</div>'
     )
 
 
 def _samples(run: Run) -> str:
-    """Some of the steps whose completions are stored, the last one shown first."""
+    """Return the section of samples: completions from up to MAX_STEPS stored steps. At first, only the last one is visible."""
     steps = list(run.completions)
     if not steps:
-        return '<h2>Samples</h2><p class="still">None stored: log_completions=True stores some at each log.</p>'
-    most = min(MOST_STEPS, len(steps))
+        return '<h2>Samples</h2><p class="still">No completions are stored; set log_completions=True to store some.</p>'
+    most = min(MAX_STEPS, len(steps))
     chosen = sorted({steps[round(k * (len(steps) - 1) / max(most - 1, 1))] for k in range(most)})
     inputs, parts = [], []
     for step in chosen:
         last = step == chosen[-1]
         checked = " checked" if last else ""
         inputs.append(f'<label><input type="radio" name="step" value="{step}"{checked} autocomplete="off"> {step}</label>')
-        shown = step_html(load(run.completions[step]), MOST_GROUPS)
+        shown = step_html(load_step(run.completions[step]), MAX_GROUPS)
         parts.append(f'<div class="step" data-step="{step}"{"" if last else " hidden"}>{shown}</div>')
-    count = f"{len(chosen)} of {len(steps)} steps stored" if len(chosen) < len(steps) else "all steps stored"
+    count = f"{len(chosen)} of {len(steps)} stored steps" if len(chosen) < len(steps) else "all stored steps"
     return (
         f'<h2>Samples <small>{count}</small></h2><div class="steps">step {"".join(inputs)}</div>{"".join(parts)}'
         f"<script>{SCRIPT}</script>"
@@ -219,22 +224,22 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _facts(facts: dict) -> str:
+def _facts(facts: dict[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{escape(str(name))}</td><td>{escape(_text(value))}</td></tr>" for name, value in facts.items() if value != ""
     )
     return f'<table class="facts">{rows}</table>'
 
 
-def _configuration(about: dict) -> str:
+def _configuration(about: dict[str, Any]) -> str:
     if not about:
-        return '<h2>Configuration</h2><p class="still">Not recorded: there is no run.json.</p>'
+        return '<h2>Configuration</h2><p class="still">The configuration was not recorded: there is no run.json.</p>'
     arguments = about.get("arguments", {})
     given = {name: arguments[name] for name in sorted(about.get("changed", ())) if name in arguments}
     run = {name: about[name] for name in ("started", "from_step", "max_steps", "processes") if name in about}
     return (
         f"<h2>Configuration</h2>{_facts({**run, **about.get('model', {})})}"
-        f"<h2>Arguments <small>given, or derived from such</small></h2>{_facts(given)}"
+        f"<h2>Arguments <small>that differ from their defaults</small></h2>{_facts(given)}"
         f"<details><summary>All {len(arguments)} arguments</summary>{_facts(dict(sorted(arguments.items())))}</details>"
         f"<details><summary>The model's configuration</summary>{_facts(about.get('model config', {}))}</details>"
         f"<h2>Versions and environment</h2>{_facts({**about.get('versions', {}), **about.get('environment', {})})}"
@@ -242,7 +247,7 @@ def _configuration(about: dict) -> str:
 
 
 def run_page(run: Run) -> str:
-    """The page, in one string."""
+    """Return the page about a run as HTML."""
     curves, name = run.curves(), run.folder.resolve().name
     empty = "" if curves else '<p class="warning">Nothing has been logged yet.</p>'
     written = time.strftime("%Y-%m-%d %H:%M")
@@ -253,7 +258,7 @@ def run_page(run: Run) -> str:
         _tiles(curves) if curves else "",
         _curves({name: points for name, points in curves.items() if _section_of(name) in (REWARDS, EVALUATION)}),
         _phases(run),
-        _work(curves),
+        _throughput(curves),
         _curves({name: points for name, points in curves.items() if _section_of(name) not in (REWARDS, EVALUATION)}),
         _samples(run),
         _configuration(run.about),

@@ -1,21 +1,25 @@
-"""Rewards of answers about images: pure functions of predictions and references, and the composition of a run's rewards.
+"""Reward functions for answers about images, and how a run combines them.
 
-| module | what it holds |
+| module | purpose |
 | --- | --- |
-| ``answers`` | finding the answer in a completion, and reading it |
-| ``text`` | words, options, yes and no, numbers, counts, formulas, charts, OCR |
-| ``boxes``, ``detection`` | a box or point, and its frame; sets of boxes |
-| ``length``, ``hallucination``, ``alignment`` | tokens of a completion, objects of a caption, CLIPScore |
-| ``judge`` | an endpoint's model, a reward model |
-| ``builtin`` | all of these by name, with the trainer's signature |
-| ``compose`` | the rewards of a run: weights, time-outs, errors |
+| ``signature`` | the interface of reward functions |
+| ``answers`` | find the answer in a completion, and parse it |
+| ``text`` | score text, option letters, yes or no, numbers, counts, formulas, chart answers, OCR |
+| ``boxes``, ``detection`` | score one box or point, convert coordinate frames; score sets of boxes |
+| ``length``, ``hallucination``, ``alignment`` | score the length, the objects in a caption, image-text alignment |
+| ``judge`` | score with an LLM judge or a reward model |
+| ``batch`` | shared code of the scoring functions |
+| ``builtin`` | the built-in reward functions, by name |
+| ``compose`` | the reward functions of a run: names, weights, options |
+| ``calls`` | call reward functions with time limits, and attribute errors to completions |
 
-Torch and NumPy alone are imported here; torchvision, rapidfuzz, scipy, math-verify (the extra ``rewards``) and transformers
-where they are used.
+``import vlmkernels.rewards`` needs only torch and NumPy. The rewards that use torchvision, rapidfuzz, scipy, math-verify (the
+extra ``rewards``) or transformers import them on first use.
 """
 
 from vlmkernels.rewards.batch import Unparsed
 from vlmkernels.rewards.builtin import NAMES
 from vlmkernels.rewards.compose import Rewards, Scores
+from vlmkernels.rewards.signature import RewardFunction
 
-__all__ = ["NAMES", "Rewards", "Scores", "Unparsed"]
+__all__ = ["NAMES", "RewardFunction", "Rewards", "Scores", "Unparsed"]

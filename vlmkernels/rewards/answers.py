@@ -1,8 +1,7 @@
-"""From a completion's text to an answer. Each function returns None where there is none: several are none.
+"""Find the answer in a completion and parse it. Parsers return None if the text has no answer or an ambiguous one.
 
-That an answer which names more than one candidate is not parsed is the guard against most hacks of rules: a second
-``<answer>``, the prompt's list of options copied back, "yes or no", all numbers from 0 to 9, a page of boxes where one is asked
-for.
+Rejecting ambiguous answers prevents most hacks of rule-based rewards: a second ``<answer>``, a copy of the prompt's list of
+options, "yes or no", all numbers from 0 to 9, many boxes where the question is about one.
 """
 
 import ast
@@ -10,17 +9,18 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
-_NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?%?(?!\w)"
-)  # a thousands separator, decimals, an exponent, a percentage
+# Numbers may have thousands separators, decimals, an exponent and a percent sign.
+_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?%?(?!\w)")
 _COUNT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _COUNT_WORD = re.compile(rf"\b({'|'.join(_COUNT_WORDS)})\b")
 _OPTION = re.compile(r"[(\[]?([A-Za-z])[)\].:]?")
@@ -37,30 +37,40 @@ _LABEL_KEYS = ("label", "category")
 _SCORE_KEYS = ("score", "confidence", "Confidence")
 
 
+Messages = list[dict[str, Any]]  # a conversation: messages with ``role`` and ``content``
+
+
 class Boxes(NamedTuple):
-    """n boxes of an answer or a dataset: (n, 4) fp64, x1, y1, x2, y2; a label and a confidence where they have one."""
+    """The boxes of an answer or of a reference.
+
+    Attributes:
+        boxes: (n, 4) fp64, each box x1, y1, x2, y2.
+        labels: the label of each box, or None.
+        scores: the confidence of each box, or None.
+    """
 
     boxes: np.ndarray
     labels: list[str | None]
     scores: list[float | None]
 
 
-def text_of(value: str | list[dict]) -> str:
-    """The text of a completion or prompt, given as text or as messages; images leave no trace."""
+def text_of(value: str | Messages) -> str:
+    """Return the text of a prompt or completion, given as a string or as a list of messages. Images are left out."""
     if isinstance(value, str):
         return value
     parts = (part for message in value for part in _parts(message["content"]))
     return "".join(part.get("text") or "" for part in parts)
 
 
-def _parts(content: str | list[dict]) -> list[dict]:
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"text": content}] if isinstance(content, str) else content
 
 
 def find_answer(text: str) -> str | None:
-    """What the one ``<answer>`` element holds; the whole text, after its one ``</think>``, where no answer tag occurs.
+    """Return the content of the ``<answer>`` element, or if there is none, the text after ``</think>``, or the whole text.
 
-    None where the element occurs twice, is not closed, is nested or empty.
+    Returns None if the answer is empty or contains tags, if ``<answer>`` is repeated or not closed, or if ``</think>`` is
+    repeated in a text without ``<answer>``.
     """
     tags = text.count("<answer>"), text.count("</answer>")
     if tags == (0, 0):
@@ -75,8 +85,7 @@ def find_answer(text: str) -> str | None:
 
 
 def is_copied(answer: str, prompt: str) -> bool:
-    """Whether an answer is an example that its prompt gives: what one of the prompt's ``<answer>`` elements holds, or boxes
-    that all occur in it."""
+    """Whether an answer equals the content of an ``<answer>`` element in the prompt, or has only boxes that the prompt has."""
     if answer in map(str.strip, _ANSWER.findall(prompt)):
         return True
     given = {tuple(map(float, box)) for box in _BOX.findall(prompt)}
@@ -85,9 +94,9 @@ def is_copied(answer: str, prompt: str) -> bool:
 
 
 def has_format(text: str, prompt: str = "") -> bool:
-    """Whether a text is ``<think>...</think><answer>...</answer>``, each once, nothing outside, and something in both.
+    """Whether a text is ``<think>...</think><answer>...</answer>``, with each element once and nothing outside.
 
-    Something: a letter or digit, and not what the same element of the prompt holds, which a model can copy without thinking.
+    Both elements must contain a letter or digit, and the ``<think>`` element must not be copied from the prompt.
     """
     match = _FORMAT.fullmatch(text)
     if not match or len(_TAG.findall(text)) != 4:
@@ -97,13 +106,13 @@ def has_format(text: str, prompt: str = "") -> bool:
     return written and f"<think>{think}</think>" not in re.sub(r"(?<=>)\s+|\s+(?=<)", "", prompt)
 
 
-def _only(found: list):
-    """The one value that was found, however often."""
+def _only(found: list[T]) -> T | None:
+    """Return the common value of a list, or None if the list is empty or its values differ."""
     return found[0] if found and all(value == found[0] for value in found) else None
 
 
 def as_number(text: str) -> float:
-    """The number that a text is, "1,234.5" or "12%" (0.12) too. Raises ValueError."""
+    """Parse a text that consists of one number, such as "1,234.5" or "12%" (0.12). Raises ValueError for any other text."""
     text = text.strip()
     if not _NUMBER.fullmatch(text):
         raise ValueError(f"must be a number, got {text!r:.80}")
@@ -112,18 +121,18 @@ def as_number(text: str) -> float:
 
 
 def parse_number(text: str) -> float | None:
-    """The one number in a text, whatever words surround it; a percentage is a hundredth."""
+    """Parse the only number in a text; "12%" is 0.12."""
     return _only([value for value in map(as_number, _NUMBER.findall(text)) if math.isfinite(value)])
 
 
 def parse_count(text: str) -> float | None:
-    """The one count in a text, in digits or as a word up to ten."""
+    """Parse the only count in a text, written in digits or as a word from zero to ten."""
     words = [float(_COUNT_WORDS.index(word)) for word in _COUNT_WORD.findall(text.lower())]
     return _only([value for value in map(as_number, _NUMBER.findall(text)) if math.isfinite(value)] + words)
 
 
 def parse_choice(text: str) -> str | None:
-    """The one option letter of a text: "B", "(b)", "**B.** a cat", "The answer is B"."""
+    """Parse the only option letter in a text: "B", "(b)", "**B.** a cat", "The answer is B"."""
     text = text.replace("*", "").strip()
     if match := _OPTION.fullmatch(text):
         return match[1].upper()
@@ -131,12 +140,12 @@ def parse_choice(text: str) -> str | None:
 
 
 def parse_yes_no(text: str) -> str | None:
-    """The one of "yes" and "no" that occurs as a word."""
+    """Return "yes" or "no", whichever occurs in a text, or None if both or neither occur."""
     return _only(_YES_NO.findall(text.lower()))
 
 
 def _literal(text: str) -> object:
-    """The list, tuple or dict that a text, or its one code block, is in JSON or Python; None where it is none."""
+    """Parse a JSON or Python list, tuple or dict from a text or its only code block. Returns None for any other text."""
     blocks = _FENCE.findall(text)
     if len(blocks) > 1:
         return None
@@ -149,7 +158,7 @@ def _literal(text: str) -> object:
     return None
 
 
-def _key(row: dict, keys: tuple[str, ...]) -> str | None:
+def _key(row: dict[str, Any], keys: tuple[str, ...]) -> str | None:
     return next((key for key in keys if key in row), None)
 
 
@@ -158,11 +167,16 @@ def _is_numbers(value: object, count: int) -> bool:
 
 
 def as_boxes(value: object) -> Boxes:
-    """The boxes that a value stands for. Raises ValueError for any other, and for a box that is not finite or has no area.
+    """Convert a value to ``Boxes``.
 
     Args:
-        value: a box, a list of boxes, or a list of dicts of the same keys: the box as ``bbox_2d`` (``bbox``, ``box``,
-            ``Position``), and optionally ``label`` and ``score`` (``confidence``); or such a list as JSON; or ``Boxes``.
+        value: a box, a dict, a list of boxes or dicts, an array or tensor (n, 4), a string with any of these as a JSON or
+            Python literal, or ``Boxes``. A dict has the box under ``bbox_2d``, ``bbox``, ``box`` or ``Position``, and
+            optionally ``label`` (or ``category``) and ``score`` (or ``confidence``, ``Confidence``). All dicts must use the
+            same keys.
+
+    Raises:
+        ValueError: the value has another form, a box is not finite or has no area, or a score is not finite.
     """
     if isinstance(value, Boxes):
         return value
@@ -171,7 +185,9 @@ def as_boxes(value: object) -> Boxes:
     rows = [rows] if _is_numbers(rows, 4) or isinstance(rows, dict) else rows
     if not isinstance(rows, (list, tuple)):
         raise ValueError(f"must be boxes (x1, y1, x2, y2), got {value!r:.80}")
-    boxes, labels, scores = rows, [None] * len(rows), [None] * len(rows)
+    boxes: Sequence[Any] = rows
+    labels: list[str | None] = [None] * len(rows)
+    scores: list[float | None] = [None] * len(rows)
     if rows and isinstance(rows[0], dict):
         box, label, score = (_key(rows[0], keys) for keys in (_BOX_KEYS, _LABEL_KEYS, _SCORE_KEYS))
         try:
@@ -179,8 +195,8 @@ def as_boxes(value: object) -> Boxes:
             labels = [str(row[label]).strip().lower() for row in rows] if label else labels
             scores = [float(row[score]) for row in rows] if score else scores
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            rule = f"have {' or '.join(_BOX_KEYS)}, and one label and score each or none"
-            raise ValueError(f"must {rule}, got {rows!r:.80}") from error
+            keys = " or ".join(_BOX_KEYS)
+            raise ValueError(f"must have {keys}, with the same keys in every dict, got {rows!r:.80}") from error
     try:
         corners = np.array(boxes, dtype=np.float64).reshape(-1, 4) if len(boxes) else np.empty((0, 4))
     except (TypeError, ValueError, OverflowError) as error:
@@ -189,16 +205,16 @@ def as_boxes(value: object) -> Boxes:
         raise ValueError(f"must be boxes of 4 numbers, got {boxes!r:.80}")
     wrong = ~((corners[:, :2] < corners[:, 2:]).all(1) & (np.abs(corners) < np.inf).all(1))
     if wrong.any():
-        raise ValueError(f"must have boxes with x1 < x2 and y1 < y2, finite, got {corners[wrong][0].tolist()}")
+        raise ValueError(f"must have finite boxes with x1 < x2 and y1 < y2, got {corners[wrong][0].tolist()}")
     if not all(score is None or math.isfinite(score) for score in scores):
         raise ValueError(f"must have finite scores, got {scores!r:.80}")
     return Boxes(corners, labels, scores)
 
 
 def parse_boxes(text: str) -> Boxes | None:
-    """The boxes of an answer: JSON, a Python literal, or lists of four numbers among words. "[]" and "none" are no boxes.
+    """Parse boxes from JSON, a Python literal, or lists of four numbers in running text. "[]" and "none" mean no boxes.
 
-    None where there are none, and where one of them is not finite or has no area.
+    Returns None if the text has no boxes, or if a box is not finite or has no area.
     """
     if text.strip().lower() in ("none", "none."):
         return as_boxes([])
@@ -212,25 +228,27 @@ def parse_boxes(text: str) -> Boxes | None:
 
 
 def parse_box(text: str) -> tuple[float, float, float, float] | None:
-    """The one box of an answer; see ``parse_boxes``."""
+    """Parse the only box in a text; see ``parse_boxes``."""
     found = parse_boxes(text)
     return None if found is None else _only(list(map(tuple, found.boxes.tolist())))
 
 
 def parse_point(text: str) -> tuple[float, float] | None:
-    """The one point ``(x, y)`` of an answer, or the centre of its one box."""
+    """Parse the only point ``(x, y)`` in a text, or return the center of its only box."""
     value = _literal(text)
     value = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
     if isinstance(value, dict) and (key := _key(value, _POINT_KEYS)):
         value = value[key]
-    points = [value] if _is_numbers(value, 2) else [tuple(map(float, found)) for found in _POINT.findall(text)]
+    points: list[Any] = [value] if _is_numbers(value, 2) else [tuple(map(float, found)) for found in _POINT.findall(text)]
     if not points and (box := parse_box(text)) is not None:
         points = [((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)]
     point = _only(points)
-    return None if point is None or not all(abs(v) <= sys.float_info.max for v in point) else tuple(map(float, point))
+    if point is None or not all(abs(v) <= sys.float_info.max for v in point):
+        return None
+    return float(point[0]), float(point[1])
 
 
-# What an answer is, by the name of its kind.
+# Kind of answer -> its parser.
 PARSERS: dict[str, Callable[[str], object]] = {
     "text": str.strip,
     "number": parse_number,

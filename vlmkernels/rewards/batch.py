@@ -1,53 +1,66 @@
-"""What the pure functions share: a batch of predictions and references to a batch of scores.
+"""Shared code of the scoring functions, which turn a batch of predictions and references into a batch of scores.
 
-A pure function takes N predictions and N references, parsed, and returns N floats. None among them says why there is no score:
-a prediction is None where an answer could not be parsed, a reference where a sample has none (a mixture of tasks), and the
-score of either is None. What such an answer is worth is for the caller to say, not for the formula; see ``builtin``.
+A scoring function takes N parsed predictions and N references, and returns N floats. A prediction of None means that no answer
+could be parsed; a reference of None means that the sample has no reference, as in a mixture of tasks. In both cases the score
+is None. The caller decides which reward an unparsed answer gets; see ``builtin``.
 """
 
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, Protocol, cast
 
 import torch
 
-from vlmkernels.ops.checks import require
-
 
 class Unparsed(float):
-    """The reward of an answer that could not be parsed; NaN where such an answer is not scored."""
+    """The reward of an answer that could not be parsed. NaN means that such answers are not scored."""
 
 
-def pure(reference: Callable) -> Callable:
-    """Decorator of a function of parsed predictions and references, neither None, that returns as many scores.
+class ScoringFunction(Protocol):
+    """A function decorated with ``pure``.
 
-    ``reference`` turns each reference into what the function takes, and raises ValueError or TypeError for a wrong one, which
-    is raised again with its index.
+    Attributes:
+        reference: parses a reference, and raises ValueError or TypeError for a value that is not one.
     """
 
-    def decorate(function: Callable) -> Callable:
+    reference: Callable[[object], object]
+
+    def __call__(self, predictions: Sequence[Any], references: Sequence[Any], **options: Any) -> list[float | None]: ...
+
+
+def pure(reference: Callable[[object], object]) -> Callable[[Callable[..., Any]], ScoringFunction]:
+    """Decorate a scoring function so that it receives only pairs in which neither prediction nor reference is None.
+
+    Args:
+        reference: parses a reference for the function. If it raises ValueError or TypeError, the index of the reference is
+            added to the message.
+    """
+
+    def decorate(function: Callable[..., Any]) -> ScoringFunction:
         @functools.wraps(function)
-        def scored(predictions: Sequence, references: Sequence, **options) -> list[float | None]:
-            rule = f"be as many as the references, {len(references)}"
-            require(len(predictions) == len(references), "predictions", rule, len(predictions))
+        def scored(predictions: Sequence[Any], references: Sequence[Any], **options: Any) -> list[float | None]:
+            if len(predictions) != len(references):
+                raise ValueError(f"predictions must have one entry per reference, {len(references)}, got {len(predictions)}")
             pairs = zip(predictions, references, strict=True)
             chosen = [index for index, (p, r) in enumerate(pairs) if p is not None and r is not None]
-            checked = [check_reference(reference, references[index], f"references[{index}]") for index in chosen]
-            values = function([predictions[index] for index in chosen], checked, **options)
+            parsed = [check_reference(reference, references[index], f"references[{index}]") for index in chosen]
+            values = function([predictions[index] for index in chosen], parsed, **options)
             values = values.tolist() if isinstance(values, torch.Tensor) else values
             scores: list[float | None] = [None] * len(predictions)
             for index, value in zip(chosen, values, strict=True):
                 scores[index] = value
             return scores
 
-        scored.reference = reference
-        return scored
+        scored.reference = reference  # type: ignore[attr-defined]
+        return cast(ScoringFunction, scored)
 
     return decorate
 
 
-def check_reference(reference: Callable, value: object, name: str) -> object:
-    """What ``reference`` makes of a value; its error begins with the name."""
+def check_reference(reference: Callable[[object], object], value: object, name: str) -> object:
+    """Return ``reference(value)``. If it raises ValueError or TypeError, ``name`` is put in front of the message."""
     try:
         return reference(value)
     except TypeError as error:
@@ -56,8 +69,13 @@ def check_reference(reference: Callable, value: object, name: str) -> object:
         raise ValueError(f"{name} {error}") from error
 
 
-def third_party(module: str, user: str):
-    """An optional package; ``user``: what needs it, named in the error where it is missing."""
+def third_party(module: str, user: str) -> ModuleType:
+    """Import a module of an optional package.
+
+    Args:
+        module: name of the module.
+        user: name of the feature that needs the module, for the ImportError.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,42 +1,38 @@
-"""The rewards that have a name: pure functions behind the trainer's signature.
+"""The built-in rewards, by name: scoring functions with the interface of ``RewardFunction``.
 
-A reward is called with keyword arguments, each a list with one entry per completion: ``prompts``, ``completions`` (text or
-messages), ``completion_ids``, ``images``, ``image_sizes`` and ``resized_sizes`` (a list of (width, height) per completion, one
-per image, as in the dataset and as the model sees them), and the dataset's other columns. It returns a float per completion, or
-None for "not scored".
-
-An answer that cannot be parsed is worth ``unparsed``: 0 by default, because a model could otherwise avoid a bad reward by an
-answer that nobody can read. It never passes for a plain 0: it is an ``Unparsed``, and the trainer logs their share.
+An answer that cannot be parsed gets the reward ``unparsed``. Its default is 0 rather than None (not scored): otherwise a model
+could avoid a low reward by writing answers that cannot be parsed. The reward is an ``Unparsed``, so that the trainer can count
+and log such answers separately from answers that score 0.
 """
 
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, cast
 
 import numpy as np
 
-from vlmkernels.ops.checks import require, require_number
+from vlmkernels.ops.checks import require_one_of
 from vlmkernels.rewards import boxes, detection, hallucination, length, text
 from vlmkernels.rewards.alignment import ClipScore
-from vlmkernels.rewards.answers import PARSERS, Boxes, as_boxes, find_answer, has_format, is_copied, text_of
-from vlmkernels.rewards.batch import Unparsed, check_reference
+from vlmkernels.rewards.answers import PARSERS, Boxes, Messages, as_boxes, find_answer, has_format, is_copied, text_of
+from vlmkernels.rewards.batch import ScoringFunction, Unparsed, check_reference
 from vlmkernels.rewards.judge import Judge, RewardModel
-
-# What every reward is given beside the dataset's columns.
-PROVIDED = ("prompts", "completions", "completion_ids", "images", "image_sizes", "resized_sizes", "trainer_state")
+from vlmkernels.rewards.signature import check_options, options_of, required_columns
 
 
 class AnswerReward:
-    """A pure function as a reward: the answer in a completion, parsed, against a column of the dataset.
+    """Parse the answer in each completion and score it against a column of the dataset.
 
     Args:
-        name: under which it is logged.
-        score: a pure function of parsed predictions and references.
-        kind: what an answer is, a key of ``answers.PARSERS``.
-        refuse_copies: take an answer that its prompt gives as an example for no answer. For scores that pay for being near; an
-            option, a count or "yes" may be the example by right.
-        column: the dataset's column of references; None in it = not scored.
+        name: name in the logs.
+        score: a scoring function decorated with ``batch.pure``.
+        kind: kind of the answer, a key of ``answers.PARSERS``.
+        refuse_copies: treat an answer that is copied from an example in the prompt as unparsed. For scores with partial credit
+            only: an option letter, a count or "yes" from the prompt can be correct.
+        column: column of the dataset with the references. Samples whose reference is None are not scored.
         unparsed: the reward of an answer that cannot be parsed; None = not scored.
         options: keyword arguments of ``score``.
     """
@@ -44,32 +40,32 @@ class AnswerReward:
     def __init__(
         self,
         name: str,
-        score: Callable,
+        score: ScoringFunction,
         kind: str,
         *,
         refuse_copies: bool = False,
         column: str = "answer",
         unparsed: float | None = 0.0,
-        **options,
+        **options: Any,
     ):
-        if unparsed is not None:
-            require_number("unparsed", unparsed, "be a number or None")
+        if unparsed is not None and (not isinstance(unparsed, Real) or isinstance(unparsed, bool)):
+            raise TypeError(f"unparsed must be a number or None, got {unparsed!r}")
         self.__name__, self.score, self.kind, self.refuse_copies = name, score, kind, refuse_copies
-        score([], [], **options)  # a wrong option is an error now, not at the first step
+        score([], [], **options)  # raise for an invalid option now rather than at the first step
         self.column, self.unparsed, self.options = column, Unparsed(math.nan if unparsed is None else unparsed), options
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The dataset's columns that it needs."""
+        """The columns of the dataset that the reward needs."""
         return (self.column,)
 
-    def check(self, row: dict) -> None:
-        """Raise where a row's reference is none that the score takes."""
+    def check(self, row: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError if the scoring function cannot parse the reference in a row of the dataset."""
         if row.get(self.column) is not None:
             check_reference(self.score.reference, row[self.column], self.column)
 
-    def predictions(self, completions: list, prompts: list) -> list:
-        """What each completion answers, None where that cannot be told."""
+    def predictions(self, completions: Sequence[str | Messages], prompts: Sequence[str | Messages]) -> list[Any]:
+        """Return the parsed answer of each completion, or None if it has none."""
         parse, parsed = PARSERS[self.kind], []
         for completion, prompt in zip(completions, prompts, strict=True):
             answer = find_answer(text_of(completion))
@@ -77,75 +73,102 @@ class AnswerReward:
             parsed.append(None if answer is None or copied else parse(answer))
         return parsed
 
-    def __call__(self, completions: list, prompts: list | None = None, **columns) -> list[float | None]:
+    def __call__(
+        self, completions: Sequence[str | Messages], prompts: Sequence[str | Messages] | None = None, **columns: Any
+    ) -> list[float | None]:
         predictions = self.predictions(completions, [""] * len(completions) if prompts is None else prompts)
         predictions, references = self.in_one_frame(predictions, columns[self.column], columns)
         scores = self.score(predictions, references, **self.options)
         unparsed = [p is None and r is not None for p, r in zip(predictions, references, strict=True)]
         return [self.unparsed if missing else score for missing, score in zip(unparsed, scores, strict=True)]
 
-    def in_one_frame(self, predictions: list, references: list, columns: dict) -> tuple[list, list]:
+    def in_one_frame(
+        self, predictions: list[Any], references: list[Any], columns: dict[str, Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Convert predictions and references to one coordinate frame. The base class returns them unchanged."""
         return predictions, references
 
 
 class BoxReward(AnswerReward):
-    """An ``AnswerReward`` of boxes or points.
+    """An ``AnswerReward`` for boxes and points, which converts the answer to the frame of the reference.
+
+    An answer that lies more than 1 % outside its frame counts as unparsed, so that the logs show when a model answers in
+    another frame. A reference outside its frame raises ValueError.
 
     Args:
-        frame, reference_frame: keys of ``boxes.FRAMES``: what the model's coordinates count, and those of the column.
-        image: the index of the image that they are in, where a sample has several.
-
-    An answer outside its frame by more than 1 % is not parsed: a model that answers in another frame is seen in the count. A
-    reference outside its frame is an error.
+        args, options: see ``AnswerReward``.
+        frame: coordinate frame of the model's answers, a key of ``boxes.FRAMES``.
+        reference_frame: coordinate frame of the references.
+        image: index of the image that the coordinates refer to, in samples with several images.
     """
 
-    def __init__(self, *args, frame: str = "original", reference_frame: str = "original", image: int = 0, **options):
+    def __init__(self, *args: Any, frame: str = "original", reference_frame: str = "original", image: int = 0, **options: Any):
         super().__init__(*args, refuse_copies=True, **options)
-        for name, value in (("frame", frame), ("reference_frame", reference_frame)):
-            require(value in boxes.FRAMES, name, f"be one of {', '.join(boxes.FRAMES)}", repr(value))
+        require_one_of("frame", frame, boxes.FRAMES)
+        require_one_of("reference_frame", reference_frame, boxes.FRAMES)
         self.frame, self.reference_frame, self.image = frame, reference_frame, image
 
-    def _sizes(self, sizes: list | None) -> np.ndarray | None:
-        """(N, 2), NaN where a sample's size is not known."""
+    def _sizes(self, sizes: list[Any] | None) -> np.ndarray | None:
+        """Return the width and height of each sample's image, (N, 2); NaN if unknown."""
         if sizes is None:
             return None
-        of = lambda row: row[self.image] if row is not None and self.image < len(row) else (math.nan, math.nan)  # noqa: E731
-        return np.array([of(row) for row in sizes], dtype=np.float64).reshape(-1, 2)
+        known = [row is not None and self.image < len(row) for row in sizes]
+        rows = [row[self.image] if is_known else (math.nan, math.nan) for row, is_known in zip(sizes, known, strict=True)]
+        return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
-    def in_one_frame(self, predictions: list, references: list, columns: dict) -> tuple[list, list]:
+    def in_one_frame(
+        self, predictions: list[Any], references: list[Any], columns: dict[str, Any]
+    ) -> tuple[list[Any], list[Any]]:
         sizes = {"original": self._sizes(columns.get("image_sizes")), "resized": self._sizes(columns.get("resized_sizes"))}
         references = [None if r is None else check_reference(as_boxes, r, f"references[{i}]") for i, r in enumerate(references)]
         moved = to_frame(references, self.reference_frame, self.reference_frame, sizes)
         for index, (before, after) in enumerate(zip(references, moved, strict=True)):
             if before is not None and after is None:
-                of_row = {name: None if size is None else size[[index]] for name, size in sizes.items()}
-                width, height = boxes.frame_sizes(self.reference_frame, **of_row)[0].tolist()
-                rule = f"lie in the frame {self.reference_frame} of {width:g} x {height:g}"
-                raise ValueError(f"references[{index}] must {rule}, got {before.boxes.tolist()}")
+                own_sizes = {name: None if size is None else size[[index]] for name, size in sizes.items()}
+                ((width, height),) = np.asarray(boxes.frame_sizes(self.reference_frame, **own_sizes))
+                raise ValueError(
+                    f"references[{index}] must lie inside the {self.reference_frame} frame of {width:g} x {height:g}, "
+                    f"got {before.boxes.tolist()}"
+                )
         return to_frame(predictions, self.frame, self.reference_frame, sizes), references
 
 
-def _points(value) -> np.ndarray:
-    """The coordinates of boxes, a box or a point: (n, 4) or (n, 2)."""
+def _points(value: Boxes | tuple[float, ...]) -> np.ndarray:
+    """Return the coordinates of ``Boxes``, (n, 4), of one box, (1, 4), or of one point, (1, 2)."""
     return value.boxes if isinstance(value, Boxes) else np.array([value])
 
 
-def to_frame(values: list, source: str, target: str, sizes: dict[str, np.ndarray | None]) -> list:
-    """Boxes, a box or a point per sample from one frame to another; None for those outside the one they are in."""
+def to_frame(values: list[Any], source: str, target: str, sizes: dict[str, np.ndarray | None]) -> list[Any]:
+    """Convert the boxes, box or point of each sample from one coordinate frame to another.
+
+    Args:
+        values: ``Boxes``, a box (4 numbers), a point (2 numbers) or None for each sample.
+        source, target: keys of ``boxes.FRAMES``.
+        sizes: the keys "original" and "resized" with the (N, 2) sizes of the samples' images in pixels, or None.
+
+    Returns:
+        The converted values; None for a value outside the source frame.
+
+    Raises:
+        ValueError: the size of an image is needed but unknown.
+    """
     chosen = [i for i, value in enumerate(values) if value is not None]
-    moved: list = [None] * len(values)
+    moved: list[Any] = [None] * len(values)
     if not chosen:
         return moved
     points = [_points(values[i]) for i in chosen]
     counts = [len(p) for p in points]
     rows = np.repeat(chosen, counts)
-    of_rows = {name: None if size is None else size[rows] for name, size in sizes.items()}
-    flat, frame = np.concatenate(points), boxes.frame_sizes(source, **of_rows)
-    inside = boxes.inside_frame(flat, frame)
-    flat = boxes.convert_frame(flat, source, target, **of_rows)
+    row_sizes = {name: None if size is None else size[rows] for name, size in sizes.items()}
+    flat = np.concatenate(points)
+    inside = boxes.inside_frame(flat, boxes.frame_sizes(source, **row_sizes))
+    flat = boxes.convert_frame(flat, source, target, **row_sizes)
     unknown = rows[np.isnan(flat).any(axis=1)]
-    rule = f"be known to convert from the frame {source} to {target}"
-    require(len(unknown) == 0, "image_sizes and resized_sizes", rule, f"None at index {unknown[0] if len(unknown) else 0}")
+    if len(unknown):
+        raise ValueError(
+            f"image_sizes and resized_sizes must be known to convert from the {source} frame to the {target} frame, "
+            f"got None at index {unknown[0]}"
+        )
     ends = np.cumsum(counts)[:-1]
     for index, new, ok in zip(chosen, np.split(flat, ends), np.split(inside, ends), strict=True):
         if ok.all():
@@ -154,11 +177,12 @@ def to_frame(values: list, source: str, target: str, sizes: dict[str, np.ndarray
 
 
 class CosineLength:
-    """A half cosine wave of the completion's tokens, for right answers and for wrong ones; see ``length.cosine_length``.
+    """Reward that follows half a cosine wave over the completion length, with one wave for correct and one for wrong answers.
 
     Args:
-        correct: the reward that says what is right, as in a configuration: a name, or a dict with ``name`` and options.
-        threshold: the least value of that reward for an answer that is right.
+        max_length, right, wrong, exceeded: see ``length.cosine_length``.
+        correct: the built-in reward that decides which answers are correct: a name, or a dict with ``name`` and options.
+        threshold: an answer is correct if the reward ``correct`` is at least this value.
     """
 
     __name__ = "cosine_length"
@@ -167,7 +191,7 @@ class CosineLength:
         self,
         *,
         max_length: int,
-        correct: str | dict = "exact_match",
+        correct: str | dict[str, Any] = "exact_match",
         threshold: float = 0.5,
         right: tuple[float, float] = (1.0, 0.5),
         wrong: tuple[float, float] = (-1.0, -0.5),
@@ -175,43 +199,47 @@ class CosineLength:
     ):
         self.correct = build(**correct) if isinstance(correct, dict) else build(correct)
         self.threshold = threshold
-        self.options = {"max_length": max_length, "right": right, "wrong": wrong, "exceeded": exceeded}
-        length.cosine_length([], [], **self.options)
+        self.score = functools.partial(length.cosine_length, max_length=max_length, right=right, wrong=wrong, exceeded=exceeded)
+        self.score([], [])  # raise for an invalid option now
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The columns of the dataset that the reward needs."""
         return required_columns(self.correct)
 
-    def check(self, row: dict) -> None:
+    def check(self, row: dict[str, Any]) -> None:
+        """Raise ValueError or TypeError if ``correct`` cannot parse the reference in a row of the dataset."""
         if hasattr(self.correct, "check"):
             self.correct.check(row)
 
-    def __call__(self, completion_ids: list, **columns) -> list[float | None]:
+    def __call__(self, completion_ids: list[Sequence[int]], **columns: Any) -> list[float | None]:
         scores = self.correct(completion_ids=completion_ids, **columns)
         right = [None if s is None or math.isnan(s) else s >= self.threshold for s in scores]
-        return length.cosine_length([len(ids) for ids in completion_ids], right, **self.options)
+        return self.score([len(ids) for ids in completion_ids], right)
 
 
-def format(completions: list, prompts: list | None = None, **kwargs) -> list[float]:
-    """1 where a completion is ``<think>...</think><answer>...</answer>``, each once, with something in both; else 0."""
+def think_answer_format(
+    completions: Sequence[str | Messages], prompts: Sequence[str | Messages] | None = None, **kwargs: Any
+) -> list[float]:
+    """1 if a completion is ``<think>...</think><answer>...</answer>`` with both elements once and not empty, else 0."""
     prompts = [""] * len(completions) if prompts is None else prompts
     return [float(has_format(text_of(c), text_of(p))) for c, p in zip(completions, prompts, strict=True)]
 
 
-def soft_overlong(completion_ids: list, *, max_length: int, cache: int, **kwargs) -> list[float]:
-    """DAPO's penalty of the last ``cache`` tokens before ``max_length``, from 0 to -1; see ``length.soft_overlong``."""
+def soft_overlong(completion_ids: list[Sequence[int]], *, max_length: int, cache: int, **kwargs: Any) -> list[float]:
+    """DAPO's length penalty, which falls from 0 to -1 over the last ``cache`` tokens before ``max_length``."""
     return length.soft_overlong([len(ids) for ids in completion_ids], max_length=max_length, cache=cache)
 
 
-def repetition(completion_ids: list, *, ngram: int = 3, max_penalty: float = -1.0, **kwargs) -> list[float]:
-    """``max_penalty`` times the share of n-grams of tokens that occurred before; see ``length.repetition``."""
+def repetition(completion_ids: list[Sequence[int]], *, ngram: int = 3, max_penalty: float = -1.0, **kwargs: Any) -> list[float]:
+    """``max_penalty`` times the share of token n-grams that repeat an earlier one."""
     return length.repetition(completion_ids, ngram=ngram, max_penalty=max_penalty)
 
 
 _TEXT = functools.partial(AnswerReward, refuse_copies=True)
 
-# Score, what an answer is, and how it becomes a reward.
-ANSWERS: dict[str, tuple[Callable, str, Callable]] = {
+# Name -> scoring function, kind of answer, and the class that turns them into a reward.
+ANSWERS: dict[str, tuple[ScoringFunction, str, Callable[..., AnswerReward]]] = {
     "exact_match": (text.exact_match, "text", AnswerReward),
     "choice": (text.choice, "choice", AnswerReward),
     "yes_no": (text.yes_no, "yes_no", AnswerReward),
@@ -230,8 +258,8 @@ ANSWERS: dict[str, tuple[Callable, str, Callable]] = {
     "weighted_match": (detection.weighted_match, "boxes", BoxReward),
     "mean_ap": (detection.mean_ap, "boxes", BoxReward),
 }
-OTHERS: dict[str, Callable] = {
-    "format": format,
+OTHERS: dict[str, Callable[..., Any]] = {
+    "think_answer_format": think_answer_format,
     "cosine_length": CosineLength,
     "soft_overlong": soft_overlong,
     "repetition": repetition,
@@ -242,40 +270,20 @@ OTHERS: dict[str, Callable] = {
 NAMES = (*ANSWERS, *OTHERS)
 
 
-def options_of(target: Callable) -> dict[str, object]:
-    """The keyword-only parameters of a function or class, with their defaults."""
-    return {p.name: p.default for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY}
-
-
-def build(name: str, **options) -> Callable:
-    """The built-in reward of a name, with its options. Raises ValueError for other names and options, with the valid ones."""
-    require(name in NAMES, "reward", f"be one of {', '.join(NAMES)}", repr(name))
-    score, kind, target = ANSWERS.get(name, (None, None, OTHERS.get(name)))
-    sources = (target,) if score is None else (AnswerReward, target, score)
-    given = {
-        option: default for source in sources for option, default in options_of(source).items() if option != "refuse_copies"
-    }
-    check_options(name, options, list(given))
-    missing = [option for option, default in given.items() if default is inspect.Parameter.empty and option not in options]
-    require(not missing, f"reward {name}", f"be given {', '.join(missing)}", ", ".join(options) or "no options")
-    if score is not None:
-        return target(name, score, kind, **options)
-    return target(**options) if isinstance(target, type) else functools.partial(target, **options)
-
-
-def check_options(name: str, options: dict, valid: list[str]) -> None:
-    unknown = [option for option in options if option not in valid]
-    require(not unknown, f"options of the reward {name}", f"be among {', '.join(valid) or 'none'}", ", ".join(unknown))
-
-
-def arguments_of(reward: Callable, required: bool = False) -> list[str]:
-    """The dataset's columns and options that a function or class takes by name; ``required``: those without a default alone."""
-    parameters = inspect.signature(reward).parameters.values()
-    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in PROVIDED]
-    return [p.name for p in by_name if not required or p.default is p.empty]
-
-
-def required_columns(reward: Callable) -> tuple[str, ...]:
-    """The dataset's columns that a reward needs: those it declares as ``columns``, or else its arguments without a default."""
-    declared = getattr(reward, "columns", None)
-    return tuple(arguments_of(reward, required=True) if declared is None else declared)
+def build(name: str, **options: Any) -> Callable[..., Any]:
+    """Build a built-in reward. Raises ValueError for an unknown name, an unknown option or a missing option."""
+    require_one_of("reward", name, NAMES)
+    sources = (AnswerReward, ANSWERS[name][2], ANSWERS[name][0]) if name in ANSWERS else (OTHERS[name],)
+    valid = {option: default for source in sources for option, default in options_of(source).items()}
+    valid.pop("refuse_copies", None)
+    check_options(name, options, list(valid))
+    missing = [option for option, default in valid.items() if default is inspect.Parameter.empty and option not in options]
+    if missing:
+        raise ValueError(f"options of the reward {name} must include {', '.join(missing)}, got {', '.join(options) or 'none'}")
+    if name in ANSWERS:
+        score, kind, reward = ANSWERS[name]
+        return reward(name, score, kind, **options)
+    target = OTHERS[name]
+    if isinstance(target, type):
+        return cast(Callable[..., Any], target(**options))
+    return functools.partial(target, **options)

@@ -1,34 +1,38 @@
-"""Objects that a caption names and the image does not show: CHAIR, on object lists that are given."""
+"""Score object hallucination in captions with CHAIR, given the list of objects in each image."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from vlmkernels.ops.checks import require
 from vlmkernels.rewards.batch import pure
+
+Vocabulary = Mapping[str, Iterable[str]] | Iterable[str]
 
 
 class Mentions(NamedTuple):
-    """Objects of a vocabulary that a caption names, once each, and those among them that its image does not show."""
+    """The objects that a caption mentions, each listed once, and the subset that the image does not show."""
 
     mentioned: list[str]
     hallucinated: list[str]
 
 
-def vocabulary_of(value: Mapping[str, Iterable[str]] | Iterable[str]) -> dict[str, str]:
-    """Each word that names an object, lower case, and the object's name. Takes names, or a mapping of names to synonyms."""
+def vocabulary_of(value: Vocabulary) -> dict[str, str]:
+    """Map each word for an object to the object's name, in lower case. ``value``: names, or a dict from names to synonyms."""
     names = value if isinstance(value, Mapping) else {name: () for name in value}
-    require(len(names) > 0, "vocabulary", "name at least one object", value)
+    if not names:
+        raise ValueError(f"vocabulary must name at least one object, got {value}")
     return {str(word).lower(): str(name).lower() for name, words in names.items() for word in (name, *words)}
 
 
-def mentions(captions: list[str], objects: list[list[str]], vocabulary) -> list[Mentions]:
-    """What each caption names. Longer words come first ("hot dog" is no dog); a plural in -s or -es counts.
+def mentions(captions: list[str], objects: list[list[str]], vocabulary: Vocabulary) -> list[Mentions]:
+    """Find the objects that each caption mentions.
+
+    The longest word wins: "hot dog" does not mention a dog. Plurals in -s and -es are matched too.
 
     Args:
-        captions: N texts.
-        objects: N lists, what each image shows: names or synonyms.
-        vocabulary: all objects that are looked for; see ``vocabulary_of``.
+        captions: N captions.
+        objects: N lists of the objects that each image shows, by name or synonym.
+        vocabulary: the objects to look for; see ``vocabulary_of``.
     """
     names = vocabulary_of(vocabulary)
     words = "|".join(re.escape(word) for word in sorted(names, key=len, reverse=True))
@@ -48,14 +52,15 @@ def _objects(value: object) -> list[str]:
 
 
 @pure(_objects)
-def chair(captions: list[str], objects: list[list[str]], *, vocabulary) -> list[float]:
-    """1 - CHAIR_i: the share of the objects a caption names that the image shows. 0 where it names none: silence does not pay.
+def chair(captions: list[str], objects: list[list[str]], *, vocabulary: Vocabulary) -> list[float]:
+    """1 - CHAIR_i: the share of the objects in a caption that the image shows; 0 for a caption without objects.
 
-    CHAIR counts every mention; here an object counts once, however often a caption names it.
-    Source: https://arxiv.org/abs/1809.02156
+    CHAIR counts every mention. This function counts each object once, however often the caption mentions it.
 
     Args:
-        captions, objects, vocabulary: as in ``mentions``.
+        captions, objects, vocabulary: see ``mentions``.
+
+    Source: https://arxiv.org/abs/1809.02156
     """
     found = mentions(captions, objects, vocabulary)
     return [1 - len(f.hallucinated) / len(f.mentioned) if f.mentioned else 0.0 for f in found]

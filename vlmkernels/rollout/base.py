@@ -1,62 +1,264 @@
-"""What the trainer samples with: a rollout engine, chosen by ``use_vllm`` and ``vllm_mode``. See docs/rollout.md."""
+"""The interface of rollout engines: sampling options, the base class of engines and the completions that they return.
 
-from collections.abc import Callable
-from typing import Any, Protocol
+See docs/rollout.md. ``make_engine`` in ``vlmkernels.rollout.make`` builds the engine of a run.
+"""
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from vlmkernels.data.samples import Sample
-from vlmkernels.models.inputs import Batch
-from vlmkernels.rollout.generate import Generate, Rollout
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from vlmkernels.data.samples import Sample, tokenizer_of
+from vlmkernels.models.families import media_token_ids
+from vlmkernels.models.group import ScoringBatch, cut_packs, pack_groups, pad_completions, prompt_positions
+from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
+from vlmkernels.models.inputs import ModelInputs
 
 
 class RolloutError(RuntimeError):
-    """A rollout engine cannot be trusted or reached any more; the message says why."""
+    """A rollout engine failed or returned results that training cannot use; the message says why."""
 
 
-class Engine(Protocol):
-    """``Generate`` samples with the model itself and needs neither samples nor ``synchronise``; both vLLM engines need both."""
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled. Names and meanings are those of ``transformers.GenerationConfig``.
 
-    def synchronise(self, model, step: int) -> dict[str, float]:
-        """Give the engine the model's weights of this optimiser step, unless it has them, and check that it got them: metrics.
+    Args:
+        max_new_tokens: maximum number of tokens of a completion.
+        eos_token_id: tokens that end a completion. Default: the end-of-sequence tokens of the tokenizer and of the model's
+            generation config.
+        pad_token_id: token that pads completions on the right. Default: the padding token of the tokenizer.
+        temperature: 0 is greedy decoding.
+        top_k: sample from the ``top_k`` most probable tokens. 0 keeps all tokens.
+        top_p: sample from the most probable tokens whose probabilities add up to ``top_p``. 1 keeps all tokens.
+        min_p: drop tokens less probable than ``min_p`` times the most probable token.
+        repetition_penalty: above 1, tokens that occurred before become less probable. 1 is off.
+        min_new_tokens: minimum number of tokens before an end-of-sequence token can be sampled.
+        suppress_tokens: tokens that are never sampled. Engines add the image and video tokens of the model.
+        stop_strings: a completion ends with the token that completes one of them.
+        generation_kwargs: further arguments of ``GenerationConfig``. Only ``model.generate`` supports them.
 
-        Every process calls it. Under FSDP2 the model's parameters are whole (``vlmkernels.train.parallel.gathered``).
+    Raises:
+        ValueError: a value is out of range, or ``generation_kwargs`` has a name that ``GenerationConfig`` does not have.
+    """
+
+    max_new_tokens: int
+    eos_token_id: Sequence[int] | None = None
+    pad_token_id: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    suppress_tokens: Sequence[int] = ()
+    stop_strings: Sequence[str] = ()
+    generation_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be None or in [0, 1], got {self.min_p}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+        if isinstance(self.stop_strings, str):
+            raise ValueError(f"stop_strings must be a list of strings, got {self.stop_strings!r}")
+        if not all(self.stop_strings):
+            raise ValueError(f"stop_strings must hold no empty string, got {self.stop_strings}")
+        if self.generation_kwargs:
+            self._check_generation_kwargs()
+
+    def _check_generation_kwargs(self) -> None:
+        defaults = GenerationConfig()
+        unknown = [name for name in self.generation_kwargs if not hasattr(defaults, name)]
+        if unknown:
+            raise ValueError(f"generation_kwargs must hold only arguments of GenerationConfig, got {', '.join(unknown)}")
+        reserved = sorted(self.generation_kwargs.keys() & {*self.names(), "do_sample"})
+        if reserved:
+            raise ValueError(f"generation_kwargs must not hold do_sample or fields of Sampling, got {', '.join(reserved)}")
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """Return the names of the fields that are arguments of ``GenerationConfig``: all except ``generation_kwargs``."""
+        return {f.name for f in fields(cls)} - {"generation_kwargs"}
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> "Sampling":
+        """Build from arguments of ``GenerationConfig``.
+
+        A value of None selects the default. ``eos_token_id`` may be an int. Arguments without a field of their own go to
+        ``generation_kwargs``.
         """
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        own = {name: given.pop(name) for name in cls.names() & given.keys()}
+        if isinstance(eos := own.get("eos_token_id"), int):
+            own["eos_token_id"] = [eos]
+        return cls(**own, generation_kwargs=given)
 
+    def for_model(self, model: PreTrainedModel, processor: Any) -> "Sampling":
+        """Fill in ``eos_token_id`` and ``pad_token_id`` and add the image and video tokens to ``suppress_tokens``.
+
+        Raises:
+            ValueError: neither the tokenizer nor the model's generation config has a token that ends a completion.
+        """
+        tokenizer, eos = tokenizer_of(processor), self.eos_token_id
+        if eos is None:
+            declared = model.generation_config.eos_token_id
+            declared = declared if isinstance(declared, (list, tuple)) else [declared]
+            eos = [token for token in dict.fromkeys([tokenizer.eos_token_id, *declared]) if token is not None]
+            if not eos:
+                raise ValueError("eos_token_id must be set, or be in the tokenizer or the model's generation config, got None")
+        return replace(
+            self,
+            eos_token_id=list(eos),
+            pad_token_id=tokenizer.pad_token_id if self.pad_token_id is None else self.pad_token_id,
+            suppress_tokens=[*media_token_ids(model.config, processor), *self.suppress_tokens],
+        )
+
+    def at(self, temperature: float) -> "Sampling":
+        """Return a copy with another temperature."""
+        return replace(self, temperature=temperature)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether top_p, top_k or min_p excludes tokens."""
+        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p)
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether anything but the temperature and suppress_tokens changes the probabilities that tokens are sampled with."""
+        return self.truncates or self.repetition_penalty != 1 or self.min_new_tokens > 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B sampled completions of P prompts.
+
+    Args:
+        prompts: the P prompts, each once.
+        group: (B,) int64 on the CPU, the prompt of each completion.
+        completion_ids: (B, C) int64, right-padded.
+        completion_mask: (B, C) bool, the tokens of each completion up to and with the token that ended it.
+        truncated: (B,) bool, whether a completion reached ``max_new_tokens`` without ending.
+        logps: (B, C) fp32, log-probabilities of the sampled tokens under the model at the temperature, over the whole
+            vocabulary. NaN for tokens without a value; None if the engine returns no log-probabilities.
+        log_kept_mass: (B, C) fp32, log of the total probability of the tokens that sampling did not exclude; see ``Decoded``.
+            None if the engine does not return it.
+    """
+
+    prompts: ModelInputs
+    group: torch.Tensor
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    truncated: torch.Tensor
+    logps: torch.Tensor | None = None
+    log_kept_mass: torch.Tensor | None = None
+
+    def token_ids(self) -> list[list[int]]:
+        """Return the token ids of each completion, without padding."""
+        rows = zip(self.completion_ids.cpu(), self.completion_mask.cpu(), strict=True)
+        return [ids[mask].tolist() for ids, mask in rows]
+
+    def parts(self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int) -> list[torch.Tensor]:
+        """Split completions into parts of at most ``max_tokens`` tokens, as ``packed`` (or ``padded``) lays them out.
+
+        Args:
+            samples: the completions to split.
+            max_tokens: token budget of a part; None for one part.
+            shared: whether completions share their prompt (``packed``).
+            hidden_size: hidden size of the model, from which ``cut_packs`` computes the cost of a pack.
+
+        Returns:
+            The indices of each part's completions, (n,) int64.
+
+        Raises:
+            ValueError: a prompt and one completion exceed ``max_tokens``.
+        """
+        chosen = torch.arange(len(self.group))[samples]
+        if max_tokens is None:
+            return [chosen]
+        prefixes = self.prompts.inputs["attention_mask"].sum(1).tolist()
+        group, lengths = self.group[samples].tolist(), self.completion_mask[samples].sum(1).tolist()
+        if shared:
+            return [chosen[pack] for pack in cut_packs(prefixes, group, lengths, max_tokens, hidden_size)]
+        prefix, length = max(prefixes[index] for index in group), max(lengths)
+        if prefix + length > max_tokens:
+            raise ValueError(
+                f"max_tokens_per_microbatch must be at least {prefix + length}, a prompt of {prefix} tokens and a completion "
+                f"of {length}, got {max_tokens}"
+            )
+        return list(chosen.tensor_split(-(-len(chosen) // (max_tokens // (prefix + length)))))
+
+    def padded(self, samples: torch.Tensor) -> ScoringBatch:
+        """Return completions as padded rows, each after its own copy of the prompt, without columns that are all padding."""
+        width = int(self.completion_mask[samples].any(0).sum())
+        ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
+        return pad_completions(self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, mask)
+
+    def packed(self, samples: torch.Tensor, model: PreTrainedModel) -> ScoringBatch:
+        """Return completions packed by group, after one shared prompt per group. ``model`` computes the position ids."""
+        chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
+        prompts = self.prompts.select(chosen)
+        positions = prompt_positions(model, prompts.inputs)
+        inputs = deduplicate_images(prompts) if accepts_image_features(model) else prompts.inputs
+        return pack_groups(inputs, positions, group, self.completion_ids[samples], self.completion_mask[samples])
+
+
+class Engine(ABC):
+    """Samples completions of prompts.
+
+    Attributes:
+        shares_prefix: whether the engine runs the trainer's model once per prompt for all its completions.
+        returns_logps: whether rollouts have log-probabilities at the temperature of training, as a rollout correction needs.
+    """
+
+    shares_prefix: bool = False
+    returns_logps: bool = False
+
+    def sync_weights(self, model: PreTrainedModel, step: int) -> dict[str, float]:
+        """Update the engine's weights to those of ``model`` and return metrics of the update.
+
+        A no-op if the engine samples with ``model`` itself, or has the weights of ``step`` already. Every rank must call it.
+        Under FSDP2 the parameters of ``model`` must be gathered (``vlmkernels.train.parallel.gathered``).
+
+        Args:
+            model: the policy.
+            step: number of optimizer steps done.
+
+        Raises:
+            RolloutError: the update failed, or the engine's weights differ from the model's after it.
+        """
+        return {}
+
+    @abstractmethod
     def __call__(
-        self, model, prompts: Batch, num_generations: int, temperature: float, samples: list[Sample] | None = None
+        self,
+        model: PreTrainedModel,
+        prompts: ModelInputs,
+        num_generations: int,
+        temperature: float,
+        samples: list[Sample] | None = None,
     ) -> Rollout:
-        """Completions of ``prompts``, which are the encoded ``samples``; those of a prompt follow one another. Temperature 0 is
-        greedy."""
+        """Sample completions.
 
+        Args:
+            model: the policy, with the same weights as in the last call of ``sync_weights``.
+            prompts: P encoded prompts.
+            num_generations: completions per prompt.
+            temperature: 0 is greedy decoding.
+            samples: the P samples that ``prompts`` encodes. Only the vLLM engines need them.
 
-def make_engine(model, processor, args, accelerator: Accelerator) -> Engine:
-    """The engine that ``args`` ask for. Options that it cannot honour, an unreachable server and one of another model are
-    refused here, on every process."""
-    if not args.use_vllm:
-        return Generate(model, processor, args)
-    if args.vllm_mode == "server":
-        from vlmkernels.rollout.vllm.server import VLLMServer as VLLM
-    else:
-        from vlmkernels.rollout.vllm.colocate import VLLMColocate as VLLM
-    return VLLM(model, processor, args, accelerator)
-
-
-def on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
-    """What ``function()`` returns on the main process, or what it raises there, on every process."""
-    outcome = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    if accelerator.num_processes > 1:
-        # As text: not every exception survives pickling.
-        sent = [outcome[0], outcome[1] and f"{type(outcome[1]).__name__} on the main process: {outcome[1]}"]
-        broadcast_object_list(sent)
-        if not accelerator.is_main_process:
-            outcome = [sent[0], sent[1] and RolloutError(sent[1])]
-    if outcome[1]:
-        raise outcome[1]
-    return outcome[0]
+        Returns:
+            P * num_generations completions; those of a prompt are consecutive.
+        """

@@ -1,8 +1,8 @@
-"""Checkpoints: written aside, then renamed, so that a folder ``checkpoint-N`` is whole at every moment.
+"""Atomic checkpoints: a folder ``checkpoint-N`` is complete at every moment.
 
-A checkpoint is written into ``.checkpoint-N.partial``, flushed to the disk, and renamed. Its last file, ``vlmkernels.json``,
-lists all others with their sizes: where it is there, so are they. A run that is killed, or whose disk is full, leaves the
-checkpoints that it had. What ``transformers`` writes into a checkpoint, and how it reads it, is unchanged.
+A checkpoint is written to ``.checkpoint-N.partial``, flushed to the disk, and renamed. The file that is written last,
+``vlmkernels.json``, lists all other files with their sizes. If a run is killed or its disk is full, its earlier checkpoints
+remain. The files that ``transformers`` writes into a checkpoint are unchanged.
 """
 
 import json
@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -24,23 +25,28 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from vlmkernels.ops.checks import require
-from vlmkernels.train.faults import first_of_all
+from vlmkernels.models.families import Family
+from vlmkernels.train.config import GRPOConfig
+from vlmkernels.train.experience import Experience
+from vlmkernels.train.faults import first_error
 from vlmkernels.version import __version__
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "vlmkernels.json"
-FORMAT = 1  # of a checkpoint's files; a reader refuses a greater one
-CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # open and rename; torch.save; safetensors
+FORMAT = 2  # of a checkpoint's files; checkpoints of a later format raise an error
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of open and rename, torch.save, safetensors
 
 
 # Reading
 
 
 def is_complete(checkpoint: str | os.PathLike) -> bool:
-    """Whether training can go on from this folder: every file that its manifest lists is there, whole. One without a manifest,
-    written by ``transformers.Trainer``, needs a trainer state, which comes last, and random states."""
+    """Whether training can resume from this folder: every file in its manifest exists with the listed size.
+
+    A checkpoint of ``transformers.Trainer`` has no manifest. It needs a trainer state, which is written last, and random
+    states.
+    """
     folder = Path(checkpoint)
     try:
         json.loads((folder / TRAINER_STATE_NAME).read_text())
@@ -53,7 +59,7 @@ def is_complete(checkpoint: str | os.PathLike) -> bool:
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
-    """By their steps."""
+    """Return the checkpoint folders by step."""
     found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     return {int(step): folder for folder in found if (step := folder.name.rpartition("-")[2]).isdecimal()}
 
@@ -63,15 +69,16 @@ def _partials(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The complete checkpoint in ``output_dir`` that was written last, perhaps of a lower step than an earlier run's.
+    """Return the complete checkpoint in ``output_dir`` that was written last, or None.
 
-    One that was whole when the run was killed, but not renamed yet, is renamed now.
+    Its step may be lower than that of an earlier run's checkpoint. A complete checkpoint that was not yet renamed when the run
+    was killed is renamed first.
     """
     for partial in _partials(output_dir):
         if (partial / MANIFEST).exists() and is_complete(partial):
             try:
                 _publish(partial)
-            except FileNotFoundError:  # another process was faster
+            except FileNotFoundError:  # another process renamed it
                 continue
     return _last_complete(output_dir)
 
@@ -82,19 +89,26 @@ def _last_complete(output_dir: str | os.PathLike) -> str | None:
 
 
 def _by_age(output_dir: str | os.PathLike) -> list[Path]:
-    """Checkpoints in the order in which they were written; those that do not tell when come first, by their steps."""
+    """Return checkpoints in the order in which they were written. Those without a time come first, by step."""
 
-    def written(folder: Path) -> float:
+    def time_written(folder: Path) -> float:
         try:
             return float(json.loads((folder / MANIFEST).read_text()).get("time", 0))
         except (OSError, ValueError):
             return 0.0
 
-    return [folder for _, folder in sorted(_checkpoints(output_dir).items(), key=lambda item: (written(item[1]), item[0]))]
+    return [folder for _, folder in sorted(_checkpoints(output_dir).items(), key=lambda item: (time_written(item[1]), item[0]))]
 
 
 def find_checkpoint(resume: str | bool, output_dir: str | os.PathLike) -> str:
-    """The checkpoint that ``resume_from_checkpoint`` means: True = the last complete one of ``output_dir``."""
+    """Return the checkpoint that ``resume_from_checkpoint`` names.
+
+    Args:
+        resume: the folder of a checkpoint, or True for the last complete checkpoint in ``output_dir``.
+
+    Raises:
+        ValueError: there is no complete checkpoint.
+    """
     if resume is True:
         found = last_complete_checkpoint(output_dir)
         if found is None:
@@ -106,66 +120,119 @@ def find_checkpoint(resume: str | bool, output_dir: str | os.PathLike) -> str:
 
 
 def check_checkpoint(checkpoint: str | os.PathLike, model: PreTrainedModel, processes: int) -> None:
-    """Raise where this version, this model or this number of processes cannot go on from a checkpoint."""
+    """Check that a checkpoint can be resumed by this version, with this model and this number of processes.
+
+    Raises:
+        ValueError: it cannot.
+    """
     folder, name = Path(checkpoint), f"resume_from_checkpoint {checkpoint}"
     manifest = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).exists() else {"format": FORMAT}
-    written = f"{manifest['format']}, written by vlmkernels {manifest.get('vlmkernels')}"
-    require(manifest["format"] <= FORMAT, name, f"have a format that vlmkernels {__version__} knows, at most {FORMAT}", written)
-    saved, own = manifest.get("model_type", model.config.model_type), model.config.model_type
-    require(saved == own, name, f"be of the model that is trained, a {own}", f"a {saved}")
-    adapters, has = is_peft_model(model), (folder / "adapter_config.json").exists()
-    kinds = {True: "adapters of a model", False: "a whole model"}
-    require(adapters == has, name, f"hold what is trained, {kinds[adapters]}", kinds[has])
-    if adapters and not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # cut by ZeRO-3
+    if manifest["format"] > FORMAT:
+        raise ValueError(
+            f"{name} must have a format that vlmkernels {__version__} can read, at most {FORMAT}, got {manifest['format']}, "
+            f"written by vlmkernels {manifest.get('vlmkernels')}"
+        )
+    model_type = model.config.model_type
+    if (saved_type := manifest.get("model_type", model_type)) != model_type:
+        raise ValueError(f"{name} must be of a model of type {model_type}, which is trained, got {saved_type}")
+    has_adapters = (folder / "adapter_config.json").exists()
+    if is_peft_model(model) and not has_adapters:
+        raise ValueError(f"{name} must hold LoRA adapters, which are trained, got a checkpoint of a whole model")
+    if has_adapters and not is_peft_model(model):
+        raise ValueError(f"{name} must hold a whole model, which is trained, got a checkpoint of LoRA adapters")
+    is_zero3_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if has_adapters and not is_zero3_sharded:
         from peft import get_peft_model_state_dict, load_peft_weights
 
-        _check_parameters(name, get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu"))
-    batches = len(list(folder.glob("experience_*.pt")))
-    rule = f"be from between two generation batches to go on with {processes} processes"
-    require(batches in (0, processes), name, rule, f"one within the generation batch of {batches}")
+        _check_shapes(name, get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu"))
+    saved_by = len(list(folder.glob("experience_*.pt")))
+    if saved_by not in (0, processes):
+        raise ValueError(
+            f"{name} was saved mid-batch by {saved_by} processes: resume with {saved_by} processes, got {processes}"
+        )
+    if saved_by and manifest["format"] != FORMAT:
+        raise ValueError(
+            f"{name} was saved mid-batch by vlmkernels {manifest['vlmkernels']}: resume with that version, got {__version__}"
+        )
 
 
-def _check_parameters(name: str, own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
+def _check_shapes(name: str, own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> None:
+    """Check that the parameters of the model and of a checkpoint have the same names and shapes."""
     own, saved = ({key: tuple(value.shape) for key, value in state.items()} for state in (own, saved))
     for key in sorted(own.keys() | saved.keys()):
-        sizes = f"a {key} of the size {own.get(key)}", saved.get(key)
-        require(own.get(key) == saved.get(key), name, f"be of the model that is trained, with {sizes[0]}", sizes[1])
+        if own.get(key) != saved.get(key):
+            raise ValueError(f"{name} must have a parameter {key} of shape {own.get(key)}, got {saved.get(key)}")
 
 
 def load_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
-    """Give the model, sharded or not, the checkpoint's weights, all of them.
+    """Load all weights of a checkpoint into the model, which may be sharded by FSDP2.
 
-    ``Trainer`` reads the file without the renaming that ``save_pretrained`` did and passes over what does not fit: a
-    Qwen2.5-VL would go on with its initial weights and a warning.
+    ``Trainer`` reads the file without the key renaming of ``save_pretrained`` and skips keys that do not match: a Qwen2.5-VL
+    would continue with its initial weights and a warning.
     """
-    kind = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # which fully_shard derives from it
-    saved = kind.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
-    _check_parameters(f"checkpoint {checkpoint}", model.state_dict(), saved)
+    model_class = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))  # fully_shard derives a class
+    saved = model_class.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
+    _check_shapes(f"checkpoint {checkpoint}", model.state_dict(), saved)
     set_model_state_dict(model, saved, options=StateDictOptions(full_state_dict=True, strict=True))
 
 
-def experience_path(checkpoint: str | os.PathLike, process: int) -> Path:
+def _experience_path(checkpoint: str, process: int) -> Path:
     return Path(checkpoint) / f"experience_{process}.pt"
 
 
-def save_experience(experience, checkpoint: str, process: int) -> None:
-    torch.save(experience.state_dict(), experience_path(checkpoint, process))
+def save_experience(experience: Experience, checkpoint: str, process: int) -> None:
+    """Add the generation batch in use to a checkpoint, so that a resumed run continues it."""
+    torch.save(experience.state_dict(), _experience_path(checkpoint, process))
 
 
-def load_experience(checkpoint: str, process: int) -> dict | None:
-    """The generation batch that was in use when the checkpoint was written; None where it was used up."""
-    path = experience_path(checkpoint, process)
-    return torch.load(path, weights_only=True) if path.exists() else None
+def load_experience(checkpoint: str, process: int, family: Family, args: GRPOConfig) -> Experience | None:
+    """Load the generation batch in use when the checkpoint was written, or None if the batch was used up.
+
+    Raises:
+        ValueError: the batch was made with other arguments.
+    """
+    path = _experience_path(checkpoint, process)
+    if not path.exists():
+        return None
+    experience = Experience.from_state_dict(torch.load(path, weights_only=True), family, args.device)
+    experience.check_arguments(args, checkpoint)
+    return experience
+
+
+class CheckpointedTrainer(Trainer):
+    """A ``Trainer`` with the checkpoints of this module."""
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # Trainer would take one more step if a finished run is resumed
+            super()._run_epoch(**arguments)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_peft_model(self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if is_peft_model(self.model) or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            load_weights(self.model, self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save_checkpoint(self, self._get_output_dir(trial), skip=self.args.on_save_error == "skip")
 
 
 # Writing
 
 
 def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
-    """Write the checkpoint of this step, with all processes.
+    """Write the checkpoint of this step. Every process calls it, and runs all collectives even if a write failed.
 
-    Where any of them fails to write, what was written is removed, and all of them raise ``OSError``, or with ``skip`` warn and
-    go on. Every collective operation is run whatever failed before it.
+    Args:
+        skip: whether to log a warning instead of raising if the checkpoint cannot be written.
+
+    Raises:
+        OSError: a process could not write its files. The partial checkpoint is removed.
     """
     state, writes = trainer.state, trainer.args.should_save
     final = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -182,7 +249,7 @@ def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
         [lambda: _publish(partial)] if writes else [],
     )
     for stage in stages:
-        error = first_of_all(trainer.accelerator, _attempt(stage, at_once=trainer.is_deepspeed_enabled))
+        error = first_error(trainer.accelerator, _attempt(stage, raise_at_once=trainer.is_deepspeed_enabled))
         if error is not None:
             break
     if error is not None:
@@ -193,7 +260,7 @@ def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
         text = f"{final} could not be written ({error}; {free:.1f} GiB are free); the last complete checkpoint is {last}"
         if not skip:
             raise OSError(text)
-        logger.warning("%s. Training goes on (on_save_error='skip')", text)
+        logger.warning("%s. Training continues (on_save_error='skip')", text)
         return
     if trainer.args.push_to_hub:
         trainer._push_from_checkpoint(str(final))
@@ -201,29 +268,32 @@ def save_checkpoint(trainer: Trainer, output_dir: str, skip: bool) -> None:
         _rotate(final, state.best_model_checkpoint, trainer.args.save_total_limit)
 
 
-def _attempt(parts: Iterable[Callable[[], None]], at_once: bool) -> str | None:
-    """Do all of them, whatever fails; what went wrong first. at_once: raise it, since DeepSpeed's part is several, with
-    collective operations between them."""
+def _attempt(parts: Iterable[Callable[[], None]], raise_at_once: bool) -> str | None:
+    """Run all parts even if one fails, and return the first error.
+
+    Args:
+        raise_at_once: raise the first error, because a part of DeepSpeed's writes and runs collectives in turn.
+    """
     first = None
     for part in parts:
         try:
             part()
-        except CANNOT_WRITE as error:
-            if at_once:
+        except WRITE_ERRORS as error:
+            if raise_at_once:
                 raise
             first = first or f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return first
 
 
 def _prepare(partial: Path) -> None:
-    """What a killed run left goes first: it may fill the disk."""
+    """Create the folder, after removing what a killed run left, which may fill the disk."""
     for folder in _partials(partial.parent):
         _discard(folder)
     partial.mkdir(parents=True)
 
 
 def _parts(trainer: Trainer, folder: str) -> Iterator[Callable[[], None]]:
-    """What ``Trainer._save_checkpoint`` writes, in parts of which none has a collective operation after it began to write."""
+    """Yield the writes of ``Trainer._save_checkpoint`` in parts; within a part, all collectives run before the first write."""
     if trainer.hp_search_backend is None:
         yield trainer.store_flos
     yield lambda: trainer.save_model(folder, _internal_call=True)
@@ -242,7 +312,7 @@ def _parts(trainer: Trainer, folder: str) -> Iterator[Callable[[], None]]:
 
 
 def _seal(trainer: Trainer, partial: Path) -> None:
-    """The trainer's state and the manifest, when all else is on the disk."""
+    """Write the trainer's state and the manifest, after all other files are on the disk."""
     callbacks = [c for c in [*trainer.callback_handler.callbacks, trainer.control] if isinstance(c, ExportableState)]
     for callback in callbacks:
         states = trainer.state.stateful_callbacks
@@ -262,7 +332,7 @@ def _seal(trainer: Trainer, partial: Path) -> None:
 
 
 def _flush(*paths: Path) -> None:
-    """Have the operating system write files and folders to the disk: some tell only now that it is full."""
+    """Flush files and folders to the disk. Some file systems report only now that the disk is full."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -272,11 +342,11 @@ def _flush(*paths: Path) -> None:
 
 
 def _publish(partial: Path) -> None:
-    """Give a whole checkpoint its name; one of that name, of an earlier run, goes first."""
+    """Rename a complete checkpoint to its final name, replacing a checkpoint of an earlier run."""
     final = partial.with_name(partial.name[1:].removesuffix(".partial"))
     try:
         partial.rename(final)
-    except FileNotFoundError:  # another process gave it its name: nothing may be removed now
+    except FileNotFoundError:  # another process renamed it: nothing may be removed now
         raise
     except OSError:
         _discard(final)
@@ -285,14 +355,14 @@ def _publish(partial: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder, first what makes it count."""
+    """Remove a checkpoint, starting with the files that make it complete."""
     for name in (TRAINER_STATE_NAME, MANIFEST):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rotate(newest: Path, best: str | None, limit: int | None) -> None:
-    """Keep at most ``limit`` checkpoints, the newest and the best among them."""
+    """Remove the oldest checkpoints beyond ``limit``, but not the newest and the best."""
     if not limit or limit < 0:
         return
     kept = {newest, *([Path(best)] if best else [])}

@@ -1,39 +1,47 @@
 """The configuration of GRPO training: TRL's field names, on top of ``transformers.TrainingArguments``."""
 
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from transformers import GenerationConfig, TrainingArguments
+import torch
+from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmkernels.data.images import ImageLimits
-from vlmkernels.ops.checks import require, require_one_of, require_positive
+from vlmkernels.ops.checks import require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
-from vlmkernels.rollout.decode import Sampling
+from vlmkernels.rollout.base import Sampling
+from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
 
 
 # ruff: noqa: RUF009 (_field is dataclasses.field)
-def _field(default, help: str):
+def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class GRPOConfig(TrainingArguments):
-    """Arguments of ``GRPOTrainer``. Names, meanings and defaults are those of ``trl.GRPOConfig`` 1.16, except that
+    """Arguments of ``GRPOTrainer``. Names, meanings and defaults are those of ``trl.GRPOConfig`` 1.16, with these differences:
 
-    - bf16 is on by default only where the GPU supports it, and gradient checkpointing is off, as in ``TrainingArguments``;
-    - each process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation;
-    - importance_sampling_level and epsilon_high default to what suits the loss_type;
-    - num_completions_to_print is 64 (None: all);
-    - the rollout_* fields serve every engine, and stand for vllm_importance_sampling_* (docs/mismatch.md); off by default;
-    - vLLM's server is given by its URL; vllm_request_timeout, vllm_weights_dir and vllm_fingerprint_tolerance are new;
+    - bf16 is on by default only if the GPU supports it. Gradient checkpointing is off, as in ``TrainingArguments``.
+    - Every process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation.
+    - The defaults of importance_sampling_level and epsilon_high depend on loss_type.
+    - num_completions_to_print is 64; None stores all completions.
+    - The rollout_* fields replace vllm_importance_sampling_* and work with every engine. They are off by default; see
+      docs/mismatch.md.
+    - vllm_server_base_url is the only address of a vLLM server. vllm_request_timeout, vllm_weights_dir and
+      vllm_fingerprint_tolerance are new.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
-      on_nonfinite and the limits of images are new;
-    - fields of TRL's that are not listed do not exist: every field here is honoured.
+      on_nonfinite, max_image_pixels, max_image_bytes and allow_image_urls are new.
+    - Fields of TRL that are not listed here do not exist.
+
+    Raises:
+        ValueError: a value is out of range, or two values are incompatible.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
@@ -43,98 +51,94 @@ class GRPOConfig(TrainingArguments):
         "chat_template_kwargs",
     ]
 
-    learning_rate: float = _field(1e-6, "The initial learning rate.")
-    logging_steps: float = _field(10, "Log every this many steps; below 1, a share of all steps.")
-    bf16: bool | None = _field(None, "bfloat16 mixed precision; by default on where the GPU supports it and fp16 is off.")
-    resume_from_checkpoint: str | None = _field(
-        None, "On the command line: a checkpoint's folder, or 'last' for the last complete one in output_dir."
-    )
-    remove_unused_columns: bool | None = _field(False, "Give reward functions the prompt and image columns alone.")
+    learning_rate: float = _field(1e-6, "Initial learning rate.")
+    logging_steps: float = _field(10, "Number of optimizer steps between logs. A value below 1 is a fraction of all steps.")
+    bf16: bool | None = _field(None, "Use bfloat16 mixed precision. By default on if the GPU supports it and fp16 is off.")
+    resume_from_checkpoint: str | None = _field(None, "On the command line: a checkpoint, or 'last' for the last complete one.")
+    remove_unused_columns: bool | None = _field(False, "Pass only prompts and images to reward functions, no other columns.")
 
-    model_init_kwargs: dict[str, Any] | str | None = _field(None, "Arguments of from_pretrained, for a model given by path.")
-    disable_dropout: bool = _field(False, "Set every dropout probability of the model to 0.")
+    model_init_kwargs: dict[str, Any] | str | None = _field(None, "from_pretrained arguments, if the model is given by path.")
+    disable_dropout: bool = _field(False, "Set all dropout probabilities of the model to 0.")
 
-    num_generations: int = _field(8, "Completions per prompt, at least 2.")
+    num_generations: int = _field(8, "Number of completions per prompt, at least 2.")
     num_generations_eval: int | None = _field(None, "Completions per prompt in evaluation; by default num_generations.")
-    max_completion_length: int = _field(512, "The most tokens of a completion.")
+    max_completion_length: int = _field(512, "Maximum number of tokens of a completion.")
     shuffle_dataset: bool = _field(True, "Visit the training prompts in a new random order in each epoch.")
-    generation_batch_size: int | None = _field(None, "Completions sampled at a time, over all processes.")
-    steps_per_generation: int | None = _field(
-        None, "Micro-batches sampled at a time; by default gradient_accumulation_steps. Excludes generation_batch_size."
-    )
-    temperature: float = _field(1.0, "Sampling temperature; log-probabilities are taken at it.")
-    eval_temperature: float | None = _field(None, "Temperature in evaluation, 0 = greedy; by default temperature.")
-    top_p: float = _field(1.0, "Sample among the most probable tokens that hold this probability.")
-    top_k: int = _field(0, "Sample among this many most probable tokens; 0 = all.")
-    min_p: float | None = _field(None, "Drop tokens less probable than this times the most probable one.")
-    repetition_penalty: float = _field(1.0, "Above 1, tokens that occurred before become less probable.")
-    max_num_seqs: int | None = _field(None, "The most completions decoded at a time; by default all of a generation batch.")
+    generation_batch_size: int | None = _field(None, "Completions per generation batch; by default for steps_per_generation.")
+    steps_per_generation: int | None = _field(None, "Micro-batches per generation batch; by default those of one step.")
+    temperature: float = _field(1.0, "Sampling temperature. Log-probabilities in the loss use it too.")
+    eval_temperature: float | None = _field(None, "Temperature in evaluation, 0 for greedy decoding; by default temperature.")
+    top_p: float = _field(1.0, "Sample from the most probable tokens whose probabilities add up to top_p. 1 keeps all tokens.")
+    top_k: int = _field(0, "Sample from the top_k most probable tokens. 0 keeps all tokens.")
+    min_p: float | None = _field(None, "Drop tokens less probable than min_p times the most probable one; by default none.")
+    repetition_penalty: float = _field(1.0, "Above 1, tokens that occurred before become less probable; 1 is off.")
+    max_num_seqs: int | None = _field(None, "Maximum completions decoded at the same time; by default the whole batch.")
     generation_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of apply_chat_template.")
 
-    use_vllm: bool = _field(False, "Sample with vLLM.")
-    vllm_mode: str = _field("colocate", "vLLM as a server, or in the trainer's process: server, colocate.")
-    vllm_server_base_url: str = _field("http://127.0.0.1:8000", "server: its URL.")
-    vllm_server_timeout: float = _field(240.0, "server: seconds to wait for it to come up, or to come back.")
-    vllm_request_timeout: float = _field(600.0, "server: seconds for each request, a prompt's completions or an update.")
-    vllm_weights_dir: str | None = _field(
-        None, "The folder that updates of weights go through; vLLM must see it. By default vllm-weights in output_dir."
-    )
+    use_vllm: bool = _field(False, "Sample completions with vLLM.")
+    vllm_mode: str = _field("colocate", "'server' for a separate vLLM server, 'colocate' for vLLM in the trainer's process.")
+    vllm_server_base_url: str = _field("http://127.0.0.1:8000", "URL of the vLLM server.")
+    vllm_server_timeout: float = _field(240.0, "Seconds to wait for the vLLM server to start or to restart.")
+    vllm_request_timeout: float = _field(600.0, "Seconds before a request to the vLLM server, or a weight sync, fails.")
+    vllm_weights_dir: str | None = _field(None, "Folder for weights sent to vLLM; by default vllm-weights in output_dir.")
     vllm_fingerprint_tolerance: float | None = _field(
-        None, "Greatest relative difference between vLLM's and the trainer's log-probabilities of a fixed prompt; by dtype."
-    )
-    vllm_gpu_memory_utilization: float = _field(0.3, "colocate: the share of the GPU's memory that vLLM may use.")
-    vllm_max_model_length: int | None = _field(
-        None, "colocate: the most tokens of prompt and completion; by default the model's."
-    )
-
-    beta: float = _field(0.0, "Weight of the KL term; above 0 a reference model is kept (with LoRA: no copy).")
-    use_bias_correction_kl: bool = _field(True, "Multiply the KL term by the ratio, so that its gradient is unbiased.")
-    kl_estimator: str = _field("k3", "Estimator of the KL divergence: k1, k2, k3.")
-    share_prefix: str = _field("auto", "Run a prompt and its images once for all its completions: auto, true, false.")
-    max_tokens_per_microbatch: int | None = _field(
         None,
-        "Run a micro-batch in parts of at most this many tokens, each prompt counted once a part; by default whole.",
+        "Maximum relative error of vLLM's log-probabilities of a fixed prompt after a weight sync; default by dtype.",
     )
-    num_iterations: int = _field(1, "Optimisation passes over each generation batch.")
-    loss_type: str = _field("dapo", "The objective: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo, vespo.")
-    importance_sampling_level: str | None = _field(None, "Ratio per token or sequence; by default the loss's own.")
-    epsilon: float = _field(0.2, "The ratio is clipped from below at 1 - epsilon.")
-    epsilon_high: float | None = _field(None, "... from above at 1 + epsilon_high, by default epsilon; cispo: at it, 5.")
-    delta: float | None = _field(None, "Also cap the ratio at this (two-sided clipping).")
-    sapo_temperature_pos: float = _field(1.0, "sapo: temperature for advantages > 0.")
-    sapo_temperature_neg: float = _field(1.05, "sapo: temperature for advantages <= 0.")
-    vespo_k_pos: float = _field(2.0, "vespo: exponent for advantages >= 0.")
-    vespo_lambda_pos: float = _field(3.0, "vespo: decay for advantages >= 0.")
-    vespo_k_neg: float = _field(3.0, "vespo: exponent for advantages < 0.")
-    vespo_lambda_neg: float = _field(2.0, "vespo: decay for advantages < 0.")
+    vllm_gpu_memory_utilization: float = _field(0.3, "Fraction of the GPU's memory for vLLM if vllm_mode is 'colocate'.")
+    vllm_max_model_length: int | None = _field(None, "Maximum tokens of a sequence in colocated vLLM; by default the model's.")
+
+    beta: float = _field(0.0, "Weight of the KL term. Above 0 a reference model is needed; with LoRA it is not a copy.")
+    use_bias_correction_kl: bool = _field(True, "Multiply the KL term by the ratio, which makes its gradient unbiased.")
+    kl_estimator: str = _field("k3", "Estimator of the KL divergence: k1, k2 or k3.")
+    share_prefix: str = _field("auto", "Run a prompt and its images once per group: true, false, or auto (if supported).")
+    max_tokens_per_microbatch: int | None = _field(None, "Maximum tokens of a forward pass; by default no maximum.")
+    num_iterations: int = _field(1, "Number of passes over each generation batch.")
+    loss_type: str = _field("dapo", "Loss: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.")
+    importance_sampling_level: str | None = _field(None, "Ratio per 'token' or 'sequence'; by default that of the loss_type.")
+    epsilon: float = _field(0.2, "Clip probability ratios from below at 1 - epsilon.")
+    epsilon_high: float | None = _field(
+        None,
+        "Clip probability ratios from above at 1 + epsilon_high. By default epsilon. The cispo loss clips ratios at "
+        "epsilon_high, by default 5.",
+    )
+    delta: float | None = _field(None, "Upper bound of the unclipped ratio (two-sided clipping); by default no bound.")
+    sapo_temperature_pos: float = _field(1.0, "Temperature of the sapo loss for advantages > 0.")
+    sapo_temperature_neg: float = _field(1.05, "Temperature of the sapo loss for advantages <= 0.")
+    vespo_k_pos: float = _field(2.0, "Exponent k of the vespo loss for advantages >= 0.")
+    vespo_lambda_pos: float = _field(3.0, "Decay lambda of the vespo loss for advantages >= 0.")
+    vespo_k_neg: float = _field(3.0, "Exponent k of the vespo loss for advantages < 0.")
+    vespo_lambda_neg: float = _field(2.0, "Decay lambda of the vespo loss for advantages < 0.")
     rollout_correction: str | None = _field(
         None,
-        "Weight the loss by the ratio of the trainer's policy to the one that sampled: token_truncate, token_mask, "
-        "sequence_truncate, sequence_mask. Its metrics are there without it.",
+        "Weight the loss by the ratio of the trainer's to the engine's probabilities: token_truncate, token_mask, "
+        "sequence_truncate or sequence_mask. By default there is no correction; its metrics are logged anyway.",
     )
-    rollout_clip_min: float | None = _field(None, "rollout_correction: the least ratio that is not truncated or masked.")
-    rollout_clip_max: float | None = _field(3.0, "... and the greatest.")
-    rollout_sequence_ratio: str = _field("sum", "... of a sequence: exp of the sum or of the mean of its log-ratios.")
+    rollout_clip_min: float | None = _field(None, "Lower bound of the correction ratio; by default no bound.")
+    rollout_clip_max: float | None = _field(3.0, "Upper bound of the correction ratio; None for no bound.")
+    rollout_sequence_ratio: str = _field("sum", "Correction ratio of a sequence: exp of the 'sum' or 'mean' of log-ratios.")
     rollout_policy: str = _field(
-        "truncated", "... to the policy that sampled, truncated by top_p, top_k, min_p and bans, or the full one before that."
+        "truncated", "Probabilities in the correction ratio: 'truncated' by top_p, top_k, min_p, or of the 'full' vocabulary."
     )
-    off_policy_mask_threshold: float | None = _field(None, "Leave out bad completions that the policy has moved this far from.")
-    top_entropy_quantile: float = _field(1.0, "The share of tokens, those of greatest entropy, that the loss takes.")
-    entropy_coef: float = _field(0.0, "Weight of an entropy bonus.")
-    scale_rewards: str = _field("group", "Divide advantages by the standard deviation of: group, batch, none.")
-    reward_weights: list[float] | None = _field(None, "A weight per reward function; by default its own, or 1.")
-    mask_truncated_completions: bool = _field(False, "Leave completions that were cut off out of the loss.")
+    off_policy_mask_threshold: float | None = _field(
+        None, "Exclude completions with advantage < 0 whose mean log-ratio (sampling - current policy) is above; default none."
+    )
+    top_entropy_quantile: float = _field(1.0, "Fraction of tokens that enter the loss, those with the highest entropy.")
+    entropy_coef: float = _field(0.0, "Weight of the entropy bonus.")
+    scale_rewards: str = _field("group", "Standard deviation that advantages are divided by: 'group', 'batch' or 'none'.")
+    reward_weights: list[float] | None = _field(None, "Weight per reward function; by default the function's own, or 1.")
+    mask_truncated_completions: bool = _field(False, "Exclude completions cut off at max_completion_length from the loss.")
 
-    on_save_error: str = _field("raise", "A checkpoint that cannot be written (a full disk): raise, skip it.")
-    on_bad_sample: str = _field("raise", "A row that cannot be read (a corrupt image): raise, skip (another takes its place).")
-    on_nonfinite: str = _field("raise", "A loss or gradient that is NaN or infinite: raise, skip the optimiser step.")
-    max_image_pixels: int = _field(ImageLimits.max_pixels, "The most pixels of an image, or of a frame of a video.")
-    max_image_bytes: int = _field(ImageLimits.max_bytes, "The most bytes of an image's file.")
-    allow_image_urls: bool = _field(False, "Fetch images whose path is an http or https address.")
+    on_save_error: str = _field("raise", "What to do if a checkpoint cannot be written: 'raise', or 'skip' it.")
+    on_bad_sample: str = _field("raise", "What to do with an unreadable row: 'raise', or 'skip' to the next row.")
+    on_nonfinite: str = _field("raise", "What to do if a loss or gradient is not finite: 'raise', or 'skip' the step.")
+    max_image_pixels: int = _field(ImageLimits.max_pixels, "Maximum number of pixels of an image or of a video frame.")
+    max_image_bytes: int = _field(ImageLimits.max_bytes, "Maximum size of an image file in bytes.")
+    allow_image_urls: bool = _field(False, "Allow images that are given by an http or https URL, and fetch them.")
 
-    log_completions: bool = _field(False, "Store completions and a page of them at each log, and show them in report_to.")
-    num_completions_to_print: int | None = _field(64, "The most completions stored at a log.")
+    log_completions: bool = _field(False, "Store completions and a page of them at each log, and send them to report_to.")
+    num_completions_to_print: int | None = _field(64, "Maximum number of completions stored at a log. None stores all.")
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -147,6 +151,8 @@ class GRPOConfig(TrainingArguments):
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         self._check_values()
+        self._check_sampling()
+        self._check_correction()
         if self.use_vllm:
             self._check_vllm()
         self._derive_batches()
@@ -154,129 +160,138 @@ class GRPOConfig(TrainingArguments):
         self.image_limits()
 
     def _check_values(self) -> None:
-        require(self.num_generations >= 2, "num_generations", "be >= 2, to compare completions", self.num_generations)
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations must be >= 2, to compare completions, got {self.num_generations}")
         for name in ("num_generations_eval", "max_completion_length", "num_iterations"):
-            require(getattr(self, name) >= 1, name, "be >= 1", getattr(self, name))
-        require(self.temperature > 0, "temperature", "be > 0", self.temperature)
-        require(self.eval_temperature >= 0, "eval_temperature", "be >= 0", self.eval_temperature)
-        require(0 < self.top_p <= 1, "top_p", "be in (0, 1]", self.top_p)
-        require(self.top_k >= 0, "top_k", "be >= 0", self.top_k)
-        require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", "be in [0, 1]", self.min_p)
-        require(self.repetition_penalty > 0, "repetition_penalty", "be > 0", self.repetition_penalty)
-        for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
-            value = getattr(self, name)
-            require(value is None or isinstance(value, dict), name, "map names to values (in JSON)", repr(value))
-        unknown = [name for name in self.generation_kwargs or {} if not hasattr(GenerationConfig(), name)]
-        require(not unknown, "generation_kwargs", "hold arguments of GenerationConfig alone", ", ".join(unknown))
-        fixed = sorted({"temperature", "do_sample"} & (self.generation_kwargs or {}).keys())
-        require(not fixed, "generation_kwargs", "leave these to temperature and eval_temperature", ", ".join(fixed))
-        require(self.max_num_seqs is None or self.max_num_seqs >= 1, "max_num_seqs", "be >= 1", self.max_num_seqs)
-        budget = self.max_tokens_per_microbatch
-        require(budget is None or budget >= 1, "max_tokens_per_microbatch", "be >= 1", budget)
-        rule = "be None with top_entropy_quantile < 1 on several processes, whose parts differ in number"
-        require(
-            budget is None or self.top_entropy_quantile == 1 or self.world_size == 1, "max_tokens_per_microbatch", rule, budget
-        )
-        require(0 <= self.epsilon <= 1, "epsilon", "be in [0, 1]", self.epsilon)
-        self._check_correction()
-        require(self.scale_rewards in SCALES, "scale_rewards", f"be one of {', '.join(SCALES)}", repr(self.scale_rewards))
-        require(self.share_prefix in ("auto", True, False), "share_prefix", "be auto, true or false", repr(self.share_prefix))
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name in ("max_num_seqs", "max_tokens_per_microbatch"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if self.eval_temperature < 0:
+            raise ValueError(f"eval_temperature must be >= 0, got {self.eval_temperature}")
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
+        if self.max_tokens_per_microbatch is not None and self.top_entropy_quantile < 1 and self.world_size > 1:
+            raise ValueError(
+                "max_tokens_per_microbatch must be None with top_entropy_quantile < 1 and several processes, which may split a "
+                f"micro-batch into different numbers of parts, got {self.max_tokens_per_microbatch}"
+            )
+        require_one_of("scale_rewards", self.scale_rewards, SCALES)
+        if self.share_prefix not in ("auto", True, False):
+            raise ValueError(f"share_prefix must be auto, true or false, got {self.share_prefix!r}")
         for name in ("on_save_error", "on_bad_sample", "on_nonfinite"):
             require_one_of(name, getattr(self, name), ON_FAULT)
-        require(not self.auto_find_batch_size, "auto_find_batch_size", "be off: groups must stay whole", True)
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size must be False, because a smaller batch would split groups, got True")
+
+    def _check_sampling(self) -> None:
+        for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} must map names to values (in JSON), got {value!r}")
+        reserved = sorted({"temperature", "do_sample"} & (self.generation_kwargs or {}).keys())
+        if reserved:
+            names = ", ".join(reserved)
+            raise ValueError(
+                f"generation_kwargs must not hold temperature or do_sample: use temperature and eval_temperature, got {names}"
+            )
+        self.sampling()
 
     def _check_correction(self) -> None:
         require_one_of("rollout_policy", self.rollout_policy, ROLLOUT_POLICIES)
-        given = {name: value for name, value in (self.generation_kwargs or {}).items() if value is not None}
-        top_p, top_k, min_p = (given.get(name, getattr(self, name)) for name in ("top_p", "top_k", "min_p"))
-        truncates = top_p < 1 or top_k > 0 or bool(min_p)
-        product = (self.rollout_correction or "").startswith("sequence") and self.rollout_sequence_ratio == "sum"
-        rule = (
-            "be 'mean', or rollout_policy 'full', with a correction per sequence of sampling with top_p, top_k or min_p: the "
-            "product of what they keep of each token vanishes with the length"
-        )
-        vanishes = truncates and product and self.rollout_policy == "truncated"
-        require(not vanishes, "rollout_sequence_ratio", rule, repr(self.rollout_sequence_ratio))
-        rule = "be 'full' with rollout_correction and use_vllm, which does not tell what sampling left of the vocabulary"
-        unknown = self.use_vllm and self.rollout_correction is not None and self.rollout_policy != "full"
-        require(not unknown, "rollout_policy", rule, repr(self.rollout_policy))
+        if self.rollout_correction is None or self.rollout_policy == "full":
+            return
+        if self.use_vllm:
+            raise ValueError(
+                "rollout_policy must be 'full' with rollout_correction and use_vllm, because vLLM does not return the kept "
+                f"probability mass, got {self.rollout_policy!r}"
+            )
+        multiplies = self.rollout_correction.startswith("sequence") and self.rollout_sequence_ratio == "sum"
+        if multiplies and self.sampling().truncates:
+            raise ValueError(
+                "rollout_sequence_ratio must be 'mean', or rollout_policy 'full', with a correction per sequence and top_p, "
+                "top_k or min_p, because the product of the kept probability masses approaches 0 for long completions, "
+                f"got {self.rollout_sequence_ratio!r}"
+            )
 
     def _check_vllm(self) -> None:
-        modes = "server", "colocate"
-        require(self.vllm_mode in modes, "vllm_mode", f"be one of {', '.join(modes)}", repr(self.vllm_mode))
-        url = self.vllm_server_base_url
-        require(url.startswith(("http://", "https://")), "vllm_server_base_url", "begin with http:// or https://", repr(url))
-        for name in ("vllm_server_timeout", "vllm_request_timeout"):
-            require_positive(name, getattr(self, name))
-        share, tolerance = self.vllm_gpu_memory_utilization, self.vllm_fingerprint_tolerance
-        require(0 < share <= 1, "vllm_gpu_memory_utilization", "be in (0, 1]", share)
-        require(tolerance is None or tolerance > 0, "vllm_fingerprint_tolerance", "be None or > 0", tolerance)
-        unknown = sorted((self.generation_kwargs or {}).keys() - Sampling.names())
-        require(not unknown, "generation_kwargs", "hold only what vLLM knows with use_vllm", ", ".join(unknown))
-        rule = (
-            "be 1 with use_vllm and top_p, top_k, min_p, a repetition penalty or min_new_tokens: vLLM tells log-probabilities"
-        )
-        rule += " either before the temperature or after such limits"
-        require(bool(self.vllm_logprobs_modes), "temperature", rule, self.temperature)
-        if self.vllm_mode == "server":
-            rule = "be None with a vLLM server, whose own it is (--max-num-seqs)"
-            require(self.max_num_seqs is None, "max_num_seqs", rule, self.max_num_seqs)
-        else:
-            rule = "be 'server' on several processes"
-            require(self.world_size == 1, "vllm_mode", rule, f"{self.vllm_mode!r} on {self.world_size}")
-
-    @property
-    def sampling_is_restricted(self) -> bool:
-        """Whether tokens are drawn from other probabilities than the model's at the temperature."""
-        options = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        options |= {"repetition_penalty": self.repetition_penalty, "min_new_tokens": 0} | (self.generation_kwargs or {})
-        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
-        return any((options[name] or value) != value for name, value in neutral.items())
-
-    @property
-    def vllm_logprobs_modes(self) -> list[str]:
-        """vLLM's logprobs_mode under which log-probabilities over the whole vocabulary at the temperature can be had, the best
-        first: raw ones are at temperature 1, processed ones of what limits leave."""
-        modes = {"raw_logprobs": self.temperature == 1, "processed_logprobs": not self.sampling_is_restricted}
-        return [mode for mode, serves in modes.items() if serves]
+        self.vllm_config()
+        check_sampling(self.sampling())
+        if self.vllm_mode == "colocate" and self.world_size > 1:
+            raise ValueError(f"vllm_mode must be 'server' on several processes, got 'colocate' on {self.world_size}")
 
     def _derive_batches(self) -> None:
-        """Fill in generation_batch_size and steps_per_generation, each from the other."""
+        """Derive generation_batch_size from steps_per_generation, or the reverse, and check that batches divide evenly."""
         step_size = self.per_device_train_batch_size * self.world_size
         if self.generation_batch_size is None:
             self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
             self.generation_batch_size = self.steps_per_generation * step_size
         elif self.steps_per_generation is None:
-            rule = f"be a multiple of per_device_train_batch_size * processes = {step_size}"
-            require(self.generation_batch_size % step_size == 0, "generation_batch_size", rule, self.generation_batch_size)
+            if self.generation_batch_size % step_size:
+                raise ValueError(
+                    f"generation_batch_size must be a multiple of per_device_train_batch_size * processes = {step_size}, "
+                    f"got {self.generation_batch_size}"
+                )
             self.steps_per_generation = self.generation_batch_size // step_size
-        require(
-            self.generation_batch_size == self.steps_per_generation * step_size,
-            "generation_batch_size",
-            f"equal steps_per_generation * per_device_train_batch_size * processes = {self.steps_per_generation * step_size}",
-            self.generation_batch_size,
-        )
-        local = self.per_device_train_batch_size * self.steps_per_generation
-        rule = f"divide per_device_train_batch_size * steps_per_generation = {local}"
-        require(local % self.num_generations == 0, "num_generations", rule, self.num_generations)
-        reuse, window = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
-        rule = f"divide, or be a multiple of, steps_per_generation * num_iterations = {reuse}"
-        require(reuse % window == 0 or window % reuse == 0, "gradient_accumulation_steps", rule, window)
+        expected = self.steps_per_generation * step_size
+        if self.generation_batch_size != expected:
+            raise ValueError(
+                "generation_batch_size must equal steps_per_generation * per_device_train_batch_size * processes = "
+                f"{expected}, got {self.generation_batch_size}"
+            )
+        local_size = self.per_device_train_batch_size * self.steps_per_generation
+        if local_size % self.num_generations:
+            raise ValueError(
+                f"num_generations must divide per_device_train_batch_size * steps_per_generation = {local_size}, "
+                f"got {self.num_generations}"
+            )
+        window = self.gradient_accumulation_steps
+        if self.steps_per_rollout % window and window % self.steps_per_rollout:
+            raise ValueError(
+                "gradient_accumulation_steps must divide, or be a multiple of, steps_per_generation * num_iterations = "
+                f"{self.steps_per_rollout}, got {window}"
+            )
 
     @property
     def prompts_per_generation(self) -> int:
-        """Prompts that one process samples at a time."""
+        """Number of prompts in the generation batch of one process."""
         return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
 
     @property
     def steps_per_rollout(self) -> int:
-        """Micro-batches (forward and backward passes) between two generations."""
+        """Number of micro-batches that are trained on between two generations."""
         return self.steps_per_generation * self.num_iterations
 
+    def sampling(self) -> Sampling:
+        """Return how completions are sampled in training. ``generation_kwargs`` overrides the fields."""
+        options = {"max_new_tokens": self.max_completion_length, "temperature": self.temperature}
+        options |= {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        options |= {name: value for name, value in (self.generation_kwargs or {}).items() if value is not None}
+        return Sampling.from_kwargs(**options)
+
+    def vllm_config(self) -> VLLMConfig | None:
+        """Return the options of the vLLM engine; None without ``use_vllm``."""
+        if not self.use_vllm:
+            return None
+        shared = {f.name: getattr(self, f"vllm_{f.name}") for f in fields(VLLMConfig) if hasattr(self, f"vllm_{f.name}")}
+        shared["weights_dir"] = self.vllm_weights_dir or os.path.join(self.output_dir, "vllm-weights")
+        return VLLMConfig(
+            **shared,
+            max_num_seqs=self.max_num_seqs,
+            autocast_dtype=torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32,
+            seed=self.seed,
+            num_generations=max(self.num_generations, self.num_generations_eval),
+            chat_template_kwargs=self.chat_template_kwargs or {},
+        )
+
     def image_limits(self) -> ImageLimits:
+        """Return the limits of images."""
         return ImageLimits(self.max_image_pixels, self.max_image_bytes, self.allow_image_urls)
 
     def loss_config(self) -> GRPOLossConfig:
-        """What ``grpo_loss`` needs to know: the one place where training arguments become a loss."""
+        """Return the configuration of the loss. Fields with the same name have the same meaning; epsilon is epsilon_low."""
         shared = {f.name: getattr(self, f.name) for f in fields(GRPOLossConfig) if f.init and hasattr(self, f.name)}
         return GRPOLossConfig(**shared, epsilon_low=self.epsilon)

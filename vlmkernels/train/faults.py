@@ -1,33 +1,29 @@
-"""What a run does when something breaks, decided by all processes alike: of each kind of fault, ``raise`` or ``skip``.
+"""Faults of a run, handled alike on all processes: lost processes, and losses or gradients that are not finite.
 
-Docs: docs/faults.md. Checkpoints that cannot be written are in ``checkpoint``, rewards that fail in ``vlmkernels.rewards``.
+See docs/faults.md. ``vlmkernels.train.checkpoint`` handles checkpoints that cannot be written, ``vlmkernels.rewards`` reward
+functions that fail, and ``vlmkernels.data`` rows that cannot be read.
 """
 
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from torch.utils.data import Dataset
 from transformers.utils import logging
-
-from vlmkernels.data.images import ERRORS, ImageLimits
-from vlmkernels.data.samples import Sample, read_sample
-from vlmkernels.ops.checks import require
 
 logger = logging.get_logger(__name__)
 
-MOST_SKIPPED = 10  # optimiser steps in a row: weights that are not finite themselves would be kept for ever
+MAX_SKIPPED = 10  # optimizer steps in a row; if the weights are not finite, no later step can succeed
 
 
-def first_of_all(accelerator: Accelerator, error: str | None) -> str | None:
-    """The first process's error, on every process; None where no process has one."""
+def first_error(accelerator: Accelerator, error: str | None) -> str | None:
+    """Return, on every process, the error of the first process that has one; None if no process has one."""
     if accelerator.num_processes == 1:
         return error
     errors = gather_object([error])
@@ -35,8 +31,8 @@ def first_of_all(accelerator: Accelerator, error: str | None) -> str | None:
 
 
 @contextmanager
-def lost_processes_named(accelerator: Accelerator):
-    """Inside, where a collective operation fails since another process has ended, the error says which one."""
+def name_lost_processes(accelerator: Accelerator) -> Iterator[None]:
+    """If a collective inside fails because another process ended, raise an error that names the process."""
     if accelerator.num_processes == 1:
         yield
         return
@@ -46,129 +42,115 @@ def lost_processes_named(accelerator: Accelerator):
     except RuntimeError as error:
         if not (isinstance(error, torch.distributed.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)):
             raise
-        lost = [f"process {rank} (pid {processes[rank][1]})" for rank in _lost(processes)]
-        text = f"process {accelerator.process_index} stops: {', '.join(lost) or 'a process on another machine'}"
-        raise RuntimeError(f"{text} has ended or cannot be reached; its own output, or its launcher's, says why") from error
+        lost = [f"process {rank} (pid {processes[rank][1]})" for rank in _lost_ranks(processes)]
+        names = ", ".join(lost) or "a process on another machine"
+        raise RuntimeError(
+            f"process {accelerator.process_index} stops: {names} has ended or cannot be reached; see its output"
+        ) from error
 
 
-def _lost(processes: list[tuple[str, int]]) -> list[int]:
-    """Those of this machine that have ended, or do so within two seconds."""
-    near = {rank: pid for rank, (host, pid) in enumerate(processes) if host == socket.gethostname()}
+def _lost_ranks(processes: list[tuple[str, int]]) -> list[int]:
+    """Return the ranks of processes on this machine that have ended or end within two seconds.
+
+    Args:
+        processes: host name and process id of each rank.
+    """
+    local = {rank: pid for rank, (host, pid) in enumerate(processes) if host == socket.gethostname()}
     for _ in range(20):
-        lost = [rank for rank, pid in near.items() if not _runs(pid)]
+        lost = [rank for rank, pid in local.items() if not _is_running(pid)]
         if lost:
             return lost
         time.sleep(0.1)
     return []
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return False
-    return state not in "ZX"  # dead, and not waited for yet
-
-
-class Samples(Dataset):
-    """The samples of a dataset, each with the index that was asked for.
-
-    A row that cannot be read raises ``ValueError`` with its index, or with ``on_bad="skip"`` the next one that can be read
-    takes its place, so that all processes have as many: the same one whenever it is asked for.
-
-    Args:
-        bad: rows known not to be usable, and why.
-    """
-
-    def __init__(self, dataset, limits: ImageLimits, on_bad: str, bad: dict[int, str] | None = None):
-        self.dataset, self.limits, self.on_bad, self.bad = dataset, limits, on_bad, dict(bad or {})
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def _read(self, index: int) -> Sample:
-        try:
-            row = self.dataset[index]
-        except ERRORS as error:  # datasets decodes images here
-            raise ValueError(f"sample {index}: cannot be read: {error}") from error
-        return read_sample(row, index, limits=self.limits)
-
-    def __getitem__(self, index: int) -> tuple[int, Sample]:
-        for offset in range(len(self)):
-            other = (index + offset) % len(self)
-            if other in self.bad:
-                continue
-            try:
-                return index, self._read(other)
-            except (ValueError, TypeError) as error:
-                if self.on_bad == "raise":
-                    raise
-                self.bad[other] = str(error)
-                logger.warning("%s; another one takes its place (on_bad_sample='skip')", error)
-        raise ValueError(f"train_dataset must hold a sample that can be read, got {next(iter(self.bad.values()))}")
+    return state not in "ZX"  # a zombie has ended, although its parent has not waited for it
 
 
 class FiniteSteps:
-    """Takes care that no optimiser step is made of losses or gradients that are not finite.
+    """Prevents optimizer steps from losses or gradients that are NaN or infinite.
 
-    ``observe`` each micro-batch, then call when the step is due: it raises ``FloatingPointError`` with the names of what is not
-    finite, or with ``on_nonfinite="skip"`` removes the gradients, so that the step changes nothing, and returns True.
+    Call ``observe`` for each micro-batch, then the object itself before the optimizer step.
+
+    Args:
+        on_nonfinite: "raise", or "skip" to skip such steps, which DeepSpeed does not support.
     """
 
-    def __init__(self, accelerator: Accelerator, on_nonfinite: str):
-        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        rule = "be raise under DeepSpeed, which takes the step in the backward pass"
-        require(not deepspeed or on_nonfinite == "raise", "on_nonfinite", rule, on_nonfinite)
+    def __init__(self, accelerator: Accelerator, on_nonfinite: str) -> None:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED and on_nonfinite != "raise":
+            raise ValueError(
+                "on_nonfinite must be raise under DeepSpeed, which takes the optimizer step inside the backward pass, "
+                f"got {on_nonfinite}"
+            )
         self.accelerator, self.on_nonfinite = accelerator, on_nonfinite
         self.losses: list[torch.Tensor] = []
         self.metrics: dict[str, torch.Tensor] = {}
         self.skipped_in_a_row = 0
 
     def observe(self, loss: torch.Tensor, metrics: dict[str, torch.Tensor]) -> None:
+        """Note the loss and the metrics of a micro-batch."""
         self.losses.append(loss.detach())
         self.metrics = metrics
 
     def __call__(self, model: torch.nn.Module, step: int) -> bool:
-        # A gradient scaler makes infinite gradients as it looks for its scale, and skips the steps of all that are not finite.
-        scaled = self.accelerator.scaler is not None
-        gradients = {} if scaled else {name: _local(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+        """Check the losses since the last step and the model's gradients.
+
+        Args:
+            step: the number of this optimizer step, for messages.
+
+        Returns:
+            Whether the step is skipped. The gradients are then removed, so that the optimizer changes nothing.
+
+        Raises:
+            FloatingPointError: a loss or a gradient is not finite and on_nonfinite is "raise", or ``MAX_SKIPPED`` steps in a
+                row were skipped. The message names what is not finite.
+        """
+        # A gradient scaler makes gradients infinite while it searches for its scale, and skips such steps itself.
+        has_scaler = self.accelerator.scaler is not None
+        gradients = {} if has_scaler else {n: _local(p.grad) for n, p in model.named_parameters() if p.grad is not None}
         total = torch.stack(self.losses).float().norm()
         if gradients:
             total = total + torch.nn.utils.get_total_norm(gradients.values()).to(total.device)
-        bad = (~total.isfinite()).float()
-        if not self.accelerator.reduce(bad, "sum").item():  # the same on all processes
+        is_bad = (~total.isfinite()).float()
+        if not self.accelerator.reduce(is_bad, "sum").item():  # the same on all processes
             self.losses.clear()
             self.skipped_in_a_row = 0
             return False
-        # First a process whose own loss it was: gradients have been added up over all of them.
-        reason = first_of_all(self.accelerator, self._losses_that_are_not())
-        reason = reason or first_of_all(self.accelerator, self._gradients_that_are_not(gradients))
+        # Prefer a process whose own loss is not finite: gradients are already summed over all processes.
+        reason = first_error(self.accelerator, self._nonfinite_losses())
+        reason = reason or first_error(self.accelerator, self._nonfinite_gradients(gradients))
         self.losses.clear()
         self.skipped_in_a_row += 1
-        if self.on_nonfinite == "raise" or self.skipped_in_a_row > MOST_SKIPPED:
-            again = f", after {MOST_SKIPPED} skipped steps in a row" if self.skipped_in_a_row > MOST_SKIPPED else ""
-            raise FloatingPointError(f"step {step}{again}: {reason}")
+        if self.on_nonfinite == "raise" or self.skipped_in_a_row > MAX_SKIPPED:
+            after = f", after {MAX_SKIPPED} skipped steps in a row" if self.skipped_in_a_row > MAX_SKIPPED else ""
+            raise FloatingPointError(f"step {step}{after}: {reason}")
         logger.warning("step %d is skipped (on_nonfinite='skip'): %s", step, reason)
-        if not scaled:
+        if not has_scaler:
             model.zero_grad(set_to_none=True)
         return True
 
-    def _losses_that_are_not(self) -> str | None:
+    def _nonfinite_losses(self) -> str | None:
         if torch.stack(self.losses).isfinite().all():
             return None
-        return _some("not finite:", ["the loss", *(name for name, x in self.metrics.items() if not x.isfinite().all())])
+        return _listed("not finite:", ["the loss", *(name for name, x in self.metrics.items() if not x.isfinite().all())])
 
     @staticmethod
-    def _gradients_that_are_not(gradients: dict[str, torch.Tensor]) -> str:
+    def _nonfinite_gradients(gradients: dict[str, torch.Tensor]) -> str:
         names = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-        return _some("gradients not finite:", names) or "the norm of the gradients is not finite"
+        return _listed("gradients not finite:", names) or "the norm of the gradients is not finite"
 
 
 def _local(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.to_local() if hasattr(gradient, "to_local") else gradient
 
 
-def _some(text: str, names: Iterable[str], most: int = 3) -> str:
+def _listed(text: str, names: Iterable[str], max_names: int = 3) -> str:
+    """Return the text followed by the first names, or an empty string if there are no names."""
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{text} {', '.join(names[:most])}{more}" if names else ""
+    more = f" and {len(names) - max_names} more" if len(names) > max_names else ""
+    return f"{text} {', '.join(names[:max_names])}{more}" if names else ""

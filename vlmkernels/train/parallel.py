@@ -1,95 +1,108 @@
-"""What all processes of a run must do alike, or wait for one another forever."""
+"""How DDP, FSDP2 and DeepSpeed change what the trainer does: checks, gathered parameters, the reference, backward passes."""
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from vlmkernels.ops.checks import require
-
 
 def zero_stage(accelerator: Accelerator) -> int | None:
-    """That of DeepSpeed; None without it."""
+    """Return the ZeRO stage of DeepSpeed, or None without DeepSpeed."""
     plugin = accelerator.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
     return None if plugin is None else plugin.zero_stage
 
 
-def in_step(accelerator: Accelerator) -> bool:
-    """Whether all processes must run the same layers as often: each call of a layer, or each gradient, is a collective."""
+def requires_lockstep(accelerator: Accelerator) -> bool:
+    """Whether every rank must run the same number of forward and backward passes, because collectives run inside them."""
     return accelerator.is_fsdp2 or zero_stage(accelerator) is not None
 
 
 def check_parallelism(accelerator: Accelerator, model: torch.nn.Module, n_gpu: int) -> None:
-    """Refuse by name what would train wrongly, or not at all."""
+    """Check that the model can be trained in this distributed configuration.
+
+    Args:
+        n_gpu: GPUs that this process sees and that ``nn.DataParallel`` would use.
+
+    Raises:
+        NotImplementedError: the kind of parallelism is not supported.
+        ValueError: the dtype of the parameters or an option of FSDP2 or DeepSpeed is not supported.
+    """
     if n_gpu > 1:
         raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP1 is not supported: use FSDP2 (fsdp_config with version: 2)")
-    trained = {p.dtype for p in model.parameters() if p.requires_grad}
-    rule = "have trained parameters in float32 or bfloat16 (fp16=True computes in half precision all the same)"
-    require(trained <= {torch.float32, torch.bfloat16, torch.float64}, "model", rule, _names(trained))
-    if accelerator.is_fsdp2:
-        require(len(trained) <= 1, "model", "have trained parameters of one dtype under FSDP2", _names(trained))
-        lean = accelerator.state.fsdp_plugin.cpu_ram_efficient_loading
-        require(not lean, "cpu_ram_efficient_loading", "be false: the reference is a copy of what each process loaded", lean)
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    if not dtypes <= {torch.float32, torch.bfloat16, torch.float64}:
+        raise ValueError(
+            "model must have trained parameters in float32 or bfloat16 (with fp16=True too, which only affects computation), "
+            f"got {names}"
+        )
+    if accelerator.is_fsdp2 and len(dtypes) > 1:
+        raise ValueError(f"model must have trained parameters of one dtype under FSDP2, got {names}")
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "cpu_ram_efficient_loading must be false, because each process copies the reference from the model it loaded, "
+            "got true"
+        )
     stage = zero_stage(accelerator)
-    if stage is None:
-        return
+    if stage is not None:
+        _check_zero(accelerator, stage)
+
+
+def _check_zero(accelerator: Accelerator, stage: int) -> None:
     if stage < 2:
-        raise NotImplementedError(f"DeepSpeed's ZeRO-{stage} is not supported: use ZeRO-2, ZeRO-3, FSDP2 or DDP")
+        raise NotImplementedError(f"DeepSpeed ZeRO-{stage} is not supported: use ZeRO-2, ZeRO-3, FSDP2 or DDP")
     zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
-    if stage == 3:
-        rule = "be true, or checkpoints would hold no weights (zero3_save_16bit_model in accelerate's configuration)"
-        key = "stage3_gather_16bit_weights_on_model_save"
-        require(zero.get(key) is True, key, rule, zero.get(key))
+    saves_weights = zero.get("stage3_gather_16bit_weights_on_model_save")
+    if stage == 3 and saves_weights is not True:
+        raise ValueError(
+            "stage3_gather_16bit_weights_on_model_save must be true (zero3_save_16bit_model in accelerate's configuration), "
+            f"because checkpoints would hold no weights, got {saves_weights}"
+        )
 
 
-def _names(dtypes: set[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def most(accelerator: Accelerator, number: int) -> int:
-    """The greatest of the processes' numbers."""
+def max_over_ranks(accelerator: Accelerator, number: int) -> int:
+    """Return the largest of the ranks' numbers, on every rank."""
     if accelerator.num_processes == 1:
         return number
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
-def _cut_by_zero3(model: torch.nn.Module) -> bool:
-    """From its loading on, or from the start of training."""
+def _is_zero3_sharded(model: torch.nn.Module) -> bool:
+    """Whether DeepSpeed sharded the parameters, when the model was loaded or when training began."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def whole(model: torch.nn.Module):
-    """Inside, before training, the parameters of a model that DeepSpeed cut while it was loaded are whole, to be read."""
-    if not _cut_by_zero3(model):
+def gathered_zero3(model: torch.nn.Module) -> AbstractContextManager:
+    """Gather the parameters of a model that ZeRO-3 sharded while loading it; does nothing for other models."""
+    if not _is_zero3_sharded(model):
         return nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(list(model.parameters()))
 
 
-@contextmanager
-def gathered(accelerator: Accelerator, model: torch.nn.Module, head: torch.nn.Module):
-    """Inside, the parameters of a policy under FSDP2 or ZeRO-3 are whole, so that processes may call it unequally often,
-    without gradients; any other is as it is.
+def gathered(accelerator: Accelerator, model: torch.nn.Module, head: torch.nn.Module) -> AbstractContextManager:
+    """Gather the parameters of a policy under FSDP2 or ZeRO-3, so that ranks may run different numbers of forward passes.
+
+    Requires ``torch.no_grad``. Does nothing for other models.
 
     Args:
-        model: the policy without what wraps it. head: its language-model head, which FSDP2 keeps whole between forward and
-            backward pass.
+        model: the policy without wrappers.
+        head: its language-model head, which FSDP2 keeps gathered between forward and backward pass.
     """
-    in_full = _gathered_zero3 if _cut_by_zero3(model) else _gathered_fsdp2
-    with in_full(accelerator, model, head):
-        yield
+    return _all_gathered_zero3(accelerator, model) if _is_zero3_sharded(model) else _gathered_fsdp2(model, head)
 
 
 @contextmanager
-def _gathered_fsdp2(accelerator: Accelerator, model: torch.nn.Module, head: torch.nn.Module):
+def _gathered_fsdp2(model: torch.nn.Module, head: torch.nn.Module) -> Iterator[None]:
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if sharded:
-        fully_shard.state(model)._lazy_init()  # so that a part of the model may be called before the whole
+        fully_shard.state(model)._lazy_init()  # lets a submodule run before the root module has run
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -105,16 +118,16 @@ def _gathered_fsdp2(accelerator: Accelerator, model: torch.nn.Module, head: torc
 
 
 @contextmanager
-def _gathered_zero3(accelerator: Accelerator, model: torch.nn.Module, head: torch.nn.Module):
-    """Without its hooks too, which would let go of each parameter after its module's call and compare the order of calls."""
+def _all_gathered_zero3(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[None]:
+    """Gather all parameters and remove DeepSpeed's hooks, which would release them after each module's forward pass."""
     import deepspeed
 
-    if accelerator.deepspeed_engine_wrapped is None:  # not trained yet
-        with whole(model):
+    if accelerator.deepspeed_engine_wrapped is None:  # training has not begun
+        with gathered_zero3(model):
             yield
         return
     engine = accelerator.deepspeed_engine_wrapped.engine
-    engine.empty_partition_cache()  # what the last pass fetched ahead
+    engine.empty_partition_cache()  # release the parameters that the last pass prefetched
     offload = engine.optimizer.parameter_offload
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         offload._remove_module_hooks()
@@ -127,15 +140,15 @@ def _gathered_zero3(accelerator: Accelerator, model: torch.nn.Module, head: torc
 
 
 def prepare_head(accelerator: Accelerator, head: torch.nn.Module) -> None:
-    """Before the policy is wrapped: ZeRO-3 gathers a head whole, with what LoRA adds to it, when the head is called."""
+    """Let ZeRO-3 gather a head and its LoRA weights together when the head is called. Call it before the policy is wrapped."""
     if zero_stage(accelerator) == 3 and hasattr(head, "lora_A"):
         from deepspeed.utils import set_z3_leaf_module
 
         set_z3_leaf_module(head, True)
 
 
-def prepared_reference(accelerator: Accelerator, reference: torch.nn.Module) -> torch.nn.Module:
-    """The frozen reference, sharded where the policy is, in the dtype that DeepSpeed gives the policy."""
+def prepare_reference(accelerator: Accelerator, reference: torch.nn.Module) -> torch.nn.Module:
+    """Shard the frozen reference as the policy is sharded, and give it the dtype that DeepSpeed gives the policy."""
     if accelerator.is_fsdp2:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -158,7 +171,7 @@ def prepared_reference(accelerator: Accelerator, reference: torch.nn.Module) -> 
 
 
 def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-    """The backward pass of a part of a micro-batch: never the one that DeepSpeed takes the optimiser's step after."""
+    """Run the backward pass of a split before the last one; DeepSpeed must not take its optimizer step after it."""
     if zero_stage(accelerator) is None:
         accelerator.backward(loss)
     else:

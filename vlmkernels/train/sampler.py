@@ -1,33 +1,31 @@
-"""The order in which prompts are visited."""
+"""The order in which training visits prompts."""
 
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+
+from vlmkernels.train.config import GRPOConfig
 
 
 class PromptSampler(Sampler):
-    """Indices of prompts, in chunks; each chunk repeated, one time per micro-batch made of its completions.
+    """Yields indices of prompts in chunks of one generation batch. Each chunk repeats once per micro-batch made of it.
 
-    The order of an epoch depends on the seed and the epoch's number alone, and that number on ``global_step()``: a resumed run
-    sees what the uninterrupted one would have seen. Prompts left over by the last chunk wait for another epoch's order.
+    The order of an epoch depends only on the seed and the number of the epoch, which follows from ``global_step()``: a resumed
+    run visits the prompts that the uninterrupted run would have visited. Prompts that do not fill the last chunk are left out
+    of the epoch.
+
+    Args:
+        num_prompts: length of the dataset.
+        global_step: returns the number of optimizer steps done.
     """
 
-    def __init__(
-        self,
-        num_prompts: int,
-        *,
-        chunk: int,
-        repeats: int,
-        shuffle: bool,
-        seed: int,
-        global_step: Callable[[], int],
-        gradient_accumulation_steps: int,
-    ):
-        self.num_prompts, self.chunk, self.repeats = num_prompts, chunk, repeats
-        self.shuffle, self.seed, self.global_step = shuffle, seed, global_step
-        micro_batches = num_prompts // chunk * repeats
-        self.steps_per_epoch = max(-(-micro_batches // gradient_accumulation_steps), 1)
+    def __init__(self, num_prompts: int, args: GRPOConfig, global_step: Callable[[], int]) -> None:
+        self.num_prompts, self.shuffle, self.global_step = num_prompts, args.shuffle_dataset, global_step
+        self.chunk, self.repeats = args.prompts_per_generation * args.world_size, args.steps_per_rollout
+        self.seed = args.seed if args.data_seed is None else args.data_seed
+        micro_batches = num_prompts // self.chunk * self.repeats
+        self.steps_per_epoch = max(-(-micro_batches // args.gradient_accumulation_steps), 1)
 
     def __len__(self) -> int:
         return self.num_prompts // self.chunk * self.chunk * self.repeats
@@ -41,3 +39,12 @@ class PromptSampler(Sampler):
         for start in range(0, self.num_prompts - self.chunk + 1, self.chunk):
             for _ in range(self.repeats):
                 yield from order[start : start + self.chunk]
+
+
+def prompt_dataloader(num_prompts: int, args: GRPOConfig, global_step: Callable[[], int]) -> DataLoader:
+    """Return batches of prompt indices, one per micro-batch, so that ``Trainer`` counts micro-batches.
+
+    All micro-batches of a generation batch have the same indices. For the arguments see ``PromptSampler``.
+    """
+    sampler = PromptSampler(num_prompts, args, global_step)
+    return DataLoader(range(num_prompts), batch_size=args.prompts_per_generation, sampler=sampler, collate_fn=list)

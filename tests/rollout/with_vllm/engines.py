@@ -1,4 +1,4 @@
-"""The rollout engines against vLLM itself, on the CPU: ``make test-vllm``.
+"""The vLLM engines with a real vLLM on the CPU: ``make test-vllm``.
 
 A server and engines in this process serve a Qwen2.5-VL of 0.4 million parameters. Its head is not tied to its embedding: vLLM
 0.32 for CPUs keeps a packed copy of a tied head that no update of weights reaches. The last test has the fingerprint find it.
@@ -21,25 +21,26 @@ from support import tiny
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
-from vlmkernels.rollout.base import RolloutError
+from vlmkernels.rollout.base import Engine, RolloutError
 from vlmkernels.rollout.vllm import engine as vllm_engine
+from vlmkernels.rollout.vllm.fingerprint import relative_difference
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
-BOUND = 1e-4  # of fp32 log-probabilities of the same weights, absolute; measured: 1.2e-5
+BOUND = 1e-4  # absolute, of fp32 log-probabilities with equal weights; measured: 1.2e-5
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
-    "TORCH_COMPILE_DISABLE": "1",  # a minute for each shape of model, in the process
+    "TORCH_COMPILE_DISABLE": "1",  # compilation takes a minute per shape of model
 }
 os.environ |= ENVIRONMENT
 LORA = LoraConfig(r=8, target_modules=r".*language_model.*\.(q_proj|v_proj|gate_proj|down_proj)", task_type="CAUSAL_LM")
 
 
 def small_vlm(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalGeneration:
-    """``tiny.vlm`` with heads of 64, as vLLM's attention on CPUs needs them."""
+    """``tiny.vlm`` with heads of 64, which vLLM's attention on CPUs needs."""
     config = tiny.vlm(tied=tied).config.to_dict()
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
@@ -50,7 +51,7 @@ def small_vlm(seed: int = 0, tied: bool = False) -> Qwen2_5_VLForConditionalGene
 
 
 class Server:
-    """vLLM's own, on a free port of the loopback interface."""
+    """A vLLM server on a free port of the loopback interface."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -66,7 +67,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # vllm-cpu's "vllm serve" asks for package vllm
+        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # "vllm serve" of vllm-cpu needs the package vllm
         options = f"--host 127.0.0.1 --port {self.port} --dtype float32 --max-model-len 512 --max-num-seqs 32 --enforce-eager"
         options += " --enable-scale-out --enable-lora --max-lora-rank 8"
         log = (self.folder / "server.log").open("ab")
@@ -74,7 +75,7 @@ class Server:
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def kill(self) -> None:
-        """All its processes, at once."""
+        """Kill all processes of the server."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -114,15 +115,16 @@ def trainer(folder: Path, model=None, rows="several", processor=None, peft_confi
 
 
 def watched(trainer):
-    """Keeps each rollout with the log-probabilities that the trainer's model gives its tokens."""
-    engine, trainer.rollouts = trainer.generate, []
+    """Keep each rollout of the trainer with the log-probabilities that its model gives the tokens."""
+    engine, trainer.rollouts = trainer.engine, []
 
-    class Watched:
-        synchronise = engine.synchronise
+    class Watched(Engine):
+        def __init__(self):
+            self.sync_weights = engine.sync_weights
 
-        def __call__(self, model, prompts, num_generations, temperature, **options):
+        def __call__(self, model, prompts, num_generations, temperature, samples=None):
             start = time.perf_counter()
-            rollout = engine(model, prompts, num_generations, temperature, **options)
+            rollout = engine(model, prompts, num_generations, temperature, samples)
             seconds, head = time.perf_counter() - start, output_head(model)
             batch = rollout.padded(torch.arange(len(rollout.group)))
             options = {"head": head, "arguments": logit_arguments(model, head), "temperature": temperature}
@@ -131,16 +133,16 @@ def watched(trainer):
             trainer.rollouts.append((rollout, expected, len(rollout.group) / seconds))
             return rollout
 
-    trainer.engine, trainer.generate = engine, Watched()
+    trainer.vllm, trainer.engine = engine, Watched()
     return trainer
 
 
 def check(trainer, name: str, steps: int = 3) -> None:
-    """Log-probabilities are the trainer's own, of weights that moved; every update was compared."""
+    """The engine's log-probabilities are the trainer's at every step, and each weight update was compared."""
     assert len(trainer.rollouts) == steps
     gaps = [float((rollout.logps - expected).abs().max()) for rollout, expected, _ in trainer.rollouts]
     assert max(gaps) < BOUND
-    banned = torch.tensor(trainer.engine.banned)
+    banned = torch.tensor(trainer.vllm.banned)
     assert not any(torch.isin(r.completion_ids[r.completion_mask], banned).any() for r, _, _ in trainer.rollouts)
     logs = [entry for entry in trainer.state.log_history if "vllm/fingerprint" in entry]
     assert len(logs) == steps
@@ -151,8 +153,8 @@ def check(trainer, name: str, steps: int = 3) -> None:
     print(f"{speed:.0f} completions/s, {sync:.2f} s an update")
 
 
-def test_every_process_is_told_why_there_is_no_server(tmp_path):
-    """Not the main one alone, which looks for it."""
+def test_every_process_reports_a_missing_server(tmp_path):
+    """The main process contacts the server; all processes raise its error."""
     script = (
         "import sys, engines, pathlib; engines.trainer(pathlib.Path(sys.argv[1]), vllm_mode='server', vllm_server_timeout=1,"
     )
@@ -173,12 +175,12 @@ def test_every_process_is_told_why_there_is_no_server(tmp_path):
     ]
     for process in processes:
         _, errors = process.communicate(timeout=120)
-        assert "vllm_server_base_url must be that of a healthy vLLM server within vllm_server_timeout = 1 s" in errors
+        assert "vllm_server_base_url must be the URL of a healthy vLLM server within vllm_server_timeout = 1 s" in errors
         assert process.returncode == 1
 
 
 def test_a_server_of_another_model_is_refused(server, tmp_path):
-    """Before any weights are pushed to it."""
+    """Before the first weight update."""
     with pytest.raises(RolloutError, match=r"disagree before training \(is .* the same model\?\)"):
         trainer(tmp_path, small_vlm(seed=1), vllm_mode="server", vllm_server_base_url=server.url)
     options = {"vllm_mode": "server", "vllm_server_base_url": server.url}
@@ -193,25 +195,25 @@ def test_a_server_of_another_model_is_refused(server, tmp_path):
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_training_through_a_server(server, tmp_path, peft_config):
-    """With top_k: log-probabilities are over the whole vocabulary all the same."""
+    """With top_k; log-probabilities are still those of the whole vocabulary."""
     options = {"vllm_mode": "server", "vllm_server_base_url": server.url, "top_k": 20}
-    if peft_config is not None:  # the server's base weights must be those that it was launched with
+    if peft_config is not None:  # a run without adapters restores the server's base weights
         run = trainer(tmp_path / "base", max_steps=1, **options)
         run.train()
     run = trainer(tmp_path, peft_config=peft_config, **options)
-    before = run.engine.fingerprint.logps(run.model)
+    before = run.vllm.fingerprint.logps(run.model)
     run.train()
     check(run, f"server, {'full' if peft_config is None else 'LoRA'}")
-    assert vllm_engine.difference(before, run.engine.fingerprint.logps(run.model)) > 10 * BOUND
+    assert relative_difference(before, run.vllm.fingerprint.logps(run.model)) > 10 * BOUND
     left = sorted((tmp_path / "vllm-weights").iterdir())
-    assert len(left) == (peft_config is not None)  # an adapter may be read again
+    assert len(left) == (peft_config is not None)  # vLLM may load an adapter again
 
 
-def test_what_the_server_gets_wrong_stops_the_run(server, tmp_path, monkeypatch):
+def test_wrong_replies_stop_the_run(server, tmp_path, monkeypatch):
     options = {"vllm_mode": "server", "vllm_server_base_url": server.url}
     small = tiny.processor()
     small.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": 2 * 28 * 28}
-    with pytest.raises(RolloutError, match=r"sample 0: vLLM made \d+ tokens of the prompt, the trainer \d+"):
+    with pytest.raises(RolloutError, match=r"sample 0: vLLM encoded the prompt as \d+ tokens and the trainer as \d+"):
         trainer(tmp_path, processor=small, **options)
     run, save = trainer(tmp_path, **options), vllm_engine.save_weights
     monkeypatch.setattr(vllm_engine, "save_weights", lambda model, *rest: save(small_vlm(seed=2), *rest))
@@ -220,19 +222,19 @@ def test_what_the_server_gets_wrong_stops_the_run(server, tmp_path, monkeypatch)
 
 
 def test_a_server_that_is_killed_and_comes_back_gets_the_weights_again(server, tmp_path):
-    """In the middle of a run, between two updates of weights: it comes back with those that it was launched with."""
+    """The server restarts between two updates, with the weights that it was launched with."""
     options = {"vllm_mode": "server", "vllm_server_base_url": server.url}
     run = trainer(tmp_path, max_steps=2, **options)
-    synchronise, engine = run.generate.synchronise, run.engine
+    sync_weights, engine = run.engine.sync_weights, run.vllm
 
     def interrupted(model, step):
-        metrics = synchronise(model, step)
+        metrics = sync_weights(model, step)
         if step == 1:
             server.kill()
             server.start()
         return metrics
 
-    type(run.generate).synchronise = staticmethod(interrupted)
+    run.engine.sync_weights = interrupted
     version = []
     load = engine._load
     engine._load = lambda folder, name: (version.append(name), load(folder, name))
@@ -243,14 +245,14 @@ def test_a_server_that_is_killed_and_comes_back_gets_the_weights_again(server, t
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_training_with_vllm_in_the_process(tmp_path, peft_config):
-    """At a temperature other than 1, where vLLM's log-probabilities leave out what is banned."""
+    """At a temperature other than 1, for which vLLM's log-probabilities exclude banned tokens."""
     run = trainer(tmp_path, peft_config=peft_config, vllm_mode="colocate", temperature=0.7, vllm_max_model_length=512)
     try:
-        assert run.engine.logprobs_mode == "processed_logprobs"
+        assert run.vllm.logprobs_mode == "processed_logprobs"
         run.train()
         check(run, f"colocate, {'full' if peft_config is None else 'LoRA'}")
     finally:
-        run.engine.close()
+        run.vllm.close()
         gc.collect()
     assert not list((tmp_path / "vllm-weights").iterdir())
 
@@ -261,5 +263,5 @@ def test_the_fingerprint_finds_a_head_that_was_left_behind(tmp_path):
         with pytest.raises(RolloutError, match="disagree after its weights were updated"):
             run.train()
     finally:
-        run.engine.close()
-    assert len(run.rollouts) == 1  # with the weights of the start
+        run.vllm.close()
+    assert len(run.rollouts) == 1  # with the initial weights

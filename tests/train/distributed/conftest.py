@@ -1,28 +1,24 @@
-"""Several processes, launched once for all tests that want their number."""
+"""Launches several processes once for all tests that need that number of them."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import bad_input
-import processes
 import pytest
-
-SCRIPT = str(Path(__file__).with_name("launched.py"))
-CONFIGS = Path(__file__).parents[3] / "configs"
+from support.distributed import bad_input, processes
+from support.paths import ROOT, environment
 
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """The results of some cases, by name, of a number of processes launched with a configuration."""
+    """launch(config, number, names): the results of these cases, by name, with ``number`` processes of ``configs/<config>``."""
     folder = tmp_path_factory.mktemp("processes")
 
     def launch(config: str, number: int, names: list[str]) -> dict:
-        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / config)]
         flags = ["--num_processes", str(number), "--mixed_precision", "no", "--main_process_port", "0"]
-        command = [*accelerate, *flags, SCRIPT, str(folder), *names]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        command = [*accelerate, *flags, "--module", "support.distributed.launched", str(folder), *names]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads((folder / "results.json").read_text())
 
@@ -38,7 +34,7 @@ def launched(launch):
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
-    """What one process makes of a case; cases that differ in their sharding alone share it."""
+    """alone(name): the results of a case in one process. Cases that differ only in how they are sharded share a run."""
     results = {}
 
     def alone(name: str) -> dict:

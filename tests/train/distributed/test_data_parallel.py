@@ -1,10 +1,9 @@
-"""Steps of two and three processes under DDP and FSDP2, against one process with the same global batch."""
+"""Two and three processes under DDP and FSDP2: the training steps of one process, and errors that stop every process."""
 
-import re
-
-import processes
 import pytest
 import torch
+from support.distributed import bad_input, processes
+from support.distributed.processes import assert_same
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="processes without a GPU")
 CASES = [
@@ -15,25 +14,23 @@ CASES = [
 ]
 
 
-def assert_same(result: dict, other: dict) -> None:
-    assert len(result["logs"]) == len(other["logs"]) > 0
-    for one, two in zip(result["logs"], other["logs"], strict=True):
-        # Means over processes are not means over tokens; every process counts its own tokens and runs its own prompts.
-        own = r"time|per_second|tokens$|_run$|entropy|^kl|clip_ratio|policy_loss|ratio/m"
-        names = [name for name in two if not re.search(own, name)]
-        assert {name: one[name] for name in names} == pytest.approx({name: two[name] for name in names}, rel=1e-4, abs=1e-6)
-    assert result["parameters"] == pytest.approx(other["parameters"], rel=1e-4)
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("number", "name"), CASES)
 def test_equal_to_one_process(launched, alone, number, name):
-    """Saved by two and resumed by three included."""
+    """Includes a checkpoint that two processes save and three resume."""
     configured = {2: "fsdp2.yaml", 3: "ddp.yaml"}[number] if name == "as configured" else name
     assert launched[number][name]["sharded"] == configured.startswith("fsdp")
     assert_same(launched[number][name], alone(name))
 
 
 def test_sampling_with_unequal_lengths(launched):
-    """... ends on all processes, and draws what it draws under DDP."""
+    """Sampling ends on every process, and FSDP2 draws the same tokens as DDP."""
     assert_same(*(launched[2][name] for name in ("ddp, sampled", "fsdp, sampled")))
+
+
+@pytest.mark.parametrize("name", bad_input.CASES)
+def test_both_processes_stop_with_the_reason(launched, name):
+    _, first, second = bad_input.CASES[name]
+    errors = launched[2][name]
+    assert errors[0].startswith(first), errors
+    assert errors[1].startswith(second), errors

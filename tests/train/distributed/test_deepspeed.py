@@ -1,11 +1,11 @@
-"""Steps of two and three processes under DeepSpeed's ZeRO, against one process with the same global batch."""
+"""Training steps with two and three processes under DeepSpeed ZeRO equal those of one process with the same global batch."""
 
 import importlib.util
 
-import processes
 import pytest
 import torch
-from test_data_parallel import assert_same
+from support.distributed import processes
+from support.distributed.processes import assert_same
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="processes without a GPU"),
@@ -24,12 +24,12 @@ def zero(launch):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("number", "name"), CASES)
 def test_equal_to_one_process(zero, alone, number, name):
-    """Resumed by as many processes included."""
+    """Includes a checkpoint that is resumed with the same number of processes."""
     configured = {2: "zero3.yaml", 3: "zero2.yaml"}[number] if name == "as configured" else name
     assert zero[number][name]["sharded"] == configured.startswith("zero3")
     assert_same(zero[number][name], alone(name))
 
 
 def test_sampling_with_unequal_lengths(zero):
-    """... ends on all processes, and draws what it draws under DDP."""
+    """Sampling ends on every process, and ZeRO-3 draws the same tokens as DDP."""
     assert_same(*(zero[2][name] for name in ("ddp, sampled", "zero3, sampled")))

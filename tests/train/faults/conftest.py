@@ -4,18 +4,18 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import runs
+from support.faults import runs
 
 
 @pytest.fixture(scope="session")
 def server():
-    """Where processes are forked from."""
+    """The multiprocessing context whose server forks the processes."""
     return runs.server()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def frozen():
-    """Every ``train`` collects garbage, half a second through the modules imported."""
+    """Keep imported modules out of the garbage collection of every ``train``, where they would take half a second."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -23,6 +23,6 @@ def frozen():
 
 @pytest.fixture
 def tmp_path():
-    """In memory where there is such a folder: checkpoints are flushed to the disk, which takes its time."""
+    """A folder in memory if possible: checkpoints are flushed to the disk, which is slow."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         yield Path(folder)

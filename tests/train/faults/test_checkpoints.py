@@ -1,4 +1,4 @@
-"""Checkpoints are whole whatever happens while they are written, and a run that resumes is the run that was not interrupted."""
+"""Checkpoints are complete whatever happens while they are written, and a resumed run equals an uninterrupted run."""
 
 import filecmp
 import json
@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import runs
 import torch
-from runs import build, losses
 from support import tiny
+from support.faults import runs
+from support.faults.runs import build, losses
 from transformers.trainer_utils import EvalLoopOutput
 
 from vlmkernels.train.checkpoint import is_complete, last_complete_checkpoint, load_weights
@@ -26,7 +26,7 @@ def whole(tmp_path_factory):
 
 
 def folders(run) -> list[str]:
-    """What there is of checkpoints, hidden ones too."""
+    """Return the names of all checkpoint folders, including hidden ones."""
     return sorted(path.name for path in Path(run).iterdir() if "checkpoint" in path.name)
 
 
@@ -46,8 +46,10 @@ def assert_same_run(resumed, whole, steps=range(1, 10)):
 
 
 def test_killed_at_every_file(server, tmp_path, whole):
-    """While the checkpoint of step 6 is written, in the middle of a generation batch: that of step 3 loads, then that of
-    step 6, and where that is written again, one of step 6 at every moment."""
+    """While the checkpoint of step 6 is written, mid-batch, that of step 3 loads until that of step 6 is complete.
+
+    While the checkpoint of step 6 is written again, one of step 6 loads at every moment.
+    """
     assert runs.ended(runs.start(server, runs.seen_at_every_file, tmp_path), 120) == [0], (tmp_path / "output-0").read_text()
     first, again = json.loads((tmp_path / "events.json").read_text())
     files = ("model.safetensors", "optimizer.pt", "rng_state.pth", "experience_0.pt", "trainer_state.json", "vlmkernels.json")
@@ -60,7 +62,7 @@ def test_killed_at_every_file(server, tmp_path, whole):
         found.append(int(checkpoint.name.rpartition("-")[2]))
         saved = Path(whole.args.output_dir, checkpoint.name)
         assert filecmp.cmp(checkpoint / "model.safetensors", saved / "model.safetensors", shallow=False)
-    sealed = found.index(6)  # its last file is written, but the folder has not got its name yet
+    sealed = found.index(6)  # the last file is written, but the folder is not renamed yet
     assert "vlmkernels.json" in first[sealed - 1]
     assert found == [3] * sealed + [6] * (len(found) - sealed)
     for folder in ("1-0", f"1-{sealed}", f"2-{len(again) - 1}"):
@@ -73,8 +75,8 @@ def test_killed_at_every_file(server, tmp_path, whole):
 @pytest.mark.parametrize(
     ("size", "error"),
     [
-        (60_000, "SafetensorError: .*File too large"),  # of the weights
-        (600_000, "RuntimeError: .*"),  # of torch.save, of the optimiser's state
+        (60_000, "SafetensorError: .*File too large"),  # writing the weights
+        (600_000, "RuntimeError: .*"),  # torch.save of the optimizer state
     ],
 )
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, whole, size, error):
@@ -97,14 +99,14 @@ def test_a_full_disk_may_cost_a_checkpoint_alone(tmp_path, whole):
     trainer.train()
     assert folders(tmp_path) == ["checkpoint-3", "checkpoint-9"]
     assert list(losses(trainer)) == list(range(1, 10))
-    # That of step 6 would have been the best.
+    # The checkpoint of step 6 would have been the best.
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
     for name, value in weights(tmp_path / "checkpoint-3").items():
         torch.testing.assert_close(trainer.model.state_dict()[name], value)
 
 
 def test_a_disk_that_is_full(tmp_path, whole):
-    """A real one, where this process may mount it: 2 MB, of which each checkpoint takes more than half."""
+    """A mounted disk of 2 MB, if this process may mount one; each checkpoint takes more than half of it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in Path(whole.args.output_dir, "checkpoint-3").iterdir())
@@ -132,7 +134,7 @@ def test_incomplete_checkpoints_do_not_count(tmp_path, whole):
     assert last_complete_checkpoint(tmp_path) is None
     with pytest.raises(ValueError, match=r"resume_from_checkpoint must be a complete checkpoint, got .*checkpoint-7"):
         build(tmp_path).train(resume_from_checkpoint=str(folder))
-    (folder / "trainer_state.json").write_text('{"global_step": 7}')  # as transformers.Trainer leaves it
+    (folder / "trainer_state.json").write_text('{"global_step": 7}')  # as transformers.Trainer writes it
     assert last_complete_checkpoint(tmp_path) == str(folder)
     shutil.copytree(Path(whole.args.output_dir, "checkpoint-9"), tmp_path / "checkpoint-9")
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
@@ -141,7 +143,7 @@ def test_incomplete_checkpoints_do_not_count(tmp_path, whole):
 
 
 def test_the_checkpoint_written_last_counts(tmp_path, whole, monkeypatch):
-    """... and not one of a higher step that another run left in the folder; whichever process gives it its name."""
+    """A higher step of an earlier run does not count. Another process may rename the folder at the same time."""
     for step in (9, 3):
         shutil.copytree(Path(whole.args.output_dir, f"checkpoint-{step}"), tmp_path / f"checkpoint-{step}")
     manifest = json.loads((tmp_path / "checkpoint-3" / "vlmkernels.json").read_text())
@@ -154,7 +156,7 @@ def test_the_checkpoint_written_last_counts(tmp_path, whole, monkeypatch):
 
     def meanwhile(folder):
         complete = is_complete(folder)
-        if folder == partial and complete:  # another process is faster
+        if folder == partial and complete:  # another process renames it first
             folder.rename(tmp_path / "checkpoint-3")
         return complete
 
@@ -173,14 +175,12 @@ def test_a_finished_run_takes_no_step(tmp_path, whole):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"per_device_train_batch_size": 2}, "steps_per_generation = 4, got one within a generation batch of 8 completions"),
-        ({"num_iterations": 1}, "num_iterations = 2, got one within a generation batch that has served 2 micro-batches"),
+        ({"per_device_train_batch_size": 2}, r"per_device_train_batch_size \* steps_per_generation must be 8, .*, got 4"),
+        ({"num_iterations": 1}, r"steps_per_generation \* num_iterations must be greater than 2, .*, got 2"),
     ],
 )
 def test_a_generation_batch_of_other_arguments_is_named(tmp_path, whole, options, message):
-    with pytest.raises(
-        ValueError, match=f"must be from between two generation batches to go on with other arguments: .*{message}"
-    ):
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint .* was saved mid-batch: {message}"):
         build(tmp_path, **options).train(resume_from_checkpoint=str(Path(whole.args.output_dir, "checkpoint-6")))
 
 
@@ -194,7 +194,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     trainer.train()
     assert kept == [["1"], ["1", "2"], ["2", "3"], ["2", "4"], ["2", "5"]]
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")  # not where it was written
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-2")  # not the temporary folder
 
 
 def test_lora_counts_once(tmp_path):
@@ -215,10 +215,10 @@ def test_lora_counts_once(tmp_path):
     ("change", "message"),
     [
         (
-            {"format": 2, "vlmkernels": "9.0"},
-            r"must have a format that vlmkernels .* knows, at most 1, got 2, .* vlmkernels 9.0",
+            {"format": 3, "vlmkernels": "9.0"},
+            r"must have a format that vlmkernels .* can read, at most 2, got 3, written by vlmkernels 9.0",
         ),
-        ({"model_type": "qwen3_vl"}, "must be of the model that is trained, a qwen2_5_vl, got a qwen3_vl"),
+        ({"model_type": "qwen3_vl"}, "must be of a model of type qwen2_5_vl, which is trained, got qwen3_vl"),
     ],
 )
 def test_checkpoints_of_others_are_named(tmp_path, whole, change, message):
@@ -234,22 +234,25 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path, whole):
     from peft import LoraConfig
 
     folder = str(Path(whole.args.output_dir, "checkpoint-6"))
-    adapted = lambda r: build(tmp_path, peft_config=LoraConfig(r=r, target_modules=["q_proj"]), max_steps=3)  # noqa: E731
-    with pytest.raises(ValueError, match="must hold what is trained, adapters of a model, got a whole model"):
+
+    def adapted(r):
+        return build(tmp_path, peft_config=LoraConfig(r=r, target_modules=["q_proj"]), max_steps=3)
+
+    with pytest.raises(ValueError, match="must hold LoRA adapters, which are trained, got a checkpoint of a whole model"):
         adapted(4).train(resume_from_checkpoint=folder)
     adapted(4).train()
-    with pytest.raises(ValueError, match=r"with a base_model.*lora_A.weight of the size \(8, 32\), got \(4, 32\)"):
+    with pytest.raises(ValueError, match=r"must have a parameter base_model.*lora_A.weight of shape \(8, 32\), got \(4, 32\)"):
         adapted(8).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="must hold what is trained, a whole model, got adapters of a model"):
+    with pytest.raises(ValueError, match="must hold a whole model, which is trained, got a checkpoint of LoRA adapters"):
         build(tmp_path).train(resume_from_checkpoint=True)
     wider = build(tmp_path)
     wider.model.resize_token_embeddings(60)
-    with pytest.raises(ValueError, match=r"with a lm_head.weight of the size \(60, 32\), got \(\d+, 32\)"):
+    with pytest.raises(ValueError, match=r"must have a parameter lm_head.weight of shape \(60, 32\), got \(\d+, 32\)"):
         wider.train(resume_from_checkpoint=folder)
     for process in (1, 2):
         copy = tmp_path / f"of-{process + 1}"
         shutil.copytree(folder, copy, dirs_exist_ok=True)
         shutil.copy(copy / "experience_0.pt", copy / f"experience_{process}.pt")
     (copy / "vlmkernels.json").unlink()
-    with pytest.raises(ValueError, match="to go on with 1 processes, got one within the generation batch of 2"):
+    with pytest.raises(ValueError, match="was saved mid-batch by 2 processes: resume with 2 processes, got 1"):
         build(tmp_path).train(resume_from_checkpoint=str(copy))

@@ -1,4 +1,4 @@
-"""What a run does when a process dies, a sample cannot be read, a number is not finite, or a reward hangs."""
+"""A run in which a process dies, a sample cannot be read, a number is not finite, or a reward hangs."""
 
 import itertools
 import json
@@ -8,18 +8,18 @@ import threading
 import time
 
 import pytest
-import runs
 import torch
-from runs import build, losses
 from support import tiny
+from support.faults import runs
+from support.faults.runs import build, losses
 
-from vlmkernels.rewards import compose
-from vlmkernels.train.faults import MOST_SKIPPED
+from vlmkernels.rewards import Rewards, calls
+from vlmkernels.train.faults import MAX_SKIPPED
 
 
 @pytest.fixture(scope="module")
 def two(server, tmp_path_factory):
-    """What each of two processes says; see ``runs.what_two_do``."""
+    """The reports of two processes; see ``runs.what_two_do``."""
     folder = tmp_path_factory.mktemp("two")
     codes = runs.ended(runs.start(server, runs.what_two_do, folder, world=2), 120)
     assert codes == [0, 0], (folder / "output-0").read_text()[-3000:] + (folder / "output-1").read_text()[-3000:]
@@ -50,11 +50,11 @@ def test_a_fault_of_one_process_is_skipped_by_all(two):
         assert said["disk"]["losses"][step] == pytest.approx(log, rel=1e-5, abs=1e-7)
     skipped = [log["frac_steps_skipped"] for log in said["loss skipped"]["losses"].values()]
     assert skipped == [0, 1]
-    assert said["image"]["losses"]["1"]["frac_samples_replaced"] == 0.25  # of the two each that two processes read
+    assert said["image"]["losses"]["1"]["frac_samples_replaced"] == 0.25  # one of four samples: two processes read two each
 
 
 def test_survivors_of_a_killed_process_end_and_say_why(server, tmp_path, two):
-    """Without a launcher that ends them; then two processes go on from the last checkpoint."""
+    """There is no launcher that ends them. Then two processes resume from the last checkpoint."""
     processes = runs.start(server, runs.train_and_die, tmp_path, 1, 3, runs.SHORT, world=2)
     assert runs.ended(processes, 60) == [1, -9]
     said = (tmp_path / "output-0").read_text()
@@ -70,7 +70,7 @@ def test_survivors_of_a_killed_process_end_and_say_why(server, tmp_path, two):
 
 
 def bad_rows() -> list[dict]:
-    """The pixels of sample 1 cannot be read, of sample 3 not even the header."""
+    """The pixels of sample 1 and the header of sample 3 cannot be read."""
     rows = tiny.rows(6, "one")
     return [rows[0], runs.corrupt(rows[1]), rows[2], {**rows[3], "image": b"no image"}, *rows[4:]]
 
@@ -106,18 +106,20 @@ def test_another_sample_takes_the_place_of_one_that_cannot_be_read(tmp_path, cap
         trainer.train()
     assert seen == [(f"what is {index}?",) for index in (0, 2, 2, 4, 4, 5)]
     assert [log["frac_samples_replaced"] for log in losses(trainer).values()] == [0, 1, 0, 1, 0, 0]
-    assert "train_dataset: 1 of 6 samples are left out (on_bad_sample='skip'); the first: sample 3" in caplog.text
-    assert "sample 1: images[0] cannot be read: image file is truncated; another one takes its place" in caplog.text
+    assert "train_dataset: 1 of 6 samples are not used (on_bad_sample='skip'); the first: sample 3" in caplog.text
+    assert "sample 1: images[0] cannot be read: image file is truncated; using the next sample instead" in caplog.text
     del seen[:]
     trainer.control.should_evaluate = True
     evaluated = trainer.evaluation_loop(trainer.get_eval_dataloader(), "")
-    assert evaluated.num_samples == 4  # those that take a place do not count twice
+    assert evaluated.num_samples == 4  # samples that replace others do not count twice
 
 
 def test_a_dataset_that_cannot_be_read_at_all_stops_the_run(tmp_path):
     rows = [runs.corrupt(row) for row in tiny.rows(2)]
-    with pytest.raises(ValueError, match="train_dataset must hold a sample that can be read, got sample"):
+    with pytest.raises(ValueError, match="train_dataset must have a sample that can be read, got sample"):
         build(tmp_path, data=rows, on_bad_sample="skip").train()
+    with pytest.raises(ValueError, match="eval_dataset must have a sample that can be read, got sample"):
+        build(tmp_path, eval_data=rows, on_bad_sample="skip").evaluate()
 
 
 # Numbers
@@ -158,7 +160,7 @@ def test_steps_are_not_skipped_for_ever(tmp_path):
     trainer = build(tmp_path, on_nonfinite="skip", max_steps=20, save_strategy="no")
     runs.spoil_loss(trainer, range(20), always=True)
     with pytest.raises(
-        FloatingPointError, match=f"^step {MOST_SKIPPED + 1}, after 10 skipped steps in a row: not finite: the loss"
+        FloatingPointError, match=f"^step {MAX_SKIPPED + 1}, after 10 skipped steps in a row: not finite: the loss"
     ):
         trainer.train()
 
@@ -187,7 +189,7 @@ def test_a_reward_that_hangs(tmp_path):
 
 
 def test_a_reward_without_a_timeout_that_does_not_return_is_named(monkeypatch, caplog):
-    monkeypatch.setattr(compose, "WARN_AFTER_S", 0.02)
+    monkeypatch.setattr(calls, "WARN_AFTER_S", 0.02)
 
     def slow(completions, **kwargs):
         while caplog.text.count("has not returned") < 2:
@@ -195,9 +197,9 @@ def test_a_reward_without_a_timeout_that_does_not_return_is_named(monkeypatch, c
         return [0.0]
 
     with caplog.at_level(logging.WARNING):
-        compose.Rewards(slow)(1, completions=["a"])
-    assert "reward slow has not returned for 0.02 s; with a timeout it would count as failed" in caplog.text
-    assert "reward slow has not returned for 0.04 s" in caplog.text
+        Rewards(slow)(1, completions=["a"])
+    assert "reward slow has not returned after 0.02 s; set its timeout to limit the call" in caplog.text
+    assert "reward slow has not returned after 0.04 s" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["on_save_error", "on_bad_sample", "on_nonfinite"])

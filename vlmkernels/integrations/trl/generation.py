@@ -1,4 +1,4 @@
-"""``generate`` where TRL calls it: by ``decode_groups``, each prompt run and kept once for all its completions."""
+"""``grouped_generate``: replaces ``model.generate`` in TRL's trainers by ``decode_groups``, which runs each prompt once."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,14 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from vlmkernels.integrations.trl.scoring import base_of
-from vlmkernels.rollout.decode import Sampling, decode_groups
+from vlmkernels.integrations.trl.scoring import Scorer
+from vlmkernels.models.loading import base_model
+from vlmkernels.rollout.base import Sampling
+from vlmkernels.rollout.decode import decode_groups
 
 logger = logging.get_logger(__name__)
 
-# What a generation configuration may hold beside the fields of Sampling: what is read here or changes nothing, and values that
-# switch a feature off, as falsy ones do.
+# Fields of a generation configuration that are handled here or have no effect, besides the fields of Sampling.
 _READ = {
     "do_sample",
     "bos_token_id",
@@ -22,18 +23,19 @@ _READ = {
     "transformers_version",
     "_from_model_config",
 }
+# Values that disable a feature. A falsy value disables it too.
 _OFF = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "length_penalty"), 1.0),
 }
 
 
-def _sampling(config: GenerationConfig, of_model: GenerationConfig) -> Sampling | str:
-    """What ``generate`` is asked for: by ``config`` and, where it says nothing, by the model's own; or why not."""
-    given = {**of_model.to_diff_dict(), **config.to_diff_dict()}
+def _sampling(config: GenerationConfig, model_config: GenerationConfig) -> Sampling | str:
+    """Return ``config``, with the defaults of ``model_config``, as ``Sampling``, or the reason why it is not supported."""
+    given = {**model_config.to_diff_dict(), **config.to_diff_dict()}
     given = {name: value for name, value in given.items() if value and value != _OFF.get(name)}
     if others := sorted(given.keys() - (Sampling.names() - {"stop_strings"}) - _READ):
-        return f"its generation configuration holds {', '.join(others)}"
+        return f"the generation configuration sets {', '.join(others)}"
     if not given.get("do_sample"):
         given["temperature"] = 0.0
     eos = config.eos_token_id
@@ -41,24 +43,32 @@ def _sampling(config: GenerationConfig, of_model: GenerationConfig) -> Sampling 
     return Sampling(**{name: value for name, value in given.items() if name in Sampling.names()})
 
 
-def generate_of(scoring, model: torch.nn.Module, num_images: list[int] | None, reason: str | None) -> Callable:
-    """``model.generate``, by groups where rows of its prompts are the same, one behind another and equally many of each.
+def grouped_generate(
+    scorer: Scorer, model: torch.nn.Module, num_images: list[int] | None, unsupported: str | None
+) -> Callable[..., torch.Tensor]:
+    """Return a function that replaces ``model.generate`` and runs each prompt once for all its completions.
 
-    reason: why not by groups, where that is known.
+    If that is not possible, it calls ``model.generate`` and logs a warning with the reason.
+
+    Args:
+        scorer: the scorer of the trainer.
+        model: the policy.
+        num_images: the number of images of each row, or None without images.
+        unsupported: a reason to call ``model.generate`` in any case, or None.
     """
     generate = model.generate
 
-    def by_groups(*, generation_config: GenerationConfig, **inputs) -> torch.Tensor:
-        sampling = reason or _sampling(generation_config, model.generation_config)
+    def decode(*, generation_config: GenerationConfig, **inputs: torch.Tensor) -> torch.Tensor:
+        sampling = unsupported or _sampling(generation_config, model.generation_config)
         if isinstance(sampling, Sampling):
-            prompts, group = scoring.groups(base_of(model), inputs, num_images)
+            prompts, group = scorer.groups(base_model(model), inputs, num_images)
             sizes = group.bincount()
             if not torch.equal(group, torch.arange(len(sizes)).repeat_interleave(sizes[0])):
-                sampling = "its completions are not equally many per prompt in this process"
+                sampling = "the prompts of this rank do not have the same number of completions each"
         if isinstance(sampling, str):
-            logger.warning_once(f"Each completion is generated behind a copy of its prompt and images: {sampling}")
+            logger.warning_once(f"Prefix sharing disabled in generation: {sampling}")
             return generate(**inputs, generation_config=generation_config)
         decoded = decode_groups(model, prompts, int(sizes[0]), sampling, as_generate=True)
         return torch.cat([inputs["input_ids"], decoded.ids], 1)
 
-    return by_groups
+    return decode

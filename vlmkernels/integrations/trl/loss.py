@@ -1,114 +1,165 @@
-"""``trl.GRPOTrainer._compute_loss`` by ``linear_grpo_loss``: the loss, and what TRL logs of it."""
+"""``compute_loss``: replaces ``trl.GRPOTrainer._compute_loss`` by ``linear_grpo_loss``, with the same metrics."""
 
 import copy
 import math
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from trl.trainer.utils import nanmax, nanmin
 
-from vlmkernels.models.head import objective_of
+from vlmkernels.integrations.trl.scoring import MicroBatch, Scorer
+from vlmkernels.models.head import packed_grpo_loss, top_entropy_threshold
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
+from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput
 
-# The arguments of _get_per_token_logps_and_entropies that come from a batch, beside its tokens.
+# The arguments of _get_per_token_logps_and_entropies that come from a batch, besides its tokens.
 MEDIA = (
     *("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles", "image_sizes"),
     *("token_type_ids", "mm_token_type_ids", "image_position_ids"),
 )
 
 
-def loss_config(args) -> GRPOLossConfig:
-    """The objective of a ``trl.GRPOConfig``; what changes it from step to step, or is added to it, is in ``compute_loss``."""
+def loss_config(args: Any) -> GRPOLossConfig:
+    """Return the objective of a ``trl.GRPOConfig``, without the parts that ``compute_loss`` adds or changes per step."""
     args = copy.copy(args)
     args.use_adaptive_entropy, args.router_aux_loss_coef = False, None
     return GRPOLossConfig.from_trl(args)
 
 
-class _Threshold:
-    """The least entropy that counts under top_entropy_quantile, over the tokens of all processes, once it is known."""
-
-    def __init__(self, accelerator, quantile: float) -> None:
-        self.accelerator, self.quantile, self.value = accelerator, quantile, -math.inf
-
-    def __call__(self, entropy: torch.Tensor) -> torch.Tensor:
-        entropy = self.accelerator.gather(self.accelerator.pad_across_processes(entropy, pad_index=math.nan))
-        entropy = entropy if len(entropy) else entropy.new_zeros(1)
-        self.value = entropy.nanquantile(1 - self.quantile)
-        return self.value
-
-
-def compute_loss(trainer, scoring, config: GRPOLossConfig, logps_of, model, inputs: dict) -> torch.Tensor:
-    """The loss of TRL's micro-batch; metrics go where TRL's own function puts them.
+def compute_loss(
+    trainer: Any,
+    scorer: Scorer,
+    config: GRPOLossConfig,
+    get_logps: Callable[..., tuple],
+    model: torch.nn.Module,
+    inputs: dict[str, Any],
+) -> torch.Tensor:
+    """Compute the loss of a micro-batch of TRL and log TRL's metrics.
 
     Args:
-        logps_of: TRL's own ``_get_per_token_logps_and_entropies``, which makes the inputs of a model out of a batch's.
+        trainer: the ``trl.GRPOTrainer``.
+        scorer: its scorer.
+        config: the objective, from ``loss_config``.
+        get_logps: TRL's own ``_get_per_token_logps_and_entropies``, which builds the inputs of a model from those of a batch.
+        model: the model to train, wrapped or not.
+        inputs: the micro-batch.
     """
-    accelerator, train = trainer.accelerator, trainer.model.training
+    train = trainer.model.training
     window = trainer.current_gradient_accumulation_steps if train else 1
-    completion_ids, counts = inputs["completion_ids"], inputs["completion_mask"].bool()
-    if "tool_mask" in inputs:
-        counts = counts & inputs["tool_mask"].bool()
-    num_items = inputs["num_items_in_batch"].clamp(min=1).float() / accelerator.num_processes
     coef = _entropy_coef(trainer)
-    threshold = _Threshold(accelerator, config.top_entropy_quantile)
-    rollout_logps = inputs.get("sampling_per_token_logps")
-    reads_rollout = config.rollout_correction or config.off_policy_mask_threshold is not None
-    rows = {
-        "advantages": inputs["advantages"],
-        "old_logps": inputs.get("old_per_token_logps"),
-        "ref_logps": inputs["ref_per_token_logps"] if config.beta else None,
-        "rollout_logps": rollout_logps if reads_rollout else None,
-    }
-    shared = {
-        "num_items": num_items * window / trainer.args.steps_per_generation if train else num_items,
-        "accumulation_steps": window,
-        "entropy_threshold": threshold if config.top_entropy_quantile < 1 else None,
-        "config": config if coef == config.entropy_coef else config.replace(entropy_coef=coef),
-    }
+    config = config if coef == config.entropy_coef else config.replace(entropy_coef=coef)
+    threshold = torch.tensor(-math.inf)
+
+    def global_threshold(entropy: torch.Tensor) -> torch.Tensor:
+        nonlocal threshold
+        threshold = top_entropy_threshold(trainer.accelerator, config.top_entropy_quantile, entropy)
+        return threshold
+
+    num_items = inputs["num_items_in_batch"].clamp(min=1).float() / trainer.accelerator.num_processes
+    objective = partial(
+        packed_grpo_loss,
+        num_items=num_items * window / trainer.args.steps_per_generation if train else num_items,
+        accumulation_steps=window,
+        entropy_threshold=global_threshold if config.top_entropy_quantile < 1 else None,
+        config=config,
+    )
+    rows = _row_arguments(config, inputs)
+    result, aux_loss = _score(trainer, scorer, objective, rows, get_logps, model, inputs)
+    loss, metrics = result.loss, trainer._metrics["train" if train else "eval"]
+    if trainer._entropy_bonus_enabled:
+        active = result.entropy[result.entropy >= threshold.to(result.entropy.device)]
+        _control_entropy(trainer, metrics, config, loss.detach(), active, window)
+    if trainer.aux_loss_enabled:
+        loss = loss + trainer.router_aux_loss_coef * aux_loss / window
+        metrics["aux_loss"].append(trainer.accelerator.gather_for_metrics(aux_loss).mean().item())
+    _log_metrics(trainer.accelerator, metrics, config, result, inputs["advantages"])
+    return loss
+
+
+def _score(
+    trainer: Any,
+    scorer: Scorer,
+    objective: Callable[..., Callable[..., LinearGRPOLossOutput]],
+    rows: dict[str, torch.Tensor | None],
+    get_logps: Callable[..., tuple],
+    model: torch.nn.Module,
+    inputs: dict[str, Any],
+) -> tuple[LinearGRPOLossOutput, torch.Tensor | None]:
+    """Run the model through TRL's method and return the loss of the micro-batch and the auxiliary loss of the model.
+
+    Args:
+        objective: ``packed_grpo_loss``, which still needs the loss mask and ``rows``.
+        rows: from ``_row_arguments``.
+        trainer, scorer, get_logps, model, inputs: see ``compute_loss``.
+    """
+    completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
+    loss_mask = completion_mask.bool()
+    if "tool_mask" in inputs:
+        loss_mask = loss_mask & inputs["tool_mask"].bool()
     results = []
 
-    def score(micro):
-        micro = micro.of(counts)
-        in_order = {name: None if x is None else x[micro.order] for name, x in rows.items()}
-        result, output = scoring.run(model, micro, objective_of(micro.tokens, **in_order, **shared))
+    def score(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        micro = micro.select(loss_mask)
+        ordered = {name: None if x is None else x[micro.order] for name, x in rows.items()}
+        result, output = scorer.run(model, micro, objective(micro.mask, **ordered))
         results.append(result)
-        return micro.unpacked(result.logps), micro.unpacked(result.entropy), output
+        return micro.unpack(result.logps), micro.unpack(result.entropy), output
 
-    _, _, aux_loss = logps_of(
+    width = completion_ids.shape[1]
+    _, _, aux_loss = get_logps(
         trainer,
-        scoring.in_place_of(model, completion_ids.shape[1], inputs.get("num_images"), score),
+        scorer.model_stub(model, width, inputs.get("num_images"), score),
         torch.cat([inputs["prompt_ids"], completion_ids], 1),
-        torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1),
-        completion_ids.shape[1],
+        torch.cat([inputs["prompt_mask"], completion_mask], 1),
+        width,
         compute_entropy=True,
         compute_aux_loss=trainer.aux_loss_enabled,
         **{name: inputs.get(name) for name in MEDIA},
     )
     (result,) = results
-    loss, metrics = result.loss, trainer._metrics["train" if train else "eval"]
-    if trainer._entropy_bonus_enabled:
-        active = result.entropy[result.entropy >= threshold.value]
-        _control_entropy(trainer, metrics, shared["config"], loss.detach(), active, window)
-    if trainer.aux_loss_enabled:
-        loss = loss + trainer.router_aux_loss_coef * aux_loss / window
-        metrics["aux_loss"].append(accelerator.gather_for_metrics(aux_loss).mean().item())
-    _record(accelerator, metrics, config, result, inputs["advantages"])
-    return loss
+    return result, aux_loss
 
 
-def _entropy_coef(trainer) -> float:
-    """Of this step: an adaptive one is off while the entropy is above its target."""
+def _row_arguments(config: GRPOLossConfig, inputs: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    """Return the arguments of ``packed_grpo_loss`` that have a row per completion, in TRL's order."""
+    reads_rollout = config.rollout_correction or config.off_policy_mask_threshold is not None
+    return {
+        "advantages": inputs["advantages"],
+        "old_logps": inputs.get("old_per_token_logps"),
+        "ref_logps": inputs["ref_per_token_logps"] if config.beta else None,
+        "rollout_logps": inputs.get("sampling_per_token_logps") if reads_rollout else None,
+    }
+
+
+def _entropy_coef(trainer: Any) -> float:
+    """Return the entropy coefficient of this step. An adaptive coefficient is 0 while the entropy is above its target."""
     off = trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target
     return 0.0 if off else trainer.entropy_coef
 
 
-def _control_entropy(trainer, metrics, config, loss, active: torch.Tensor, window: int) -> None:
-    """Log what the entropy bonus does, and change its coefficient as the entropy of the window's ``active`` tokens asks."""
-    accelerator, args, train = trainer.accelerator, trainer.args, trainer.model.training
+def _control_entropy(
+    trainer: Any,
+    metrics: defaultdict[str, list],
+    config: GRPOLossConfig,
+    loss: torch.Tensor,
+    active: torch.Tensor,
+    window: int,
+) -> None:
+    """Log the loss without the entropy bonus, and adapt the entropy coefficient at the end of an accumulation window.
+
+    Args:
+        active: the entropies of the tokens that the bonus covers.
+    """
+    accelerator, args = trainer.accelerator, trainer.args
     policy_loss = loss + config.entropy_coef * active.sum() / max(len(active), 1) / window
     if not config.aggregation.num_items:
         policy_loss = policy_loss * window
     metrics["policy_loss"].append(accelerator.gather(policy_loss).nanmean().item())
-    if not train:
+    if not trainer.model.training:
         return
     if trainer.use_adaptive_entropy:
         stats = torch.stack([active.sum(), active.new_tensor(len(active))])
@@ -119,13 +170,20 @@ def _control_entropy(trainer, metrics, config, loss, active: torch.Tensor, windo
             entropy = total / max(count, 1.0)
             step = args.entropy_coef_delta if entropy <= args.entropy_target else -args.entropy_coef_delta
             trainer.entropy_coef = min(max(trainer.entropy_coef + step, args.entropy_coef_min), args.entropy_coef_max)
-            trainer._last_world_entropy, trainer._entropy_window_stats = entropy, None
+            trainer._last_world_entropy = entropy
+            trainer._entropy_window_stats = None
     if accelerator.sync_gradients:
         metrics["entropy_coef"].append(trainer.entropy_coef)
 
 
-def _record(accelerator, metrics, config: GRPOLossConfig, result, advantages: torch.Tensor) -> None:
-    """TRL's metrics: means over the tokens (of a ratio of the sequence, the sequences) of all processes."""
+def _log_metrics(
+    accelerator: Accelerator,
+    metrics: defaultdict[str, list],
+    config: GRPOLossConfig,
+    result: LinearGRPOLossOutput,
+    advantages: torch.Tensor,
+) -> None:
+    """Log TRL's metrics: means over the tokens of all ranks, or over the sequences for ratios per sequence."""
     tokens = len(result.logps)
     by_sequence = (config.level == "sequence" or config.loss.surrogate == "vespo") and advantages.dim() == 1
     weights = dict.fromkeys(("kl", "entropy"), tokens)
@@ -138,7 +196,7 @@ def _record(accelerator, metrics, config: GRPOLossConfig, result, advantages: to
         metrics[name].append(total / max(count, 1.0))
     if config.loss.low:
         ends = torch.stack([result.metrics["clip_ratio/low_min"], result.metrics["clip_ratio/high_max"]])
-        ends = ends if tokens or by_sequence else ends.fill_(math.nan)  # nothing was there to be clipped
+        ends = ends if tokens or by_sequence else ends.fill_(math.nan)  # no tokens to clip
         low, high = accelerator.gather(ends).view(-1, 2).unbind(1)
         metrics["clip_ratio/low_min"].append(nanmin(low).item())
         metrics["clip_ratio/high_max"].append(nanmax(high).item())

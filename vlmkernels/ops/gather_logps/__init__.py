@@ -1,122 +1,165 @@
-"""Log-probability of chosen tokens from logits. Torch only: triton and ``_C`` load on first use."""
+"""Log-probabilities of given tokens from logits. Imports only torch: triton and ``_C`` load on first use."""
+
+from typing import Any, Literal, overload
 
 import torch
 from torch.library import define, impl, register_autograd, register_fake
 
 from vlmkernels.backend import resolve, select
 from vlmkernels.ops.checks import require_factor, require_indices, require_targets
+from vlmkernels.ops.dispatch import schema
+from vlmkernels.ops.gather_logps.inputs import Gradient, Inputs, Outputs, Results
+
+__all__ = ["gather_logps"]
 
 FWD = "vlmkernels::gather_logps_fwd"
 BWD = "vlmkernels::gather_logps_bwd"
 BWD_INPLACE = "vlmkernels::gather_logps_bwd_"
 
-define(
-    FWD,
-    "(Tensor logits, Tensor targets, Tensor? mask, Tensor? rows, float temperature, bool return_entropy,"
-    " bool inplace_backward, str backend) -> (Tensor logp, Tensor entropy, Tensor stats)",
-)
-_GRADIENT = (
-    "Tensor? dlogp, Tensor? dentropy, Tensor targets, Tensor entropy, Tensor stats, Tensor? mask, Tensor? rows,"
-    " float temperature, str backend"
-)
-define(BWD, f"(Tensor logits, {_GRADIENT}) -> Tensor")
-define(BWD_INPLACE, f"(Tensor(a!) logits, {_GRADIENT}) -> ()")
+define(FWD, f"({schema(Inputs)}) -> (Tensor logp, Tensor entropy, Tensor stats)")
+define(BWD, f"(Tensor logits, {schema(Gradient)}) -> Tensor")
+define(BWD_INPLACE, f"(Tensor(a!) logits, {schema(Gradient)}) -> ()")
 
 
-def _outputs(logits, targets, return_entropy):
-    """logp; entropy or (0,); stats (..., 2): m, the maximum of the row x or a little less, and log sum exp((x - m) / T)."""
+def _outputs(inputs: Inputs) -> Outputs:
+    logits, targets = inputs.logits, inputs.targets
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logp = torch.empty(targets.shape, dtype=dtype, device=logits.device)
-    return logp, logp.new_empty(targets.shape if return_entropy else 0), logp.new_empty((*targets.shape, 2))
+    entropy = logp.new_empty(targets.shape if inputs.return_entropy else 0)
+    return Outputs(logp, entropy, logp.new_empty((*targets.shape, 2)))
 
 
 @impl(FWD, "default")
-def _fwd(logits, targets, mask, rows, temperature, return_entropy, inplace_backward, backend):
-    *leading, vocab = logits.shape
-    require_indices("targets", targets, vocab, "the vocabulary of logits", mask)
+def _fwd(*args: Any) -> Outputs:
+    inputs = Inputs(*args)
+    logits, targets, mask, rows = inputs.logits, inputs.targets, inputs.mask, inputs.rows
+    require_indices("targets", targets, logits.shape[-1], "the vocabulary of logits", mask)
     if rows is not None:
-        require_indices("rows", rows, leading_size(logits), f"the rows of logits {tuple(leading)}", mask)
-    outputs = _outputs(logits, targets, return_entropy)
+        leading = logits.shape[:-1]
+        require_indices("rows", rows, leading.numel(), f"the rows of logits {tuple(leading)}", mask)
+    outputs = _outputs(inputs)
     if targets.numel():
-        select("gather_logps", backend, logits).fwd(logits, targets, mask, rows, temperature, *outputs)
+        select("gather_logps", inputs.backend, logits).fwd(logits, targets, mask, rows, inputs.temperature, outputs)
     return outputs
 
 
-@register_fake(FWD)
-def _fwd_fake(logits, targets, mask, rows, temperature, return_entropy, inplace_backward, backend):
-    return _outputs(logits, targets, return_entropy)
+def _fwd_fake(*args: Any) -> Outputs:
+    return _outputs(Inputs(*args))
 
 
-def leading_size(logits: torch.Tensor) -> int:
-    """The number of rows of logits, N."""
-    return logits.shape[:-1].numel()
+register_fake(FWD, _fwd_fake)
 
 
-def _write_gradient(out, logits, dlogp, dentropy, targets, entropy, stats, mask, rows, temperature, backend):
-    """Write d/dlogits to every element of ``out``, which may be ``logits`` itself."""
-    num = targets.numel()
-    dlogp = torch.zeros(num, dtype=stats.dtype, device=stats.device) if dlogp is None else dlogp.reshape(num)
-    results = [dlogp, targets.reshape(num), stats.reshape(num, 2)]
-    results += [None, None] if dentropy is None else [dentropy.reshape(num), entropy.reshape(num)]
-    starts = None
-    if rows is not None:
-        # Rows may repeat: sort the results by row, masked ones past the end; those of row n are [starts[n], starts[n + 1]).
-        end = leading_size(logits)
-        keys = rows.reshape(num) if mask is None else rows.reshape(num).masked_fill(~mask.reshape(num), end)
-        keys, order = keys.sort()
-        starts = torch.searchsorted(keys, torch.arange(end + 1, device=keys.device))
-        results, mask = [t if t is None else t[order] for t in results], None
+def _kernel_inputs(gradient: Gradient, num_rows: int) -> Results:
+    """Return the inputs of the backward kernels: with ``rows``, sorted by row, with masked results at the end."""
+    num = gradient.targets.numel()
+    dlogp, dentropy, entropy, mask = gradient.dlogp, gradient.dentropy, gradient.entropy, gradient.mask
+    results = Results(
+        dlogp=gradient.stats.new_zeros(num) if dlogp is None else dlogp.reshape(num),
+        targets=gradient.targets.reshape(num),
+        stats=gradient.stats.reshape(num, 2),
+        dentropy=None if dentropy is None else dentropy.reshape(num),
+        entropy=None if dentropy is None else entropy.reshape(num),
+        mask=None if mask is None else mask.reshape(num),
+        offsets=None,
+    )
+    if gradient.rows is None:
+        return results
+    rows = gradient.rows.reshape(num)
+    keys = rows if results.mask is None else rows.masked_fill(~results.mask, num_rows)
+    keys, order = keys.sort()
+    offsets = torch.searchsorted(keys, torch.arange(num_rows + 1, device=keys.device))
+    ordered = (t if t is None else t[order] for t in results._replace(mask=None))
+    return Results._make(ordered)._replace(offsets=offsets)
+
+
+def _write_gradient(out: torch.Tensor, logits: torch.Tensor, gradient: Gradient) -> None:
+    """Write the gradient of the logits to every element of ``out``, which may be ``logits`` itself."""
     if out.numel():
-        select("gather_logps", backend, logits).bwd(*results, logits, mask, starts, temperature, out)
+        results = _kernel_inputs(gradient, logits.shape[:-1].numel())
+        select("gather_logps", gradient.backend, logits).bwd(logits, results, gradient.temperature, out)
 
 
 @impl(BWD, "default")
-def _bwd(logits, *gradient):
+def _bwd(logits: torch.Tensor, *gradient: Any) -> torch.Tensor:
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _write_gradient(out, logits, *gradient)
+    _write_gradient(out, logits, Gradient(*gradient))
     return out
 
 
-@register_fake(BWD)
-def _bwd_fake(logits, *gradient):
+def _bwd_fake(logits: torch.Tensor, *gradient: Any) -> torch.Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+register_fake(BWD, _bwd_fake)
+
+
 @impl(BWD_INPLACE, "default")
-def _bwd_inplace(logits, *gradient):
-    _write_gradient(logits, logits, *gradient)
+def _bwd_inplace(logits: torch.Tensor, *gradient: Any) -> None:
+    _write_gradient(logits, logits, Gradient(*gradient))
 
 
-@register_fake(BWD_INPLACE)
-def _bwd_inplace_fake(logits, *gradient):
+def _bwd_inplace_fake(logits: torch.Tensor, *gradient: Any) -> None:
     pass
 
 
-def _save(ctx, inputs, output):
-    logits, targets, mask, rows, ctx.temperature, _, ctx.inplace, ctx.backend = inputs
-    _, entropy, stats = output
-    ctx.save_for_backward(logits, targets, entropy, stats, mask, rows)
-    ctx.mark_non_differentiable(stats)
+register_fake(BWD_INPLACE, _bwd_inplace_fake)
+
+
+# The gradients of the arguments after logits.
+NO_GRADIENTS = (None,) * (len(Inputs._fields) - 1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    arguments, outputs = Inputs(*inputs), Outputs(*output)
+    ctx.temperature, ctx.inplace, ctx.backend = arguments.temperature, arguments.inplace_backward, arguments.backend
+    ctx.save_for_backward(arguments.logits, arguments.targets, arguments.mask, arguments.rows, outputs.entropy, outputs.stats)
+    ctx.mark_non_differentiable(outputs.stats)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dlogp, dentropy, _):
-    logits, *saved = ctx.saved_tensors
-    dentropy = None if dentropy is None or dentropy.numel() == 0 else dentropy
-    gradient = (dlogp, dentropy, *saved, ctx.temperature, ctx.backend)
+def _backward(ctx: Any, dlogp: torch.Tensor | None, dentropy: torch.Tensor | None, _: None) -> tuple[Any, ...]:
+    logits, targets, mask, rows, entropy, stats = ctx.saved_tensors
+    if dentropy is not None and dentropy.numel() == 0:
+        dentropy = None
     dlogits = None
     if ctx.needs_input_grad[0] and not (dlogp is None and dentropy is None):
+        gradient = Gradient(dlogp, dentropy, targets, entropy, stats, mask, rows, ctx.temperature, ctx.backend)
         if ctx.inplace:
             dlogits = logits.detach()
             torch.ops.vlmkernels.gather_logps_bwd_(dlogits, *gradient)
         else:
             dlogits = torch.ops.vlmkernels.gather_logps_bwd(logits, *gradient)
-    return (dlogits, *[None] * 7)
+    return (dlogits, *NO_GRADIENTS)
 
 
 register_autograd(FWD, _backward, setup_context=_save)
 
 
+@overload
+def gather_logps(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = ...,
+    mask: torch.Tensor | None = ...,
+    rows: torch.Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
+@overload
+def gather_logps(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = ...,
+    mask: torch.Tensor | None = ...,
+    rows: torch.Tensor | None = ...,
+    return_entropy: Literal[True],
+    inplace_backward: bool = ...,
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def gather_logps(
     logits: torch.Tensor,
     targets: torch.Tensor,
@@ -128,7 +171,7 @@ def gather_logps(
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of ``targets`` under the softmax of ``logits / temperature``, and that softmax's entropy.
+    """Compute the log-probability of ``targets`` under ``softmax(logits / temperature)``, and the entropy of this softmax.
 
     Equivalent to::
 
@@ -136,34 +179,34 @@ def gather_logps(
         logps = logp_all.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         entropy = -(logp_all.exp() * logp_all).sum(-1)
 
-    without a tensor of the size of ``logits`` beyond its gradient: one read of the logits forward, one read and one write
-    backward. With ``rows``, ``logits`` above is ``logits.flatten(0, -2)[rows]``.
+    but the only tensor of the size of ``logits`` is their gradient: the forward pass reads the logits once, and the backward
+    pass reads them once and writes the gradient once. With ``rows``, ``logits`` above is ``logits.flatten(0, -2)[rows]``.
 
     Args:
-        logits: (..., V), fp32, bf16 or fp16 (fp64 in the reference). The last axis is contiguous; the others may have any
-            stride, so ``logits[:, :-1]`` is not copied.
-        targets: (...) like the leading axes of ``logits``, or like ``rows``; int64 in [0, V).
+        logits: (..., V), fp32, bf16 or fp16 (the reference also supports fp64). The last axis must be contiguous; the others
+            may have any stride, so ``logits[:, :-1]`` is not copied.
+        targets: int64 in [0, V), in the shape of the leading axes of ``logits``, or of ``rows``.
         temperature: divides the logits; > 0.
-        mask: bool, like ``targets``. Where false, the logits are not read, the target may be anything, the results are 0
-            and so is the gradient.
-        rows: int64, any shape: flat indices into the leading axes of ``logits``, one per result, so that a block full of
-            image and padding tokens is read only where a completion token is predicted. Rows may repeat (their gradients
-            add up); those not named get gradient 0.
-        return_entropy: also return the entropy, in nats, differentiable.
-        inplace_backward: the backward pass writes the gradient over ``logits``, which then cannot be used again. Saves a
-            tensor of the size of the logits.
+        mask: bool, in the shape of ``targets``. Where it is false, the logits are not read, the target may have any value, and
+            the results and the gradient are 0.
+        rows: int64, any shape: for each result, the index of its row in ``logits.flatten(0, -2)``. Only these rows are read,
+            for example those that predict completion tokens in a batch full of image and padding tokens. An index may occur
+            several times (the gradients are added); rows without a result get gradient 0.
+        return_entropy: also return the entropy in nats. It is differentiable.
+        inplace_backward: write the gradient over ``logits`` in the backward pass, which saves a tensor of their size. The
+            logits must not be used afterwards.
         backend: see ``vlmkernels.backend``.
 
     Returns:
-        ``logps`` like ``targets``, fp32 (fp64 for fp64); with ``return_entropy`` the pair ``(logps, entropy)``.
-        Computed in fp32 whatever the dtype of ``logits``. A gradient goes to ``logits``, in its dtype.
+        ``logps`` in the shape of ``targets``, fp32 (fp64 for fp64 logits); with ``return_entropy``, the pair
+        ``(logps, entropy)``. Computed in fp32, also for 16-bit logits. ``logits`` get a gradient, in their dtype.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or temperature; on the CPU also a target or row out of range
-            (on a GPU that check would wait for the device: such a result is NaN there).
-        NotImplementedError: the named backend does not serve these tensors.
+        ValueError, TypeError: a shape, dtype, device or temperature is wrong, or (on the CPU) a target or row is out of range.
+            On a GPU, where this check would wait for the device, the result of an index out of range is NaN instead.
+        NotImplementedError: the named backend does not support these tensors.
 
-    Source: the log-probability of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300), equation 3.
+    Source: the log-probability in equation 3 of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300).
     """
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
@@ -173,9 +216,9 @@ def gather_logps(
     require_targets("logits", logits, "logits without the vocabulary", targets, mask, rows)
     if inplace_backward and any(stride == 0 < size - 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(
-            f"inplace_backward must be false for logits that share memory (an axis of stride 0), got {logits.stride()}"
+            f"inplace_backward must be false for logits that share memory (an axis of stride 0), got strides {logits.stride()}"
         )
     logps, entropy, _ = torch.ops.vlmkernels.gather_logps_fwd(
-        logits, targets, mask, rows, float(temperature), return_entropy, inplace_backward, resolve(backend)
+        logits, targets, mask, rows, float(temperature), return_entropy, inplace_backward, resolve("gather_logps", backend)
     )
     return (logps, entropy) if return_entropy else logps

@@ -1,12 +1,12 @@
-"""gather_logps through the compiled module, for the backends "cpp" and "cuda"."""
+"""gather_logps with the compiled module: backends "cpp" and "cuda"."""
 
 import torch
 
 from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 from vlmkernels.ops.layout import row_layout, unsupported_rows
 
-# Few rows leave most of a GPU idle: share each among so many blocks that there are at least _BLOCKS (three per multiprocessor
-# of an H100 keep its memory busy), of at least _MIN_SPLIT elements. More would not pay for the kernel that merges them.
+# With few rows, one block per row would leave most of a GPU idle. Rows are split so that there are at least _BLOCKS blocks
+# (three per multiprocessor of an H100) with at least _MIN_SPLIT elements each. Merging smaller parts costs more than it saves.
 _BLOCKS = 384
 _MIN_SPLIT = 8192
 
@@ -27,10 +27,10 @@ class Native(Launcher):
             "stride_inner": stride_inner,
         }
 
-    def fwd(self, logits, targets, mask, rows, temperature, logp, entropy, stats):
+    def fwd(self, logits, targets, mask, rows, temperature, outputs):
         num, vocab = targets.numel(), logits.shape[-1]
         splits = 1 if self.name == "cpp" else max(1, min(-(-_BLOCKS // num), vocab // _MIN_SPLIT))
-        partial = stats.new_empty(num, splits, 3) if splits > 1 else None
+        partial = outputs.stats.new_empty(num, splits, 3) if splits > 1 else None
         targets, mask, rows = (t if t is None else t.contiguous() for t in (targets, mask, rows))
         params = self.module.GatherLogps(
             **self._logits(logits),
@@ -39,33 +39,31 @@ class Native(Launcher):
             targets=address(targets),
             mask=address(mask),
             rows=address(rows),
-            logp=address(logp),
-            entropy=address(entropy),
-            stats=address(stats),
+            logp=address(outputs.logp),
+            entropy=address(outputs.entropy),
+            stats=address(outputs.stats),
             partial=address(partial),
             splits=splits,
         )
         self.launch("gather_logps_fwd", params, logits.device)
 
-    def bwd(self, dlogp, targets, stats, dentropy, entropy, logits, mask, starts, temperature, out):
+    def bwd(self, logits, results, temperature, out):
         inner, *strides = row_layout(logits)
         vocab = logits.shape[-1]
-        # Fresh results are contiguous; otherwise `out` is `logits`.
+        # A new `out` is contiguous; otherwise `out` is `logits`.
         grad_stride_outer, grad_stride_inner = (inner * vocab, vocab) if out.is_contiguous() else strides
-        dlogp, targets, stats, dentropy, mask = (
-            t if t is None else t.contiguous() for t in (dlogp, targets, stats, dentropy, mask)
-        )
+        results = results.contiguous()
         params = self.module.GatherLogps(
             **self._logits(logits),
-            num_results=targets.numel(),
+            num_results=results.targets.numel(),
             temperature=temperature,
-            targets=address(targets),
-            mask=address(mask),
-            entropy=address(entropy),
-            stats=address(stats),
-            dlogp=address(dlogp),
-            dentropy=address(dentropy),
-            starts=address(starts),
+            targets=address(results.targets),
+            mask=address(results.mask),
+            entropy=address(results.entropy),
+            stats=address(results.stats),
+            dlogp=address(results.dlogp),
+            dentropy=address(results.dentropy),
+            offsets=address(results.offsets),
             dlogits=address(out),
             grad_stride_outer=grad_stride_outer,
             grad_stride_inner=grad_stride_inner,

@@ -1,23 +1,25 @@
-"""gather_logps in Triton. One program per (row, part of the vocabulary), so that few rows fill a GPU too.
+"""gather_logps in Triton. One program per row and part of the vocabulary, so that even a few rows fill a GPU.
 
-With c = log2(e) / temperature, y_v = (x_v - m) c and m the maximum of what was read, a program carries
-(m, s = sum 2^y, sy = sum 2^y y); two such triples merge exactly, and logp, entropy follow without cancellation.
+With c = log2(e) / temperature, y_v = (x_v - m) c and m the maximum of the logits read so far, a program accumulates
+(m, s = sum 2^y, sy = sum 2^y y). Two such triples merge exactly; logp and entropy follow from the result without cancellation.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from vlmkernels.ops.gather_logps.inputs import Outputs, Results
 from vlmkernels.ops.launch import unsupported_dtype
 from vlmkernels.ops.layout import row_layout, unsupported_rows
 
 BLOCK_V = 4096
 NUM_WARPS = 8
-MIN_SPLIT = 4 * BLOCK_V  # a part of a row is worth a program of its own from here
-PROGRAMS = 1024  # enough to fill any GPU
+MIN_SPLIT = 4 * BLOCK_V  # the smallest part of a row that pays for its own program
+PROGRAMS = 1024  # rows are split until there are so many programs, which fill any GPU
 
+LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a finite start of the maximum: -inf - LOWEST is -inf, not NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum starts at a finite value: -inf - LOWEST is -inf, not NaN
 
 
 def unsupported(logits: torch.Tensor) -> str | None:
@@ -31,11 +33,11 @@ def row_offset(n, inner, stride_outer, stride_inner):
 
 @triton.jit
 def exp2_and_exponent(y):
-    """2^y, and y with its -inf raised so that 2^y y is 0 there."""
+    """Return 2^y, and y with everything below -126 replaced by -126, so that 2^y y is 0 for y = -inf."""
     return tl.exp2(y), tl.where(y < -126.0, -126.0, y)
 
 
-# Sizes that vary from batch to batch: no kernel is compiled anew for their values.
+# Sizes that vary from batch to batch. Kernels are not recompiled for their values.
 VARYING = ["N", "inner", "splits"]
 
 
@@ -105,10 +107,10 @@ def gather_logps_merge_kernel(
     scale,
     BLOCK_S: tl.constexpr,
 ):
-    """Grid (K): the parts of a row merged, and the results."""
+    """Grid (K): merge the parts of a row and write its results."""
     k = tl.program_id(0).to(tl.int64)
-    asked = True if mask_ptr is None else tl.load(mask_ptr + k) != 0
-    if asked:
+    selected = True if mask_ptr is None else tl.load(mask_ptr + k) != 0
+    if selected:
         i = tl.arange(0, BLOCK_S)
         part = partial_ptr + (k * splits + i) * 3
         m = tl.load(part, mask=i < splits, other=LOWEST)
@@ -122,7 +124,7 @@ def gather_logps_merge_kernel(
         target = tl.load(targets_ptr + k)
         n = k if rows_ptr is None else tl.load(rows_ptr + k)
         valid = (target >= 0) & (target < V) & (n >= 0) & (n < N)
-        # An index out of range makes the result, and by stats its gradient, NaN.
+        # If an index is out of range, the result is NaN, and so is its gradient, because stats are NaN.
         top = tl.where(valid, top, float("nan"))
         x_ptr = logits_ptr + row_offset(n, inner, stride_outer, stride_inner)
         x = tl.load(x_ptr + target, mask=valid, other=0.0).to(tl.float32)
@@ -148,7 +150,7 @@ def gather_logps_bwd_kernel(
     entropy_ptr,  # (K,) or None
     logits_ptr,  # (N, V)
     mask_ptr,  # (K,) or None
-    starts_ptr,  # (N + 1,): row n owns results [starts[n], starts[n + 1]); None: row k owns result k
+    offsets_ptr,  # (N + 1,): row n owns results [offsets[n], offsets[n + 1]); None: row k owns result k
     dlogits_ptr,  # (N, V) out; may be logits
     V,
     inner,
@@ -164,12 +166,12 @@ def gather_logps_bwd_kernel(
     """Grid (N * blocks): dx_v = (sum_k dlogp_k [v == t_k] - p_v (sum dlogp + (sum dentropy) (log p_v + H))) / temperature."""
     n = tl.program_id(0).to(tl.int64) // blocks
     v = (tl.program_id(0) % blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
-    if starts_ptr is None:
+    if offsets_ptr is None:
         begin = n
         end = n + 1 if mask_ptr is None else n + tl.load(mask_ptr + n).to(tl.int64)
     else:
-        begin = tl.load(starts_ptr + n)
-        end = tl.load(starts_ptr + n + 1)
+        begin = tl.load(offsets_ptr + n)
+        end = tl.load(offsets_ptr + n + 1)
     dx_ptr = dlogits_ptr + row_offset(n, inner, grad_stride_outer, grad_stride_inner)
     if begin == end:
         tl.store(dx_ptr + v, tl.zeros((BLOCK_V,), dlogits_ptr.dtype.element_ty), mask=v < V)
@@ -194,17 +196,13 @@ def gather_logps_bwd_kernel(
     tl.store(dx_ptr + v, dx.to(dlogits_ptr.dtype.element_ty), mask=v < V)
 
 
-def _contiguous(*tensors):
-    return [t if t is None else t.contiguous() for t in tensors]
-
-
-def fwd(logits, targets, mask, rows, temperature, logp, entropy, stats):
-    targets, mask, rows = _contiguous(targets, mask, rows)
+def fwd(logits, targets, mask, rows, temperature: float, outputs: Outputs) -> None:
+    targets, mask, rows = (t if t is None else t.contiguous() for t in (targets, mask, rows))
     num, vocab = targets.numel(), logits.shape[-1]
     splits = max(1, min(PROGRAMS // num, vocab // MIN_SPLIT))
-    partial = stats.new_empty(num, splits, 3)
+    partial = outputs.stats.new_empty(num, splits, 3)
     layout = (logits.shape[:-1].numel(), vocab, *row_layout(logits), splits)
-    scale = 1.4426950408889634 / temperature
+    scale = LOG2E.value / temperature
     with torch.cuda.device_of(logits):
         gather_logps_fwd_kernel[(num * splits,)](
             logits, mask, rows, partial, *layout, scale, BLOCK_V=BLOCK_V, num_warps=NUM_WARPS
@@ -215,9 +213,9 @@ def fwd(logits, targets, mask, rows, temperature, logp, entropy, stats):
             mask,
             rows,
             partial,
-            logp,
-            entropy if entropy.numel() else None,
-            stats,
+            outputs.logp,
+            outputs.entropy if outputs.entropy.numel() else None,
+            outputs.stats,
             *layout,
             temperature,
             scale,
@@ -226,22 +224,22 @@ def fwd(logits, targets, mask, rows, temperature, logp, entropy, stats):
         )
 
 
-def bwd(dlogp, targets, stats, dentropy, entropy, logits, mask, starts, temperature, out):
-    dlogp, targets, stats, dentropy, entropy, mask = _contiguous(dlogp, targets, stats, dentropy, entropy, mask)
+def bwd(logits, results: Results, temperature: float, out) -> None:
+    results = results.contiguous()
     vocab = logits.shape[-1]
     inner, *strides = row_layout(logits)
     grad_strides = (inner * vocab, vocab) if out.is_contiguous() else strides
     blocks = triton.cdiv(vocab, BLOCK_V)
     with torch.cuda.device_of(logits):
         gather_logps_bwd_kernel[(logits.shape[:-1].numel() * blocks,)](
-            dlogp,
-            targets,
-            stats,
-            dentropy,
-            entropy,
+            results.dlogp,
+            results.targets,
+            results.stats,
+            results.dentropy,
+            results.entropy,
             logits,
-            mask,
-            starts,
+            results.mask,
+            results.offsets,
             out,
             vocab,
             inner,
@@ -249,7 +247,7 @@ def bwd(dlogp, targets, stats, dentropy, entropy, logits, mask, starts, temperat
             *grad_strides,
             blocks,
             temperature,
-            1.4426950408889634 / temperature,
+            LOG2E.value / temperature,
             BLOCK_V=BLOCK_V,
             num_warps=NUM_WARPS,
         )

@@ -1,37 +1,31 @@
-"""group_advantages through the compiled module, for the backends "cpp" and "cuda"."""
+"""group_advantages with the compiled module: backends "cpp" and "cuda"."""
 
 import torch
 
-from vlmkernels.ops.launch import Launcher, address
-
-# The order of the enums in csrc/common/group_advantages.h.
-SCALES = ("none", "group", "batch")
-BASELINES = ("none", "mean", "leave_one_out", "pass_at_k")
+from vlmkernels.ops.launch import Launcher, address, unless_fp32
 
 
 class Native(Launcher):
     def unsupported(self, rewards: torch.Tensor) -> str | None:
-        return None if rewards.dtype == torch.float32 else f"takes float32, got {str(rewards.dtype).removeprefix('torch.')}"
+        return unless_fp32(rewards)
 
-    def fwd(self, rewards, weights, starts, group_size, rules, eps, *outputs):
-        scale, baseline, aggregation = rules
-        rewards, weights = (t if t is None else t.contiguous() for t in (rewards, weights))
-        advantages, total, mean, std, degenerate = map(address, outputs)
+    def fwd(self, inputs, outputs):
+        rewards, weights = (t if t is None else t.contiguous() for t in (inputs.rewards, inputs.weights))
         params = self.module.GroupAdvantages(
             num=len(rewards),
             functions=rewards.shape[1],
-            num_groups=len(rewards) // group_size if starts is None else len(starts) - 1,
-            starts=address(starts),
+            num_groups=inputs.num_groups,
+            offsets=address(inputs.offsets),
             rewards=address(rewards),
             weights=address(weights),
-            scale=SCALES.index(scale),
-            baseline=BASELINES.index(baseline),
-            normalize_first=aggregation == "normalize_then_sum",
-            eps=eps,
-            advantages=advantages,
-            total=total,
-            mean=mean,
-            std=std,
-            degenerate=degenerate,
+            scale=inputs.scale,
+            baseline=inputs.baseline,
+            normalize_first=inputs.normalize_first,
+            eps=inputs.eps,
+            advantages=address(outputs.advantages),
+            total=address(outputs.rewards),
+            mean=address(outputs.mean),
+            std=address(outputs.std),
+            degenerate=address(outputs.degenerate),
         )
         self.launch("group_advantages", params, rewards.device)

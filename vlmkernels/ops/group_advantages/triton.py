@@ -1,21 +1,26 @@
-"""group_advantages in Triton: one program, so that the batch's statistics need no second launch. The formulas: reference.py."""
+"""group_advantages in Triton: one program, so that statistics of the batch need no second launch. Formulas: reference.py."""
 
 import torch
 import triton
 import triton.language as tl
 
-TILE = 2048  # rewards at a time
+from vlmkernels.ops.group_advantages.inputs import GroupAdvantages, Inputs
+from vlmkernels.ops.launch import unless_fp32
+
+TILE = 2048  # the number of rewards per iteration
 INFINITY = tl.constexpr(float("inf"))
 
 
 def unsupported(rewards: torch.Tensor) -> str | None:
-    return None if rewards.dtype == torch.float32 else f"takes float32, got {str(rewards.dtype).removeprefix('torch.')}"
+    return unless_fp32(rewards)
 
 
 @triton.jit
 def moments(x, given):
-    """Of the given elements of each row: number, mean, standard deviation (ddof 1; exactly 0 where they do not differ), and
-    whether they do not."""
+    """Return count, mean and standard deviation (ddof 1) of the given elements of each row, and whether they are all equal.
+
+    The standard deviation of equal elements is exactly 0.
+    """
     count = tl.sum(given.to(tl.float32), 1)[:, None]
     mean = tl.sum(tl.where(given, x, 0.0), 1)[:, None] / tl.maximum(count, 1.0)
     distance = tl.where(given, x - mean, 0.0)
@@ -28,7 +33,7 @@ def moments(x, given):
 
 @triton.jit
 def divisor(std, eps):
-    """Infinite where what the deviation is of does not differ, whatever eps: what is divided is exactly 0."""
+    """Return std + eps, or infinity if std is 0, so that the quotient is exactly 0 for any eps."""
     return tl.where(std == 0, INFINITY, std + eps)
 
 
@@ -63,7 +68,7 @@ BASELINES = {"none": no_baseline, "mean": group_mean, "leave_one_out": leave_one
 def group_advantages_kernel(
     rewards_ptr,  # (N, R), NaN: not scored
     weights_ptr,  # (R,) or None
-    starts_ptr,  # (K + 1,) or None: groups of group_size
+    offsets_ptr,  # (K + 1,) or None: groups of group_size
     advantages_ptr,  # (N,) out
     total_ptr,  # (N,) out
     mean_ptr,  # (N,) out
@@ -78,17 +83,17 @@ def group_advantages_kernel(
     SCALE: tl.constexpr,
     NORMALIZE_FIRST: tl.constexpr,
     GROUPS: tl.constexpr,
-    BLOCK_G: tl.constexpr,  # no group is larger
+    BLOCK_G: tl.constexpr,  # at least the size of the largest group
 ):
-    """Grid (1,)."""
+    """Grid (1,): write all results. GROUPS groups are processed at once, each as a row of BLOCK_G elements."""
     for first in range(0, K, GROUPS):
         g = first + tl.arange(0, GROUPS)
-        if starts_ptr is None:
+        if offsets_ptr is None:
             start = g * group_size
             end = tl.where(g < K, start + group_size, start)
         else:
-            start = tl.load(starts_ptr + g, mask=g < K, other=0)
-            end = tl.load(starts_ptr + g + 1, mask=g < K, other=0)
+            start = tl.load(offsets_ptr + g, mask=g < K, other=0)
+            end = tl.load(offsets_ptr + g + 1, mask=g < K, other=0)
         i = start[:, None] + tl.arange(0, BLOCK_G)[None, :]
         valid = i < end[:, None]
         r = tl.zeros((GROUPS, BLOCK_G), tl.float32)
@@ -117,7 +122,7 @@ def group_advantages_kernel(
         tl.store(advantages_ptr + i, tl.where(scored, result, 0.0), mask=valid)
     if NORMALIZE_FIRST or SCALE == "batch":
         tl.debug_barrier()
-        # Of the rewards, or with NORMALIZE_FIRST of the sums in `advantages`, which are all there is of a scored completion.
+        # Statistics of the rewards, or with NORMALIZE_FIRST of the sums that were written to `advantages`.
         values_ptr = advantages_ptr if NORMALIZE_FIRST else total_ptr
         BLOCK: tl.constexpr = GROUPS * BLOCK_G
         offset = tl.arange(0, BLOCK)
@@ -153,23 +158,23 @@ def group_advantages_kernel(
             tl.store(advantages_ptr + start + offset, tl.where(total == total, x / divisor(std, eps), 0.0), mask=inside)
 
 
-def fwd(rewards, weights, starts, group_size, rules, eps, *outputs):
-    scale, baseline, aggregation = rules
-    block = triton.next_power_of_2(group_size)
+def fwd(inputs: Inputs, outputs: GroupAdvantages) -> None:
+    rewards, weights = inputs.rewards, inputs.weights
+    block = triton.next_power_of_2(inputs.group_size)
     with torch.cuda.device_of(rewards):
         group_advantages_kernel[(1,)](
             rewards.contiguous(),
             weights if weights is None else weights.contiguous(),
-            starts,
+            inputs.offsets,
             *outputs,
             len(rewards),
-            len(rewards) // group_size if starts is None else len(starts) - 1,
+            inputs.num_groups,
             rewards.shape[1],
-            group_size,
-            eps,
-            BASELINE=BASELINES[baseline],
-            SCALE=scale,
-            NORMALIZE_FIRST=aggregation == "normalize_then_sum",
+            inputs.group_size,
+            inputs.eps,
+            BASELINE=BASELINES[inputs.baseline],
+            SCALE=inputs.scale,
+            NORMALIZE_FIRST=inputs.normalize_first,
             GROUPS=max(1, TILE // block),
             BLOCK_G=block,
             num_warps=8,

@@ -1,16 +1,16 @@
-"""Group attention on Hopper and newer GPUs from cuDNN's attention, in calls whose shapes recur.
+"""Group attention on Hopper and newer GPUs by cuDNN's attention, in calls whose shapes recur.
 
-For each shape that is new to a thread cuDNN builds an execution plan, which takes tens to hundreds of milliseconds, and the
-lengths of packs differ from step to step. So the shapes are taken from a small set:
+cuDNN builds an execution plan for each shape that is new to a thread, which takes tens to hundreds of milliseconds, and the
+lengths of packs differ from step to step. So all calls use shapes from a small set:
 
-- The prefix is cut at a multiple of BLOCK. All later tokens of the group attend to its head, the keys before the cut.
-- Its tail, the fewer than BLOCK tokens after the cut, is copied in front of each completion. [tail | completion] attends to
-  itself, causally. These sequences are padded at their ends to one length; no token sees what is after it, so that this padding
-  needs no mask.
-- The queries on the head are padded too. Results of padded queries are not read. In the backward pass their log-sum-exp is so
-  large that their probabilities are 0, and so are their gradients.
+- The prefix is split at a multiple of BLOCK. All later tokens of the group attend to its head, the keys before the split.
+- Its tail, the fewer than BLOCK tokens after the split, is copied in front of each completion, and [tail | completion] attends
+  to itself causally. These sequences are padded at their ends to one length. The padding needs no mask: no token sees a later
+  token.
+- The queries that attend to the head are padded too. The results of padded queries are not read. In the backward pass their
+  log-sum-exp is so large that their probabilities are 0, and so are their gradients.
 
-Where the lengths are multiples already, the sequences are views of the pack. Results are merged as in parts.py.
+If the lengths are multiples of BLOCK, the sequences are views of the pack. Results are merged as in parts.py.
 """
 
 import os
@@ -19,10 +19,10 @@ from typing import NamedTuple
 
 import torch
 
-from vlmkernels.ops.group_attention.flash import _aligned, unsupported_operands
+from vlmkernels.ops.group_attention.flash import aligned, unsupported_operands
 
 BLOCK = 128
-NO_WEIGHT = 1e30  # a log-sum-exp: e^(score - NO_WEIGHT) is 0
+NO_WEIGHT = 1e30  # the log-sum-exp of padded queries: e^(score - NO_WEIGHT) is 0
 
 
 def unsupported(query: torch.Tensor) -> str | None:
@@ -38,31 +38,41 @@ def unsupported(query: torch.Tensor) -> str | None:
 
 
 def _padded(length: int) -> int:
-    """The next length of the set: multiples of BLOCK, and above 16 blocks 8 lengths per power of two."""
+    """Return the smallest length of the set that is >= ``length``.
+
+    The set has all multiples of BLOCK up to 16 blocks, then 8 lengths per power of two.
+    """
     step = max(BLOCK, 1 << max(0, (length - 1).bit_length() - 4))
     return -(-length // step) * step
 
 
 class _Plan(NamedTuple):
+    """The calls of cuDNN for one group."""
+
     num_tokens: int
-    head: int  # tokens of the prefix before the cut
-    tail: int  # and after it
-    num_sequences: int  # [tail | completion]: num_sequences of equal padded length
-    rows: torch.Tensor | None = None  # (num_tokens - head,) int32: the tokens after the head
-    queries: torch.Tensor | None = None  # int32: the same with padding, as queries on the head; None: without padding
-    index: torch.Tensor | None = None  # (num_sequences * length,) int32: tokens of the sequences; None: those after the head
-    lse_index: torch.Tensor | None = None  # the same, with num_tokens for padding and for the tail's later copies
-    places: torch.Tensor | None = None  # (num_tokens - head,) int32: where in the sequences each token after the head is
+    head: int  # the number of tokens of the prefix before the split
+    tail: int  # the number of tokens of the prefix after the split
+    num_sequences: int  # the number of sequences [tail | completion], of one padded length
+    # The tokens after the head, (num_tokens - head,) int32.
+    rows: torch.Tensor | None = None
+    # The same with padding, int32: the queries that attend to the head. None: no padding.
+    queries: torch.Tensor | None = None
+    # The tokens of the sequences, (num_sequences * length,) int32. None: the tokens after the head.
+    index: torch.Tensor | None = None
+    # The same, but num_tokens for padding and for all copies of the tail except the first.
+    lse_index: torch.Tensor | None = None
+    # The position in the sequences of each token after the head, (num_tokens - head,) int32.
+    places: torch.Tensor | None = None
 
     def calls_on_head(self) -> list[tuple[int, int, bool, torch.Tensor | None]]:
-        """Range of queries, whether causal, and the range's index with padding."""
+        """Return the calls on the head: the start and stop of the queries, whether it is causal, and ``queries`` or None."""
         calls = (0, self.head, True, None), (self.head, self.num_tokens, False, self.queries)
         return [call for call in calls if self.head and call[0] < call[1]]
 
 
-@lru_cache(maxsize=64)  # every layer of a pass has the same groups
+@lru_cache(maxsize=64)  # all layers of a pass have the same groups
 def _plan(prefix: int, completions: tuple[int, ...], device: torch.device) -> _Plan:
-    """Of one group. Built on the host and copied without waiting for the device."""
+    """Build the plan of one group on the host and copy it without waiting for the device."""
     tail = prefix % BLOCK
     completions = tuple(length for length in completions if length) or ((0,) if tail else ())
     num, head = prefix + sum(completions), prefix - tail
@@ -83,7 +93,7 @@ def _plan(prefix: int, completions: tuple[int, ...], device: torch.device) -> _P
 
 
 def _sequences(head: int, prefix: int, completions: tuple[int, ...], length: int) -> dict[str, torch.Tensor]:
-    """index, lse_index and places of a plan."""
+    """Return the fields index, lse_index and places of a plan."""
     num, tail = prefix + sum(completions), prefix - head
     index = torch.zeros(len(completions), length, dtype=torch.int64)
     lse_index = torch.full_like(index, num)
@@ -100,7 +110,10 @@ def _sequences(head: int, prefix: int, completions: tuple[int, ...], length: int
 
 
 def _forward(query, key, value, causal: bool, scale: float):
-    """(B, H, S, D) query, (B, Hkv, T, D) key and value: output, laid out as query, and log-sum-exp (B, H, S) in fp32."""
+    """Return the output, with the memory layout of query (B, H, S, D), and the log-sum-exp (B, H, S) in fp32.
+
+    key and value are (B, Hkv, T, D).
+    """
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, True, 0.0, causal, False, scale=scale
     )
@@ -108,7 +121,7 @@ def _forward(query, key, value, causal: bool, scale: float):
 
 
 def _backward(dout, query, key, value, out, lse, causal: bool, scale: float):
-    """Gradients of query, key and value through the scores of one call, from the merged ``out`` and ``lse`` (contiguous)."""
+    """Return the gradients of query, key and value through one call, given the merged ``out`` and ``lse`` (contiguous)."""
     dropout_state = torch.empty(0, dtype=torch.int64, device=lse.device)  # not read without dropout
     lengths = query.shape[2], key.shape[2]
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -131,12 +144,12 @@ def _backward(dout, query, key, value, out, lse, causal: bool, scale: float):
 
 
 def _batch(x: torch.Tensor, num_sequences: int = 1) -> torch.Tensor:
-    """(B * S, H, D) as (B, H, S, D)."""
+    """View (B * S, H, D) as (B, H, S, D)."""
     return x.unflatten(0, (num_sequences, -1)).transpose(1, 2)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, S, D) as (B * S, H, D); a view of what cuDNN returns."""
+    """Reshape (B, H, S, D) to (B * S, H, D). For the results of cuDNN this is a view."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
@@ -153,7 +166,7 @@ class _Group(torch.autograd.Function):
     def forward(ctx, query, key, value, plan, scale):
         from vlmkernels.ops.group_attention.merge import merge_
 
-        query, key, value = (_aligned(x.contiguous()) for x in (query, key, value))
+        query, key, value = (aligned(x.contiguous()) for x in (query, key, value))
         num, head = plan.num_tokens, plan.head
         outs, lses = [], []  # padding is at the end
         for start, stop, causal, index in plan.calls_on_head():
@@ -185,7 +198,7 @@ class _Group(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         plan, scale = ctx.plan, ctx.scale
         num, head, tail = plan.num_tokens, plan.head, plan.tail
-        dout = _aligned(dout.contiguous())
+        dout = aligned(dout.contiguous())
         dqueries, dkeys, dvalues = [], [], []
         for start, stop, causal, index in plan.calls_on_head():
             do, q = (_batch(_take(x, index, start, stop)) for x in (dout, query))

@@ -1,11 +1,10 @@
-"""Group attention on CUDA from the flash attention kernels of torch: one call computes the causal attention of all segments on
-themselves, a second one that of each group's completions on their prefix, and both are merged as in parts.py.
+"""Group attention on CUDA by the flash attention kernels of torch, in two calls whose results are merged as in parts.py.
 
-Both calls are over packed sequences, with the lengths of all groups in cumulative form. One group is a slice of the pack, read
-without a copy; several groups are concatenated for the second call.
+The first call computes the causal attention of all segments to themselves, the second the attention of the completions of each
+group to their prefix. Both are calls for packed sequences with cumulative lengths. The completions of a single group are a
+slice of the pack and are not copied; the completions of several groups are concatenated for the second call.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
@@ -13,14 +12,23 @@ from typing import NamedTuple
 
 import torch
 
+from vlmkernels.backend import installed
+from vlmkernels.ops.checks import dtype_name
+
 
 def unsupported_operands(query: torch.Tensor, largest: int, capability: tuple[int, int]) -> str | None:
-    """Device, dtype and head dimension, for "cudnn" too: at most ``largest``, and at least this compute capability."""
+    """Return why flash attention or cuDNN does not support ``query`` or its device; None if it does.
+
+    Args:
+        query: (N, Hq, D).
+        largest: the largest head dimension that is supported.
+        capability: the lowest compute capability that is supported.
+    """
     width = query.shape[-1]
     if query.device.type != "cuda":
         return f"supports CUDA tensors, got {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"supports bfloat16 and float16, got {str(query.dtype).removeprefix('torch.')}"
+        return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
     if width % 8 or width > largest:
         return f"supports head dimensions that are multiples of 8 up to {largest}, got {width}"
     if torch.version.hip is not None:
@@ -28,7 +36,7 @@ def unsupported_operands(query: torch.Tensor, largest: int, capability: tuple[in
     found = torch.cuda.get_device_capability(query.device)
     if found < capability:
         return f"needs compute capability {capability[0]}.{capability[1]} or higher, got {found[0]}.{found[1]}"
-    if importlib.util.find_spec("triton") is None:
+    if not installed("triton"):
         return "triton is not installed"
     return None
 
@@ -42,26 +50,26 @@ def unsupported(query: torch.Tensor) -> str | None:
 
 
 class _Sequences(NamedTuple):
-    """Packed sequences: their bounds as cumulative lengths on the device, and the longest one's length."""
+    """Packed sequences: their cumulative lengths on the device, and the length of the longest."""
 
     bounds: torch.Tensor  # (S + 1,) int32
     longest: int
 
 
 class _Plan(NamedTuple):
-    """The two calls of a layout. A range is (start, stop) in tokens of the pack."""
+    """The arguments of the two calls for a layout. A range is (start, stop) in tokens of the pack."""
 
     segments: _Sequences
     completions: _Sequences  # all completions of a group are one sequence
     prefixes: _Sequences
-    completion_ranges: tuple[tuple[int, int], ...]  # of the groups whose completions have tokens
+    completion_ranges: tuple[tuple[int, int], ...]  # of groups whose completions have tokens
     prefix_ranges: tuple[tuple[int, int], ...]
     completion_rows: torch.Tensor  # (completion tokens,) int32
 
 
-@lru_cache(maxsize=16)  # every layer of a pass has the same layout
+@lru_cache(maxsize=16)  # all layers of a pass have the same layout
 def _plan(layout, device: torch.device) -> _Plan:
-    """Built on the host and copied without waiting for the device."""
+    """Build the plan on the host and copy it without waiting for the device."""
     groups = [group for group in layout.groups if group[2] > group[1]]
     completion_ranges = tuple((first, end) for _, first, end in groups)
     prefix_ranges = tuple((begin, first) for begin, first, _ in groups)
@@ -81,7 +89,7 @@ def _plan(layout, device: torch.device) -> _Plan:
 
 
 def _forward(query, key, value, queries: _Sequences, keys: _Sequences, causal: bool, scale: float):
-    """Output (N, Hq, D) and log-sum-exp (Hq, N) in fp32."""
+    """Return the output (N, Hq, D) and the log-sum-exp (Hq, N) in fp32."""
     bounds = queries.bounds, keys.bounds, queries.longest, keys.longest
     out, lse, *_ = torch.ops.aten._flash_attention_forward(query, key, value, *bounds, 0.0, causal, False, scale=scale)
     if lse.shape != (query.shape[1], query.shape[0]):
@@ -90,7 +98,7 @@ def _forward(query, key, value, queries: _Sequences, keys: _Sequences, causal: b
 
 
 def _backward(dout, query, key, value, out, lse, queries: _Sequences, keys: _Sequences, causal: bool, scale: float):
-    """Gradients of query, key and value through the scores of one call, from the merged ``out`` and ``lse`` (contiguous)."""
+    """Return the gradients of query, key and value through one call, given the merged ``out`` and ``lse`` (contiguous)."""
     bounds = queries.bounds, keys.bounds, queries.longest, keys.longest
     dropout_state = lse.new_empty(0)  # not read without dropout
     return torch.ops.aten._flash_attention_backward(
@@ -98,20 +106,22 @@ def _backward(dout, query, key, value, out, lse, queries: _Sequences, keys: _Seq
     )
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """``x``, or a copy that the kernels can read 16 bytes at a time."""
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x``, or a copy if the kernels cannot read it in vectors of 16 bytes."""
     step = 16 // x.element_size()
-    sound = x.stride(-1) == 1 and all(offset % step == 0 for offset in (x.storage_offset(), *x.stride()[:-1]))
-    return x if sound else x.clone(memory_format=torch.contiguous_format)
+    if x.stride(-1) == 1 and all(offset % step == 0 for offset in (x.storage_offset(), *x.stride()[:-1])):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _gather(x: torch.Tensor, ranges: Sequence[tuple[int, int]], dim: int = 0) -> torch.Tensor:
-    """The ranges of ``x`` one after another; a view where there is one."""
+    """Concatenate the ranges of ``x``; a view if there is one range."""
     views = [x.narrow(dim, start, stop - start) for start, stop in ranges]
     return views[0] if len(views) == 1 else torch.cat(views, dim)
 
 
 def _scatter_add_(x: torch.Tensor, ranges: Sequence[tuple[int, int]], part: torch.Tensor) -> None:
+    """Add the rows of ``part`` to the ranges of ``x``."""
     views = [x[start:stop] for start, stop in ranges]
     torch._foreach_add_(views, part.split([len(view) for view in views]))
 
@@ -122,7 +132,7 @@ class _Flash(torch.autograd.Function):
         from vlmkernels.ops.group_attention.merge import merge_
 
         plan = _plan(layout, query.device)
-        query, key, value = _aligned(query.contiguous()), _aligned(key), _aligned(value)
+        query, key, value = aligned(query.contiguous()), aligned(key), aligned(value)
         out, lse = _forward(query, key, value, plan.segments, plan.segments, True, scale)
         if plan.completion_ranges:
             q = _gather(query, plan.completion_ranges)
@@ -137,7 +147,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx, dout):
         query, key, value, out, lse = ctx.saved_tensors
         plan, scale = ctx.plan, ctx.scale
-        dout = _aligned(dout.contiguous())
+        dout = aligned(dout.contiguous())
         gradients = _backward(dout, query, key, value, out, lse, plan.segments, plan.segments, True, scale)
         if plan.completion_ranges:
             places = plan.completion_ranges, plan.prefix_ranges, plan.prefix_ranges

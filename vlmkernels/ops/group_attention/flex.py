@@ -1,4 +1,4 @@
-"""Group attention by FlexAttention: the layout as a mask over blocks, compiled once for all layouts.
+"""Group attention by FlexAttention: the layout becomes a block mask, and one compiled kernel serves all layouts.
 
 https://pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
@@ -22,17 +22,20 @@ def unsupported(query: torch.Tensor) -> str | None:
 
 @cache
 def _compiled():
-    # fullgraph: past the recompile limit it raises. Otherwise FlexAttention would run eagerly there, on all pairs of tokens.
+    # fullgraph raises at the recompile limit. Without it FlexAttention would then run eagerly, over all pairs of tokens.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _block_kinds(layout) -> torch.Tensor:
-    """(blocks, blocks) int8 on the CPU: 0 where no token of a block of rows sees one of a block of columns, FULL where every
-    token sees all of them, PARTIAL otherwise. Computed from the lengths, without the (N, N) mask."""
+    """Return (blocks, blocks) int8 on the CPU: whether a block of queries sees a block of keys.
+
+    FULL: every query sees every key; 0: no query sees any key; PARTIAL: otherwise. It is computed from the lengths, without the
+    (N, N) mask.
+    """
     num = layout.num_tokens
     blocks = -(-num // BLOCK)
     seen, full = torch.zeros(blocks, blocks, dtype=torch.bool), torch.ones(blocks, blocks, dtype=torch.bool)
-    full[num // BLOCK :] = False  # the last block, where it is incomplete
+    full[num // BLOCK :] = False  # the last block, if it is incomplete
 
     def touched(start: int, stop: int) -> slice:
         """The blocks that overlap [start, stop)."""
@@ -47,7 +50,7 @@ def _block_kinds(layout) -> torch.Tensor:
         for length in (first - begin, *completions):
             stop = start + length
             origin = begin if start <= first else start  # the prefix and the first completion are one range
-            # A segment is cut where blocks of rows end. Later rows of a piece see all that its first row sees.
+            # Split the segment at the ends of blocks. Later rows of a piece see everything that its first row sees.
             for low in (start, *range(start - start % BLOCK + BLOCK, stop, BLOCK)) if length else ():
                 row, high = low // BLOCK, min(stop, low - low % BLOCK + BLOCK)
                 whole = torch.zeros(blocks, dtype=torch.bool)
@@ -63,7 +66,7 @@ def _block_kinds(layout) -> torch.Tensor:
 
 def _block_mask_of(kinds: torch.Tensor, mask_mod, num: int) -> BlockMask:
     def ordered(kind: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Number and indices of the blocks of this kind in each row, its other blocks after them."""
+        """Return, for each row, the number of blocks of this kind, and the indices of all blocks, those of this kind first."""
         chosen = (kinds == kind)[None, None].to(torch.int32)
         return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
 
@@ -72,13 +75,13 @@ def _block_mask_of(kinds: torch.Tensor, mask_mod, num: int) -> BlockMask:
     )
 
 
-@lru_cache(maxsize=4)  # every layer of a pass has the same layout
+@lru_cache(maxsize=4)  # all layers of a pass have the same layout
 @torch.inference_mode(False)  # a later pass may save the mask for its backward pass
 def _block_mask(layout, device: torch.device) -> BlockMask:
     def upload(x: torch.Tensor) -> torch.Tensor:
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
-    group, segment = (upload(x.clone()) for x in layout.tokens)  # tensors of their own: views would be compiled for their base
+    group, segment = (upload(x.clone()) for x in layout.tokens)  # clones: a view would be compiled for its base
 
     def sees(b, h, i, j):
         own = (segment[i] == segment[j]) | (segment[j] == 0)
@@ -91,7 +94,7 @@ def run(query, key, value, layout, scale):
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     options = {"scale": scale, "enable_gqa": k.shape[1] != q.shape[1], "block_mask": _block_mask(layout, query.device)}
     if query.device.type == "cuda":
-        # The decoding kernel, which is chosen for short packs otherwise, has no configuration for some head dimensions in fp32.
+        # For short packs FlexAttention would select its decoding kernel, which does not support all head dimensions in fp32.
         out = _compiled()(q, k, v, kernel_options={"FORCE_USE_FLEX_ATTENTION": True}, **options)
     else:
         out = flex_attention(q, k, v, **options)

@@ -1,4 +1,4 @@
-"""Which tokens of a pack see which: [prefix | c1 | ... | cG], group after group."""
+"""The layout of a pack of groups [prefix | c1 | ... | cG], one after another, and its attention mask."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -6,37 +6,37 @@ from itertools import accumulate, chain
 
 import torch
 
-from vlmkernels.ops.checks import require
-
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """The lengths of a pack's groups, on the host. A token sees itself and what is before it on its own path: the prefix, then
-    its own completion.
+    """The lengths of the prefixes and completions of a pack, on the host.
+
+    A token sees itself and the earlier tokens of its path: the prefix of its group, then its own completion.
 
     Args:
-        prefixes: tokens of each group's prefix, >= 1.
-        completions: tokens of each group's completions, each >= 0; as many groups.
+        prefixes: for each group, the number of tokens of its prefix; >= 1.
+        completions: for each group, the number of tokens of each of its completions; >= 0.
     """
 
     prefixes: tuple[int, ...]
     completions: tuple[tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
-        require(
-            len(self.prefixes) == len(self.completions), "completions", f"be of {len(self.prefixes)} groups", self.completions
-        )
-        require(all(length >= 1 for length in self.prefixes), "prefixes", "hold at least one token each", self.prefixes)
-        sound = all(length >= 0 for group in self.completions for length in group)
-        require(sound, "completions", "have lengths >= 0", self.completions)
+        if len(self.prefixes) != len(self.completions):
+            raise ValueError(f"completions must be of {len(self.prefixes)} groups, got {self.completions}")
+        if any(length < 1 for length in self.prefixes):
+            raise ValueError(f"prefixes must hold at least one token each, got {self.prefixes}")
+        if any(length < 0 for group in self.completions for length in group):
+            raise ValueError(f"completions must have lengths >= 0, got {self.completions}")
 
     @cached_property
     def segments(self) -> tuple[int, ...]:
-        """Lengths of all prefixes and completions, in the order of the pack."""
+        """The lengths of all prefixes and completions, in the order of the pack."""
         return tuple(chain.from_iterable((p, *c) for p, c in zip(self.prefixes, self.completions, strict=True)))
 
     @cached_property
     def num_tokens(self) -> int:
+        """The number of tokens of the pack."""
         return sum(self.segments)
 
     @cached_property
@@ -48,7 +48,7 @@ class GroupLayout:
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        """(2, T) int32 on the CPU: the group of each token, and its segment, with 0 for every prefix."""
+        """(2, N) int32 on the CPU: the group of each token; and its segment, 0 for prefixes, a number > 0 per completion."""
         group, segment, number = [], [], 0
         for index, (prefix, completions) in enumerate(zip(self.prefixes, self.completions, strict=True)):
             for position, length in enumerate((prefix, *completions)):
@@ -58,7 +58,8 @@ class GroupLayout:
         return torch.stack([torch.cat(group), torch.cat(segment)]) if group else torch.zeros(2, 0, dtype=torch.int32)
 
     def mask(self) -> torch.Tensor:
-        """(N, N) bool: whether row i sees column j. The definition; for tests, and small packs alone."""
+        """Return (N, N) bool, whether token i sees token j. It defines the attention; use it only for small packs."""
         group, segment = self.tokens
         own = (segment[:, None] == segment) | (segment == 0)
-        return ((group[:, None] == group) & own).tril()
+        mask: torch.Tensor = (group[:, None] == group) & own
+        return mask.tril()

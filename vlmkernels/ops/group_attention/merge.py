@@ -1,4 +1,4 @@
-"""The merge of two parts of an attention, in Triton: one pass over the outputs, in place."""
+"""Merge two parts of an attention in place, in one pass over the outputs, in Triton."""
 
 import torch
 import triton
@@ -50,7 +50,7 @@ def merge_kernel(
 
 
 def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, rows: torch.Tensor) -> None:
-    """Merge a part into ``rows`` of an attention's output and log-sum-exp, in place.
+    """Merge a part of an attention into ``rows`` of its output and log-sum-exp, in place.
 
     Equivalent to::
 
@@ -60,7 +60,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
         lse[:, rows] = merged
 
     Args:
-        out: (N, H, D); its last axis contiguous, as that of every argument.
+        out: (N, H, D). The last axis of every argument is contiguous.
         lse: (H, N).
         part: (R, H, D) in the dtype of ``out``.
         part_lse: (H, R).

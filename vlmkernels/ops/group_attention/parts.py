@@ -1,8 +1,9 @@
-"""Group attention on the CPU from torch's flash attention: every segment on itself, causally; the completions of a group on
-its prefix; and both merged. With out_i, lse_i the result of a part and the logarithm of its sum:
+"""Group attention on the CPU by torch's flash attention, in two parts: the causal attention of every segment to itself, and the
+attention of the completions of a group to its prefix. With out_i the output of part i and lse_i its log-sum-exp, the merged
+results are
     lse = logaddexp(lse_1, lse_2),  out = sum_i out_i e^(lse_i - lse).
-The gradient through a part's scores s is e^(s - lse) (dout . v - dout . out) with the merged out and lse: what the part's own
-backward pass computes, given those.
+The gradient of a part's scores s is e^(s - lse) (dout . v - dout . out) with the merged out and lse: the part's own backward
+pass computes it if it is called with the merged results.
 """
 
 from itertools import groupby
@@ -14,16 +15,16 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def unsupported(query: torch.Tensor) -> str | None:
-    return None if query.device.type == "cpu" else f"takes cpu tensors, got {query.device.type}"
+    return None if query.device.type == "cpu" else f"supports cpu tensors, got {query.device.type}"
 
 
 def _heads_first(x: torch.Tensor, start: int, stop: int, length: int) -> torch.Tensor:
-    """Segments of one length, (n * length, H, ...) of the pack, as (n, H, length, ...)."""
+    """View the segments of one length in [start, stop), (n * length, H, ...), as (n, H, length, ...)."""
     return x[start:stop].unflatten(0, (-1, length)).transpose(1, 2)
 
 
 def _runs(layout) -> list[tuple[int, int, int]]:
-    """(start, stop, length) of neighbouring segments of one length."""
+    """Return (start, stop, length) of each run of neighboring segments of the same length."""
     runs, start = [], 0
     for length, group in groupby(layout.segments):
         stop = start + length * len(list(group))
@@ -34,7 +35,7 @@ def _runs(layout) -> list[tuple[int, int, int]]:
 
 
 def _prefixed(layout) -> list[tuple[int, int, int]]:
-    """(start of the prefix, start of the completions, end) of the groups whose completions have tokens."""
+    """Return (start of the prefix, start of the completions, end) of the groups whose completions have tokens."""
     return [group for group in layout.groups if group[2] > group[1]]
 
 
@@ -66,7 +67,7 @@ class _Parts(torch.autograd.Function):
         gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
 
         def add(queries, keys, causal):
-            """The gradient of one part: queries, keys are (start, stop, length)."""
+            """Add the gradients of one part. ``queries`` and ``keys`` are (start, stop, length)."""
             places = (queries, keys, keys)
             inputs = [_heads_first(x, *place) for x, place in zip((query, key, value), places, strict=True)]
             results = [_heads_first(x, *queries) for x in (out, lse)]

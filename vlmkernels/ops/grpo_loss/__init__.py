@@ -1,99 +1,129 @@
-"""The GRPO objective on given log-probabilities. Torch only: triton and ``_C`` load on first use."""
+"""The GRPO objective from given log-probabilities. Imports only torch: triton and ``_C`` load on first use."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.dispatch import needs_dispatcher
-from vlmkernels.ops.grpo_loss.batch import STATS, Batch, entropy_quantile, metrics, require_finite
+from vlmkernels.ops.dispatch import needs_dispatcher, schema, unpack
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
 from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, parse
+from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, entropy_quantile, metrics, require_finite
 
 __all__ = ["GRPOLossConfig", "GRPOLossOutput", "grpo_loss"]
 
 FWD = "vlmkernels::grpo_loss_fwd"
 
-# The fields of Batch, then GRPOLossConfig.text.
-define(
-    FWD,
-    "(Tensor logps, Tensor advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? mask, Tensor? cu_seqlens,"
-    " Tensor? rollout_logps, Tensor? entropy, Tensor? entropy_threshold, Tensor? num_items, float accumulation_steps,"
-    " str config, str backend) -> (Tensor loss, Tensor dlogp, Tensor dentropy, Tensor stats)",
-)
+
+class Settings(NamedTuple):
+    """The arguments of the operator after ``LossInputs``."""
+
+    config: str  # GRPOLossConfig.text
+    backend: str
 
 
-def _outputs(logps, config):
-    """loss; the gradients by logps and, if there is an entropy bonus, entropy, without the scales; ``STATS``."""
-    like_logps = lambda: torch.empty_like(logps, memory_format=torch.contiguous_format)  # noqa: E731
-    dentropy = like_logps() if config.entropy_coef else logps.new_empty(0)
-    return logps.new_empty(()), like_logps(), dentropy, logps.new_empty(len(STATS))
+define(FWD, f"({schema(LossInputs, Settings)}) -> (Tensor loss, Tensor dlogp, Tensor dentropy, Tensor stats)")
 
 
-def _fwd(*args):
-    batch, config, backend = Batch(*args[:-2]), parse(args[-2]), args[-1]
-    check_values(batch)
+class Outputs(NamedTuple):
+    """The results of the forward pass."""
+
+    loss: torch.Tensor  # ()
+    dlogp: torch.Tensor  # like logps: the gradient without policy_scale
+    dentropy: torch.Tensor  # like logps: the gradient without entropy_scale; (0,) without an entropy bonus
+    stats: torch.Tensor  # see STATS
+
+
+def _outputs(inputs: LossInputs, config: GRPOLossConfig) -> Outputs:
+    logps = inputs.logps
+    dlogp = torch.empty_like(logps, memory_format=torch.contiguous_format)
+    dentropy = torch.empty_like(dlogp) if config.entropy_coef else logps.new_empty(0)
+    return Outputs(logps.new_empty(()), dlogp, dentropy, logps.new_empty(len(STATS)))
+
+
+def _run(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> Outputs:
+    check_values(inputs)
     if config.check_finite:
-        require_finite(batch)
-    if config.top_entropy_quantile < 1 and batch.entropy_threshold is None:
-        threshold = entropy_quantile(batch.entropy, batch.mask, 1 - config.top_entropy_quantile)
-        batch = batch._replace(entropy_threshold=threshold)
-    outputs = _outputs(batch.logps, config)
-    select("grpo_loss", backend, batch.logps).fwd(batch, config, *outputs)
+        require_finite(inputs)
+    if config.top_entropy_quantile < 1 and inputs.entropy_threshold is None:
+        assert inputs.entropy is not None
+        threshold = entropy_quantile(inputs.entropy, inputs.loss_mask, 1 - config.top_entropy_quantile)
+        inputs = inputs._replace(entropy_threshold=threshold)
+    outputs = _outputs(inputs, config)
+    select("grpo_loss", backend, inputs.logps).fwd(inputs, config, *outputs)
     return outputs
 
 
-impl(FWD, "default", _fwd)
+@impl(FWD, "default")
+def _fwd(*args: Any) -> Outputs:
+    inputs, settings = unpack(args, LossInputs, Settings)
+    return _run(inputs, parse(settings.config), settings.backend)
 
 
-@register_fake(FWD)
-def _fwd_fake(logps, *args):
-    return _outputs(logps, parse(args[-2]))
+def _fwd_fake(*args: Any) -> Outputs:
+    inputs, settings = unpack(args, LossInputs, Settings)
+    return _outputs(inputs, parse(settings.config))
 
 
-LOGPS, ENTROPY = (1 + Batch._fields.index(name) for name in ("logps", "entropy"))  # among the arguments of _Loss
+register_fake(FWD, _fwd_fake)
 
 
 class _Loss(torch.autograd.Function):
-    """The op, whose outputs hold its gradient. ``register_autograd`` costs 40 us more per call than this.
-    https://pytorch.org/docs/stable/notes/extending.html"""
+    """The loss with its gradients, which the forward operator computes; https://pytorch.org/docs/stable/notes/extending.html
+
+    A call takes 40 us less than with ``register_autograd``. ``logps`` and ``entropy``, the fields of ``inputs`` that get
+    gradients, are arguments of their own so that autograd sees them.
+    """
 
     @staticmethod
-    def forward(ctx, divided_by_tokens, *args):
-        fwd = torch.ops.vlmkernels.grpo_loss_fwd if needs_dispatcher(*args[:-3]) else _fwd
-        loss, dlogp, dentropy, stats = fwd(*args)
+    def forward(
+        ctx: Any,
+        logps: torch.Tensor,
+        entropy: torch.Tensor | None,
+        inputs: LossInputs,
+        config: GRPOLossConfig,
+        backend: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = inputs._replace(logps=logps, entropy=entropy)
+        if needs_dispatcher(*inputs.tensors):
+            outputs = torch.ops.vlmkernels.grpo_loss_fwd(*inputs, *Settings(config.text, backend))
+        else:
+            outputs = _run(inputs, config, backend)
+        loss, dlogp, dentropy, stats = outputs
         ctx.save_for_backward(dlogp, dentropy, stats)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.divided_by_tokens = divided_by_tokens
+        ctx.divided_by_tokens = inputs.divides_by_tokens(config)
         return loss, stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss, _):
-        grads = [None] * (len(Batch._fields) + 3)
+    def backward(ctx: Any, dloss: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+        dlogps = dentropies = None
         if dloss is not None:
             dlogp, dentropy, stats = ctx.saved_tensors
-            if ctx.needs_input_grad[LOGPS]:
+            needs_logps, needs_entropy, *_ = ctx.needs_input_grad
+            if needs_logps:
                 # policy_scale is 1 unless the loss is divided by the number of tokens.
-                scale = stats[0] * dloss if ctx.divided_by_tokens else dloss
-                # On the CPU reading the scale is free, and usually spares a pass over the gradient.
+                scale = stats[STATS.index("policy_scale")] * dloss if ctx.divided_by_tokens else dloss
+                # On the CPU reading the scale costs nothing, and it usually saves a pass over the gradient.
                 readable = not torch.compiler.is_compiling() and dlogp.device.type == "cpu"
-                grads[LOGPS] = dlogp if readable and scale.item() == 1 else dlogp * scale
-            if ctx.needs_input_grad[ENTROPY] and dentropy.shape == dlogp.shape:
-                grads[ENTROPY] = dentropy * (stats[1] * dloss)
-        return tuple(grads)
+                dlogps = dlogp if readable and scale.item() == 1 else dlogp * scale
+            if needs_entropy and dentropy.shape == dlogp.shape:
+                dentropies = dentropy * (stats[STATS.index("entropy_scale")] * dloss)
+        return dlogps, dentropies, None, None, None
 
 
 class GRPOLossOutput(NamedTuple):
-    """The scalar loss, differentiable, and detached scalar metrics on its device.
+    """The scalar loss, which is differentiable, and detached scalar metrics on its device.
 
-    Of the tokens given, whatever ``num_items``: policy_loss (without the entropy bonus), kl, entropy, clip_ratio/low_mean,
-    low_min, high_mean, high_max and region_mean (cispo_clip_ratio, vespo/phi_seq_mean), defined as in TRL 1.16; beside them
-    ratio/mean, min and max, sampling/importance_sampling_ratio/mean, tokens (that the mask holds) and effective_tokens
-    (whose policy term counts). Those that the configuration gives no meaning are left out.
+    The metrics describe only the tokens of this call, also if ``num_items`` is given. Defined as in TRL 1.16 are policy_loss
+    (without the entropy bonus), kl, entropy, clip_ratio/low_mean, low_min, high_mean, high_max and region_mean,
+    cispo_clip_ratio and vespo/phi_seq_mean. The others are ratio/mean, min and max, sampling/importance_sampling_ratio/mean,
+    tokens (the sum of the loss mask) and effective_tokens (the number of tokens whose policy term is not masked). Metrics
+    that have no meaning in the configuration are left out.
     """
 
     loss: torch.Tensor
@@ -106,7 +136,7 @@ def grpo_loss(
     *,
     old_logps: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    loss_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     rollout_logps: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
@@ -116,67 +146,71 @@ def grpo_loss(
     config: GRPOLossConfig = DEFAULT,
     backend: str = "auto",
 ) -> GRPOLossOutput:
-    """Policy-gradient loss over the completion tokens of a batch; which one, ``config`` says.
+    """Compute the policy-gradient loss over the completion tokens of a batch. ``config`` selects the objective.
 
-    With the default, equivalent to::
+    With the default configuration, equivalent to::
 
         ratio = (logps - old_logps).exp()
         clipped = ratio.clamp(1 - epsilon_low, 1 + epsilon_high)
         loss = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None])
         loss = loss + beta * ((ref_logps - logps).exp() - (ref_logps - logps) - 1)
-        loss = (loss * mask).sum() / num_items                                           # dapo
+        loss = (loss * loss_mask).sum() / num_items                                      # dapo
 
-    The gradient is made in the forward pass; the backward pass multiplies it by a scalar. Everything is finite: log-ratios
-    count as at most 20 either way, and log-probabilities as at least -1e4, in the loss and in its gradient. Nothing waits
-    for the device, except with ``check_finite``.
+    The forward pass computes the gradient; the backward pass multiplies it by a scalar. All results are finite: log-ratios are
+    clamped to [-20, 20] and log-probabilities to at least -1e4, in the loss and in its gradient. Nothing waits for the device,
+    except with ``check_finite``.
 
     Args:
-        logps: (B, T), the policy's log-probabilities; with cu_seqlens (N,), the completions one after another.
-        advantages: (B,), or like ``logps`` per token. Packed and of one size, it is one per sequence.
-        old_logps: like ``logps``, of the policy before this step; None: the policy itself, so that the ratio is 1.
-        ref_logps: like ``logps``, of the reference model; needed, and read, when beta > 0.
-        mask: (B, T) bool, true on the tokens that count, any of them; default all. Values elsewhere are not used.
+        logps: (B, T), log-probabilities of the policy; with cu_seqlens (N,), the completions one after another.
+        advantages: (B,), or per token in the shape of ``logps``. A packed (N,) tensor with N = B is read as one per sequence.
+        old_logps: in the shape of ``logps``: log-probabilities of the policy before this step. None: the policy itself, so that
+            the ratio is 1.
+        ref_logps: in the shape of ``logps``: log-probabilities of the reference model. Required, and read, if beta > 0.
+        loss_mask: (B, T) bool, true for the tokens in the loss; the other tokens may have any values, also NaN. Default: all
+            tokens.
         cu_seqlens: (B + 1,) int32: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
-        rollout_logps: like ``logps``, of the engine that sampled; needed by config.rollout_correction, and used by
-            off_policy_mask_threshold. NaN: the engine gave none for this token, which is then not corrected. Of truncated
-            sampling (top-p, ...) those of the draw or of the whole vocabulary: docs/mismatch.md says what each gives.
-        entropy: like ``logps``: a metric; needed by top_entropy_quantile and entropy_coef.
-        entropy_threshold: (), with top_entropy_quantile < 1: the least entropy that counts. Default: the quantile over this
-            call's tokens; with several processes, that over theirs.
-        num_items: for dapo, cispo and vespo: the tokens of all calls whose losses are added up, over all processes, divided
-            by the number of processes; default those of this call. A number, or a () tensor.
-        accumulation_steps: the calls whose losses are added up. What is a mean over this call's tokens, and not divided by
-            num_items, is divided by it: the entropy bonus and the other losses.
+        rollout_logps: in the shape of ``logps``: log-probabilities of the engine that sampled. Required by
+            config.rollout_correction, and used by off_policy_mask_threshold. A token is not corrected if its value is NaN,
+            which means that the engine returned none. With truncated sampling (top-p, ...) they may be log-probabilities of
+            the truncated distribution or of the whole vocabulary; docs/mismatch.md explains the difference.
+        entropy: in the shape of ``logps``: reported as a metric; required by top_entropy_quantile and entropy_coef.
+        entropy_threshold: a number or () tensor, with top_entropy_quantile < 1: tokens with a lower entropy are left out of the
+            policy term. Default: the quantile over the tokens of this call. With several processes, pass the quantile over the
+            tokens of all processes.
+        num_items: a number or () tensor, for dapo, cispo and vespo: the tokens of all calls whose losses are added, over all
+            processes, divided by the number of processes. Default: the tokens of this call.
+        accumulation_steps: the number of calls whose losses are added. Means over the tokens of this call, that is the entropy
+            bonus and losses without num_items, are divided by it.
         config: see ``GRPOLossConfig``.
         backend: see ``vlmkernels.backend``.
 
     Returns:
-        ``GRPOLossOutput(loss, metrics)``. Computed in fp32 (fp64 for fp64 ``logps``, in the reference). A gradient goes to
-        ``logps`` and, with entropy_coef, to ``entropy``.
+        ``GRPOLossOutput(loss, metrics)``. Computed in fp32 (in fp64 for fp64 ``logps``, which the reference supports).
+        ``logps`` and, with entropy_coef, ``entropy`` get gradients.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or combination of arguments; on the CPU also cu_seqlens that are
-            not increasing from 0 to N (on a GPU that check would wait for the device).
-        RuntimeError: the gradient is differentiated.
-        NotImplementedError: the named backend does not serve these tensors.
+        ValueError, TypeError: a shape, dtype, device or combination of arguments is wrong, or (on the CPU) cu_seqlens do not
+            increase from 0 to N. On a GPU this check would wait for the device.
+        RuntimeError: the gradient is differentiated (double backward).
+        NotImplementedError: the named backend does not support these tensors.
 
-    Source: https://arxiv.org/abs/2402.03300, and those of ``vlmkernels.ops.grpo_loss.config.LOSSES``.
+    Source: https://arxiv.org/abs/2402.03300, and the papers in ``vlmkernels.ops.grpo_loss.config.LOSSES``.
     """
-    batch = Batch(
-        logps,
-        advantages,
-        old_logps,
-        ref_logps,
-        mask,
-        cu_seqlens,
-        rollout_logps,
-        entropy,
-        entropy_threshold,
-        num_items,
-        accumulation_steps,
+    inputs = LossInputs(
+        logps=logps,
+        advantages=advantages,
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        loss_mask=loss_mask,
+        cu_seqlens=cu_seqlens,
+        rollout_logps=rollout_logps,
+        entropy=entropy,
+        entropy_threshold=entropy_threshold,  # type: ignore[arg-type]  # prepare converts numbers
+        num_items=num_items,  # type: ignore[arg-type]
+        accumulation_steps=accumulation_steps,
     )
-    check_layout(batch)
-    check_config(batch, config)
-    batch = prepare(batch, config)
-    loss, stats = _Loss.apply(batch.divides_by_tokens(config), *batch, config.text, resolve(backend))
-    return GRPOLossOutput(loss, metrics(stats, batch, config))
+    check_layout(inputs)
+    check_config(inputs, config)
+    inputs = prepare(inputs, config)
+    loss, stats = _Loss.apply(inputs.logps, inputs.entropy, inputs, config, resolve("grpo_loss", backend))
+    return GRPOLossOutput(loss, metrics(stats, inputs, config))

@@ -1,55 +1,57 @@
-"""What defines the objective: its variants as rows of tables, and the configuration that names them."""
+"""The variants of the objective as rows of tables, and the configuration that selects among them."""
 
 import json
 import math
 import numbers
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from typing import NamedTuple, get_args
+from typing import Any, ClassVar, NamedTuple, get_args
 
-from vlmkernels.ops.checks import require, require_number, require_one_of
+from vlmkernels.ops.checks import require_number, require_one_of
 
-MAX_LOG_RATIO = 20.0  # log-ratios count as at most this, either way: e^20 times any advantage is finite in fp32
-MIN_LOGP = -1e4  # log-probabilities count as at least this, so that differences of two are finite
+MAX_LOG_RATIO = 20.0  # log-ratios are clamped to [-20, 20]: e^20 times any advantage is finite in fp32
+MIN_LOGP = -1e4  # log-probabilities are clamped to at least this, so that their differences are finite
 VESPO_MIN_LOG_WEIGHT = math.log(1e-8)
 
 
 class Loss(NamedTuple):
-    """A loss type: a surrogate (a row of ``SURROGATES`` in reference.py, triton.py and csrc/common/surrogate.h), how its
-    tokens are weighted (a row of ``AGGREGATIONS``), and where it comes from."""
+    """The parts of a loss type."""
 
-    surrogate: str
-    aggregation: str
-    source: str
-    level: str = "token"  # of the ratio, unless the configuration names one
-    epsilon_high: float | None = None  # unless the configuration gives one; None = epsilon_low
-    low: str | None = None  # the metrics that the surrogate's two statistics are reported under
+    surrogate: str  # a row of SURROGATES in reference.py, triton.py and csrc/common/surrogate.h
+    aggregation: str  # a row of AGGREGATIONS: the weights of the tokens
+    source: str  # the paper on arXiv
+    level: str = "token"  # the default level of the ratio
+    epsilon_high: float | None = None  # the default; None: epsilon_low
+    low: str | None = None  # the metrics that report the two statistics of the surrogate
     high: str | None = None
 
 
-_CLIP = {"low": "clip_ratio/low", "high": "clip_ratio/high"}
+_LOW, _HIGH = "clip_ratio/low", "clip_ratio/high"
 
 LOSSES = {
-    "grpo": Loss("ppo_clip", "sequence_mean", "2402.03300", **_CLIP),
-    "bnpo": Loss("ppo_clip", "token_mean", "2402.03300", **_CLIP),
-    "dr_grpo": Loss("ppo_clip", "max_length", "2503.20783", **_CLIP),
-    "dapo": Loss("ppo_clip", "num_items", "2503.14476", **_CLIP),
+    "grpo": Loss("ppo_clip", "sequence_mean", "2402.03300", low=_LOW, high=_HIGH),
+    "bnpo": Loss("ppo_clip", "token_mean", "2402.03300", low=_LOW, high=_HIGH),
+    "dr_grpo": Loss("ppo_clip", "max_length", "2503.20783", low=_LOW, high=_HIGH),
+    "dapo": Loss("ppo_clip", "num_items", "2503.14476", low=_LOW, high=_HIGH),
     "cispo": Loss("cispo", "num_items", "2506.13585", epsilon_high=5.0, high="cispo_clip_ratio"),
     "sapo": Loss("sapo", "sequence_mean", "2511.20347"),
-    "luspo": Loss("ppo_clip", "sequence_sum", "2602.05261", level="sequence", **_CLIP),
+    "luspo": Loss("ppo_clip", "sequence_sum", "2602.05261", level="sequence", low=_LOW, high=_HIGH),
     "vespo": Loss("vespo", "num_items", "2602.10693", high="vespo/phi_seq_mean"),
 }
 
 
 class Aggregation(NamedTuple):
-    """The weight of a token is ``m / |y|`` (``per_length``) or ``m``, divided by a number that the whole call shares."""
+    """The weights of the tokens: m, or m / |y| with ``per_length``, divided by a number that is the same for all tokens.
 
-    weight: str
+    m is the loss mask, and |y| is the number of tokens of the completion that are in the mask.
+    """
+
+    weight: str  # the formula, for the table in the docs
     per_length: bool = False
-    sequences: bool = False  # the divisor has the factor B
-    max_length: bool = False  # ... max_completion_length
-    tokens: bool = False  # ... the sum of m
-    num_items: bool = False  # ... num_items, where it is given; else the sum of m
+    sequences: bool = False  # B is a factor of the divisor
+    max_length: bool = False  # max_completion_length is a factor
+    tokens: bool = False  # the sum of m is a factor
+    num_items: bool = False  # num_items is a factor if it is given; else the sum of m is
 
 
 AGGREGATIONS = {
@@ -65,8 +67,8 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 SEQUENCE_RATIOS = ("sum", "mean")
 
-# Settings of the papers, by name; see GRPOLossConfig.preset.
-PRESETS = {
+# The settings of papers; see GRPOLossConfig.preset.
+PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "beta": 0.04},
     "bnpo": {"loss_type": "bnpo"},
     "dr_grpo": {"loss_type": "dr_grpo"},
@@ -83,7 +85,7 @@ PRESET_SOURCES = {"gspo": "2507.18071", "two_sided": "2505.07291", "high_entropy
 
 
 class Scalars(NamedTuple):
-    """The numbers that kernels take, all of them at run time."""
+    """The numbers that kernels take as arguments."""
 
     epsilon_low: float
     epsilon_high: float
@@ -102,37 +104,37 @@ class Scalars(NamedTuple):
 
 @dataclass(frozen=True)
 class GRPOLossConfig:
-    """What defines the objective. Field names and meanings are TRL's (``trl.GRPOConfig``) where it has them.
+    """The configuration of the objective. A field that ``trl.GRPOConfig`` also has keeps its name and meaning.
 
     Args:
         loss_type: a row of ``LOSSES``: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo.
-        importance_sampling_level: "token": a ratio per token; "sequence": the exponential of a completion's mean log-ratio
-            (GSPO); None: the loss's own, "sequence" for luspo and "token" for the rest.
-        beta: weight of the KL term against ``ref_logps``; >= 0.
+        importance_sampling_level: "token": one ratio per token; "sequence": one ratio per completion, the exponential of its
+            mean log-ratio (GSPO); None: the default of the loss, "sequence" for luspo and "token" for the others.
+        beta: the weight of the KL term against ``ref_logps``; >= 0.
         kl_estimator: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html).
-        use_bias_correction_kl: multiply the KL term by the (differentiable) ratio, https://arxiv.org/abs/2512.02556. Off by
-            default, as in the GRPO paper; TRL's default is on.
-        epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high]; for cispo it is clipped from
-            above at epsilon_high. None: epsilon_low, or 5 for cispo.
-        delta: also cap the unclipped ratio at this, https://arxiv.org/abs/2505.07291.
+        use_bias_correction_kl: multiply the KL term by the (differentiable) ratio, https://arxiv.org/abs/2512.02556. The
+            default is False, as in the GRPO paper; the default of TRL is True.
+        epsilon_low, epsilon_high: the ratio is clipped to [1 - epsilon_low, 1 + epsilon_high]; cispo clips it from above at
+            epsilon_high. None: epsilon_low, or 5 for cispo.
+        delta: upper bound of the unclipped ratio, https://arxiv.org/abs/2505.07291. None: no bound.
         max_completion_length: the constant by which dr_grpo divides.
         sapo_temperature_pos, sapo_temperature_neg: τ of sapo for advantages > 0 and <= 0.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and λ of vespo for advantages >= 0 and < 0.
-        rollout_correction: weight the policy term by the ratio of ``old_logps`` to ``rollout_logps``, per token or per
-            sequence, "truncate"d to [rollout_clip_min, rollout_clip_max] or, outside of it, "mask"ed to 0.
-        rollout_clip_min, rollout_clip_max: the bounds; None = none.
-        rollout_sequence_ratio: a sequence's ratio is the exponential of the "sum" of its log-ratios, as in TRL, or of their
-            "mean", which does not depend on the length.
-        off_policy_mask_threshold: leave tokens with a negative advantage out of the policy term in sequences whose mean of
-            log(sampling policy / policy) exceeds this, https://arxiv.org/abs/2512.02556.
-        top_entropy_quantile: only the tokens of this share with the greatest entropy enter the policy term,
+        rollout_correction: multiply the policy term by the ratio exp(old_logps - rollout_logps), per token or per sequence:
+            "token_truncate" and "sequence_truncate" clamp the ratio to [rollout_clip_min, rollout_clip_max], "token_mask" and
+            "sequence_mask" replace a ratio outside of this interval by 0.
+        rollout_clip_min, rollout_clip_max: the bounds of this interval; None: no bound.
+        rollout_sequence_ratio: the ratio of a sequence is the exponential of the "sum" of its log-ratios, as in TRL, or of
+            their "mean", which does not depend on the length.
+        off_policy_mask_threshold: in sequences whose mean of log(sampling policy / policy) exceeds this, leave tokens with a
+            negative advantage out of the policy term, https://arxiv.org/abs/2512.02556.
+        top_entropy_quantile: the fraction of tokens, those with the highest entropy, that enter the policy term,
             https://arxiv.org/abs/2506.01939.
-        entropy_coef: subtract this times the mean entropy of those tokens from the loss.
-        check_finite: raise on an input that is not finite. Waits for the device.
+        entropy_coef: subtract this times the mean entropy of these tokens from the loss.
+        check_finite: raise an error if an input is not finite. This waits for the device.
 
     Raises:
-        ValueError, TypeError: a value is out of range or of another type, or two do not go together; the message names
-            argument, rule and value.
+        ValueError, TypeError: a value is out of range or has a wrong type, or two values are incompatible.
     """
 
     loss_type: str = "dapo"
@@ -159,87 +161,99 @@ class GRPOLossConfig:
     entropy_coef: float = 0.0
     check_finite: bool = False
 
+    # The fields as JSON, so that a configuration is one argument of the operator (``parse`` reads it). Set per instance;
+    # declared as a ClassVar because it is not a field: dataclasses.asdict returns only the arguments.
+    text: ClassVar[str]
+
     def __post_init__(self) -> None:
-        for name, rows in (
-            ("loss_type", LOSSES),
-            ("kl_estimator", KL_ESTIMATORS),
-            ("rollout_sequence_ratio", SEQUENCE_RATIOS),
-        ):
-            require_one_of(name, getattr(self, name), rows)
-        for name, rows in (("importance_sampling_level", LEVELS), ("rollout_correction", CORRECTIONS)):
-            if getattr(self, name) is not None:
-                require_one_of(name, getattr(self, name), rows, "None or ")
+        require_one_of("loss_type", self.loss_type, LOSSES)
+        require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        require_one_of("rollout_sequence_ratio", self.rollout_sequence_ratio, SEQUENCE_RATIOS)
+        if self.importance_sampling_level is not None:
+            require_one_of("importance_sampling_level", self.importance_sampling_level, LEVELS, "None or ")
+        if self.rollout_correction is not None:
+            require_one_of("rollout_correction", self.rollout_correction, CORRECTIONS, "None or ")
         self._check_types()
         self._check_numbers()
         self._check_combinations()
-        # The fields as JSON: how a configuration passes the dispatcher as one argument (``parse`` reads it). No field, so that
-        # dataclasses.asdict gives back the arguments; made here, because torch.compile cannot trace how it is made.
-        object.__setattr__(self, "text", json.dumps(asdict(self)))
+        object.__setattr__(self, "text", json.dumps(asdict(self)))  # here, because torch.compile cannot trace it
 
     def _check_types(self) -> None:
-        """Flags are bools and numbers finite; those of other libraries become Python's, which JSON and the dispatcher take."""
+        """Check that flags are bools and numbers are finite, and convert numbers of other libraries to Python's.
+
+        JSON and the dispatcher need Python's numbers.
+        """
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             kind, *or_none = get_args(field.type) or (field.type,)
             if kind is str or (or_none and value is None):
                 continue
             if kind is bool:
-                require(isinstance(value, bool), name, "be a bool", repr(value), TypeError)
+                if not isinstance(value, bool):
+                    raise TypeError(f"{name} must be a bool, got {value!r}")
                 continue
             rule, numeric = ("be an integer", numbers.Integral) if kind is int else ("be a finite number", numbers.Real)
             require_number(name, value, rule, numeric)
-            require(math.isfinite(value), name, rule, value)
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
             object.__setattr__(self, name, kind(value))
 
     def _check_numbers(self) -> None:
         for name in ("beta", "epsilon_high", "rollout_clip_min", "off_policy_mask_threshold"):
             value = getattr(self, name)
-            require(value is None or value >= 0, name, "be >= 0", value)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
         positive = [name for name in self.__dataclass_fields__ if name.startswith(("sapo_", "vespo_"))]
         for name in ("delta", "max_completion_length", "rollout_clip_max", *positive):
             value = getattr(self, name)
-            require(value is None or value > 0, name, "be > 0", value)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be > 0, got {value}")
         for name in ("epsilon_low", "top_entropy_quantile"):
-            require(0 <= getattr(self, name) <= 1, name, "be in [0, 1]", getattr(self, name))
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         low, high = self.rollout_clip_min, self.rollout_clip_max
-        require(None in (low, high) or low <= high, "rollout_clip_min", f"be <= rollout_clip_max = {high}", low)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"rollout_clip_min must be <= rollout_clip_max = {high}, got {low}")
 
     def _check_combinations(self) -> None:
-        needs_length = AGGREGATIONS[self.loss.aggregation].max_length
-        rule = f"be given with loss_type = {self.loss_type!r}"
-        require(not needs_length or self.max_completion_length is not None, "max_completion_length", rule, None)
+        if self.aggregation.max_length and self.max_completion_length is None:
+            raise ValueError(f"max_completion_length must be given with loss_type = {self.loss_type!r}, got None")
         if self.loss.surrogate == "vespo":
-            # Its weight is that of the sequence already, and the correction enters as a product over tokens.
+            # The weight of vespo is per sequence already, and the correction enters it as a product over tokens.
             for name, value in (("importance_sampling_level", self.level), ("rollout_correction", self.rollout_correction)):
-                rule = "be one of the token level with loss_type = 'vespo'"
-                require(value is None or value.startswith("token"), name, rule, repr(value))
+                if value is not None and not value.startswith("token"):
+                    raise ValueError(f"{name} must be one of the token level with loss_type = 'vespo', got {value!r}")
 
     @property
     def loss(self) -> Loss:
+        """The row of ``LOSSES``."""
         return LOSSES[self.loss_type]
 
     @property
     def aggregation(self) -> Aggregation:
+        """The row of ``AGGREGATIONS``."""
         return AGGREGATIONS[self.loss.aggregation]
 
     @property
     def level(self) -> str:
-        """Of the ratio: "token" or "sequence"."""
+        """The level of the ratio, "token" or "sequence"."""
         return self.importance_sampling_level or self.loss.level
 
     @property
     def kl(self) -> str:
-        """The row of the table of KL estimators: "none" without a KL term."""
+        """The row of the table ``KL`` of the backends: "none" without a KL term."""
         return self.kl_estimator if self.beta else "none"
 
     @property
     def clip_high(self) -> float:
-        """epsilon_high, or what stands for it where it is None."""
+        """epsilon_high, or its default if it is None."""
         candidates = (self.epsilon_high, self.loss.epsilon_high, self.epsilon_low)
         return next(value for value in candidates if value is not None)
 
     @property
     def scalars(self) -> Scalars:
+        """The numbers that kernels take; infinite where a setting is None."""
+
         def log(value: float | None, default: float) -> float:
             return default if value is None else math.log(value) if value else -math.inf
 
@@ -257,29 +271,39 @@ class GRPOLossConfig:
         )
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "GRPOLossConfig":
-        """The settings of a paper (a row of ``PRESETS``), with ``changes``."""
+    def preset(cls, name: str, **changes: Any) -> "GRPOLossConfig":
+        """Return the configuration of a paper, a row of ``PRESETS``, with ``changes``.
+
+        Raises:
+            ValueError, TypeError: ``name`` is not a row of ``PRESETS``, or as for the constructor.
+        """
         require_one_of("preset", name, PRESETS)
         return cls(**PRESETS[name] | changes)
 
-    def replace(self, **changes) -> "GRPOLossConfig":
+    def replace(self, **changes: Any) -> "GRPOLossConfig":
+        """Return a copy with ``changes``."""
         return replace(self, **changes)
 
     @classmethod
-    def from_trl(cls, args) -> "GRPOLossConfig":
-        """The objective that ``args``, a ``trl.GRPOConfig``, asks of ``trl.GRPOTrainer``.
+    def from_trl(cls, args: Any) -> "GRPOLossConfig":
+        """Return the objective of ``trl.GRPOTrainer`` with ``args``, a ``trl.GRPOConfig``.
 
-        Not in it, because they shape the inputs: mask_truncated_completions, scale_rewards, reward_weights.
+        mask_truncated_completions, scale_rewards and reward_weights are ignored: they change the inputs of the loss.
 
         Raises:
-            ValueError: ``args`` asks for something that this objective does not have; the message names it.
-            TypeError: ``args`` is no ``trl.GRPOConfig``.
+            ValueError: ``args`` sets an option that this objective does not support; the message names it.
+            TypeError: ``args`` is not a ``trl.GRPOConfig``.
         """
         try:
-            rule = "be false: whoever holds entropy_coef changes it, between steps, with GRPOLossConfig.replace"
-            require(not args.use_adaptive_entropy, "use_adaptive_entropy", rule, args.use_adaptive_entropy)
-            rule = "be None or 0: the router's loss comes from the model, to be added to this one"
-            require(not args.router_aux_loss_coef, "router_aux_loss_coef", rule, args.router_aux_loss_coef)
+            if args.use_adaptive_entropy:
+                raise ValueError(
+                    "use_adaptive_entropy must be false (change entropy_coef between steps by GRPOLossConfig.replace), got True"
+                )
+            if args.router_aux_loss_coef:
+                raise ValueError(
+                    "router_aux_loss_coef must be None or 0 (the model returns the router's loss: add it to this loss),"
+                    f" got {args.router_aux_loss_coef}"
+                )
             corrected = args.use_vllm and args.vllm_importance_sampling_correction
             special = {"epsilon_high", "max_completion_length"}
             same = set(cls.__dataclass_fields__) & set(args.__dataclass_fields__) - special
@@ -298,7 +322,7 @@ class GRPOLossConfig:
 
 @lru_cache(maxsize=256)
 def parse(text: str) -> GRPOLossConfig:
-    """The configuration whose ``text`` this is."""
+    """Return the configuration with this ``text``."""
     return GRPOLossConfig(**json.loads(text))
 
 

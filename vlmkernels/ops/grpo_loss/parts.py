@@ -1,4 +1,4 @@
-"""A batch in several calls of ``grpo_loss`` or ``linear_grpo_loss``, whose losses and gradients add up to those of one."""
+"""Split a batch over several calls of ``grpo_loss`` or ``linear_grpo_loss`` whose losses add up to the loss of one call."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
 
 
 class Part(NamedTuple):
-    """What one of the calls is given."""
+    """The arguments of one of the calls."""
 
     accumulation_steps: float
     config: GRPOLossConfig
@@ -18,24 +18,27 @@ class Part(NamedTuple):
 def in_parts(
     config: GRPOLossConfig, sequences: Sequence[int], tokens: Sequence[int], accumulation_steps: float = 1
 ) -> list[Part]:
-    """How to call for each part of a batch, all of which count as one call with ``accumulation_steps`` would.
+    """The arguments of the call for each part of a batch, so that the losses add up to the loss of one call for the batch.
 
-    A loss is a mean over completions or over tokens, an entropy bonus always over tokens, and each call takes it over its own:
-    so it is weighted by what the part has of them. ``num_items``, where it is given, is the batch's in every call. A quantile
-    of the entropy is each part's own, unless ``entropy_threshold`` says otherwise, and the bonus of the tokens that it chooses
-    is weighted by all tokens.
+    A loss is a mean over completions or over tokens, and an entropy bonus is a mean over tokens. Each call computes the mean
+    over its part, so it is weighted by the part's share of the completions or tokens. Pass the ``num_items`` of the batch to
+    every call. An entropy quantile is computed per part unless ``entropy_threshold`` is given; the entropy bonus of the
+    selected tokens is weighted by all tokens of the part.
 
     Args:
-        sequences, tokens: of each part, its completions and those of their tokens that count.
+        config: the objective of the batch.
+        sequences: for each part, the number of its completions.
+        tokens: for each part, the number of its tokens in the loss mask.
+        accumulation_steps: the value for one call with the whole batch.
     """
 
     def shares(counts: Sequence[int]) -> list[float]:
-        return [count / sum(counts) if count else 1.0 for count in counts]  # 1: of nothing
+        return [count / sum(counts) if count else 1.0 for count in counts]  # an empty part has nothing to weight
 
-    of_entropy = shares(tokens)
-    of_loss = shares(sequences) if config.aggregation.sequences else of_entropy
+    token_shares = shares(tokens)
+    loss_shares = shares(sequences) if config.aggregation.sequences else token_shares
     parts = []
-    for share, entropy_share in zip(of_loss, of_entropy, strict=True):
+    for share, entropy_share in zip(loss_shares, token_shares, strict=True):
         scaled = config
         if config.entropy_coef and share != entropy_share:
             scaled = config.replace(entropy_coef=config.entropy_coef * entropy_share / share)
@@ -46,11 +49,12 @@ def in_parts(
 def combine_metrics(
     config: GRPOLossConfig, sequences: Sequence[int], metrics: Sequence[dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """The metrics of the whole: what adds up is added up, means are weighted by what they count.
+    """Combine the metrics of the parts of a batch: sums are added, means are averaged, weighted by their numbers of elements.
 
     Args:
-        sequences: of each part, its completions.
-        metrics: of each part, with one advantage per completion.
+        config: the objective of the batch.
+        sequences: for each part, the number of its completions.
+        metrics: for each part, its metrics, computed with one advantage per completion.
     """
     tokens = torch.stack([part["tokens"] for part in metrics])
     per_sequence = config.level == "sequence" or config.loss.surrogate == "vespo"

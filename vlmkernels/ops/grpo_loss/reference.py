@@ -1,8 +1,9 @@
 """The GRPO objective in plain PyTorch: the oracle of ``grpo_loss``.
 
-With r the ratio, c the weight that masks and corrections leave a token, w the weight of the aggregation:
+Let r be the ratio, c the weight of a token after masks and corrections, and w its weight in the aggregation. Then
     loss = sum_t w_t (c_t surrogate(r_t, A_t) + beta kl_t [r_t]) / divisor - entropy_coef mean(entropy)
-A ratio per sequence depends on each of its tokens by 1 / |y|, so what reaches it is added up and spread evenly over them.
+where the factor [r_t] is present with use_bias_correction_kl. The logarithm of a ratio per sequence is the mean of the
+log-ratios of its tokens, so the gradients through this ratio are added and spread evenly over the tokens.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from vlmkernels.ops.grpo_loss.batch import STATS, Batch, Sequences, token_weights
 from vlmkernels.ops.grpo_loss.config import MAX_LOG_RATIO, MIN_LOGP, VESPO_MIN_LOG_WEIGHT, GRPOLossConfig
+from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, token_weights
 
 
 def unsupported(*tensors: torch.Tensor) -> str | None:
@@ -19,7 +20,7 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
 
 
 class Term(NamedTuple):
-    """Of each token: the loss, its derivative by logp, and the two statistics that ``config.Loss`` gives names to."""
+    """The loss of each token, its derivative by logp, and two statistics, whose metrics ``config.Loss`` names."""
 
     loss: torch.Tensor
     dlogp: torch.Tensor
@@ -62,7 +63,7 @@ def vespo(logp, ratio, log_weight, adv, p) -> Term:
 
 class Surrogate(NamedTuple):
     term: Callable[..., Term]
-    through_ratio: bool  # dlogp reaches logp through the ratio, so with a ratio per sequence it is spread over the tokens
+    through_ratio: bool  # dlogp is through the ratio: with a ratio per sequence it is spread over the tokens
 
 
 SURROGATES = {
@@ -72,7 +73,7 @@ SURROGATES = {
     "vespo": Surrogate(vespo, through_ratio=False),
 }
 
-# Estimators of KL(policy || reference) and their derivative by logp, of x = ref_logp - logp. http://joschu.net/blog/kl-approx.html
+# x = ref_logp - logp -> an estimator of KL(policy || reference), and its derivative by logp. http://joschu.net/blog/kl-approx.html
 KL = {
     "none": lambda x: (torch.zeros_like(x), torch.zeros_like(x)),
     "k1": lambda x: (-x, torch.ones_like(x)),
@@ -86,7 +87,7 @@ def bounded(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def rollout_log_weight(log_ratio, sequences, length, p, config):
-    """The logarithm of the weight that corrects for the policy that sampled, truncated or masked; (N,)."""
+    """Return the logarithm of the weight that corrects for the sampling policy, truncated or masked, (N,)."""
     level, bound = config.rollout_correction.split("_")
     if level == "sequence":
         total = sequences.total(log_ratio)
@@ -97,7 +98,7 @@ def rollout_log_weight(log_ratio, sequences, length, p, config):
 
 
 def combine(term, logp, ref, ratio, weight, config):
-    """A token's loss, its KL term, and the derivative of its loss by logp: directly, and through the ratio."""
+    """Return, for each token, the loss, the KL term, and the derivatives of the loss by logp directly and through the ratio."""
     kl, dkl = KL[config.kl](bounded(ref - logp))
     direct, through_ratio = config.beta * dkl, torch.zeros_like(kl)
     if config.use_bias_correction_kl:
@@ -109,23 +110,23 @@ def combine(term, logp, ref, ratio, weight, config):
     return weight * term.loss + config.beta * kl, kl, direct, through_ratio
 
 
-def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
-    """Write the loss, its derivatives by logp and entropy (both without the scales) and the statistics."""
-    p, surrogate, sequences = config.scalars, SURROGATES[config.loss.surrogate], Sequences(batch)
-    mask = torch.ones_like(batch.logps, dtype=torch.bool) if batch.mask is None else batch.mask
+def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
+    """Write the loss, its derivatives by logp and entropy (without the two scales) and the statistics."""
+    p, surrogate, sequences = config.scalars, SURROGATES[config.loss.surrogate], Sequences(inputs)
+    mask = torch.ones_like(inputs.logps, dtype=torch.bool) if inputs.loss_mask is None else inputs.loss_mask
     mask = mask.flatten()
     m = mask.to(stats.dtype)
     length = sequences.total(m).clamp(min=1)
 
     def read(x: torch.Tensor) -> torch.Tensor:
-        """A value that is not asked for may be anything, NaN included."""
+        """Return the values where the loss mask is true, and 0 elsewhere, where they may be NaN."""
         return torch.where(mask, x.flatten(), 0)
 
-    logp = read(batch.logps).clamp(min=MIN_LOGP)
-    old = logp if batch.old_logps is None else read(batch.old_logps).clamp(min=MIN_LOGP)
-    adv = read(batch.advantages if batch.per_token else sequences.per_token(batch.advantages))
+    logp = read(inputs.logps).clamp(min=MIN_LOGP)
+    old = logp if inputs.old_logps is None else read(inputs.old_logps).clamp(min=MIN_LOGP)
+    adv = read(inputs.advantages if inputs.per_token else sequences.per_token(inputs.advantages))
 
-    # The ratio of the policy to the one before this step.
+    # The ratio of the policy to the policy before this step.
     log_ratio = logp - old
     if config.level == "sequence":
         sequence_ratio = bounded(sequences.total(log_ratio) / length).exp()
@@ -134,15 +135,15 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
         sequence_ratio = torch.ones_like(length)
         ratio = bounded(log_ratio).exp()
 
-    # What multiplies a token's policy term.
-    kept = m if batch.entropy_threshold is None else m * ~(read(batch.entropy) < batch.entropy_threshold)
+    # The factors of a token's policy term.
+    kept = m if inputs.entropy_threshold is None else m * ~(read(inputs.entropy) < inputs.entropy_threshold)
     weight = kept
     log_rollout = torch.zeros_like(logp)
     sampling = old
-    if batch.rollout_logps is not None:
-        # A token that has no log-probability of its sampler counts as sampled by the policy before this step.
-        scored = ~read(batch.rollout_logps).isnan()
-        rollout = torch.where(scored, read(batch.rollout_logps).clamp(min=MIN_LOGP), old)
+    if inputs.rollout_logps is not None:
+        # A token without a log-probability of its sampler counts as sampled by the policy before this step.
+        scored = ~read(inputs.rollout_logps).isnan()
+        rollout = torch.where(scored, read(inputs.rollout_logps).clamp(min=MIN_LOGP), old)
         sampling = torch.where(scored, rollout, logp)
         if config.rollout_correction:
             log_rollout = rollout_log_weight(old - rollout, sequences, length, p, config)
@@ -157,31 +158,33 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
     log_weight = sequences.total(log_weights).clamp(VESPO_MIN_LOG_WEIGHT, MAX_LOG_RATIO)
 
     term = surrogate.term(logp, ratio, sequences.per_token(log_weight), adv, p)
-    ref = read(batch.ref_logps).clamp(min=MIN_LOGP) if config.beta else logp
+    ref = read(inputs.ref_logps).clamp(min=MIN_LOGP) if config.beta else logp
     value, kl, direct, through_ratio = combine(term, logp, ref, ratio, weight, config)
     if config.level == "sequence":
         through_ratio = sequences.per_token(sequences.total(m * through_ratio) / length)
 
-    share, policy_scale = token_weights(batch, config, sequences)
-    entropy_scale = -config.entropy_coef / (kept.sum().clamp(min=1) * batch.accumulation_steps)
+    share, policy_scale = token_weights(inputs, config, sequences)
+    entropy_scale = -config.entropy_coef / (kept.sum().clamp(min=1) * inputs.accumulation_steps)
     policy_loss = (share * value).sum() * policy_scale
-    entropy = torch.zeros_like(logp) if batch.entropy is None else read(batch.entropy)
+    entropy = torch.zeros_like(logp) if inputs.entropy is None else read(inputs.entropy)
     loss.copy_(policy_loss + (entropy_scale * (kept * entropy).sum() if config.entropy_coef else 0))
     dlogp.copy_((share * (direct + through_ratio)).view(dlogp.shape))
     if dentropy.numel():
         dentropy.copy_(kept.view(dentropy.shape))
 
-    # Where the ratio and the advantage are those of the sequence, its statistics count once, not once per token.
-    per_sequence = (config.level == "sequence" or config.loss.surrogate == "vespo") and not batch.per_token
+    # If ratio and advantage are per sequence, its statistics count once, not once per token.
+    per_sequence = (config.level == "sequence" or config.loss.surrogate == "vespo") and not inputs.per_token
     if per_sequence:
         nothing = torch.zeros_like(length)
-        term = surrogate.term(nothing, sequence_ratio, log_weight, batch.advantages, p)
+        term = surrogate.term(nothing, sequence_ratio, log_weight, inputs.advantages, p)
         low, high, units = term.low, term.high, torch.ones_like(length)
     else:
         low, high, units = sequences.total(m * term.low), sequences.total(m * term.high), sequences.total(m)
     counted = units > 0
-    mean = lambda x: (m * x).sum() / m.sum().clamp(min=1)  # noqa: E731
-    least = lambda x, where: -greatest(-x, where)  # noqa: E731
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return (m * x).sum() / m.sum().clamp(min=1)
+
     values = {
         "policy_scale": policy_scale,
         "entropy_scale": entropy_scale,
@@ -189,11 +192,11 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
         "kl": mean(kl),
         "entropy": mean(entropy),
         "low_mean": low.sum() / units.sum().clamp(min=1),
-        "low_min": least(low / units.clamp(min=1), counted),
+        "low_min": -greatest(-low / units.clamp(min=1), counted),
         "high_mean": high.sum() / units.sum().clamp(min=1),
         "high_max": greatest(high / units.clamp(min=1), counted),
         "ratio_mean": mean(ratio),
-        "ratio_min": least(ratio, mask),
+        "ratio_min": -greatest(-ratio, mask),
         "ratio_max": greatest(ratio, mask),
         "tokens": m.sum(),
         "effective_tokens": (m * (weight != 0)).sum(),
@@ -204,6 +207,6 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
 
 
 def greatest(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """The maximum of ``x`` where the mask holds; 0 where it holds nowhere."""
+    """Return the maximum of ``x`` where ``where`` is true; 0 if it is true nowhere."""
     chosen = torch.cat([torch.where(where, x, -torch.inf), x.new_full((1,), -torch.inf)]).max()
     return torch.where(chosen == -torch.inf, 0, chosen)

@@ -1,12 +1,13 @@
-"""grpo_loss in Triton: a program per sequence, then one for the batch. The formulas: reference.py."""
+"""grpo_loss in Triton: one program per sequence, then one program for the batch. The formulas are in reference.py."""
 
 import torch
 import triton
 import triton.language as tl
 
 from vlmkernels.ops.grpo_loss import config as limits
-from vlmkernels.ops.grpo_loss.batch import STATS, Batch
 from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
+from vlmkernels.ops.grpo_loss.inputs import COLUMNS, LossInputs
+from vlmkernels.ops.launch import unless_fp32
 
 BLOCK_T = 512
 BLOCK_S = 256
@@ -17,20 +18,51 @@ MIN_LOGP = tl.constexpr(limits.MIN_LOGP)
 VESPO_MIN_LOG_WEIGHT = tl.constexpr(limits.VESPO_MIN_LOG_WEIGHT)
 INFINITY = tl.constexpr(float("inf"))
 
-# What a sequence adds to the batch: sums, then minima and maxima.
-SUMS = (
-    "loss", "tokens", "units", "low", "high", "kl", "entropy", "kept", "kept_entropy", "ratio", "rollout", "effective",
-)  # fmt: skip
-COLUMNS = tl.constexpr(len(SUMS) + 4)
+# The indices of COLUMNS.
+COLUMN_LOSS = tl.constexpr(0)
+COLUMN_TOKENS = tl.constexpr(1)
+COLUMN_UNITS = tl.constexpr(2)
+COLUMN_LOW = tl.constexpr(3)
+COLUMN_HIGH = tl.constexpr(4)
+COLUMN_KL = tl.constexpr(5)
+COLUMN_ENTROPY = tl.constexpr(6)
+COLUMN_KEPT = tl.constexpr(7)
+COLUMN_KEPT_ENTROPY = tl.constexpr(8)
+COLUMN_RATIO = tl.constexpr(9)
+COLUMN_ROLLOUT = tl.constexpr(10)
+COLUMN_EFFECTIVE = tl.constexpr(11)
+COLUMN_RATIO_MIN = tl.constexpr(12)
+COLUMN_RATIO_MAX = tl.constexpr(13)
+COLUMN_LOW_MIN = tl.constexpr(14)
+COLUMN_HIGH_MAX = tl.constexpr(15)
+NUM_COLUMNS = tl.constexpr(len(COLUMNS))
+
+# The indices of STATS.
+STAT_POLICY_SCALE = tl.constexpr(0)
+STAT_ENTROPY_SCALE = tl.constexpr(1)
+STAT_POLICY_LOSS = tl.constexpr(2)
+STAT_KL = tl.constexpr(3)
+STAT_ENTROPY = tl.constexpr(4)
+STAT_LOW_MEAN = tl.constexpr(5)
+STAT_LOW_MIN = tl.constexpr(6)
+STAT_HIGH_MEAN = tl.constexpr(7)
+STAT_HIGH_MAX = tl.constexpr(8)
+STAT_RATIO_MEAN = tl.constexpr(9)
+STAT_RATIO_MIN = tl.constexpr(10)
+STAT_RATIO_MAX = tl.constexpr(11)
+STAT_TOKENS = tl.constexpr(12)
+STAT_EFFECTIVE_TOKENS = tl.constexpr(13)
+STAT_ROLLOUT_MEAN = tl.constexpr(14)
+STAT_REGION_MEAN = tl.constexpr(15)
 
 
 def unsupported(logps: torch.Tensor) -> str | None:
-    return None if logps.dtype == torch.float32 else f"takes float32, got {str(logps.dtype).removeprefix('torch.')}"
+    return unless_fp32(logps)
 
 
 @triton.jit
 def at_most(x, high):
-    return tl.where(x > high, high, x)  # a NaN stays one
+    return tl.where(x > high, high, x)  # NaN stays NaN
 
 
 @triton.jit
@@ -82,10 +114,10 @@ def vespo(logp, ratio, log_weight, adv, p):
     return -phi * adv * logp, -phi * adv, 0.0 * adv, phi
 
 
-# Name: the row, and whether dlogp reaches logp through the ratio.
+# Name: the function, and whether dlogp is the derivative through the ratio.
 SURROGATES = {"ppo_clip": (ppo_clip, True), "cispo": (cispo, False), "sapo": (sapo, True), "vespo": (vespo, False)}
 
-# Estimators of the KL divergence and their derivative by logp, of x = ref_logp - logp.
+# x = ref_logp - logp -> an estimator of the KL divergence, and its derivative by logp.
 
 
 @triton.jit
@@ -130,11 +162,11 @@ def rollout_log_weight(log_ratio, p, MASK: tl.constexpr):
 
 
 @triton.jit
-def read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, mask_ptr, t, length):
-    """valid, logp, old_logp; the log-ratio to the policy that sampled, and how far that one has drifted."""
+def read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, loss_mask_ptr, t, length):
+    """Return valid, logp, old_logp, log(old policy / sampling policy) and log(sampling policy / policy)."""
     valid = t < length
-    if mask_ptr is not None:
-        valid = valid & (tl.load(mask_ptr + t, mask=valid, other=0) != 0)
+    if loss_mask_ptr is not None:
+        valid = valid & (tl.load(loss_mask_ptr + t, mask=valid, other=0) != 0)
     logp = read_logp(logp_ptr, t, valid, 0.0)
     old = read_logp(old_logp_ptr, t, valid, logp)
     rollout = read_logp(rollout_logp_ptr, t, valid, old)
@@ -155,23 +187,25 @@ def ratio_of(a, b):
     return a / tl.maximum(b, 1.0)
 
 
-VARYING = ["T", "N", *(f"stride_{name}" for name in ("logp", "old", "ref", "rollout", "entropy", "adv", "mask"))]
+# Sizes that vary from batch to batch. The kernel is not recompiled for their values.
+STRIDES = ("logp", "old", "ref", "rollout", "entropy", "adv", "loss_mask")
+VARYING = ["T", "N", *(f"stride_{name}" for name in STRIDES)]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def grpo_loss_kernel(
-    logp_ptr,  # (S, T), sequence s at s * stride; or (N,), at cu_seqlens[s]. None: not given
+    logp_ptr,  # (S, T), sequence s starts at s * stride; or (N,), at cu_seqlens[s]. None: not given
     old_logp_ptr,
     ref_logp_ptr,
     rollout_logp_ptr,
     entropy_ptr,
     adv_ptr,  # likewise, or (S,)
-    mask_ptr,
+    loss_mask_ptr,
     cu_seqlens_ptr,  # (S + 1,) or None
     threshold_ptr,  # () or None
     dlogp_ptr,  # (S, T) or (N,) out, without policy_scale
     dentropy_ptr,  # likewise or None, without entropy_scale
-    partial_ptr,  # (S, COLUMNS) out
+    partial_ptr,  # (S, NUM_COLUMNS) out
     num_items_ptr,  # () or None
     divisor,
     T,
@@ -182,13 +216,13 @@ def grpo_loss_kernel(
     stride_rollout,
     stride_entropy,
     stride_adv,
-    stride_mask,
+    stride_loss_mask,
     p,  # Scalars
     SURROGATE: tl.constexpr,
     THROUGH_RATIO: tl.constexpr,
-    PRODUCT: tl.constexpr,  # the surrogate takes the product of a sequence's ratios
+    PRODUCT: tl.constexpr,  # the surrogate uses the product of the ratios of a sequence
     KL: tl.constexpr,
-    SEQUENCE: tl.constexpr,  # the ratio is that of the sequence
+    SEQUENCE: tl.constexpr,  # one ratio per sequence
     BIAS_CORRECTED: tl.constexpr,
     PER_LENGTH: tl.constexpr,
     ADV_PER_TOKEN: tl.constexpr,
@@ -198,11 +232,11 @@ def grpo_loss_kernel(
     OFF_POLICY: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid (S,): the gradient of a sequence, and what it adds to the batch."""
+    """Grid (S,): write the gradient of a sequence and its row of the partial results."""
     s = tl.program_id(0).to(tl.int64)
     PACKED: tl.constexpr = cu_seqlens_ptr is not None
     if PACKED:
-        # Whatever they hold, nothing outside of the tensors is touched.
+        # Clamped, so that wrong values cause no access outside of the tensors.
         begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + s).to(tl.int64), 0), N)
         length = tl.maximum(tl.minimum(tl.load(cu_seqlens_ptr + s + 1).to(tl.int64), N), begin) - begin
     else:
@@ -217,15 +251,15 @@ def grpo_loss_kernel(
         rollout_logp_ptr = row_ptr(rollout_logp_ptr, s, begin, stride_rollout, PACKED)
     if entropy_ptr is not None:
         entropy_ptr = row_ptr(entropy_ptr, s, begin, stride_entropy, PACKED)
-    if mask_ptr is not None:
-        mask_ptr = row_ptr(mask_ptr, s, begin, stride_mask, PACKED)
+    if loss_mask_ptr is not None:
+        loss_mask_ptr = row_ptr(loss_mask_ptr, s, begin, stride_loss_mask, PACKED)
     if ADV_PER_TOKEN:
         adv_ptr = row_ptr(adv_ptr, s, begin, stride_adv, PACKED)
         sequence_adv = 0.0
     else:
         sequence_adv = tl.load(adv_ptr + s * stride_adv)
 
-    # What a token needs of its sequence.
+    # First pass: the sums over the sequence that its tokens depend on.
     block = tl.arange(0, BLOCK_T)
     count = tl.zeros((BLOCK_T,), tl.float32)
     log_ratios = tl.zeros((BLOCK_T,), tl.float32)
@@ -233,7 +267,9 @@ def grpo_loss_kernel(
     gaps = tl.zeros((BLOCK_T,), tl.float32)
     drifts = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, length, BLOCK_T):
-        valid, logp, old, gap, drift = read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, mask_ptr, start + block, length)
+        valid, logp, old, gap, drift = read_token(
+            logp_ptr, old_logp_ptr, rollout_logp_ptr, loss_mask_ptr, start + block, length
+        )
         count += valid.to(tl.float32)
         log_ratios += logp - old
         if PRODUCT:
@@ -273,7 +309,7 @@ def grpo_loss_kernel(
     ratio_max = tl.full((BLOCK_T,), -INFINITY, tl.float32)
     for start in range(0, length, BLOCK_T):
         t = start + block
-        valid, logp, old, gap, drift = read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, mask_ptr, t, length)
+        valid, logp, old, gap, drift = read_token(logp_ptr, old_logp_ptr, rollout_logp_ptr, loss_mask_ptr, t, length)
         m = valid.to(tl.float32)
         adv = tl.load(adv_ptr + t, mask=valid, other=0.0) if ADV_PER_TOKEN else tl.where(valid, sequence_adv, 0.0)
         ratio = m * sequence_ratio if SEQUENCE else m * tl.exp(bounded(logp - old))
@@ -328,40 +364,40 @@ def grpo_loss_kernel(
         ratio_min = tl.minimum(ratio_min, tl.where(valid, ratio, INFINITY))
         ratio_max = tl.maximum(ratio_max, ratio)
 
-    # Where the ratio and the advantage are those of the sequence, its statistics count once, not once per token.
+    # If ratio and advantage are per sequence, its statistics count once, not once per token.
     low = tl.sum(low_sum, 0)
     high = tl.sum(high_sum, 0)
     units = tokens
     if (SEQUENCE or PRODUCT) and not ADV_PER_TOKEN:
         _loss, _dlogp, low, high = SURROGATE(0.0, sequence_ratio, log_weight, sequence_adv, p)
         units = 1.0
-    out = partial_ptr + s * COLUMNS
-    tl.store(out, tl.sum(value_sum, 0) * share)
-    tl.store(out + 1, tokens)
-    tl.store(out + 2, units)
-    tl.store(out + 3, low)
-    tl.store(out + 4, high)
-    tl.store(out + 5, tl.sum(kl_sum, 0))
-    tl.store(out + 6, tl.sum(entropy_sum, 0))
-    tl.store(out + 7, tl.sum(kept_sum, 0))
-    tl.store(out + 8, tl.sum(kept_entropy_sum, 0))
-    tl.store(out + 9, tl.sum(ratio_sum, 0))
-    tl.store(out + 10, tl.sum(rollout_sum, 0) if ROLLOUT != "" else tokens)
-    tl.store(out + 11, tl.sum(effective_sum, 0))
-    tl.store(out + 12, tl.min(ratio_min, 0))
-    tl.store(out + 13, tl.max(ratio_max, 0))
-    tl.store(out + 14, tl.where(units > 0, ratio_of(low, units), INFINITY))
-    tl.store(out + 15, tl.where(units > 0, ratio_of(high, units), -INFINITY))
+    out = partial_ptr + s * NUM_COLUMNS
+    tl.store(out + COLUMN_LOSS, tl.sum(value_sum, 0) * share)
+    tl.store(out + COLUMN_TOKENS, tokens)
+    tl.store(out + COLUMN_UNITS, units)
+    tl.store(out + COLUMN_LOW, low)
+    tl.store(out + COLUMN_HIGH, high)
+    tl.store(out + COLUMN_KL, tl.sum(kl_sum, 0))
+    tl.store(out + COLUMN_ENTROPY, tl.sum(entropy_sum, 0))
+    tl.store(out + COLUMN_KEPT, tl.sum(kept_sum, 0))
+    tl.store(out + COLUMN_KEPT_ENTROPY, tl.sum(kept_entropy_sum, 0))
+    tl.store(out + COLUMN_RATIO, tl.sum(ratio_sum, 0))
+    tl.store(out + COLUMN_ROLLOUT, tl.sum(rollout_sum, 0) if ROLLOUT != "" else tokens)
+    tl.store(out + COLUMN_EFFECTIVE, tl.sum(effective_sum, 0))
+    tl.store(out + COLUMN_RATIO_MIN, tl.min(ratio_min, 0))
+    tl.store(out + COLUMN_RATIO_MAX, tl.max(ratio_max, 0))
+    tl.store(out + COLUMN_LOW_MIN, tl.where(units > 0, ratio_of(low, units), INFINITY))
+    tl.store(out + COLUMN_HIGH_MAX, tl.where(units > 0, ratio_of(high, units), -INFINITY))
 
     if SEQUENCE:
-        # A gradient through the sequence's ratio is spread evenly over its tokens. The barrier: other threads wrote dlogp.
+        # Spread the gradient through the ratio of the sequence evenly over its tokens. The barrier: other threads wrote dlogp.
         tl.debug_barrier()
         spread = ratio_of(tl.sum(through_sum, 0), tokens) * share
         for start in range(0, length, BLOCK_T):
             t = start + block
             valid = t < length
-            if mask_ptr is not None:
-                valid = valid & (tl.load(mask_ptr + t, mask=valid, other=0) != 0)
+            if loss_mask_ptr is not None:
+                valid = valid & (tl.load(loss_mask_ptr + t, mask=valid, other=0) != 0)
             dlogp = tl.load(dlogp_ptr + begin + t, mask=valid, other=0.0)
             tl.store(dlogp_ptr + begin + t, dlogp + spread, mask=valid)
 
@@ -371,17 +407,17 @@ def column_sum(partial_ptr, column, S, BLOCK_S: tl.constexpr):
     total = tl.zeros((BLOCK_S,), tl.float32)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S).to(tl.int64)
-        total += tl.load(partial_ptr + s * COLUMNS + column, mask=s < S, other=0.0)
+        total += tl.load(partial_ptr + s * NUM_COLUMNS + column, mask=s < S, other=0.0)
     return tl.sum(total, 0)
 
 
 @triton.jit
 def column_max(partial_ptr, column, S, sign, BLOCK_S: tl.constexpr):
-    """Of sign * column; 0 where there is nothing."""
+    """Return the maximum of a column (sign = 1) or its minimum (sign = -1); 0 if there are no values."""
     greatest = tl.full((BLOCK_S,), -INFINITY, tl.float32)
     for start in range(0, S, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S).to(tl.int64)
-        x = sign * tl.load(partial_ptr + s * COLUMNS + column, mask=s < S, other=-sign * INFINITY)
+        x = sign * tl.load(partial_ptr + s * NUM_COLUMNS + column, mask=s < S, other=-sign * INFINITY)
         greatest = tl.maximum(greatest, x)
     result = tl.max(greatest, 0)
     return tl.where(result == -INFINITY, 0.0, sign * result)
@@ -389,7 +425,7 @@ def column_max(partial_ptr, column, S, sign, BLOCK_S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S"])
 def grpo_loss_finish_kernel(
-    partial_ptr,  # (S, COLUMNS)
+    partial_ptr,  # (S, NUM_COLUMNS)
     loss_ptr,  # () out
     stats_ptr,  # (len(STATS),) out
     S,
@@ -398,61 +434,60 @@ def grpo_loss_finish_kernel(
     BY_TOKENS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Grid (1,): the loss and the statistics."""
-    tokens = column_sum(partial_ptr, 1, S, BLOCK_S)
-    units = column_sum(partial_ptr, 2, S, BLOCK_S)
+    """Grid (1,): write the loss and the statistics."""
+    tokens = column_sum(partial_ptr, COLUMN_TOKENS, S, BLOCK_S)
+    units = column_sum(partial_ptr, COLUMN_UNITS, S, BLOCK_S)
     policy_scale = ratio_of(1.0, tokens) if BY_TOKENS else 1.0
-    entropy_scale = -ratio_of(entropy_coef, column_sum(partial_ptr, 7, S, BLOCK_S)) / accumulation_steps
-    policy_loss = column_sum(partial_ptr, 0, S, BLOCK_S) * policy_scale
-    # Without a coefficient the entropy is a metric, and may be anything.
-    bonus = tl.where(entropy_coef == 0, 0.0, entropy_scale * column_sum(partial_ptr, 8, S, BLOCK_S))
+    entropy_scale = -ratio_of(entropy_coef, column_sum(partial_ptr, COLUMN_KEPT, S, BLOCK_S)) / accumulation_steps
+    policy_loss = column_sum(partial_ptr, COLUMN_LOSS, S, BLOCK_S) * policy_scale
+    # Without a coefficient the entropy is only a metric, and may be NaN.
+    bonus = tl.where(entropy_coef == 0, 0.0, entropy_scale * column_sum(partial_ptr, COLUMN_KEPT_ENTROPY, S, BLOCK_S))
     tl.store(loss_ptr, policy_loss + bonus)
-    tl.store(stats_ptr, policy_scale)
-    tl.store(stats_ptr + 1, entropy_scale)
-    tl.store(stats_ptr + 2, policy_loss)
-    tl.store(stats_ptr + 3, ratio_of(column_sum(partial_ptr, 5, S, BLOCK_S), tokens))
-    tl.store(stats_ptr + 4, ratio_of(column_sum(partial_ptr, 6, S, BLOCK_S), tokens))
-    low = ratio_of(column_sum(partial_ptr, 3, S, BLOCK_S), units)
-    high = ratio_of(column_sum(partial_ptr, 4, S, BLOCK_S), units)
-    tl.store(stats_ptr + 5, low)
-    tl.store(stats_ptr + 6, column_max(partial_ptr, 14, S, -1.0, BLOCK_S))
-    tl.store(stats_ptr + 7, high)
-    tl.store(stats_ptr + 8, column_max(partial_ptr, 15, S, 1.0, BLOCK_S))
-    tl.store(stats_ptr + 9, ratio_of(column_sum(partial_ptr, 9, S, BLOCK_S), tokens))
-    tl.store(stats_ptr + 10, column_max(partial_ptr, 12, S, -1.0, BLOCK_S))
-    tl.store(stats_ptr + 11, column_max(partial_ptr, 13, S, 1.0, BLOCK_S))
-    tl.store(stats_ptr + 12, tokens)
-    tl.store(stats_ptr + 13, column_sum(partial_ptr, 11, S, BLOCK_S))
-    tl.store(stats_ptr + 14, ratio_of(column_sum(partial_ptr, 10, S, BLOCK_S), tokens))
-    tl.store(stats_ptr + 15, low + high)  # a token is clipped at one bound at most
+    tl.store(stats_ptr + STAT_POLICY_SCALE, policy_scale)
+    tl.store(stats_ptr + STAT_ENTROPY_SCALE, entropy_scale)
+    tl.store(stats_ptr + STAT_POLICY_LOSS, policy_loss)
+    tl.store(stats_ptr + STAT_KL, ratio_of(column_sum(partial_ptr, COLUMN_KL, S, BLOCK_S), tokens))
+    tl.store(stats_ptr + STAT_ENTROPY, ratio_of(column_sum(partial_ptr, COLUMN_ENTROPY, S, BLOCK_S), tokens))
+    low = ratio_of(column_sum(partial_ptr, COLUMN_LOW, S, BLOCK_S), units)
+    high = ratio_of(column_sum(partial_ptr, COLUMN_HIGH, S, BLOCK_S), units)
+    tl.store(stats_ptr + STAT_LOW_MEAN, low)
+    tl.store(stats_ptr + STAT_LOW_MIN, column_max(partial_ptr, COLUMN_LOW_MIN, S, -1.0, BLOCK_S))
+    tl.store(stats_ptr + STAT_HIGH_MEAN, high)
+    tl.store(stats_ptr + STAT_HIGH_MAX, column_max(partial_ptr, COLUMN_HIGH_MAX, S, 1.0, BLOCK_S))
+    tl.store(stats_ptr + STAT_RATIO_MEAN, ratio_of(column_sum(partial_ptr, COLUMN_RATIO, S, BLOCK_S), tokens))
+    tl.store(stats_ptr + STAT_RATIO_MIN, column_max(partial_ptr, COLUMN_RATIO_MIN, S, -1.0, BLOCK_S))
+    tl.store(stats_ptr + STAT_RATIO_MAX, column_max(partial_ptr, COLUMN_RATIO_MAX, S, 1.0, BLOCK_S))
+    tl.store(stats_ptr + STAT_TOKENS, tokens)
+    tl.store(stats_ptr + STAT_EFFECTIVE_TOKENS, column_sum(partial_ptr, COLUMN_EFFECTIVE, S, BLOCK_S))
+    tl.store(stats_ptr + STAT_ROLLOUT_MEAN, ratio_of(column_sum(partial_ptr, COLUMN_ROLLOUT, S, BLOCK_S), tokens))
+    tl.store(stats_ptr + STAT_REGION_MEAN, low + high)  # a token is clipped at one bound at most
 
 
 def _row_major(x: torch.Tensor | None, whole_rows: bool = True) -> torch.Tensor | None:
     return x if x is None or x.stride(-1) == 1 or not whole_rows else x.contiguous()
 
 
-def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
-    assert len(STATS) == stats.numel() == 16
-    size = batch.num_sequences
-    rows = [batch.logps, batch.old_logps, batch.ref_logps, batch.rollout_logps, batch.entropy]
-    rows = [*map(_row_major, rows), _row_major(batch.advantages, batch.per_token), _row_major(batch.mask)]
-    divisor, num_items, by_tokens = batch.divisor(config)
-    partial = stats.new_empty(size, COLUMNS.value)
+def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
+    size = inputs.num_sequences
+    rows = [inputs.logps, inputs.old_logps, inputs.ref_logps, inputs.rollout_logps, inputs.entropy]
+    rows = [*map(_row_major, rows), _row_major(inputs.advantages, inputs.per_token), _row_major(inputs.loss_mask)]
+    divisor, num_items, by_tokens = inputs.divisor(config)
+    partial = stats.new_empty(size, NUM_COLUMNS.value)
     surrogate, through_ratio = SURROGATES[config.loss.surrogate]
     level, _, bound = (config.rollout_correction or "").partition("_")
-    with torch.cuda.device_of(batch.logps):
+    with torch.cuda.device_of(inputs.logps):
         if size:
             grpo_loss_kernel[(size,)](
                 *rows,
-                batch.cu_seqlens if batch.cu_seqlens is None else batch.cu_seqlens.contiguous(),
-                batch.entropy_threshold,
+                inputs.cu_seqlens if inputs.cu_seqlens is None else inputs.cu_seqlens.contiguous(),
+                inputs.entropy_threshold,
                 dlogp,
                 dentropy if dentropy.numel() else None,
                 partial,
                 num_items,
                 divisor,
-                batch.logps.shape[-1],
-                batch.logps.numel(),
+                inputs.logps.shape[-1],
+                inputs.logps.numel(),
                 *(0 if x is None else x.stride(0) for x in rows),
                 config.scalars,
                 SURROGATE=surrogate,
@@ -462,7 +497,7 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
                 SEQUENCE=config.level == "sequence",
                 BIAS_CORRECTED=config.use_bias_correction_kl,
                 PER_LENGTH=config.aggregation.per_length,
-                ADV_PER_TOKEN=batch.per_token,
+                ADV_PER_TOKEN=inputs.per_token,
                 ROLLOUT=level,
                 ROLLOUT_MEAN=config.rollout_sequence_ratio == "mean",
                 ROLLOUT_MASK=bound == "mask",
@@ -476,7 +511,7 @@ def fwd(batch: Batch, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> N
             stats,
             size,
             config.entropy_coef,
-            batch.accumulation_steps,
+            inputs.accumulation_steps,
             BY_TOKENS=by_tokens,
             BLOCK_S=BLOCK_S,
             num_warps=4,

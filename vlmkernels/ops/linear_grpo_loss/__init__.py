@@ -1,31 +1,35 @@
-"""The GRPO objective from hidden states and the language-model head. Torch only: backends load on first use."""
+"""The GRPO objective from hidden states and the head. Imports only torch: triton and ``_C`` load on first use."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require, require_indices
+from vlmkernels.ops.checks import require_indices
+from vlmkernels.ops.dispatch import schema
 from vlmkernels.ops.grpo_loss import grpo_loss
-from vlmkernels.ops.grpo_loss.batch import STATS, Batch, Sequences, metrics, require_finite, token_weights
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
 from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, parse
+from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, metrics, require_finite, token_weights
 from vlmkernels.ops.linear_grpo_loss.tokens import Tokens
 from vlmkernels.ops.linear_logps import linear_logps
 from vlmkernels.ops.linear_logps.check import budget, check, operands
+from vlmkernels.ops.linear_logps.inputs import Operands, SelectedRows
 from vlmkernels.ops.linear_logps.parallel import VocabParallel
 from vlmkernels.ops.linear_logps.sweep import (
     Gradients,
     Head,
     Segments,
     Sweep,
-    asked_for,
     default_dlogits_bytes,
+    empty_gradients,
     result_dtype,
     select_results,
-)  # fmt: skip
+    selected_indices,
+    write_results,
+)
 
 __all__ = ["LinearGRPOLossOutput", "linear_grpo_loss"]
 
@@ -34,7 +38,7 @@ BWD = "vlmkernels::linear_grpo_loss_bwd"
 
 
 class Inputs(NamedTuple):
-    """The arguments of the forward op, in the order of its schema."""
+    """The arguments of the forward operator, in the order of its schema."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -49,58 +53,76 @@ class Inputs(NamedTuple):
     advantages: torch.Tensor
     old_logps: torch.Tensor | None
     ref_logps: torch.Tensor | None
-    mask: torch.Tensor | None
+    loss_mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     rollout_logps: torch.Tensor | None
     num_items: torch.Tensor | None
     accumulation_steps: float
-    needed: list[bool]  # the gradients by hidden, weight, bias
+    needed: list[bool]  # whether hidden, weight and bias need gradients
     config: str  # GRPOLossConfig.text
     backend: str
 
     @property
     def keeps_dlogits(self) -> bool:
-        """Whether the gradients by all logits are kept, so that the GEMMs of the gradients run in the backward pass."""
+        """Whether the gradients of all logits are kept, so that the backward pass runs the GEMMs of the gradients."""
         return self.targets.numel() * len(self.weight) * self.hidden.itemsize <= self.keep_logits_bytes
 
-    def batch(self, logps: torch.Tensor, entropy: torch.Tensor) -> Batch:
-        return Batch(
-            logps,
-            self.advantages,
-            self.old_logps,
-            self.ref_logps,
-            self.mask,
-            self.cu_seqlens,
-            self.rollout_logps,
-            entropy,
+    def loss_inputs(self, logps: torch.Tensor, entropy: torch.Tensor) -> LossInputs:
+        """The inputs of ``grpo_loss``."""
+        return LossInputs(
+            logps=logps,
+            advantages=self.advantages,
+            old_logps=self.old_logps,
+            ref_logps=self.ref_logps,
+            loss_mask=self.loss_mask,
+            cu_seqlens=self.cu_seqlens,
+            rollout_logps=self.rollout_logps,
+            entropy=entropy,
             entropy_threshold=None,
             num_items=self.num_items,
             accumulation_steps=self.accumulation_steps,
         )
 
 
-# If the gradients by all logits are kept, the forward op returns them as `dlogits`, and the backward op computes the other
-# gradients. Otherwise the forward op returns those, not yet multiplied by dloss. Outputs that are not needed have shape (0,).
+class Outputs(NamedTuple):
+    """The results of the forward operator. Those that are not needed have shape (0,)."""
+
+    loss: torch.Tensor
+    stats: torch.Tensor
+    logps: torch.Tensor
+    entropy: torch.Tensor
+    dlogits: torch.Tensor  # with keeps_dlogits: the gradients of all logits, not yet multiplied by dloss
+    dhidden: torch.Tensor  # without keeps_dlogits: the gradients of the operands, not yet multiplied by dloss
+    dweight: torch.Tensor
+    dbias: torch.Tensor
+
+
+class Gradient(NamedTuple):
+    """The arguments of the backward operator, which computes the gradients from ``dlogits``."""
+
+    dloss: torch.Tensor
+    dlogits: torch.Tensor
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    loss_mask: torch.Tensor | None
+    rows: torch.Tensor | None
+    needed: list[bool]
+
+
 define(
     FWD,
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? rows, float temperature, float logit_scale,"
-    " float? softcap, int chunk_bytes, int keep_logits_bytes, Tensor advantages, Tensor? old_logps, Tensor? ref_logps,"
-    " Tensor? mask, Tensor? cu_seqlens, Tensor? rollout_logps, Tensor? num_items, float accumulation_steps,"
-    " bool[] needed, str config, str backend)"
-    " -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor dlogits, Tensor dhidden, Tensor dweight,"
-    " Tensor dbias)",
+    f"({schema(Inputs)}) -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor dlogits, Tensor dhidden,"
+    " Tensor dweight, Tensor dbias)",
 )
-define(
-    BWD,
-    "(Tensor dloss, Tensor dlogits, Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor? rows, bool[] needed)"
-    " -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
-)
+define(BWD, f"({schema(Gradient)}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)")
 
 
 def in_one_sweep(config: GRPOLossConfig, dtype: torch.dtype) -> bool:
-    """Whether the gradient of a token depends on that token alone, so that it can be written while its logits are at hand.
+    """Return whether the gradient of a token's logits can be written right after they are read.
 
-    Not in fp16, whose small numbers need the factor of the loss before they are rounded.
+    This is so if the gradient depends only on that token. fp16 is excluded, because its small gradients must be multiplied by
+    the loss scale before they are rounded.
     """
     per_token = config.level == "token" and config.loss.surrogate != "vespo"
     corrected = (config.rollout_correction or "token").startswith("token")
@@ -110,128 +132,171 @@ def in_one_sweep(config: GRPOLossConfig, dtype: torch.dtype) -> bool:
 
 @impl(FWD, "default")
 @torch.no_grad()
-def _fwd(*args):
+def _fwd(*args: Any) -> Outputs:
     inputs = Inputs(*args)
-    hidden, weight, targets, mask, rows = inputs.hidden, inputs.weight, inputs.targets, inputs.mask, inputs.rows
+    hidden, weight, targets, mask, rows = inputs.hidden, inputs.weight, inputs.targets, inputs.loss_mask, inputs.rows
     require_indices("targets", targets, len(weight), "the vocabulary", mask)
     if rows is not None:
-        require_indices("rows", rows, hidden.shape[:-1].numel(), f"the rows of hidden {tuple(hidden.shape[:-1])}", mask)
+        leading = hidden.shape[:-1]
+        require_indices("rows", rows, leading.numel(), f"the rows of hidden {tuple(leading)}", mask)
     logps = torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     entropy = torch.zeros_like(logps)
-    batch, config = inputs.batch(logps, entropy), parse(inputs.config)
-    check_values(batch)
-    asked, index = asked_for(mask, rows)
-    head = Head.of(hidden, weight, inputs.bias, inputs.temperature, inputs.logit_scale, inputs.softcap)
-    kept = inputs.keeps_dlogits
-    dlogits = hidden.new_empty(targets.numel() if kept else 0, len(weight))
-    in_place = result_dtype(hidden) == hidden.dtype  # the gradient by a logit overwrites it
+    loss_inputs, config = inputs.loss_inputs(logps, entropy), parse(inputs.config)
+    check_values(loss_inputs)
+    selected, index = selected_indices(mask, rows)
+    head = Head.from_operands(hidden, weight, inputs.bias, inputs.temperature, inputs.logit_scale, inputs.softcap)
+    dlogits = hidden.new_empty(targets.numel() if inputs.keeps_dlogits else 0, len(weight))
+    in_place = result_dtype(hidden) == hidden.dtype  # the gradient of a logit overwrites it
     sweep = Sweep(hidden, head, index, inputs.chunk_bytes, dlogits if in_place else None)
     segments = None
-    if not kept:
-        options = {"repeated": rows is not None, "weight_dtype": weight.dtype}
-        segments = Segments(hidden, sweep, inputs.needed, inputs.keep_logits_bytes, **options)
+    if not inputs.keeps_dlogits:
+        segments = Segments(
+            hidden,
+            sweep,
+            inputs.needed,
+            inputs.keep_logits_bytes,
+            repeated=rows is not None,
+            weight_dtype=weight.dtype,
+        )
     kernels = select("linear_grpo_loss", inputs.backend, hidden)
-    tokens = _tokens(batch, config, targets, asked, sweep.num)
-    results = logps.new_empty(2, sweep.num)
+    tokens = _tokens(loss_inputs, config, selected, sweep.num)
+    results = SelectedRows(
+        targets=select_results(selected, targets),
+        logp=logps.new_empty(sweep.num),
+        entropy=logps.new_empty(sweep.num),
+        stats=logps.new_empty(sweep.num, 2),
+    )
     for chunk, states, room in sweep:
         logits = sweep.logits(states, room)
-        out = dlogits[chunk] if kept else segments.room(chunk, logits)
-        kernels.sweep(logits, states, tokens.cut(chunk), config, head, results[0, chunk], results[1, chunk], out)
-        if not kept:
+        out = dlogits[chunk] if segments is None else segments.room(chunk, logits)
+        kernels.sweep(logits, states, results.chunk(chunk), tokens.chunk(chunk), config, head, out)
+        if segments is not None:
             segments.add(chunk, out)
-    for out, result in zip((logps, entropy), results, strict=True):
-        out.view(-1).copy_(result) if asked is None else out.view(-1).index_copy_(0, asked, result)
+    write_results(selected, logps, results.logp)
+    write_results(selected, entropy, results.entropy)
     if config.check_finite:
-        require_finite(batch)
+        require_finite(loss_inputs)
     loss, stats, dlogp = logps.new_empty(()), logps.new_empty(len(STATS)), torch.empty_like(logps)
     dentropy = torch.empty_like(logps) if config.entropy_coef else logps.new_empty(0)
-    select("grpo_loss", inputs.backend, logps).fwd(batch, config, loss, dlogp, dentropy, stats)
-    gradients = [hidden.new_empty(0) for _ in range(3)] if kept else segments.gradients.results()
-    return loss, stats, logps, entropy, dlogits, *gradients
+    select("grpo_loss", inputs.backend, logps).fwd(loss_inputs, config, loss, dlogp, dentropy, stats)
+    gradients = [hidden.new_empty(0) for _ in range(3)] if segments is None else segments.gradients.results()
+    return Outputs(loss, stats, logps, entropy, dlogits, *gradients)
 
 
-def _tokens(batch: Batch, config: GRPOLossConfig, targets, asked, num: int) -> Tokens:
-    sequences = Sequences(batch)
-    share, factor = token_weights(batch, config, sequences)
-    advantages = batch.advantages if batch.per_token else sequences.per_token(batch.advantages)
-    inputs = (targets, advantages, share * factor, batch.old_logps, batch.ref_logps, batch.rollout_logps)
-    entropy_scale = -config.entropy_coef / (max(num, 1) * batch.accumulation_steps)
-    return Tokens(*select_results(asked, *inputs), entropy_scale)
+def _tokens(inputs: LossInputs, config: GRPOLossConfig, selected: torch.Tensor | None, num: int) -> Tokens:
+    """Return the inputs of the kernels for the ``num`` selected tokens."""
+    sequences = Sequences(inputs)
+    share, factor = token_weights(inputs, config, sequences)
+    advantages = inputs.advantages if inputs.per_token else sequences.per_token(inputs.advantages)
+    old_logps, ref_logps, rollout_logps = (
+        None if x is None else select_results(selected, x) for x in (inputs.old_logps, inputs.ref_logps, inputs.rollout_logps)
+    )
+    return Tokens(
+        advantages=select_results(selected, advantages),
+        share=select_results(selected, share * factor),
+        old_logps=old_logps,
+        ref_logps=ref_logps,
+        rollout_logps=rollout_logps,
+        entropy_scale=-config.entropy_coef / (max(num, 1) * inputs.accumulation_steps),
+    )
 
 
-def _empty_gradients(hidden, weight, bias, needed) -> list[torch.Tensor]:
-    like = (hidden, weight, weight if bias is None else weight.new_empty(bias.shape))
-    return [x.new_empty(x.shape if n else 0) for x, n in zip(like, needed, strict=True)]
-
-
-@register_fake(FWD)
-def _fwd_fake(*args):
+def _fwd_fake(*args: Any) -> Outputs:
     inputs = Inputs(*args)
     hidden, weight = inputs.hidden, inputs.weight
     logps = hidden.new_empty(inputs.targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     kept = inputs.keeps_dlogits
     dlogits = hidden.new_empty(inputs.targets.numel() if kept else 0, len(weight))
-    gradients = _empty_gradients(hidden, weight, inputs.bias, [False] * 3 if kept else inputs.needed)
-    return logps.new_empty(()), logps.new_empty(len(STATS)), logps, torch.empty_like(logps), dlogits, *gradients
+    gradients = empty_gradients(hidden, weight, inputs.bias, [False] * 3 if kept else inputs.needed)
+    return Outputs(logps.new_empty(()), logps.new_empty(len(STATS)), logps, torch.empty_like(logps), dlogits, *gradients)
+
+
+register_fake(FWD, _fwd_fake)
 
 
 @impl(BWD, "default")
 @torch.no_grad()
-def _bwd(dloss, dlogits, hidden, weight, bias, mask, rows, needed):
-    _, index = asked_for(mask, rows)
-    head = Head.of(hidden, weight, bias, 1.0, 1.0, None)
-    # On the CPU reading the scale is free, and usually spares a pass over the gradients.
+def _bwd(*args: Any) -> tuple[torch.Tensor, ...]:
+    gradient = Gradient(*args)
+    dloss, dlogits, hidden, weight = gradient.dloss, gradient.dlogits, gradient.hidden, gradient.weight
+    _, index = selected_indices(gradient.loss_mask, gradient.rows)
+    # The scaling of the logits is part of their gradients already.
+    head = Head.from_operands(hidden, weight, gradient.bias, temperature=1.0, logit_scale=1.0, softcap=None)
+    # On the CPU reading the scale costs nothing, and it usually saves a pass over the gradients.
     scale = None if dloss.device.type == "cpu" and dloss.item() == 1 else dloss
-    gradients = Gradients(hidden, head, index, needed, repeated=rows is not None, weight_dtype=weight.dtype, scale=scale)
+    gradients = Gradients(
+        hidden,
+        head,
+        index,
+        gradient.needed,
+        repeated=gradient.rows is not None,
+        weight_dtype=weight.dtype,
+        scale=scale,
+    )
     num = len(dlogits) if index is None else len(index)
     gradients.add(slice(0, num), dlogits[:num])
     return tuple(gradients.results())
 
 
-@register_fake(BWD)
-def _bwd_fake(dloss, dlogits, hidden, weight, bias, mask, rows, needed):
-    return tuple(_empty_gradients(hidden, weight, bias, needed))
+def _bwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    gradient = Gradient(*args)
+    return tuple(empty_gradients(gradient.hidden, gradient.weight, gradient.bias, gradient.needed))
+
+
+register_fake(BWD, _bwd_fake)
 
 
 class _LinearGRPOLoss(torch.autograd.Function):
-    """Both ops. https://pytorch.org/docs/stable/notes/extending.html
+    """Both operators; https://pytorch.org/docs/stable/notes/extending.html
 
-    ``ctx.made``, the gradients by the logits or by the inputs, is not a saved tensor: the backward pass consumes it, and
-    hooks of saved tensors (offloading) would copy gigabytes.
+    ``hidden``, ``weight`` and ``bias`` are arguments of their own, besides ``inputs``, so that autograd sees them. The results
+    of the forward pass that the backward pass uses, ``ctx.dlogits`` or ``ctx.gradients``, are not saved tensors: the backward
+    pass overwrites or frees them, and hooks of saved tensors (offloading) would copy gigabytes.
     """
 
     @staticmethod
-    def forward(ctx, *args):
-        inputs = Inputs(*args)
-        loss, stats, logps, entropy, dlogits, *gradients = torch.ops.vlmkernels.linear_grpo_loss_fwd(*args)
-        ctx.needed, ctx.made = inputs.needed, dlogits if inputs.keeps_dlogits else gradients
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, inputs: Inputs
+    ) -> tuple[torch.Tensor, ...]:
+        inputs = inputs._replace(hidden=hidden, weight=weight, bias=bias)
+        outputs = Outputs(*torch.ops.vlmkernels.linear_grpo_loss_fwd(*inputs))
+        ctx.needed, ctx.used = inputs.needed, False
         if inputs.keeps_dlogits:
-            ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, inputs.mask, inputs.rows)
-        ctx.mark_non_differentiable(stats, logps, entropy)
+            ctx.dlogits, ctx.gradients = outputs.dlogits, None
+            ctx.save_for_backward(hidden, weight, bias, inputs.loss_mask, inputs.rows)
+        else:
+            ctx.dlogits, ctx.gradients = None, [outputs.dhidden, outputs.dweight, outputs.dbias]
+        ctx.mark_non_differentiable(outputs.stats, outputs.logps, outputs.entropy)
         ctx.set_materialize_grads(False)
-        ctx.others = (None,) * (len(args) - 3)
-        return loss, stats, logps, entropy
+        return outputs.loss, outputs.stats, outputs.logps, outputs.entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss, *_):
+    def backward(ctx: Any, dloss: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if dloss is None:
-            return (None, None, None, *ctx.others)
-        made, ctx.made = ctx.made, None
-        if made is None:
+            return None, None, None, None
+        if ctx.used:
             raise RuntimeError(
-                "linear_grpo_loss has one backward pass, which frees what the forward pass kept; for several, use"
+                "linear_grpo_loss supports one backward pass, which frees what the forward pass kept; for several passes use"
                 " grpo_loss(linear_logps(...))"
             )
-        if isinstance(made, torch.Tensor):
-            made = torch.ops.vlmkernels.linear_grpo_loss_bwd(dloss, made, *ctx.saved_tensors, ctx.needed)
+        dlogits, gradients = ctx.dlogits, ctx.gradients
+        ctx.dlogits, ctx.gradients, ctx.used = None, None, True
+        if dlogits is not None:
+            hidden, weight, bias, loss_mask, rows = ctx.saved_tensors
+            gradient = Gradient(dloss, dlogits, hidden, weight, bias, loss_mask, rows, ctx.needed)
+            gradients = torch.ops.vlmkernels.linear_grpo_loss_bwd(*gradient)
         elif torch.compiler.is_compiling() or dloss.device.type != "cpu" or dloss.item() != 1:
-            made = [gradient.mul_(dloss) for gradient in made]
-        return (*(g if n else None for g, n in zip(made, ctx.needed, strict=True)), *ctx.others)
+            gradients = [x.mul_(dloss) for x in gradients]
+        dhidden, dweight, dbias = (x if n else None for x, n in zip(gradients, ctx.needed, strict=True))
+        return dhidden, dweight, dbias, None
 
 
 class LinearGRPOLossOutput(NamedTuple):
-    """``grpo_loss``'s outputs, and the log-probabilities and entropies they are of: like ``targets``, fp32, detached."""
+    """The outputs of ``grpo_loss``, and the log-probabilities and entropies that it was computed from.
+
+    ``logps`` and ``entropy`` are in the shape of ``targets``, fp32, and detached.
+    """
 
     loss: torch.Tensor
     metrics: dict[str, torch.Tensor]
@@ -252,7 +317,7 @@ def linear_grpo_loss(
     rows: torch.Tensor | None = None,
     old_logps: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
+    loss_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     rollout_logps: torch.Tensor | None = None,
     entropy_threshold: torch.Tensor | float | Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -264,79 +329,95 @@ def linear_grpo_loss(
     vocab_parallel: VocabParallel | None = None,
     backend: str = "auto",
 ) -> LinearGRPOLossOutput:
-    """``grpo_loss`` of ``linear_logps``, in one sweep over the logits where the objective allows it.
+    """Compute ``grpo_loss`` from hidden states and the head, in one pass over the logits if the objective allows it.
 
     Equivalent to::
 
-        logps, entropy = linear_logps(hidden, weight, targets, rows=rows, mask=mask, return_entropy=True, ...)
-        loss, metrics = grpo_loss(logps, advantages, entropy=entropy, mask=mask, ..., config=config)
+        logps, entropy = linear_logps(hidden, weight, targets, rows=rows, mask=loss_mask, return_entropy=True, ...)
+        loss, metrics = grpo_loss(logps, advantages, entropy=entropy, loss_mask=loss_mask, ..., config=config)
 
-    Where the gradient of a token depends on that token alone, the forward pass computes a chunk of logits by one GEMM and
-    their gradient by one kernel: 6 N H V floating-point operations, forward and backward, instead of the 8 of recomputing,
-    and 4 where ``weight`` needs no gradient. Where the gradients by all logits fit in ``keep_logits_bytes``, they are kept for
-    the backward pass, which runs one GEMM each for ``hidden`` and ``weight``. Otherwise the forward pass runs those GEMMs
-    segment by segment, accumulating the gradient by ``weight`` in fp32, (V, H), and the backward pass scales the results in
-    place. Either way there can be only one backward pass.
+    If the gradient of a token depends only on that token, the forward pass computes a chunk of logits by one GEMM and their
+    gradient by one kernel: forward and backward take 6 N H V floating-point operations instead of the 8 N H V of computing
+    logits twice, and 4 N H V if ``weight`` needs no gradient. If the gradients of all logits fit in ``keep_logits_bytes``, they
+    are kept for the backward pass, which runs one GEMM each for ``hidden`` and ``weight``. Otherwise the forward pass runs
+    these GEMMs segment by segment and accumulates the gradient of ``weight`` in fp32, (V, H), and the backward pass multiplies
+    the results in place. In both cases there can be only one backward pass.
 
-    Other objectives (sequence-level ratios or weights, off_policy_mask_threshold, top_entropy_quantile), vocab_parallel and
-    fp16 (whose small gradients need the loss scale before they are rounded) run as written above: also 6 N H V where the
-    logits fit in ``chunk_bytes``.
+    Other objectives (sequence-level ratios or weights, off_policy_mask_threshold, top_entropy_quantile), vocab_parallel, and
+    fp16 (whose small gradients must be multiplied by the loss scale before they are rounded) run as written above. They also
+    take 6 N H V operations if the logits fit in ``chunk_bytes``.
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, rows, chunk_bytes, vocab_parallel: see ``linear_logps``.
-        keep_logits_bytes: upper bound on the memory of the gradients by logits that are kept, in the dtype of ``hidden``.
-            Default: 2**32 on a GPU, or ``chunk_bytes`` where that is given; on the CPU ``chunk_bytes``, whose memory they take.
-        targets: (B, T) int64; with cu_seqlens (N,). ``hidden`` is (B, T, H) or (N, H), or anything that ``rows`` points into.
-        advantages, old_logps, ref_logps, mask, cu_seqlens, rollout_logps, entropy_threshold, num_items, accumulation_steps,
-            config: see ``grpo_loss``. The entropy is always there; entropy_threshold may also be a function that makes it of
-            the entropies of the tokens that count, (N,).
+        targets: (B, T) int64; with cu_seqlens (N,). ``hidden`` is (B, T, H) or (N, H), or any shape that ``rows`` index.
+        advantages, old_logps, ref_logps, loss_mask, cu_seqlens, rollout_logps, num_items, accumulation_steps, config: see
+            ``grpo_loss``.
+        entropy_threshold: see ``grpo_loss``; or a function that computes it from the entropies of the tokens in the loss mask,
+            (N,).
+        keep_logits_bytes: upper bound on the memory of logit gradients that are kept, in the dtype of ``hidden``. Default:
+            2**32 on a GPU, or ``chunk_bytes`` if that is given; on the CPU ``chunk_bytes``, whose memory they use.
         backend: see ``vlmkernels.backend``.
 
     Returns:
-        ``LinearGRPOLossOutput(loss, metrics, logps, entropy)``. Gradients go to ``hidden``, ``weight`` and ``bias``, each only
-        where it requires one.
+        ``LinearGRPOLossOutput(loss, metrics, logps, entropy)``. ``hidden``, ``weight`` and ``bias`` get gradients if they
+        require them.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as ``linear_logps`` and ``grpo_loss``.
         RuntimeError: a second backward pass.
 
-    Source: https://arxiv.org/abs/2402.03300; gradients made in the forward pass: https://arxiv.org/abs/2410.10989.
+    Source: https://arxiv.org/abs/2402.03300; computing gradients in the forward pass: https://arxiv.org/abs/2410.10989.
     """
-    require(isinstance(config, GRPOLossConfig), "config", "be a GRPOLossConfig", type(config).__name__, TypeError)
-    backend = resolve(backend)
+    if not isinstance(config, GRPOLossConfig):
+        raise TypeError(f"config must be a GRPOLossConfig, got {type(config).__name__}")
+    backend = resolve("linear_grpo_loss", backend)
     hidden, weight, bias = operands(hidden, weight, bias)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    objective = {
+    loss_inputs: dict[str, Any] = {
         "advantages": advantages,
         "old_logps": old_logps,
         "ref_logps": ref_logps,
-        "mask": mask,
+        "loss_mask": loss_mask,
         "cu_seqlens": cu_seqlens,
         "rollout_logps": rollout_logps,
         "num_items": num_items,
         "accumulation_steps": accumulation_steps,
     }
-    shared = {"bias": bias, "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap, "rows": rows}
     if not any(needed) or not in_one_sweep(config, hidden.dtype) or vocab_parallel is not None:
         logps, entropy = linear_logps(
-            hidden, weight, targets, **shared, mask=mask, return_entropy=True, chunk_bytes=chunk_bytes,
-            keep_logits_bytes=keep_logits_bytes, vocab_parallel=vocab_parallel, backend=backend,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            mask=loss_mask,
+            rows=rows,
+            return_entropy=True,
+            chunk_bytes=chunk_bytes,
+            keep_logits_bytes=keep_logits_bytes,
+            vocab_parallel=vocab_parallel,
+            backend=backend,
+        )
         if callable(entropy_threshold):
-            entropy_threshold = entropy_threshold(entropy.detach() if mask is None else entropy.detach()[mask])
-        batch = Batch(logps, entropy=entropy, entropy_threshold=entropy_threshold, **objective)
-        loss, metrics_ = grpo_loss(**batch._asdict(), config=config, backend=backend)
+            detached = entropy.detach()
+            entropy_threshold = entropy_threshold(detached if loss_mask is None else detached[loss_mask])
+        loss, metrics_ = grpo_loss(
+            logps, entropy=entropy, entropy_threshold=entropy_threshold, config=config, backend=backend, **loss_inputs
+        )
         return LinearGRPOLossOutput(loss, metrics_, logps.detach(), entropy.detach())
-    check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap)
+    head = Operands(hidden, weight, bias, targets, loss_mask, rows)
+    check(head, temperature, logit_scale, softcap, mask_name="loss_mask")
     if keep_logits_bytes is None and chunk_bytes is None:
         keep_logits_bytes = default_dlogits_bytes(hidden.device)
-    chunk_bytes, keep_logits_bytes = budget(hidden, weight, bias, targets.numel(), chunk_bytes, keep_logits_bytes, backend)
+    chunk_bytes, keep_logits_bytes = budget(head, chunk_bytes, keep_logits_bytes, backend)
     results = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    results = results.expand(targets.shape)  # in the place of the log-probabilities and entropies to come
-    batch = Batch(results, entropy=results, entropy_threshold=None, **objective)
-    check_layout(batch)
-    check_config(batch, config)
-    batch = prepare(batch, config)
+    results = results.expand(targets.shape)  # stands for the log-probabilities and entropies in the checks
+    checked = LossInputs(logps=results, entropy=results, entropy_threshold=None, **loss_inputs)
+    check_layout(checked)
+    check_config(checked, config)
+    checked = prepare(checked, config)
     inputs = Inputs(
         hidden=hidden,
         weight=weight,
@@ -348,17 +429,17 @@ def linear_grpo_loss(
         softcap=None if softcap is None else float(softcap),
         chunk_bytes=chunk_bytes,
         keep_logits_bytes=keep_logits_bytes,
-        advantages=batch.advantages,
-        old_logps=batch.old_logps,
-        ref_logps=batch.ref_logps,
-        mask=batch.mask,
-        cu_seqlens=batch.cu_seqlens,
-        rollout_logps=batch.rollout_logps,
-        num_items=batch.num_items,
-        accumulation_steps=batch.accumulation_steps,
+        advantages=checked.advantages,
+        old_logps=checked.old_logps,
+        ref_logps=checked.ref_logps,
+        loss_mask=checked.loss_mask,
+        cu_seqlens=checked.cu_seqlens,
+        rollout_logps=checked.rollout_logps,
+        num_items=checked.num_items,
+        accumulation_steps=checked.accumulation_steps,
         needed=needed,
         config=config.text,
         backend=backend,
     )
-    loss, stats, logps, entropy = _LinearGRPOLoss.apply(*inputs)
-    return LinearGRPOLossOutput(loss, metrics(stats, batch, config), logps, entropy)
+    loss, stats, logps, entropy = _LinearGRPOLoss.apply(hidden, weight, bias, inputs)
+    return LinearGRPOLossOutput(loss, metrics(stats, checked, config), logps, entropy)

@@ -1,4 +1,4 @@
-"""The fused rows of linear_grpo_loss through the compiled module, for the backends "cpp" and "cuda"."""
+"""The fused rows of linear_grpo_loss with the compiled module: backends "cpp" and "cuda"."""
 
 from vlmkernels.ops.grpo_loss.native import variant
 from vlmkernels.ops.launch import address
@@ -6,16 +6,12 @@ from vlmkernels.ops.linear_logps import native
 
 
 class Native(native.Native):
-    def sweep(self, logits, hidden, tokens, config, head, logp, entropy, out) -> None:
-        stats = logp.new_empty(len(logp), 2)
+    def sweep(self, logits, hidden, selected, tokens, config, head, out) -> None:
         params = self.params(
             logits,
             out.dtype,
-            tokens.targets,
+            selected,
             head,
-            logp,
-            entropy,
-            stats,
             **self.reading(logits, hidden, head),
             objective=True,
             variant=variant(self.module, config),

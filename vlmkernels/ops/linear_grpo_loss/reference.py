@@ -1,19 +1,23 @@
-"""A chunk of ``linear_grpo_loss`` in plain PyTorch: the oracle of the fused row kernels."""
+"""A chunk of ``linear_grpo_loss`` in plain PyTorch: the oracle of the fused kernels."""
 
 import torch
 
 from vlmkernels.ops.grpo_loss.config import MIN_LOGP, GRPOLossConfig
 from vlmkernels.ops.grpo_loss.reference import SURROGATES, bounded, combine
 from vlmkernels.ops.linear_grpo_loss.tokens import Tokens
+from vlmkernels.ops.linear_logps.inputs import SelectedRows
 from vlmkernels.ops.linear_logps.reference import bwd, fwd, unsupported
 
 __all__ = ["sweep", "unsupported"]
 
 
-def token_gradient(logp, tokens: Tokens, config: GRPOLossConfig) -> torch.Tensor:
-    """The derivative of the loss by each token's log-probability, where no token depends on another."""
+def token_gradient(logp: torch.Tensor, tokens: Tokens, config: GRPOLossConfig) -> torch.Tensor:
+    """Return the derivative of the loss by each token's log-probability, for objectives whose tokens are independent."""
+
+    def read(x: torch.Tensor | None, otherwise: torch.Tensor) -> torch.Tensor:
+        return otherwise if x is None else x.clamp(min=MIN_LOGP)
+
     p = config.scalars
-    read = lambda x, otherwise: otherwise if x is None else x.clamp(min=MIN_LOGP)  # noqa: E731
     logp = logp.clamp(min=MIN_LOGP)
     old, ref = read(tokens.old_logps, logp), read(tokens.ref_logps, logp)
     rollout = read(tokens.rollout_logps, old)
@@ -30,9 +34,9 @@ def token_gradient(logp, tokens: Tokens, config: GRPOLossConfig) -> torch.Tensor
     return (direct + through_ratio) * tokens.share
 
 
-def sweep(logits, hidden, tokens: Tokens, config: GRPOLossConfig, head, logp, entropy, out) -> None:
-    """Write logp and entropy of each row, and over the logits the gradient of the loss by them; ``out`` has their memory."""
-    stats = logp.new_empty(len(logp), 2)
-    fwd(logits, hidden, tokens.targets, head, logp, entropy, stats)
-    dlogp, dentropy = token_gradient(logp, tokens, config), torch.full_like(entropy, tokens.entropy_scale)
-    bwd(logits, tokens.targets, dlogp, dentropy, logp, entropy, stats, head, out)
+def sweep(logits, hidden, selected: SelectedRows, tokens: Tokens, config: GRPOLossConfig, head, out) -> None:
+    """Write logp, entropy and stats of each row, and the gradient of the logits to ``out``, which may share their memory."""
+    fwd(logits, hidden, selected, head)
+    dlogp = token_gradient(selected.logp, tokens, config)
+    dentropy = torch.full_like(selected.entropy, tokens.entropy_scale)
+    bwd(logits, selected._replace(dlogp=dlogp, dentropy=dentropy), head, out)

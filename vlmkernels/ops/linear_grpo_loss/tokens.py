@@ -1,4 +1,4 @@
-"""What the rows of ``linear_grpo_loss`` take, beside the logits and the configuration."""
+"""The inputs of the kernels of ``linear_grpo_loss``, besides the logits and the configuration."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ import torch
 
 
 class Tokens(NamedTuple):
-    """Of N tokens that count, (N,) each, in the dtype of computation but for the first."""
+    """One element per token in the loss mask, (N,), in the dtype of computation."""
 
-    targets: torch.Tensor  # int64
     advantages: torch.Tensor
-    share: torch.Tensor  # what the token's loss is multiplied by
+    share: torch.Tensor  # the weight of the token's loss
     old_logps: torch.Tensor | None
     ref_logps: torch.Tensor | None
     rollout_logps: torch.Tensor | None
     entropy_scale: float  # the derivative of the loss by the entropy of a token
 
-    def cut(self, chunk: slice) -> "Tokens":
-        return Tokens(*[x[chunk] if isinstance(x, torch.Tensor) else x for x in self])
+    def chunk(self, part: slice) -> "Tokens":
+        """Return the tokens of ``part`` as views."""
+        return Tokens._make(x[part] if isinstance(x, torch.Tensor) else x for x in self)

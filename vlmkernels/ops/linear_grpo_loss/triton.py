@@ -1,20 +1,20 @@
-"""The fused rows of linear_grpo_loss in Triton: the kernel of linear_logps, with a surrogate."""
+"""linear_grpo_loss on a chunk of logits in Triton: the kernel of linear_logps with a surrogate."""
 
+from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
+from vlmkernels.ops.linear_grpo_loss.tokens import Tokens
+from vlmkernels.ops.linear_logps.inputs import SelectedRows
 from vlmkernels.ops.linear_logps.triton import launch, reading, unsupported
 
 __all__ = ["sweep", "unsupported"]
 
 
-def sweep(logits, hidden, tokens, config, head, logp, entropy, out) -> None:
+def sweep(logits, hidden, selected: SelectedRows, tokens: Tokens, config: GRPOLossConfig, head, out) -> None:
     surrogate, _ = SURROGATES[config.loss.surrogate]
     launch(
         logits,
-        tokens.targets,
+        selected,
         head,
-        logp,
-        entropy,
-        logp.new_empty(len(logp), 2),
         **reading(logits, hidden, head),
         WRITE=True,
         SURROGATE=surrogate,

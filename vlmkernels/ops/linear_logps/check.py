@@ -1,19 +1,24 @@
-"""Checks of the arguments of ``linear_logps``, and what it makes of them."""
+"""Checks and preparation of the arguments of ``linear_logps``."""
 
 import torch
 
-from vlmkernels.ops.checks import require, require_device, require_dtype, require_factor, require_shape, require_targets
+from vlmkernels.ops.checks import require_device, require_dtype, require_factor, require_shape, require_targets, require_tensor
 from vlmkernels.ops.linear_logps.fused import is_faster
-from vlmkernels.ops.linear_logps.parallel import VocabParallel, whole
+from vlmkernels.ops.linear_logps.inputs import Operands
+from vlmkernels.ops.linear_logps.parallel import VocabParallel, gather_dtensor
 from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes, row_bytes
 
 
-def operands(hidden, weight, bias):
-    """The operands as a linear layer sees them: cast under autocast, DTensors gathered."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        sound = isinstance(tensor, torch.Tensor) or (name == "bias" and tensor is None)
-        require(sound, name, "be a tensor", type(tensor).__name__, TypeError)
-    weight, bias = whole("weight", weight), whole("bias", bias)
+def operands(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return hidden states, weight and bias as a linear layer would use them: cast under autocast, with DTensors gathered."""
+    require_tensor("hidden", hidden)
+    require_tensor("weight", weight)
+    weight = gather_dtensor("weight", weight)
+    if bias is not None:
+        require_tensor("bias", bias)
+        bias = gather_dtensor("bias", bias)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -22,24 +27,28 @@ def operands(hidden, weight, bias):
     return hidden, weight, bias
 
 
-def check_parallel(weight, vocab_parallel) -> None:
-    """A shard lies within its vocabulary."""
+def check_parallel(weight: torch.Tensor, vocab_parallel: VocabParallel | None) -> None:
+    """Check that the rows of ``weight`` lie within the vocabulary of ``vocab_parallel``."""
     if vocab_parallel is None:
         return
-    sound = isinstance(vocab_parallel, VocabParallel) and vocab_parallel.group is not None
-    require(sound, "vocab_parallel", "be None or a VocabParallel with a group", vocab_parallel, TypeError)
-    _, start, size = vocab_parallel
-    rule = f"place the {len(weight)} rows of weight within its vocabulary"
-    require(start >= 0 and start + len(weight) <= size, "vocab_parallel", rule, f"start {start}, size {size}")
+    if not isinstance(vocab_parallel, VocabParallel) or vocab_parallel.group is None:
+        raise TypeError(f"vocab_parallel must be None or a VocabParallel with a group, got {vocab_parallel}")
+    start, size = vocab_parallel.start, vocab_parallel.size
+    if start < 0 or start + len(weight) > size:
+        raise ValueError(
+            f"vocab_parallel must place the {len(weight)} rows of weight within its vocabulary, got start {start}, size {size}"
+        )
 
 
-def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, softcap) -> None:
+def check(inputs: Operands, temperature: float, logit_scale: float, softcap: float | None, mask_name: str = "mask") -> None:
+    """Check shapes, dtypes, devices and factors."""
+    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     require_dtype("hidden", hidden, *floats)
     require_dtype("weight", weight, *dict.fromkeys((hidden.dtype, torch.promote_types(hidden.dtype, torch.float32))))
     width = hidden.shape[-1] if hidden.dim() else 0
-    rule = f"be (V, H) with V >= 1 and the width of hidden, H = {width}"
-    require(weight.dim() == 2 and weight.shape[1] == width and len(weight) > 0, "weight", rule, tuple(weight.shape))
+    if weight.dim() != 2 or weight.shape[1] != width or len(weight) == 0:
+        raise ValueError(f"weight must be (V, H) with V >= 1 and the width of hidden, H = {width}, got {tuple(weight.shape)}")
     if bias is not None:
         require_dtype("bias", bias, weight.dtype)
         require_shape("bias", bias, weight.shape[:1], "the rows of weight")
@@ -53,20 +62,23 @@ def check(hidden, weight, bias, targets, mask, rows, temperature, logit_scale, s
     for name, tensor in {"weight": weight, "bias": bias}.items():
         if tensor is not None:
             require_device(name, tensor, hidden.device, "hidden")
-    require_targets("hidden", hidden, "hidden without its width", targets, mask, rows)
+    require_targets("hidden", hidden, "hidden without its width", inputs.targets, inputs.mask, inputs.rows, mask_name)
 
 
-def budget(hidden, weight, bias, num, chunk_bytes, keep_logits_bytes, backend) -> tuple[int, int]:
-    """chunk_bytes and keep_logits_bytes, or what stands for them where they are None."""
+def budget(inputs: Operands, chunk_bytes: int | None, keep_logits_bytes: int | None, backend: str) -> tuple[int, int]:
+    """Check chunk_bytes and keep_logits_bytes, and return them with None replaced by the default."""
+    hidden, weight, bias, num = inputs.hidden, inputs.weight, inputs.bias, inputs.targets.numel()
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if chunk_bytes is None:
         chunk_bytes = 0 if not needed and is_faster(hidden, num, backend) else default_chunk_bytes(hidden.device)
     least = row_bytes(hidden, len(weight))
     for name, value in (("chunk_bytes", chunk_bytes), ("keep_logits_bytes", keep_logits_bytes)):
-        sound = value is None or (isinstance(value, int) and 0 <= value < 2**63)
-        require(sound, name, "be an integer in [0, 2**63)", repr(value))
-    rule = f"hold one row of logits, {least} bytes{', or where no gradient is needed be 0' * (chunk_bytes == 0)}"
-    require(chunk_bytes >= least or (chunk_bytes == 0 and not needed), "chunk_bytes", rule, chunk_bytes)
+        if value is not None and not (isinstance(value, int) and 0 <= value < 2**63):
+            raise ValueError(f"{name} must be an integer in [0, 2**63), got {value!r}")
+    if chunk_bytes == 0 and needed:
+        raise ValueError(f"chunk_bytes must hold one row of logits, {least} bytes, if a gradient is needed, got 0")
+    if 0 < chunk_bytes < least:
+        raise ValueError(f"chunk_bytes must hold one row of logits, {least} bytes, got {chunk_bytes}")
     if not needed:
         return chunk_bytes, 0
     if keep_logits_bytes is None:

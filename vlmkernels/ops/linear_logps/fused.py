@@ -1,20 +1,19 @@
-"""The rows of ``linear_logps`` from hidden states and weight, without logits: the implementation of ``chunk_bytes=0``.
+"""Whether ``linear_logps`` uses the kernel without logits (chunk_bytes=0) by default.
 
-It has no gradients. It is the default only where it was measured to be no slower than a GEMM and a kernel for its rows; see
-docs/head.md. Its one implementation is in Triton.
+It does where this kernel was measured to be at least as fast as a GEMM and a kernel that reads its logits; see docs/head.md.
 """
 
 import torch
 
 from vlmkernels.backend import why_not
 
-# (compute capability, dtype of the operands): the number of rows from which on it is no slower.
+# (compute capability, dtype of the operands) -> the smallest number of rows for which the kernel is at least as fast.
 FASTER_FROM: dict[tuple[tuple[int, int] | None, torch.dtype], int] = {((9, 0), torch.bfloat16): 2048}
 
 
 def is_faster(hidden: torch.Tensor, num: int, backend: str) -> bool:
-    """Whether ``num`` rows of ``hidden`` are computed without logits by default."""
-    if torch.compiler.is_compiling():  # what follows cannot be traced
+    """Return whether ``num`` results from ``hidden`` are computed without logits by default."""
+    if torch.compiler.is_compiling():  # torch.compile cannot trace the rest
         return False
     if backend not in ("auto", "triton"):
         return False

@@ -1,4 +1,4 @@
-"""The rows of linear_logps through the compiled module, for the backends "cpp" and "cuda"."""
+"""The rows of linear_logps with the compiled module: backends "cpp" and "cuda"."""
 
 import torch
 
@@ -9,26 +9,26 @@ class Native(Launcher):
     def unsupported(self, hidden: torch.Tensor) -> str | None:
         return unsupported_dtype(hidden)
 
-    def params(self, logits, hidden_dtype, targets, head, logp, entropy, stats, **fields):
-        """The Params struct, with what every stage takes."""
+    def params(self, logits, hidden_dtype, selected, head, **fields):
+        """Build the Params struct from the fields that every stage reads, and ``fields``."""
         return self.module.LinearLogps(
             logits=address(logits),
             dtype=DTYPES[logits.dtype],
             num_rows=logits.shape[0],
             vocab=logits.shape[1],
-            targets=address(targets),
+            targets=address(selected.targets),
             inverse=head.inverse,
             softcap=head.softcap or 0.0,
             logit_scale=head.logit_scale,
             operand_dtype=DTYPES[hidden_dtype],
-            logp=address(logp),
-            entropy=address(entropy),
-            stats=address(stats),
+            logp=address(selected.logp),
+            entropy=address(selected.entropy),
+            stats=address(selected.stats),
             **fields,
         )
 
     def reading(self, logits, hidden, head):
-        """Fields of the stage that reads the logits."""
+        """Return the fields of the stage that reads the logits."""
         fields = {"read": True}
         if logits.dtype != torch.float32:
             fields |= {
@@ -43,15 +43,14 @@ class Native(Launcher):
         return fields
 
     def writing(self, out):
-        """Fields of the stage that writes the gradient by the logits to ``out``."""
+        """Return the fields of the stage that writes the gradient of the logits to ``out``."""
         return {"write": True, "dlogits": address(out), "dlogits_stride": out.stride(0)}
 
-    def fwd(self, logits, hidden, targets, head, logp, entropy, stats) -> None:
-        fields = self.reading(logits, hidden, head)
-        params = self.params(logits, hidden.dtype, targets, head, logp, entropy, stats, **fields)
+    def fwd(self, logits, hidden, selected, head) -> None:
+        params = self.params(logits, hidden.dtype, selected, head, **self.reading(logits, hidden, head))
         self.launch("linear_logps", params, logits.device)
 
-    def bwd(self, logits, targets, dlogp, dentropy, logp, entropy, stats, head, out) -> None:
-        fields = {"dlogp": address(dlogp), "dentropy": address(dentropy), **self.writing(out)}
-        params = self.params(logits, out.dtype, targets, head, logp, entropy, stats, **fields)
+    def bwd(self, logits, selected, head, out) -> None:
+        fields = {"dlogp": address(selected.dlogp), "dentropy": address(selected.dentropy), **self.writing(out)}
+        params = self.params(logits, out.dtype, selected, head, **fields)
         self.launch("linear_logps", params, logits.device)

@@ -1,22 +1,25 @@
-"""The GEMMs of a language-model head over chunks of rows, so that logits of all rows are never held at once."""
+"""The GEMMs of a language-model head over chunks of rows, so that the logits of all rows are never in memory at once."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 HALF = (torch.bfloat16, torch.float16)
-# aten::mm.dtype_out, of CUDA alone: fp32 results of 16-bit operands.
-HAS_FP32_RESULTS = "dtype_out" in torch.ops.aten.mm.overloads()
+# aten::mm.dtype_out, which only CUDA has: fp32 results of 16-bit operands.
+HAS_FP32_RESULTS = "dtype_out" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
 
-# Without fp32 results the weight's gradient is added up in fp32 by so many rows of it at a time.
+# Without fp32 results, the gradient of the weight is accumulated in fp32 in blocks of this many rows.
 VOCAB_BLOCK = 8192
-# Rows of a chunk beyond one are a multiple of this, for the GEMMs' tiles.
+# The rows of a chunk are a multiple of this if possible, for the tiles of the GEMMs.
 ROW_TILE = 128
 
 
 class Head(NamedTuple):
-    """A head and what follows it. The softmax is that of z = u * inverse, where u is the logit x, or with a softcap
-    softcap * tanh(x * logit_scale / softcap)."""
+    """A head and the scaling of its logits x.
+
+    The softmax is over z = u * inverse, where u = x, or softcap * tanh(x * logit_scale / softcap) with a softcap.
+    """
 
     weight: torch.Tensor  # (V, H), in the dtype of the hidden states
     bias: torch.Tensor | None
@@ -25,76 +28,121 @@ class Head(NamedTuple):
     softcap: float | None
 
     @classmethod
-    def of(cls, hidden, weight, bias, *rest) -> "Head":
-        """The operands in the dtype of the hidden states: a master copy of the weights is wider."""
-        return cls(weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype), *rest)
+    def from_operands(
+        cls,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        temperature: float,
+        logit_scale: float,
+        softcap: float | None,
+    ) -> "Head":
+        """Cast the operands to the dtype of the hidden states; a master copy of the weight is wider."""
+        bias = None if bias is None else bias.to(hidden.dtype)
+        return cls(gemm_operand(weight.to(hidden.dtype)), bias, temperature, logit_scale, softcap)
 
     @property
     def inverse(self) -> float:
         return (self.logit_scale if self.softcap is None else 1.0) / self.temperature
 
 
-def asked_for(mask: torch.Tensor | None, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(N,) each: which results are asked for, and the rows of hidden states that they are computed from; None: all."""
-    asked = None if mask is None else mask.flatten().nonzero().squeeze(1)
+def selected_indices(mask: torch.Tensor | None, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the flat indices (N,) of the selected results and of their rows of hidden states; None: all."""
+    selected = None if mask is None else mask.flatten().nonzero().squeeze(1)
     if rows is None:
-        return asked, asked
-    return asked, rows.flatten() if asked is None else rows.flatten()[asked]
+        return selected, selected
+    return selected, rows.flatten() if selected is None else rows.flatten()[selected]
 
 
-def select_results(asked: torch.Tensor | None, *results: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Of tensors (..., [columns]) like targets, what is asked for."""
-    flat = [r if r is None else r.reshape(-1).contiguous() for r in results]
-    return flat if asked is None else [r if r is None else r[asked] for r in flat]
+def select_results(selected: torch.Tensor | None, results: torch.Tensor, columns: int | None = None) -> torch.Tensor:
+    """Return the selected elements (N,), or rows (N, columns), of results in the shape of targets, as a contiguous tensor."""
+    flat = results.reshape(-1) if columns is None else results.reshape(-1, columns)
+    return flat.contiguous() if selected is None else flat[selected]
+
+
+def write_results(selected: torch.Tensor | None, out: torch.Tensor, values: torch.Tensor) -> None:
+    """Write the selected elements (N,), or rows (N, columns), to the contiguous ``out`` in the shape of targets."""
+    flat = out.view(-1, *values.shape[1:])
+    if selected is None:
+        flat.copy_(values)
+    else:
+        flat.index_copy_(0, selected, values)
 
 
 def local_targets(targets: torch.Tensor, vocab_start: int, vocab: int, vocab_size: int) -> torch.Tensor:
-    """Counted from the first token of this part of the vocabulary; -1 for tokens of other parts, ``vocab`` for no token."""
+    """Return targets relative to the first token of this part of the vocabulary.
+
+    A token of another part becomes -1, and a target that is not in the whole vocabulary becomes ``vocab``.
+    """
     local = targets - vocab_start
     elsewhere = torch.where((targets >= 0) & (targets < vocab_size), -1, vocab)
     return torch.where((local >= 0) & (local < vocab), local, elsewhere)
 
 
 def result_dtype(hidden: torch.Tensor) -> torch.dtype:
-    """Of the logits: fp32 where the GEMM can leave them so, since 16 bits round a logit by up to 2^-9 of its size."""
+    """Return the dtype of the logits: fp32 if the GEMM supports it, because bf16 rounds a logit by up to 2^-9 of its size."""
     fp32 = hidden.device.type == "cuda" and hidden.dtype in HALF and HAS_FP32_RESULTS
     return torch.float32 if fp32 else hidden.dtype
 
 
 def row_bytes(hidden: torch.Tensor, vocab: int) -> int:
+    """Return the memory of a row of logits in bytes."""
     return vocab * result_dtype(hidden).itemsize
 
 
 def default_chunk_bytes(device: torch.device) -> int:
-    """The weight's gradient is read and written once per chunk: a GPU needs longer ones to stay bound by its GEMMs."""
+    """Return the default of chunk_bytes.
+
+    It is larger on a GPU, where each chunk reads and writes the gradient of the weight: its GEMMs must take longer than that.
+    """
     return 2**28 if device.type == "cpu" else 2**30
 
 
 def default_dlogits_bytes(device: torch.device) -> int | None:
-    """Of the gradients by logits that are held at a time, beside the chunk; None: those of a chunk, in its memory."""
+    """Return the default memory of logit gradients that are held besides the chunk.
+
+    None: only the gradients of one chunk are held, in the memory of its logits.
+    """
     return None if device.type == "cpu" else 2**32
 
 
 def narrowed(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The memory of ``logits`` (n, V) as (n, V) of a dtype that is as wide or narrower: each row in its own row's place."""
+    """View the memory of ``logits`` (n, V) as (n, V) of a dtype that is not wider; rows start at the same addresses."""
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
+def gemm_operand(matrix: torch.Tensor) -> torch.Tensor:
+    """Return ``matrix`` (n, K), on the CPU as a contiguous copy if it is a strided view of 16-bit values.
+
+    With AMX, oneDNN reads past the end of such rows and multiplies what it finds by zero, which is NaN if that is not finite.
+    """
+    strided = matrix.device.type == "cpu" and matrix.dtype in HALF and not matrix.is_contiguous()
+    return matrix.contiguous() if strided else matrix
+
+
 def flat(hidden: torch.Tensor) -> torch.Tensor:
-    """(..., H) as (R, H), rows of adjacent elements."""
-    return (hidden if hidden.stride(-1) == 1 else hidden.contiguous()).reshape(-1, hidden.shape[-1])
+    """Reshape (..., H) to (R, H) with contiguous rows, as an operand of a GEMM."""
+    return gemm_operand((hidden if hidden.stride(-1) == 1 else hidden.contiguous()).reshape(-1, hidden.shape[-1]))
 
 
 class Sweep:
-    """Logits of the selected rows, a chunk at a time, in one buffer."""
+    """Iterate over the logits of the selected rows in chunks, which share one buffer."""
 
-    def __init__(self, hidden, head: Head, index, chunk_bytes: int, kept=None) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        index: torch.Tensor | None,
+        chunk_bytes: int,
+        kept: torch.Tensor | None = None,
+    ) -> None:
         """
         Args:
             hidden: (..., H).
-            index: (N,) int64, the rows of it asked for; None: all.
-            chunk_bytes: the most that the buffer takes.
-            kept: (K, V): where the logits of the first K rows stay, instead of passing through the buffer.
+            head: the head.
+            index: (N,) int64, the selected rows of ``hidden``; None: all.
+            chunk_bytes: upper bound on the memory of the buffer.
+            kept: (K, V): the logits of the first K rows are written to it, instead of to the buffer, as one chunk.
         """
         self.hidden = flat(hidden)
         self.head, self.index = head, index
@@ -103,11 +151,12 @@ class Sweep:
         self.kept_logits = kept
         self.rows_of_chunk = _rows_of_chunk(self.num - self.kept, chunk_bytes, row_bytes(hidden, len(head.weight)))
         self.num_chunks = bool(self.kept) + -(-(self.num - self.kept) // self.rows_of_chunk)
-        self.buffer = None
+        self.buffer: torch.Tensor | None = None
 
-    def __iter__(self):
-        """(chunk, hidden states (n, H), room for logits (n, V)), chunk by chunk."""
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """For each chunk: its slice of the selected rows, their hidden states (n, H), and memory for their logits (n, V)."""
         if self.kept:
+            assert self.kept_logits is not None
             yield self._part(0, self.kept, self.kept_logits[: self.kept])
         for start in range(self.kept, self.num, self.rows_of_chunk):
             stop = min(start + self.rows_of_chunk, self.num)
@@ -116,7 +165,7 @@ class Sweep:
                 self.buffer = torch.empty(shape, dtype=result_dtype(self.hidden), device=self.hidden.device)
             yield self._part(start, stop, self.buffer[: stop - start])
 
-    def _part(self, start, stop, out):
+    def _part(self, start: int, stop: int, out: torch.Tensor) -> tuple[slice, torch.Tensor, torch.Tensor]:
         rows = slice(start, stop)
         return rows, self.hidden[rows if self.index is None else self.index[rows]], out
 
@@ -130,7 +179,7 @@ class Sweep:
 
 
 def _rows_of_chunk(num: int, chunk_bytes: int, bytes_of_row: int) -> int:
-    """Chunks of one size, as large as fits."""
+    """Return the number of rows per chunk: as few chunks as ``chunk_bytes`` allows, of almost equal size."""
     most = chunk_bytes // bytes_of_row
     if num <= most:
         return max(num, 1)
@@ -141,29 +190,44 @@ def _rows_of_chunk(num: int, chunk_bytes: int, bytes_of_row: int) -> int:
 
 
 class Gradients:
-    """The gradients by hidden states, weight and bias: products of the gradients by the logits, part by part.
+    """Accumulate the gradients of hidden states, weight and bias from the gradients of the logits, part by part.
 
-    The gradients by the weight and the bias are accumulated in fp32 where there are several parts.
+    If there are several parts, the gradient of the weight is accumulated in fp32. The gradient of the bias always is.
     """
 
-    def __init__(self, hidden, head: Head, index, needed, *, repeated, weight_dtype, parts=1, out=None, scale=None) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        head: Head,
+        index: torch.Tensor | None,
+        needed: Sequence[bool],
+        *,
+        repeated: bool,
+        weight_dtype: torch.dtype,
+        parts: int = 1,
+        out: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> None:
         """
         Args:
             hidden: (..., H).
+            head: the head.
             index: (N,) int64, the rows of ``hidden`` that the logits were computed from; None: all.
-            needed: three bools, by hidden states, weight, bias.
-            repeated: whether ``index`` may hold a row more than once.
-            weight_dtype: of the gradient by the weight.
-            parts: how often ``add`` will be called.
-            out: (V, H): accumulate the gradient by the weight in this tensor, and return none.
-            scale: () fp32: multiplies every gradient. The hidden states are scaled before the product with dlogits, rather than
-                the (V, H) gradient after it.
+            needed: whether hidden states, weight and bias need gradients.
+            repeated: whether a row may occur several times in ``index``.
+            weight_dtype: the dtype of the gradient of the weight.
+            parts: the number of calls of ``add``.
+            out: (V, H): add the gradient of the weight to this tensor, and return none.
+            scale: () fp32, multiplies all gradients. For the gradient of the weight, the hidden states are multiplied by it
+                before the product with dlogits, which is cheaper than multiplying the (V, H) result.
         """
         self.shape, self.hidden_states, self.weight_matrix, self.index = hidden.shape, flat(hidden), head.weight, index
         self.repeated, self.weight_dtype, self.out, self.scale = repeated, weight_dtype, out, scale
         by_hidden, by_weight, by_bias = needed
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.hidden = self.weight = self.bias = None
+        self.hidden: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
         if by_hidden:
             new = torch.empty if index is None else torch.zeros
             self.hidden = new(self.hidden_states.shape, dtype=wide if repeated else hidden.dtype, device=hidden.device)
@@ -171,18 +235,21 @@ class Gradients:
             dtype = hidden.dtype if parts == 1 and weight_dtype == hidden.dtype else wide
             self.weight = torch.empty(head.weight.shape, dtype=dtype, device=hidden.device) if out is None else out
         if by_bias:
+            assert head.bias is not None
             self.bias = torch.zeros(head.bias.shape, dtype=wide, device=hidden.device)
         self.started = out is not None
 
     def add(self, part: slice, dlogits: torch.Tensor) -> None:
-        """Add the products of ``dlogits`` (n, V), in the dtype of the hidden states, with those of the rows ``part``."""
+        """Add the products of ``dlogits`` (n, V), in the dtype of the hidden states, for the selected rows ``part``."""
         place = part if self.index is None else self.index[part]
-        if self.hidden is not None and self.index is None:
-            torch.mm(dlogits, self.weight_matrix, out=self.hidden[part])
-        elif self.hidden is not None:
-            dhidden = torch.mm(dlogits, self.weight_matrix).to(self.hidden.dtype)
-            put = self.hidden.index_add_ if self.repeated else self.hidden.index_copy_
-            put(0, place, dhidden)
+        dlogits = gemm_operand(dlogits)
+        if self.hidden is not None:
+            if isinstance(place, slice):
+                torch.mm(dlogits, self.weight_matrix, out=self.hidden[place])
+            else:
+                dhidden = torch.mm(dlogits, self.weight_matrix).to(self.hidden.dtype)
+                put = self.hidden.index_add_ if self.repeated else self.hidden.index_copy_
+                put(0, place, dhidden)
         if self.weight is not None:
             states = self.hidden_states[place]
             states = states if self.scale is None else states * self.scale
@@ -192,7 +259,7 @@ class Gradients:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
     def results(self) -> list[torch.Tensor]:
-        """The gradients by hidden states, weight and bias; (0,) where one is not needed or is in ``out``."""
+        """Return the gradients of hidden states, weight and bias; (0,) for one that is not needed or was added to ``out``."""
         if self.weight is not None and not self.started:
             self.weight.zero_()
         if self.scale is not None:
@@ -206,17 +273,29 @@ class Gradients:
         return [hidden if self.hidden is None else hidden.view(self.shape), weight, bias]
 
 
-class Segments:
-    """The gradients by the logits of a segment at a time, which are multiplied when it is complete.
+def empty_gradients(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needed: Sequence[bool]
+) -> list[torch.Tensor]:
+    """Return uninitialized tensors with the shapes and dtypes of ``Gradients.results``, for the fake implementations."""
+    like = (hidden, weight, weight if bias is None else weight.new_empty(bias.shape))
+    return [x.new_empty(x.shape) if n else hidden.new_empty(0) for x, n in zip(like, needed, strict=True)]
 
-    Each product accumulates in the fp32 (V, H) gradient by the weight. So where the logits are wider than their gradients, a
-    segment is as many chunks as ``segment_bytes`` holds gradients of; else it is a chunk, overwritten by its gradient.
+
+class Segments:
+    """Collect the logit gradients of several chunks, a segment, and add their products to ``Gradients`` at once.
+
+    Every product reads and writes the fp32 (V, H) gradient of the weight, so fewer products are faster. If the logits are wider
+    than their gradients, a segment has as many chunks as fit in ``segment_bytes``. Otherwise it is one chunk, whose logits are
+    overwritten by their gradient.
     """
 
-    def __init__(self, hidden, sweep: Sweep, needed, segment_bytes: int, **options) -> None:
+    def __init__(self, hidden: torch.Tensor, sweep: Sweep, needed: Sequence[bool], segment_bytes: int, **options: Any) -> None:
         """
         Args:
+            hidden: (..., H).
+            sweep: the chunks.
             needed, options: see ``Gradients``.
+            segment_bytes: upper bound on the memory of the gradients of a segment.
         """
         vocab, num = len(sweep.head.weight), sweep.num - sweep.kept
         most = segment_bytes // (vocab * hidden.itemsize)
@@ -229,12 +308,13 @@ class Segments:
         self.gradients = Gradients(hidden, sweep.head, sweep.index, needed, parts=parts, **options)
 
     def room(self, chunk: slice, logits: torch.Tensor) -> torch.Tensor:
-        """Where the gradients by ``logits`` go."""
+        """Return the memory for the gradients of ``logits``, the logits of ``chunk``."""
         if not self.rows or chunk.stop <= self.kept:
             return narrowed(logits, self.buffer.dtype)
         return self.buffer[chunk.start - self.start : chunk.stop - self.start]
 
     def add(self, chunk: slice, dlogits: torch.Tensor) -> None:
+        """Add the gradients of a chunk, which were written to its ``room``."""
         if not self.rows or chunk.stop <= self.kept:
             self.gradients.add(chunk, dlogits)
         elif chunk.stop == self.num or chunk.stop - self.start == self.rows:
@@ -243,7 +323,10 @@ class Segments:
 
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:
-    """out (V, H) = a (V, n) @ b (n, H), plus itself with ``add``; rounded once to the dtype of ``out`` where that can be."""
+    """Write, or with ``add`` add, a (V, n) @ b (n, H) to ``out`` (V, H).
+
+    If the GEMM supports it, the product is rounded only to the dtype of ``out``, not to the dtype of ``a``.
+    """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif out.device.type == "cuda" and HAS_FP32_RESULTS and out.dtype == torch.float32:

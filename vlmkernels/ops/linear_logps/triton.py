@@ -1,15 +1,16 @@
-"""The rows of linear_logps and linear_grpo_loss in Triton, a program per row. The formulas: reference.py.
+"""linear_logps and linear_grpo_loss on a chunk of logits in Triton, one program per row. The formulas are in reference.py.
 
-With c = log2(e) inverse and y_v = (u_v - m) c, as in gather_logps/triton.py.
+c = log2(e) inverse and y_v = (u_v - m) c, as in gather_logps/triton.py.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.ops.gather_logps.triton import BLOCK_V, LN2, LOWEST, NUM_WARPS, exp2_and_exponent
+from vlmkernels.ops.gather_logps.triton import BLOCK_V, LN2, LOG2E, LOWEST, NUM_WARPS, exp2_and_exponent
 from vlmkernels.ops.grpo_loss.triton import MIN_LOGP, at_least, bounded, rollout_log_weight
 from vlmkernels.ops.launch import unsupported_dtype
+from vlmkernels.ops.linear_logps.inputs import SelectedRows
 
 BLOCK_H = 1024
 
@@ -20,9 +21,9 @@ def unsupported(hidden: torch.Tensor) -> str | None:
 
 @triton.jit
 def capped(x, softcap, logit_scale, CAP: tl.constexpr):
-    """u of x."""
+    """Return u, the logit x with the softcap."""
     if CAP:
-        # tanh: its series near 0, where the difference would cancel.
+        # Near 0 tanh is computed by its series, because the difference below would cancel.
         y = x * (logit_scale / softcap)
         square = y * y
         series = y + y * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
@@ -33,7 +34,7 @@ def capped(x, softcap, logit_scale, CAP: tl.constexpr):
 
 @triton.jit
 def slope_of(u, softcap, logit_scale, CAP: tl.constexpr):
-    """du/dx."""
+    """Return du/dx."""
     if CAP:
         return logit_scale * (1.0 - (u / softcap) * (u / softcap))
     else:
@@ -51,11 +52,11 @@ def read_one(ptr, k, otherwise):
 @triton.jit(do_not_specialize=["stride_hidden"])
 def linear_logps_kernel(
     logits_ptr,  # (n, V)
-    targets_ptr,  # (n,): below 0: in another part of the vocabulary
-    hidden_ptr,  # (n, H), the operands of the logits; None: the target's logit is that of the row
+    targets_ptr,  # (n,), below 0: a token of another part of the vocabulary
+    hidden_ptr,  # (n, H), to compute the target's logit in fp32; None: it is read from the row
     weight_ptr,  # (V, H)
     bias_ptr,  # (V,) or None
-    logp_ptr,  # (n,) out where READ
+    logp_ptr,  # (n,) out with READ
     entropy_ptr,  # (n,) likewise
     stats_ptr,  # (n, 2) likewise: m, log sum exp((u - m) inverse)
     dlogp_ptr,  # (n,), without SURROGATE
@@ -65,7 +66,7 @@ def linear_logps_kernel(
     rollout_logp_ptr,
     adv_ptr,
     share_ptr,
-    dx_ptr,  # (n, V) out where WRITE, row k at k * stride_dx; may share the memory of logits
+    dx_ptr,  # (n, V) out with WRITE, row k at k * stride_dx; may share the memory of logits
     V,
     H,
     stride_hidden,
@@ -88,11 +89,11 @@ def linear_logps_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Grid (n,): logp, entropy and stats of a row; the derivatives of the loss by them; dx over the row."""
+    """Grid (n,): READ writes logp, entropy and stats of a row; WRITE writes the gradient dx of its logits."""
     k = tl.program_id(0).to(tl.int64)
     x_ptr = logits_ptr + k * V
     offset = tl.arange(0, BLOCK_V)
-    scale = inverse * 1.4426950408889634
+    scale = inverse * LOG2E
     target = tl.load(targets_ptr + k)
     here = (target >= 0) & (target < V)
     if READ:
@@ -158,31 +159,31 @@ def linear_logps_kernel(
             if BIAS_CORRECTED:
                 direct *= ratio
                 through_ratio = p.beta * kl * ratio
-            # Whichever way it reaches logp: the ratio is the token's.
+            # The ratio is per token, so the derivative through it is a derivative by logp, too.
             dlogp = (direct + through_ratio + weight * dlogp) * tl.load(share_ptr + k)
             dentropy = entropy_scale
         else:
             dlogp = tl.load(dlogp_ptr + k)
             dentropy = 0.0 if dentropy_ptr is None else tl.load(dentropy_ptr + k)
-        dlogp = tl.where(target < V, dlogp, float("nan"))  # throughout, as its logp is
-        # From logp, which knows the target's logit better than the row does; and 1 - p without cancellation.
+        dlogp = tl.where(target < V, dlogp, float("nan"))  # the whole row, like its logp
+        # From logp, which is more exact than the target's logit in the row; and 1 - p without cancellation.
         p_target = tl.exp(logp)
         other = tl.where(logp > -0.01, -logp * (1.0 + logp * (0.5 + logp / 6.0)), 1.0 - p_target)
         surprise = tl.where(p_target > 0.0, p_target * (logp + entropy), p_target)
         at_target = (dlogp * other - dentropy * surprise) * inverse
         at_target *= slope_of((logp + log_sum) / inverse + m, softcap, logit_scale, CAP)
-        tl.debug_barrier()  # other threads may still read the row
+        tl.debug_barrier()  # other threads may still be reading the row
         for v in range(0, V, BLOCK_V):
             x = tl.load(x_ptr + v + offset, mask=v + offset < V, other=0.0).to(tl.float32)
             u = capped(x, softcap, logit_scale, CAP)
             e, y = exp2_and_exponent((u - m) * scale - log_sum / LN2)
             dx = -e * (dlogp + dentropy * (y * LN2 + entropy)) * (inverse * slope_of(u, softcap, logit_scale, CAP))
             dx = tl.where(v + offset == target, at_target, dx)
-            tl.debug_barrier()  # a narrower dx lies over elements that other threads read
+            tl.debug_barrier()  # a narrower dx overwrites elements that other threads read
             tl.store(dx_ptr + k * stride_dx + v + offset, dx.to(dx_ptr.dtype.element_ty), mask=v + offset < V)
 
 
-# The arguments of stages that are not asked for.
+# The arguments of a stage that does not run.
 NOTHING = {
     **dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "dlogp_ptr", "dentropy_ptr", "old_logp_ptr", "ref_logp_ptr")),
     **dict.fromkeys(("rollout_logp_ptr", "adv_ptr", "share_ptr", "dx_ptr", "p", "SURROGATE", "KL")),
@@ -192,14 +193,15 @@ NOTHING = {
 }  # fmt: skip
 
 
-def launch(logits, targets, head, logp, entropy, stats, **stages) -> None:
+def launch(logits, selected: SelectedRows, head, **stages) -> None:
+    """Run the kernel on every row, with the arguments of the stages READ and WRITE."""
     with torch.cuda.device_of(logits):
         linear_logps_kernel[(len(logits),)](
             logits,
-            targets,
-            logp_ptr=logp,
-            entropy_ptr=entropy,
-            stats_ptr=stats,
+            selected.targets,
+            logp_ptr=selected.logp,
+            entropy_ptr=selected.entropy,
+            stats_ptr=selected.stats,
             V=logits.shape[1],
             inverse=head.inverse,
             softcap=head.softcap or 0.0,
@@ -213,7 +215,7 @@ def launch(logits, targets, head, logp, entropy, stats, **stages) -> None:
 
 
 def reading(logits, hidden, head) -> dict:
-    """Arguments of the stage that reads the logits."""
+    """Return the arguments of the stage READ."""
     if logits.dtype == torch.float32:
         return {"READ": True}
     return {
@@ -228,10 +230,18 @@ def reading(logits, hidden, head) -> dict:
     }
 
 
-def fwd(logits, hidden, targets, head, logp, entropy, stats) -> None:
-    launch(logits, targets, head, logp, entropy, stats, **reading(logits, hidden, head))
+def fwd(logits, hidden, selected: SelectedRows, head) -> None:
+    launch(logits, selected, head, **reading(logits, hidden, head))
 
 
-def bwd(logits, targets, dlogp, dentropy, logp, entropy, stats, head, out) -> None:
-    stage = {"WRITE": True, "dlogp_ptr": dlogp, "dentropy_ptr": dentropy, "dx_ptr": out, "stride_dx": out.stride(0)}
-    launch(logits, targets, head, logp, entropy, stats, **stage)
+def bwd(logits, selected: SelectedRows, head, out) -> None:
+    launch(
+        logits,
+        selected,
+        head,
+        WRITE=True,
+        dlogp_ptr=selected.dlogp,
+        dentropy_ptr=selected.dentropy,
+        dx_ptr=out,
+        stride_dx=out.stride(0),
+    )

@@ -1,8 +1,10 @@
-"""linear_logps without logits, in Triton: a GEMM whose epilogue is the online softmax, its vocabulary split over programs.
+"""linear_logps without logits in Triton: a GEMM with an online softmax as its epilogue.
 
-With u, z and m as in linear_logps/reference.py, c = log2(e) inverse and y_v = (u_v - m) c, a program carries for each of its
-rows (m, s = sum 2^y, sy = sum 2^y y, u of the target); two such tuples merge exactly, and logp, entropy follow without
-cancellation.
+Each program computes a block of rows and a part of the vocabulary, and a second kernel merges the parts.
+
+With u, z and m as in linear_logps/reference.py, c = log2(e) inverse and y_v = (u_v - m) c, a program accumulates for each of
+its rows (m, s = sum 2^y, sy = sum 2^y y, u of the target). Two such tuples merge exactly; logp and entropy follow from the
+result without cancellation.
 """
 
 from functools import cache
@@ -13,31 +15,34 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlmkernels.ops.gather_logps.triton import LN2, LOWEST, exp2_and_exponent
+from vlmkernels.ops.gather_logps.triton import LN2, LOG2E, LOWEST, exp2_and_exponent
 from vlmkernels.ops.launch import unsupported_dtype
+from vlmkernels.ops.linear_logps.inputs import SelectedRows
 from vlmkernels.ops.linear_logps.triton import capped
 
 INTERPRETED = triton.knobs.runtime.interpret
-GROUP = 16  # blocks of rows that run side by side, so that their hidden states can stay in the L2 cache
+GROUP = 16  # this many blocks of rows run side by side, so that their hidden states stay in the L2 cache
 BLOCK_MERGE = 128
 
 
 class Blocks(NamedTuple):
+    """The block sizes of a GEMM."""
+
     rows: int
     vocab: int
     width: int
     num_warps: int
     num_stages: int
-    tma: bool = False  # the weight by a tensor descriptor, where its strides and address allow one
+    tma: bool = False  # read the weight by a tensor descriptor, if its strides and address allow one
 
 
-# Of 16-bit operands, by compute capability. None spills (tests/support/compile_gate.py); none has been tuned on a GPU.
+# For 16-bit operands, by compute capability. None spills (tests/support/compile_gate.py); none has been tuned on a GPU.
 BLOCKS = {
     (8, 0): Blocks(128, 128, 64, 8, 4),
     (9, 0): Blocks(128, 256, 64, 8, 4, tma=True),
     (10, 0): Blocks(128, 256, 64, 8, 3),
 }
-ELSEWHERE = Blocks(128, 128, 32, 8, 3)  # in 48 KiB of shared memory
+ELSEWHERE = Blocks(128, 128, 32, 8, 3)  # fits in 48 KiB of shared memory
 CAPPED = Blocks(128, 64, 64, 8, 3)  # tanh needs registers
 FP32 = Blocks(64, 64, 16, 8, 3)  # no tensor cores
 
@@ -49,11 +54,11 @@ def unsupported(hidden: torch.Tensor) -> str | None:
 @triton.jit(do_not_specialize=["N", "R", "splits"])
 def linear_logps_fused_kernel(
     hidden_ptr,  # (R, H)
-    index_ptr,  # (N,): the rows of it; None: N = R, each
-    weight_ptr,  # (V, H), or with TMA a descriptor of it
+    index_ptr,  # (N,): the selected rows; None: all, N = R
+    weight_ptr,  # (V, H); with TMA its descriptor
     bias_ptr,  # (V,) or None
-    targets_ptr,  # (N,): below 0: in another part of the vocabulary
-    partial_ptr,  # (splits, 4, N) out: m, s, sy, u of the target, 0 where it is in another split
+    targets_ptr,  # (N,), below 0: a token of another part of the vocabulary
+    partial_ptr,  # (splits, 4, N) out: m, s, sy, u of the target (0 if it is in another split)
     N,
     R,
     V,
@@ -66,7 +71,7 @@ def linear_logps_fused_kernel(
     softcap,
     logit_scale,
     CAP: tl.constexpr,
-    WIDEN: tl.constexpr,  # the interpreter's products are not those of bf16
+    WIDEN: tl.constexpr,  # the interpreter has no products of bf16
     TMA: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,7 +87,7 @@ def linear_logps_fused_kernel(
     n = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     row = n if index_ptr is None else tl.load(index_ptr + n, mask=inside, other=0)
-    row = tl.minimum(tl.maximum(row, 0), R - 1)  # what lies outside is computed, and not kept
+    row = tl.minimum(tl.maximum(row, 0), R - 1)  # rows out of range are computed but not stored
     target = tl.load(targets_ptr + n, mask=inside, other=-1).to(tl.int32)
     h = tl.arange(0, BLOCK_H)
     step = tl.cast(step_weight, tl.int64)
@@ -138,10 +143,10 @@ def linear_logps_merge_kernel(
     inverse,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid (cdiv(N, BLOCK_N),): the splits of a row merged, and the results."""
+    """Grid (cdiv(N, BLOCK_N),): merge the splits of a row and write its results."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
-    scale = inverse * 1.4426950408889634
+    scale = inverse * LOG2E
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     sy = tl.zeros((BLOCK_N,), tl.float32)
@@ -160,50 +165,57 @@ def linear_logps_merge_kernel(
         m = top
     target = tl.load(targets_ptr + n, mask=inside, other=0)
     row = n if index_ptr is None else tl.load(index_ptr + n, mask=inside, other=0)
-    log_sum = tl.where((row >= 0) & (row < R), tl.log(s), float("nan"))  # no such row
+    log_sum = tl.where((row >= 0) & (row < R), tl.log(s), float("nan"))  # NaN: no such row
     logp = tl.where(target >= 0, (u_target - m) * inverse - log_sum, -float("inf"))
-    tl.store(logp_ptr + n, tl.where(target < V, logp, float("nan")), mask=inside)  # no such token
+    tl.store(logp_ptr + n, tl.where(target < V, logp, float("nan")), mask=inside)  # NaN: no such token
     tl.store(entropy_ptr + n, log_sum - sy / s * LN2, mask=inside)
     tl.store(stats_ptr + 2 * n, m, mask=inside)
     tl.store(stats_ptr + 2 * n + 1, log_sum, mask=inside)
 
 
 def blocks_of(dtype: torch.dtype, capability: tuple[int, int] | None, capped: bool) -> Blocks:
+    """Return the block sizes for operands of ``dtype``."""
     if dtype == torch.float32:
         return FP32
     return CAPPED if capped else BLOCKS.get(capability, ELSEWHERE)
 
 
 def processors(device: torch.device) -> int:
+    """Return the number of multiprocessors of ``device``."""
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def splits_of(row_blocks: int, vocab_blocks: int, processors: int) -> int:
-    """Into how many parts of the vocabulary: the time is that of the rounds of programs, each with a start of its own."""
+    """Return the number of parts of the vocabulary that minimizes the estimated time.
 
-    def rounds(splits):
-        return triton.cdiv(row_blocks * splits, processors) * (triton.cdiv(vocab_blocks, splits) + 0.25)
+    The time is the number of rounds in which the processors run all programs, times the time of a program: its blocks of the
+    vocabulary and a constant start-up time.
+    """
 
-    return min(range(1, min(vocab_blocks, 4 * processors) + 1), key=rounds)
+    def time(splits):
+        start_up = 0.25  # in blocks of the vocabulary
+        return triton.cdiv(row_blocks * splits, processors) * (triton.cdiv(vocab_blocks, splits) + start_up)
+
+    return min(range(1, min(vocab_blocks, 4 * processors) + 1), key=time)
 
 
 def has_descriptor(weight: torch.Tensor) -> bool:
-    """Rows of adjacent elements, each at a multiple of 16 bytes."""
+    """Whether a tensor descriptor supports ``weight``: contiguous rows, each at a multiple of 16 bytes."""
     stride, step = weight.stride()
     return step == 1 and stride * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
-def fwd(hidden, index, targets, head, logp, entropy, stats) -> None:
-    """logp, entropy and stats, as in linear_logps/reference.py, of the rows ``index`` (None: all) of ``hidden`` (R, H)."""
-    num, vocab = len(targets), len(head.weight)
+def fwd(hidden, index, selected: SelectedRows, head) -> None:
+    """Write logp, entropy and stats, see reference.py, of the rows ``index`` (None: all) of ``hidden`` (R, H)."""
+    num, vocab = len(selected.targets), len(head.weight)
     if not num:
         return
     capability = torch.cuda.get_device_capability(hidden.device) if hidden.device.type == "cuda" else None
     blocks = blocks_of(hidden.dtype, capability, head.softcap is not None)
     row_blocks = triton.cdiv(num, blocks.rows)
     splits = splits_of(row_blocks, triton.cdiv(vocab, blocks.vocab), processors(hidden.device))
-    partial = logp.new_empty(splits, 4, num)
+    partial = selected.logp.new_empty(splits, 4, num)
     tma = blocks.tma and has_descriptor(head.weight)
     with torch.cuda.device_of(hidden):
         linear_logps_fused_kernel[(row_blocks * splits,)](
@@ -211,7 +223,7 @@ def fwd(hidden, index, targets, head, logp, entropy, stats) -> None:
             index,
             TensorDescriptor.from_tensor(head.weight, [blocks.vocab, blocks.width]) if tma else head.weight,
             head.bias,
-            targets,
+            selected.targets,
             partial,
             num,
             len(hidden),
@@ -220,7 +232,7 @@ def fwd(hidden, index, targets, head, logp, entropy, stats) -> None:
             hidden.stride(0),
             *head.weight.stride(),
             splits,
-            head.inverse * 1.4426950408889634,
+            head.inverse * LOG2E.value,
             head.softcap or 0.0,
             head.logit_scale,
             CAP=head.softcap is not None,
@@ -235,11 +247,11 @@ def fwd(hidden, index, targets, head, logp, entropy, stats) -> None:
         )
         linear_logps_merge_kernel[(triton.cdiv(num, BLOCK_MERGE),)](
             index,
-            targets,
+            selected.targets,
             partial,
-            logp,
-            entropy,
-            stats,
+            selected.logp,
+            selected.entropy,
+            selected.stats,
             num,
             len(hidden),
             vocab,

@@ -1,4 +1,4 @@
-"""pack_patches through the compiled module, for the backends "cpp" and "cuda"."""
+"""pack_patches with the compiled module: backends "cpp" and "cuda"."""
 
 from array import array
 

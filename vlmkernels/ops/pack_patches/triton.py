@@ -1,4 +1,4 @@
-"""pack_patches in Triton. One program per row; layouts: reference.py, fields of the image table: images.py."""
+"""pack_patches in Triton. One program per row. The layouts are in reference.py, the fields of the image table in images.py."""
 
 import torch
 import triton
@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vlmkernels.ops.pack_patches.images import image_fields, image_table
 
-BLOCK_F = 256  # a row has a few hundred features to some 1500: of larger blocks, much would be masked
+BLOCK_F = 256  # a row has a few hundred to about 1500 features; larger blocks would waste masked elements
 NUM_WARPS = 4
 
 
@@ -17,7 +17,7 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
 @triton.jit(do_not_specialize=["num_images"])
 def pack_patches_kernel(
     images_ptr,  # (num_images, 9)
-    table_ptr,  # (3, 256) or None: the rows are the pixels
+    table_ptr,  # (3, 256); None: the rows hold the pixels
     out_ptr,  # (N, 3 * SLOTS * SIZE * SIZE)
     num_images,
     SIZE: tl.constexpr,
@@ -26,7 +26,7 @@ def pack_patches_kernel(
     CHANNELS_LAST: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Grid (N)."""
+    """Grid (N,): write a row. Its image is found by a binary search over the first rows of the images."""
     row = tl.program_id(0).to(tl.int64)
     low = 0
     high = num_images - 1

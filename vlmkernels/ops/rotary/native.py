@@ -1,4 +1,4 @@
-"""rotary through the compiled module, for the backends "cpp" and "cuda"."""
+"""rotary with the compiled module: backends "cpp" and "cuda"."""
 
 import torch
 
@@ -11,7 +11,7 @@ class Native(Launcher):
         reasons = [unsupported_dtype(tensor) or unsupported_last_axis(tensor) for tensor in tensors]
         pairs, most = tensors[-1].shape[-1], self.module.rotary_max_pairs
         if self.name == "cuda" and pairs > most:
-            reasons.append(f"takes at most {most} pairs, got {pairs}")
+            reasons.append(f"supports at most {most} pairs, got {pairs}")
         return next(filter(None, reasons), None)
 
     def _heads(self, x, out, heads_first):

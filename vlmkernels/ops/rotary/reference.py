@@ -1,7 +1,8 @@
-"""Rotation of pairs of features by angles, in plain PyTorch: the oracle of ``rotary``.
+"""Rotation of pairs of features by angles in plain PyTorch: the oracle of ``rotary``.
 
-Of P pairs, pair j of a head is (x_j, x_{j+P}):  y_j = x_j cos_j - x_{j+P} sin_j,  y_{j+P} = x_{j+P} cos_j + x_j sin_j.
-The inverse turns by -angle, and is the gradient too. Features from 2 P on stay. https://arxiv.org/abs/2104.09864, section 3.2.
+Pair j of the P pairs of a head is (x_j, x_{j+P}):  y_j = x_j cos_j - x_{j+P} sin_j,  y_{j+P} = x_{j+P} cos_j + x_j sin_j.
+The inverse rotates by -angle, and is also the gradient. Features from 2 P on are copied. https://arxiv.org/abs/2104.09864,
+section 3.2.
 """
 
 import torch
@@ -20,7 +21,7 @@ def _rotate(x, cos, sin, out):
 
 
 def fwd(query, key, cos, sin, inverse, heads_first, query_out, key_out):
-    """query, key and the results: (..., S, H, D), or (..., H, S, D) with heads_first; cos, sin: (..., S, P)."""
+    """Write the results. query, key, results: (..., S, H, D), or (..., H, S, D) with heads_first; cos, sin: (..., S, P)."""
     heads = (query, key, query_out, key_out)
     query, key, query_out, key_out = (x.transpose(-3, -2) for x in heads) if heads_first else heads
     sin = -sin if inverse else sin

@@ -1,4 +1,4 @@
-"""rotary in Triton. One program per token: its angles are read once, for all heads of its query and key."""
+"""rotary in Triton. One program per token reads its angles once, for all heads of its query and key."""
 
 import torch
 import triton
@@ -30,6 +30,7 @@ def rotate_heads(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """Rotate the heads of a token, and copy the features from 2 PAIRS on."""
     pair = tl.arange(0, BLOCK_P)[None, :]
     for first_head in range(0, heads, BLOCK_H):
         head = first_head + tl.arange(0, BLOCK_H)[:, None]
@@ -75,7 +76,7 @@ def rotary_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Grid (B * S): y_j = x_j cos_j - x_{j+P} sin_j, y_{j+P} = x_{j+P} cos_j + x_j sin_j, of a token's heads."""
+    """Grid (B * S): y_j = x_j cos_j - x_{j+P} sin_j, y_{j+P} = x_{j+P} cos_j + x_j sin_j, for the heads of a token."""
     n = tl.program_id(0).to(tl.int64)
     b = n // S
     s = n % S

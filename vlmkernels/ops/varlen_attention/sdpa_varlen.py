@@ -3,28 +3,26 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels.ops.checks import require
-
 
 def unsupported(query: torch.Tensor) -> str | None:
     return None
 
 
-def of_no_tokens(query, key, value):
-    """The empty result. It depends on all three inputs, so that their gradients are empty tensors instead of None."""
+def empty_result(query, key, value):
+    """Return the empty result for no tokens, as a function of all three inputs: their gradients are empty tensors, not None."""
     return query + (key.sum() + value.sum())
 
 
 def run(query, key, value, cu_seqlens, max_seqlen, causal, scale):
     bounds = cu_seqlens.long().cpu()
     lengths = bounds.diff()
-    sound = bounds[0] == 0 and bounds[-1] == len(query) and bool((lengths >= 0).all())
-    require(sound, "cu_seqlens", f"go from 0 to {len(query)} without a step back", bounds.tolist())
+    if bounds[0] != 0 or bounds[-1] != len(query) or (lengths < 0).any():
+        raise ValueError(f"cu_seqlens must go from 0 to {len(query)} without a step back, got {bounds.tolist()}")
     if not len(query):
-        return of_no_tokens(query, key, value)
+        return empty_result(query, key, value)
     sizes, counts = lengths[lengths > 0].unique(return_counts=True)
     if len(sizes) > 1:
-        # Sequences of one length next to one another: the windows and the edges of all images are a call each.
+        # Sort sequences by length: all full windows of all images become one call, and so do their edges of each size.
         order = lengths.repeat_interleave(lengths).argsort(stable=True).to(query.device)
         query, key, value = (x.index_select(0, order) for x in (query, key, value))
     parts = []

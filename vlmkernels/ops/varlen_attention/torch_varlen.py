@@ -1,19 +1,19 @@
 """Packed attention by ``torch.nn.attention.varlen``, the flash attention that torch ships for CUDA."""
 
-import importlib.util
-
 import torch
 
-from vlmkernels.ops.varlen_attention.sdpa_varlen import of_no_tokens
+from vlmkernels.backend import installed
+from vlmkernels.ops.checks import dtype_name
+from vlmkernels.ops.varlen_attention.sdpa_varlen import empty_result
 
 
 def unsupported(query: torch.Tensor) -> str | None:
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    if not installed("torch.nn.attention.varlen"):
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     if query.device.type != "cuda":
-        return f"takes cuda tensors, got {query.device.type}"
+        return f"supports CUDA tensors, got {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"takes bfloat16, float16, got {str(query.dtype).removeprefix('torch.')}"
+        return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
     return None
 
 
@@ -21,7 +21,7 @@ def run(query, key, value, cu_seqlens, max_seqlen, causal, scale):
     from torch.nn.attention.varlen import varlen_attn
 
     if not len(query):
-        return of_no_tokens(query, key, value)
+        return empty_result(query, key, value)
     most = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))

@@ -1,21 +1,23 @@
-"""What a vision tower derives from the grids of its images: bounds, windows and positions, computed once per set of grids."""
+"""Sequence bounds, windows and positions that a vision tower derives from the grids of its images. Imports only torch."""
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from vlmkernels.ops.checks import require, require_dtype
+from vlmkernels.ops.checks import require_dtype
+
+__all__ = ["VisionLayout", "vision_layout"]
 
 
 class VisionLayout(NamedTuple):
-    """Of N patches, N / merge_size**2 tokens. The last four are None without windows."""
+    """The layout of N patches and N / merge_size**2 tokens. The fields of windows are None if the tower has no windows."""
 
-    cu_seqlens: torch.Tensor  # (frame groups + 1,) int32: the bounds of what attends to itself
+    cu_seqlens: torch.Tensor  # (frame groups + 1,) int32, in patches: each frame group attends to itself
     max_seqlen: int
     position_ids: torch.Tensor  # (N, 2) int64: row and column of each patch in its image
     window_index: torch.Tensor | None  # (tokens,) int64: the tokens, window by window
-    window_inverse: torch.Tensor | None  # (tokens,) int64: where each token is in window_index
+    window_inverse: torch.Tensor | None  # (tokens,) int64: the position of each token in window_index
     cu_window_seqlens: torch.Tensor | None  # (windows + 1,) int32, in patches
     max_window_seqlen: int | None
 
@@ -25,7 +27,7 @@ def _bounds(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def _decode(grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(image, frame, row, column) of every cell of grids (n, 3), in raster order."""
+    """Return (image, frame, row, column) of every cell of grids (n, 3), in raster order."""
     counts = grid.prod(1)
     image = torch.arange(len(grid)).repeat_interleave(counts)
     within = torch.arange(len(image)) - (counts.cumsum(0) - counts)[image]
@@ -33,8 +35,8 @@ def _decode(grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return image, within // (height * width), within // width % height, within % width
 
 
-def _windows(tokens: torch.Tensor, side: int, merge_size: int) -> tuple:
-    """Of grids of tokens cut into windows of side x side tokens, smaller at the lower and right edges."""
+def _windows(tokens: torch.Tensor, side: int, merge_size: int) -> tuple[Any, ...]:
+    """Return the fields of windows of side x side tokens, which are smaller at the lower and right edges of an image."""
     image, frame, row, column = _decode(tokens)
     across, down = -(-tokens[:, 2] // side), -(-tokens[:, 1] // side)
     counts = tokens[:, 0] * down * across
@@ -53,14 +55,14 @@ def _layout(grids: tuple[tuple[int, ...], ...], merge_size: int, window: int | N
     lengths = (grid[:, 1] * grid[:, 2]).repeat_interleave(grid[:, 0])
     tokens = grid // torch.tensor([1, merge_size, merge_size])
     _, _, row, column = _decode(tokens)
-    # The patches of a token, row by row.
+    # The patches of a token are in raster order.
     inner = torch.arange(merge_size)
     rows = row[:, None, None] * merge_size + inner[:, None]
     columns = column[:, None, None] * merge_size + inner
-    positions = torch.stack(torch.broadcast_tensors(rows, columns), -1).view(-1, 2)
-    windows = (None,) * 4 if window is None else _windows(tokens, window, merge_size)
+    positions = torch.stack([rows.expand(-1, -1, merge_size), columns.expand(-1, merge_size, -1)], -1).view(-1, 2)
+    windows: tuple[Any, ...] = (None,) * 4 if window is None else _windows(tokens, window, merge_size)
     results = (_bounds(lengths), int(lengths.max()), positions, *windows)
-    return VisionLayout(*(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in results))
+    return VisionLayout._make(x.to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in results)
 
 
 def vision_layout(
@@ -71,34 +73,43 @@ def vision_layout(
     patch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> VisionLayout:
-    """Sequence bounds, 2-D positions and attention windows of packed images, as the Qwen-VL vision towers use them.
+    """Compute sequence bounds, 2-D positions and attention windows of packed images for the Qwen-VL vision towers.
 
-    The results are remembered by the values of the grids and shared between calls: do not write to them.
+    Equivalent to ``get_vision_position_ids`` and ``get_vision_window_index`` of transformers. Results are cached by the values
+    of the grids and shared between calls, so do not write to them.
 
     Args:
-        image_grid_thw: (n, 3) int64 on the CPU, patches: frame groups, rows, columns.
-        merge_size: patches along each side of a token.
-        window_size, patch_size: in pixels; a window has window_size // patch_size // merge_size tokens along each side
-            (Qwen2.5-VL: 112 and 14). None: the tower has no windows.
-        device: of the results.
+        image_grid_thw: (n, 3) int64 on the CPU: frame groups, rows and columns of patches of each image.
+        merge_size: the number of patches along each side of a token.
+        window_size, patch_size: the sides of a window and of a patch in pixels (Qwen2.5-VL: 112 and 14). A window has
+            window_size // patch_size // merge_size tokens along each side. None: the tower has no windows.
+        device: the device of the results. Default: the CPU.
+
+    Returns:
+        ``VisionLayout``.
 
     Raises:
-        ValueError, TypeError: grids that are empty, not on the CPU (reading them would wait for the device), or that
-            merge_size does not divide: the image is named.
+        ValueError, TypeError: the grids are empty, not on the CPU (reading them would wait for the device), or not divisible by
+            merge_size: the error names the image.
 
     Source: Bai et al., Qwen2.5-VL (https://arxiv.org/abs/2502.13923), section 2.1.
     """
     require_dtype("image_grid_thw", image_grid_thw, torch.int64)
-    device_type = image_grid_thw.device.type
-    require(device_type == "cpu", "image_grid_thw", "be on the CPU, as a processor returns it", device_type)
-    ok = image_grid_thw.dim() == 2 and image_grid_thw.shape[1] == 3 and len(image_grid_thw) > 0
-    require(ok, "image_grid_thw", "be (n, 3) with n >= 1", tuple(image_grid_thw.shape))
-    both = (window_size is None) == (patch_size is None)
-    require(both, "window_size and patch_size", "both be given or both be None", f"{window_size} and {patch_size}")
+    if image_grid_thw.device.type != "cpu":
+        raise ValueError(f"image_grid_thw must be on the CPU, as a processor returns it, got {image_grid_thw.device.type}")
+    if image_grid_thw.dim() != 2 or image_grid_thw.shape[1] != 3 or len(image_grid_thw) == 0:
+        raise ValueError(f"image_grid_thw must be (n, 3) with n >= 1, got {tuple(image_grid_thw.shape)}")
+    if (window_size is None) != (patch_size is None):
+        raise ValueError(f"window_size and patch_size must both be given or both be None, got {window_size} and {patch_size}")
     grids = tuple(map(tuple, image_grid_thw.tolist()))
     for i, (frames, height, width) in enumerate(grids):
-        divides = min(frames, height, width) > 0 and height % merge_size == 0 and width % merge_size == 0
-        require(divides, f"image_grid_thw[{i}]", f"be > 0, its rows and columns multiples of {merge_size}", grids[i])
-    window = None if window_size is None else window_size // patch_size // merge_size
-    require(window is None or window > 0, "window_size", "hold a token", window_size)
+        if min(frames, height, width) <= 0 or height % merge_size or width % merge_size:
+            raise ValueError(f"image_grid_thw[{i}] must be > 0, its rows and columns multiples of {merge_size}, got {grids[i]}")
+    window = None
+    if window_size is not None and patch_size is not None:
+        window = window_size // patch_size // merge_size
+        if window <= 0:
+            raise ValueError(
+                f"window_size must be at least patch_size * merge_size = {patch_size * merge_size}, got {window_size}"
+            )
     return _layout(grids, merge_size, window, torch.device("cpu" if device is None else device))

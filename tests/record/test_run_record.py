@@ -1,0 +1,117 @@
+"""The files that a run writes to its output_dir, and the metrics in them."""
+
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import tiny
+from support.recorded_runs import build, complete_run, log_entries
+from transformers import TrainerControl, TrainerState
+
+from vlmkernels import grpo_loss
+from vlmkernels.ops.grpo_loss import GRPOLossConfig
+from vlmkernels.ops.grpo_loss.config import LOSSES
+from vlmkernels.record import completions
+from vlmkernels.record.callback import RunRecord, json_line
+from vlmkernels.record.metrics import METRICS, PHASES, describe, is_summary, markdown
+from vlmkernels.record.progress import RewardProgress
+from vlmkernels.train import GRPOConfig, mismatch
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "a <run>"
+    return complete_run(folder), folder
+
+
+def test_metrics_are_those_of_the_log(run):
+    trainer, folder = run
+    found = log_entries(folder)
+    assert "eval_reward" in found[0]  # logged before training, which resets the trainer's own log
+    assert found[0]["step"] == 0
+    assert found[1:] == json.loads(json.dumps(trainer.state.log_history))
+    assert [entry["step"] for entry in found if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_run_json(run):
+    about = json.loads((run[1] / "run.json").read_text())
+    assert (about["from_step"], about["max_steps"], about["processes"]) == (0, 4, 1)
+    assert about["model"]["parameters"] == sum(p.numel() for p in tiny.vlm().parameters())
+    assert about["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert {"beta", "num_iterations", "learning_rate"} < set(about["changed"])
+    assert not {"temperature", "top_p", "hub_token", "accelerator_config", "report_to"} & set(about["changed"])
+
+
+def test_secrets_are_not_recorded(tmp_path):
+    args = GRPOConfig(output_dir=str(tmp_path), hub_token="hf_secret", model_init_kwargs={"token": "hf_secret"}, use_cpu=True)
+    RunRecord().on_train_begin(args, TrainerState(is_world_process_zero=True), TrainerControl(), model=tiny.vlm())
+    assert "hf_secret" not in (tmp_path / "run.json").read_text()
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    """Entries after the checkpoint are removed, including a half-written line."""
+    options = {"save_strategy": "steps", "save_steps": 2, "log_completions": True}
+    build(tmp_path, max_steps=3, **options).train()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"loss": 0.1, "st')
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    assert set(completions.stored_steps(tmp_path / "completions")) == {1, 2, 3}
+    resumed = build(tmp_path, max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert log_entries(tmp_path) == json.loads(json.dumps(resumed.state.log_history))
+    assert [entry["step"] for entry in log_entries(tmp_path) if "loss" in entry] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "run.json").read_text())["from_step"] == 2
+
+    before = log_entries(tmp_path)
+    build(tmp_path, max_steps=1, **options).train()  # from step 0
+    assert [entry["step"] for entry in log_entries(tmp_path)] == [1, 1]
+    assert log_entries(tmp_path / "previous") == before
+    assert set(completions.stored_steps(tmp_path / "completions")) == {1}
+    assert set(completions.stored_steps(tmp_path / "previous" / "completions")) == {1, 2, 3, 4}
+
+
+def test_lines_are_json_whatever_is_logged():
+    entry = {"step": 3, "loss": math.nan, "grad_norm": math.inf, "text": 'a"\nü', "none": None}
+    assert json.loads(json_line(entry), parse_constant=pytest.fail) == entry | {"loss": "NaN", "grad_norm": "Infinity"}
+    assert json_line(entry).count("\n") == 1
+
+
+def test_every_metric_is_described(run):
+    names = {name for entry in log_entries(run[1]) for name in entry} - {"step"}
+    assert [name for name in names if describe(name) is None and not is_summary(name)] == []
+    assert {f"time/{name}" for name in PHASES} < names
+    assert describe("eval_easy_rewards/cer/mean").name == "rewards/*/mean"
+    assert describe("eval_loss") is None
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_metrics_of_every_objective_are_described(loss_type):
+    logps, advantages = -torch.rand(2, 3), torch.tensor([1.0, -1.0])
+    known = GRPOLossConfig(loss_type=loss_type, beta=0.1, rollout_correction="token_mask", max_completion_length=3)
+    others = {"old_logps": logps - 0.1, "ref_logps": logps, "rollout_logps": logps, "entropy": -logps}
+    names = [*grpo_loss(logps, advantages, **others, config=known).metrics]
+    names += mismatch.metrics(dict.fromkeys(mismatch.COLUMNS, 1.0), known)
+    assert {"ratio/mean", "kl", "entropy", "sampling/kept_mass/min", "sampling/effective_sample_size"} < set(names)
+    assert [name for name in names if describe(name) is None] == []
+
+
+def test_documentation_has_the_metrics():
+    text = (ROOT / "docs" / "observability.md").read_text()
+    shown = re.search(r"<!-- table: metrics -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)[1]
+    assert shown.splitlines() == markdown(), "run: python bench/tables.py"
+
+
+def test_progress_shows_reward_and_speed(capsys):
+    bar, shown = RewardProgress(), []
+    bar.training_bar, bar.shown = SimpleNamespace(set_postfix=lambda values: shown.append(dict(values))), {}
+    bar.on_log(None, None, None, logs={"reward": 0.5, "tokens_per_second": 12345.6, "loss": 1.0, "kl": None})
+    bar.on_log(None, None, None, logs={"eval_reward": 0.75})
+    assert shown[-1] == {"reward": "0.5", "tok/s": "12,346", "eval": "0.75"}

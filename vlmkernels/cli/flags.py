@@ -1,0 +1,84 @@
+"""Shared code of the commands: help texts, the help formatter, user errors, and YAML files of arguments."""
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DATASET = "a .jsonl or .parquet file, or a folder written by Dataset.save_to_disk"
+REWARD = "a built-in reward (exact_match, cer, iou, ...) or an import path module:function; repeat the flag for several"
+REWARDS = "rewards with weights and options, instead of --reward: a JSON list of {name, weight, ...}"
+
+
+class Help(argparse.HelpFormatter):
+    """Show one spelling of each flag, ``VALUE`` as the placeholder, and the default where there is one."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        values = "" if action.nargs in (0, "?") else " ..." if action.nargs == "+" else " VALUE"
+        return ", ".join(action.option_strings[:1]) + values
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return f"{action.help} [%(default)s]" if action.default not in (None, argparse.SUPPRESS, [], False) else action.help
+
+
+@contextmanager
+def user_errors(parser: argparse.ArgumentParser, argument: str = "", more: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """End the program with exit code 2 and a one-line message when an argument is wrong.
+
+    Args:
+        parser: the command's parser.
+        argument: prefix of the message. For errors whose message does not name the argument.
+        more: exceptions to handle besides ValueError, TypeError, OSError, ImportError and NotImplementedError.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, *more) as error:
+        parser.error(f"{argument}: {error}" if argument else str(error))
+
+
+def json_list(text: str) -> list:
+    """Parse a JSON list. argparse replaces the ValueError for any other text with its own message."""
+    value = json.loads(text)
+    if not isinstance(value, list):
+        raise ValueError
+    return value
+
+
+def add_flag(parser: argparse._ActionsContainer, name: str, **options) -> None:
+    """Add a flag with two spellings, ``--some_name`` and ``--some-name``, like transformers."""
+    parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
+
+
+def require_given(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """End the program with exit code 2 and a message if one of the named arguments is missing."""
+    for name in names:
+        if not getattr(args, name):
+            parser.error(f"--{name} must be given")
+
+
+def read_yaml(parser: argparse.ArgumentParser, path: str) -> None:
+    """Set the values of a YAML file as defaults of the parser. Flags on the command line override them.
+
+    Keys are names of arguments. An unknown key ends the program with a message that suggests the closest valid key.
+    """
+    import yaml
+
+    with user_errors(parser, f"--config {path}"):
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"the file must be YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"the file must map names to values, got {type(values).__name__}")
+        valid = sorted(action.dest for action in parser._actions if action.dest not in ("help", "help_all", "config"))
+        for key in values:
+            if key not in valid:
+                near = difflib.get_close_matches(str(key), valid, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
+    parser.set_defaults(**values)

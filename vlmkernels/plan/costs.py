@@ -1,0 +1,169 @@
+"""Operations and memory traffic of each pass of a step on one device.
+
+A decoder with W weights in its linear layers takes 2 W operations per token in a forward pass and 4 W in a backward pass (2 W
+with frozen weights). Attention takes 4 Q operations per pair of tokens that attend to each other, where Q is the number of
+heads times their width, and 10 Q in a backward pass. The head takes 2 H V operations per completion token for
+log-probabilities, and 6 H V for the loss and its gradients (4 H V if the head is frozen), with hidden size H and vocabulary
+size V.
+"""
+
+from dataclasses import replace
+
+from vlmkernels.plan.layers import FP32_BYTES, kind_of
+from vlmkernels.plan.machine import Cost, Machine
+from vlmkernels.plan.shape import ModelShape
+from vlmkernels.plan.workload import PRECISIONS, StepTokens, Workload
+
+# Bytes per logit that sampling a token reads and writes in a decoding step: logits are fp32, their cumulative sums fp64.
+DRAW = 44
+# Bytes per logit that the head reads and writes for log-probabilities, and for the loss with in-place gradients.
+SCORE, LOSS = 8, 16
+
+
+class StepCosts:
+    """Costs of the passes of a step.
+
+    Attributes:
+        tokens: numbers of tokens on one device.
+        bytes: bytes per element of the inputs of matrix products.
+        vision: the vision tower, if prompts have images.
+        full: whether the model itself is trained, rather than LoRA adapters.
+        adapters: number of parameters of the LoRA adapters.
+        trainable: number of trainable parameters.
+        scored: completion tokens on one device.
+        sharded: whether parameters are sharded over the devices.
+    """
+
+    def __init__(self, shape: ModelShape, work: Workload, machine: Machine):
+        self.shape, self.work, self.machine = shape, work, machine
+        self.tokens = StepTokens.from_workload(shape, work)
+        self.bytes = PRECISIONS[work.precision]
+        self.vision = shape.vision if work.images else None
+        self.full = work.lora_r == 0
+        self.adapters = 0 if self.full else work.lora_r * shape.decoder.ports
+        vision_params = 0 if work.frozen_vision else shape.vision_params
+        self.trainable = self.adapters or shape.params - shape.vision_params + vision_params
+        self.scored = work.completions * work.completion_tokens
+        self.sharded = work.parallel == "fsdp2" and work.gpus > 1
+
+    def decoder(self, tokens: float, pairs: float, passes: int, backward: bool = False) -> Cost:
+        """Return the cost of the decoder's layers.
+
+        Args:
+            tokens: number of tokens.
+            pairs: number of pairs of tokens that attend to each other.
+            passes: number of passes that the tokens are split into.
+            backward: the cost of the backward pass instead of the forward pass.
+        """
+        stack = self.shape.decoder
+        times = (4 if self.full else 2) if backward else 2
+        kind = kind_of(stack, tower=False)
+        traffic = (kind.backward if backward else kind.forward).elements(stack)
+        gradients = FP32_BYTES * stack.params if backward and self.full else 0
+        return Cost(
+            gemm=times * stack.linear * tokens + (4 if backward else 2) * self.adapters * tokens,
+            rows=tokens / passes,
+            attention=(10 if backward else 4) * stack.query_width * stack.layers * pairs,
+            weights=(2 if backward else 1) * self.bytes * stack.linear * passes,
+            traffic=self.bytes * traffic * stack.layers * tokens + gradients,
+            calls={"backward" if backward else "forward": stack.layers * passes},
+        )
+
+    def tower(self, patches: float, image_tokens: float, pairs: float, passes: int, backward: bool = False) -> Cost:
+        """Return the cost of the vision tower for ``patches`` patches, which are merged into ``image_tokens`` tokens."""
+        stack, merger = self.vision.stack, self.vision.merger
+        kind = kind_of(stack, tower=True)
+        traffic = (kind.backward if backward else kind.forward).elements(stack)
+        return Cost(
+            gemm=(4 if backward else 2) * (stack.linear * patches + merger * image_tokens),
+            rows=patches / passes,
+            attention=(10 if backward else 4) * stack.hidden * pairs,
+            weights=(2 if backward else 1) * self.bytes * (stack.linear + merger) * passes,
+            traffic=self.bytes * traffic * stack.layers * patches + (FP32_BYTES * stack.params if backward else 0),
+            calls={"backward" if backward else "forward": stack.layers * passes},
+        )
+
+    def images(self, backward: bool = False) -> list[Cost]:
+        """Return the cost of the vision tower in a pass over the batch. A frozen tower runs only once, during sampling."""
+        t = self.tokens
+        if not t.patches or self.work.frozen_vision:
+            return []
+        return [self.tower(t.patches, t.image_tokens, t.vision_pairs, t.packs, backward)]
+
+    def scores(self, loss: bool = False) -> Cost:
+        """Return the cost of the head. ``loss``: including the gradients, which the fused head computes in the forward pass."""
+        passes = self.tokens.packs
+        logits = min(FP32_BYTES * self.shape.vocab * self.scored / passes, self.work.logits_bytes)
+        gradient = FP32_BYTES * self.shape.head if loss and self.full else 0
+        return Cost(
+            gemm=((6 if self.full else 4) if loss else 2) * self.scored * self.shape.head,
+            rows=self.scored / passes,
+            weights=(2 if loss else 1) * self.bytes * self.shape.head * passes,
+            traffic=(LOSS if loss else SCORE) * self.scored * self.shape.vocab,
+            fresh=(logits + gradient) * passes,
+        )
+
+    def forward(self, loss: bool = False) -> list[Cost]:
+        """Return the costs of a forward pass over the batch that computes log-probabilities, or with ``loss`` the loss."""
+        t = self.tokens
+        return [self.decoder(t.passed, t.pairs, t.packs), *self.images(), self.scores(loss)]
+
+    def backward(self) -> list[Cost]:
+        """Return the costs of the backward pass below the head, including recomputation under activation checkpointing."""
+        t = self.tokens
+        costs = [self.decoder(t.passed, t.pairs, t.packs, backward=True), *self.images(backward=True)]
+        if self.work.checkpointing:
+            costs += [self.decoder(t.passed, t.pairs, t.packs), *self.images()]
+        if self.full:  # the gradient of the embedding is dense; if tied, it is added to the gradient of the head
+            head = FP32_BYTES * self.shape.head
+            costs.append(Cost(fresh=head, traffic=3 * head * self.shape.tied))
+        return costs
+
+    def sampling(self) -> list[Cost]:
+        """Return the costs of sampling on one sampling device: the prefill of the prompts, then the decoding steps."""
+        work, ways = self.work, 1
+        groups, count = float(work.local_prompts), float(work.completions)
+        if work.engine == "server":
+            ways = self.server_ways
+            replicas = work.server_gpus // ways
+            groups, count = work.prompts / replicas, work.prompts * work.group_size / replicas
+        copies = groups if work.share_prefix or work.engine != "transformers" else count
+        prompt = self.tokens.prompt
+        parts = [self.decoder(copies * prompt, copies * prompt**2 / 2, 1)]
+        if self.tokens.patches:
+            t = self.tokens
+            share = copies * work.images / (t.patches / self.vision.patches(work.width, work.height))
+            parts.append(self.tower(t.patches * share, t.image_tokens * share, t.vision_pairs * share, 1))
+        parts.append(self._decoding(copies, count))
+        if ways == 1:
+            return parts
+        split = ("gemm", "attention", "weights", "traffic")
+        return [replace(part, **{name: getattr(part, name) / ways for name in split}) for part in parts]
+
+    def _decoding(self, copies: float, count: float) -> Cost:
+        """Return the cost of decoding ``count`` completions, with the keys and values of ``copies`` prompts."""
+        work, stack, shape = self.work, self.shape.decoder, self.shape
+        prompt, length = self.tokens.prompt, work.completion_tokens
+        steps, held = length - 1, prompt + length / 2
+        in_process = work.engine == "transformers"
+        keys = 2 * self.bytes * stack.kv_width * stack.layers * (copies * prompt + count * length / 2)
+        if copies == count:  # generate concatenates old and new keys at each step and repeats them for every query head
+            keys *= 3 + 2 * stack.heads / stack.kv_heads
+        scores = 8 * FP32_BYTES * stack.heads * stack.layers * count * held if in_process else 0
+        layers = self.bytes * kind_of(stack, tower=False).forward.elements(stack) * stack.layers * count
+        return Cost(
+            gemm=2 * (stack.linear + shape.head) * count * steps,
+            rows=count,
+            attention=4 * stack.query_width * stack.layers * count * held * steps,
+            weights=self.bytes * (stack.linear + shape.head) * steps,
+            traffic=(keys + scores + DRAW * count * shape.vocab + layers) * steps,
+            calls={"decode": stack.layers * steps, "step": steps} if in_process else {"engine": steps},
+        )
+
+    @property
+    def server_ways(self) -> int:
+        """Number of GPUs per server replica: enough for the weights to fill at most half of their memory, up to one node."""
+        ways, limit = 1, min(self.work.server_gpus, self.machine.devices)
+        while ways < limit and 2 * self.shape.params > ways * self.machine.memory / 2:
+            ways *= 2
+        return min(ways, limit)

@@ -1,0 +1,88 @@
+"""Peak memory of one training GPU."""
+
+from vlmkernels.plan.costs import StepCosts
+from vlmkernels.plan.layers import FP32_BYTES, saved_bytes
+from vlmkernels.plan.workload import PRECISIONS
+
+
+def peak_memory(costs: StepCosts) -> tuple[dict[str, float], str]:
+    """Return the bytes of each item at peak memory, and when memory peaks: "forward pass", "optimizer" or "sampling"."""
+    moments = {"forward pass": _forward(costs), "optimizer": {"gradients": _gradients(costs)}}
+    if costs.work.engine != "server":
+        moments["sampling"] = _sampling(costs)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    items = _always(costs) | moments[moment]
+    return {name: size for name, size in items.items() if size}, moment
+
+
+def _shards(costs: StepCosts) -> int:
+    return costs.work.gpus if costs.sharded else 1
+
+
+def _gradients(costs: StepCosts) -> float:
+    return (PRECISIONS[costs.work.weights] if costs.full else FP32_BYTES) * costs.trainable / _shards(costs)
+
+
+def _always(costs: StepCosts) -> dict[str, float]:
+    """Return the bytes of the items that stay in memory during the whole step."""
+    work, shape, shards = costs.work, costs.shape, _shards(costs)
+    weight = PRECISIONS[work.weights]
+    return {
+        "weights": weight * shape.params / shards,
+        "adapters": FP32_BYTES * costs.adapters / shards,
+        "reference": weight * shape.params / shards if work.reference and costs.full else 0.0,
+        "optimizer": 2 * _gradients(costs),
+        "engine's weights": 2.0 * shape.params if work.engine == "vllm" else 0.0,
+        "reserve": costs.machine.reserve,
+    }
+
+
+def _activations(costs: StepCosts) -> float:
+    """Return the bytes that autograd saves for one pack.
+
+    With activation checkpointing, these are the activations of one layer and the input of each layer.
+    """
+    work, t, stack = costs.work, costs.tokens, costs.shape.decoder
+    passed, patches = t.passed / t.packs, t.patches / t.packs
+    layer = saved_bytes(stack, False, work.precision) * passed
+    inputs = FP32_BYTES * stack.hidden * stack.layers * passed
+    total = layer + inputs if work.checkpointing else layer * stack.layers
+    if costs.vision is not None and patches and not work.frozen_vision:
+        tower = costs.vision.stack
+        layer = saved_bytes(tower, True, work.precision) * patches
+        inputs = FP32_BYTES * tower.layers * tower.hidden * patches
+        total += layer + inputs if work.checkpointing else layer * tower.layers
+    return total
+
+
+def _forward(costs: StepCosts) -> dict[str, float]:
+    """Return the bytes of the items in memory at the end of a forward pass, when the loss is computed."""
+    work, t, shape, stack = costs.work, costs.tokens, costs.shape, costs.shape.decoder
+    copies = 2.0 * shape.params if work.precision == "bf16" and work.weights == "fp32" and not costs.sharded else 0.0
+    if work.checkpointing:
+        copies /= stack.layers
+    gathered = 0.0
+    if costs.sharded:  # two layers, the head, and the embedding unless it is tied to the head
+        gathered = costs.bytes * (2 * stack.params / stack.layers + (1 if shape.tied else 2) * shape.head)
+    rows = costs.scored / t.packs
+    return {
+        "gradients": _gradients(costs) if t.packs > 1 else 0.0,
+        "bf16 copies of weights": copies,
+        "gathered layers": gathered,
+        "activations": _activations(costs),
+        "logits": min(FP32_BYTES * shape.vocab * rows, work.logits_bytes),
+        "gradients of logits": min(2.0 * shape.vocab * rows, work.dlogits_bytes) if work.precision == "bf16" else 0.0,
+        "head's gradient": FP32_BYTES * shape.head if costs.full else 0.0,
+        "hidden states": 3 * FP32_BYTES * stack.hidden * (t.passed / t.packs + rows),
+    }
+
+
+def _sampling(costs: StepCosts) -> dict[str, float]:
+    """Return the bytes of the items in memory at the end of sampling."""
+    work, stack = costs.work, costs.shape.decoder
+    copies = work.local_prompts if work.share_prefix or work.engine == "vllm" else work.completions
+    held = copies * costs.tokens.prompt + costs.scored
+    items = {"keys and values": 2.0 * costs.bytes * stack.kv_width * stack.layers * held}
+    if work.engine == "transformers":
+        items["gathered layers"] = costs.bytes * costs.shape.params if costs.sharded else 0.0
+    return items

@@ -1,0 +1,91 @@
+"""The interface of reward functions, and helpers that inspect their signatures."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from vlmkernels.rewards.answers import Messages
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import TrainerState
+
+# The arguments that every reward function receives, besides the columns of the dataset.
+PROVIDED = ("prompts", "completions", "completion_ids", "images", "image_sizes", "resized_sizes", "trainer_state")
+
+
+class RewardFunction(Protocol):
+    """Score N completions. A function, a coroutine function or an object with ``__call__``, as in TRL.
+
+    All arguments are passed by keyword: name the arguments that the function uses and accept the others with ``**kwargs``::
+
+        def mentions_answer(completions, answer, **kwargs):
+            texts = [text_of(completion) for completion in completions]  # vlmkernels.rewards.answers.text_of
+            return [None if a is None else float(a in text) for text, a in zip(texts, answer)]
+
+    Every argument except ``trainer_state`` is a list with one entry per completion. The completions of a prompt are adjacent,
+    and their entries in ``prompts``, ``images`` and the columns are equal.
+
+    Args:
+        prompts: the dataset's column ``prompt``: strings, or conversations (lists of messages with ``role`` and ``content``).
+        completions: the decoded completions, without special tokens: strings if the prompts are strings, else conversations of
+            one message, ``[{"role": "assistant", "content": "..."}]``.
+        completion_ids: token ids of each completion, including the token that ended it.
+        images: the decoded images of each sample; an empty list for a sample without images.
+        image_sizes: (width, height) in pixels of each image in the dataset.
+        resized_sizes: (width, height) in pixels of each image after the processor has resized it. None for a sample whose model
+            inputs do not contain the size.
+        trainer_state: the state of the trainer, with ``global_step``. Not passed by ``vlmkernels eval``.
+        columns: the other columns of the dataset, by name; None for a sample without the column.
+
+    Returns:
+        One number per completion, as a list or a tensor (N,). None means "not scored": the completion gets no reward from this
+        function, as in a mixture of tasks. An exception instead of a number means that scoring this completion failed; see
+        ``on_error`` of ``vlmkernels.rewards.calls.Entry``.
+    """
+
+    def __call__(
+        self,
+        *,
+        prompts: list[str] | list[Messages],
+        completions: list[str] | list[Messages],
+        completion_ids: list[list[int]],
+        images: "list[list[Image]]",
+        image_sizes: list[list[tuple[int, int]]],
+        resized_sizes: list[list[tuple[int, int]] | None],
+        trainer_state: "TrainerState",
+        **columns: list[Any],
+    ) -> Sequence[float | Exception | None] | torch.Tensor: ...
+
+
+def options_of(target: Callable[..., Any]) -> dict[str, object]:
+    """Return the keyword-only parameters of a function or class, with their defaults."""
+    return {p.name: p.default for p in inspect.signature(target).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def arguments_of(reward: Callable[..., Any], required: bool = False) -> list[str]:
+    """List the columns and options that a function or class accepts by name.
+
+    Args:
+        reward: a function or class.
+        required: list only parameters without a default.
+    """
+    parameters = inspect.signature(reward).parameters.values()
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in PROVIDED]
+    return [p.name for p in by_name if not required or p.default is p.empty]
+
+
+def required_columns(reward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the dataset columns that a reward needs: its attribute ``columns``, else its parameters without a default."""
+    declared = getattr(reward, "columns", None)
+    return tuple(arguments_of(reward, required=True) if declared is None else declared)
+
+
+def check_options(name: str, options: dict[str, Any], valid: list[str]) -> None:
+    """Raise ValueError if an option is not one of ``valid``."""
+    unknown = [option for option in options if option not in valid]
+    if unknown:
+        listed = ", ".join(valid) or "none"
+        raise ValueError(f"options of the reward {name} must be among {listed}, got {', '.join(unknown)}")

@@ -1,0 +1,112 @@
+"""What the trainer logs: metrics since the last log, and completions of the last generation batch."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from vlmkernels.data.samples import prompt_text, still_images
+from vlmkernels.ops.group_advantages import GroupAdvantages
+from vlmkernels.record.completions import CompletionRow
+from vlmkernels.record.phases import Phases
+from vlmkernels.record.summary import completion_metrics, reward_metrics
+from vlmkernels.rewards import Scores
+from vlmkernels.rewards.answers import text_of
+from vlmkernels.rollout.base import Rollout
+from vlmkernels.rollout.score import Scored
+from vlmkernels.train.token_counts import NAMES, TokenCounts
+
+
+class MetricBuffer:
+    """Collects values of metrics and averages them."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list] = defaultdict(list)
+
+    def add(self, metrics: Mapping[str, float | torch.Tensor]) -> None:
+        """Add one value of each metric. Does not synchronize the device."""
+        for name, value in metrics.items():
+            self._values[name].append(value)
+
+    def replace(self, name: str, value: float) -> None:
+        """Replace the values of a metric, such as a running total."""
+        self._values[name] = [value]
+
+    def flush(self, accelerator: Accelerator) -> dict[str, float | None]:
+        """Return the mean of each metric since the last call, over all processes; None for a metric that is NaN."""
+        means = [torch.tensor([float(value) for value in values]).nanmean() for values in self._values.values()]
+        names = list(self._values)
+        self._values.clear()
+        if not means:
+            return {}
+        means = accelerator.reduce(torch.stack(means).to(accelerator.device), "mean").tolist()
+        return {name: None if math.isnan(mean) else mean for name, mean in zip(names, means, strict=True)}
+
+
+class EvaluatedCompletions:
+    """Collects the scores and lengths of evaluated completions."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Scores, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, rollout: Rollout, scores: Scores, counts: torch.Tensor) -> None:
+        """Add the completions of a rollout that count; ``counts`` is (N,) bool."""
+        lengths, truncated = rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()
+        self._parts.append((scores.select(counts), lengths[counts], truncated[counts]))
+
+    def gather(self) -> tuple[Scores, torch.Tensor, torch.Tensor]:
+        """Return the scores, the lengths (N,) and which completions are truncated (N,), of all processes."""
+        scores, lengths, truncated = zip(*gather_object(self._parts), strict=True)
+        return Scores.cat(scores), torch.cat(lengths), torch.cat(truncated)
+
+
+def sampling_metrics(
+    rewards: torch.Tensor,
+    advantages: GroupAdvantages,
+    lengths: torch.Tensor,
+    truncated: torch.Tensor,
+    scores: Scores,
+    names: list[str],
+) -> dict[str, float]:
+    """Compute the metrics of N sampled completions, which training and evaluation log.
+
+    Args:
+        rewards, advantages, names: see ``reward_metrics``.
+        lengths, truncated: see ``completion_metrics``.
+        scores: perhaps of this process only; see ``Scores.metrics``.
+    """
+    return reward_metrics(rewards, names, advantages) | completion_metrics(lengths, truncated) | scores.metrics(names)
+
+
+def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dict[str, float]:
+    """Compute the metrics of time and throughput since the last call, per optimizer step.
+
+    Counts are multiplied by the number of processes: the mean over processes, which the trainer logs, is then their sum.
+    """
+    seconds, steps = phases.flush()
+    totals, steps = counts.flush(), max(steps, 1)
+    metrics = {f"time/{name}": value / steps for name, value in seconds.items()}
+    metrics |= {name: totals[name] * num_processes / steps for name in NAMES}
+    training = sum(seconds.values()) - seconds["evaluate"] - seconds["save"]
+    return metrics | {"tokens_per_second": metrics["tokens_run"] * steps / max(training, 1e-9)}
+
+
+def completion_groups(
+    scored: Scored, advantages: torch.Tensor, names: list[str], group_size: int, limit: int | None
+) -> list[list[CompletionRow]]:
+    """Return at most ``limit`` completions, group by group, as ``vlmkernels.record.completions`` stores them.
+
+    Args:
+        scored: N completions; those of a group are consecutive.
+        advantages: (N,).
+        names: of the reward functions.
+    """
+    columns = scored.samples, scored.completions, scored.scores.rewards.tolist(), advantages.tolist()
+    rows = [
+        CompletionRow(prompt_text(s.prompt), still_images(s), text_of(c), dict(zip(names, r, strict=True)), a)
+        for s, c, r, a in zip(*columns, strict=True)
+    ][:limit]
+    return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]

@@ -1,0 +1,257 @@
+"""The steps of ``GRPOTrainer.__init__``: load and check what the caller gave, then prepare the policy and the reference."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from PIL import Image
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from vlmkernels.data.dataset import SampleDataset, check_dataset, column_names
+from vlmkernels.data.samples import Sample, encode, read_sample, tokenizer_of
+from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.families import TEXT, Family, family_of, prefix_sharing_unsupported
+from vlmkernels.models.head import logit_arguments, output_head
+from vlmkernels.models.image_features import accepts_image_features, feature_reuse_unsupported, use_image_features
+from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.loading import base_model, disable_dropout, frozen_copy, load_model, load_processor
+from vlmkernels.models.vision import use_vision_ops
+from vlmkernels.rewards import Rewards
+from vlmkernels.rollout.base import Engine
+from vlmkernels.rollout.make import make_engine
+from vlmkernels.train.config import GRPOConfig
+from vlmkernels.train.parallel import gathered_zero3, prepare_head, prepare_reference, requires_lockstep
+
+logger = logging.get_logger(__name__)
+
+
+def load_policy(model: str | PreTrainedModel, processor: Any, args: GRPOConfig) -> tuple[PreTrainedModel, Any]:
+    """Load the model and its processor or tokenizer, unless they are given, and complete ``args`` for the model.
+
+    Returns:
+        The model, and a processor with a fast image processor (if there is one for it) and a padding token.
+    """
+    if isinstance(model, str):
+        model = load_model(model, args.model_init_kwargs)
+    if processor is None:
+        processor = load_processor(model.config._name_or_path, args.model_init_kwargs)
+    processor = with_fast_images(processor)
+    tokenizer = tokenizer_of(processor)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if family_of(model.config) is not TEXT and args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
+    return model, processor
+
+
+def add_adapters(model: PreTrainedModel, peft_config: Any, args: GRPOConfig) -> PreTrainedModel:
+    """Add the adapters of ``peft_config``, if there are any, and disable dropout if ``args`` says so."""
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    if args.disable_dropout:
+        disable_dropout(model)
+    return model
+
+
+# Datasets
+
+
+@dataclass(frozen=True)
+class CheckedDatasets:
+    """The result of ``check_datasets``.
+
+    Args:
+        media: the kinds of media in the training rows, of "image" and "video".
+        unusable: for each dataset, the indices of its rows that cannot be used, with the reasons.
+        args: the run's.
+    """
+
+    media: set[str]
+    unusable: dict[str, dict[int, str]]
+    args: GRPOConfig
+
+    def samples(self, dataset: Any, name: str) -> SampleDataset:
+        """Return the samples of a dataset, of which unusable rows are replaced if ``on_bad_sample`` is "skip"."""
+        args = self.args
+        return SampleDataset(dataset, name, args.image_limits(), args.on_bad_sample, self.unusable.get(name))
+
+    def evaluation(self, eval_dataset: Any, choice: Any = None) -> SampleDataset:
+        """Return the samples to evaluate on.
+
+        Args:
+            eval_dataset: the trainer's.
+            choice: a key of ``eval_dataset``, or another dataset, or None for ``eval_dataset``.
+        """
+        if isinstance(choice, str):
+            return self.samples(eval_dataset[choice], f"eval_dataset[{choice!r}]")
+        dataset = eval_dataset if choice is None else choice
+        if dataset is None:
+            raise ValueError("eval_dataset must be given to evaluate, got None")
+        return self.samples(dataset, "eval_dataset")
+
+
+def check_datasets(
+    train_dataset: Any, eval_dataset: Any, processor: Any, rewards: Rewards, args: GRPOConfig
+) -> CheckedDatasets:
+    """Check every row of the datasets.
+
+    Raises:
+        ValueError, TypeError: a row cannot be used and ``on_bad_sample`` is "raise", a column that a reward function needs is
+            missing, or the training dataset has too few rows for one generation batch.
+    """
+    media: set[str] = set()
+    unusable: dict[str, dict[int, str]] = {}
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
+    else:
+        datasets["eval_dataset"] = eval_dataset
+    check_row = None if args.remove_unused_columns else rewards.check_row
+    for name, dataset in datasets.items():
+        if dataset is None:
+            continue
+        bad = unusable[name] = {}
+        skipped = bad if args.on_bad_sample == "skip" else None
+        kinds = check_dataset(
+            dataset, name, processor, args.chat_template_kwargs, check_row, bad=skipped, limits=args.image_limits()
+        )
+        if name == "train_dataset":
+            media = kinds
+        if bad:
+            reason = next(iter(bad.values()))
+            message = "%s: %d of %d samples are not used (on_bad_sample='skip'); the first: %s"
+            logger.warning(message, name, len(bad), len(dataset), reason)
+        rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
+    num_prompts = args.prompts_per_generation * args.world_size
+    if train_dataset is not None and len(train_dataset) < num_prompts:
+        raise ValueError(
+            f"train_dataset must hold at least the {num_prompts} prompts of one generation batch, got {len(train_dataset)}"
+        )
+    return CheckedDatasets(media, unusable, args)
+
+
+# Models
+
+
+@dataclass(frozen=True)
+class PreparedPolicy:
+    """The policy as the trainer runs it.
+
+    Args:
+        model: the model without its PEFT wrapper.
+        family: of the model.
+        head: the language-model head, perhaps with LoRA.
+        logit_arguments: see ``vlmkernels.models.head.logit_arguments``.
+        processor_arguments: of the processor's calls; see ``use_vision_ops``.
+        shares_prefix: whether the completions of a group run after one shared copy of their prompt.
+        reuses_image_features: whether the vision tower is frozen, so that its features serve all passes over a batch.
+        idle_media: by kind, a small image or video on which a rank runs its vision tower if its micro-batch has none; see
+            ``vlmkernels.models.image_features``. None if ranks need not run in lockstep.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    head: torch.nn.Module
+    logit_arguments: dict[str, float]
+    processor_arguments: dict[str, dict]
+    shares_prefix: bool
+    reuses_image_features: bool
+    idle_media: dict[str, dict[str, torch.Tensor]] | None = None
+
+
+def prepare_policy(
+    model: PreTrainedModel, processor: Any, args: GRPOConfig, accelerator: Accelerator, media: set[str]
+) -> PreparedPolicy:
+    """Let the policy use the ops of this package and choose how it runs. Changes the model in place.
+
+    Args:
+        model: the policy, perhaps with adapters, before Trainer wraps it.
+        media: the kinds of media in the training rows.
+    """
+    plain, family = base_model(model), family_of(base_model(model).config)
+    head = output_head(model)
+    prepare_head(accelerator, head)
+    with gathered_zero3(model):
+        arguments = logit_arguments(model, head)
+    processor_arguments = use_vision_ops(plain, processor)
+    shares_prefix = _choose_prefix_sharing(plain, args)
+    reuses_features = shares_prefix and family is not TEXT and feature_reuse_unsupported(plain) is None
+    use_image_features(plain)  # even if this run computes no features: the batch of a checkpoint may hold some
+    policy = PreparedPolicy(plain, family, head, arguments, processor_arguments, shares_prefix, reuses_features)
+    kinds = media - {"image"} if reuses_features else media
+    if not requires_lockstep(accelerator) or family is TEXT or not kinds:
+        return policy
+    if not accepts_image_features(plain):
+        name = type(plain).__name__
+        raise ValueError(f"FSDP2 and ZeRO need a {name} that accepts mm_encoder_outputs (transformers >= 5.18); use DDP")
+    idle_media = {kind: encode_prompts([_idle_sample(kind)], processor, policy, args).inputs for kind in sorted(kinds)}
+    return replace(policy, idle_media=idle_media)
+
+
+def _choose_prefix_sharing(model: PreTrainedModel, args: GRPOConfig) -> bool:
+    """Return whether completions share their prompt, and log the choice with its reason."""
+    reason = prefix_sharing_unsupported(model)
+    if args.share_prefix is True and reason is not None:
+        raise ValueError(f"share_prefix must be 'auto' or False: {reason}, got True")
+    if args.share_prefix is False or reason is not None:
+        logger.warning("Prefix sharing disabled: %s", reason or "share_prefix is False")
+        return False
+    use_group_attention(model)
+    logger.info("Prefix sharing enabled: each prompt and its images run once per group")
+    return True
+
+
+def _idle_sample(kind: str) -> Sample:
+    """Return a sample with one small image or video."""
+    image = Image.new("RGB", (64, 64))
+    media = {"images": [image]} if kind == "image" else {"videos": [[image, image]]}
+    return read_sample({"prompt": [{"role": "user", "content": "?"}], **media}, 0)
+
+
+def encode_prompts(samples: list[Sample], processor: Any, policy: PreparedPolicy, args: GRPOConfig) -> ModelInputs:
+    """Return the model inputs of the samples' prompts on the device of the run."""
+    prompts = encode(samples, processor, policy.family, args.chat_template_kwargs, **policy.processor_arguments)
+    return prompts.to(args.device)
+
+
+def load_reference(
+    model: PreTrainedModel, policy: PreparedPolicy, args: GRPOConfig, accelerator: Accelerator
+) -> tuple[torch.nn.Module | None, torch.nn.Module]:
+    """Copy the reference model from the policy before training.
+
+    Returns:
+        The reference and its language-model head. The reference is None if there is none (beta = 0), or if it is the policy
+        with its adapters disabled.
+    """
+    if args.beta == 0 or is_peft_model(model):
+        return None, policy.head
+    with gathered_zero3(model):
+        reference = frozen_copy(model)
+    head = output_head(reference)
+    return prepare_reference(accelerator, reference), head
+
+
+def prepare_engine(model: PreTrainedModel, processor: Any, args: GRPOConfig, accelerator: Accelerator) -> Engine:
+    """Make the engine that ``args`` choose, and check that it supports their options; see ``make_engine``."""
+    engine = make_engine(
+        model,
+        processor,
+        args.sampling(),
+        accelerator,
+        vllm=args.vllm_config(),
+        share_prefix=args.share_prefix is not False,
+        max_num_seqs=args.max_num_seqs,
+        max_tokens=args.max_tokens_per_microbatch,
+    )
+    if args.rollout_correction is not None and not engine.returns_logps:
+        raise ValueError(
+            "rollout_correction must be None with an engine that returns no log-probabilities, as model.generate does, "
+            f"got {args.rollout_correction!r}"
+        )
+    return engine
