@@ -142,10 +142,10 @@ def backends() -> list[str]:
             continue
         written = ["yes" if backend.module_name(op, name) else "no" for name in backend.BACKENDS]
         lines.append(f"| `{op}` | " + " | ".join(written) + " |")
-    order = "; ".join(f"{', '.join(names)} on {device}" for device, names in backend.KERNELS.order.items())
-    lines += ["", f"`auto` runs the first backend that supports the tensors: {order}. The attention ops have other backends:"]
-    attention = (f"`{op}` {', '.join(row.modules)}" for op, row in backend.OTHERS.items() if op.endswith("_attention"))
-    return [*lines, f"{'; '.join(attention)}."]
+    order = "; ".join(f"{device.upper()}: {', '.join(names)}" for device, names in backend.KERNELS.order.items())
+    lines += ["", f"The default, `auto`, runs the first backend that supports the tensors ({order})."]
+    attention = (f"`{op}` has {', '.join(row.modules)}" for op, row in backend.OTHERS.items() if op.endswith("_attention"))
+    return [*lines, f"The attention ops have other backends: {'; '.join(attention)}."]
 
 
 def accuracy() -> list[str]:

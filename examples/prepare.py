@@ -4,7 +4,7 @@
 
 writes ``digits/train.jsonl`` and ``digits/test.jsonl`` (images of handwritten numbers, prompt and answer) and ``digits/model``,
 a Qwen2.5-VL of 0.6 million parameters that reads about half of the numbers after a short supervised warm-up. It takes
-about 20 seconds and needs ``pip install 'vlmkernels[demo]'``.
+about 20 seconds and needs ``pip install '.[demo]'``.
 """
 
 import argparse

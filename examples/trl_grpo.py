@@ -4,7 +4,7 @@
     python examples/trl_grpo.py --model digits/model --dataset digits/train.jsonl
 
 The script works with any vision-language model that TRL supports and any JSONL file with ``prompt``, ``image`` and ``answer``.
-Without the extra line, it runs TRL's own code. Needs ``pip install 'vlmkernels[trl]'``.
+Without the extra line, it runs TRL's own code. Needs ``pip install '.[trl]'``.
 """
 
 import argparse

@@ -440,7 +440,7 @@ def test_a_key_is_not_sent_unencrypted(monkeypatch):
 def test_the_reply_of_a_judge_is_bounded(server, monkeypatch):
     monkeypatch.setattr("vlmkernels.rewards.judge._MAX_REPLY", 1000)
     judge = Judge(url=f"{server.url}/v1", model="m", retries=0)
-    with pytest.raises(RuntimeError, match="the reply of .* must have at most 1000 bytes"):
+    with pytest.raises(RuntimeError, match=r"the reply of .* must have at most 1000 bytes"):
         Rewards([judge])(1, [0], prompts=["p"], completions=["c"])
 
 

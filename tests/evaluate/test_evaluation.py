@@ -21,7 +21,7 @@ def test_blind_accuracy(tmp_path):
     rows = [{"prompt": "?", "task": "exact", "answer": "a"}] * 8
     path = tmp_path / "p.jsonl"
     lines = [{"index": i, "completion": "a"} for i in range(8)] + [
-        {"index": i, "view": "gray", "completion": "ab"[i > 1]} for i in range(8)
+        {"index": i, "view": "grey", "completion": "ab"[i > 1]} for i in range(8)
     ]
     path.write_text("\n".join(map(json.dumps, lines)))
     result = Evaluation(Predictions.read(path), rows, Scoring()).results[0]
@@ -181,7 +181,7 @@ def test_several_checkpoints_and_several_seeds(suite_runs, tmp_path):
         with (tmp_path / "data.jsonl").open("a") as file:
             file.write(json.dumps({**row, "image": f"{index}.png"}) + "\n")
     models = ["--model", str(tmp_path / "checkpoint-10"), "--model", str(tmp_path / "checkpoint-20")]
-    flags = ["--dataset", str(tmp_path / "data.jsonl"), "--max_completion_length", "4", "--hide", "gray", "--reward", "cer"]
+    flags = ["--dataset", str(tmp_path / "data.jsonl"), "--max_completion_length", "4", "--hide", "grey", "--reward", "cer"]
     output = tmp_path / "eval.json"
     assert main(["eval", *models, *flags, "--output", str(output)]) == 0
     result = json.loads(output.read_text())

@@ -86,7 +86,7 @@ def test_batch_size_changes_nothing(tmp_path, options):
 def test_hidden_images(tmp_path):
     rows = tiny.rows(2, "one")
     sample = read_sample(rows[0], 0)
-    gray = hide_images(sample, "gray")
+    gray = hide_images(sample, "grey")
     assert [image.size for image in gray.images] == [image.size for image in sample.images]
     assert gray.images[0].getcolors() == [(28 * 28, (128, 128, 128))]
     none = hide_images(sample, "none")
@@ -112,7 +112,7 @@ def test_hidden_images(tmp_path):
         (['{"index": 0, "completion": "a"}'], "sample 1: .*p.jsonl has no completions of this sample"),
         (
             ['{"index": 0, "completion": "a"}', '{"index": 1, "completions": ["a", "b"]}'],
-            "sample 1: must have 1 completions as",
+            "sample 1: must have 1 completions like sample 0, got 2",
         ),
         (
             [f'{{"index": {i}, "completion": "a"}}' for i in range(3)],

@@ -255,7 +255,7 @@ def wide_logits(monkeypatch, device):
     monkeypatch.setattr(sweep.Sweep, "logits", logits)
 
 
-# 30 rows in chunks of 8. The kept logit gradients are all, segments of 24 and 6 rows, segments of 16 and 14, or those of a chunk.
+# 30 rows in chunks of 8. Kept are the logit gradients of all rows, of segments of 24 and 6 or 16 and 14 rows, or of one chunk.
 @pytest.mark.parametrize("kept_rows", [30, 24, 16, 0])
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_kept_gradients(need, device, nan_filled, wide_logits, backend, kept_rows):
@@ -311,18 +311,22 @@ def test_few_long_products_of_linear_logps(monkeypatch, wide_logits, device, seg
 
 
 @pytest.mark.parametrize("keep_logits_bytes", [0, 2**20])
-def test_opcheck(device, keep_logits_bytes):
+@pytest.mark.parametrize("frozen_master_weight", [False, True])
+def test_opcheck(device, keep_logits_bytes, frozen_master_weight):
     (hidden, weight, bias), targets, batch = problem(device, 2, 3)
+    if frozen_master_weight:  # fp32, with hidden states of 16 bits
+        hidden = hidden.bfloat16()
+    needed = [True, not frozen_master_weight, True]
     names = ("advantages", "old_logps", "ref_logps", "loss_mask", "cu_seqlens", "rollout_logps")
     if keep_logits_bytes:
         del batch["loss_mask"]  # the rows of dlogits behind those of the selected tokens are not written
     inputs = [batch.get(name) for name in names]
     config = GRPOLossConfig(beta=0.1, rollout_correction="token_truncate").text
-    scalars = (None, 1.0, [True, True, True], config, "auto")
+    scalars = (None, 1.0, needed, config, "auto")
     arguments = (hidden, weight, bias, targets, None, 0.8, 1.0, None, 2**20, keep_logits_bytes, *inputs, *scalars)
     torch.library.opcheck(torch.ops.vlmkernels.linear_grpo_loss_fwd, arguments)
-    dlogits = torch.randn(targets.numel(), VOCAB, device=device)
-    arguments = (torch.tensor(2.0, device=device), dlogits, hidden, weight, bias, None, None, [True, True, True])
+    dlogits = torch.randn(targets.numel(), VOCAB, device=device).to(hidden.dtype)
+    arguments = (torch.tensor(2.0, device=device), dlogits, hidden, weight, bias, None, None, needed)
     torch.library.opcheck(torch.ops.vlmkernels.linear_grpo_loss_bwd, arguments)
 
 

@@ -55,7 +55,7 @@ def test_tensor_cores(compiled):
 
 
 def test_every_kernel_is_compiled_for_every_architecture(compiled):
-    sources = sorted((TESTS.parent / "vlmkernels" / "ops").glob("*/triton*.py"))
+    sources = sorted((TESTS.parent / "vlmkernels" / "ops").glob("*/*.py"))
     kernels = {name for path in sources for name in re.findall(r"def (\w+_kernel)\(", path.read_text())}
     assert len(kernels) >= 3
     assert {(row["kernel"], row["sm"]) for row in compiled if row["sm"] != 86} == {

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     return complete_run(folder), folder
 
 
-def test_metrics_are_those_of_the_log(run):
+def test_metrics_equal_the_log(run):
     trainer, folder = run
     found = log_entries(folder)
     assert "eval_reward" in found[0]  # logged before training, which resets the trainer's own log

@@ -20,6 +20,7 @@ from vlmkernels.ops.group_advantages.triton import BASELINES
 from vlmkernels.ops.grpo_loss.config import Scalars
 from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
 from vlmkernels.ops.linear_logps import triton_fused as linear_logps_fused
+from vlmkernels.ops.pack_patches.triton import BLOCK_F
 
 # Types of arguments. "16" after a type says that the value is a multiple of 16, which Triton finds at run time.
 GATHER = {"N": "i32", "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16"}
@@ -56,6 +57,11 @@ ROTARY = {
     "sin_ptr": "*fp32:16", "S": "i32", "query_heads": "i32", "key_heads": "i32",
     **{f"{x}_stride_{axis}": "i32:16" for x in ("query", "key") for axis in "bsh"},
     **{f"{x}_stride_{axis}": "i32" for x in ("cos", "sin") for axis in "bs"},
+}  # fmt: skip
+MERGE_PARTS = {
+    "out_ptr": "*bf16:16", "lse_ptr": "*fp32:16", "part_ptr": "*bf16:16", "part_lse_ptr": "*fp32:16", "rows_ptr": "*i32:16",
+    "num_rows": "i32", "lse_stride_h": "i32", "part_lse_stride_h": "i32",
+    **{f"{x}_stride_{axis}": "i32:16" for x in ("out", "part") for axis in "nh"},
 }  # fmt: skip
 ON_POLICY = dict.fromkeys(f"{name}_ptr" for name in ("old_logp", "ref_logp", "rollout_logp", "entropy", "threshold"))
 ON_POLICY |= dict.fromkeys(("loss_mask_ptr", "dentropy_ptr", "num_items_ptr"))
@@ -143,7 +149,7 @@ KERNELS = [
     ),
     ("gather_logps", "gather_logps_bwd_kernel", BWD, {"mask_ptr": None, "BLOCK_V": 4096}, 8),
     *(
-        ("pack_patches", "pack_patches_kernel", PATCHES, {**sizes, "BLOCK_F": 1024}, 4)
+        ("pack_patches", "pack_patches_kernel", PATCHES, {**sizes, "BLOCK_F": BLOCK_F}, 4)
         for sizes in (
             {"SIZE": 14, "MERGE": 2, "SLOTS": 2, "CHANNELS_LAST": False},
             {"SIZE": 16, "MERGE": 1, "SLOTS": 1, "CHANNELS_LAST": True},
@@ -156,11 +162,13 @@ KERNELS = [
             {"INVERSE": True, "WIDTH": 256, "PAIRS": 32, "BLOCK_P": 32, "BLOCK_R": 256},  # a quarter of each head: Qwen3.5
         )
     ),
+    ("group_attention.merge", "merge_kernel", MERGE_PARTS, {"D": 128, "BLOCK_N": 16, "BLOCK_D": 128}, 4),
 ]
 
 
 def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps, capability: int, num_stages=3) -> dict:
-    kernel = getattr(importlib.import_module(backend.module_name(op, "triton")), name)
+    path = f"vlmkernels.ops.{op}" if "." in op else backend.module_name(op, "triton")
+    kernel = getattr(importlib.import_module(path), name)
     assert set(kernel.do_not_specialize) <= set(kernel.arg_names)  # Triton ignores a name that no argument has
     signature, attributes = {}, {}
     for index, argument in enumerate(kernel.arg_names):

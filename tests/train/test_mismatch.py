@@ -89,7 +89,7 @@ def logps_of(model, prompts, decoded, temperature=1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_what_a_token_was_drawn_with(case):
+def test_log_probability_that_a_token_was_sampled_with(case):
     """logps is over the whole vocabulary, and logps - log_kept_mass is the log-probability that the token was sampled with.
 
     If the options only exclude tokens, the kept mass is the probability of the remaining tokens.
@@ -149,7 +149,7 @@ def gradient(value, model) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", SUPPORTS)
 @pytest.mark.parametrize(("level", "length"), [("token", 1), ("sequence", 2)])
-def test_expected_gradient_is_that_of_the_policy_on_the_support(case, level, length):
+def test_expected_gradient_equals_the_policy_gradient_on_the_support(case, level, length):
     """E_q[gradient of the corrected loss] = -grad sum over the support of pi(y) A(y), by enumeration."""
     temperature = SUPPORTS[case].get("temperature", 1.0)
     _, policy, prompts, decoded, q = every_completion(SUPPORTS[case], length)
@@ -293,8 +293,8 @@ def test_trainer_against_the_formulas(tmp_path, case):
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
-def test_gradient_and_differences_are_those_of_trl(tmp_path, monkeypatch, mode):
-    """TRL gets the same log-probabilities in place of those of vLLM."""
+def test_gradient_and_differences_equal_trl(tmp_path, monkeypatch, mode):
+    """TRL receives the same log-probabilities instead of vLLM's."""
     trl = pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -373,10 +373,10 @@ def test_weights_of_long_completions(tmp_path):
     assert results[0] < 0.9
 
 
-def test_off_policy_mask_takes_the_sampler_that_is_told(tmp_path):
+def test_off_policy_mask_uses_the_log_probabilities_of_the_engine(tmp_path):
     """The mean log-ratio of the sampling policy to the policy uses the engine's log-probabilities over the full vocabulary."""
     drift = {"off_policy_mask_threshold": 0.05}
-    trainer, (log,), _ = run(tmp_path / "told", **drift)
+    trainer, (log,), _ = run(tmp_path, **drift)
     _, logps, rollout, _, mask, advantages = by_hand(trainer)
     gaps = torch.where(mask & ~rollout.isnan(), rollout - logps.detach(), 0).sum(1) / mask.sum(1)
     out = (advantages < 0) & (gaps > 0.05)
@@ -404,12 +404,12 @@ def test_off_policy_mask_takes_the_sampler_that_is_told(tmp_path):
 def test_config_errors(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
-    if "sampling" in message:
+    if "rollout_sequence_ratio" in message:
         config(tmp_path, **options, rollout_policy="full")
         config(tmp_path, **options, rollout_sequence_ratio="mean")
 
 
-def test_what_an_engine_must_tell(tmp_path):
+def test_values_that_an_engine_must_return(tmp_path):
     with pytest.raises(
         ValueError, match="rollout_policy must be 'full' with an engine that does not return the kept probability mass, got"
     ):

@@ -70,7 +70,7 @@ torch.set_num_threads(1)
         "vespo",
     ],
 )
-def test_loss_gradient_and_metrics_are_those_of_trl(tmp_path, monkeypatch, images, options):
+def test_loss_gradient_and_metrics_equal_trl(tmp_path, monkeypatch, images, options):
     trl = pytest.importorskip("trl")
     # TRL shuffles completions over the micro-batches, and metrics are means over micro-batches.
     monkeypatch.setattr("trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda batch: batch)
@@ -166,12 +166,10 @@ def test_checkpointed_activations_give_the_same_gradient(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["none", "cap", "scale", "square"])
-def test_what_a_model_does_to_its_logits_is_found_out(change):
+def test_changes_of_a_model_to_its_logits_are_detected(change):
     model = tiny.text_model()
-    model.config.final_logit_softcapping, model.config.logit_scale = (
-        5.0,
-        0.25,
-    )  # in the configuration; applied only if the test patches the model
+    # The configuration has both values, but the model applies one only if the test changes its forward.
+    model.config.final_logit_softcapping, model.config.logit_scale = 5.0, 0.25
     changes = {"none": lambda x: x, "cap": lambda x: 5 * torch.tanh(x / 5), "scale": lambda x: x / 4, "square": lambda x: x**2}
     forward = model.forward
 
@@ -224,7 +222,7 @@ def test_lora_on_the_head():
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.1}])
-def test_what_cannot_adapt_the_head_is_named(changes):
+def test_unsupported_adapters_of_the_head_raise(changes):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny.text_model(), LoraConfig(r=4, target_modules=["lm_head"], **changes))
@@ -281,7 +279,7 @@ def test_trains_a_vlm_on_sampled_completions(tmp_path, images):
 
 @pytest.mark.parametrize("share", ["auto", False])
 def test_mixed_precision_casts_weights_once_to_sample(tmp_path, share):
-    """Weights are cast once for all tokens, and casts are released after sampling, so that the whole model trains."""
+    """Weights are cast once for all tokens, and the casts are released after sampling, so that all weights get gradients."""
     model, casts = tiny.text_model(), []
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     weights = {parameter.data_ptr() for parameter in model.parameters()}

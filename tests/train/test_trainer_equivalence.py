@@ -108,7 +108,7 @@ def test_a_budget_less_than_a_prompt_and_a_completion(tmp_path, share):
         run(tmp_path, max_tokens_per_microbatch=0)
 
 
-def test_what_cannot_share_says_why(tmp_path):
+def test_reasons_why_prefixes_are_not_shared(tmp_path):
     model = tiny.text_model()
     model.config.layer_types = ["full_attention", "sliding_attention"]
     assert prefix_sharing_unsupported(model) == "Qwen2ForCausalLM: its decoder has layers of type sliding_attention"

@@ -34,7 +34,7 @@ from vlmkernels.rollout.generate import Generate
 from vlmkernels.rollout.score import Size, resized_sizes
 
 GRAY = 128
-VIEWS = ("image", "gray", "none")  # unchanged, a gray image of the same size, removed from the prompt
+VIEWS = ("image", "grey", "none")  # unchanged, a gray image of the same size, removed from the prompt
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,12 @@ def hide_images(sample: Sample, view: str) -> Sample:
     """
     if view == "image" or not (sample.images or sample.videos):
         return sample
-    if view == "gray":
+    if view == "grey":
         images = [Image.new("RGB", image.size, (GRAY, GRAY, GRAY)) for image in sample.images]
         return replace(sample, images=images, videos=[torch.full_like(video, GRAY) for video in sample.videos])
     if isinstance(sample.prompt, str):
         raise ValueError(
-            f"sample {sample.index}: prompt must be a conversation to remove images from it (use gray ones), got text"
+            f"sample {sample.index}: prompt must be a conversation to remove images from it (use the view grey), got text"
         )
     prompt = [{**m, "content": [part for part in m["content"] if part["type"] == "text"]} for m in sample.prompt]
     return replace(sample, prompt=prompt, images=[], videos=[])

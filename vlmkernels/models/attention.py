@@ -111,7 +111,7 @@ def _attention(
 
     - ``group_layout``: a pack of groups. If ``group_cache`` is given too, the pack holds prompts only, and the cache stores
       their keys and values.
-    - ``group_cache`` alone: one decoding step, with one token for each running completion.
+    - ``group_cache`` without ``group_layout``: one decoding step, with one token for each running completion.
     - ``cu_seq_lens_q`` of transformers' FlashAttentionKwargs: packed sequences.
 
     Without these keywords, and in vision towers, which receive them too, it is "sdpa".

@@ -85,7 +85,7 @@ def cut_packs(
     """Divide completions into packs of at most ``max_tokens`` tokens and about equal cost.
 
     A group that does not fit into one pack is split into as few parts as first-fit decreasing finds; each part repeats the
-    prompt. The cost is that of a transformer layer of hidden size H: 24 H^2 operations per token (linear layers) and 4 H per
+    prompt. The cost counts the operations of a transformer layer of hidden size H: 24 H^2 per token (linear layers) and 4 H per
     pair of tokens (attention).
 
     Args:

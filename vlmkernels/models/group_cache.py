@@ -27,7 +27,7 @@ def on_device(device: torch.device, values: list) -> torch.Tensor:
 class GroupCache:
     """Keys and values of A prompts, each stored once, and of the completions that are being decoded, one per slot.
 
-    Per layer, the keys of the prompts are (A, Hkv, P, D) and those of the slots (S, Hkv, capacity, D), and so are the values.
+    Per layer, the prompts' keys and values are (A, Hkv, P, D), and the slots' keys and values (S, Hkv, capacity, D).
     In a decoding step, each slot has one query, which attends to the slot's prompt and to the slot's own tokens:
 
         softmax([q K_prompt | q K_own]) [V_prompt; V_own]
@@ -128,7 +128,7 @@ class GroupCache:
         return x if self._even_groups else x[self._places]
 
     def _append(self, layer: int, new: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        """Append the keys and values of a step, (slots, Hkv, D), and return those of all steps, (slots, Hkv, width, D)."""
+        """Append the keys and values (slots, Hkv, D) of a step, and return all that are stored, (slots, Hkv, width, D)."""
         stored = self._own.setdefault(layer, [x.new_empty(self.num_slots, x.shape[1], 0, x.shape[2]) for x in new])
         if stored[0].shape[2] < self._width:
             stored[:] = [pad(x, (0, 0, 0, max(32, x.shape[2]))) for x in stored]

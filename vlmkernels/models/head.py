@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from accelerate import Accelerator
@@ -192,6 +192,30 @@ def top_entropy_threshold(accelerator: Accelerator, top_quantile: float, entropy
     entropy = accelerator.gather(accelerator.pad_across_processes(entropy, pad_index=math.nan))
     entropy = entropy if len(entropy) else entropy.new_zeros(1)
     return entropy.nanquantile(1 - top_quantile)
+
+
+@overload
+def completion_logps(
+    model: torch.nn.Module,
+    batch: ScoringBatch,
+    *,
+    head: torch.nn.Module,
+    arguments: dict[str, float],
+    temperature: float,
+    return_entropy: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def completion_logps(
+    model: torch.nn.Module,
+    batch: ScoringBatch,
+    *,
+    head: torch.nn.Module,
+    arguments: dict[str, float],
+    temperature: float,
+    return_entropy: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def completion_logps(

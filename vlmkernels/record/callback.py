@@ -96,7 +96,7 @@ def changed_arguments(args: TrainingArguments) -> list[str]:
 class RunRecord(TrainerCallback):
     """Writes these files to ``output_dir``, on the main process:
 
-    - ``metrics.jsonl``: one JSON object per log, written at once. It has the entries of ``log_history`` in
+    - ``metrics.jsonl``: one JSON object per log, written immediately. It has the entries of ``log_history`` in
       ``trainer_state.json``, with NaN and infinities as strings. A resumed run starts with the log of its checkpoint, so that
       each step occurs once.
     - ``run.json``: arguments, versions and environment of the run.

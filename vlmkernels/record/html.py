@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-THUMBNAIL_SIDE = 192  # most pixels of the longer side
+THUMBNAIL_SIDE = 192  # maximum number of pixels of the longer side
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8883; --soft: #8881; --good: 46 160 67; --bad: 218 54 51; }
@@ -35,7 +35,7 @@ figcaption { font-size: .85rem; overflow-wrap: anywhere; } figcaption output { o
 
 
 class Thumbnail(NamedTuple):
-    """A small image: its data URI, its size on the page in pixels, and whether it is shown larger than it is."""
+    """A small image: its data URI, its size on the page in pixels, and whether the page magnifies it."""
 
     source: str
     width: int

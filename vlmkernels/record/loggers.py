@@ -35,6 +35,7 @@ def _table(step: int, groups: Groups, as_image: Callable) -> tuple[list[str], li
 
 
 def wandb_table(step: int, groups: Groups, callbacks: list[TrainerCallback]) -> None:
+    """Log a ``wandb.Table``."""
     import wandb
 
     columns, rows = _table(step, groups, wandb.Image)
@@ -42,6 +43,7 @@ def wandb_table(step: int, groups: Groups, callbacks: list[TrainerCallback]) -> 
 
 
 def trackio_table(step: int, groups: Groups, callbacks: list[TrainerCallback]) -> None:
+    """Log a ``trackio.Table``."""
     import pandas
     import trackio
 

@@ -215,6 +215,17 @@ class Rollout:
         return pack_groups(inputs, positions, group, self.completion_ids[samples], self.completion_mask[samples])
 
 
+def pad_token_ids(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return B rows of token ids as a right-padded tensor, (B, C) int64, and the mask of their tokens, (B, C) bool."""
+    if pad_token_id is None:
+        raise ValueError("pad_token_id must be set, or be in the tokenizer, got None")
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
+    ids = torch.full(mask.shape, pad_token_id)
+    ids[mask] = torch.tensor([token for row in rows for token in row])
+    return ids, mask
+
+
 class Engine(ABC):
     """Samples completions of prompts.
 

@@ -11,7 +11,7 @@ from vlmkernels.models.group_cache import GroupCache, on_device
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
-from vlmkernels.rollout.base import Sampling
+from vlmkernels.rollout.base import Sampling, pad_token_ids
 from vlmkernels.rollout.token_sampler import SampledTokens, TokenSampler, stops
 
 
@@ -63,14 +63,17 @@ class _Completions:
         return ended
 
     def decoded(self, device: torch.device) -> Decoded:
-        width = max(map(len, self.tokens))
-        mask = torch.arange(width) < torch.tensor([len(tokens) for tokens in self.tokens]).unsqueeze(1)
-        ids = torch.full(mask.shape, self.sampling.pad_token_id)
-        ids[mask] = torch.tensor([token for tokens in self.tokens for token in tokens])
+        ids, mask = pad_token_ids(self.tokens, self.sampling.pad_token_id)
         logps = torch.zeros(2, *ids.shape, device=device)
         rows, columns = torch.tensor([[x for places in self._places for x in places[axis]] for axis in (0, 1)], device=device)
         logps[:, rows, columns] = torch.cat(self._logps, 1)
-        return Decoded(ids.to(device), mask.to(device), torch.tensor(self.truncated, device=device), *logps)
+        return Decoded(
+            ids.to(device),
+            mask.to(device),
+            torch.tensor(self.truncated, device=device),
+            logps=logps[0],
+            log_kept_mass=logps[1],
+        )
 
 
 class _Decoder:
@@ -203,7 +206,7 @@ def decode_groups(
 ) -> Decoded:
     """Sample completions as ``model.generate`` does on ``num_generations`` copies of each prompt.
 
-    Greedy completions are equal to those of ``generate`` up to rounding, and with ``as_generate`` sampled ones too. Each prompt
+    Greedy completions equal those of ``generate`` up to rounding; sampled completions do so with ``as_generate``. Each prompt
     runs once, and its keys and values are stored once. When a completion ends, another takes its slot. The sampled tokens
     depend on ``uniform``, not on how many completions are decoded at the same time.
 

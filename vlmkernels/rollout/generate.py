@@ -87,7 +87,15 @@ class Generate(Engine):
                 raise ValueError("uniform must be None if model.generate samples, got a tensor")
             decoded = self._generate(model, prompts, num_generations, sampling)
         group = torch.arange(len(prompts)).repeat_interleave(num_generations)
-        return Rollout(prompts, group, *decoded)
+        return Rollout(
+            prompts,
+            group,
+            completion_ids=decoded.ids,
+            completion_mask=decoded.mask,
+            truncated=decoded.truncated,
+            logps=decoded.logps,
+            log_kept_mass=decoded.log_kept_mass,
+        )
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         options = {name: getattr(sampling, name) for name in Sampling.names()} | dict(sampling.generation_kwargs)

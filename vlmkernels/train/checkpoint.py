@@ -26,16 +26,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from vlmkernels.models.families import Family
+from vlmkernels.record.phases import Phases, phase
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import first_error
+from vlmkernels.train.parallel import is_zero3_sharded
 from vlmkernels.version import __version__
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "vlmkernels.json"
-FORMAT = 2  # of a checkpoint's files; checkpoints of a later format raise an error
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # of open and rename, torch.save, safetensors
+FORMAT = 2  # format of a checkpoint's files; resuming from a later format raises an error
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # raised by open and rename, torch.save, and safetensors
 
 
 # Reading
@@ -123,7 +125,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, model: PreTrainedModel, proc
     """Check that a checkpoint can be resumed by this version, with this model and this number of processes.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the checkpoint cannot be resumed; the message says why.
     """
     folder, name = Path(checkpoint), f"resume_from_checkpoint {checkpoint}"
     manifest = json.loads((folder / MANIFEST).read_text()) if (folder / MANIFEST).exists() else {"format": FORMAT}
@@ -134,22 +136,19 @@ def check_checkpoint(checkpoint: str | os.PathLike, model: PreTrainedModel, proc
         )
     model_type = model.config.model_type
     if (saved_type := manifest.get("model_type", model_type)) != model_type:
-        raise ValueError(f"{name} must be of a model of type {model_type}, which is trained, got {saved_type}")
+        raise ValueError(f"{name} must hold a model of type {model_type}, like the trained model, got {saved_type}")
     has_adapters = (folder / "adapter_config.json").exists()
     if is_peft_model(model) and not has_adapters:
-        raise ValueError(f"{name} must hold LoRA adapters, which are trained, got a checkpoint of a whole model")
+        raise ValueError(f"{name} must hold LoRA adapters, like the trained model, got a checkpoint of a whole model")
     if has_adapters and not is_peft_model(model):
-        raise ValueError(f"{name} must hold a whole model, which is trained, got a checkpoint of LoRA adapters")
-    is_zero3_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    if has_adapters and not is_zero3_sharded:
+        raise ValueError(f"{name} must hold a whole model, like the trained model, got a checkpoint of LoRA adapters")
+    if has_adapters and not is_zero3_sharded(model):
         from peft import get_peft_model_state_dict, load_peft_weights
 
         _check_shapes(name, get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu"))
     saved_by = len(list(folder.glob("experience_*.pt")))
     if saved_by not in (0, processes):
-        raise ValueError(
-            f"{name} was saved mid-batch by {saved_by} processes: resume with {saved_by} processes, got {processes}"
-        )
+        raise ValueError(f"{name} was saved mid-batch by {saved_by} processes: resume with {saved_by}, got {processes}")
     if saved_by and manifest["format"] != FORMAT:
         raise ValueError(
             f"{name} was saved mid-batch by vlmkernels {manifest['vlmkernels']}: resume with that version, got {__version__}"
@@ -200,7 +199,9 @@ def load_experience(checkpoint: str, process: int, family: Family, args: GRPOCon
 
 
 class CheckpointedTrainer(Trainer):
-    """A ``Trainer`` with the checkpoints of this module."""
+    """A ``Trainer`` that writes, finds and loads checkpoints with the functions of this module."""
+
+    phases: Phases
 
     def _run_epoch(self, **arguments: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # Trainer would take one more step if a finished run is resumed
@@ -218,6 +219,7 @@ class CheckpointedTrainer(Trainer):
         else:
             load_weights(self.model, self.state.best_model_checkpoint)
 
+    @phase("save")
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         save_checkpoint(self, self._get_output_dir(trial), skip=self.args.on_save_error == "skip")
 
@@ -272,7 +274,8 @@ def _attempt(parts: Iterable[Callable[[], None]], raise_at_once: bool) -> str | 
     """Run all parts even if one fails, and return the first error.
 
     Args:
-        raise_at_once: raise the first error, because a part of DeepSpeed's writes and runs collectives in turn.
+        raise_at_once: raise the first error instead. DeepSpeed needs this, because one of its parts runs collectives between
+            writes: after an error, the next collectives of this rank would not match those of the other ranks.
     """
     first = None
     for part in parts:
@@ -314,8 +317,8 @@ def _parts(trainer: Trainer, folder: str) -> Iterator[Callable[[], None]]:
 def _seal(trainer: Trainer, partial: Path) -> None:
     """Write the trainer's state and the manifest, after all other files are on the disk."""
     callbacks = [c for c in [*trainer.callback_handler.callbacks, trainer.control] if isinstance(c, ExportableState)]
+    states = trainer.state.stateful_callbacks
     for callback in callbacks:
-        states = trainer.state.stateful_callbacks
         name, state = type(callback).__name__, callback.state()
         if isinstance(states[name], list):
             states[name].append(state)

@@ -64,8 +64,8 @@ class GRPOConfig(TrainingArguments):
     num_generations_eval: int | None = _field(None, "Completions per prompt in evaluation; by default num_generations.")
     max_completion_length: int = _field(512, "Maximum number of tokens of a completion.")
     shuffle_dataset: bool = _field(True, "Visit the training prompts in a new random order in each epoch.")
-    generation_batch_size: int | None = _field(None, "Completions per generation batch; by default for steps_per_generation.")
-    steps_per_generation: int | None = _field(None, "Micro-batches per generation batch; by default those of one step.")
+    generation_batch_size: int | None = _field(None, "Completions per generation batch, over all processes.")
+    steps_per_generation: int | None = _field(None, "Micro-batches per generation; by default gradient_accumulation_steps.")
     temperature: float = _field(1.0, "Sampling temperature. Log-probabilities in the loss use it too.")
     eval_temperature: float | None = _field(None, "Temperature in evaluation, 0 for greedy decoding; by default temperature.")
     top_p: float = _field(1.0, "Sample from the most probable tokens whose probabilities add up to top_p. 1 keeps all tokens.")
@@ -122,7 +122,7 @@ class GRPOConfig(TrainingArguments):
         "truncated", "Probabilities in the correction ratio: 'truncated' by top_p, top_k, min_p, or of the 'full' vocabulary."
     )
     off_policy_mask_threshold: float | None = _field(
-        None, "Exclude completions with advantage < 0 whose mean log-ratio (sampling - current policy) is above; default none."
+        None, "Exclude completions with advantage < 0 and a mean of log(sampling / current policy) above this; default none."
     )
     top_entropy_quantile: float = _field(1.0, "Fraction of tokens that enter the loss, those with the highest entropy.")
     entropy_coef: float = _field(0.0, "Weight of the entropy bonus.")
@@ -266,7 +266,7 @@ class GRPOConfig(TrainingArguments):
         return self.steps_per_generation * self.num_iterations
 
     def sampling(self) -> Sampling:
-        """Return how completions are sampled in training. ``generation_kwargs`` overrides the fields."""
+        """Return how completions are sampled in training. Values of ``generation_kwargs`` replace the fields' values."""
         options = {"max_new_tokens": self.max_completion_length, "temperature": self.temperature}
         options |= {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
         options |= {name: value for name, value in (self.generation_kwargs or {}).items() if value is not None}

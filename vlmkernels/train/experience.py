@@ -1,4 +1,4 @@
-"""A scored generation batch: what training on a rollout needs."""
+"""A generation batch with everything that training on it needs."""
 
 from dataclasses import dataclass
 
@@ -18,9 +18,9 @@ class Experience:
         rollout: prompts and completions.
         advantages: (B,).
         loss_mask: (B, C) bool, the tokens that count in the loss.
-        num_items: tokens that count in the loss, the mean over processes.
-        old_logps: (B, C), log-probabilities under the policy that sampled, if a micro-batch is off policy.
-        ref_logps: (B, C), log-probabilities under the reference, if beta > 0.
+        num_items: number of tokens that count in the loss, averaged over processes.
+        old_logps: (B, C), log-probabilities under the policy that sampled; None if every micro-batch is on policy.
+        ref_logps: (B, C), log-probabilities under the reference; None if beta is 0.
         uses: micro-batches trained on so far.
     """
 

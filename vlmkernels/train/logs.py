@@ -10,13 +10,14 @@ from accelerate.utils import gather_object
 
 from vlmkernels.data.samples import prompt_text, still_images
 from vlmkernels.ops.group_advantages import GroupAdvantages
-from vlmkernels.record.completions import CompletionRow
+from vlmkernels.record.completions import CompletionRow, Groups
 from vlmkernels.record.phases import Phases
 from vlmkernels.record.summary import completion_metrics, reward_metrics
 from vlmkernels.rewards import Scores
 from vlmkernels.rewards.answers import text_of
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.score import Scored
+from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.token_counts import NAMES, TokenCounts
 
 
@@ -47,18 +48,18 @@ class MetricBuffer:
 
 
 class EvaluatedCompletions:
-    """Collects the scores and lengths of evaluated completions."""
+    """Collects the scores and lengths of evaluated completions, and gathers them from all processes."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Scores, torch.Tensor, torch.Tensor]] = []
 
-    def add(self, rollout: Rollout, scores: Scores, counts: torch.Tensor) -> None:
-        """Add the completions of a rollout that count; ``counts`` is (N,) bool."""
+    def add(self, rollout: Rollout, scores: Scores, mask: torch.Tensor) -> None:
+        """Add the completions of a rollout that are selected by ``mask``, (N,) bool."""
         lengths, truncated = rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()
-        self._parts.append((scores.select(counts), lengths[counts], truncated[counts]))
+        self._parts.append((scores.select(mask), lengths[mask], truncated[mask]))
 
     def gather(self) -> tuple[Scores, torch.Tensor, torch.Tensor]:
-        """Return the scores, the lengths (N,) and which completions are truncated (N,), of all processes."""
+        """Return the scores, the lengths (N,) and ``truncated`` (N,) bool of the completions of all processes."""
         scores, lengths, truncated = zip(*gather_object(self._parts), strict=True)
         return Scores.cat(scores), torch.cat(lengths), torch.cat(truncated)
 
@@ -71,12 +72,12 @@ def sampling_metrics(
     scores: Scores,
     names: list[str],
 ) -> dict[str, float]:
-    """Compute the metrics of N sampled completions, which training and evaluation log.
+    """Compute the metrics of N sampled completions that both training and evaluation log.
 
     Args:
         rewards, advantages, names: see ``reward_metrics``.
         lengths, truncated: see ``completion_metrics``.
-        scores: perhaps of this process only; see ``Scores.metrics``.
+        scores: the scores of these completions, or only of this process's share of them.
     """
     return reward_metrics(rewards, names, advantages) | completion_metrics(lengths, truncated) | scores.metrics(names)
 
@@ -84,7 +85,7 @@ def sampling_metrics(
 def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dict[str, float]:
     """Compute the metrics of time and throughput since the last call, per optimizer step.
 
-    Counts are multiplied by the number of processes: the mean over processes, which the trainer logs, is then their sum.
+    Counts are multiplied by the number of processes, because the trainer logs the mean over processes: it is then the sum.
     """
     seconds, steps = phases.flush()
     totals, steps = counts.flush(), max(steps, 1)
@@ -94,19 +95,17 @@ def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dic
     return metrics | {"tokens_per_second": metrics["tokens_run"] * steps / max(training, 1e-9)}
 
 
-def completion_groups(
-    scored: Scored, advantages: torch.Tensor, names: list[str], group_size: int, limit: int | None
-) -> list[list[CompletionRow]]:
-    """Return at most ``limit`` completions, group by group, as ``vlmkernels.record.completions`` stores them.
+def completion_groups(scored: Scored, advantages: torch.Tensor, names: list[str], args: GRPOConfig) -> Groups:
+    """Return at most ``num_completions_to_print`` completions, as ``vlmkernels.record.completions`` stores them.
 
     Args:
-        scored: N completions; those of a group are consecutive.
+        scored: N completions, ordered by group.
         advantages: (N,).
-        names: of the reward functions.
+        names: names of the reward functions.
     """
     columns = scored.samples, scored.completions, scored.scores.rewards.tolist(), advantages.tolist()
     rows = [
         CompletionRow(prompt_text(s.prompt), still_images(s), text_of(c), dict(zip(names, r, strict=True)), a)
         for s, c, r, a in zip(*columns, strict=True)
-    ][:limit]
-    return [rows[start : start + group_size] for start in range(0, len(rows), group_size)]
+    ][: args.num_completions_to_print]
+    return [rows[start : start + args.num_generations] for start in range(0, len(rows), args.num_generations)]

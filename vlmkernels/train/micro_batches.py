@@ -1,4 +1,4 @@
-"""From a generation batch to the inputs of a forward pass: micro-batches, splits within a token budget, scoring batches."""
+"""Division of a generation batch into micro-batches, splits within a token budget, and the model inputs of each split."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -20,8 +20,9 @@ _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 class Split(NamedTuple):
     """Completions of a micro-batch that run in one forward pass.
 
-    samples: (n,) int64, indices of completions of the generation batch. is_padding: whether the pass repeats another one, to
-    keep ranks in lockstep; its result does not count.
+    Args:
+        samples: (n,) int64, indices of completions of the generation batch.
+        is_padding: whether the pass repeats another split to keep ranks in lockstep. Its loss is not used.
     """
 
     samples: torch.Tensor
@@ -32,14 +33,14 @@ class MicroBatches:
     """Divides generation batches into the inputs of forward passes.
 
     Args:
-        policy: how the model runs.
+        policy: how the policy runs.
 
     Attributes:
-        counts: the tokens and images of every pass.
+        token_counts: the tokens and images of all passes.
     """
 
     def __init__(self, policy: PreparedPolicy, args: GRPOConfig, accelerator: Accelerator) -> None:
-        self.policy, self.args, self.accelerator, self.counts = policy, args, accelerator, TokenCounts()
+        self.policy, self.args, self.accelerator, self.token_counts = policy, args, accelerator, TokenCounts()
         self._hidden_size = policy.model.config.get_text_config().hidden_size
 
     def splits(self, rollout: Rollout, index: int) -> list[Split]:
@@ -56,10 +57,10 @@ class MicroBatches:
         return splits
 
     def scoring_batch(self, rollout: Rollout, split: Split) -> ScoringBatch:
-        """Return the model inputs of a split."""
+        """Return the model inputs of a split, and count its tokens and images."""
         policy, samples = self.policy, split.samples
         batch = rollout.packed(samples, policy.model) if policy.shares_prefix else rollout.padded(samples)
-        self.counts.add_pass(rollout, split.samples, batch, is_padding=split.is_padding)
+        self.token_counts.add_pass(rollout, samples, batch, is_padding=split.is_padding)
         if policy.idle_media is not None:
             missing = {kind: inputs for kind, inputs in policy.idle_media.items() if _PIXELS[kind] not in batch.inputs}
             batch.inputs["idle_media"] = missing

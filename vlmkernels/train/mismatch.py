@@ -1,4 +1,4 @@
-"""The difference between the trainer's log-probabilities and those of the rollout engine: metrics, and input of the correction.
+"""The difference between the log-probabilities of the trainer and of the rollout engine: metrics and input of the correction.
 
 The formulas are in docs/mismatch.md.
 """
@@ -15,19 +15,19 @@ from vlmkernels.ops.grpo_loss.config import MAX_LOG_RATIO
 from vlmkernels.rollout.base import Rollout
 
 _sum, _max, _min, _logsumexp = (partial(f, dim=0) for f in (torch.sum, torch.amax, torch.amin, torch.logsumexp))
-# What is measured of some completions, and how measurements are combined.
+# The values that are measured over some completions, and the function that combines the values of several measurements.
 COLUMNS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tokens": _sum,  # in the loss
     "scored": _sum,  # tokens in the loss with a log-probability of the engine
     "difference": _sum,
     "max_difference": _max,
-    "units": _sum,  # what a correction ratio belongs to: tokens with a log-probability, or sequences
+    "units": _sum,  # correction ratios: one per token with a log-probability, or one per sequence
     "ratio": _sum,
-    "outside": _sum,
+    "outside": _sum,  # ratios outside their bounds
     "sequences": _sum,
     "log_weight": _logsumexp,  # in log space, because weights of long completions overflow or underflow
     "log_squared_weight": _logsumexp,
-    "kept": _sum,
+    "kept": _sum,  # kept probability mass
     "kept_tokens": _sum,  # tokens with a kept mass
     "min_kept": _min,
 }

@@ -72,14 +72,14 @@ def max_over_ranks(accelerator: Accelerator, number: int) -> int:
     return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
 
 
-def _is_zero3_sharded(model: torch.nn.Module) -> bool:
-    """Whether DeepSpeed sharded the parameters, when the model was loaded or when training began."""
+def is_zero3_sharded(model: torch.nn.Module) -> bool:
+    """Whether ZeRO-3 has sharded parameters of the model: while it was loaded, or when training began."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def gathered_zero3(model: torch.nn.Module) -> AbstractContextManager:
     """Gather the parameters of a model that ZeRO-3 sharded while loading it; does nothing for other models."""
-    if not _is_zero3_sharded(model):
+    if not is_zero3_sharded(model):
         return nullcontext()
     import deepspeed
 
@@ -95,7 +95,7 @@ def gathered(accelerator: Accelerator, model: torch.nn.Module, head: torch.nn.Mo
         model: the policy without wrappers.
         head: its language-model head, which FSDP2 keeps gathered between forward and backward pass.
     """
-    return _all_gathered_zero3(accelerator, model) if _is_zero3_sharded(model) else _gathered_fsdp2(model, head)
+    return _all_gathered_zero3(accelerator, model) if is_zero3_sharded(model) else _gathered_fsdp2(model, head)
 
 
 @contextmanager

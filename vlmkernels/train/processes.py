@@ -53,7 +53,7 @@ class Processes:
         """Wait until all processes have arrived.
 
         Args:
-            at: what follows, for error messages.
+            at: name of the barrier, for error messages.
 
         Raises:
             RuntimeError: a process failed; the message has its error.
@@ -141,7 +141,7 @@ def _digest(values: Iterable[object]) -> str:
 def describe_process(
     args: TrainingArguments, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, dataset: Any
 ) -> dict[str, dict[str, object]]:
-    """Return what must be alike on all processes, for ``Processes.compare``. Weights and prompts are sampled and hashed."""
+    """Return what must be alike on all processes, for ``Processes.compare``. Weights and prompts are hashed in part."""
     parameters = dict(model.named_parameters())
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
     # Parameters that ZeRO-3 sharded differ between processes.

@@ -1,4 +1,4 @@
-"""The steps of ``GRPOTrainer.__init__``: load and check what the caller gave, then prepare the policy and the reference."""
+"""Steps of ``GRPOTrainer.__init__``: load the model, check the datasets, prepare the policy, the reference and the engine."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +33,7 @@ def load_policy(model: str | PreTrainedModel, processor: Any, args: GRPOConfig) 
     """Load the model and its processor or tokenizer, unless they are given, and complete ``args`` for the model.
 
     Returns:
-        The model, and a processor with a fast image processor (if there is one for it) and a padding token.
+        The model and its processor. The processor has a padding token, and a fast image processor if one is available.
     """
     if isinstance(model, str):
         model = load_model(model, args.model_init_kwargs)
@@ -69,7 +69,7 @@ class CheckedDatasets:
     Args:
         media: the kinds of media in the training rows, of "image" and "video".
         unusable: for each dataset, the indices of its rows that cannot be used, with the reasons.
-        args: the run's.
+        args: the arguments of the run.
     """
 
     media: set[str]
@@ -77,15 +77,14 @@ class CheckedDatasets:
     args: GRPOConfig
 
     def samples(self, dataset: Any, name: str) -> SampleDataset:
-        """Return the samples of a dataset, of which unusable rows are replaced if ``on_bad_sample`` is "skip"."""
-        args = self.args
-        return SampleDataset(dataset, name, args.image_limits(), args.on_bad_sample, self.unusable.get(name))
+        """Return the samples of a checked dataset. With ``on_bad_sample="skip"``, unusable rows are replaced."""
+        return SampleDataset(dataset, name, self.args.image_limits(), self.args.on_bad_sample, self.unusable.get(name))
 
     def evaluation(self, eval_dataset: Any, choice: Any = None) -> SampleDataset:
         """Return the samples to evaluate on.
 
         Args:
-            eval_dataset: the trainer's.
+            eval_dataset: the evaluation dataset of the trainer, or a dict of datasets.
             choice: a key of ``eval_dataset``, or another dataset, or None for ``eval_dataset``.
         """
         if isinstance(choice, str):
@@ -93,7 +92,8 @@ class CheckedDatasets:
         dataset = eval_dataset if choice is None else choice
         if dataset is None:
             raise ValueError("eval_dataset must be given to evaluate, got None")
-        return self.samples(dataset, "eval_dataset")
+        # Only the trainer's dataset was checked: the unusable rows of another one are not known.
+        return self.samples(dataset, "eval_dataset" if dataset is eval_dataset else "the given eval_dataset")
 
 
 def check_datasets(
@@ -145,12 +145,13 @@ class PreparedPolicy:
 
     Args:
         model: the model without its PEFT wrapper.
-        family: of the model.
+        family: the model's family.
         head: the language-model head, perhaps with LoRA.
         logit_arguments: see ``vlmkernels.models.head.logit_arguments``.
-        processor_arguments: of the processor's calls; see ``use_vision_ops``.
+        processor_arguments: arguments of every call of the processor; see ``use_vision_ops``.
         shares_prefix: whether the completions of a group run after one shared copy of their prompt.
-        reuses_image_features: whether the vision tower is frozen, so that its features serve all passes over a batch.
+        reuses_image_features: whether images are encoded once per generation batch. Needs shared prefixes and a frozen vision
+            tower.
         idle_media: by kind, a small image or video on which a rank runs its vision tower if its micro-batch has none; see
             ``vlmkernels.models.image_features``. None if ranks need not run in lockstep.
     """
@@ -174,15 +175,15 @@ def prepare_policy(
         model: the policy, perhaps with adapters, before Trainer wraps it.
         media: the kinds of media in the training rows.
     """
-    plain, family = base_model(model), family_of(base_model(model).config)
-    head = output_head(model)
+    plain, head = base_model(model), output_head(model)
+    family = family_of(plain.config)
     prepare_head(accelerator, head)
     with gathered_zero3(model):
         arguments = logit_arguments(model, head)
     processor_arguments = use_vision_ops(plain, processor)
     shares_prefix = _choose_prefix_sharing(plain, args)
     reuses_features = shares_prefix and family is not TEXT and feature_reuse_unsupported(plain) is None
-    use_image_features(plain)  # even if this run computes no features: the batch of a checkpoint may hold some
+    use_image_features(plain)  # even if this run reuses no features, because a checkpoint's generation batch may hold some
     policy = PreparedPolicy(plain, family, head, arguments, processor_arguments, shares_prefix, reuses_features)
     kinds = media - {"image"} if reuses_features else media
     if not requires_lockstep(accelerator) or family is TEXT or not kinds:
@@ -226,7 +227,7 @@ def load_reference(
     """Copy the reference model from the policy before training.
 
     Returns:
-        The reference and its language-model head. The reference is None if there is none (beta = 0), or if it is the policy
+        The reference and its language-model head; None and the policy's head if beta is 0, or if the reference is the policy
         with its adapters disabled.
     """
     if args.beta == 0 or is_peft_model(model):
@@ -238,7 +239,7 @@ def load_reference(
 
 
 def prepare_engine(model: PreTrainedModel, processor: Any, args: GRPOConfig, accelerator: Accelerator) -> Engine:
-    """Make the engine that ``args`` choose, and check that it supports their options; see ``make_engine``."""
+    """Make the engine that ``args`` select and check that it supports the rollout correction; see ``make_engine``."""
     engine = make_engine(
         model,
         processor,
@@ -251,7 +252,7 @@ def prepare_engine(model: PreTrainedModel, processor: Any, args: GRPOConfig, acc
     )
     if args.rollout_correction is not None and not engine.returns_logps:
         raise ValueError(
-            "rollout_correction must be None with an engine that returns no log-probabilities, as model.generate does, "
+            "rollout_correction must be None with an engine that returns no log-probabilities, such as model.generate, "
             f"got {args.rollout_correction!r}"
         )
     return engine

@@ -2,12 +2,12 @@
 
 One generation batch serves ``steps_per_generation * num_iterations`` micro-batches:
 
-    _prepare_inputs      when the batch is used up, _new_experience:
-      _sample              encode prompts, sample completions (engine), call the reward functions
-      group_advantages     rewards of all processes to advantages
-      Experience           completions, advantages, loss mask; _add_fixed_logps adds old and reference log-probabilities
-    compute_loss         one micro-batch, in splits of at most max_tokens_per_microbatch tokens
-      _split_loss          completion_loss: the forward pass, whose head computes the loss (``vlmkernels.ops``)
+    _prepare_inputs      calls _new_experience when the last batch is used up:
+      _sample              encodes prompts, samples completions with the engine and calls the reward functions
+      group_advantages     computes advantages from the rewards of all processes
+      _add_fixed_logps     computes the old and the reference log-probabilities
+    compute_loss         runs one micro-batch in splits of at most max_tokens_per_microbatch tokens:
+      _split_loss          runs the forward pass; the language-model head computes the loss (``vlmkernels.ops``)
 """
 
 import math
@@ -59,12 +59,12 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             ``vlmkernels.data.samples``. Every row is checked. eval_dataset may be a dict of datasets.
         processing_class: the processor or tokenizer of the model. By default it is loaded from the path of the model.
         callbacks, optimizers: see ``transformers.Trainer``.
-        peft_config: adapters to train instead of the model.
+        peft_config: configuration of adapters to train instead of the model's own weights.
 
     Attributes:
-        engine: samples the completions.
+        engine: the rollout engine, which samples the completions.
         prepared: how the policy runs; see ``PreparedPolicy``.
-        ref_model: the reference, or None.
+        ref_model: the copy that is the reference, or None.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.micro_batches = MicroBatches(self.prepared, args, self.accelerator)
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
         self._experience: Experience | None = None
-        self._last_scored: tuple[Scored, torch.Tensor] | None = None
+        self._last_scored: tuple[Scored, torch.Tensor] | None = None  # with advantages, for log_completions
         self.metrics = MetricBuffer()
         self._step_time = 0.0
         self._add_callbacks()
@@ -122,7 +122,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return batches of prompt indices. Rows are read once, when their completions are sampled."""
+        """Return batches of prompt indices. A row is read when its completions are sampled, not once per micro-batch."""
         loader = sampler.prompt_dataloader(len(self.train_dataset), self.args, lambda: self.state.global_step)
         return self.accelerator.prepare(loader)
 
@@ -173,7 +173,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches.
 
         Args:
-            indices: of the prompts, rows of train_dataset.
+            indices: rows of train_dataset, one per prompt.
         """
         args = self.args
         with self.processes.stop_together(f"the completions of step {self.state.global_step}"), inference(self.policy):
@@ -183,7 +183,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if args.on_bad_sample == "skip":
             replaced = [sample.index != index for sample, index in zip(samples, indices, strict=True)]
             self.metrics.add({"frac_samples_replaced": sum(replaced) / len(replaced)})
-        self.micro_batches.counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
+        self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
         with self.phases("wait"):
             rewards = self.accelerator.gather(scored.scores.rewards.to(args.device))
         result = self._advantages(rewards, args.num_generations)
@@ -200,7 +200,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         return experience
 
     def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, result: GroupAdvantages, scores: Scores) -> None:
-        """Add the metrics of a rollout. ``rewards`` and ``result`` are those of all processes, ``scores`` of this one."""
+        """Add the metrics of a rollout. ``rewards`` and ``result`` cover all processes, ``scores`` only this one."""
         lengths = self.accelerator.gather(rollout.completion_mask.sum(1))
         truncated = self.accelerator.gather(rollout.truncated)
         prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1)[rollout.group.to(lengths.device)]
@@ -245,7 +245,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Train on one micro-batch, and check losses and gradients before an optimizer step."""
         start = time.perf_counter()
         with self.phases("backward"):  # the phases of _prepare_inputs and _split_loss are nested in it
-            # With a number of items, Trainer does not divide the loss by the accumulation steps again.
+            # If num_items_in_batch is given, Trainer does not divide the loss by the accumulation steps again.
             loss = super().training_step(model, inputs, num_items_in_batch=1)
         self._step_time += time.perf_counter() - start
         if self.accelerator.sync_gradients:
@@ -260,13 +260,13 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     def compute_loss(
         self, model: torch.nn.Module, inputs: int, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Compute the loss of a micro-batch, as its share of the accumulated batch.
+        """Compute the loss of a micro-batch, weighted by its share of the accumulated batch.
 
-        Splits before the last run their backward pass here; ``Trainer`` runs that of the last one.
+        Splits before the last run their backward pass here; ``Trainer`` runs the backward pass of the last split.
 
         Args:
             model: the policy, perhaps wrapped.
-            inputs: the number of micro-batches trained on before, in this generation batch.
+            inputs: how many micro-batches of this generation batch were trained on before this one.
         """
         experience, total = self._experience, 0.0
         splits = self.micro_batches.splits(experience.rollout, inputs % self.args.steps_per_generation)
@@ -304,7 +304,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Compute the loss, the metrics and the old log-probabilities (n, C) of a split.
 
         Args:
-            use: as ``inputs`` of ``compute_loss``.
+            use: see ``inputs`` of ``compute_loss``.
             part: the weight of the split in the loss of its micro-batch.
         """
         args, rollout, samples = self.args, experience.rollout, split.samples
@@ -339,18 +339,23 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
 
     @phase("evaluate")
     def evaluation_loop(
-        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Sample and score the rows, without a loss. The metrics have the names of training's metrics, with a prefix."""
+        """Sample and score the rows, without a loss. The metrics are named as in training, with a prefix."""
         num_generations, completions = self.args.num_generations_eval, EvaluatedCompletions()
         self.callback_handler.eval_dataloader = dataloader
         num_batches = parallel.max_over_ranks(self.accelerator, len(dataloader))
         with self.processes.stop_together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
                 rollout, scored = self._sample([sample for _, sample in rows], num_generations, self.args.eval_temperature)
-                # A sample that replaces an unreadable row runs, because ranks need the same number, but does not count.
-                counts = torch.tensor([sample.index == index for index, sample in rows])
-                completions.add(rollout, scored.scores, counts.repeat_interleave(num_generations))
+                # A sample that replaces an unreadable row runs, so that ranks stay in lockstep, but it is not evaluated.
+                is_own = torch.tensor([sample.index == index for index, sample in rows])
+                completions.add(rollout, scored.scores, is_own.repeat_interleave(num_generations))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             for _ in range(num_batches - len(dataloader)):  # other ranks have more rows
                 with self._gathered_policy():
@@ -366,12 +371,11 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Add the metrics since the last log, and store the completions of the last generation batch."""
         args, is_training = self.args, "loss" in logs
         if is_training:
-            self.metrics.add(step_metrics(self.phases, self.micro_batches.counts, args.world_size))
+            self.metrics.add(step_metrics(self.phases, self.micro_batches.token_counts, args.world_size))
             logs.update(self.metrics.flush(self.accelerator) | self.mismatch.flush(self.accelerator))
         super().log(logs, start_time)
         if is_training and args.log_completions and self._last_scored and self.is_world_process_zero():
-            limits = args.num_generations, args.num_completions_to_print
-            groups = completion_groups(*self._last_scored, self.rewards.names, *limits)
+            groups = completion_groups(*self._last_scored, self.rewards.names, args)
             self.record.save_completions(args, self.state, groups, self.callback_handler.callbacks)
 
     # Checkpoints
@@ -388,10 +392,6 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             self._experience = checkpoint.load_experience(path, args.process_index, self.prepared.family, args)
         with name_lost_processes(self.accelerator):
             return super().train(path, **kwargs)
-
-    @phase("save")
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random states, and the generation batch if it is still in use, so that a resumed run continues it."""

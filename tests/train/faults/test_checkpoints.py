@@ -46,7 +46,7 @@ def assert_same_run(resumed, whole, steps=range(1, 10)):
 
 
 def test_killed_at_every_file(server, tmp_path, whole):
-    """While the checkpoint of step 6 is written, mid-batch, that of step 3 loads until that of step 6 is complete.
+    """The checkpoint of step 6 is written mid-batch. Until it is complete, the checkpoint of step 3 loads.
 
     While the checkpoint of step 6 is written again, one of step 6 loads at every moment.
     """
@@ -90,7 +90,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, whol
     assert_same_run(resumed, whole)
 
 
-def test_a_full_disk_may_cost_a_checkpoint_alone(tmp_path, whole):
+def test_a_full_disk_skips_one_checkpoint(tmp_path, whole):
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
     trainer = build(tmp_path, eval_data=tiny.rows(2), on_save_error="skip", **best)
     runs.limit_files(trainer, 60_000)
@@ -218,7 +218,7 @@ def test_lora_counts_once(tmp_path):
             {"format": 3, "vlmkernels": "9.0"},
             r"must have a format that vlmkernels .* can read, at most 2, got 3, written by vlmkernels 9.0",
         ),
-        ({"model_type": "qwen3_vl"}, "must be of a model of type qwen2_5_vl, which is trained, got qwen3_vl"),
+        ({"model_type": "qwen3_vl"}, "must hold a model of type qwen2_5_vl, like the trained model, got qwen3_vl"),
     ],
 )
 def test_checkpoints_of_others_are_named(tmp_path, whole, change, message):
@@ -238,12 +238,12 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path, whole):
     def adapted(r):
         return build(tmp_path, peft_config=LoraConfig(r=r, target_modules=["q_proj"]), max_steps=3)
 
-    with pytest.raises(ValueError, match="must hold LoRA adapters, which are trained, got a checkpoint of a whole model"):
+    with pytest.raises(ValueError, match="must hold LoRA adapters, like the trained model, got a checkpoint of a whole model"):
         adapted(4).train(resume_from_checkpoint=folder)
     adapted(4).train()
     with pytest.raises(ValueError, match=r"must have a parameter base_model.*lora_A.weight of shape \(8, 32\), got \(4, 32\)"):
         adapted(8).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="must hold a whole model, which is trained, got a checkpoint of LoRA adapters"):
+    with pytest.raises(ValueError, match="must hold a whole model, like the trained model, got a checkpoint of LoRA adapters"):
         build(tmp_path).train(resume_from_checkpoint=True)
     wider = build(tmp_path)
     wider.model.resize_token_embeddings(60)
@@ -254,5 +254,5 @@ def test_checkpoints_that_do_not_fit_are_named(tmp_path, whole):
         shutil.copytree(folder, copy, dirs_exist_ok=True)
         shutil.copy(copy / "experience_0.pt", copy / f"experience_{process}.pt")
     (copy / "vlmkernels.json").unlink()
-    with pytest.raises(ValueError, match="was saved mid-batch by 2 processes: resume with 2 processes, got 1"):
+    with pytest.raises(ValueError, match="was saved mid-batch by 2 processes: resume with 2, got 1"):
         build(tmp_path).train(resume_from_checkpoint=str(copy))

@@ -54,7 +54,7 @@ def test_a_fault_of_one_process_is_skipped_by_all(two):
 
 
 def test_survivors_of_a_killed_process_end_and_say_why(server, tmp_path, two):
-    """There is no launcher that ends them. Then two processes resume from the last checkpoint."""
+    """No launcher terminates the survivors. Afterwards two processes resume from the last checkpoint."""
     processes = runs.start(server, runs.train_and_die, tmp_path, 1, 3, runs.SHORT, world=2)
     assert runs.ended(processes, 60) == [1, -9]
     said = (tmp_path / "output-0").read_text()
@@ -112,6 +112,8 @@ def test_another_sample_takes_the_place_of_one_that_cannot_be_read(tmp_path, cap
     trainer.control.should_evaluate = True
     evaluated = trainer.evaluation_loop(trainer.get_eval_dataloader(), "")
     assert evaluated.num_samples == 4  # samples that replace others do not count twice
+    other = trainer.get_eval_dataloader(tiny.rows(6, "one"))  # row 3 of this dataset can be read
+    assert [sample.index for rows in other for _, sample in rows] == list(range(6))
 
 
 def test_a_dataset_that_cannot_be_read_at_all_stops_the_run(tmp_path):
@@ -156,7 +158,7 @@ def test_a_step_that_is_skipped_changes_nothing(tmp_path, max_grad_norm):
     assert all(x.isfinite().all() for x in states[-1])
 
 
-def test_steps_are_not_skipped_for_ever(tmp_path):
+def test_too_many_skipped_steps_stop_the_run(tmp_path):
     trainer = build(tmp_path, on_nonfinite="skip", max_steps=20, save_strategy="no")
     runs.spoil_loss(trainer, range(20), always=True)
     with pytest.raises(
@@ -203,6 +205,6 @@ def test_a_reward_without_a_timeout_that_does_not_return_is_named(monkeypatch, c
 
 
 @pytest.mark.parametrize("name", ["on_save_error", "on_bad_sample", "on_nonfinite"])
-def test_choices(tmp_path, name):
+def test_unknown_choices_raise(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must be one of raise, skip, got 'ignore'"):
         build(tmp_path, **{name: "ignore"})

@@ -1,4 +1,4 @@
-"""``Objective``: Liger's GRPO arguments converted to those of ``grpo_loss``, Liger's metrics, and the loss per token."""
+"""``Objective``: converts Liger's GRPO arguments to ``grpo_loss``, and computes Liger's metrics and the loss per token."""
 
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ class Objective:
         return formulas.bounded(log_ratio).exp()
 
     def _log_policy_weight(self) -> torch.Tensor:
-        """Return the logarithm of the policy weight, (B, T) or (B, 1), with that of a sequence divided among its tokens."""
+        """Return the logarithm of the policy weight per token, (B, T) or (B, 1). Tokens share a sequence's weight equally."""
         log_weight = self.policy_weight.log()
         return log_weight / self.loss_mask.sum(1, keepdim=True).clamp(min=1) if log_weight.shape[1] == 1 else log_weight
 

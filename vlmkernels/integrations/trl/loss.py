@@ -44,7 +44,7 @@ def compute_loss(
         trainer: the ``trl.GRPOTrainer``.
         scorer: its scorer.
         config: the objective, from ``loss_config``.
-        get_logps: TRL's own ``_get_per_token_logps_and_entropies``, which builds the inputs of a model from those of a batch.
+        get_logps: TRL's own ``_get_per_token_logps_and_entropies``, which builds the model inputs from a micro-batch.
         model: the model to train, wrapped or not.
         inputs: the micro-batch.
     """

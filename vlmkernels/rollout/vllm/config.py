@@ -14,7 +14,7 @@ MODES = ("server", "colocate")
 
 @dataclass(frozen=True)
 class VLLMConfig:
-    """Options of the vLLM engines. Most are fields of ``GRPOConfig`` with the prefix ``vllm_``; error messages use its names.
+    """Options of the vLLM engines. Error messages use the names in ``GRPOConfig``, most of which have the prefix ``vllm_``.
 
     Args:
         weights_dir: folder that weight updates go through. vLLM must see it under the same path.

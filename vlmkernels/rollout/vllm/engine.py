@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from vlmkernels.data.samples import Sample, render, tokenizer_of
 from vlmkernels.models.families import family_of
 from vlmkernels.models.inputs import ModelInputs
-from vlmkernels.rollout.base import Engine, Rollout, RolloutError, Sampling
+from vlmkernels.rollout.base import Engine, Rollout, RolloutError, Sampling, pad_token_ids
 from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling
 from vlmkernels.rollout.vllm.fingerprint import TOLERANCE, Fingerprint, relative_difference
 from vlmkernels.rollout.vllm.main_process import on_main_process
@@ -231,18 +231,20 @@ class VLLM(Engine):
         for reply, sample, tokens in zip(replies, samples, expected, strict=True):
             self._check(reply, sample, tokens, params)
         completions = [completion for reply in replies for completion in reply.completions]
-        lengths = torch.tensor([len(completion.token_ids) for completion in completions])
-        mask = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-        ids, logps = torch.full(mask.shape, self.sampling.pad_token_id), None
-        ids[mask] = torch.tensor([token for completion in completions for token in completion.token_ids])
+        ids, mask = pad_token_ids([completion.token_ids for completion in completions], self.sampling.pad_token_id)
+        device, logps = prompts.inputs["input_ids"].device, None
         if "logprobs" in params:
             logps = torch.zeros(mask.shape)
             pairs = [pair for c in completions for pair in zip(c.token_ids, c.logps, strict=True)]
             logps[mask] = torch.tensor([self._logp(token, returned, temperature) for token, returned in pairs])
-        truncated = torch.tensor([not completion.ended for completion in completions])
-        group, device = torch.arange(len(samples)).repeat_interleave(num_generations), prompts.inputs["input_ids"].device
-        tensors = (None if x is None else x.to(device) for x in (ids, mask, truncated, logps))
-        return Rollout(prompts, group, *tensors)
+        return Rollout(
+            prompts,
+            group=torch.arange(len(samples)).repeat_interleave(num_generations),
+            completion_ids=ids.to(device),
+            completion_mask=mask.to(device),
+            truncated=torch.tensor([not completion.ended for completion in completions], device=device),
+            logps=None if logps is None else logps.to(device),
+        )
 
     # Weights
 
