@@ -251,7 +251,7 @@ VLMK_DEVICE void store_cached(T* address, Vector raw) {
     __stcg(reinterpret_cast<Vector*>(address), raw);
 }
 
-// The same if `base` is only aligned to its elements. Neighbouring threads share cache lines, so these loads may stay in L1.
+// The same if `base` is only aligned to its elements. Neighboring threads share cache lines, so these loads may stay in L1.
 template <class T>
 VLMK_DEVICE uint4 load_unaligned(const T* base, uint32_t i) {
     base += static_cast<int64_t>(i) * kVec<T>;

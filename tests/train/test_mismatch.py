@@ -105,8 +105,9 @@ def test_log_probability_that_a_token_was_sampled_with(case):
         for k in mask.nonzero().flatten().tolist():
             seen = {*start, *decoded.ids[row, :k].tolist()}
             q = chosen_from(logits[row, k], temperature, seen, options)
-            drawn, kept = decoded.logps[row, k] - decoded.log_kept_mass[row, k], decoded.log_kept_mass[row, k].exp().item()
-            assert drawn.exp().item() == pytest.approx(q[decoded.ids[row, k]].item(), rel=1e-4)
+            log_kept = decoded.log_kept_mass[row, k]
+            kept, sampling_logp = log_kept.exp().item(), decoded.logps[row, k] - log_kept
+            assert sampling_logp.exp().item() == pytest.approx(q[decoded.ids[row, k]].item(), rel=1e-4)
             if "repetition_penalty" not in options:
                 mass = (logits[row, k].double() / temperature).softmax(-1)[q > 0].sum().item()
                 assert kept == pytest.approx(mass, rel=1e-4)
@@ -225,7 +226,12 @@ def run(folder, kept=True, engine=OffEngine, **options):
 
 
 def by_hand(trainer):
-    """Return the model, log-probabilities with gradients (B, C) and those of the rollout in fp64, loss mask and advantages."""
+    """Compute log-probabilities from the full logits of padded inputs.
+
+    Returns:
+        The model, its log-probabilities (B, C) with gradients, the rollout's log-probabilities and log kept mass (B, C), all in
+        fp64, the loss mask (B, C) and the advantages (B,).
+    """
     experience, model = trainer._experience, tiny.vlm()
     rollout = experience.rollout
     inputs = rollout.padded(torch.arange(len(rollout.group))).inputs

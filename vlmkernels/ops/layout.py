@@ -4,7 +4,7 @@ import torch
 
 
 def leading_axes(tensor: torch.Tensor) -> list[tuple[int, int]]:
-    """Return (size, stride) of the leading axes, outermost first. Neighbouring axes that one stride describes are merged."""
+    """Return (size, stride) of the leading axes, outermost first. Neighboring axes that one stride describes are merged."""
     axes: list[tuple[int, int]] = []
     for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
         if size == 1:

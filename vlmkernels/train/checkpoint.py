@@ -151,7 +151,8 @@ def check_checkpoint(checkpoint: str | os.PathLike, model: PreTrainedModel, proc
         raise ValueError(f"{name} was saved mid-batch by {saved_by} processes: resume with {saved_by}, got {processes}")
     if saved_by and manifest["format"] != FORMAT:
         raise ValueError(
-            f"{name} was saved mid-batch by vlmkernels {manifest['vlmkernels']}: resume with that version, got {__version__}"
+            f"{name} was saved mid-batch in format {manifest['format']} by vlmkernels {manifest['vlmkernels']}: "
+            f"resume with that version, got vlmkernels {__version__}, which reads batches of format {FORMAT}"
         )
 
 

@@ -84,8 +84,8 @@ class FiniteSteps:
     def __init__(self, accelerator: Accelerator, on_nonfinite: str) -> None:
         if accelerator.distributed_type == DistributedType.DEEPSPEED and on_nonfinite != "raise":
             raise ValueError(
-                "on_nonfinite must be raise under DeepSpeed, which takes the optimizer step inside the backward pass, "
-                f"got {on_nonfinite}"
+                "on_nonfinite must be 'raise' under DeepSpeed, which takes the optimizer step inside the backward pass, "
+                f"got {on_nonfinite!r}"
             )
         self.accelerator, self.on_nonfinite = accelerator, on_nonfinite
         self.losses: list[torch.Tensor] = []

@@ -154,7 +154,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         with self.phases("data"):
             prompts = setup.encode_prompts(samples, self.processing_class, prepared, args)
         with self.phases("generate"), self._gathered_policy():
-            if prepared.reuses_image_features and self.engine.shares_prefix:
+            if prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
                 prompts = encode_images(prepared.model, prompts)
             self.metrics.add(self.engine.sync_weights(self.policy, self.state.global_step))
             rollout = self.engine(self.policy, prompts, num_generations, temperature, samples)

@@ -11,7 +11,7 @@ from support.paths import ROOT, environment
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """launch(config, number, names): the results of these cases, by name, with ``number`` processes of ``configs/<config>``."""
+    """A function that runs cases with ``number`` processes under ``configs/<config>`` and returns the results by name."""
     folder = tmp_path_factory.mktemp("processes")
 
     def launch(config: str, number: int, names: list[str]) -> dict:
@@ -34,7 +34,7 @@ def launched(launch):
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory):
-    """alone(name): the results of a case in one process. Cases that differ only in how they are sharded share a run."""
+    """A function that returns the results of a case in one process. Cases that differ only in sharding share one run."""
     results = {}
 
     def alone(name: str) -> dict:

@@ -218,6 +218,10 @@ def test_lora_counts_once(tmp_path):
             {"format": 3, "vlmkernels": "9.0"},
             r"must have a format that vlmkernels .* can read, at most 2, got 3, written by vlmkernels 9.0",
         ),
+        (
+            {"format": 1, "vlmkernels": "0.0"},
+            "was saved mid-batch in format 1 by vlmkernels 0.0: resume with that version, got .* batches of format 2",
+        ),
         ({"model_type": "qwen3_vl"}, "must hold a model of type qwen2_5_vl, like the trained model, got qwen3_vl"),
     ],
 )

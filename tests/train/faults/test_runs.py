@@ -45,20 +45,20 @@ def test_a_fault_of_one_process_stops_all_by_name(two, name, here, there):
 
 
 def test_a_fault_of_one_process_is_skipped_by_all(two):
-    said = two[0]
-    for step, log in said["whole"]["losses"].items():
-        assert said["disk"]["losses"][step] == pytest.approx(log, rel=1e-5, abs=1e-7)
-    skipped = [log["frac_steps_skipped"] for log in said["loss skipped"]["losses"].values()]
+    report = two[0]
+    for step, log in report["whole"]["losses"].items():
+        assert report["disk"]["losses"][step] == pytest.approx(log, rel=1e-5, abs=1e-7)
+    skipped = [log["frac_steps_skipped"] for log in report["loss skipped"]["losses"].values()]
     assert skipped == [0, 1]
-    assert said["image"]["losses"]["1"]["frac_samples_replaced"] == 0.25  # one of four samples: two processes read two each
+    assert report["image"]["losses"]["1"]["frac_samples_replaced"] == 0.25  # one of four samples: two processes read two each
 
 
 def test_survivors_of_a_killed_process_end_and_say_why(server, tmp_path, two):
     """No launcher terminates the survivors. Afterwards two processes resume from the last checkpoint."""
     processes = runs.start(server, runs.train_and_die, tmp_path, 1, 3, runs.SHORT, world=2)
     assert runs.ended(processes, 60) == [1, -9]
-    said = (tmp_path / "output-0").read_text()
-    assert f"process 0 stops: process 1 (pid {processes[1].pid}) has ended or cannot be reached" in said
+    report = (tmp_path / "output-0").read_text()
+    assert f"process 0 stops: process 1 (pid {processes[1].pid}) has ended or cannot be reached" in report
     assert runs.ended(runs.start(server, runs.train, tmp_path, runs.SHORT, world=2), 60) == [0, 0]
     resumed = json.loads((tmp_path / "losses-0.json").read_text())
     assert list(resumed) == ["1", "2", "3", "4", "5"]
