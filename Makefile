@@ -20,7 +20,7 @@ demo: setup
 demo-suite: setup
 	$(BIN)/vlmkernels demo --suite --output demo-suite-output
 
-# A process for each of two cores, where they take half the time of one process with two threads.
+# One process per core, with one thread each: 9 minutes on two cores. tests/ops/test_cpu_isa.py runs kernels with two threads.
 WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests

@@ -105,6 +105,7 @@ def test_train_and_eval_lora(files, tmp_path):
         (["--reward", "cer", "--config", "/nowhere.yaml"], "--config /nowhere.yaml: .*No such file"),
         (["--reward", "cer", "--generation_kwargs", "top_k"], r"generation_kwargs must map names to values .*, got 'top_k'"),
         (["--reward", "cer", "--generation_kwargs", '{"topk": 5}'], "generation_kwargs must hold only .*, got topk"),
+        (["--reward", "cer", "--generation_kwargs", '{"topk": null}'], "generation_kwargs must hold only .*, got topk"),
         (
             [
                 "--reward",

@@ -20,7 +20,8 @@ EXAMPLES = ROOT / "examples"
 def run(*command, cwd: Path, **environment: str) -> str:
     environment = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT), **os.environ, **environment}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    command = [str(part) for part in command]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -89,7 +90,7 @@ def test_full_recipe_has_valid_flags(folder):
     for name in ("vllm", "accelerate"):
         (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/{name}.txt\n')
         (programs / name).chmod(0o755)
-    command = f'PATH={programs}:$PATH exec bash {EXAMPLES / "recipes" / "full-8xh100.sh"}'
+    command = f"PATH={programs}:$PATH exec bash {EXAMPLES / 'recipes' / 'full-8xh100.sh'}"
     run("bash", "-c", command, cwd=folder, MODEL="digits/model", DATASET="digits/train.jsonl")
     launched = (folder / "accelerate.txt").read_text().splitlines()
     assert Path(launched[launched.index("--config_file") + 1]).resolve() == ROOT / "configs" / "fsdp2.yaml"

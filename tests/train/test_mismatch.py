@@ -354,8 +354,8 @@ def test_the_trainers_own_engine(tmp_path):
 def test_metrics_without_a_correction(tmp_path):
     """Without a correction the metrics are logged and the loss stays the same. A second pass over a batch measures nothing."""
     options = {"num_iterations": 2, "steps_per_generation": 4, "max_steps": 4, "loss_type": "grpo"}
-    _, logs, gradients = run(tmp_path / "told", **options)
-    _, others, expected = run(tmp_path / "untold", engine=lambda trainer, _: FixedGenerate(trainer), **options)
+    _, logs, gradients = run(tmp_path / "with", **options)
+    _, others, expected = run(tmp_path / "without", engine=lambda trainer, _: FixedGenerate(trainer), **options)
     for one, other in zip(gradients, expected, strict=True):
         assert all(torch.equal(one[name], g) for name, g in other.items())
     names = [[name for name in log if name.startswith("sampling/")] for log in logs]

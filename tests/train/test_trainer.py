@@ -207,18 +207,18 @@ def test_lora_on_the_head():
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     adapters = [p for p in model.parameters() if p.requires_grad]
 
-    def gathered():
+    def from_logits():
         return model(**inputs).logits[:, 1:-1].log_softmax(-1).gather(-1, ids[:, 2:, None]).squeeze(-1)
 
-    def taken():
+    def from_head():
         batch = pad_completions(inputs, torch.ones(2, 4, dtype=torch.bool))
         return completion_logps(model, batch, head=head, arguments={}, temperature=1.0).view(2, 4)
 
-    torch.testing.assert_close(taken(), gathered())
-    gradients = [torch.autograd.grad(logps().sum(), adapters) for logps in (taken, gathered)]
+    torch.testing.assert_close(from_head(), from_logits())
+    gradients = [torch.autograd.grad(logps().sum(), adapters) for logps in (from_head, from_logits)]
     torch.testing.assert_close(*gradients)
     with model.disable_adapter():
-        torch.testing.assert_close(taken(), gathered())
+        torch.testing.assert_close(from_head(), from_logits())
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.1}])

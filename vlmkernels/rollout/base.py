@@ -100,7 +100,8 @@ class Sampling:
         A value of None selects the default. ``eos_token_id`` may be an int. Arguments without a field of their own go to
         ``generation_kwargs``.
         """
-        given = {name: value for name, value in kwargs.items() if value is not None}
+        defaults = GenerationConfig()  # an unknown name raises even with None
+        given = {name: value for name, value in kwargs.items() if value is not None or not hasattr(defaults, name)}
         own = {name: given.pop(name) for name in cls.names() & given.keys()}
         if isinstance(eos := own.get("eos_token_id"), int):
             own["eos_token_id"] = [eos]

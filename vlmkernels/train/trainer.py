@@ -312,7 +312,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         old_logps = None if is_on_policy else experience.old_logps[samples]
         window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
         batch = self.micro_batches.scoring_batch(rollout, split).select(loss_mask[rollout.completion_mask[samples]])
-        threshold = None  # the quantile of this split's entropies
+        threshold = None  # then the loss uses the quantile of this split's entropies
         if args.top_entropy_quantile < 1 and args.world_size > 1:
             threshold = partial(top_entropy_threshold, self.accelerator, args.top_entropy_quantile)
         loss, metrics, logps, _ = completion_loss(
