@@ -54,12 +54,12 @@ def rollout_ratio(args, old_logps, rollout_logps, mask):
     return torch.where((ratio >= low) & (ratio <= high), ratio, 0)
 
 
-def trl_loss(args, logps, advantages, mask, *, old_logps, ref_logps, rollout_logps, entropy, num_items):
+def trl_loss(args, logps, advantages, loss_mask, *, old_logps, ref_logps, rollout_logps, entropy, num_items):
     """(loss, metrics) of TRL 1.16 in evaluation mode, without gradient accumulation."""
-    masks = {"prompt_mask": mask[:, :0], "completion_mask": mask.to(logps.dtype)}
+    masks = {"prompt_mask": loss_mask[:, :0], "completion_mask": loss_mask.to(logps.dtype)}
     inputs = {
-        "prompt_ids": mask[:, :0].long(),
-        "completion_ids": mask.long(),
+        "prompt_ids": loss_mask[:, :0].long(),
+        "completion_ids": loss_mask.long(),
         **masks,
         "advantages": advantages,
         "old_per_token_logps": old_logps,
@@ -69,7 +69,7 @@ def trl_loss(args, logps, advantages, mask, *, old_logps, ref_logps, rollout_log
     if args.use_vllm:
         inputs["sampling_per_token_logps"] = rollout_logps
         if args.vllm_importance_sampling_correction:
-            inputs["importance_sampling_ratio"] = rollout_ratio(args, old_logps, rollout_logps, mask)
+            inputs["importance_sampling_ratio"] = rollout_ratio(args, old_logps, rollout_logps, loss_mask)
     trainer = SimpleNamespace(
         args=args,
         accelerator=OneProcess(),
