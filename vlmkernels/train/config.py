@@ -269,7 +269,7 @@ class GRPOConfig(TrainingArguments):
         """Return how completions are sampled in training. Values of ``generation_kwargs`` replace the fields' values."""
         options = {"max_new_tokens": self.max_completion_length, "temperature": self.temperature}
         options |= {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
-        options |= {name: value for name, value in (self.generation_kwargs or {}).items() if value is not None}
+        options |= {n: v for n, v in (self.generation_kwargs or {}).items() if v is not None or n not in options}
         return Sampling.from_kwargs(**options)
 
     def vllm_config(self) -> VLLMConfig | None:
