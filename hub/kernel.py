@@ -6,7 +6,7 @@
 
 OUT/build/torch-cpu and OUT/build/torch-cuda are the folders to upload to the Hub. They contain the files of ``vlmkernels/``
 that the ops need, with two changes. Imports are relative, because a kernel is loaded under another name. The ops are registered
-in a namespace with a hash of their code, so that several versions can be loaded together and beside the package.
+in a namespace that contains a hash of the code: several versions, and the package itself, can be loaded in one process.
 
 Source: https://huggingface.co/docs/kernels/kernel-requirements
 """
