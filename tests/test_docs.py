@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,9 @@ def test_examples_run(page, tmp_path, monkeypatch):
     names: dict = {}
     for block in runnable(page):
         exec(block, names)
+    differentiable = [x for x in names.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    gradients = [x.grad for x in differentiable if x.is_leaf and x.grad is not None]
+    assert all(x.isfinite().all() for x in (*differentiable, *gradients)), f"{page.name} computes values that are not finite"
 
 
 def anchors(page: Path) -> set[str]:
