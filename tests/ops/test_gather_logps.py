@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.gather_cases import assert_results_within_budget, check, run
+from support.selections import SELECTIONS, select
 
 from vlmkernels import backend as backends
 from vlmkernels import gather_logps, use_backend
@@ -39,25 +40,13 @@ def test_matches_fp64(need, device, nan_filled, backend, dtype, num, vocab):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("inplace_backward", [False, True])
-@pytest.mark.parametrize("selection", ["mask", "rows", "rows+mask", "none selected"])
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_only_selected_results_are_computed(need, device, nan_filled, backend, inplace_backward, selection):
     """Logits without a result are not read (they are NaN here) and get gradient 0; gradients of repeated rows are added."""
     num, vocab = 12, 301
     logits, targets, _ = make(num, vocab, torch.float32, device)
     need("gather_logps", backend, logits)
-    options, used = {}, torch.ones(num, dtype=torch.bool)
-    if selection.startswith("rows"):
-        rows = torch.tensor([7, 2, 2, 11, 2, 0, 7])  # out of order, repeated, one target twice
-        options["rows"] = rows.to(device)
-        targets = torch.tensor([5, 300, 300, 0, 17, 1, 299]).to(device)
-        used = torch.zeros(num, dtype=torch.bool).index_fill(0, rows, True)
-    if selection.endswith("mask"):
-        mask = torch.tensor([True, False, True, True, False, True, False] + [False, True] * 3)[: len(targets)]
-        options["mask"] = mask.to(device)
-        targets = targets.masked_fill(~options["mask"], -100)
-        used = torch.zeros(num, dtype=torch.bool).index_fill(0, rows[mask] if "rows" in options else mask.nonzero()[:, 0], True)
-    if selection == "none selected":
-        options["mask"], used = torch.zeros(num, dtype=torch.bool, device=device), torch.zeros(num, dtype=torch.bool)
+    options, targets, used = select(selection, targets)
     logits[~used.to(device)] = torch.nan
     check(logits, targets, backend, inplace_backward=inplace_backward, **options)
     result = run(logits, targets, backend, inplace_backward=inplace_backward, **options)

@@ -8,6 +8,7 @@ import torch
 from support.budget import assert_within_budget
 from support.linear_cases import KERNELS, ROW, make
 from support.paths import environment
+from support.selections import SELECTIONS, select
 
 from vlmkernels import VocabParallel, gather_logps, linear_logps
 from vlmkernels import backend as backends
@@ -73,25 +74,14 @@ def test_chunks_and_kept_logits(need, device, nan_filled, backend, dtype, keep_r
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("selection", ["mask", "rows", "rows+mask", "none selected"])
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_only_selected_results_are_computed(need, device, nan_filled, backend, dtype, selection):
     """Rows without a result are not multiplied (they are NaN here) and get gradient 0; gradients of repeated rows are added."""
     num, vocab = 12, 301
     operands, targets = make((num,), vocab, 16, dtype, device)
     need("linear_logps", backend, operands[0])
-    options, used = {"chunk_bytes": 5 * vocab * ROW}, torch.ones(num, dtype=torch.bool)
-    if selection.startswith("rows"):
-        rows = torch.tensor([7, 2, 2, 11, 2, 0, 7])  # out of order, repeated, one target twice
-        options["rows"] = rows.to(device)
-        targets = torch.tensor([5, 300, 300, 0, 17, 1, 299]).to(device)
-        used = torch.zeros(num, dtype=torch.bool).index_fill(0, rows, True)
-    if selection.endswith("mask"):
-        mask = torch.tensor([True, False, True, True, False, True, False] + [False, True] * 3)[: len(targets)]
-        options["mask"] = mask.to(device)
-        targets = targets.masked_fill(~options["mask"], -100)
-        used = torch.zeros(num, dtype=torch.bool).index_fill(0, rows[mask] if "rows" in options else mask.nonzero()[:, 0], True)
-    if selection == "none selected":
-        options["mask"], used = torch.zeros(num, dtype=torch.bool, device=device), torch.zeros(num, dtype=torch.bool)
+    options, targets, used = select(selection, targets)
+    options["chunk_bytes"] = 5 * vocab * ROW
     operands[0][~used.to(device)] = torch.nan
     result = check(operands, targets, backend, **options)
     assert result["dhidden"][~used.to(device)].eq(0).all()
