@@ -103,12 +103,24 @@ def test_group_attention(benchmark, case, backward):
 
         return lambda: differentiate(attention, copied, copied_weight, backward)
 
+    def flash4_on_copies():
+        from flash_attn.cute import flash_attn_func
+
+        def attention(q, k, v):
+            return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)[0].transpose(1, 2)
+
+        return differentiate(attention, copied, copied_weight, backward)
+
+    # The first calls of "cudnn" build its execution plans, and those of "flash4" compile its kernels.
     chosen = backend.choose("group_attention", "auto", inputs[0])
-    providers = {f"vlmkernels {chosen}": ours(chosen)}
+    names = [chosen, *(name for name in ("flash4", "flash", "cudnn") if name != chosen)]
+    providers = {
+        f"vlmkernels {name}": ours(name) for name in names if backend.why_not("group_attention", name, inputs[0]) is None
+    }
     if harness.GPU:
-        if backend.why_not("group_attention", "cudnn", inputs[0]) is None:
-            providers["vlmkernels cudnn"] = ours("cudnn")  # its execution plans are built by now
         providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)
+        if "vlmkernels flash4" in providers:
+            providers["FlashAttention-4 on copies"] = flash4_on_copies
         providers["cuDNN attention on copies"] = on_copies(SDPBackend.CUDNN_ATTENTION)
         providers["vlmkernels flex"] = ours("flex")
     else:

@@ -1,4 +1,4 @@
-"""The DAPO loss with a KL term on given log-probabilities, forward and backward, compared with its peers.
+"""The DAPO loss with a KL term on given log-probabilities, forward and backward, and group advantages, compared with peers.
 
 Useful bytes: log-probabilities of the policy, the old policy and the reference, entropies, the mask, and the gradient.
 
@@ -11,7 +11,7 @@ import harness
 import pytest
 import torch
 
-from vlmkernels import GRPOLossConfig, backend, grpo_loss
+from vlmkernels import GRPOLossConfig, backend, group_advantages, grpo_loss
 
 # (completions, tokens): a micro-batch; long answers; a whole batch.
 CASES = [(64, 512), (64, 4096), (512, 2048)]
@@ -113,3 +113,38 @@ def test_grpo_loss(benchmark, shape):
     read = CALLS * sum(x.numel() * x.element_size() for x in inputs)
     bytes = dict.fromkeys(providers, read + CALLS * 4 * batch["loss_mask"].numel()) | dict.fromkeys(floors, read)
     harness.compare(benchmark, harness.Case(title, providers, check, floors, limit_s=20, bytes=bytes))
+
+
+def advantages_formula(rewards, weights, size):
+    """As in TRL's trainer, with its metrics: the mean and the standard deviation of each group."""
+    grouped = (rewards * weights).nansum(1).view(-1, size)
+    mean, std = grouped.mean(1, keepdim=True), grouped.std(1, keepdim=True)
+    return ((grouped - mean) / (std + 1e-4)).flatten(), mean.flatten(), std.flatten()
+
+
+@pytest.mark.parametrize(("num", "size"), [(64, 8), (4096, 16)])
+def test_group_advantages(benchmark, num, size):
+    """Three reward functions. Errors are those of the advantages against fp64, relative to the largest one."""
+    torch._dynamo.reset()
+    rng = torch.Generator(harness.DEVICE).manual_seed(0)
+    rewards = torch.randn(num, 3, generator=rng, device=harness.DEVICE)
+    weights = torch.tensor([1.0, 0.5, 0.2], device=harness.DEVICE)
+    exact = advantages_formula(rewards.double(), weights.double(), size)[0]
+
+    def ours(name):
+        return repeated(lambda: group_advantages(rewards, size, weights=weights, backend=name).advantages)
+
+    served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("group_advantages", name, rewards) is None]
+    chosen = backend.choose("group_advantages", "auto", rewards)
+    providers = {f"vlmkernels {name}, with metrics": ours(name) for name in (chosen, *(n for n in served if n != chosen))}
+    compiled = torch.compile(advantages_formula, dynamic=False)
+    providers["torch.compile of the formula"] = repeated(lambda: compiled(rewards, weights, size)[0])
+    providers["eager formula"] = repeated(lambda: advantages_formula(rewards, weights, size)[0])
+
+    def check(name, result):
+        error = ((result.double() - exact).abs().max() / exact.abs().max()).item()
+        assert error < 1e-5, f"{name} is wrong: relative error {error}"
+        return f"{error:.0e}"
+
+    title = f"group_advantages {num} x 3, groups of {size}" + (f", {CALLS} calls" if CALLS > 1 else "")
+    harness.compare(benchmark, harness.Case(title, providers, check, limit_s=5))

@@ -93,6 +93,7 @@ def _installed(name: str) -> bool:
 def time_calls(run: Callable[[], object], calls: int = 1) -> float:
     """Seconds per call: wall time on the CPU, time between CUDA events around all calls on a GPU."""
     if GPU:
+        run()  # allocates its memory, which a training loop then reuses; ``release`` has freed it
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start.record()

@@ -36,12 +36,12 @@ KERNELS = Backends(
 # All other ops. "auto" does not try "cudnn", which builds execution plans first (docs/shared-prefix.md).
 OTHERS = {
     "group_attention": Backends(
-        modules={name: f"group_attention.{name}" for name in ("parts", "flash", "cudnn", "flex")},
+        modules={name: f"group_attention.{name}" for name in ("parts", "flash", "flash4", "cudnn", "flex")},
         order={"cpu": ("parts",), "cuda": ("flash", "flex")},
         otherwise=("flex",),
     ),
     "varlen_attention": Backends(
-        modules={name: f"varlen_attention.{name}_varlen" for name in ("flash_attn", "torch", "sdpa")},
+        modules={name: f"varlen_attention.{name}_varlen" for name in ("flash_attn", "flash4", "torch", "sdpa")},
         order={"cuda": ("flash_attn", "torch", "sdpa")},
         otherwise=("sdpa",),
     ),

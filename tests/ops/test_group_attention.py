@@ -133,8 +133,7 @@ def reference_backward(dout, query, key, value, out, lse, queries, keys, causal,
 def replace_kernels(patch):
     """Run flash.py with formulas instead of the kernels of torch."""
     patch.setattr(flash, "unsupported", lambda query: None)
-    patch.setattr(flash, "_forward", reference_forward)
-    patch.setattr(flash, "_backward", reference_backward)
+    patch.setattr(flash, "KERNELS", flash.Kernels(reference_forward, reference_backward))
 
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
@@ -260,7 +259,8 @@ def test_any_layout(backend, options, groups):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("backend", "width"), [*(("flash", x) for x in (8, 64, 96, 128, 256)), *(("cudnn", x) for x in (8, 96, 128))]
+    ("backend", "width"),
+    [(name, x) for name in ("flash", "flash4", "cudnn") for x in (8, 64, 96, 128, 256) if name != "cudnn" or x in (8, 96, 128)],
 )
 @pytest.mark.parametrize("how", ["contiguous", "heads first", "sliced", "misaligned"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -296,7 +296,7 @@ def test_strides_and_widths(backend, dtype, how, width):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+@pytest.mark.parametrize("backend", ["flash", "flash4", "cudnn"])
 @pytest.mark.parametrize("layout", [GroupLayout((133, 20), ((40, 7), (12, 5))), GroupLayout((256,), ((128, 128),))])
 def test_does_not_wait_for_the_device(backend, layout):
     flash._plan.cache_clear()
@@ -452,7 +452,7 @@ def test_each_completion_is_as_if_alone(groups, seed):
         ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
         ({"backend": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
         ({"backend": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
-        ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, cudnn, flex; got 'math'"),
+        ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, flash4, cudnn, flex; got 'math'"),
     ],
 )
 def test_bad_input(changes, error, message):

@@ -101,7 +101,7 @@ def test_text_layers_are_untouched():
         ({"cu_seqlens": torch.tensor([0, 5])}, TypeError, "cu_seqlens must have dtype int32"),
         ({"cu_seqlens": torch.tensor([0, 4]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back, got"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 5]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back"),
-        ({"backend": "math"}, ValueError, "backend must be one of auto, flash_attn, torch, sdpa; got 'math'"),
+        ({"backend": "math"}, ValueError, "backend must be one of auto, flash_attn, flash4, torch, sdpa; got 'math'"),
         ({"backend": "flash_attn"}, NotImplementedError, "no backend serves varlen_attention: flash_attn: "),
         ({"backend": "torch"}, NotImplementedError, "torch: supports CUDA tensors, got cpu"),
     ],

@@ -37,6 +37,7 @@ def group_attention(
 
             - "flash" (CUDA, bf16 and fp16): flash attention over all segments and from each group's completions to its prefix,
               merged by their log-sum-exp.
+            - "flash4" (compute capability 9.0 and 10.x, bf16 and fp16): the same with the package flash-attn-4.
             - "parts" (CPU): the same with torch's flash attention for the CPU.
             - "cudnn" (compute capability 9.0 and higher, head dimensions up to 128): the same with cuDNN's attention. Only used
               by name, because it first builds plans for the shapes of its calls: see docs/shared-prefix.md.
