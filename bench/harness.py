@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
@@ -196,7 +197,7 @@ def peak_memory(run: Callable[[], object]) -> int:
 def interleave(
     runs: dict[str, Callable[[], object]], limit_s: float, warm_ups: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, int], dict[str, str]]:
-    """Time the runs in turns, after warm-up calls, for about ``limit_s`` seconds at most.
+    """Time the runs in turns, in a new order each round, after warm-up calls, for about ``limit_s`` seconds at most.
 
     Returns:
         The times of a call of each run, how many calls were timed together, and the errors of the runs that raised.
@@ -225,13 +226,15 @@ def interleave(
     gc.collect()
     gc.disable()
     held = torch.cuda.memory_allocated() if GPU else 0
+    rng, order = random.Random(0), list(calls)
     start = time.perf_counter()
     try:
         for turn in range(MAX_ROUNDS):
             spent = time.perf_counter() - start
             if spent > limit_s and (turn >= MIN_ROUNDS or (turn and spent > 3 * limit_s)):
                 break
-            for name in calls:
+            rng.shuffle(order)  # what ran before affects clocks and caches
+            for name in order:
                 if name not in failed and (value := timed(name, calls[name])) is not None:
                     times[name].append(value)
             if not GPU or torch.cuda.memory_allocated() > held + 2**28:

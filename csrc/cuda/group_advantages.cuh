@@ -1,14 +1,17 @@
-// group_advantages on a GPU: one block with one group per warp, so that statistics of the batch need no second launch.
+// group_advantages on a GPU: one group per warp. Statistics of the batch are computed by a single block, in the same launch.
 #pragma once
 
+#include "../common/dtypes.h"
 #include "../common/group_advantages.h"
 #include "launch.h"
 #include "vec.h"
 
 namespace vlmk::cuda {
 
-constexpr int kGroupThreads = 1024;
-constexpr int kGroupWarps = kGroupThreads / 32;
+// The threads of a block if groups are independent, and if one block serves the whole batch.
+constexpr int kGroupThreads = 128;
+constexpr int kBatchThreads = 1024;
+constexpr int64_t kGroupBlocks = 4096;  // at most
 
 VLMK_DEVICE bool is_nan(float x) { return x != x; }
 
@@ -72,24 +75,27 @@ VLMK_DEVICE float advantage_of(float r, const Moments& group, GroupBaseline base
 // a + b, where NaN stands for an empty sum.
 VLMK_DEVICE float sum_of(float a, float b) { return is_nan(a) ? b : is_nan(b) ? a : a + b; }
 
-// Grid: (1,)
-__global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const __grid_constant__ GroupAdvantages p) {
+VLMK_HD bool needs_batch(const GroupAdvantages& p) {
+    return p.normalize_first || p.scale == GroupScale::batch;
+}
+
+// Grid: (1,) if needs_batch(p), else any.
+__global__ void __launch_bounds__(kBatchThreads) group_advantages_kernel(const __grid_constant__ GroupAdvantages p) {
     auto start = [&](int64_t g) {
         return p.offsets != nullptr ? static_cast<int64_t>(p.offsets[g]) : g * (p.num / p.num_groups);
     };
     auto weight = [&](int64_t k) { return p.weights != nullptr ? p.weights[k] : 1.0f; };
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     // The sums to normalize over the batch: `total`, or with normalize_first the intermediate sums in `advantages`.
     float* sums = p.normalize_first ? p.advantages : p.total;
 
-    for (int64_t i = threadIdx.x; i < p.num; i += kGroupThreads) {
-        float r = kNaN;
-        for (int64_t k = 0; k < p.functions; ++k) r = sum_of(r, weight(k) * p.rewards[i * p.functions + k]);
-        p.total[i] = r;
-        if (p.normalize_first) p.advantages[i] = kNaN;
-    }
-    __syncthreads();
-    for (int64_t g = warp; g < p.num_groups; g += kGroupWarps) {
+    for (int64_t g = blockIdx.x * warps + threadIdx.x / 32; g < p.num_groups; g += gridDim.x * warps) {
+        for (int64_t i = start(g) + lane; i < start(g + 1); i += 32) {  // each lane reads only its own elements again
+            float r = kNaN;
+            for (int64_t k = 0; k < p.functions; ++k) r = sum_of(r, weight(k) * p.rewards[i * p.functions + k]);
+            p.total[i] = r;
+            if (p.normalize_first) p.advantages[i] = kNaN;
+        }
         Moments group = moments_of(start(g), start(g + 1), [&](int64_t i) { return p.total[i]; });
         for (int64_t i = start(g) + lane; i < start(g + 1); i += 32) {
             p.mean[i] = group.mean;
@@ -109,12 +115,12 @@ __global__ void __launch_bounds__(kGroupThreads) group_advantages_kernel(const _
             }
         }
     }
-    if (!p.normalize_first && p.scale != GroupScale::batch) return;
+    if (!needs_batch(p)) return;
     __syncthreads();
     // Every warp computes the moments of the batch, with the same result.
     Moments batch = moments_of(0, p.num, [&](int64_t i) { return sums[i]; });
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < p.num; i += kGroupThreads) {
+    for (int64_t i = threadIdx.x; i < p.num; i += blockDim.x) {
         float divisor = batch.divisor(p.eps);
         if (p.normalize_first) {
             p.advantages[i] = is_nan(sums[i]) ? 0.0f : batch.center(sums[i]) / divisor;

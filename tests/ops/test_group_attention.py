@@ -72,9 +72,9 @@ def many_variants():
 @pytest.mark.parametrize("heads", [4, 2])
 def test_matches_fp64(device, backend, dtype, name, heads):
     layout = LAYOUTS[name]
-    rng = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(device, dtype) for h in (4, heads, heads)]
-    weight = torch.randn(layout.num_tokens, 4, 16, generator=rng).to(device)
+    rng, width = torch.Generator().manual_seed(0), 64 if backend == "flash4" else 16
+    inputs = [torch.randn(layout.num_tokens, h, width, generator=rng).to(device, dtype) for h in (4, heads, heads)]
+    weight = torch.randn(layout.num_tokens, 4, width, generator=rng).to(device)
     skip_unless_supported(backend, inputs[0])
     forward_only = backend == "flex" and device == "cpu"
     exact = run([x.double() for x in inputs], layout, weight.double(), formula, forward_only)
@@ -196,6 +196,8 @@ CUDNN_LAYOUTS = LAYOUTS | {
 }
 
 
+WIDTHS = {"flash": (8, 64, 96, 128, 256), "flash4": (64, 72, 80, 96, 128, 256), "cudnn": (8, 96, 128)}
+
 # For each backend: the function that replaces its kernels by formulas, and the layouts to test.
 REPLACED = {"flash": (replace_kernels, LAYOUTS), "cudnn": (replace_dense_kernels, CUDNN_LAYOUTS)}
 CASES = [(backend, name) for backend, (_, layouts) in REPLACED.items() for name in layouts]
@@ -260,7 +262,7 @@ def test_any_layout(backend, options, groups):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("backend", "width"),
-    [(name, x) for name in ("flash", "flash4", "cudnn") for x in (8, 64, 96, 128, 256) if name != "cudnn" or x in (8, 96, 128)],
+    [(name, x) for name in WIDTHS for x in WIDTHS[name]],
 )
 @pytest.mark.parametrize("how", ["contiguous", "heads first", "sliced", "misaligned"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -316,8 +318,8 @@ def test_does_not_wait_for_the_device(backend, layout):
     ("dtype", "width", "reason"),
     [
         (torch.float32, 64, "supports bfloat16 and float16, got float32"),
-        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 256, got 20"),
-        (torch.bfloat16, 264, "supports head dimensions that are multiples of 8 up to 256, got 264"),
+        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 from 8 to 256, got 20"),
+        (torch.bfloat16, 264, "supports head dimensions that are multiples of 8 from 8 to 256, got 264"),
     ],
 )
 def test_flash_unsupported(device, dtype, width, reason):
@@ -331,8 +333,8 @@ def test_flash_unsupported(device, dtype, width, reason):
     ("dtype", "width", "reason"),
     [
         (torch.float32, 64, "supports bfloat16 and float16, got float32"),
-        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 128, got 20"),
-        (torch.bfloat16, 136, "supports head dimensions that are multiples of 8 up to 128, got 136"),
+        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 from 8 to 128, got 20"),
+        (torch.bfloat16, 136, "supports head dimensions that are multiples of 8 from 8 to 128, got 136"),
     ],
 )
 def test_cudnn_unsupported(device, dtype, width, reason):

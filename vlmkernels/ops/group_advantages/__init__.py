@@ -32,10 +32,8 @@ AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
 def _outputs(inputs: Inputs) -> GroupAdvantages:
-    rewards = inputs.rewards
-    num, dtype, device = len(rewards), rewards.dtype, rewards.device
-    advantages, total, mean, std = (torch.empty(num, dtype=dtype, device=device) for _ in range(4))
-    return GroupAdvantages(advantages, total, mean, std, torch.empty(num, dtype=torch.bool, device=device))
+    new, num = inputs.rewards.new_empty, inputs.rewards.shape[0]
+    return GroupAdvantages(new(num), new(num), new(num), new(num), new(num, dtype=torch.bool))
 
 
 def _fwd(*args: Any) -> GroupAdvantages:

@@ -1,6 +1,7 @@
 """Group attention on Hopper and Blackwell GPUs by FlashAttention-4 (the package flash-attn-4), in the calls of flash.py.
 
-Its kernels are compiled on first use, in seconds, for a dtype and a head dimension, not for lengths.
+Its kernels are compiled on first use, in seconds, for a dtype and a head dimension, not for lengths. For head dimensions of 8
+and 16 the gradient of the queries was wrong (version 4.0.0b36 on an H200), so head dimensions below 64 are not supported.
 """
 
 import functools
@@ -21,20 +22,15 @@ def _module():
         return error
 
 
-def unsupported_operands(query: torch.Tensor) -> str | None:
-    """Return why FlashAttention-4 does not support ``query`` (N, Hq, D) or its device; None if it does."""
+def unsupported(query: torch.Tensor) -> str | None:
     found = torch.cuda.get_device_capability(query.device) if query.device.type == "cuda" else None
-    if reason := flash.unsupported_operands(query, 256 if found == (9, 0) else 128, (9, 0)):
+    if reason := flash.unsupported_operands(query, 256 if found == (9, 0) else 128, (9, 0), smallest=64):
         return reason
     if found not in ((9, 0), (10, 0), (10, 3)):
         return f"supports compute capability 9.0, 10.0 and 10.3, got {found[0]}.{found[1]}"
     if isinstance(_module(), Exception):
         return f"flash-attn-4 did not load ({_module()})"
     return None
-
-
-def unsupported(query: torch.Tensor) -> str | None:
-    return unsupported_operands(query)
 
 
 def _forward(query, key, value, queries: flash.Sequences, keys: flash.Sequences, causal: bool, scale: float):

@@ -3,6 +3,7 @@
 Data is prepared outside of compiled graphs, so this is a function on a list of images, not an operator of ``torch.library``.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -157,16 +158,16 @@ def pack_patches(
     frames = [as_frames(image, f"images[{i}]") for i, image in enumerate(images)]
     device, multiple = frames[0].device, patch_size * sizes.merge_size
     # Python integers, because operations on small tensors would take longer than the kernel on a GPU.
-    grid, bounds = [], [0]
+    grid, bounds = array("q"), array("i", [0])
     for i, image in enumerate(frames):
         require_device(f"images[{i}]", image, device, "images[0]")
         num_frames, _, height, width = image.shape
         if height % multiple or width % multiple:
             raise ValueError(f"images[{i}] must have sides that are multiples of {multiple}, got {height} x {width}")
         groups, grid_h, grid_w = -(-num_frames // sizes.temporal_patch_size), height // patch_size, width // patch_size
-        grid.append((groups, grid_h, grid_w))
+        grid.extend((groups, grid_h, grid_w))
         first, rows = bounds[-1], grid_h * grid_w
-        bounds += range(first + rows, first + rows * groups + 1, rows)
+        bounds.extend(range(first + rows, first + rows * groups + 1, rows))
     num, features = bounds[-1], 3 * sizes.temporal_patch_size * patch_size**2
     fresh = out is None
     if out is None:
@@ -181,5 +182,5 @@ def pack_patches(
         out = out[:num]
     table = _table(_per_channel("mean", mean), _per_channel("std", std), float(rescale), dtype, device)
     select("pack_patches", resolve("pack_patches", backend), frames[0]).fwd(frames, table, out, sizes, fresh)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True)
-    return PackedPatches(out, torch.tensor(grid), cu_seqlens)
+    cu_seqlens = torch.frombuffer(bounds, dtype=torch.int32).to(device, non_blocking=True)
+    return PackedPatches(out, torch.frombuffer(grid, dtype=torch.int64).view(-1, 3), cu_seqlens)

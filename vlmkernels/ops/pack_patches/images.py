@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from vlmkernels.ops.checks import dtype_name
+
 # PIL's modes with more than 8 bits per channel: a conversion to RGB would clamp their values to 255.
 _DEEP_MODES = ("I", "F")
 
@@ -32,20 +34,16 @@ def rgb_from_pil(image: Any, name: str) -> torch.Tensor:
         raise ValueError(f"{name} must be a whole image, got {size} that does not decode: {error}") from error
 
 
-def _check_dtype(image: Any, name: str) -> None:
-    dtype = str(image.dtype).removeprefix("torch.")  # of torch or NumPy
-    if dtype != "uint8":
-        raise TypeError(f"{name} must have dtype uint8, got {dtype}, {tuple(image.shape)}")
-
-
 def _as_tensor(image: Any, name: str) -> torch.Tensor:
     if isinstance(image, torch.Tensor):
-        _check_dtype(image, name)
+        if image.dtype != torch.uint8:
+            raise TypeError(f"{name} must have dtype uint8, got {dtype_name(image.dtype)}, {tuple(image.shape)}")
         return image
     import numpy
 
     if isinstance(image, numpy.ndarray):
-        _check_dtype(image, name)
+        if image.dtype != numpy.uint8:
+            raise TypeError(f"{name} must have dtype uint8, got {image.dtype}, {image.shape}")
         # torch supports neither negative strides nor read-only memory.
         return torch.from_numpy(numpy.require(image, requirements=["C", "W"]))
     return rgb_from_pil(image, name)
@@ -54,11 +52,11 @@ def _as_tensor(image: Any, name: str) -> torch.Tensor:
 def as_frames(image: Any, name: str) -> torch.Tensor:
     """View an image (H, W, 3) or (3, H, W), or frames with a first axis T, as (T, 3, H, W)."""
     image = _as_tensor(image, name)
-    shape = tuple(image.shape)
+    shape = image.shape
     if len(shape) not in (3, 4) or 3 not in (shape[-3], shape[-1]):
-        raise ValueError(f"{name} must be (H, W, 3) or (3, H, W), or frames (T, ...) of that, got {shape}")
+        raise ValueError(f"{name} must be (H, W, 3) or (3, H, W), or frames (T, ...) of that, got {tuple(shape)}")
     if 0 in shape:
-        raise ValueError(f"{name} must have pixels, got {shape}")
+        raise ValueError(f"{name} must have pixels, got {tuple(shape)}")
     frames: torch.Tensor = image if len(shape) == 4 else image.unsqueeze(0)
     return frames if shape[-3] == 3 else frames.movedim(-1, 1)
 

@@ -8,7 +8,8 @@ from vlmkernels.ops.varlen_attention.sdpa_varlen import empty_result
 
 
 def unsupported(query: torch.Tensor) -> str | None:
-    if not installed("flash_attn"):
+    # flash-attn-4 has its modules in the same package.
+    if not installed("flash_attn") or not installed("flash_attn.flash_attn_interface"):
         return "flash-attn is not installed"
     if query.device.type != "cuda":
         return f"supports CUDA tensors, got {query.device.type}"
