@@ -9,14 +9,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels import backend
-from vlmkernels.ops.group_attention import GroupLayout, group_attention
+from vlmkernels.ops.group_attention import GroupLayout, chosen_backend, group_attention
 
 EQUAL = GroupLayout((2048,), ((512,) * 8,))
+LONG = GroupLayout((2048,), ((1024,) * 8,))
 RAGGED = GroupLayout((2048, 1100), ((512, 301, 477, 96, 388, 512, 230, 411), (512, 150, 333, 512, 275, 64, 490, 366)))
 # layout, query heads, key heads, head dimension, dtype
 CASES = {
     "P 2048, 8 x 512, 16 heads of 128": (EQUAL, 16, 16, 128, torch.bfloat16),
     "P 2048, 8 x 512, 16 / 4 heads of 128": (EQUAL, 16, 4, 128, torch.bfloat16),
+    "P 2048, 8 x 1024, 28 / 4 heads of 128": (LONG, 28, 4, 128, torch.bfloat16),  # Qwen2.5-VL-7B
     "two groups, ragged, 16 / 4 heads of 128": (RAGGED, 16, 4, 128, torch.bfloat16),
 }
 if not harness.GPU:
@@ -112,7 +114,7 @@ def test_group_attention(benchmark, case, backward):
         return differentiate(attention, copied, copied_weight, backward)
 
     # The first calls of "cudnn" build its execution plans, and those of "flash4" compile its kernels.
-    chosen = backend.choose("group_attention", "auto", inputs[0])
+    chosen = chosen_backend(inputs[0], layout)
     names = [chosen, *(name for name in ("flash4", "flash", "cudnn") if name != chosen)]
     providers = {
         f"vlmkernels {name}": ours(name) for name in names if backend.why_not("group_attention", name, inputs[0]) is None
@@ -134,10 +136,6 @@ def test_group_attention(benchmark, case, backward):
         assert max(errors) < 2e-2, f"{name} is wrong: relative errors {errors}"
         return ", ".join(f"{what} {error:.0e}" for what, error in zip(("out", "dq", "dk", "dv"), errors, strict=False))
 
-    pairs = sum(
-        p * (p + 1) // 2 + sum(c * p + c * (c + 1) // 2 for c in completions)
-        for p, completions in zip(layout.prefixes, layout.completions, strict=True)
-    )
-    flops = (12 if backward else 4) * pairs * heads * width  # without the scores that the backward pass recomputes
+    flops = (12 if backward else 4) * layout.num_pairs * heads * width  # without the scores that the backward pass recomputes
     title = f"group_attention {case}" + ("" if backward else ", no gradient")
     harness.compare(benchmark, harness.Case(title, providers, check, limit_s=10, flops=flops, late=["vlmkernels flex"]))

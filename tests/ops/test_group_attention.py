@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels import backend as backends
-from vlmkernels.ops.group_attention import GroupLayout, cudnn, flash, flex, group_attention
+from vlmkernels.ops.group_attention import GroupLayout, chosen_backend, cudnn, flash, flash4, flex, group_attention
 from vlmkernels.ops.group_attention.merge import merge_
 
 pytestmark = pytest.mark.device
@@ -196,7 +196,7 @@ CUDNN_LAYOUTS = LAYOUTS | {
 }
 
 
-WIDTHS = {"flash": (8, 64, 96, 128, 256), "flash4": (64, 72, 80, 96, 128, 256), "cudnn": (8, 96, 128)}
+WIDTHS = {"flash": (8, 64, 96, 128, 256), "flash4": flash4.WIDTHS, "cudnn": (8, 96, 128)}
 
 # For each backend: the function that replaces its kernels by formulas, and the layouts to test.
 REPLACED = {"flash": (replace_kernels, LAYOUTS), "cudnn": (replace_dense_kernels, CUDNN_LAYOUTS)}
@@ -318,8 +318,8 @@ def test_does_not_wait_for_the_device(backend, layout):
     ("dtype", "width", "reason"),
     [
         (torch.float32, 64, "supports bfloat16 and float16, got float32"),
-        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 from 8 to 256, got 20"),
-        (torch.bfloat16, 264, "supports head dimensions that are multiples of 8 from 8 to 256, got 264"),
+        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 256, got 20"),
+        (torch.bfloat16, 264, "supports head dimensions that are multiples of 8 up to 256, got 264"),
     ],
 )
 def test_flash_unsupported(device, dtype, width, reason):
@@ -333,8 +333,8 @@ def test_flash_unsupported(device, dtype, width, reason):
     ("dtype", "width", "reason"),
     [
         (torch.float32, 64, "supports bfloat16 and float16, got float32"),
-        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 from 8 to 128, got 20"),
-        (torch.bfloat16, 136, "supports head dimensions that are multiples of 8 from 8 to 128, got 136"),
+        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 128, got 20"),
+        (torch.bfloat16, 136, "supports head dimensions that are multiples of 8 up to 128, got 136"),
     ],
 )
 def test_cudnn_unsupported(device, dtype, width, reason):
@@ -364,6 +364,50 @@ def test_cudnn_needs(monkeypatch, state, reason):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: state.get("deterministic", False))
     monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", state.get("avoid_recompile", "0"))
     assert cudnn.unsupported(query) == reason
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({}, None),
+        ({"width": 80}, "supports head dimensions of 64, 96, 128, 256, got 80"),
+        ({"width": 72}, "supports head dimensions of 64, 96, 128, 256, got 72"),
+        ({"dtype": torch.float32}, "supports bfloat16 and float16, got float32"),
+        ({"capability": (8, 0)}, "needs compute capability 9.0 or higher, got 8.0"),
+        ({"capability": (10, 0)}, "was tested on compute capability 9.0 only, got 10.0"),
+        ({"module": ImportError("No module named 'flash_attn'")}, "flash-attn-4 did not load (No module named 'flash_attn')"),
+    ],
+)
+def test_flash4_needs(monkeypatch, state, reason):
+    width, dtype = state.get("width", 128), state.get("dtype", torch.bfloat16)
+    query = SimpleNamespace(shape=(9, 16, width), dtype=dtype, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.get("capability", (9, 0)))
+    monkeypatch.setattr(flash4, "_module", lambda: state.get("module"))
+    assert flash4.unsupported(query) == reason
+    large, small = GroupLayout((4096,), ((1024,) * 8,)), GroupLayout((1024,), ((256,) * 8,))
+    assert flash4.is_faster(query, large) == (reason is None)
+    assert not flash4.is_faster(query, small)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not flash4.is_faster(query, large)
+
+
+@on_cpu
+def test_auto_selects_flash4_for_large_packs(monkeypatch):
+    monkeypatch.setattr(flash4, "is_faster", lambda query, layout: layout.num_tokens > 100)
+    monkeypatch.setattr(flash4, "unsupported", lambda query: None)
+    query = torch.zeros(1, 2, 64)
+    large, small = GroupLayout((101,), ((),)), GroupLayout((100,), ((),))
+    assert [chosen_backend(query, layout) for layout in (large, small)] == ["flash4", "parts"]
+    assert chosen_backend(query, large, "parts") == "parts"
+    with backends.use_backend("parts"):
+        assert chosen_backend(query, large) == "parts"
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 20), max_size=4)), max_size=4))
+def test_number_of_pairs(groups):
+    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+    assert layout.num_pairs == int(layout.mask().sum())
 
 
 @settings(max_examples=200, deadline=None)

@@ -35,8 +35,7 @@ def test_matches_the_formula(device, backend, case, causal, scale, heads):
     rng = torch.Generator().manual_seed(0)
 
     def make(h):
-        width = 80 if backend == "flash4" else 16
-        return torch.randn(sum(lengths), h, width, generator=rng).to(device, dtype).requires_grad_()
+        return torch.randn(sum(lengths), h, 16, generator=rng).to(device, dtype).requires_grad_()
 
     inputs = make(4), make(heads), make(heads)
     try:
@@ -60,7 +59,10 @@ def test_matches_the_formula(device, backend, case, causal, scale, heads):
     double = [x.detach().double().requires_grad_() for x in inputs]
     exact = with_gradients(formula(*double, lengths, causal, scale), double)
     for what in exact:
-        assert_within_budget(what, actual[what], eager[what], exact[what])
+        if dtype == torch.float32:  # the kernels that SDPA selects for fp32 on a GPU have larger errors than the formula
+            torch.testing.assert_close(actual[what].double(), exact[what], rtol=1e-5, atol=1e-5)
+        else:
+            assert_within_budget(what, actual[what], eager[what], exact[what])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -107,7 +109,7 @@ def test_text_layers_are_untouched():
         ({"cu_seqlens": torch.tensor([0, 5])}, TypeError, "cu_seqlens must have dtype int32"),
         ({"cu_seqlens": torch.tensor([0, 4]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back, got"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 5]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back"),
-        ({"backend": "math"}, ValueError, "backend must be one of auto, flash_attn, flash4, torch, sdpa; got 'math'"),
+        ({"backend": "math"}, ValueError, "backend must be one of auto, flash_attn, torch, sdpa; got 'math'"),
         ({"backend": "flash_attn"}, NotImplementedError, "no backend serves varlen_attention: flash_attn: "),
         ({"backend": "torch"}, NotImplementedError, "torch: supports CUDA tensors, got cpu"),
     ],

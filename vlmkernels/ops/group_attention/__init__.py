@@ -2,11 +2,18 @@
 
 import torch
 
-from vlmkernels.backend import resolve, select
+from vlmkernels.backend import choose, load, resolve
 from vlmkernels.ops.checks import require_heads
+from vlmkernels.ops.group_attention import flash4
 from vlmkernels.ops.group_attention.layout import GroupLayout
 
 __all__ = ["GroupLayout", "group_attention"]
+
+
+def chosen_backend(query: torch.Tensor, layout: GroupLayout, backend: str = "auto") -> str:
+    """Return the name of the backend that serves a call of ``group_attention``."""
+    name = resolve("group_attention", backend)
+    return choose("group_attention", "flash4" if name == "auto" and flash4.is_faster(query, layout) else name, query)
 
 
 def group_attention(
@@ -37,12 +44,14 @@ def group_attention(
 
             - "flash" (CUDA, bf16 and fp16): flash attention over all segments and from each group's completions to its prefix,
               merged by their log-sum-exp.
-            - "flash4" (compute capability 9.0 and 10.x, bf16 and fp16): the same with the package flash-attn-4.
+            - "flash4" (compute capability 9.0, bf16 and fp16, head dimensions of 64, 96, 128 and 256): the same with
+              FlashAttention-4, the package flash-attn-4.
             - "parts" (CPU): the same with torch's flash attention for the CPU.
             - "cudnn" (compute capability 9.0 and higher, head dimensions up to 128): the same with cuDNN's attention. Only used
               by name, because it first builds plans for the shapes of its calls: see docs/shared-prefix.md.
             - "flex": FlexAttention with a block mask.
-            - "auto": "parts" on the CPU; on CUDA "flash" if it supports the tensors, else "flex"; "flex" on other devices.
+            - "auto": "parts" on the CPU. On CUDA "flash4" if it supports the tensors and the pack is so large that a training
+              step is faster, else "flash" if it supports the tensors, else "flex". "flex" on other devices.
 
     Returns:
         (N, Hq, D) in the dtype of ``query``. Query, key and value get exact gradients: the backward pass of each part uses the
@@ -58,7 +67,7 @@ def group_attention(
     if num != layout.num_tokens:
         raise ValueError(f"query must hold the {layout.num_tokens} tokens of layout, got {num}")
     require_heads(query, key, value)
-    attention = select("group_attention", resolve("group_attention", backend), query)
+    attention = load("group_attention", chosen_backend(query, layout, backend))
     if not num:
         return query + (key.sum() + value.sum())  # empty, and a function of all three inputs for their gradients
     out: torch.Tensor = attention.run(query, key, value, layout, query.shape[-1] ** -0.5 if scale is None else scale)

@@ -18,22 +18,21 @@ from vlmkernels.backend import installed
 from vlmkernels.ops.checks import dtype_name
 
 
-def unsupported_operands(query: torch.Tensor, largest: int, capability: tuple[int, int], smallest: int = 8) -> str | None:
+def unsupported_operands(query: torch.Tensor, largest: int, capability: tuple[int, int]) -> str | None:
     """Return why a library's attention does not support ``query`` or its device; None if it does.
 
     Args:
         query: (N, Hq, D).
         largest: the largest head dimension that is supported.
         capability: the lowest compute capability that is supported.
-        smallest: the smallest head dimension that is supported.
     """
     width = query.shape[-1]
     if query.device.type != "cuda":
         return f"supports CUDA tensors, got {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
-    if width % 8 or not smallest <= width <= largest:
-        return f"supports head dimensions that are multiples of 8 from {smallest} to {largest}, got {width}"
+    if width % 8 or width > largest:
+        return f"supports head dimensions that are multiples of 8 up to {largest}, got {width}"
     if torch.version.hip is not None:
         return "supports NVIDIA GPUs only"
     found = torch.cuda.get_device_capability(query.device)

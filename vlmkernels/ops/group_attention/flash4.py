@@ -1,19 +1,26 @@
-"""Group attention on Hopper and Blackwell GPUs by FlashAttention-4 (the package flash-attn-4), in the calls of flash.py.
+"""Group attention on Hopper GPUs by FlashAttention-4, the package flash-attn-4, in the calls of flash.py.
 
-Its kernels are compiled on first use, in seconds, for a dtype and a head dimension, not for lengths. For head dimensions of 8
-and 16 the gradient of the queries was wrong (version 4.0.0b36 on an H200), so head dimensions below 64 are not supported.
+Its kernels are compiled on first use, in about 2 seconds each, for a dtype and a head dimension, not for lengths.
 """
 
 import functools
 
 import torch
 
+from vlmkernels.backend import why_not
 from vlmkernels.ops.group_attention import flash
+from vlmkernels.ops.group_attention.layout import GroupLayout
+
+# The head dimensions that were tested. For 8, 16, 72 and 80 the gradient of the queries is wrong (4.0.0b36, packed sequences).
+WIDTHS = (64, 96, 128, 256)
+# Compute capability -> the FLOPs of a forward pass from which a training step is faster than with flash.py. With less work the
+# kernels finish before Python has launched the next ones: a call takes twice as long to launch. See docs/shared-prefix.md.
+FASTER_FROM = {(9, 0): 1.2e11}
 
 
 @functools.cache
 def _module():
-    """The module of the kernels, or the error of importing it: it is a part of the package flash_attn, which may be older."""
+    """Return the module with the kernels, or the error that importing it raised. An older flash-attn does not have it."""
     try:
         import flash_attn.cute.interface
 
@@ -23,14 +30,26 @@ def _module():
 
 
 def unsupported(query: torch.Tensor) -> str | None:
-    found = torch.cuda.get_device_capability(query.device) if query.device.type == "cuda" else None
-    if reason := flash.unsupported_operands(query, 256 if found == (9, 0) else 128, (9, 0), smallest=64):
+    if reason := flash.unsupported_operands(query, max(WIDTHS), (9, 0)):
         return reason
-    if found not in ((9, 0), (10, 0), (10, 3)):
-        return f"supports compute capability 9.0, 10.0 and 10.3, got {found[0]}.{found[1]}"
+    if query.shape[-1] not in WIDTHS:
+        return f"supports head dimensions of {', '.join(map(str, WIDTHS))}, got {query.shape[-1]}"
+    found = torch.cuda.get_device_capability(query.device)
+    if found != (9, 0):
+        return f"was tested on compute capability 9.0 only, got {found[0]}.{found[1]}"
     if isinstance(_module(), Exception):
         return f"flash-attn-4 did not load ({_module()})"
     return None
+
+
+def is_faster(query: torch.Tensor, layout: GroupLayout) -> bool:
+    """Return whether "auto" selects this backend instead of "flash"."""
+    if query.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    least = FASTER_FROM.get(torch.cuda.get_device_capability(query.device))
+    if least is None or 4 * layout.num_pairs * query.shape[1] * query.shape[2] < least:
+        return False
+    return why_not("group_attention", "flash4", query) is None
 
 
 def _forward(query, key, value, queries: flash.Sequences, keys: flash.Sequences, causal: bool, scale: float):

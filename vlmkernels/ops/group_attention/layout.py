@@ -40,6 +40,12 @@ class GroupLayout:
         return sum(self.segments)
 
     @cached_property
+    def num_pairs(self) -> int:
+        """The number of pairs of a token and a token that it sees."""
+        own = sum(length * (length + 1) // 2 for length in self.segments)
+        return own + sum(prefix * sum(lengths) for prefix, lengths in zip(self.prefixes, self.completions, strict=True))
+
+    @cached_property
     def groups(self) -> tuple[tuple[int, int, int], ...]:
         """(start of the prefix, start of the completions, end) of each group, in tokens."""
         sizes = [p + sum(c) for p, c in zip(self.prefixes, self.completions, strict=True)]
