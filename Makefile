@@ -67,9 +67,9 @@ STAGE ?= all
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(STAGE)
 
-# The packages that such a machine lacks, as wheels for Python 3.12 in .whl.
+# The packages that such a machine lacks, as wheels for Python 3.12 in .whl. HOPPER=1 adds FlashAttention-4 and what it needs.
 gpu-wheels:
-	PYTHON=$(PYTHON) sh bench/wheels.sh
+	PYTHON=$(PYTHON) HOPPER=$(HOPPER) sh bench/wheels.sh
 
 clean:
 	rm -rf .venv .venv-vllm build vlmkernels/*.so *.egg-info demo-output demo-suite-output

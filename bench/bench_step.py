@@ -6,7 +6,7 @@ the optimizer.
 
 ``test_training`` measures steps on given completions, without sampling, for the models of step_models.py.
 
-    python bench/bench_step.py --model 0.5b      # test_training of one model: 0.5b, 3b or tiny
+    python bench/bench_step.py --model 0.5b      # test_training of one model: 0.5b, 3b or tiny; --tokens 1024
     python bench/bench_step.py --sweep           # writes bench/results/step-sweep-<device>.json and .png
 """
 
@@ -495,8 +495,11 @@ if __name__ == "__main__":
     parser.add_argument("--model", choices=MODELS, help="measure training steps on given completions")
     parser.add_argument("--providers", nargs="*", choices=PROVIDERS, help="with --model; default: all that are installed")
     parser.add_argument("--beta", type=float, default=0.0, help="with --model")
+    parser.add_argument("--tokens", type=int, help="with --model: tokens of a completion")
     arguments = parser.parse_args()
     if arguments.model:
+        if arguments.tokens:
+            MODELS[arguments.model]["work"]["tokens"] = arguments.tokens
         installed = [label for label in PROVIDERS if label == "vlmkernels" or importlib.util.find_spec("trl")]
         rows = training(arguments.model, arguments.providers or installed, arguments.beta)
         print(*harness.table(rows), sep="\n", file=sys.stderr)

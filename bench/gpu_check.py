@@ -46,8 +46,8 @@ MAX_RERUNS = 5
 BENCHES = {
     "fast": [
         ("bench_gather_logps.py", "8192", 40, 2),
-        ("bench_linear.py", "test_linear and 8b", 60, 2),
-        ("bench_grpo_loss.py", "64x512", 60, 2),
+        ("bench_linear.py", "test_linear and 8b", 75, 2),
+        ("bench_grpo_loss.py", "64x512 or advantages", 60, 2),
         ("bench_vision.py", "pack_patches_on_device", 45, 2),
         ("bench_linear.py", "test_forward and 8b and 8192", 30, 2),
         ("bench_vision.py", "rotary or mrope or merge", 60, 2),
@@ -55,7 +55,7 @@ BENCHES = {
         ("bench_linear.py", "stream", 30, 2),
     ],
     "system": [
-        ("bench_group_attention.py", "", 45, 2),
+        ("bench_group_attention.py", "", 90, 2),
         ("bench_step.py", "test_training and 0.5b", 60, 5),
         ("bench_step.py", "test_training and 3b", 120, 5),
         ("bench_decode.py", "", 60, 5),

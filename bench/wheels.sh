@@ -1,10 +1,13 @@
 #!/bin/sh
 # Download into .whl/ the packages that benchmarks and tests need on a GPU machine without a network: Python 3.12, x86-64 Linux,
-# torch and transformers installed. Versions come from constraints.txt. Install them there with
-#     python3 -m pip install --no-index --no-deps --no-compile --target DIR .whl/*.whl && export PYTHONPATH=DIR
+# torch and transformers installed. Versions come from constraints.txt. With HOPPER=1 also those for Hopper. Install them there with
+#     python3 -m pip install --no-index --no-deps .whl/*.whl
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+# Liger's Hopper kernel and FlashAttention-4 need the CUTLASS Python DSL, for CUDA 13.
+hopper="flash-attn-4 quack-kernels torch-c-dlpack-ext einops apache-tvm-ffi nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-base
+    nvidia-cutlass-dsl-libs-core nvidia-cutlass-dsl-libs-cu13"
 packages="trl datasets dill multiprocess liger_kernel RapidFuzz math-verify latex2sympy2_extended kernels pycocotools"
 platforms=""
 for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
@@ -13,7 +16,7 @@ done
 mkdir -p .whl
 rm -f .whl/*.whl
 pinned=""
-for package in $packages; do
+for package in $packages ${HOPPER:+$hopper}; do
     pin=$(grep -i "^$package==" constraints.txt) || pin=$package
     pinned="$pinned $pin"
 done

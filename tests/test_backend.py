@@ -67,12 +67,12 @@ def test_use_backend_applies_to_attention():
 
 def test_unknown_names_raise_with_the_full_list():
     every = ", ".join(("auto", *backend.ALL_NAMES))
-    assert every.startswith("auto, reference, cpp, triton, cuda, parts, flash, flash4, cudnn, flex, flash_attn, ")
+    assert every.startswith("auto, reference, cpp, triton, cuda, parts, flash, flash4, flex, flash_attn, ")
     with pytest.raises(ValueError, match=f"backend must be one of {every}; got 'fast'"), use_backend("fast"):
         pass
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton, cuda; got 'flex'"):
         backend.resolve("gather_logps", "flex")
-    with pytest.raises(ValueError, match="backend must be one of auto, parts, flash, flash4, cudnn, flex; got 'cpp'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, parts, flash, flash4, flex; got 'cpp'"):
         backend.resolve("group_attention", "cpp")
 
 

@@ -33,10 +33,10 @@ KERNELS = Backends(
     otherwise=("reference",),
 )
 
-# All other ops. "auto" does not try "cudnn", which builds execution plans first (docs/shared-prefix.md).
+# All other ops.
 OTHERS = {
     "group_attention": Backends(
-        modules={name: f"group_attention.{name}" for name in ("parts", "flash", "flash4", "cudnn", "flex")},
+        modules={name: f"group_attention.{name}" for name in ("parts", "flash", "flash4", "flex")},
         order={"cpu": ("parts",), "cuda": ("flash", "flex")},
         otherwise=("flex",),
     ),

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels import backend as backends
-from vlmkernels.ops.group_attention import GroupLayout, chosen_backend, cudnn, flash, flash4, flex, group_attention
+from vlmkernels.ops.group_attention import GroupLayout, chosen_backend, flash, flash4, flex, group_attention
 from vlmkernels.ops.group_attention.merge import merge_
 
 pytestmark = pytest.mark.device
@@ -139,68 +139,31 @@ def replace_kernels(patch):
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")
 
 
-def dense_scores(query, key, causal, scale):
-    """(B, H, S, T) scores; if causal, query i sees keys up to i."""
-    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2) * scale
-    return scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf) if causal else scores
+def replace_flash4_kernels(patch):
+    """Run flash4.py with formulas instead of the functions of flash-attn-4."""
+
+    def sequences(cu_seqlens, max_seqlen):
+        assert cu_seqlens.data_ptr() % 16 == 0  # the package would copy others
+        return flash.Sequences(cu_seqlens, max_seqlen)
+
+    def forward(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse):
+        assert return_lse
+        queries, keys = sequences(cu_seqlens_q, max_seqlen_q), sequences(cu_seqlens_k, max_seqlen_k)
+        return *reference_forward(q, k, v, queries, keys, causal, softmax_scale), None, None, None
+
+    def backward(
+        q, k, v, out, dout, lse, softmax_scale, causal, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic
+    ):
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
+        queries, keys = sequences(cu_seqlens_q, max_seqlen_q), sequences(cu_seqlens_k, max_seqlen_k)
+        return reference_backward(dout, q, k, v, out, lse, queries, keys, causal, softmax_scale)
+
+    patch.setattr(flash4, "unsupported", lambda query: None)
+    patch.setattr(flash4, "_module", lambda: SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
 
 
-def dense_forward(query, key, value, causal, scale):
-    """The results of cuDNN's forward kernel, in its memory layout, rounded once."""
-    assert query.transpose(1, 2).is_contiguous()
-    q, k, v = (x.double() for x in (query, key, value))
-    scores = dense_scores(q, k, causal, scale)
-    out = scores.softmax(-1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    lse = scores.logsumexp(-1)
-    out = out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    return out, lse if query.dtype == torch.float64 else lse.float()
-
-
-def dense_backward(dout, query, key, value, out, lse, causal, scale):
-    """The results of cuDNN's backward kernel from the given output and log-sum-exp, rounded once."""
-    assert lse.is_contiguous()
-    assert all(x.transpose(1, 2).is_contiguous() for x in (dout, query, key, value, out))
-    q, k, v, do, o = (x.double() for x in (query, key, value, dout, out))
-    probabilities = (dense_scores(q, k, causal, scale) - lse.double().unsqueeze(-1)).exp()
-    shared = q.shape[1] // k.shape[1]
-    inner = do @ v.repeat_interleave(shared, 1).transpose(-1, -2) - (do * o).sum(-1, keepdim=True)
-    dscores = probabilities * inner * scale
-    dkey, dvalue = dscores.transpose(-1, -2) @ q, probabilities.transpose(-1, -2) @ do
-    gradients = dscores @ k.repeat_interleave(shared, 1), *(x.unflatten(1, (-1, shared)).sum(2) for x in (dkey, dvalue))
-    return tuple(x.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in gradients)
-
-
-def replace_dense_kernels(patch, block=8):
-    """Run cudnn.py with formulas instead of the kernels of torch, and with blocks smaller than the layouts here."""
-    patch.setattr(cudnn, "unsupported", lambda query: None)
-    patch.setattr(cudnn, "_forward", dense_forward)
-    patch.setattr(cudnn, "_backward", dense_backward)
-    patch.setattr(cudnn, "BLOCK", block)
-    cudnn._plan.cache_clear()
-
-
-@pytest.fixture
-def own_plans():
-    yield
-    cudnn._plan.cache_clear()
-
-
-CUDNN_LAYOUTS = LAYOUTS | {
-    "whole blocks": GroupLayout((16,), ((8, 8, 8),)),
-    "whole blocks, two groups": GroupLayout((16, 8), ((16, 16), (8,))),
-    "whole blocks, no completions": GroupLayout((16, 24), ((), (0,))),
-    "whole blocks, unequal": GroupLayout((16,), ((8, 16),)),
-    "a block and a tail": GroupLayout((19,), ((8, 8),)),
-    "a prefix of whole blocks": GroupLayout((16,), ((5, 5),)),
-    "many blocks": GroupLayout((8 * 23,), ((8 * 17, 8 * 17),)),
-}
-
-
-WIDTHS = {"flash": (8, 64, 96, 128, 256), "flash4": flash4.WIDTHS, "cudnn": (8, 96, 128)}
-
-# For each backend: the function that replaces its kernels by formulas, and the layouts to test.
-REPLACED = {"flash": (replace_kernels, LAYOUTS), "cudnn": (replace_dense_kernels, CUDNN_LAYOUTS)}
-CASES = [(backend, name) for backend, (_, layouts) in REPLACED.items() for name in layouts]
+# For each backend: the function that replaces its kernels by formulas.
+REPLACED = {"flash": replace_kernels, "flash4": replace_flash4_kernels}
 
 
 def with_scale(backend):
@@ -208,14 +171,14 @@ def with_scale(backend):
 
 
 @on_cpu
-@pytest.mark.parametrize(("backend", "name"), CASES)
+@pytest.mark.parametrize("backend", REPLACED)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("heads_first", [False, True])
-def test_with_reference_kernels(monkeypatch, own_plans, backend, name, heads, heads_first):
-    """The calls, their padding, and their merge; only the merge is in fp32."""
-    replace, layouts = REPLACED[backend]
-    replace(monkeypatch)
-    layout = layouts[name]
+def test_with_reference_kernels(monkeypatch, backend, name, heads, heads_first):
+    """The calls and their merge; only the merge is in fp32."""
+    REPLACED[backend](monkeypatch)
+    layout = LAYOUTS[name]
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 24, generator=rng, dtype=torch.float64) for h in (4, heads, heads)]
     if heads_first:
@@ -227,13 +190,13 @@ def test_with_reference_kernels(monkeypatch, own_plans, backend, name, heads, he
 
 
 @on_cpu
-@pytest.mark.parametrize(("backend", "name"), CASES)
+@pytest.mark.parametrize("backend", REPLACED)
+@pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_rounding(monkeypatch, own_plans, backend, name, dtype):
+def test_rounding(monkeypatch, backend, name, dtype):
     """Parts are rounded before they are merged or added."""
-    replace, layouts = REPLACED[backend]
-    replace(monkeypatch)
-    layout = layouts[name]
+    REPLACED[backend](monkeypatch)
+    layout = LAYOUTS[name]
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
     weight = torch.randn(layout.num_tokens, 4, 16, generator=rng)
@@ -244,19 +207,21 @@ def test_rounding(monkeypatch, own_plans, backend, name, dtype):
 
 
 @on_cpu
-@pytest.mark.parametrize(("backend", "options"), [("flash", {}), ("cudnn", {"block": 4})])
+@pytest.mark.parametrize("backend", REPLACED)
 @settings(max_examples=30, deadline=None)
 @given(groups=st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=5))
-def test_any_layout(backend, options, groups):
+def test_any_layout(backend, groups):
     layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
     inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
     weight = torch.randn_like(inputs[0])
     with pytest.MonkeyPatch.context() as patch:
-        REPLACED[backend][0](patch, **options)
+        REPLACED[backend](patch)
         exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(backend)))
-    cudnn._plan.cache_clear()
     for what in exact:
         torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
+
+
+WIDTHS = {"flash": (8, 64, 96, 128, 256), "flash4": flash4.WIDTHS}
 
 
 @pytest.mark.gpu
@@ -298,11 +263,10 @@ def test_strides_and_widths(backend, dtype, how, width):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["flash", "flash4", "cudnn"])
+@pytest.mark.parametrize("backend", ["flash", "flash4"])
 @pytest.mark.parametrize("layout", [GroupLayout((133, 20), ((40, 7), (12, 5))), GroupLayout((256,), ((128, 128),))])
 def test_does_not_wait_for_the_device(backend, layout):
     flash._plan.cache_clear()
-    cudnn._plan.cache_clear()
     q, k, v = (torch.randn(layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     skip_unless_supported(backend, q)
     weight = torch.randn_like(q)
@@ -327,43 +291,6 @@ def test_flash_unsupported(device, dtype, width, reason):
     assert flash.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
     if device == "cuda":
         assert backends.choose("group_attention", "auto", query) == "flex"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "width", "reason"),
-    [
-        (torch.float32, 64, "supports bfloat16 and float16, got float32"),
-        (torch.bfloat16, 20, "supports head dimensions that are multiples of 8 up to 128, got 20"),
-        (torch.bfloat16, 136, "supports head dimensions that are multiples of 8 up to 128, got 136"),
-    ],
-)
-def test_cudnn_unsupported(device, dtype, width, reason):
-    query = torch.zeros(4, 2, width, dtype=dtype, device=device)
-    assert cudnn.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
-
-
-@on_cpu
-@pytest.mark.parametrize(
-    ("state", "reason"),
-    [
-        ({}, None),
-        ({"capability": (8, 0)}, "needs compute capability 9.0 or higher, got 8.0"),
-        ({"version": 91500}, "needs cuDNN 9.15.1 or higher, got 91500"),
-        ({"version": None}, "needs cuDNN 9.15.1 or higher, got None"),
-        ({"available": False}, "needs cuDNN 9.15.1 or higher, got 91900"),
-        ({"avoid_recompile": "1"}, "TORCH_CUDNN_SDPA_AVOID_RECOMPILE=1 changes the layout of the log-sum-exp"),
-        ({"deterministic": True}, "cuDNN's backward pass is not deterministic"),
-    ],
-)
-def test_cudnn_needs(monkeypatch, state, reason):
-    query = SimpleNamespace(shape=(4, 2, 64), dtype=torch.bfloat16, device=torch.device("cuda"))
-    capability = state.get("capability", (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: state.get("available", True))
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: state.get("version", 91900))
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: state.get("deterministic", False))
-    monkeypatch.setenv("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", state.get("avoid_recompile", "0"))
-    assert cudnn.unsupported(query) == reason
 
 
 @on_cpu
@@ -408,19 +335,6 @@ def test_auto_selects_flash4_for_large_packs(monkeypatch):
 def test_number_of_pairs(groups):
     layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
     assert layout.num_pairs == int(layout.mask().sum())
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 1 << 20))
-def test_cudnn_lengths_come_from_a_small_set(length):
-    """Padded lengths are multiples of a block, and from 16 blocks on at most an eighth longer, 8 lengths per power of two."""
-    padded = cudnn._padded(length)
-    assert padded % cudnn.BLOCK == 0
-    assert length <= padded < length + max(cudnn.BLOCK, length / 8 + 1)
-    assert cudnn._padded(padded) == padded
-    low = 1 << (length.bit_length() - 1)
-    if low >= 16 * cudnn.BLOCK:
-        assert padded % (low // 8) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -498,7 +412,7 @@ def test_each_completion_is_as_if_alone(groups, seed):
         ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
         ({"backend": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
         ({"backend": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
-        ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, flash4, cudnn, flex; got 'math'"),
+        ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, flash4, flex; got 'math'"),
     ],
 )
 def test_bad_input(changes, error, message):

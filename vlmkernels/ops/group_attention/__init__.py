@@ -47,8 +47,6 @@ def group_attention(
             - "flash4" (compute capability 9.0, bf16 and fp16, head dimensions of 64, 96, 128 and 256): the same with
               FlashAttention-4, the package flash-attn-4.
             - "parts" (CPU): the same with torch's flash attention for the CPU.
-            - "cudnn" (compute capability 9.0 and higher, head dimensions up to 128): the same with cuDNN's attention. Only used
-              by name, because it first builds plans for the shapes of its calls: see docs/shared-prefix.md.
             - "flex": FlexAttention with a block mask.
             - "auto": "parts" on the CPU. On CUDA "flash4" if it supports the tensors and the pack is so large that a training
               step is faster, else "flash" if it supports the tensors, else "flex". "flex" on other devices.

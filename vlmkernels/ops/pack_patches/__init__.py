@@ -157,16 +157,19 @@ def pack_patches(
     sizes = _sizes(layout, patch_size, merge_size=merge_size, temporal_patch_size=temporal_patch_size)
     frames = [as_frames(image, f"images[{i}]") for i, image in enumerate(images)]
     device, multiple = frames[0].device, patch_size * sizes.merge_size
-    # Python integers, because operations on small tensors would take longer than the kernel on a GPU.
-    grid, bounds = array("q"), array("i", [0])
+    # Python integers, because operations on small tensors would take longer than the kernel on a GPU. ``fields`` has the 9
+    # fields of PatchImage in csrc/common/pack_patches.h for each image.
+    grid, bounds, fields = array("q"), array("i", [0]), array("q")
     for i, image in enumerate(frames):
-        require_device(f"images[{i}]", image, device, "images[0]")
+        if image.device != device:
+            require_device(f"images[{i}]", image, device, "images[0]")
         num_frames, _, height, width = image.shape
         if height % multiple or width % multiple:
             raise ValueError(f"images[{i}] must have sides that are multiples of {multiple}, got {height} x {width}")
         groups, grid_h, grid_w = -(-num_frames // sizes.temporal_patch_size), height // patch_size, width // patch_size
         grid.extend((groups, grid_h, grid_w))
         first, rows = bounds[-1], grid_h * grid_w
+        fields.extend((image.data_ptr(), *image.stride(), num_frames, grid_h, grid_w, first))
         bounds.extend(range(first + rows, first + rows * groups + 1, rows))
     num, features = bounds[-1], 3 * sizes.temporal_patch_size * patch_size**2
     fresh = out is None
@@ -181,6 +184,6 @@ def pack_patches(
             raise ValueError(f"out must be contiguous, got strides {out.stride()}")
         out = out[:num]
     table = _table(_per_channel("mean", mean), _per_channel("std", std), float(rescale), dtype, device)
-    select("pack_patches", resolve("pack_patches", backend), frames[0]).fwd(frames, table, out, sizes, fresh)
+    select("pack_patches", resolve("pack_patches", backend), frames[0]).fwd(frames, fields, table, out, sizes, fresh)
     cu_seqlens = torch.frombuffer(bounds, dtype=torch.int32).to(device, non_blocking=True)
     return PackedPatches(out, torch.frombuffer(grid, dtype=torch.int64).view(-1, 3), cu_seqlens)

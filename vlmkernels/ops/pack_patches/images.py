@@ -1,5 +1,6 @@
 """The inputs of the kernels: images as views (T, 3, H, W) of uint8 pixels, any strides, and the table that describes them."""
 
+from array import array
 from typing import Any
 
 import torch
@@ -61,18 +62,6 @@ def as_frames(image: Any, name: str) -> torch.Tensor:
     return frames if shape[-3] == 3 else frames.movedim(-1, 1)
 
 
-def image_fields(frames: list[torch.Tensor], patch_size: int, temporal_patch_size: int) -> list[int]:
-    """Return the 9 fields of ``PatchImage`` in csrc/common/pack_patches.h for each image, one after another."""
-    fields: list[int] = []
-    first_row = 0
-    for image in frames:
-        num_frames, _, height, width = image.shape
-        grid_h, grid_w = height // patch_size, width // patch_size
-        fields += (image.data_ptr(), *image.stride(), num_frames, grid_h, grid_w, first_row)
-        first_row += -(-num_frames // temporal_patch_size) * grid_h * grid_w
-    return fields
-
-
-def image_table(fields: list[int], device: torch.device) -> torch.Tensor:
+def image_table(fields: "array[int]", device: torch.device) -> torch.Tensor:
     """Copy the fields to ``device``, (9 n,) int64. This does not wait, because the driver buffers so few bytes."""
-    return torch.tensor(fields).to(device, non_blocking=True)
+    return torch.frombuffer(fields, dtype=torch.int64).to(device, non_blocking=True)

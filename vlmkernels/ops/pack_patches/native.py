@@ -1,19 +1,15 @@
 """pack_patches with the compiled module: backends "cpp" and "cuda"."""
 
-from array import array
-
 import torch
 
 from vlmkernels.ops.launch import Launcher, address
-from vlmkernels.ops.pack_patches.images import image_fields
 
 
 class Native(Launcher):
     def unsupported(self, *tensors: torch.Tensor) -> str | None:
         return None
 
-    def fwd(self, frames, table, out, layout, fresh):
-        fields = array("q", image_fields(frames, layout.patch_size, layout.temporal_patch_size))
+    def fwd(self, frames, fields, table, out, layout, fresh):
         params = self.module.PackPatches(
             images=fields.buffer_info()[0],
             num_images=len(frames),

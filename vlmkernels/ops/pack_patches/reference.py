@@ -7,7 +7,7 @@ def unsupported(*tensors: torch.Tensor) -> str | None:
     return None
 
 
-def fwd(frames, table, out, layout, fresh):
+def fwd(frames, fields, table, out, layout, fresh):
     """Write the rows of all images (T, 3, H, W) to ``out``. ``table`` (3, 256): the result per pixel value; None: the pixel."""
     slots, size, merge = layout.temporal_patch_size, layout.patch_size, layout.merge_size
     rows = []

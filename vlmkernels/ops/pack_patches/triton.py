@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.ops.pack_patches.images import image_fields, image_table
+from vlmkernels.ops.pack_patches.images import image_table
 
 BLOCK_F = 256  # a row has a few hundred to about 1500 features; larger blocks would waste masked elements
 NUM_WARPS = 4
@@ -73,8 +73,8 @@ def pack_patches_kernel(
         tl.store(out_ptr + row * FEATURES + f, value, mask=f < FEATURES)
 
 
-def fwd(frames, table, out, layout, fresh):
-    images = image_table(image_fields(frames, layout.patch_size, layout.temporal_patch_size), out.device)
+def fwd(frames, fields, table, out, layout, fresh):
+    images = image_table(fields, out.device)
     with torch.cuda.device_of(out):
         pack_patches_kernel[(len(out),)](
             images,
