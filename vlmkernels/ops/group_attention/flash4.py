@@ -11,7 +11,7 @@ from vlmkernels.backend import why_not
 from vlmkernels.ops.group_attention import flash
 from vlmkernels.ops.group_attention.layout import GroupLayout
 
-# The head dimensions that were tested. For 8, 16, 72 and 80 the gradient of the queries of packed sequences is wrong: one kernel
+# The head dimensions that were tested. For 8, 16, 72 and 80 the gradient of the queries of packed sequences is wrong: a kernel
 # accumulates it with heads padded to multiples of 16, and the kernel that reads it expects multiples of 32 (4.0.0b36).
 WIDTHS = (64, 96, 128, 256)
 # Compute capability -> the FLOPs of a forward pass from which a training step is faster than with flash.py. With less work the
