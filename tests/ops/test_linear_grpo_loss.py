@@ -17,7 +17,8 @@ from vlmkernels.ops.linear_logps import sweep
 pytestmark = pytest.mark.device
 
 VOCAB, WIDTH = 211, 24
-ONE_SWEEP = [name for name, settings in VARIANTS.items() if in_one_sweep(GRPOLossConfig(**settings), torch.float32)]
+ONE_SWEEP = [name for name, settings in VARIANTS.items() if in_one_sweep(GRPOLossConfig(**settings))]
+HALF = [torch.bfloat16, torch.float16]
 
 
 def problem(device, B=5, T=6, dtype=torch.float32, bias=True, per_token=False):
@@ -46,10 +47,10 @@ def inputs_for(config, batch):
     return batch
 
 
-def composed(hidden, weight, targets, *, bias, rows=None, backend, **options):
+def composed(hidden, weight, targets, *, bias, rows=None, softcap=None, backend, **options):
     """The formula of the docstring."""
-    head = {"bias": bias, "temperature": 0.8, "rows": rows, "mask": options.get("loss_mask"), "backend": backend}
-    logps, entropy = linear_logps(hidden, weight, targets, **head, return_entropy=True)
+    head = {"bias": bias, "temperature": 0.8, "softcap": softcap, "rows": rows, "mask": options.get("loss_mask")}
+    logps, entropy = linear_logps(hidden, weight, targets, **head, return_entropy=True, backend=backend)
     return grpo_loss(logps, entropy=entropy, backend=backend, **options)
 
 
@@ -57,12 +58,12 @@ def fused(hidden, weight, targets, **options):
     return linear_grpo_loss(hidden, weight, targets, temperature=0.8, **options)
 
 
-def gradients(function, operands, targets, **options):
-    """Return the gradients of 1.7 times the loss, and the output."""
+def gradients(function, operands, targets, upstream=1.7, **options):
+    """Return the gradients of ``upstream`` times the loss, and the output."""
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in operands]
     output = function(*leaves[:2], targets, bias=leaves[2], **options)
     wanted = [x for x in leaves if x is not None]
-    return torch.autograd.grad(1.7 * output.loss, wanted), output
+    return torch.autograd.grad(upstream * output.loss, wanted), output
 
 
 def check(operands, targets, batch, config, backend, chunk_bytes=None, **options):
@@ -74,7 +75,7 @@ def check(operands, targets, batch, config, backend, chunk_bytes=None, **options
     actual, output = gradients(fused, operands, targets, config=config, backend=backend, chunk_bytes=chunk_bytes, **batch)
     # The gradient of the bias sums a column of the logits' gradient, whose terms cancel.
     size = exact[0].abs().sum().item() if len(exact) > 2 else None
-    if in_one_sweep(config, torch.float32):
+    if in_one_sweep(config):
         for name, a, e, x in zip(("dhidden", "dweight", "dbias"), actual, eager, exact, strict=False):
             assert_within_budget(name, a, e, x, scale=size if name == "dbias" else None)
     elif chunk_bytes is None:
@@ -85,7 +86,8 @@ def check(operands, targets, batch, config, backend, chunk_bytes=None, **options
             assert all(torch.equal(a, x) for a, x in zip(actual, expected, strict=True))
     else:
         torch.testing.assert_close(list(actual), [x.to(actual[0].dtype) for x in exact], rtol=1e-4, atol=1e-5)
-    batch.pop("rows", None)
+    for name in ("rows", "softcap", "upstream"):
+        batch.pop(name, None)
     loss, metrics = grpo_loss(output.logps, entropy=output.entropy, config=config, backend=backend, **batch)
     assert torch.equal(output.loss, loss)
     assert output.metrics.keys() == metrics.keys()
@@ -107,16 +109,22 @@ def test_matches_fp64(need, device, nan_filled, backend, variant):
         check(operands, targets, batch, config, backend, chunk_bytes=7 * VOCAB * ROW, accumulation_steps=3)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision(need, device, nan_filled, backend, dtype):
-    """On policy, because there no rounding moves a token across a bound; one chunk, and several."""
-    operands, targets, batch = problem(device, 5, 7, dtype, bias=False)
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize(
+    ("dtype", "upstream"), [(torch.bfloat16, 1.7), *((torch.float16, x) for x in (1.0, 65536.0, 1e-3))], ids=str
+)
+def test_half_precision(need, device, nan_filled, backend, dtype, upstream):
+    """On policy, because there no rounding moves a token across a bound; one chunk, and several; loss scales for fp16."""
+    operands, targets, batch = problem(device, 5, 7, dtype)
     need("linear_grpo_loss", backend, operands[0])
     config = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1)
     del batch["old_logps"]
-    for chunk_bytes in (None, 20 * VOCAB * ROW):
-        check(operands, targets, batch, config, backend, chunk_bytes)
+    rows = torch.arange(35, device=device).view(5, 7) // 2
+    for chunk_bytes in (None, 9 * VOCAB * ROW):
+        check(operands, targets, batch, config, backend, chunk_bytes, upstream=upstream)
+        if backend in ("reference", "cpp") or upstream == 65536:  # emulated kernels are slow
+            head = {"rows": rows, "softcap": 4.0}
+            check(operands, targets, batch, config.replace(beta=0.0), backend, chunk_bytes, upstream=upstream, **head)
 
 
 @pytest.mark.parametrize("variant", [*ONE_SWEEP, "gspo", "vespo"])
@@ -149,10 +157,11 @@ def test_advantages_per_token(device):
     check([operands[0][batch["loss_mask"]], *operands[1:]], targets[batch["loss_mask"]], flat, GRPOLossConfig("bnpo"), "auto")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])
-def test_only_needed_gradients_are_computed(device, monkeypatch, needs):
+def test_only_needed_gradients_are_computed(device, monkeypatch, needs, dtype):
     """Forward and backward pass run two products with a frozen head, instead of three."""
-    (hidden, weight, bias), targets, batch = problem(device)
+    (hidden, weight, bias), targets, batch = problem(device, dtype=dtype)
     operands = {"hidden": hidden, "weight": weight, "bias": bias}
     every, _ = gradients(fused, list(operands.values()), targets, **inputs_for(GRPOLossConfig(), batch))
     operands[needs].requires_grad_()
@@ -168,16 +177,19 @@ def test_only_needed_gradients_are_computed(device, monkeypatch, needs):
     assert shapes == {"hidden": [logits, dhidden], "weight": [logits, dweight], "bias": [logits]}[needs]
 
 
-@pytest.mark.parametrize("variant", ["dapo", "gspo"])
-def test_nothing_is_computed_again(device, monkeypatch, variant):
-    """Logits that fit in chunk_bytes are computed once, for any objective."""
-    operands, targets, batch = problem(device)
+@pytest.mark.parametrize(
+    ("variant", "dtype", "rows"), [("dapo", torch.float32, 30), ("gspo", torch.float32, 30), *(("dapo", x, 5) for x in HALF)]
+)
+def test_nothing_is_computed_again(device, monkeypatch, variant, dtype, rows):
+    """Logits that fit in chunk_bytes are computed once, for any objective; in one sweep, any logits are."""
+    operands, targets, batch = problem(device, dtype=dtype)
     config = GRPOLossConfig(**VARIANTS[variant])
     made = []
     original = linear_logps_module.sweep.Sweep.logits
     monkeypatch.setattr(linear_logps_module.sweep.Sweep, "logits", lambda *a: made.append(len(a[1])) or original(*a))
-    gradients(fused, operands, targets, config=config, **inputs_for(config, batch))
-    assert made == [int(batch["loss_mask"].sum())]
+    gradients(fused, operands, targets, config=config, chunk_bytes=rows * VOCAB * ROW, **inputs_for(config, batch))
+    assert (len(made) == 1) == (rows == 30)
+    assert sum(made) == int(batch["loss_mask"].sum())
 
 
 def test_without_gradients(device):
@@ -189,16 +201,17 @@ def test_without_gradients(device):
     torch.testing.assert_close(output.loss, expected.loss.detach())
 
 
-def test_fp32_master_weight_and_autocast(device):
+@pytest.mark.parametrize("half", HALF, ids=str)
+@pytest.mark.parametrize("chunk_bytes", [None, 7 * VOCAB * ROW])
+def test_fp32_master_weight_and_autocast(device, half, chunk_bytes):
     operands, targets, batch = problem(device, bias=False)
     hidden, weight = (x.clone().requires_grad_() for x in operands[:2])
     config = GRPOLossConfig()
-    with torch.autocast(device, torch.bfloat16):
-        output = fused(hidden, weight, targets, **inputs_for(config, batch))
+    with torch.autocast(device, half):
+        output = fused(hidden, weight, targets, chunk_bytes=chunk_bytes, **inputs_for(config, batch))
     output.loss.backward()
-    expected, _ = gradients(
-        fused, [hidden.detach().bfloat16(), weight.detach().bfloat16(), None], targets, **inputs_for(config, batch)
-    )
+    rounded = [hidden.detach().to(half), weight.detach().to(half), None]
+    expected, _ = gradients(fused, rounded, targets, **inputs_for(config, batch))
     assert weight.grad.dtype == hidden.grad.dtype == torch.float32
     torch.testing.assert_close(1.7 * hidden.grad, expected[0].float(), rtol=0.02, atol=1e-5)
     torch.testing.assert_close(1.7 * weight.grad, expected[1].float(), rtol=0.02, atol=1e-4)
@@ -213,17 +226,75 @@ def test_one_backward_pass(device):
         output.loss.backward()
 
 
-def test_fp16_is_scaled_before_it_is_rounded(device):
+SEVERAL_CHUNKS = pytest.mark.parametrize("chunk_bytes", [None, 1000 * 50 * ROW])
+
+
+def many_tokens(device, *large):
+    """fp16 operands and 4096 equal targets. ``large``: values for the first columns of hidden and weight."""
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 4096, 16, generator=rng), 0.3 * torch.randn(50, 16, generator=rng)
+    for i, (of_hidden, of_weight) in enumerate(large):
+        hidden[..., i], weight[:, i] = of_hidden, of_weight
+    operands = [hidden.to(device, torch.float16), weight.to(device, torch.float16), None]
+    return operands, torch.zeros(1, 4096, dtype=torch.long, device=device)
+
+
+@SEVERAL_CHUNKS
+def test_small_fp16_gradients(device, monkeypatch, chunk_bytes):
+    """They are as exact as those of the formula with a loss scale. Without gradient_scale rounding would change them."""
+    operands, targets = many_tokens(device)
+    options = {"advantages": torch.full((1,), 0.001, device=device), "upstream": 65536.0}
+    double = [x if x is None else x.double() for x in operands]
+    exact, _ = gradients(composed, double, targets, backend="reference", **options)
+    eager, _ = gradients(composed, operands, targets, backend="reference", **options)
+    actual, _ = gradients(fused, operands, targets, chunk_bytes=chunk_bytes, **options)
+    for name, a, e, x in zip(("dhidden", "dweight"), actual, eager, exact, strict=True):
+        assert_within_budget(name, a, e, x)
+    monkeypatch.setattr(linear_grpo_loss_module, "gradient_scale", lambda *_: 1.0)
+    unscaled, _ = gradients(fused, operands, targets, chunk_bytes=chunk_bytes, **options)
+    assert all((a.double() - x).norm() > 0.1 * x.norm() for a, x in zip(unscaled, exact, strict=True))
+
+
+@SEVERAL_CHUNKS
+def test_fp16_overflows_only_with_the_gradient(device, chunk_bytes):
+    """The products with the gradients of the logits are beyond 65504 until they are scaled."""
+    operands, targets = many_tokens(device, (32.0, 0.0), (0.0, 30000.0))  # the logits stay small
+    operands[1][1:, 1] = 0  # only the weight of the target is large
+    double = [x if x is None else x.double() for x in operands]
+    options = {"advantages": torch.full((1,), 4.0, device=device)}
+    for upstream, is_finite in ((1.0, True), (65536.0, False)):
+        exact, _ = gradients(composed, double, targets, upstream, backend="reference", **options)
+        actual, _ = gradients(fused, operands, targets, upstream, chunk_bytes=chunk_bytes, **options)
+        for a, x in zip(actual, exact, strict=True):
+            assert bool(x.half().isfinite().all()) == is_finite
+            torch.testing.assert_close(a, x.half(), rtol=4e-3, atol=4e-3 * upstream * x.abs().median().item())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="logits are fp32 there")
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+@pytest.mark.parametrize("chunk_bytes", [None, 50 * 2])
+def test_logits_beyond_fp16_are_named(need, backend, chunk_bytes):
+    hidden, weight = torch.tensor([[[1.0], [300.0]]]).half(), torch.full((50, 1), 300.0).half().requires_grad_()
+    need("linear_grpo_loss", backend, hidden)
+    inputs = {"targets": torch.zeros(1, 2, dtype=torch.long), "advantages": torch.ones(1), "backend": backend}
+    with pytest.raises(ValueError, match=r"hidden must have logits within fp16's range, up to 65504, got inf at index \(1,\)"):
+        linear_grpo_loss(hidden, weight, **inputs, chunk_bytes=chunk_bytes)
+    assert linear_grpo_loss(hidden, weight, **inputs, chunk_bytes=chunk_bytes, softcap=30.0).loss.isfinite()
+
+
+@pytest.mark.parametrize("divisor", ["num_items", "accumulation_steps"])
+def test_fp16_is_scaled_before_it_is_rounded(device, divisor):
     """Gradients of 1e-9 survive with a loss scale, as without the fusion."""
     rng = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 64, 32, generator=rng).to(device, torch.float16).requires_grad_()
     weight = (0.3 * torch.randn(2000, 32, generator=rng)).to(device, torch.float16).requires_grad_()
     targets = torch.randint(2000, (1, 64), generator=rng).to(device)
     gradients = []
-    for scale, items in ((65536.0, 1e6), (1.0, 1e6 / 65536)):
-        output = linear_grpo_loss(hidden, weight, targets, torch.ones(1, device=device), num_items=items)
+    for scale, number in ((65536.0, 1e6), (1.0, 1e6 / 65536), (1.0, 1e30)):
+        output = linear_grpo_loss(hidden, weight, targets, torch.ones(1, device=device), **{divisor: number})
         gradients.append(torch.autograd.grad(output.loss * scale, (hidden, weight)))
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*gradients[:2])
+    assert all(x.eq(0).all() for x in gradients[2])
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 3)])
@@ -258,8 +329,9 @@ def wide_logits(monkeypatch, device):
 # 30 rows in chunks of 8. Kept are the logit gradients of all rows, of segments of 24 and 6 or 16 and 14 rows, or of one chunk.
 @pytest.mark.parametrize("kept_rows", [30, 24, 16, 0])
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
-def test_kept_gradients(need, device, nan_filled, wide_logits, backend, kept_rows):
-    operands, targets, batch = problem(device, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_kept_gradients(need, device, nan_filled, wide_logits, backend, kept_rows, dtype):
+    operands, targets, batch = problem(device, dtype=dtype)
     need("linear_grpo_loss", backend, operands[0])
     config, batch = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1), inputs_for(GRPOLossConfig(), batch)
     for name in ("old_logps", "loss_mask"):
@@ -312,10 +384,11 @@ def test_few_long_products_of_linear_logps(monkeypatch, wide_logits, device, seg
 
 @pytest.mark.parametrize("keep_logits_bytes", [0, 2**20])
 @pytest.mark.parametrize("frozen_master_weight", [False, True])
-def test_opcheck(device, keep_logits_bytes, frozen_master_weight):
-    (hidden, weight, bias), targets, batch = problem(device, 2, 3)
+@pytest.mark.parametrize("half", HALF, ids=str)
+def test_opcheck(device, keep_logits_bytes, frozen_master_weight, half):
+    (hidden, weight, bias), targets, batch = problem(device, 2, 3, torch.float32 if frozen_master_weight else half)
     if frozen_master_weight:  # fp32, with hidden states of 16 bits
-        hidden = hidden.bfloat16()
+        hidden = hidden.to(half)
     needed = [True, not frozen_master_weight, True]
     names = ("advantages", "old_logps", "ref_logps", "loss_mask", "cu_seqlens", "rollout_logps")
     if keep_logits_bytes:
@@ -330,9 +403,9 @@ def test_opcheck(device, keep_logits_bytes, frozen_master_weight):
     torch.library.opcheck(torch.ops.vlmkernels.linear_grpo_loss_bwd, arguments)
 
 
-@pytest.mark.parametrize("variant", ["dapo", "gspo kl"])
-def test_compile(device, variant):
-    operands, targets, batch = problem(device)
+@pytest.mark.parametrize(("variant", "dtype"), [("dapo", torch.float32), ("gspo kl", torch.float32), ("dapo", torch.float16)])
+def test_compile(device, variant, dtype):
+    operands, targets, batch = problem(device, dtype=dtype)
     config = GRPOLossConfig(**VARIANTS[variant])
     batch = inputs_for(config, batch)
 

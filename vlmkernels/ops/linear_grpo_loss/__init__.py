@@ -1,5 +1,6 @@
 """The GRPO objective from hidden states and the head. Imports only torch: triton and ``_C`` load on first use."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, parse
 from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, metrics, require_finite, token_weights
 from vlmkernels.ops.linear_grpo_loss.tokens import Tokens
 from vlmkernels.ops.linear_logps import linear_logps
-from vlmkernels.ops.linear_logps.check import budget, check, operands
+from vlmkernels.ops.linear_logps.check import budget, check, check_logits, operands
 from vlmkernels.ops.linear_logps.inputs import Operands, SelectedRows
 from vlmkernels.ops.linear_logps.parallel import VocabParallel
 from vlmkernels.ops.linear_logps.sweep import (
@@ -91,16 +92,17 @@ class Outputs(NamedTuple):
     stats: torch.Tensor
     logps: torch.Tensor
     entropy: torch.Tensor
+    scale: torch.Tensor  # (): with is_scaled, multiplies the gradients below
     dlogits: torch.Tensor  # with keeps_dlogits: the gradients of all logits, not yet multiplied by dloss
     dhidden: torch.Tensor  # without keeps_dlogits: the gradients of the operands, not yet multiplied by dloss
-    dweight: torch.Tensor
+    dweight: torch.Tensor  # with is_scaled all three are fp32
     dbias: torch.Tensor
 
 
 class Gradient(NamedTuple):
     """The arguments of the backward operator, which computes the gradients from ``dlogits``."""
 
-    dloss: torch.Tensor
+    dloss: torch.Tensor  # with is_scaled divided by the scale of dlogits
     dlogits: torch.Tensor
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -112,22 +114,38 @@ class Gradient(NamedTuple):
 
 define(
     FWD,
-    f"({schema(Inputs)}) -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor dlogits, Tensor dhidden,"
-    " Tensor dweight, Tensor dbias)",
+    f"({schema(Inputs)}) -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor scale, Tensor dlogits,"
+    " Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
 define(BWD, f"({schema(Gradient)}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)")
 
 
-def in_one_sweep(config: GRPOLossConfig, dtype: torch.dtype) -> bool:
+def in_one_sweep(config: GRPOLossConfig) -> bool:
     """Return whether the gradient of a token's logits can be written right after they are read.
 
-    This is so if the gradient depends only on that token. fp16 is excluded, because its small gradients must be multiplied by
-    the loss scale before they are rounded.
+    This is so if the gradient depends only on that token.
     """
     per_token = config.level == "token" and config.loss.surrogate != "vespo"
     corrected = (config.rollout_correction or "token").startswith("token")
-    fits = dtype != torch.float16
-    return fits and per_token and corrected and config.off_policy_mask_threshold is None and config.top_entropy_quantile == 1
+    return per_token and corrected and config.off_policy_mask_threshold is None and config.top_entropy_quantile == 1
+
+
+def is_scaled(hidden: torch.Tensor) -> bool:
+    """Return whether the gradients of the logits are multiplied by ``gradient_scale``, because fp16 cannot hold 1e-8."""
+    return hidden.dtype == torch.float16
+
+
+def gradient_scale(inputs: LossInputs, config: GRPOLossConfig, num: int) -> float:
+    """Return a power of two, about 1 / (mean weight of the ``num`` selected tokens).
+
+    The gradients of the logits times this number are about as large as the advantages. The loss scale cannot take its place,
+    because it is a factor of dloss, which is known only in the backward pass.
+    """
+    items = num * inputs.accumulation_steps
+    if config.aggregation.num_items and inputs.num_items is not None and inputs.num_items.device.type == "cpu":
+        items = inputs.num_items.item()  # on a GPU this would wait for the device
+    _, exponent = math.frexp(items)  # 0 if items is 0, inf or NaN
+    return 2.0 ** (exponent - 1)
 
 
 @impl(FWD, "default")
@@ -157,9 +175,14 @@ def _fwd(*args: Any) -> Outputs:
             inputs.keep_logits_bytes,
             repeated=rows is not None,
             weight_dtype=weight.dtype,
+            in_fp32=is_scaled(hidden),
         )
     kernels = select("linear_grpo_loss", inputs.backend, hidden)
     tokens = _tokens(loss_inputs, config, selected, sweep.num)
+    scale = logps.new_empty(0)
+    if is_scaled(hidden):
+        number = gradient_scale(loss_inputs, config, sweep.num)
+        scale, tokens = logps.new_full((), number), tokens.scaled(number)
     results = SelectedRows(
         targets=select_results(selected, targets),
         logp=logps.new_empty(sweep.num),
@@ -172,6 +195,7 @@ def _fwd(*args: Any) -> Outputs:
         kernels.sweep(logits, states, results.chunk(chunk), tokens.chunk(chunk), config, head, out)
         if segments is not None:
             segments.add(chunk, out)
+    check_logits(hidden, results.stats)
     write_results(selected, logps, results.logp)
     write_results(selected, entropy, results.entropy)
     if config.check_finite:
@@ -180,7 +204,7 @@ def _fwd(*args: Any) -> Outputs:
     dentropy = torch.empty_like(logps) if config.entropy_coef else logps.new_empty(0)
     select("grpo_loss", inputs.backend, logps).fwd(loss_inputs, config, loss, dlogp, dentropy, stats)
     gradients = [hidden.new_empty(0) for _ in range(3)] if segments is None else segments.gradients.results()
-    return Outputs(loss, stats, logps, entropy, dlogits, *gradients)
+    return Outputs(loss, stats, logps, entropy, scale, dlogits, *gradients)
 
 
 def _tokens(inputs: LossInputs, config: GRPOLossConfig, selected: torch.Tensor | None, num: int) -> Tokens:
@@ -207,8 +231,9 @@ def _fwd_fake(*args: Any) -> Outputs:
     logps = hidden.new_empty(inputs.targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     kept = inputs.keeps_dlogits
     dlogits = hidden.new_empty(inputs.targets.numel() if kept else 0, len(weight))
-    gradients = empty_gradients(hidden, weight, inputs.bias, [False] * 3 if kept else inputs.needed)
-    return Outputs(logps.new_empty(()), logps.new_empty(len(STATS)), logps, torch.empty_like(logps), dlogits, *gradients)
+    scale = logps.new_empty(() if is_scaled(hidden) else 0)
+    gradients = empty_gradients(hidden, weight, inputs.bias, [False] * 3 if kept else inputs.needed, is_scaled(hidden))
+    return Outputs(logps.new_empty(()), logps.new_empty(len(STATS)), logps, torch.empty_like(logps), scale, dlogits, *gradients)
 
 
 register_fake(FWD, _fwd_fake)
@@ -232,6 +257,7 @@ def _bwd(*args: Any) -> tuple[torch.Tensor, ...]:
         repeated=gradient.rows is not None,
         weight_dtype=weight.dtype,
         scale=scale,
+        in_fp32=is_scaled(hidden),
     )
     num = len(dlogits) if index is None else len(index)
     gradients.add(slice(0, num), dlogits[:num])
@@ -240,7 +266,8 @@ def _bwd(*args: Any) -> tuple[torch.Tensor, ...]:
 
 def _bwd_fake(*args: Any) -> tuple[torch.Tensor, ...]:
     gradient = Gradient(*args)
-    return tuple(empty_gradients(gradient.hidden, gradient.weight, gradient.bias, gradient.needed))
+    hidden = gradient.hidden
+    return tuple(empty_gradients(hidden, gradient.weight, gradient.bias, gradient.needed, is_scaled(hidden)))
 
 
 register_fake(BWD, _bwd_fake)
@@ -261,6 +288,8 @@ class _LinearGRPOLoss(torch.autograd.Function):
         inputs = inputs._replace(hidden=hidden, weight=weight, bias=bias)
         outputs = Outputs(*torch.ops.vlmkernels.linear_grpo_loss_fwd(*inputs))
         ctx.needed, ctx.used = inputs.needed, False
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
+        ctx.scale = outputs.scale if is_scaled(hidden) else None
         if inputs.keeps_dlogits:
             ctx.dlogits, ctx.gradients = outputs.dlogits, None
             ctx.save_for_backward(hidden, weight, bias, inputs.loss_mask, inputs.rows)
@@ -280,6 +309,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
                 "linear_grpo_loss supports one backward pass, which frees what the forward pass kept; for several passes use"
                 " grpo_loss(linear_logps(...))"
             )
+        dloss = dloss if ctx.scale is None else dloss / ctx.scale
         dlogits, gradients = ctx.dlogits, ctx.gradients
         ctx.dlogits, ctx.gradients, ctx.used = None, None, True
         if dlogits is not None:
@@ -288,7 +318,8 @@ class _LinearGRPOLoss(torch.autograd.Function):
             gradients = torch.ops.vlmkernels.linear_grpo_loss_bwd(*gradient)
         elif torch.compiler.is_compiling() or dloss.device.type != "cpu" or dloss.item() != 1:
             gradients = [x.mul_(dloss) for x in gradients]
-        dhidden, dweight, dbias = (x if n else None for x, n in zip(gradients, ctx.needed, strict=True))
+        results = zip(gradients, ctx.dtypes, ctx.needed, strict=True)
+        dhidden, dweight, dbias = (x.to(dtype) if n else None for x, dtype, n in results)
         return dhidden, dweight, dbias, None
 
 
@@ -343,9 +374,13 @@ def linear_grpo_loss(
     these GEMMs segment by segment and accumulates the gradient of ``weight`` in fp32, (V, H), and the backward pass multiplies
     the results in place. In both cases there can be only one backward pass.
 
-    Other objectives (sequence-level ratios or weights, off_policy_mask_threshold, top_entropy_quantile), vocab_parallel, and
-    fp16 (whose small gradients must be multiplied by the loss scale before they are rounded) run as written above. They also
-    take 6 N H V operations if the logits fit in ``chunk_bytes``.
+    With fp16 hidden states, the gradients of the logits are divided by about the mean weight of a token, 1 / num_items, before
+    they are rounded. The gradients of ``hidden``, ``weight`` and ``bias`` are multiplied by it, and by the upstream gradient,
+    which has the loss scale as a factor, in fp32. At any loss scale, they overflow if the derivative of the loss by a logit is
+    more than about 1e5 times the mean weight.
+
+    Other objectives (sequence-level ratios or weights, off_policy_mask_threshold, top_entropy_quantile) and vocab_parallel run
+    as written above. They also take 6 N H V operations if the logits fit in ``chunk_bytes``.
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, rows, chunk_bytes, vocab_parallel: see ``linear_logps``.
@@ -383,7 +418,7 @@ def linear_grpo_loss(
         "num_items": num_items,
         "accumulation_steps": accumulation_steps,
     }
-    if not any(needed) or not in_one_sweep(config, hidden.dtype) or vocab_parallel is not None:
+    if not any(needed) or not in_one_sweep(config) or vocab_parallel is not None:
         logps, entropy = linear_logps(
             hidden,
             weight,

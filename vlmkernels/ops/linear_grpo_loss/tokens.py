@@ -18,3 +18,7 @@ class Tokens(NamedTuple):
     def chunk(self, part: slice) -> "Tokens":
         """Return the tokens of ``part`` as views."""
         return Tokens._make(x[part] if isinstance(x, torch.Tensor) else x for x in self)
+
+    def scaled(self, scale: float) -> "Tokens":
+        """Return the tokens of ``scale`` times the loss."""
+        return self._replace(share=self.share * scale, entropy_scale=self.entropy_scale * scale)

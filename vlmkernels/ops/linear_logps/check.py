@@ -2,7 +2,15 @@
 
 import torch
 
-from vlmkernels.ops.checks import require_device, require_dtype, require_factor, require_shape, require_targets, require_tensor
+from vlmkernels.ops.checks import (
+    require_device,
+    require_dtype,
+    require_factor,
+    require_nowhere,
+    require_shape,
+    require_targets,
+    require_tensor,
+)
 from vlmkernels.ops.linear_logps.fused import is_faster
 from vlmkernels.ops.linear_logps.inputs import Operands
 from vlmkernels.ops.linear_logps.parallel import VocabParallel, gather_dtensor
@@ -63,6 +71,13 @@ def check(inputs: Operands, temperature: float, logit_scale: float, softcap: flo
         if tensor is not None:
             require_device(name, tensor, hidden.device, "hidden")
     require_targets("hidden", hidden, "hidden without its width", inputs.targets, inputs.mask, inputs.rows, mask_name)
+
+
+def check_logits(hidden: torch.Tensor, stats: torch.Tensor) -> None:
+    """Check that no logit overflowed. Only those of fp16 on the CPU have a smaller range than fp32. ``stats``: (N, 2)."""
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float16:
+        maximum = stats[:, 0]
+        require_nowhere(maximum.isposinf(), "hidden", "have logits within fp16's range, up to 65504", maximum)
 
 
 def budget(inputs: Operands, chunk_bytes: int | None, keep_logits_bytes: int | None, backend: str) -> tuple[int, int]:

@@ -207,6 +207,7 @@ class Gradients:
         parts: int = 1,
         out: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
+        in_fp32: bool = False,
     ) -> None:
         """
         Args:
@@ -220,19 +221,22 @@ class Gradients:
             out: (V, H): add the gradient of the weight to this tensor, and return none.
             scale: () fp32, multiplies all gradients. For the gradient of the weight, the hidden states are multiplied by it
                 before the product with dlogits, which is cheaper than multiplying the (V, H) result.
+            in_fp32: compute and return the gradients in fp32, because they can be beyond the range of fp16 until they are
+                scaled. ``scale`` then multiplies all results; the hidden states could underflow.
         """
         self.shape, self.hidden_states, self.weight_matrix, self.index = hidden.shape, flat(hidden), head.weight, index
-        self.repeated, self.weight_dtype, self.out, self.scale = repeated, weight_dtype, out, scale
+        self.repeated, self.out, self.scale, self.in_fp32 = repeated, out, scale, in_fp32
         by_hidden, by_weight, by_bias = needed
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.hidden_dtype, self.weight_dtype = (wide, wide) if in_fp32 else (hidden.dtype, weight_dtype)
         self.hidden: torch.Tensor | None = None
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         if by_hidden:
             new = torch.empty if index is None else torch.zeros
-            self.hidden = new(self.hidden_states.shape, dtype=wide if repeated else hidden.dtype, device=hidden.device)
+            self.hidden = new(self.hidden_states.shape, dtype=wide if repeated else self.hidden_dtype, device=hidden.device)
         if by_weight:
-            dtype = hidden.dtype if parts == 1 and weight_dtype == hidden.dtype else wide
+            dtype = hidden.dtype if parts == 1 and self.weight_dtype == hidden.dtype else wide
             self.weight = torch.empty(head.weight.shape, dtype=dtype, device=hidden.device) if out is None else out
         if by_bias:
             assert head.bias is not None
@@ -245,14 +249,14 @@ class Gradients:
         dlogits = gemm_operand(dlogits)
         if self.hidden is not None:
             if isinstance(place, slice):
-                torch.mm(dlogits, self.weight_matrix, out=self.hidden[place])
+                _product(dlogits, self.weight_matrix, self.hidden_dtype, out=self.hidden[place])
             else:
-                dhidden = torch.mm(dlogits, self.weight_matrix).to(self.hidden.dtype)
+                dhidden = _product(dlogits, self.weight_matrix, self.hidden_dtype).to(self.hidden.dtype)
                 put = self.hidden.index_add_ if self.repeated else self.hidden.index_copy_
                 put(0, place, dhidden)
         if self.weight is not None:
             states = self.hidden_states[place]
-            states = states if self.scale is None else states * self.scale
+            states = states if self.scale is None or self.in_fp32 else states * self.scale
             _add_product(self.weight, dlogits.t(), states, self.started)
             self.started = True
         if self.bias is not None:
@@ -263,22 +267,24 @@ class Gradients:
         if self.weight is not None and not self.started:
             self.weight.zero_()
         if self.scale is not None:
-            for gradient in (self.hidden, self.bias):
+            for gradient in (self.hidden, self.bias, self.weight if self.in_fp32 else None):
                 if gradient is not None:
                     gradient.mul_(self.scale)
         weight = None if self.out is not None else self.weight
-        dtypes = (self.hidden_states.dtype, self.weight_dtype, self.weight_dtype)
+        dtypes = (self.hidden_dtype, self.weight_dtype, self.weight_dtype)
         results = zip((self.hidden, weight, self.bias), dtypes, strict=True)
         hidden, weight, bias = (self.hidden_states.new_empty(0) if x is None else x.to(dtype) for x, dtype in results)
         return [hidden if self.hidden is None else hidden.view(self.shape), weight, bias]
 
 
 def empty_gradients(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needed: Sequence[bool]
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needed: Sequence[bool], in_fp32: bool = False
 ) -> list[torch.Tensor]:
     """Return uninitialized tensors with the shapes and dtypes of ``Gradients.results``, for the fake implementations."""
     like = (hidden, weight, weight if bias is None else weight.new_empty(bias.shape))
-    return [x.new_empty(x.shape) if n else hidden.new_empty(0) for x, n in zip(like, needed, strict=True)]
+    dtypes = [torch.float32 if in_fp32 else x.dtype for x in like]
+    results = zip(like, dtypes, needed, strict=True)
+    return [x.new_empty(x.shape, dtype=dtype) if n else hidden.new_empty(0) for x, dtype, n in results]
 
 
 class Segments:
@@ -322,17 +328,29 @@ class Segments:
             self.start = chunk.stop
 
 
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a @ b in ``dtype``, which is that of ``a`` or wider. The product is rounded only to ``dtype``."""
+    if dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    if a.device.type == "cuda" and HAS_FP32_RESULTS and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype, out=out)
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:
     """Write, or with ``add`` add, a (V, n) @ b (n, H) to ``out`` (V, H).
 
-    If the GEMM supports it, the product is rounded only to the dtype of ``out``, not to the dtype of ``a``.
+    If the GEMM supports it, or ``a`` is fp16, whose range is small, the product is rounded only to the dtype of ``out``, not to
+    the dtype of ``a``.
     """
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif out.device.type == "cuda" and HAS_FP32_RESULTS and out.dtype == torch.float32:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
+        dtype = out.dtype if a.dtype == torch.float16 else a.dtype
+        b = b.to(dtype)
         for start in range(0, len(out), VOCAB_BLOCK):
             block = slice(start, start + VOCAB_BLOCK)
-            product = torch.mm(a[block], b)
+            product = torch.mm(a[block].to(dtype), b)
             out[block].add_(product) if add else out[block].copy_(product)
