@@ -57,7 +57,7 @@ BENCHES = {
     "system": [
         ("bench_group_attention.py", "", 90, 2),
         ("bench_step.py", "test_training and 0.5b", 60, 5),
-        ("bench_step.py", "test_training and 3b", 120, 5),
+        ("bench_step.py", "test_training and 3b", 150, 5),
         ("bench_decode.py", "", 60, 5),
     ],
 }
