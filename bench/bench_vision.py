@@ -1,11 +1,14 @@
-"""Packing of image patches, merging of image features, positions and rotary embeddings, compared with transformers."""
+"""Packing of patches, merging of features, positions, rotary embeddings and attention of images, compared with transformers."""
 
+import functools
 from types import SimpleNamespace
 
 import harness
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2VLImageProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -17,6 +20,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 from vlmkernels import backend, merge_image_features, mrope_positions, pack_patches, placeholder_positions
 from vlmkernels.models.image_processor import FastImageProcessor
 from vlmkernels.models.rotary import fused_text_rotary, fused_vision_rotary
+from vlmkernels.ops.varlen_attention import varlen_attention
 
 NUM = 8
 SIZES = {"patch_size": 14, "mean": Qwen2VLImageProcessor.image_mean, "std": Qwen2VLImageProcessor.image_std}
@@ -247,3 +251,62 @@ def test_rotary(benchmark, case):
 
     bytes = 4 * sum(x.numel() * x.element_size() for x in buffers)
     harness.compare(benchmark, harness.Case(case, providers, check, {"copy both twice": copy}, bytes=bytes))
+
+
+# lengths of the sequences, heads, head dimension, dtype
+VARLEN = {
+    "qwen3-vl, images of 4900, 2500 and 1600 patches": ((4900, 2500, 1600), 16, 72, torch.bfloat16),
+    "qwen2.5-vl, 141 windows of 64 patches": ((64,) * 141, 16, 80, torch.bfloat16),
+}
+if not harness.GPU:
+    VARLEN = {"images of 400, 256 and 144 patches": ((400, 256, 144), 4, 32, torch.float32)}
+
+
+@pytest.mark.parametrize("case", VARLEN)
+def test_varlen_attention(benchmark, case):
+    """Forward and backward of the attention of a vision tower, compared with a call per sequence, as in transformers."""
+    lengths, heads, width, dtype = VARLEN[case]
+    rng, num, longest = torch.Generator().manual_seed(0), sum(lengths), max(lengths)
+    *inputs, weight = (torch.randn(num, heads, width, generator=rng).to(harness.DEVICE, dtype) for _ in range(4))
+    for x in inputs:
+        x.requires_grad_()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(harness.DEVICE)
+
+    def per_sequence(query, key, value):
+        parts = zip(*(x.transpose(0, 1).unsqueeze(0).split(lengths, 2) for x in (query, key, value)), strict=True)
+        return torch.cat([scaled_dot_product_attention(*part) for part in parts], 2)[0].transpose(0, 1)
+
+    def with_gradients(attention, inputs, weight=weight):
+        out = attention(*inputs)
+        return out.detach(), *torch.autograd.grad(out, inputs, weight)
+
+    def exact_results():
+        """In fp64, one head after another."""
+        results = [torch.empty_like(x, dtype=torch.float64) for x in (*inputs, weight)]
+        for head in range(heads):
+            one = slice(head, head + 1)
+            leaves = [x.detach()[:, one].double().requires_grad_() for x in inputs]
+            with sdpa_kernel(SDPBackend.MATH):
+                found = with_gradients(per_sequence, leaves, weight[:, one].double())
+            for result, part in zip(results, found, strict=True):
+                result[:, one] = part
+        return results
+
+    exact = exact_results()
+
+    def ours(name):
+        return functools.partial(varlen_attention, cu_seqlens=cu_seqlens, max_seqlen=longest, backend=name)
+
+    chosen = backend.choose("varlen_attention", "auto", inputs[0])
+    names = [chosen, *(name for name in backend.backends_of("varlen_attention").modules if name != chosen)]
+    names = [name for name in names if backend.why_not("varlen_attention", name, inputs[0]) is None]
+    providers = {f"vlmkernels {name}": functools.partial(with_gradients, ours(name), inputs) for name in names}
+    providers["a call of SDPA per sequence"] = lambda: with_gradients(per_sequence, inputs)
+
+    def check(name, result):
+        error = relative_error([x.double() for x in result], exact)
+        assert error < 0.02, f"{name} is wrong by {error}"
+        return f"{error:.0e}"
+
+    flops = 12 * heads * width * sum(length * length for length in lengths)
+    harness.compare(benchmark, harness.Case(f"varlen_attention {case}", providers, check, limit_s=10, flops=flops))

@@ -50,7 +50,7 @@ BENCHES = {
         ("bench_grpo_loss.py", "64x512 or advantages", 60, 2),
         ("bench_vision.py", "pack_patches_on_device", 45, 2),
         ("bench_linear.py", "test_forward and 8b and 8192", 30, 2),
-        ("bench_vision.py", "rotary or mrope or merge", 60, 2),
+        ("bench_vision.py", "rotary or mrope or merge or varlen", 75, 2),
         ("bench_linear.py", "test_linear and not 8b", 90, 2),
         ("bench_linear.py", "stream", 30, 2),
     ],

@@ -41,7 +41,7 @@ OTHERS = {
         otherwise=("flex",),
     ),
     "varlen_attention": Backends(
-        modules={name: f"varlen_attention.{name}_varlen" for name in ("flash_attn", "torch", "sdpa")},
+        modules={name: f"varlen_attention.{name}_varlen" for name in ("flash_attn", "flash4", "torch", "sdpa")},
         order={"cuda": ("flash_attn", "torch", "sdpa")},
         otherwise=("sdpa",),
     ),

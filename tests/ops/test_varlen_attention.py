@@ -1,5 +1,7 @@
 """Packed attention against attention of each sequence, and in a vision tower."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import tiny
@@ -8,10 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels import backend as backends
 from vlmkernels.models.attention import use_varlen_vision
-from vlmkernels.ops.varlen_attention import varlen_attention
+from vlmkernels.ops import flash4
+from vlmkernels.ops.varlen_attention import flash4_varlen, varlen_attention
 
 pytestmark = pytest.mark.device
-LENGTHS = {"runs": [4, 4, 4, 7, 0, 3, 3, 1], "one": [9], "none": [], "empty ones": [0, 0]}
+LENGTHS = {"runs": [4, 4, 4, 7, 0, 3, 3, 1], "again": [4, 7, 7, 0, 4, 4, 1], "one": [9], "none": [], "empty ones": [0, 0]}
 MODELS = {"qwen2.5-vl": tiny.vlm, "qwen3-vl": tiny.qwen3_vl_large_patches}
 
 
@@ -29,13 +32,13 @@ def formula(query, key, value, lengths, causal, scale):
 
 @pytest.mark.parametrize("backend", backends.backends_of("varlen_attention").modules)
 @pytest.mark.parametrize("case", LENGTHS)
-@pytest.mark.parametrize(("causal", "scale", "heads"), [(False, None, 4), (True, 0.3, 2)])
-def test_matches_the_formula(device, backend, case, causal, scale, heads):
+@pytest.mark.parametrize(("causal", "scale", "heads", "width"), [(False, None, 4, 16), (True, 0.3, 2, 80)])
+def test_matches_the_formula(device, backend, case, causal, scale, heads, width):
     lengths, dtype = LENGTHS[case], torch.float32 if backend == "sdpa" else torch.bfloat16
     rng = torch.Generator().manual_seed(0)
 
     def make(h):
-        return torch.randn(sum(lengths), h, 16, generator=rng).to(device, dtype).requires_grad_()
+        return torch.randn(sum(lengths), h, width, generator=rng).to(device, dtype).requires_grad_()
 
     inputs = make(4), make(heads), make(heads)
     try:
@@ -63,6 +66,46 @@ def test_matches_the_formula(device, backend, case, causal, scale, heads):
             torch.testing.assert_close(actual[what].double(), exact[what], rtol=1e-5, atol=1e-5)
         else:
             assert_within_budget(what, actual[what], eager[what], exact[what])
+
+
+@pytest.mark.parametrize("width", [16, 64, 72, 80, 100])
+@pytest.mark.parametrize(("causal", "scale"), [(False, None), (True, 0.3)])
+def test_flash4_pads_heads(monkeypatch, width, causal, scale):
+    """The arguments of flash-attn-4, which the formula replaces here."""
+    lengths = LENGTHS["runs"]
+
+    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == min(x for x in flash4.WIDTHS if x >= width)
+        assert cu_seqlens_q.diff().tolist() == cu_seqlens_k.diff().tolist() == lengths
+        assert max_seqlen_q == max_seqlen_k == max(lengths)
+        return formula(q, k, v, lengths, causal, softmax_scale), None
+
+    monkeypatch.setattr(flash4, "module", lambda: SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    monkeypatch.setattr(flash4_varlen, "unsupported", lambda query: None)
+    inputs = [torch.randn(sum(lengths), h, width, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    out = varlen_attention(*inputs, cu_seqlens, causal=causal, scale=scale, backend="flash4")
+    expected = formula(*inputs, lengths, causal, scale)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    gradients = (torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "capability", "reason"),
+    [
+        (72, torch.bfloat16, (9, 0), None),
+        (300, torch.bfloat16, (9, 0), "supports head dimensions up to 256, got 300"),
+        (72, torch.float32, (9, 0), "supports bfloat16 and float16, got float32"),
+        (72, torch.float16, (8, 0), "was tested on compute capability 9.0 only, got 8.0"),
+    ],
+)
+def test_flash4_unsupported(monkeypatch, width, dtype, capability, reason):
+    query = SimpleNamespace(shape=(9, 16, width), dtype=dtype, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(flash4, "module", lambda: None)
+    assert flash4_varlen.unsupported(query) == reason
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -109,7 +152,7 @@ def test_text_layers_are_untouched():
         ({"cu_seqlens": torch.tensor([0, 5])}, TypeError, "cu_seqlens must have dtype int32"),
         ({"cu_seqlens": torch.tensor([0, 4]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back, got"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 5]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back"),
-        ({"backend": "math"}, ValueError, "backend must be one of auto, flash_attn, torch, sdpa; got 'math'"),
+        ({"backend": "math"}, ValueError, "backend must be one of auto, flash_attn, flash4, torch, sdpa; got 'math'"),
         ({"backend": "flash_attn"}, NotImplementedError, "no backend serves varlen_attention: flash_attn: "),
         ({"backend": "torch"}, NotImplementedError, "torch: supports CUDA tensors, got cpu"),
     ],

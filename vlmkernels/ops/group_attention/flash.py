@@ -18,34 +18,21 @@ from vlmkernels.backend import installed
 from vlmkernels.ops.checks import dtype_name
 
 
-def unsupported_operands(query: torch.Tensor, largest: int, capability: tuple[int, int]) -> str | None:
-    """Return why a library's attention does not support ``query`` or its device; None if it does.
-
-    Args:
-        query: (N, Hq, D).
-        largest: the largest head dimension that is supported.
-        capability: the lowest compute capability that is supported.
-    """
+def unsupported(query: torch.Tensor) -> str | None:
     width = query.shape[-1]
     if query.device.type != "cuda":
         return f"supports CUDA tensors, got {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
-    if width % 8 or width > largest:
-        return f"supports head dimensions that are multiples of 8 up to {largest}, got {width}"
+    if width % 8 or width > 256:
+        return f"supports head dimensions that are multiples of 8 up to 256, got {width}"
     if torch.version.hip is not None:
         return "supports NVIDIA GPUs only"
     found = torch.cuda.get_device_capability(query.device)
-    if found < capability:
-        return f"needs compute capability {capability[0]}.{capability[1]} or higher, got {found[0]}.{found[1]}"
+    if found < (8, 0):
+        return f"needs compute capability 8.0 or higher, got {found[0]}.{found[1]}"
     if not installed("triton"):
         return "triton is not installed"
-    return None
-
-
-def unsupported(query: torch.Tensor) -> str | None:
-    if reason := unsupported_operands(query, 256, (8, 0)):
-        return reason
     if not torch.backends.cuda.is_flash_attention_available():
         return "torch was built without flash attention"
     return None

@@ -30,13 +30,14 @@ def varlen_attention(
         query: (N, Hq, D), fp32, bf16 or fp16.
         key, value: (N, Hkv, D) in the dtype of ``query``; Hkv divides Hq.
         cu_seqlens: (S + 1,) int32: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
-        max_seqlen: the length of the longest sequence. The backends flash_attn and torch need it on the host, and wait for the
-            device if it is None.
+        max_seqlen: the length of the longest sequence. The backends flash_attn, flash4 and torch need it on the host, and wait
+            for the device if it is None.
         causal: whether a token attends only to itself and to earlier tokens of its sequence.
         scale: multiplies the scores. Default 1 / sqrt(D).
         backend: one of
 
             - "flash_attn": the package flash-attn.
+            - "flash4" (compute capability 9.0): the package flash-attn-4. Only used by name, because it has not been measured.
             - "torch": torch.nn.attention.varlen.
             - "sdpa": one call of scaled_dot_product_attention for all sequences of one length. On a GPU it waits for the
               lengths.
