@@ -1,5 +1,6 @@
 """Group-relative advantages from rewards. Imports only torch: triton and ``_C`` load on first use."""
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from numbers import Integral
@@ -40,7 +41,8 @@ def _fwd(*args: Any) -> GroupAdvantages:
     inputs = Inputs(*args)
     outputs = _outputs(inputs)
     weights = inputs.weights
-    if weights is not None and weights.device.type == "cpu":
+    # The sum is finite only if all weights are, and it is faster.
+    if weights is not None and weights.device.type == "cpu" and not math.isfinite(weights.sum().item()):
         require_nowhere(~weights.isfinite(), "weights", "be finite", weights)
     if len(inputs.rewards):
         select("group_advantages", inputs.backend, inputs.rewards).fwd(inputs, outputs)
@@ -121,7 +123,9 @@ def group_advantages(
     require_number("eps", eps, "be a number")
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}")
-    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
+    rewards = rewards.detach()
+    if rewards.dtype not in (torch.float32, torch.float64):
+        rewards = rewards.float()
     rewards = rewards.unsqueeze(1) if rewards.dim() == 1 else rewards
     if weights is not None:
         require_tensor("weights", weights)
