@@ -12,10 +12,12 @@ from vlmkernels import backend
 from vlmkernels.ops.group_attention import GroupLayout, chosen_backend, group_attention
 
 EQUAL = GroupLayout((2048,), ((512,) * 8,))
+SHORT = GroupLayout((1300,), ((256,) * 8,))
 LONG = GroupLayout((2048,), ((1024,) * 8,))
 RAGGED = GroupLayout((2048, 1100), ((512, 301, 477, 96, 388, 512, 230, 411), (512, 150, 333, 512, 275, 64, 490, 366)))
 # layout, query heads, key heads, head dimension, dtype
 CASES = {
+    "P 1300, 8 x 256, 16 / 2 heads of 128": (SHORT, 16, 2, 128, torch.bfloat16),  # Qwen2.5-VL-3B
     "P 2048, 8 x 512, 16 heads of 128": (EQUAL, 16, 16, 128, torch.bfloat16),
     "P 2048, 8 x 512, 16 / 4 heads of 128": (EQUAL, 16, 4, 128, torch.bfloat16),
     "P 2048, 8 x 1024, 28 / 4 heads of 128": (LONG, 28, 4, 128, torch.bfloat16),  # Qwen2.5-VL-7B

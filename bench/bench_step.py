@@ -284,8 +284,9 @@ def merged_length(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-# Calls by which PyTorch waits for results. The benchmark itself waits by cudaDeviceSynchronize.
-WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+# Calls by which PyTorch waits for results; an asynchronous copy to memory that is not pinned is one, too. The benchmark itself
+# waits by cudaDeviceSynchronize.
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMemcpyAsync")
 
 
 def gpu_activity(events: Iterable) -> dict[str, float]:
@@ -308,6 +309,16 @@ class StepRecorder(TrainerCallback):
         self.peaks: list[int] = []
         self.waits: Counter = Counter()
         self.activity: dict[str, float] = {}
+        self.profile = self.catcher = None
+
+    def stop(self) -> None:
+        """Stop profiling and counting, also after an error."""
+        if self.profile:
+            self.profile.stop()
+        if self.catcher:
+            torch.cuda.set_sync_debug_mode("default")
+            self.catcher.__exit__(None, None, None)
+        self.profile = self.catcher = None
 
     def on_train_begin(self, args, state, control, optimizer, **kwargs):
         self.spans.watch(optimizer, "step", "optimizer")
@@ -317,11 +328,10 @@ class StepRecorder(TrainerCallback):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         self.before = torch.cuda.memory_allocated() if harness.GPU else peak_bytes()
-        self.counts_waits = harness.GPU and state.global_step == self.steps - 1
-        self.profile = torch.profiler.profile() if harness.GPU and state.global_step == self.steps - 2 else None
-        if self.profile:
+        if harness.GPU and state.global_step == self.steps - 2:
+            self.profile = torch.profiler.profile()
             self.profile.start()
-        if self.counts_waits:
+        if harness.GPU and state.global_step == self.steps - 1:
             self.catcher = warnings.catch_warnings(record=True)
             self.warned = self.catcher.__enter__()
             warnings.simplefilter("always")
@@ -332,14 +342,13 @@ class StepRecorder(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.spans.mark()
         whole, spent = time.perf_counter() - self.start, self.spans.spent
-        if self.counts_waits:
-            torch.cuda.set_sync_debug_mode("default")
-            self.catcher.__exit__(None, None, None)
+        if self.catcher:
             found = (w for w in self.warned if "synchronizing CUDA operation" in str(w.message))
             self.waits.update(f"{'/'.join(Path(w.filename).parts[-2:])}:{w.lineno}" for w in found)
         elif self.profile:
-            self.profile.stop()
-            self.activity = gpu_activity(self.profile.events())
+            profile = self.profile
+            self.stop()
+            self.activity = gpu_activity(profile.events())
         else:
             self.measured.append({**spent, "other": whole - sum(spent.values()), "training": whole - spent["data"]})
             self.peaks.append(peak_bytes() - self.before)
@@ -361,7 +370,10 @@ def training_steps(provider: str, case: TrainingCase) -> dict:
     spans.watch(trainer.accelerator, "clip_grad_norm_", "optimizer")
     recorder = StepRecorder(spans, case.steps)
     trainer.add_callback(recorder)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        recorder.stop()
     counted = recorder.measured[1:]
     parts = {part: statistics.median(step.get(part, 0.0) for step in counted) for part in sorted({*counted[0]})}
     result = {
@@ -402,7 +414,8 @@ def training_row(label: str, case: TrainingCase) -> dict:
     text = ", ".join(f"{part} {value:.1f} ms" for part, value in result["ms"].items() if part != "training")
     if "host_syncs" in result:
         activity = result["gpu_ms"]
-        text += f"; kernels {activity['kernels']:.1f} ms, {result['host_syncs']} host syncs of {activity['waits']:.1f} ms"
+        text += f"; with data: kernels {activity['kernels']:.1f} ms,"
+        text += f" {result['host_syncs']} host syncs of {activity['waits']:.1f} ms"
     return {
         "provider": label, "ms": result["ms"]["training"], "rounds": STEPS, "ratio_to_ours": None,
         "peak_mib": result["peak_mib"], "parts": f"{text}; gradient norm {result['grad_norm']:.4g}", "detail": result,

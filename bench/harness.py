@@ -92,7 +92,7 @@ def _installed(name: str) -> bool:
 
 
 def time_calls(run: Callable[[], object], calls: int = 1) -> float:
-    """Seconds per call: wall time on the CPU, time between CUDA events around all calls on a GPU."""
+    """Seconds per call: wall time on the CPU; on a GPU the time between CUDA events, after one call that is not timed."""
     if GPU:
         run()  # allocates its memory, which a training loop then reuses; ``release`` has freed it
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -16,7 +16,8 @@ done
 mkdir -p .whl
 rm -f .whl/*.whl
 pinned=""
-for package in $packages ${HOPPER:+$hopper}; do
+[ "${HOPPER:-}" = 1 ] || hopper=""
+for package in $packages $hopper; do
     pin=$(grep -i "^$package==" constraints.txt) || pin=$package
     pinned="$pinned $pin"
 done

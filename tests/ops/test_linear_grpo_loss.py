@@ -250,9 +250,36 @@ def test_small_fp16_gradients(device, monkeypatch, chunk_bytes):
     actual, _ = gradients(fused, operands, targets, chunk_bytes=chunk_bytes, **options)
     for name, a, e, x in zip(("dhidden", "dweight"), actual, eager, exact, strict=True):
         assert_within_budget(name, a, e, x)
-    monkeypatch.setattr(linear_grpo_loss_module, "gradient_scale", lambda *_: 1.0)
+    monkeypatch.setattr(linear_grpo_loss_module, "gradient_scale", lambda tokens: 1.0)
     unscaled, _ = gradients(fused, operands, targets, chunk_bytes=chunk_bytes, **options)
     assert all((a.double() - x).norm() > 0.1 * x.norm() for a, x in zip(unscaled, exact, strict=True))
+
+
+@SEVERAL_CHUNKS
+@pytest.mark.parametrize(
+    "config",
+    [
+        GRPOLossConfig(loss_type="dr_grpo", max_completion_length=32768),  # all weights are small
+        GRPOLossConfig(loss_type="luspo", importance_sampling_level="token"),  # weights of 1 / B
+        GRPOLossConfig(loss_type="grpo"),  # weights of 1 / length: a completion of one token has 4095 times that of the other
+    ],
+    ids=lambda config: config.loss_type,
+)
+def test_fp16_weights(device, config, chunk_bytes):
+    """Aggregations whose weights are far from 1 / tokens, or differ between completions."""
+    operands, targets = many_tokens(device)
+    operands[0], targets = torch.cat([operands[0]] * 2), torch.cat([targets] * 2)
+    mask = torch.ones_like(targets, dtype=torch.bool)
+    mask[1, 1:] = False
+    options = {"advantages": torch.tensor([3.0, -3.0], device=device), "config": config, "loss_mask": mask}
+    double = [x if x is None else x.double() for x in operands]
+    exact, _ = gradients(composed, double, targets, 1.0, backend="reference", **options)
+    for k, x in enumerate(exact):  # with a loss scale at which this gradient has the range of fp16
+        upstream = 2.0 ** -x.abs().max().log2().floor().item()
+        actual = gradients(fused, operands, targets, upstream, chunk_bytes=chunk_bytes, **options)[0][k].double() / upstream
+        long, short = (actual[i] - x[i] for i in (0, 1)) if k == 0 else (actual - x, torch.zeros(()))
+        assert long.norm() < 2e-3 * (x[0] if k == 0 else x).norm()
+        assert short.norm() <= 2e-3 * x[1].norm()
 
 
 @SEVERAL_CHUNKS

@@ -1,5 +1,6 @@
 """Packed attention against attention of each sequence, and in a vision tower."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,10 @@ from support.budget import assert_within_budget
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels import backend as backends
+from vlmkernels.backend import installed
 from vlmkernels.models.attention import use_varlen_vision
 from vlmkernels.ops import flash4
-from vlmkernels.ops.varlen_attention import flash4_varlen, varlen_attention
+from vlmkernels.ops.varlen_attention import flash4_varlen, flash_attn_varlen, varlen_attention
 
 pytestmark = pytest.mark.device
 LENGTHS = {"runs": [4, 4, 4, 7, 0, 3, 3, 1], "again": [4, 7, 7, 0, 4, 4, 1], "one": [9], "none": [], "empty ones": [0, 0]}
@@ -74,7 +76,10 @@ def test_flash4_pads_heads(monkeypatch, width, causal, scale):
     """The arguments of flash-attn-4, which the formula replaces here."""
     lengths = LENGTHS["runs"]
 
-    def flash_attn_varlen_func(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal):
+    def flash_attn_varlen_func(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, deterministic
+    ):
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
         assert q.shape[-1] == k.shape[-1] == v.shape[-1] == min(x for x in flash4.WIDTHS if x >= width)
         assert cu_seqlens_q.diff().tolist() == cu_seqlens_k.diff().tolist() == lengths
         assert max_seqlen_q == max_seqlen_k == max(lengths)
@@ -106,6 +111,34 @@ def test_flash4_unsupported(monkeypatch, width, dtype, capability, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(flash4, "module", lambda: None)
     assert flash4_varlen.unsupported(query) == reason
+
+
+def test_an_installation_of_flash_attn_that_does_not_load(monkeypatch, tmp_path):
+    """The error of the import is the reason: "auto" goes on to the next backend."""
+    query = SimpleNamespace(shape=(9, 16, 64), dtype=torch.bfloat16, device=torch.device("cuda"))
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    flash_attn_varlen._function.cache_clear()
+    try:
+        assert flash_attn_varlen.unsupported(query) == "flash-attn did not load (undefined symbol: _ZN3c10)"
+    finally:
+        flash_attn_varlen._function.cache_clear()
+
+
+@pytest.mark.skipif(installed("flash_attn"), reason="flash-attn is installed")
+def test_flash_attn_4_is_not_flash_attn(monkeypatch, tmp_path):
+    query = SimpleNamespace(shape=(9, 16, 64), dtype=torch.bfloat16, device=torch.device("cuda"))
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    flash_attn_varlen._function.cache_clear()
+    try:
+        expected = "flash-attn did not load (No module named 'flash_attn.flash_attn_interface')"
+        assert flash_attn_varlen.unsupported(query) == expected
+    finally:
+        flash_attn_varlen._function.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -33,6 +33,8 @@ def unsupported(query: torch.Tensor) -> str | None:
         return f"supports CUDA tensors, got {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
+    if torch.version.hip is not None:
+        return "supports NVIDIA GPUs only"
     found = torch.cuda.get_device_capability(query.device)
     if found != CAPABILITY:
         return f"was tested on compute capability {CAPABILITY[0]}.{CAPABILITY[1]} only, got {found[0]}.{found[1]}"

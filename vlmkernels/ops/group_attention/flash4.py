@@ -7,9 +7,9 @@ from vlmkernels.ops import flash4
 from vlmkernels.ops.group_attention import flash
 from vlmkernels.ops.group_attention.layout import GroupLayout
 
-# Compute capability -> the FLOPs of a forward pass from which a training step is faster than with flash.py. With less work the
-# kernels finish before Python has launched the next ones: a call takes twice as long to launch. See docs/shared-prefix.md.
-FASTER_FROM = {(9, 0): 1.2e11}
+# The FLOPs of a forward pass from which "auto" selects this backend. With less work the kernels wait for Python, which launches
+# them more slowly than those of flash.py. Measured in training steps with 0.03 and 0.12 TFLOP (docs/shared-prefix.md).
+FASTER_FROM = 1.2e11
 
 
 def unsupported(query: torch.Tensor) -> str | None:
@@ -24,10 +24,8 @@ def is_faster(query: torch.Tensor, layout: GroupLayout) -> bool:
     """Return whether "auto" selects this backend instead of "flash"."""
     if query.device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    least = FASTER_FROM.get(torch.cuda.get_device_capability(query.device))
-    if least is None or 4 * layout.num_pairs * query.shape[1] * query.shape[2] < least:
-        return False
-    return why_not("group_attention", "flash4", query) is None
+    is_large = 4 * layout.num_pairs * query.shape[1] * query.shape[2] >= FASTER_FROM
+    return is_large and why_not("group_attention", "flash4", query) is None
 
 
 def _forward(query, key, value, queries: flash.Sequences, keys: flash.Sequences, causal: bool, scale: float):

@@ -135,17 +135,21 @@ def is_scaled(hidden: torch.Tensor) -> bool:
     return hidden.dtype == torch.float16
 
 
-def gradient_scale(inputs: LossInputs, config: GRPOLossConfig, num: int) -> float:
-    """Return a power of two, about 1 / (mean weight of the ``num`` selected tokens).
+# The largest weight of a token times gradient_scale is between half of this and this. The gradient of a logit then fits in fp16
+# up to |advantage| * ratio = 255, and small probabilities do not underflow in it.
+LARGEST_WEIGHT = 256.0
 
-    The gradients of the logits times this number are about as large as the advantages. The loss scale cannot take its place,
-    because it is a factor of dloss, which is known only in the backward pass.
+
+def gradient_scale(tokens: Tokens) -> float:
+    """Return a power of two that makes the weights of the tokens large enough for gradients in fp16.
+
+    The loss scale cannot take its place, because it is a factor of dloss, which is known only in the backward pass. On a GPU
+    this waits for the weights.
     """
-    items = num * inputs.accumulation_steps
-    if config.aggregation.num_items and inputs.num_items is not None and inputs.num_items.device.type == "cpu":
-        items = inputs.num_items.item()  # on a GPU this would wait for the device
-    _, exponent = math.frexp(items)  # 0 if items is 0, inf or NaN
-    return 2.0 ** (exponent - 1)
+    largest = max(tokens.share.amax().item() if len(tokens.share) else 0.0, abs(tokens.entropy_scale))
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** min(math.floor(math.log2(LARGEST_WEIGHT / largest)), 120)  # finite in fp32
 
 
 @impl(FWD, "default")
@@ -181,7 +185,7 @@ def _fwd(*args: Any) -> Outputs:
     tokens = _tokens(loss_inputs, config, selected, sweep.num)
     scale = logps.new_empty(0)
     if is_scaled(hidden):
-        number = gradient_scale(loss_inputs, config, sweep.num)
+        number = gradient_scale(tokens)
         scale, tokens = logps.new_full((), number), tokens.scaled(number)
     results = SelectedRows(
         targets=select_results(selected, targets),
@@ -374,10 +378,10 @@ def linear_grpo_loss(
     these GEMMs segment by segment and accumulates the gradient of ``weight`` in fp32, (V, H), and the backward pass multiplies
     the results in place. In both cases there can be only one backward pass.
 
-    With fp16 hidden states, the gradients of the logits are divided by about the mean weight of a token, 1 / num_items, before
-    they are rounded. The gradients of ``hidden``, ``weight`` and ``bias`` are multiplied by it, and by the upstream gradient,
-    which has the loss scale as a factor, in fp32. At any loss scale, they overflow if the derivative of the loss by a logit is
-    more than about 1e5 times the mean weight.
+    With fp16 hidden states, the gradients of the logits are multiplied by a power of two before they are rounded, so that those
+    of the largest weight of a token are about 256 times its advantage. The gradients of ``hidden``, ``weight`` and ``bias`` are
+    divided by it, and multiplied by the upstream gradient, which has the loss scale as a factor, in fp32. They overflow if
+    |advantage| * ratio is more than about 255.
 
     Other objectives (sequence-level ratios or weights, off_policy_mask_threshold, top_entropy_quantile) and vocab_parallel run
     as written above. They also take 6 N H V operations if the logits fit in ``chunk_bytes``.

@@ -37,11 +37,12 @@ def varlen_attention(
         backend: one of
 
             - "flash_attn": the package flash-attn.
-            - "flash4" (compute capability 9.0): the package flash-attn-4. Only used by name, because it has not been measured.
+            - "flash4" (compute capability 9.0): the package flash-attn-4. Only used by name: with padded heads it has not run on a
+              GPU yet.
             - "torch": torch.nn.attention.varlen.
             - "sdpa": one call of scaled_dot_product_attention for all sequences of one length. On a GPU it waits for the
               lengths.
-            - "auto": the first of these that supports the tensors.
+            - "auto": the first of flash_attn, torch and sdpa that supports the tensors.
 
     Returns:
         (N, Hq, D) in the dtype of ``query``. Query, key and value get gradients.

@@ -21,6 +21,9 @@ def run(query, key, value, cu_seqlens, max_seqlen, causal, scale):
     if padding:
         query, key, value = (pad(x, (0, padding)) for x in (query, key, value))
     most = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+    deterministic = torch.are_deterministic_algorithms_enabled()
     lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": most, "max_seqlen_k": most}
-    out = flash4.module().flash_attn_varlen_func(query, key, value, **lengths, softmax_scale=scale, causal=causal)[0]
+    out, _ = flash4.module().flash_attn_varlen_func(
+        query, key, value, **lengths, softmax_scale=scale, causal=causal, deterministic=deterministic
+    )
     return out[..., :width] if padding else out

@@ -1,29 +1,42 @@
 """Packed attention by the package flash-attn. https://github.com/Dao-AILab/flash-attention"""
 
+import functools
+from typing import Any
+
 import torch
 
-from vlmkernels.backend import installed
 from vlmkernels.ops.checks import dtype_name
 from vlmkernels.ops.varlen_attention.sdpa_varlen import empty_result
 
 
+@functools.cache
+def _function() -> Any:
+    """Return flash_attn_varlen_func, or the error that importing it raised: the package is often built for another torch.
+
+    flash-attn-4 has its modules in the same package, so that the package alone does not show that flash-attn is installed.
+    """
+    try:
+        from flash_attn.flash_attn_interface import flash_attn_varlen_func
+
+        return flash_attn_varlen_func
+    except (ImportError, OSError, RuntimeError) as error:
+        return error
+
+
 def unsupported(query: torch.Tensor) -> str | None:
-    # flash-attn-4 has its modules in the same package.
-    if not installed("flash_attn") or not installed("flash_attn.flash_attn_interface"):
-        return "flash-attn is not installed"
     if query.device.type != "cuda":
         return f"supports CUDA tensors, got {query.device.type}"
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
     if query.shape[-1] > 256:
         return f"supports head dimensions up to 256, got {query.shape[-1]}"
+    if isinstance(_function(), Exception):
+        return f"flash-attn did not load ({_function()})"
     return None
 
 
 def run(query, key, value, cu_seqlens, max_seqlen, causal, scale):
-    from flash_attn import flash_attn_varlen_func
-
     if not len(query):
         return empty_result(query, key, value)
     most = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
-    return flash_attn_varlen_func(query, key, value, cu_seqlens, cu_seqlens, most, most, softmax_scale=scale, causal=causal)
+    return _function()(query, key, value, cu_seqlens, cu_seqlens, most, most, softmax_scale=scale, causal=causal)
