@@ -37,8 +37,8 @@ def varlen_attention(
         backend: one of
 
             - "flash_attn": the package flash-attn.
-            - "flash4" (compute capability 9.0): the package flash-attn-4. Only used by name: with padded heads it has not run on a
-              GPU yet.
+            - "flash4" (compute capability 9.0): the package flash-attn-4. Only used by name, because it has not run on a GPU
+              with padded heads.
             - "torch": torch.nn.attention.varlen.
             - "sdpa": one call of scaled_dot_product_attention for all sequences of one length. On a GPU it waits for the
               lengths.
