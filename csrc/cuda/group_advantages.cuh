@@ -75,9 +75,7 @@ VLMK_DEVICE float advantage_of(float r, const Moments& group, GroupBaseline base
 // a + b, where NaN stands for an empty sum.
 VLMK_DEVICE float sum_of(float a, float b) { return is_nan(a) ? b : is_nan(b) ? a : a + b; }
 
-VLMK_HD bool needs_batch(const GroupAdvantages& p) {
-    return p.normalize_first || p.scale == GroupScale::batch;
-}
+VLMK_HD bool needs_batch(const GroupAdvantages& p) { return p.normalize_first || p.scale == GroupScale::batch; }
 
 // Grid: (1,) if needs_batch(p), else any.
 __global__ void __launch_bounds__(kBatchThreads) group_advantages_kernel(const __grid_constant__ GroupAdvantages p) {
