@@ -11,7 +11,7 @@ import harness
 import pytest
 import torch
 
-from vlmkernels import backend, gather_logps
+from vlmkernels import gather_logps
 
 # name: (rows, vocabulary). The head of Qwen2.5-VL on one long answer and, on a GPU, on a micro-batch; the head of SmolVLM.
 CASES = {"qwen2.5-vl 512 x 151936": (512, 151936), "smolvlm 2048 x 49280": (2048, 49280)}
@@ -61,11 +61,10 @@ def test_gather_logps(benchmark, case):
     def ours(name, x=logits, inplace=False):
         return lambda: loss_gradient(*gather_logps(x, targets, return_entropy=True, inplace_backward=inplace, backend=name), x)
 
-    served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("gather_logps", name, logits) is None]
-    chosen = backend.choose("gather_logps", "auto", logits)
+    chosen, *others = harness.backends("gather_logps", logits)
     providers = {f"vlmkernels {chosen}": ours(chosen)}
     providers[f"vlmkernels {chosen}, in place"] = ours(chosen, scratch, inplace=True)
-    providers |= {f"vlmkernels {name}": ours(name) for name in served if name != chosen}
+    providers |= {f"vlmkernels {name}": ours(name) for name in others}
     if importlib.util.find_spec("trl"):
         providers["TRL selective_log_softmax_and_entropy"] = lambda: loss_gradient(*trl_fused(logits, targets), logits)
         providers["TRL selective_log_softmax + entropy_from_logits"] = lambda: loss_gradient(*trl_pair(logits, targets), logits)
@@ -97,11 +96,9 @@ def test_forward(benchmark, case):
     targets = torch.randint(vocab, (num,), generator=rng, device=harness.DEVICE)
     exact = eager(logits[:CHECKED].double(), targets[:CHECKED])
 
-    served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("gather_logps", name, logits) is None]
-    chosen = backend.choose("gather_logps", "auto", logits)
     providers = {
         f"vlmkernels {name}": lambda name=name: gather_logps(logits, targets, return_entropy=True, backend=name)
-        for name in (chosen, *(name for name in served if name != chosen))
+        for name in harness.backends("gather_logps", logits)
     }
     if importlib.util.find_spec("trl"):
         providers["TRL selective_log_softmax_and_entropy"] = lambda: trl_fused(logits, targets)

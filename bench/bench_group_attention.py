@@ -8,7 +8,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels import backend
 from vlmkernels.ops.group_attention import GroupLayout, chosen_backend, group_attention
 
 EQUAL = GroupLayout((2048,), ((512,) * 8,))
@@ -115,17 +114,13 @@ def test_group_attention(benchmark, case, backward):
 
         return differentiate(attention, copied, copied_weight, backward)
 
-    chosen = chosen_backend(inputs[0], layout)
-    names = [chosen, *(name for name in ("flash4", "flash") if name != chosen)]
-    providers = {
-        f"vlmkernels {name}": ours(name) for name in names if backend.why_not("group_attention", name, inputs[0]) is None
-    }
+    names = harness.backends("group_attention", inputs[0], first=chosen_backend(inputs[0], layout))
+    providers = {f"vlmkernels {name}": ours(name) for name in names if harness.GPU or name != "flex"}  # forward only on the CPU
     if harness.GPU:
         providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)
         if "vlmkernels flash4" in providers:
             providers["FlashAttention-4 on copies"] = flash4_on_copies
         providers["cuDNN attention on copies"] = on_copies(SDPBackend.CUDNN_ATTENTION)
-        providers["vlmkernels flex"] = ours("flex")
     else:
         providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)
 

@@ -11,7 +11,7 @@ import harness
 import pytest
 import torch
 
-from vlmkernels import GRPOLossConfig, backend, group_advantages, grpo_loss
+from vlmkernels import GRPOLossConfig, group_advantages, grpo_loss
 
 # (completions, tokens): a micro-batch; long answers; a whole batch.
 CASES = [(64, 512), (64, 4096), (512, 2048)]
@@ -86,9 +86,7 @@ def test_grpo_loss(benchmark, shape):
     def ours(name):
         return step(lambda **inputs: grpo_loss(**inputs, config=CONFIG, backend=name).loss, batch)
 
-    served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("grpo_loss", name, batch["logps"]) is None]
-    chosen = backend.choose("grpo_loss", "auto", batch["logps"])
-    providers = {f"vlmkernels {name}, with metrics": ours(name) for name in (chosen, *(n for n in served if n != chosen))}
+    providers = {f"vlmkernels {name}, with metrics": ours(name) for name in harness.backends("grpo_loss", batch["logps"])}
     if importlib.util.find_spec("trl"):
         from support.trl_loss import trl_args, trl_loss
 
@@ -134,9 +132,7 @@ def test_group_advantages(benchmark, num, size):
     def ours(name):
         return repeated(lambda: group_advantages(rewards, size, weights=weights, backend=name).advantages)
 
-    served = [name for name in ("cpp", "cuda", "triton") if backend.why_not("group_advantages", name, rewards) is None]
-    chosen = backend.choose("group_advantages", "auto", rewards)
-    providers = {f"vlmkernels {name}, with metrics": ours(name) for name in (chosen, *(n for n in served if n != chosen))}
+    providers = {f"vlmkernels {name}, with metrics": ours(name) for name in harness.backends("group_advantages", rewards)}
     compiled = torch.compile(advantages_formula, dynamic=False)
     providers["torch.compile of the formula"] = repeated(lambda: compiled(rewards, weights, size)[0])
     providers["eager formula"] = repeated(lambda: advantages_formula(rewards, weights, size)[0])

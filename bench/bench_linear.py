@@ -141,13 +141,11 @@ def peers() -> dict:
 def ours() -> dict:
     """linear_grpo_loss on every backend that supports this device; first the one that "auto" selects."""
     sample = torch.zeros(1, 1, dtype=torch.bfloat16, device=harness.DEVICE)
-    chosen = backend.choose("linear_grpo_loss", "auto", sample)
-    others = [n for n in ("cpp", "cuda", "triton") if n != chosen and backend.why_not("linear_grpo_loss", n, sample) is None]
 
     def provider(name):
         return lambda *inputs: linear_grpo_loss(*inputs, backend=name).loss
 
-    return {f"vlmkernels {name}": provider(name) for name in (chosen, *others)}
+    return {f"vlmkernels {name}": provider(name) for name in harness.backends("linear_grpo_loss", sample)}
 
 
 def gemms(hidden, weight, *, frozen: bool):

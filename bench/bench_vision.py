@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from vlmkernels import backend, merge_image_features, mrope_positions, pack_patches, placeholder_positions
+from vlmkernels import merge_image_features, mrope_positions, pack_patches, placeholder_positions
 from vlmkernels.models.image_processor import FastImageProcessor
 from vlmkernels.models.rotary import fused_text_rotary, fused_vision_rotary
 from vlmkernels.ops.varlen_attention import varlen_attention
@@ -77,7 +77,7 @@ def test_pack_patches_on_device(benchmark):
     processor = Qwen2VLImageProcessor(do_resize=False)
     exact = processor(on_host, return_tensors="pt")["pixel_values"].to(harness.DEVICE)
     expected = {torch.bfloat16: exact.bfloat16(), torch.float32: exact}
-    names = [name for name in ("cuda", "triton") if backend.why_not("pack_patches", name, images[0]) is None]
+    names = harness.backends("pack_patches", images[0])
 
     providers, bytes = {}, {}
     for dtype, rows in expected.items():
@@ -297,9 +297,7 @@ def test_varlen_attention(benchmark, case):
     def ours(name):
         return functools.partial(varlen_attention, cu_seqlens=cu_seqlens, max_seqlen=longest, backend=name)
 
-    chosen = backend.choose("varlen_attention", "auto", inputs[0])
-    names = [chosen, *(name for name in backend.backends_of("varlen_attention").modules if name != chosen)]
-    names = [name for name in names if backend.why_not("varlen_attention", name, inputs[0]) is None]
+    names = harness.backends("varlen_attention", inputs[0])
     providers = {f"vlmkernels {name}": functools.partial(with_gradients, ours(name), inputs) for name in names}
     providers["a call of SDPA per sequence"] = lambda: with_gradients(per_sequence, inputs)
 

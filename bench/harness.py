@@ -39,6 +39,8 @@ from pathlib import Path
 
 import torch
 
+from vlmkernels import backend
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))  # benchmarks use tests/support, also when they run as scripts
 RESULTS = Path(os.environ.get("GPU_OUT") or ROOT / "bench" / "results")
@@ -56,6 +58,13 @@ def device_name() -> str:
         return torch.cuda.get_device_name()
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
     return f"{model.group(1).strip() if model else platform.processor()}, {os.cpu_count()} cores"
+
+
+def backends(op: str, *tensors: torch.Tensor, first: str | None = None) -> list[str]:
+    """The backends of ``op`` that support the tensors, without the reference; first ``first``, or what "auto" selects."""
+    first = first or backend.choose(op, "auto", *tensors)
+    names = (name for name in backend.backends_of(op).modules if name not in (first, "reference"))
+    return [first, *(name for name in names if backend.why_not(op, name, *tensors) is None)]
 
 
 def slug(name: str) -> str:

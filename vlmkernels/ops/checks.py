@@ -13,6 +13,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def unless_half_on_cuda(query: torch.Tensor) -> str | None:
+    """Return why kernels for bf16 and fp16 on CUDA do not support ``query``; None if they do."""
+    if query.device.type != "cuda":
+        return f"supports CUDA tensors, got {query.device.type}"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
+    return None
+
+
 def require_tensor(name: str, value: object) -> None:
     """Check that ``value`` is a tensor."""
     if not isinstance(value, torch.Tensor):

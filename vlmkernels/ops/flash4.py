@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.ops.checks import dtype_name
+from vlmkernels.ops.checks import unless_half_on_cuda
 
 # The head dimensions that were tested. For 8, 16, 72 and 80 the gradient of the queries of packed sequences is wrong: a kernel
 # accumulates it with heads padded to multiples of 16, and the kernel that reads it expects multiples of 32 (4.0.0b36).
@@ -29,10 +29,8 @@ def module() -> Any:
 
 def unsupported(query: torch.Tensor) -> str | None:
     """Return why the kernels do not support ``query`` (N, Hq, D), apart from its head dimension, or its device."""
-    if query.device.type != "cuda":
-        return f"supports CUDA tensors, got {query.device.type}"
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
+    if reason := unless_half_on_cuda(query):
+        return reason
     if torch.version.hip is not None:
         return "supports NVIDIA GPUs only"
     found = torch.cuda.get_device_capability(query.device)

@@ -15,15 +15,13 @@ from typing import NamedTuple
 import torch
 
 from vlmkernels.backend import installed
-from vlmkernels.ops.checks import dtype_name
+from vlmkernels.ops.checks import unless_half_on_cuda
 
 
 def unsupported(query: torch.Tensor) -> str | None:
     width = query.shape[-1]
-    if query.device.type != "cuda":
-        return f"supports CUDA tensors, got {query.device.type}"
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
+    if reason := unless_half_on_cuda(query):
+        return reason
     if width % 8 or width > 256:
         return f"supports head dimensions that are multiples of 8 up to 256, got {width}"
     if torch.version.hip is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.ops.checks import dtype_name
+from vlmkernels.ops.checks import unless_half_on_cuda
 from vlmkernels.ops.varlen_attention.sdpa_varlen import empty_result
 
 
@@ -24,10 +24,8 @@ def _function() -> Any:
 
 
 def unsupported(query: torch.Tensor) -> str | None:
-    if query.device.type != "cuda":
-        return f"supports CUDA tensors, got {query.device.type}"
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
+    if reason := unless_half_on_cuda(query):
+        return reason
     if query.shape[-1] > 256:
         return f"supports head dimensions up to 256, got {query.shape[-1]}"
     if isinstance(_function(), Exception):

@@ -3,18 +3,14 @@
 import torch
 
 from vlmkernels.backend import installed
-from vlmkernels.ops.checks import dtype_name
+from vlmkernels.ops.checks import unless_half_on_cuda
 from vlmkernels.ops.varlen_attention.sdpa_varlen import empty_result
 
 
 def unsupported(query: torch.Tensor) -> str | None:
     if not installed("torch.nn.attention.varlen"):
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-    if query.device.type != "cuda":
-        return f"supports CUDA tensors, got {query.device.type}"
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"supports bfloat16 and float16, got {dtype_name(query.dtype)}"
-    return None
+    return unless_half_on_cuda(query)
 
 
 def run(query, key, value, cu_seqlens, max_seqlen, causal, scale):
