@@ -1,0 +1,64 @@
+"""Find the answer in a completion."""
+
+import re
+from typing import Any
+
+from vlmkernels.rewards.answers.coordinates import boxes_in
+
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|answer)>")
+_FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+
+Messages = list[dict[str, Any]]  # a conversation: messages with ``role`` and ``content``
+
+
+def text_of(value: str | Messages) -> str:
+    """Return the text of a prompt or completion, given as a string or as a list of messages. Images are left out."""
+    if isinstance(value, str):
+        return value
+    parts = (part for message in value for part in _parts(message["content"]))
+    return "".join(part.get("text") or "" for part in parts)
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"text": content}] if isinstance(content, str) else content
+
+
+def find_answer(text: str) -> str | None:
+    """Return the content of the ``<answer>`` element, or if there is none, the text after ``</think>``, or the whole text.
+
+    Returns None if the answer is empty or contains tags, if ``<answer>`` is repeated or not closed, or if ``</think>`` is
+    repeated in a text without ``<answer>``.
+    """
+    tags = text.count("<answer>"), text.count("</answer>")
+    if tags == (0, 0):
+        if text.count("</think>") > 1:
+            return None
+        answer = text.rpartition("</think>")[2]
+    elif tags == (1, 1) and (match := _ANSWER.search(text)):
+        answer = match[1]
+    else:
+        return None
+    return None if not (answer := answer.strip()) or _TAG.search(answer) else answer
+
+
+def is_copied(answer: str, prompt: str) -> bool:
+    """Whether an answer equals the content of an ``<answer>`` element in the prompt, or has only boxes that the prompt has."""
+    if answer in map(str.strip, _ANSWER.findall(prompt)):
+        return True
+    given = set(boxes_in(prompt))
+    found = boxes_in(answer) if given else []
+    return bool(found) and given.issuperset(found)
+
+
+def has_format(text: str, prompt: str = "") -> bool:
+    """Whether a text is ``<think>...</think><answer>...</answer>``, with each element once and nothing outside.
+
+    Both elements must contain a letter or digit, and the ``<think>`` element must not be copied from the prompt.
+    """
+    match = _FORMAT.fullmatch(text)
+    if not match or len(_TAG.findall(text)) != 4:
+        return False
+    think, answer = match[1].strip(), match[2].strip()
+    written = all(any(map(str.isalnum, part)) for part in (think, answer))
+    return written and f"<think>{think}</think>" not in re.sub(r"(?<=>)\s+|\s+(?=<)", "", prompt)
