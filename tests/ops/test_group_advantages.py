@@ -210,8 +210,8 @@ def test_opcheck_and_compile(need, device, backend):
 
 R = torch.zeros(6, 2)
 ERRORS = {
-    "dtype": ((R.long(), 2), {}, TypeError, "rewards must be floating point, got torch.int64"),
-    "rewards": (([1.0, 0.0], 2), {}, TypeError, "rewards must be a tensor, got list"),
+    "dtype": ((R.cfloat(), 2), {}, TypeError, "rewards must be real, got torch.complex64"),
+    "rewards": ((["high", "low"], 2), {}, TypeError, "rewards must be a tensor, an array or a list of numbers, got .*high"),
     "shape": ((R[None], 2), {}, ValueError, r"rewards must be \(N,\) or \(N, R\), got \(1, 6, 2\)"),
     "scale": ((R, 2), {"scale": "row"}, ValueError, "scale must be one of group, batch, none, got 'row'"),
     "baseline": (
@@ -230,7 +230,7 @@ ERRORS = {
     "scale type": ((R, 2), {"scale": ["group"]}, ValueError, r"scale must be one of group, batch, none, got \['group'\]"),
     "eps": ((R, 2), {"eps": -1.0}, ValueError, "eps must be >= 0, got -1.0"),
     "eps type": ((R, 2), {"eps": "0"}, TypeError, "eps must be a number, got '0'"),
-    "weights type": ((R, 2), {"weights": [1.0, 1.0]}, TypeError, "weights must be a tensor, got list"),
+    "weights type": ((R, 2), {"weights": {"iou": 1.0}}, TypeError, "weights must be a tensor, .* got dict"),
     "weights nan": ((R, 2), {"weights": R[0] / 0}, ValueError, r"weights must be finite, got nan at index \(0,\)"),
     "weights": ((R, 2), {"weights": R[:, 0]}, ValueError, r"weights must have the shape of one reward, \(2,\), got \(6,\)"),
     "no groups": ((R,), {}, ValueError, "num_generations or group_sizes must be given, one of the two, got neither"),

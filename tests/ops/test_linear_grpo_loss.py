@@ -466,7 +466,7 @@ def test_checkpointing(device):
         ({"targets": torch.full((2, 4), 300)}, r"targets must be in \[0, 211\), the vocabulary, got 300"),
         ({"old_logps": torch.zeros(2, 3)}, "old_logps must have the shape of logps"),
         ({"config": GRPOLossConfig(beta=0.1)}, "ref_logps must be given with beta = 0.1"),
-        ({"loss_mask": torch.ones(2, 4)}, "loss_mask must have dtype bool"),
+        ({"loss_mask": torch.full((2, 4), 0.5)}, "loss_mask must hold only 0 and 1, got 0.5"),
         ({"rollout_logps": torch.zeros(2, 4)}, "rollout_logps must be None unless"),
         ({"chunk_bytes": 100}, "chunk_bytes must hold one row of logits, 844 bytes, got 100"),
         ({"hidden": torch.zeros(2, 4, 5)}, r"weight must be \(V, H\)"),
@@ -474,7 +474,7 @@ def test_checkpointing(device):
         ({"config": GRPOLossConfig(check_finite=True), "old_logps": torch.full((2, 4), torch.nan)}, "old_logps must be finite"),
         ({"cu_seqlens": torch.tensor([0, 4, 8])}, "logps must be"),
         ({"backend": "gpu"}, "backend must be one of"),
-        ({"config": "grpo"}, "config must be a GRPOLossConfig, got str"),
+        ({"config": "ppo"}, "preset must be one of grpo, .* got 'ppo'"),
         ({"keep_logits_bytes": -1}, r"keep_logits_bytes must be an integer in \[0, 2\*\*63\), got -1"),
     ],
 )

@@ -10,9 +10,10 @@ from support.linear_cases import KERNELS, ROW, make
 from support.paths import environment
 from support.selections import SELECTIONS, select
 
-from vlmkernels import VocabParallel, gather_logps, linear_logps
+from vlmkernels import VocabParallel, gather_logps, linear_grpo_loss, linear_logps
 from vlmkernels import backend as backends
 from vlmkernels.ops import linear_logps as linear_logps_module
+from vlmkernels.ops.linear_logps import sweep
 from vlmkernels.ops.linear_logps.inputs import SelectedRows
 from vlmkernels.ops.linear_logps.sweep import Head, narrowed
 
@@ -204,33 +205,68 @@ def test_gemms_with_fp32_results(need, device, nan_filled, fp32_results, backend
             assert error < 4 * torch.finfo(half).eps * max(1.0, exact[name].abs().max())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="oneDNN is on the CPU")
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("wide", [False, True], ids=["same dtype", "fp32 results"])
-def test_no_strided_operand_of_16_bits_reaches_a_gemm(request, monkeypatch, half, wide):
-    """With AMX, oneDNN reads past the rows of such an operand."""
-    if wide:
-        request.getfixturevalue("fp32_results")
+# Views of a matrix in a buffer that is NaN elsewhere.
+PLACES = {
+    "rows of a wider buffer": lambda x, nan: nan(len(x), 2 * x.shape[1])[:, : x.shape[1]],
+    "at an odd offset": lambda x, nan: nan(len(x), x.shape[1] + 2)[:, 1:-1],
+    "columns of a longer buffer": lambda x, nan: nan(x.shape[1], len(x) + 3)[:, : len(x)].t(),
+    "every second element": lambda x, nan: nan(len(x), 2 * x.shape[1])[:, ::2],
+    "before other rows": lambda x, nan: nan(len(x) + 3, x.shape[1])[: len(x)],
+}
+
+
+def placed(matrix, place):
+    view = PLACES[place](matrix, lambda *shape: torch.full(shape, torch.nan, dtype=matrix.dtype))
+    return view.copy_(matrix).detach()
+
+
+@pytest.fixture
+def gemm_operands(monkeypatch):
+    """The matrices that torch.mm and torch.addmm are called with."""
     seen = []
     for name in ("mm", "addmm"):
         product = getattr(torch, name)
 
-        def checked(*operands, product=product, **options):
-            seen.extend(operands)
+        def recorded(*operands, product=product, **options):
+            seen.extend(operands[-2:])
             return product(*operands, **options)
 
-        monkeypatch.setattr(torch, name, checked)
-    (hidden, weight, bias), targets = make((4, 5), 301, 16, half, "cpu")
-    padded_hidden, padded_weight = (torch.full((*x.shape[:-1], 24), torch.nan, dtype=half) for x in (hidden, weight))
-    padded_hidden[..., :16], padded_weight[:, :16] = hidden, weight
-    views = [padded_hidden[..., :16].requires_grad_(), padded_weight[:, :16].requires_grad_(), bias]
-    for options in ({}, {"chunk_bytes": 7 * 301 * ROW}):
-        logp = linear_logps(*views[:2], targets, bias=bias, **options)
-        gradients = torch.autograd.grad(logp.sum(), views[:2])
-        assert all(x.isfinite().all() for x in (logp, *gradients))
-    halves = [x for x in seen if x.dtype == half and x.dim() == 2]
-    assert len(halves) > 6
-    assert all(x.is_contiguous() or x.t().is_contiguous() for x in halves)
+        monkeypatch.setattr(torch, name, recorded)
+    return seen
+
+
+def grpo_gradients(hidden, weight, bias, targets, **options):
+    advantages = torch.linspace(-1, 2, len(targets))
+    loss = linear_grpo_loss(hidden[None], weight, targets[None], advantages[None], bias=bias, **options).loss
+    return torch.autograd.grad(loss, [hidden, weight])
+
+
+def logps_gradients(hidden, weight, bias, targets, **options):
+    logps = linear_logps(hidden, weight, targets, bias=bias, **options)
+    return torch.autograd.grad(logps, [hidden, weight], torch.linspace(-1, 2, len(targets)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="oneDNN is on the CPU")
+@pytest.mark.parametrize("wide", [False, True], ids=["same dtype", "fp32 results"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gradients", [logps_gradients, grpo_gradients])
+def test_no_operand_with_gaps_reaches_a_gemm_on_the_cpu(request, monkeypatch, nan_filled, gradients, dtype, wide):
+    """With AMX, oneDNN reads past the rows of such an operand."""
+    if wide:
+        request.getfixturevalue("fp32_results")
+    gemm_operands = request.getfixturevalue("gemm_operands")
+    monkeypatch.setattr(sweep, "VOCAB_BLOCK", 128)
+    (hidden, weight, bias), targets = make((20,), 301, 33, dtype, "cpu")
+    for options in ({}, {"chunk_bytes": 7 * 301 * ROW, "keep_logits_bytes": 0}):
+        expected = gradients(hidden.requires_grad_(), weight.requires_grad_(), bias, targets, **options)
+        for place in PLACES:
+            views = [placed(x.detach(), place).requires_grad_() for x in (hidden, weight)]
+            gemm_operands.clear()
+            actual = gradients(*views, bias, targets, **options)
+            assert len(gemm_operands) >= 6
+            assert all(0 in x.shape or x.is_contiguous() or x.mT.is_contiguous() for x in gemm_operands)
+            for ours, right in zip(actual, expected, strict=True):
+                torch.testing.assert_close(ours, right)
 
 
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias"])
@@ -452,7 +488,7 @@ BAD = {
         r"targets must have the shape of hidden without its width, \(2, 3\), got \(3,\)",
     ),
     "targets of rows": ({"rows": T.flatten()[:2]}, ValueError, r"targets must have the shape of rows, \(2,\), got \(2, 3\)"),
-    "dtype of targets": ({"targets": T.int()}, TypeError, "targets must have dtype int64, got int32"),
+    "dtype of targets": ({"targets": T.float()}, TypeError, "targets must be integers, got float32"),
     "mask": ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, "mask must have the shape of targets"),
     "target": ({"targets": T + 10}, ValueError, r"targets must be in \[0, 10\), the vocabulary, got 10 at index \(0, 0\)"),
     "negative target": ({"targets": T - 1}, ValueError, r"targets must be in \[0, 10\)"),
@@ -480,7 +516,7 @@ BAD = {
     ),
     "fractional chunk_bytes": ({"chunk_bytes": 1e6}, ValueError, "chunk_bytes must be an integer in .*, got 1000000.0"),
     "no tensor": ({"weight": None}, TypeError, "weight must be a tensor, got NoneType"),
-    "list of targets": ({"targets": [0]}, TypeError, "targets must be a tensor, got list"),
+    "list of targets": ({"targets": ["a"]}, TypeError, "targets must be a tensor, an array or a list of numbers, got .*a"),
     "parallel": ({"vocab_parallel": VocabParallel(None, 0, 10)}, TypeError, "vocab_parallel must be None or a VocabParallel"),
     "parallel number": ({"vocab_parallel": 3}, TypeError, "vocab_parallel must be None or a VocabParallel with a group, got 3"),
     "shard": ({"vocab_parallel": VocabParallel("group", 5, 12)}, ValueError, "place the 10 rows .* got start 5, size 12"),

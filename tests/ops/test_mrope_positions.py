@@ -156,8 +156,8 @@ def error_cases():
     wrong = torch.tensor([[1, 2, 4], [1, 4, 4]])
     rule = r"image_grid_thw\[1\] must be the grid of its tokens, got \(1, 2, 2\) tokens for a run of 2 in sequence 1"
     yield "size", (types, wrong), {}, ValueError, rule
-    yield "grid shape", (types, grid[0]), {}, ValueError, r"image_grid_thw must be \(n, 3\), got \(3,\)"
-    yield "grid dtype", (types, grid.int()), {}, TypeError, "image_grid_thw must have dtype int64, got int32"
+    yield "grid shape", (types, grid[0, :2]), {}, ValueError, r"image_grid_thw must be \(n, 3\), got \(2,\)"
+    yield "grid dtype", (types, grid.float()), {}, TypeError, "image_grid_thw must be integers, got float32"
     yield (
         "packed",
         (types, grid),

@@ -334,7 +334,12 @@ def truncated():
 def image_errors():
     good = noise(3, 28, 28)
     yield "empty list", [], ValueError, "images must hold at least one image, got 0"
-    yield "not a list", good, TypeError, "images must be a list or tuple, got Tensor"
+    yield (
+        "one tensor of images",
+        torch.stack([good, good]),
+        ValueError,
+        r"images must be a list of images, or one .* got \(2, 3, 28",
+    )
     yield "not an image", [good, "x.png"], TypeError, r"images\[1\] must be a tensor, an array or a PIL image, got str"
     rule = r"images\[1\] must be \(H, W, 3\) or \(3, H, W\), or frames .* of that, got "
     yield "one channel", [good, noise(28, 28, 1)], ValueError, rule + r"\(28, 28, 1\)"

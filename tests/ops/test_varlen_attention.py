@@ -182,7 +182,7 @@ def test_text_layers_are_untouched():
         ({"key": torch.zeros(4, 2, 8)}, ValueError, "key must be .* with N = 5"),
         ({"value": torch.zeros(5, 3, 8)}, ValueError, "value must be .* Hkv a divisor of 2"),
         ({"key": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "key must have dtype float32, got bfloat16"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, TypeError, "cu_seqlens must have dtype int32"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, TypeError, "cu_seqlens must be integers, got float32"),
         ({"cu_seqlens": torch.tensor([0, 4]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back, got"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 5]).int()}, ValueError, "cu_seqlens must go from 0 to 5 without a step back"),
         ({"backend": "math"}, ValueError, "backend must be one of auto, flash_attn, flash4, torch, sdpa; got 'math'"),

@@ -59,8 +59,8 @@ def error_cases():
     yield "merge_size", (grid,), {}, ValueError, rule
     yield "zero", (grid * torch.tensor([0, 2, 2]),), {}, ValueError, r"image_grid_thw\[0\] must be > 0, .* got \(0, 4, 8\)"
     yield "no image", (grid[:0],), {}, ValueError, r"image_grid_thw must be \(n, 3\) with n >= 1, got \(0, 3\)"
-    yield "shape", (grid[0],), {}, ValueError, r"image_grid_thw must be \(n, 3\) with n >= 1, got \(3,\)"
-    yield "dtype", (grid.int(),), {}, TypeError, "image_grid_thw must have dtype int64, got int32"
+    yield "shape", (grid[0, :2],), {}, ValueError, r"image_grid_thw must be \(n, 3\) with n >= 1, got \(2,\)"
+    yield "dtype", (grid.float(),), {}, TypeError, "image_grid_thw must be integers, got float32"
     yield "device", (grid.to("meta"),), {}, ValueError, "image_grid_thw must be on the CPU, as a processor returns it, got meta"
     window = {"window_size": 112}
     yield "window", (grid[:1],), window, ValueError, "window_size and patch_size must both be given .*, got 112 and None"

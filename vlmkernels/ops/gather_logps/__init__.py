@@ -6,7 +6,8 @@ import torch
 from torch.library import define, impl, register_autograd, register_fake
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require_factor, require_indices, require_targets
+from vlmkernels.ops.arguments import as_indices, as_mask, without_ignored
+from vlmkernels.ops.checks import require_factor, require_indices, require_targets, require_tensor
 from vlmkernels.ops.dispatch import schema
 from vlmkernels.ops.gather_logps.inputs import Gradient, Inputs, Outputs, Results
 
@@ -185,11 +186,12 @@ def gather_logps(
     Args:
         logits: (..., V), fp32, bf16 or fp16 (the reference also supports fp64). The last axis must be contiguous; the others
             may have any stride, so ``logits[:, :-1]`` is not copied.
-        targets: int64 in [0, V), in the shape of the leading axes of ``logits``, or of ``rows``.
+        targets: integers in [0, V), in the shape of the leading axes of ``logits``, or of ``rows``. -100 is masked, as in
+            ``torch.nn.functional.cross_entropy``.
         temperature: divides the logits; > 0.
-        mask: bool, in the shape of ``targets``. Where it is false, the logits are not read, the target may have any value, and
-            the results and the gradient are 0.
-        rows: int64, any shape: for each result, the index of its row in ``logits.flatten(0, -2)``. Only these rows are read,
+        mask: bool, or 0 and 1 in any dtype, in the shape of ``targets``. Where it is false, the logits are not read, the target
+            may have any value, and the results and the gradient are 0.
+        rows: integers, any shape: for each result, the index of its row in ``logits.flatten(0, -2)``. Only these rows are read,
             for example those that predict completion tokens in a batch full of image and padding tokens. An index may occur
             several times (the gradients are added); rows without a result get gradient 0.
         return_entropy: also return the entropy in nats. It is differentiable.
@@ -208,11 +210,15 @@ def gather_logps(
 
     Source: the log-probability in equation 3 of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300).
     """
+    require_tensor("logits", logits)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating point, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(logits.shape)}")
     require_factor("temperature", temperature)
+    targets, mask = as_indices("targets", targets, device=logits.device), as_mask("mask", mask, logits.device)
+    rows = None if rows is None else as_indices("rows", rows, device=logits.device)
+    mask = without_ignored(targets, mask)
     require_targets("logits", logits, "logits without the vocabulary", targets, mask, rows)
     if inplace_backward and any(stride == 0 < size - 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(

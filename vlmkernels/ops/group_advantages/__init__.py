@@ -10,13 +10,13 @@ import torch
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
+from vlmkernels.ops.arguments import as_tensor
 from vlmkernels.ops.checks import (
     require_device,
     require_nowhere,
     require_number,
     require_one_of,
     require_shape,
-    require_tensor,
 )
 from vlmkernels.ops.dispatch import needs_dispatcher, schema
 from vlmkernels.ops.group_advantages.inputs import GroupAdvantages, Inputs
@@ -60,11 +60,11 @@ register_fake(FWD, _fwd_fake)
 
 
 def group_advantages(
-    rewards: torch.Tensor,
+    rewards: torch.Tensor | Sequence[Any],
     num_generations: int | None = None,
     *,
     group_sizes: Sequence[int] | torch.Tensor | None = None,
-    weights: torch.Tensor | None = None,
+    weights: torch.Tensor | Sequence[float] | None = None,
     scale: str = "group",
     baseline: str = "mean",
     aggregation: str = "sum_then_normalize",
@@ -83,8 +83,8 @@ def group_advantages(
     deviation of 0.
 
     Args:
-        rewards: (N,) or (N, R), floating point; NaN = not scored. A completion that no function scored has advantage 0 and does
-            not enter the statistics of its group.
+        rewards: (N,) or (N, R), numbers of any dtype, or a list of them. NaN, and None in a list, mean not scored. A completion
+            that no function scored has advantage 0 and does not enter the statistics of its group.
         num_generations: G, the number of completions of each group. The completions of a group are adjacent; G divides N.
         group_sizes: instead of num_generations: the sizes of the groups in order, each >= 1. They add up to N.
         weights: (R,), finite: the weight of each reward function. Default 1 each.
@@ -108,9 +108,10 @@ def group_advantages(
     Source: section 4.1 of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300); also on arXiv: 2503.20783
     (scale="none"), 2402.14740 (leave_one_out), 2503.19595 (pass_at_k), 2601.05242 (normalize_then_sum).
     """
-    require_tensor("rewards", rewards)
-    if not rewards.is_floating_point():
-        raise TypeError(f"rewards must be floating point, got {rewards.dtype}")
+    if not isinstance(rewards, torch.Tensor):
+        rewards = as_tensor("rewards", _without_none(rewards), dtype=torch.float32)
+    if rewards.is_complex():
+        raise TypeError(f"rewards must be real, got {rewards.dtype}")
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards must be (N,) or (N, R), got {tuple(rewards.shape)}")
     require_one_of("scale", scale, SCALES)
@@ -128,7 +129,7 @@ def group_advantages(
         rewards = rewards.float()
     rewards = rewards.unsqueeze(1) if rewards.dim() == 1 else rewards
     if weights is not None:
-        require_tensor("weights", weights)
+        weights = as_tensor("weights", weights, rewards.device, torch.float32)
         require_shape("weights", weights, rewards.shape[1:], "one reward")
         require_device("weights", weights, rewards.device, "rewards")
         weights = weights.detach().to(rewards.dtype)
@@ -146,6 +147,13 @@ def group_advantages(
     )
     fwd = torch.ops.vlmkernels.group_advantages if needs_dispatcher(rewards, weights) else _fwd
     return GroupAdvantages(*fwd(*inputs))
+
+
+def _without_none(rewards: Any) -> Any:
+    """Replace None in a list of rewards, or of lists of them, by NaN."""
+    if rewards is None:
+        return math.nan
+    return [_without_none(reward) for reward in rewards] if isinstance(rewards, (list, tuple)) else rewards
 
 
 def _groups(

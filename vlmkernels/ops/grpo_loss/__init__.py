@@ -7,9 +7,11 @@ from torch.autograd.function import once_differentiable
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
+from vlmkernels.ops.arguments import as_cu_seqlens, as_mask, as_tensor
+from vlmkernels.ops.checks import require_tensor
 from vlmkernels.ops.dispatch import needs_dispatcher, schema, unpack
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
-from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, parse
+from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, as_config, parse
 from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, entropy_quantile, metrics, require_finite
 
 __all__ = ["GRPOLossConfig", "GRPOLossOutput", "grpo_loss"]
@@ -143,7 +145,7 @@ def grpo_loss(
     entropy_threshold: torch.Tensor | float | None = None,
     num_items: torch.Tensor | float | None = None,
     accumulation_steps: float = 1,
-    config: GRPOLossConfig = DEFAULT,
+    config: GRPOLossConfig | str = DEFAULT,
     backend: str = "auto",
 ) -> GRPOLossOutput:
     """Compute the policy-gradient loss over the completion tokens of a batch. ``config`` selects the objective.
@@ -166,9 +168,9 @@ def grpo_loss(
         old_logps: in the shape of ``logps``: log-probabilities of the policy before this step. None: the policy itself, so that
             the ratio is 1.
         ref_logps: in the shape of ``logps``: log-probabilities of the reference model. Required, and read, if beta > 0.
-        loss_mask: (B, T) bool, true for the tokens in the loss; the other tokens may have any values, also NaN. Default: all
-            tokens.
-        cu_seqlens: (B + 1,) int32: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
+        loss_mask: (B, T) bool, or 0 and 1 in any dtype, true for the tokens in the loss; the other tokens may have any values,
+            also NaN. Default: all tokens.
+        cu_seqlens: (B + 1,) integers: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
         rollout_logps: in the shape of ``logps``: log-probabilities of the engine that sampled. Required by
             config.rollout_correction, and used by off_policy_mask_threshold. A token is not corrected if its value is NaN,
             which means that the engine returned none. With truncated sampling (top-p, ...) they may be log-probabilities of
@@ -181,7 +183,7 @@ def grpo_loss(
             processes, divided by the number of processes. Default: the tokens of this call.
         accumulation_steps: the number of calls whose losses are added. Means over the tokens of this call, that is the entropy
             bonus and losses without num_items, are divided by it.
-        config: see ``GRPOLossConfig``.
+        config: see ``GRPOLossConfig``; or the name of one of its presets.
         backend: see ``vlmkernels.backend``.
 
     Returns:
@@ -196,13 +198,15 @@ def grpo_loss(
 
     Source: https://arxiv.org/abs/2402.03300, and the papers in ``vlmkernels.ops.grpo_loss.config.LOSSES``.
     """
+    require_tensor("logps", logps)
+    config = as_config(config)
     inputs = LossInputs(
         logps=logps,
-        advantages=advantages,
+        advantages=as_tensor("advantages", advantages, logps.device),
         old_logps=old_logps,
         ref_logps=ref_logps,
-        loss_mask=loss_mask,
-        cu_seqlens=cu_seqlens,
+        loss_mask=as_mask("loss_mask", loss_mask, logps.device),
+        cu_seqlens=None if cu_seqlens is None else as_cu_seqlens(cu_seqlens, logps.device),
         rollout_logps=rollout_logps,
         entropy=entropy,
         entropy_threshold=entropy_threshold,  # type: ignore[arg-type]  # prepare converts numbers

@@ -327,3 +327,15 @@ def parse(text: str) -> GRPOLossConfig:
 
 
 DEFAULT = GRPOLossConfig()
+
+# The presets that need no further settings, made here because torch.compile cannot trace their construction.
+_READY = {name: GRPOLossConfig.preset(name) for name, settings in PRESETS.items() if settings["loss_type"] != "dr_grpo"}
+
+
+def as_config(config: GRPOLossConfig | str) -> GRPOLossConfig:
+    """Return a configuration, or the preset of this name."""
+    if isinstance(config, GRPOLossConfig):
+        return config
+    if not isinstance(config, str):
+        raise TypeError(f"config must be a GRPOLossConfig or the name of a preset, got {config!r}")
+    return _READY[config] if config in _READY else GRPOLossConfig.preset(config)

@@ -8,11 +8,12 @@ import torch
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
+from vlmkernels.ops.arguments import as_cu_seqlens, as_indices, as_mask, as_tensor, without_ignored
 from vlmkernels.ops.checks import require_indices
 from vlmkernels.ops.dispatch import schema
 from vlmkernels.ops.grpo_loss import grpo_loss
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
-from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, parse
+from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, as_config, parse
 from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, metrics, require_finite, token_weights
 from vlmkernels.ops.linear_grpo_loss.tokens import Tokens
 from vlmkernels.ops.linear_logps import linear_logps
@@ -358,7 +359,7 @@ def linear_grpo_loss(
     entropy_threshold: torch.Tensor | float | Callable[[torch.Tensor], torch.Tensor] | None = None,
     num_items: torch.Tensor | float | None = None,
     accumulation_steps: float = 1,
-    config: GRPOLossConfig = DEFAULT,
+    config: GRPOLossConfig | str = DEFAULT,
     chunk_bytes: int | None = None,
     keep_logits_bytes: int | None = None,
     vocab_parallel: VocabParallel | None = None,
@@ -388,7 +389,8 @@ def linear_grpo_loss(
 
     Args:
         hidden, weight, bias, temperature, logit_scale, softcap, rows, chunk_bytes, vocab_parallel: see ``linear_logps``.
-        targets: (B, T) int64; with cu_seqlens (N,). ``hidden`` is (B, T, H) or (N, H), or any shape that ``rows`` index.
+        targets: (B, T) integers, -100 for tokens that are not in the loss; with cu_seqlens (N,), without -100. ``hidden`` is
+            (B, T, H) or (N, H), or any shape that ``rows`` index.
         advantages, old_logps, ref_logps, loss_mask, cu_seqlens, rollout_logps, num_items, accumulation_steps, config: see
             ``grpo_loss``.
         entropy_threshold: see ``grpo_loss``; or a function that computes it from the entropies of the tokens in the loss mask,
@@ -407,11 +409,18 @@ def linear_grpo_loss(
 
     Source: https://arxiv.org/abs/2402.03300; computing gradients in the forward pass: https://arxiv.org/abs/2410.10989.
     """
-    if not isinstance(config, GRPOLossConfig):
-        raise TypeError(f"config must be a GRPOLossConfig, got {type(config).__name__}")
+    config = as_config(config)
     backend = resolve("linear_grpo_loss", backend)
     hidden, weight, bias = operands(hidden, weight, bias)
     needed = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    device = hidden.device
+    targets = as_indices("targets", targets, device=device)
+    rows = None if rows is None else as_indices("rows", rows, device=device)
+    advantages, loss_mask = as_tensor("advantages", advantages, device), as_mask("loss_mask", loss_mask, device)
+    if cu_seqlens is None:
+        loss_mask = without_ignored(targets, loss_mask)
+    else:
+        cu_seqlens = as_cu_seqlens(cu_seqlens, device)
     loss_inputs: dict[str, Any] = {
         "advantages": advantages,
         "old_logps": old_logps,

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.library import define, impl, register_fake
 
 from vlmkernels.backend import resolve, select
+from vlmkernels.ops.arguments import as_indices, as_mask, is_readable, without_ignored
 from vlmkernels.ops.checks import require_indices
 from vlmkernels.ops.dispatch import schema, unpack
 from vlmkernels.ops.linear_logps.check import budget, check, check_logits, check_parallel, operands
@@ -284,17 +285,18 @@ def linear_logps(
         weight: (V, H), the head, in the dtype of ``hidden``; or an fp32 master copy, which is cast for the GEMM and gets an
             fp32 gradient. A DTensor (FSDP2) over a mesh of one dimension is gathered, and its gradient averaged over the
             processes.
-        targets: int64 in [0, V), in the shape of the leading axes of ``hidden``, or of ``rows``.
+        targets: integers in [0, V), in the shape of the leading axes of ``hidden``, or of ``rows``. The result and the gradient
+            of a target of -100 are 0, as in ``torch.nn.functional.cross_entropy``.
         bias: (V,) or None.
         temperature: divides the logits; > 0.
         logit_scale: multiplies the logits before the softcap (Cohere, Granite); > 0.
         softcap: limits the logits to (-softcap, softcap) by tanh (Gemma); > 0, or None for no limit.
-        mask: bool, in the shape of ``targets``. Where it is false, nothing is computed, and the result and the gradient are 0.
-            The number of selected results must be known on the host, so on a GPU each pass waits for the device once; ``rows``
-            avoids this.
-        rows: int64, any shape: for each result, the index of its row in ``hidden.flatten(0, -2)``. An index may occur several
-            times (the gradients are added in fp32): in a packed group the last prompt token predicts the first token of every
-            completion.
+        mask: bool, or 0 and 1 in any dtype, in the shape of ``targets``. Where it is false, nothing is computed, and the result
+            and the gradient are 0. The number of selected results must be known on the host, so on a GPU each pass waits for
+            the device once; ``rows`` avoids this.
+        rows: integers, any shape: for each result, the index of its row in ``hidden.flatten(0, -2)``. An index may occur
+            several times (the gradients are added in fp32): in a packed group the last prompt token predicts the first token of
+            every completion.
         return_entropy: also return the entropy in nats. It is differentiable.
         chunk_bytes: upper bound on the memory of a chunk of logits. Default: 2**28; on a GPU 2**30, and there the backward pass
             also holds the 16-bit gradients of several chunks, up to 2**32 bytes, to accumulate them in fewer GEMMs. 0: one
@@ -327,6 +329,15 @@ def linear_logps(
     if accumulate_weight_grad and not (weight is given and weight.is_leaf):
         raise ValueError("accumulate_weight_grad must be False unless weight is a leaf that this process holds whole, got True")
     check_parallel(weight, vocab_parallel)
+    targets, mask = as_indices("targets", targets, device=hidden.device), as_mask("mask", mask, hidden.device)
+    rows = None if rows is None else as_indices("rows", rows, device=hidden.device)
+    ignored, counted = None, without_ignored(targets, mask)
+    if mask is None and counted is not None and not is_readable(targets):
+        # A mask would make the host wait for the device. The results of ignored targets are computed and then replaced.
+        ignored = ~counted
+        targets = targets.masked_fill(ignored, 0)
+    else:
+        mask = counted
     inputs = Operands(hidden, weight, bias, targets, mask, rows)
     check(inputs, temperature, logit_scale, softcap)
     segment_bytes = 0 if chunk_bytes is not None else default_dlogits_bytes(hidden.device) or 0
@@ -344,4 +355,6 @@ def linear_logps(
     )
     group = None if vocab_parallel is None else vocab_parallel.group
     logps, entropy = _LinearLogps.apply(hidden, weight, bias, inputs, settings, group, accumulate_weight_grad)
+    if ignored is not None:
+        logps, entropy = logps.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
     return (logps, entropy) if return_entropy else logps

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vlmkernels.ops.checks import require_dtype
+from vlmkernels.ops.arguments import as_cu_seqlens, as_indices
 
 __all__ = ["merge_image_features", "placeholder_positions"]
 
@@ -48,7 +48,7 @@ def placeholder_positions(
     if input_ids.dim() == 2:
         ends = torch.arange(1, len(input_ids) + 1) * input_ids.shape[1]
     else:
-        ends = torch.tensor([len(input_ids)]) if cu_seqlens is None else cu_seqlens[1:].long()
+        ends = torch.tensor([len(input_ids)]) if cu_seqlens is None else as_cu_seqlens(cu_seqlens)[1:].long()
     if len(num_features) != len(ends):
         raise ValueError(f"num_features must hold one number per sample, {len(ends)}, got {len(num_features)}")
     tokens = torch.searchsorted(positions, ends).diff(prepend=ends.new_zeros(1))
@@ -74,7 +74,7 @@ def merge_image_features(embeddings: torch.Tensor, features: torch.Tensor, posit
     Args:
         embeddings: (B, S, H), or packed (N, H).
         features: (M, H), in the order of the placeholders; cast to the dtype of ``embeddings``.
-        positions: (M,) int64, from ``placeholder_positions``. Move them to the device of ``embeddings`` once per batch;
+        positions: (M,) integers, from ``placeholder_positions``. Move them to the device of ``embeddings`` once per batch;
             otherwise every call copies them.
 
     Returns:
@@ -85,7 +85,7 @@ def merge_image_features(embeddings: torch.Tensor, features: torch.Tensor, posit
         ValueError, TypeError: a shape or dtype is wrong.
     """
     width = embeddings.shape[-1]
-    require_dtype("positions", positions, torch.int64)
+    positions = as_indices("positions", positions)
     if features.shape != (len(positions), width):
         raise ValueError(
             f"features must be {(len(positions), width)}, a row of the embeddings' width per position,"

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from vlmkernels.ops.checks import require_device, require_dtype, require_shape
+from vlmkernels.ops.arguments import as_cu_seqlens, as_grid, as_mask
+from vlmkernels.ops.checks import require_device, require_shape, require_tensor
 
 __all__ = ["MropePositions", "mrope_positions"]
 
@@ -23,9 +24,9 @@ def _token_grid(name: str, grid: torch.Tensor | None, merge_size: int, device: t
     """Return (n, 3) int32 on ``device``: the frames, rows and columns of tokens of each image or video."""
     if grid is None:
         return torch.empty(0, 3, dtype=torch.int32, device=device)
+    grid = as_grid(name, grid)
     if grid.dim() != 2 or grid.shape[1] != 3:
         raise ValueError(f"{name} must be (n, 3), got {tuple(grid.shape)}")
-    require_dtype(name, grid, torch.int64)
     merge = torch.tensor([1, merge_size, merge_size]).to(grid.device, non_blocking=True)
     return (grid // merge).int().to(device, non_blocking=True)
 
@@ -89,10 +90,10 @@ def mrope_positions(
 
     Args:
         mm_token_type_ids: (B, S), or packed (N,) with ``cu_seqlens``: 0 text, 1 image, 2 video, as processors return it.
-        image_grid_thw, video_grid_thw: (n, 3) int64: frames, rows and columns of patches. The k-th run of a type in the batch
-            has the k-th grid. On any device; from the CPU they are copied without waiting.
-        attention_mask: (B, S), 0 for padding, which gets position 0.
-        cu_seqlens: (B + 1,) int32 or int64, the bounds of packed sequences.
+        image_grid_thw, video_grid_thw: (n, 3) integers: frames, rows and columns of patches. The k-th run of a type in the
+            batch has the k-th grid. On any device; from the CPU they are copied without waiting.
+        attention_mask: (B, S), bool or 0 and 1 in any dtype: 0 for padding, which gets position 0.
+        cu_seqlens: (B + 1,) integers, the bounds of packed sequences.
         merge_size: the number of patches along each side of a token.
         frames_apart: whether each frame of a video is a run of its own, after a timestamp, as in Qwen3-VL.
         tokens_per_second: the time position of frame t of the k-th video is t * tokens_per_second * second_per_grid_ts[k],
@@ -108,7 +109,10 @@ def mrope_positions(
 
     Source: Wang et al., Qwen2-VL (https://arxiv.org/abs/2409.12191), section 2.1.
     """
+    require_tensor("mm_token_type_ids", mm_token_type_ids)
     shape, device = mm_token_type_ids.shape, mm_token_type_ids.device
+    attention_mask = as_mask("attention_mask", attention_mask, device)
+    cu_seqlens = None if cu_seqlens is None else as_cu_seqlens(cu_seqlens, device)
     types, num = mm_token_type_ids.reshape(-1), mm_token_type_ids.numel()
     bounds = _bounds(mm_token_type_ids, attention_mask, cu_seqlens)
     lengths = bounds.diff()
@@ -117,7 +121,7 @@ def mrope_positions(
     if attention_mask is not None:
         require_shape("attention_mask", attention_mask, shape, "mm_token_type_ids")
         require_device("attention_mask", attention_mask, device, "mm_token_type_ids")
-        kept = attention_mask.reshape(-1) != 0
+        kept = attention_mask.reshape(-1)
         types = torch.where(kept, types, -1)  # padding ends a run
 
     begins = torch.ones(num + 1, dtype=torch.bool, device=device)  # one element more, for an empty last sequence

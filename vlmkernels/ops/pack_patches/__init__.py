@@ -92,8 +92,18 @@ def _per_channel(name: str, values: Sequence[float] | None) -> tuple[float, ...]
     return values
 
 
+def _as_list(images: Any) -> list[Any]:
+    """Return the images as a list. One image may stand alone, but not frames: (N, H, W, 3) could also be N images."""
+    if isinstance(images, (list, tuple)):
+        return list(images)
+    shape = getattr(images, "shape", None)
+    if shape is not None and len(shape) != 3:
+        raise ValueError(f"images must be a list of images, or one image (H, W, 3) or (3, H, W), got {tuple(shape)}")
+    return [images]
+
+
 def pack_patches(
-    images: Sequence[Any],
+    images: Any,
     *,
     patch_size: int,
     mean: Sequence[float] | None,
@@ -116,10 +126,10 @@ def pack_patches(
         pixel_values = x.unsqueeze(5).expand(-1, -1, -1, -1, -1, Tp, -1, -1).reshape(-1, 3 * Tp * P * P).to(dtype)
 
     Args:
-        images: a list of n uint8 images (H, W, 3) or (3, H, W), or videos with a first axis T of frames. On the CPU they may
-            also be NumPy arrays of these shapes, or PIL images, which are converted to RGB (transparency on white) as in
-            transformers. They may have any strides, and all must be on one device. H and W must be multiples of patch_size *
-            merge_size. A shape that fits both orders is read as (3, H, W).
+        images: a list of n uint8 images (H, W, 3) or (3, H, W), or videos with a first axis T of frames; or one image. On the
+            CPU they may also be NumPy arrays of these shapes, or PIL images, which are converted to RGB (transparency on white)
+            as in transformers. They may have any strides, and all must be on one device. H and W must be multiples of
+            patch_size * merge_size. A shape that fits both orders is read as (3, H, W).
         patch_size: P: 14 for Qwen2-VL and Qwen2.5-VL, 16 for Qwen3-VL, SigLIP2 and Pixtral.
         mean, std: (3,), the mean and standard deviation of each channel of the rescaled pixels; None: only rescale.
         rescale: multiplies the pixels before they are normalized.
@@ -145,8 +155,7 @@ def pack_patches(
 
     Source: the image processors of transformers for Qwen2-VL, SigLIP2 and Pixtral (https://github.com/huggingface/transformers).
     """
-    if not isinstance(images, (list, tuple)):
-        raise TypeError(f"images must be a list or tuple, got {type(images).__name__}")
+    images = _as_list(images)
     if not images:
         raise ValueError("images must hold at least one image, got 0")
     if dtype not in DTYPES:

@@ -3,7 +3,8 @@
 import torch
 
 from vlmkernels.backend import resolve, select
-from vlmkernels.ops.checks import require_dtype, require_heads
+from vlmkernels.ops.arguments import as_cu_seqlens
+from vlmkernels.ops.checks import require_device, require_heads
 
 __all__ = ["varlen_attention"]
 
@@ -29,7 +30,7 @@ def varlen_attention(
     Args:
         query: (N, Hq, D), fp32, bf16 or fp16.
         key, value: (N, Hkv, D) in the dtype of ``query``; Hkv divides Hq.
-        cu_seqlens: (S + 1,) int32: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
+        cu_seqlens: (S + 1,) integers: sequence s is [cu_seqlens[s], cu_seqlens[s + 1]), as in flash-attn.
         max_seqlen: the length of the longest sequence. The backends flash_attn, flash4 and torch need it on the host, and wait
             for the device if it is None.
         causal: whether a token attends only to itself and to earlier tokens of its sequence.
@@ -54,7 +55,8 @@ def varlen_attention(
     Source: Dao, FlashAttention-2 (https://arxiv.org/abs/2307.08691).
     """
     require_heads(query, key, value)
-    require_dtype("cu_seqlens", cu_seqlens, torch.int32)
+    cu_seqlens = as_cu_seqlens(cu_seqlens, query.device)
+    require_device("cu_seqlens", cu_seqlens, query.device, "query")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seqlens must be (S + 1,), from 0 to N, got {tuple(cu_seqlens.shape)}")
     attention = select("varlen_attention", resolve("varlen_attention", backend), query)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlmkernels.ops.checks import require_dtype
+from vlmkernels.ops.arguments import as_grid
 
 __all__ = ["VisionLayout", "vision_layout"]
 
@@ -79,7 +79,7 @@ def vision_layout(
     of the grids and shared between calls, so do not write to them.
 
     Args:
-        image_grid_thw: (n, 3) int64 on the CPU: frame groups, rows and columns of patches of each image.
+        image_grid_thw: (n, 3) integers on the CPU: frame groups, rows and columns of patches of each image.
         merge_size: the number of patches along each side of a token.
         window_size, patch_size: the sides of a window and of a patch in pixels (Qwen2.5-VL: 112 and 14). A window has
             window_size // patch_size // merge_size tokens along each side. None: the tower has no windows.
@@ -94,7 +94,7 @@ def vision_layout(
 
     Source: Bai et al., Qwen2.5-VL (https://arxiv.org/abs/2502.13923), section 2.1.
     """
-    require_dtype("image_grid_thw", image_grid_thw, torch.int64)
+    image_grid_thw = as_grid("image_grid_thw", image_grid_thw)
     if image_grid_thw.device.type != "cpu":
         raise ValueError(f"image_grid_thw must be on the CPU, as a processor returns it, got {image_grid_thw.device.type}")
     if image_grid_thw.dim() != 2 or image_grid_thw.shape[1] != 3 or len(image_grid_thw) == 0:
