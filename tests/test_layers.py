@@ -43,9 +43,9 @@ def file_of(module: str) -> Path | None:
 
 
 def layer(path: Path) -> str:
-    """The folder or file of vlmkernels/; ``vlmkernels/__init__.py``, which exports the ops, counts as one of them."""
+    """The folder or file of vlmkernels/. ``__init__.py`` exports the ops and counts as one, ``__main__.py`` as a command."""
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "ops" if name == "__init__" else name
+    return {"__init__": "ops", "__main__": "cli"}.get(name, name)
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))

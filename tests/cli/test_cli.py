@@ -11,6 +11,7 @@ import torch
 from support import tiny
 
 from vlmkernels.cli import main
+from vlmkernels.cli.evaluate import model_names, steps_of
 from vlmkernels.train.checkpoint import last_complete_checkpoint
 
 torch.set_num_threads(1)
@@ -61,8 +62,8 @@ def test_train_from_yaml_and_flags_then_resume_then_eval(files, tmp_path, capsys
     assert 0 <= result["rewards"]["cer"] <= 1
     assert 1 <= result["completions"]["mean_length"] <= 4
     printed = capsys.readouterr().out
-    assert "accuracy (exact match): " in printed
-    assert f"mean reward cer: {result['rewards']['cer']:.4f}" in printed
+    assert re.search(r"^exact +accuracy +\d", printed, flags=re.MULTILINE)
+    assert re.search(rf"^exact +rewards/cer +{result['rewards']['cer']:.3f}", printed, flags=re.MULTILINE)
 
 
 def test_the_shipped_configuration(files, tmp_path):
@@ -99,6 +100,7 @@ def test_train_and_eval_lora(files, tmp_path):
         (["--reward", "cer", "--num_generations", "3"], "num_generations must divide .* = 8, got 3"),
         (["--reward", "cer", "--num_generations", "many"], "argument --num_generations.*: invalid int value: 'many'"),
         (["--reward", "cer", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--reward", "cer", "--learning_rat", "1"], "unrecognized arguments: --learning_rat 1 .did you mean --learning_rate"),
         (["--reward", "cer", "--dataset", "nowhere.jsonl"], "--dataset: dataset must be an existing file .*nowhere.jsonl"),
         (["--reward", "cer", "--model", "/nowhere"], "--model: .*/nowhere"),
         (["--reward", "cer", "--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint must be a complete .*/nowhere"),
@@ -161,14 +163,16 @@ def test_bad_sample_is_named(files, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["eval", "--model", str(files / "model"), "--dataset", str(tmp_path / "data.jsonl")])
     assert exit.value.code == 2
-    assert "vlmkernels eval: error: sample 0: image cannot be read" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"vlmkernels eval: error: dataset: sample 0 ({tmp_path / 'data.jsonl'}, line 1): image cannot be read" in error
+    assert "Loading weights" not in error  # rows are checked before the model is loaded
 
 
 def test_eval_limits_images(files, tmp_path, capsys):
     flags = ["--model", str(files / "model"), "--dataset", str(files / "data.jsonl"), "--max_image_pixels", "9"]
     with pytest.raises(SystemExit):
         main(["eval", *flags, "--output", str(tmp_path / "eval.json")])
-    message = "sample 0: image cannot be read: image must have at most 9 pixels (max_image_pixels), got 28 x 28"
+    message = "line 1): image cannot be read: image must have at most 9 pixels (max_image_pixels), got 28 x 28"
     assert message in capsys.readouterr().err
 
 
@@ -187,7 +191,39 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["fly"])
     assert exit.value.code == 2
-    assert "argument COMMAND: invalid choice: 'fly'" in capsys.readouterr().err
+    assert "COMMAND must be one of demo, train, report, eval, plan, env, got 'fly'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate"])
+    assert "got 'evaluate' (did you mean eval?)" in capsys.readouterr().err
+
+
+def test_rewards_of_the_current_folder(files, tmp_path):
+    """The installed command finds them too. Only ``python -m`` has the current folder on the path by itself."""
+    (tmp_path / "own_rewards.py").write_text("def half(completions, **columns):\n    return [0.5] * len(completions)\n")
+    (tmp_path / "predictions.jsonl").write_text("".join(f'{{"index": {i}, "completion": "1"}}\n' for i in range(4)))
+    flags = [
+        "eval",
+        "--predictions",
+        "predictions.jsonl",
+        "--dataset",
+        str(files / "data.jsonl"),
+        "--reward",
+        "own_rewards:half",
+    ]
+    installed = [sys.executable, "-I", "-c", "import sys; from vlmkernels.cli import main; sys.exit(main())"]
+    for command in (installed, [sys.executable, "-m", "vlmkernels"]):
+        done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "eval.json").read_text())["rewards"]["half"] == 0.5
+
+
+def test_names_of_models():
+    assert model_names(["runs/a/checkpoint-10", "runs/a/checkpoint-20"]) == ["a/checkpoint-10", "a/checkpoint-20"]
+    assert model_names(["x/qwen", "y/qwen", "z/other/"]) == ["x/qwen", "y/qwen", "other"]
+    assert model_names(["/"]) == ["/"]
+    assert steps_of(["a/checkpoint-10", "a/checkpoint-9"]) == [10, 9]
+    assert steps_of(["a/checkpoint-10", "b/checkpoint-10"]) is None
+    assert steps_of(["base", "a/checkpoint-10"]) is None
 
 
 def test_the_command_line_imports_without_transformers():

@@ -158,7 +158,10 @@ def test_saved_predictions_of_the_suite(suite_runs, tmp_path, capsys):
     assert grounding["miou"]["low"] <= grounding["miou"]["value"] <= grounding["miou"]["high"]
     assert result["difference"]["all"]["accuracy"]["value"] == pytest.approx(0.4)
     assert result["difference"]["all"]["accuracy"]["p_value"] < 0.01
-    assert "accuracy (exact match): 90.0 %" in capsys.readouterr().out
+    printed = capsys.readouterr().out  # every metric of every group, also without a terminal
+    assert re.search(r"^all +accuracy +90\.0 % +\d", printed, flags=re.MULTILINE)
+    rows = {tuple(line.split()[:2]) for line in printed.splitlines()}
+    assert rows >= {(group, metric) for group, metrics in result["metrics"].items() for metric in metrics}
     text = output.with_suffix(".md").read_text()
     assert re.search(r"\| grounding \| miou \| 0.9|\| grounding \| miou \| 90.0 % \|", text)
     assert "paired by sample" in text
@@ -185,12 +188,19 @@ def test_several_checkpoints_and_several_seeds(suite_runs, tmp_path):
     output = tmp_path / "eval.json"
     assert main(["eval", *models, *flags, "--output", str(output)]) == 0
     result = json.loads(output.read_text())
-    assert [entry["step"] for entry in result["steps"]] == [10, 20]
+    names = [f"{tmp_path.name}/checkpoint-{step}" for step in (10, 20)]
+    assert [(entry["name"], entry["step"]) for entry in result["models"]] == [(names[0], 10), (names[1], 20)]
+    (comparison,) = result["comparisons"]
+    assert (comparison["model"], comparison["baseline"]) == (names[1], names[0])
+    assert comparison["difference"]["exact"]["accuracy"].keys() >= {"value", "low", "high", "p_value"}
+    for suffix in (".md", ".html"):
+        assert f"{names[1]} compared with {names[0]}" in output.with_suffix(suffix).read_text()
     assert {"hidden", "cost"} < set(result["metrics"]["exact"]["accuracy"])
     assert 0 <= result["metrics"]["exact"]["rewards/cer"]["value"] <= 1
     assert structure(output.with_suffix(".html")).count["polyline"] >= 1
     files = sorted(tmp_path.glob("eval-*.jsonl"))
-    assert len(files) == 2  # one of each model
+    plain = [name.replace("/", "-") for name in names]  # one of each model, with its name
+    assert [file.name.rpartition("-")[0] for file in files] == [f"eval-{name}" for name in plain]
     before = [file.stat().st_mtime_ns for file in files]
     assert main(["eval", *models, *flags, "--output", str(output)]) == 0
     assert [file.stat().st_mtime_ns for file in files] == before  # nothing was sampled again
@@ -207,6 +217,16 @@ def test_several_checkpoints_and_several_seeds(suite_runs, tmp_path):
     ("flags", "message"),
     [
         (["--predictions", "p", "--dataset", "nowhere.jsonl"], "--dataset: dataset must be an existing file .*nowhere.jsonl"),
+        (
+            ["--predictions", "p", "--dataset", "shapes-and-digits", "--output", "a.html"],
+            "--output must be the JSON file.*a.html",
+        ),
+        (["--model", "a", "--model", "a", "--dataset", "shapes-and-digits"], "--model must name each model once, got a again"),
+        (["--predictions", "p", "--datset", "x"], "arguments are required: --dataset"),
+        (
+            ["--dataset", "x", "--num-completions", "2"],
+            "unrecognized arguments: --num-completions 2 .did you mean --num.generations",
+        ),
         (["--dataset", "shapes-and-digits"], "exactly one of --model and --predictions must be given"),
         (
             ["--predictions", "p", "--dataset", "shapes-and-digits", "--split", "all"],

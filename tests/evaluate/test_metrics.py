@@ -8,7 +8,7 @@ from support.evaluations import given, values
 from vlmkernels.evaluate.coco import CocoAP
 from vlmkernels.evaluate.evaluation import Evaluation, Scoring
 from vlmkernels.evaluate.statistics import point_value
-from vlmkernels.evaluate.vqa import normalize, vqa_accuracy
+from vlmkernels.evaluate.vqa import PERIODS_APART, normalize, vqa_accuracy
 from vlmkernels.rewards.answers import Boxes
 
 
@@ -21,7 +21,8 @@ def test_grounding(tmp_path):
     assert got["miou"] == pytest.approx(1.5 / 4)
     assert got["parse_failure_rate"] == 0.25
     strict = [f"<answer>{answer.removeprefix('<answer>').removesuffix('</answer>')}</answer>" for answer in answers]
-    assert values(tmp_path, "grounding", references, strict, match="vlm-r1")["acc@0.5"] == 0.25  # > 0.5
+    braces = [answer.replace("[", '{"bbox_2d": [').replace("]", "]}") for answer in strict]
+    assert values(tmp_path, "grounding", references, braces, match="vlm-r1")["acc@0.5"] == 0.25  # > 0.5
     assert values(tmp_path, "grounding", references, strict, match="vlmevalkit")["acc@0.5"] == 0.5  # >= 0.5
     assert list(values(tmp_path, "grounding", references, strict, match="lmms-eval"))[:5] == [
         f"acc@{t}" for t in (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -82,6 +83,8 @@ def test_vqa_accuracy():
     assert vqa_accuracy("The two.", people) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
     assert vqa_accuracy("three", people) == 1
     assert normalize("It isnt a dog, no!") == "it isn't dog no"
+    assert normalize("He couldnt've; she couldn'tve.") == "he couldn't've she couldn't've"
+    assert (normalize("3."), normalize("3.", PERIODS_APART), normalize("3.5")) == ("3", "3.", "3.5")
 
 
 def test_mme(tmp_path):

@@ -5,6 +5,7 @@ A command's module is imported when the command runs, so that ``vlmkernels --hel
 
 import argparse
 import importlib
+import os
 import sys
 
 from vlmkernels.version import __version__
@@ -38,7 +39,16 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"commands:\n{lines}\n\nvlmkernels COMMAND --help shows the arguments of a command.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("command", metavar="COMMAND")
     command = parser.parse_args(argv[:1]).command
+    if command not in COMMANDS:
+        from vlmkernels.ops.checks import did_you_mean
+
+        hint = did_you_mean(command, COMMANDS, {"evaluate": "eval", "evaluation": "eval", "training": "train"})
+        parser.error(f"COMMAND must be one of {', '.join(COMMANDS)}, got {command!r}{hint}")
+    # Rewards named module:function are often in the current folder, which only `python -m` adds to the path. It is added last,
+    # so that a folder such as ./datasets does not hide a package.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     module, _ = COMMANDS[command]
     return importlib.import_module(f"vlmkernels.cli.{module}").main(argv[1:])

@@ -1,4 +1,4 @@
-"""``python -m vlmkernels.cli`` runs ``vlmkernels``."""
+"""``python -m vlmkernels.cli`` runs ``vlmkernels``, like ``python -m vlmkernels``."""
 
 import sys
 

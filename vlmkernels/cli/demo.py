@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from vlmkernels.cli.flags import parse_arguments
+
 
 def positive(text: str) -> int:
     """Parse an integer >= 1. argparse replaces the ValueError for any other text with its own message."""
@@ -23,7 +25,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=positive, help="number of GRPO steps [150; 250 with --suite]")
     parser.add_argument("--suite", action="store_true", help="train on the benchmark shapes-and-digits instead of numbers")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the results [demo-output]")
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     try:
         if args.suite:
             from vlmkernels.demo.suite import run

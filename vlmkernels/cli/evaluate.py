@@ -8,14 +8,15 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmkernels.cli.flags import DATASET, REWARD, REWARDS, Help, add_flag, json_list, user_errors
+from vlmkernels.cli.flags import DATASET, REWARD, REWARDS, Help, add_flag, json_list, parse_arguments, user_errors
 
 if TYPE_CHECKING:
     from vlmkernels.data.images import ImageLimits
-    from vlmkernels.evaluate.evaluation import Evaluation, EvaluationRows, Scoring
+    from vlmkernels.evaluate.evaluation import Comparison, Evaluation, EvaluationRows, Scoring
     from vlmkernels.evaluate.predictions import Decoding, Predictions
     from vlmkernels.report.curves import Point
     from vlmkernels.rewards import Rewards
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     from vlmkernels.rewards.boxes import FRAMES
 
     parser = argparse.ArgumentParser("vlmkernels eval", USAGE, "Measure a model's answers.", formatter_class=Help)
-    model = "path of a model and its processor, or of adapters; repeat the flag for checkpoints of one run, drawn as a curve"
+    model = "path of a model and its processor, or of adapters; repeat the flag to compare models, or checkpoints of a run"
     predictions = "file of saved predictions (JSON lines); repeat the flag for runs with different seeds"
     add_flag(parser, "model", action="append", default=[], help=model)
     add_flag(parser, "predictions", action="append", default=[], help=predictions)
@@ -149,48 +150,83 @@ def read_inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Ev
         return EvaluationInputs(dataset, EvaluationRows(dataset, scoring, limits), scoring, decoding, limits, rewards, curves)
 
 
-def predict_to(output: Path, path: str, inputs: EvaluationInputs, views: tuple[str, ...]) -> "Predictions":
+def checked_processor(path: str, inputs: EvaluationInputs) -> Any:
+    """Return the processor of the model at ``path`` after a check of all rows with it. The weights are not loaded."""
+    from vlmkernels.data.dataset import RowChecks, check_dataset
+    from vlmkernels.models.loading import embedding_rows, load_config, load_processor
+
+    processor, checks = load_processor(path), RowChecks(num_embeddings=embedding_rows(load_config(path)))
+    check_dataset(inputs.dataset, "dataset", processor, checks=checks, limits=inputs.limits)
+    return processor
+
+
+def predict_to(
+    output: Path, path: str, name: str, processor: Any, inputs: EvaluationInputs, views: tuple[str, ...]
+) -> "Predictions":
     """Sample a model's predictions and write them to a file next to ``output``.
 
-    The file name contains a hash of the sampling settings, so that an interrupted evaluation resumes from its own file.
+    The name of the file has the name of the model, and a hash of the sampling settings, so that an interrupted evaluation
+    resumes from its own file.
     """
     import torch
 
-    from vlmkernels.data.dataset import check_dataset
     from vlmkernels.evaluate.predictions import predict, settings_of
-    from vlmkernels.models.loading import load_model, load_processor
+    from vlmkernels.models.loading import load_model
 
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(model.config._name_or_path)
-    check_dataset(inputs.dataset, "dataset", processor, limits=inputs.limits)
     settings = json.dumps(settings_of(model, inputs.dataset, inputs.decoding), sort_keys=True)
-    file = output.with_name(f"{output.stem}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl")
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-")
+    file = output.with_name(f"{output.stem}-{plain}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl")
 
     def progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
-            print(f"\r{path}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            print(f"\r{name}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return predict(model, processor, inputs.dataset, inputs.decoding, file, views, progress, inputs.limits)
 
 
-def step_of(path: str, position: int) -> float:
-    """Return the training step in the name of a checkpoint, or ``position`` if the name has no step."""
-    match = re.search(r"(\d+)/?$", Path(path).name)
-    return float(match[1]) if match else float(position)
+def model_names(paths: list[str]) -> list[str]:
+    """Return the shortest ends of paths that tell the models apart: the folder, and for checkpoints their run too."""
+
+    def name(path: str, parts: int) -> str:
+        found = Path(path).parts[-parts:]
+        return "/".join(part for part in found if part != "/") or path
+
+    parts = [2 if re.fullmatch(r"checkpoint-\d+", Path(path).name) else 1 for path in paths]
+    while len(set(names := [name(path, n) for path, n in zip(paths, parts, strict=True)])) < len(set(paths)):
+        parts = [n + (names.count(own) > 1) for n, own in zip(parts, names, strict=True)]
+    return names
 
 
-def evaluations(args: argparse.Namespace, inputs: EvaluationInputs) -> "list[tuple[float, Evaluation]]":
-    """Evaluate the saved predictions, or each model. Returns pairs of training step and evaluation."""
+def steps_of(paths: list[str]) -> list[int] | None:
+    """Return the training step of each checkpoint; None unless all paths end with different steps."""
+    found = [re.search(r"(\d+)$", Path(path).name) for path in paths]
+    steps = [int(match[1]) for match in found if match]
+    return steps if len(set(steps)) == len(paths) else None
+
+
+def evaluations(args: argparse.Namespace, inputs: EvaluationInputs) -> "dict[str, Evaluation]":
+    """Evaluate the saved predictions, or each model. Returns evaluations by the names of models."""
     from vlmkernels.evaluate.predictions import Predictions
 
     if args.predictions:
-        return [(0.0, inputs.evaluate([Predictions.read(path) for path in args.predictions]))]
+        return {", ".join(args.predictions): inputs.evaluate([Predictions.read(path) for path in args.predictions])}
     views = ("image", args.hide) if args.hide else ("image",)
-    found = []
-    for position, path in enumerate(args.model):
-        predictions = predict_to(Path(args.output), path, inputs, views)
-        found.append((step_of(path, position), inputs.evaluate([predictions])))
-    return found
+    names = model_names(args.model)
+    processors = [checked_processor(path, inputs) for path in args.model]
+    return {
+        name: inputs.evaluate([predict_to(Path(args.output), path, name, processor, inputs, views)])
+        for name, path, processor in zip(names, args.model, processors, strict=True)
+    }
+
+
+def compared(found: "dict[str, Evaluation]", baseline: "tuple[str, Evaluation] | None") -> "list[Comparison]":
+    """Return the comparisons of each model with the baseline and with the models before it."""
+    from vlmkernels.evaluate.evaluation import Comparison
+
+    others = [(*baseline, *run) for run in found.items()] if baseline else []
+    pairs = [(*other, *run) for other, run in combinations(found.items(), 2)]
+    return [Comparison(name, run, other_name, other) for other_name, other, name, run in others + pairs]
 
 
 def summary(evaluation: "Evaluation", rewards: list[str]) -> dict[str, Any]:
@@ -225,54 +261,66 @@ def summary(evaluation: "Evaluation", rewards: list[str]) -> dict[str, Any]:
 def to_result(
     args: argparse.Namespace,
     inputs: EvaluationInputs,
-    found: "list[tuple[float, Evaluation]]",
-    baseline: "tuple[str, Evaluation] | None",
+    found: "dict[str, Evaluation]",
+    comparisons: "list[Comparison]",
 ) -> dict[str, Any]:
     """Return the content of the JSON file."""
-    from vlmkernels.evaluate.report import to_json
+    from vlmkernels.evaluate.report import differences_to_json, to_json
 
-    last = found[-1][1]
+    last = list(found.values())[-1]
     result = {"model": args.model[-1] if args.model else None, "dataset": args.dataset}
     result |= summary(last, inputs.rewards.names if inputs.rewards else [])
     result |= {"predictions": [str(run.path) for run in last.runs], "match": args.match, "decoding": inputs.decoding.settings()}
-    result |= to_json(last, baseline and baseline[1])
+    result |= to_json(last)
+    if args.baseline:
+        result["difference"] = differences_to_json(comparisons[len(found) - 1].differences)
     if len(found) > 1:
-        result["steps"] = [{"step": step, **to_json(evaluation)} for step, evaluation in found]
+        steps = steps_of(args.model) or [None] * len(found)
+        result["models"] = [
+            {"model": path, "name": name, "step": step, **to_json(found[name])}
+            for path, name, step in zip(args.model, found, steps, strict=True)
+        ]
+        result["comparisons"] = [
+            {"model": c.name, "baseline": c.other_name, "difference": differences_to_json(c.differences)} for c in comparisons
+        ]
     return result
 
 
 def main(argv: list[str]) -> int:
     """Write metrics and page, print a summary, and return 0. Invalid arguments end the program with exit code 2."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("eval runs in one process and writes one file of predictions; do not start it with torchrun")
     if bool(args.model) == bool(args.predictions):
         parser.error("exactly one of --model and --predictions must be given")
+    if repeated := next((path for path in args.model if args.model.count(path) > 1), None):
+        parser.error(f"--model must name each model once, got {repeated} again")
+    output = Path(args.output)
+    if output.suffix in (".html", ".md", ".jsonl") or output.is_dir():
+        parser.error(f"--output must be the JSON file, next to which the .html, .md and .jsonl files are written, got {output}")
 
     from vlmkernels.evaluate.page import write_page
     from vlmkernels.evaluate.predictions import Predictions
-    from vlmkernels.evaluate.report import curves_of, to_markdown
+    from vlmkernels.evaluate.report import curves_of, to_markdown, to_text
 
     inputs = read_inputs(parser, args)
     with user_errors(parser):
         found = evaluations(args, inputs)
         baseline = (args.baseline, inputs.evaluate([Predictions.read(args.baseline)])) if args.baseline else None
-        result = to_result(args, inputs, found, baseline)
-        curves = inputs.curves | (curves_of(found) if len(found) > 1 else {})
-    last, output = found[-1][1], Path(args.output)
+        comparisons = compared(found, baseline)
+        result = to_result(args, inputs, found, comparisons)
+        steps = steps_of(args.model) if len(found) > 1 else None
+        curves = inputs.curves | (curves_of(list(zip(steps, found.values(), strict=True))) if steps else {})
+    last = list(found.values())[-1]
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    output.with_suffix(".md").write_text(to_markdown(last, baseline))
-    title = f"{Path(args.model[-1]).name if args.model else ', '.join(args.predictions)} on {Path(args.dataset).name}"
+    output.with_suffix(".md").write_text(to_markdown(last, comparisons), encoding="utf-8")
+    title = f"{list(found)[-1]} on {Path(args.dataset).name}"
     count = len(next(iter(last.completions.values()))[0])
     subtitle = f"{len(inputs.rows)} samples, {count} completion{'s' * (count > 1)} each, compared as {args.match} does"
     page = output.with_suffix(".html")
-    write_page(page, title, subtitle, last, other=baseline, curves=curves, samples_per_group=args.samples)
-    print(subtitle)
-    if result["accuracy"] is not None:
-        print(f"accuracy (exact match): {100 * result['accuracy']:.1f} %")
-    for name, value in result["rewards"].items():
-        print(f"mean reward {name}: {'not scored' if value is None else f'{value:.4f}'}")
+    write_page(page, title, subtitle, last, comparisons=comparisons, curves=curves, samples_per_group=args.samples)
+    print(f"{subtitle}\n{to_text(found)}")
     print(f"written to {output}, {output.with_suffix('.md')} and {page}")
     return 0

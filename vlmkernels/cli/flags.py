@@ -1,11 +1,12 @@
 """Shared code of the commands: help texts, the help formatter, user errors, and YAML files of arguments."""
 
 import argparse
-import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from vlmkernels.ops.checks import did_you_mean
 
 DATASET = "a .jsonl or .parquet file, or a folder written by Dataset.save_to_disk"
 REWARD = "a built-in reward (exact_match, cer, iou, ...) or an import path module:function; repeat the flag for several"
@@ -61,7 +62,24 @@ def require_given(parser: argparse.ArgumentParser, args: argparse.Namespace, *na
             parser.error(f"--{name} must be given")
 
 
-def read_yaml(parser: argparse.ArgumentParser, path: str) -> None:
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str], meanings: Mapping[str, str] | None = None
+) -> argparse.Namespace:
+    """Parse the flags. An unknown flag ends the program with a message that suggests the closest valid one.
+
+    Args:
+        meanings: names of flags of other programs, and the flags of this one that serve instead.
+    """
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), "")
+        names = {option[2:].replace("-", "_") for option in parser._option_string_actions if option.startswith("--")}
+        hint = did_you_mean(flag.lstrip("-").partition("=")[0], names, meanings) if flag else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint.replace('mean ', 'mean --')}")
+    return args
+
+
+def read_yaml(parser: argparse.ArgumentParser, path: str, meanings: Mapping[str, str] | None = None) -> None:
     """Set the values of a YAML file as defaults of the parser. Flags on the command line override them.
 
     Keys are names of arguments. An unknown key ends the program with a message that suggests the closest valid key.
@@ -78,7 +96,6 @@ def read_yaml(parser: argparse.ArgumentParser, path: str) -> None:
         valid = sorted(action.dest for action in parser._actions if action.dest not in ("help", "help_all", "config"))
         for key in values:
             if key not in valid:
-                near = difflib.get_close_matches(str(key), valid, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
+                hint = did_you_mean(key, valid, meanings)
                 raise ValueError(f"unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
     parser.set_defaults(**values)

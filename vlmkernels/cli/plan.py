@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from typing import Any
 
-from vlmkernels.cli.flags import Help, add_flag, user_errors
+from vlmkernels.cli.flags import Help, add_flag, parse_arguments, user_errors
 from vlmkernels.plan.calibration import calibrate
 from vlmkernels.plan.machine import MACHINES, Machine
 from vlmkernels.plan.shape import MODELS, ModelShape
@@ -175,7 +175,7 @@ def to_json(found: Plan) -> str:
 def main(argv: list[str]) -> int:
     """Print the plan and return 0. Invalid arguments end the program with exit code 2."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     if args.calibrate and args.machine:
         parser.error(f"--machine must not be used together with --calibrate, got {args.machine}")
     with user_errors(parser, "--model"):

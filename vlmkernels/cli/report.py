@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vlmkernels.cli.flags import user_errors
+from vlmkernels.cli.flags import parse_arguments, user_errors
 from vlmkernels.record.files import write_atomic
 
 
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="output_dir of the run")
     parser.add_argument("--output", type=Path, help="file to write [RUN/report.html]")
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     from vlmkernels.report.page import run_page
     from vlmkernels.report.run import Run
 

@@ -4,7 +4,18 @@ import argparse
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from vlmkernels.cli.flags import DATASET, REWARD, REWARDS, Help, add_flag, json_list, read_yaml, require_given, user_errors
+from vlmkernels.cli.flags import (
+    DATASET,
+    REWARD,
+    REWARDS,
+    Help,
+    add_flag,
+    json_list,
+    parse_arguments,
+    read_yaml,
+    require_given,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -85,7 +96,7 @@ def main(argv: list[str]) -> int:
     parser = build_parser(show_all="--help-all" in argv)
     if path := parser.parse_known_args(argv)[0].config:
         read_yaml(parser, path)
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     require_given(parser, args, "model", "dataset", *([] if args.rewards else ["reward"]))
     if args.rewards and args.reward:
         parser.error("--reward must not be used together with --rewards")
@@ -98,7 +109,7 @@ def main(argv: list[str]) -> int:
 
 
 def build_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple["GRPOTrainer", str | None]:
-    """Load the model and the data, and check everything that can be checked before the first step.
+    """Load the data and the model, and check everything that can be checked before the first step.
 
     Returns:
         The trainer, and the checkpoint to resume from; None to start at step 0.
@@ -106,7 +117,7 @@ def build_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     from transformers.utils import logging
 
     from vlmkernels.data.dataset import load_dataset
-    from vlmkernels.models.loading import load_model
+    from vlmkernels.models.loading import load_processor
     from vlmkernels.rollout.base import RolloutError
     from vlmkernels.train import GRPOConfig, GRPOTrainer
     from vlmkernels.train.checkpoint import check_checkpoint
@@ -121,9 +132,10 @@ def build_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     with user_errors(parser, "--eval_dataset"):
         eval_dataset = load_dataset(args.eval_dataset, args.eval_split) if args.eval_dataset else None
     with user_errors(parser, "--model"):
-        model = load_model(args.model, config.model_init_kwargs)
-    with user_errors(parser, more=(RolloutError,)):
-        trainer = GRPOTrainer(model, args.rewards or args.reward, config, dataset, eval_dataset, peft_config=lora_config(args))
+        processor = load_processor(args.model, config.model_init_kwargs)
+    with user_errors(parser, more=(RolloutError,)):  # the trainer loads the model after it has checked the datasets
+        data = dataset, eval_dataset, processor
+        trainer = GRPOTrainer(args.model, args.rewards or args.reward, config, *data, peft_config=lora_config(args))
         if checkpoint:
             check_checkpoint(checkpoint, trainer.policy, config.world_size)
     return trainer, checkpoint

@@ -26,7 +26,7 @@ from vlmkernels.demo.model import END_OF_TURN, build_model, build_processor
 from vlmkernels.evaluate import shapes_and_digits as suite
 from vlmkernels.evaluate.digits import Scans
 from vlmkernels.evaluate.evaluation import ALL, Evaluation
-from vlmkernels.evaluate.page import p_value, write_page
+from vlmkernels.evaluate.page import Comparison, p_value, write_page
 from vlmkernels.evaluate.predictions import Decoding, predict
 from vlmkernels.evaluate.report import curves_of_log, to_json, to_markdown
 from vlmkernels.evaluate.statistics import Difference
@@ -303,7 +303,8 @@ def write_results(before: Evaluation, after: Evaluation, log: list[dict], about:
     curves = curves_of_log(output / "trainer_state.json")
     run = f"after {about['steps']} steps of GRPO, seed {about['seed']}"
     subtitle = f"{len(after.rows)} samples of the test split, greedy decoding, {run}"
-    write_page(output / "eval.html", suite.NAME, subtitle, after, other=("before GRPO", before), curves=curves)
+    comparison = Comparison("after GRPO", after, "before GRPO", before)
+    write_page(output / "eval.html", suite.NAME, subtitle, after, comparisons=[comparison], curves=curves)
 
 
 def print_table(before: Evaluation, after: Evaluation, differences: dict[tuple[str, str], Difference]) -> None:

@@ -17,7 +17,7 @@
 Requires the extra ``eval``.
 """
 
-from vlmkernels.evaluate.evaluation import Evaluation, Scoring, reward_parts
+from vlmkernels.evaluate.evaluation import Comparison, Evaluation, Scoring, reward_parts
 from vlmkernels.evaluate.metrics import METRICS
 from vlmkernels.evaluate.page import write_page
 from vlmkernels.evaluate.predictions import Decoding, Predictions, predict
@@ -28,6 +28,7 @@ __all__ = [
     "HARNESSES",
     "METRICS",
     "TASKS",
+    "Comparison",
     "Decoding",
     "Evaluation",
     "Predictions",

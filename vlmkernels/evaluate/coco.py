@@ -16,10 +16,21 @@ def _quietly(function: Callable, *arguments: Any) -> Any:
         return function(*arguments)
 
 
+def _is_unlabelled(reference: Boxes, names: set[str | None]) -> bool:
+    labels = set(reference.labels) or names
+    return labels <= {None}
+
+
+def _without_labels(boxes: Boxes) -> Boxes:
+    return boxes._replace(labels=[None] * len(boxes.labels))
+
+
 class CocoAP:
     """COCO's AP over all areas with 100 detections per image; a ``Statistic``.
 
-    Every completion counts as one image. Boxes without a label form one category; boxes without a confidence have score 1.
+    Every completion counts as one image. Boxes without a label form one category; where the reference has no labels, those of
+    predictions are ignored. Boxes without a confidence have score 1.
+    Labels that occur in no reference are left out, as they are no categories. Without any reference box the AP is NaN.
 
     Args:
         predictions: the boxes of G completions for each of N samples; None for a completion without boxes.
@@ -40,6 +51,10 @@ class CocoAP:
 
         self.shape = len(predictions), len(predictions[0])
         names = {label for reference in references for label in reference.labels}
+        predictions = [
+            [_without_labels(p) if p and _is_unlabelled(reference, names) else p for p in group]
+            for group, reference in zip(predictions, references, strict=True)
+        ]
         categories = {label: index for index, label in enumerate(sorted(names, key=str), 1)}
         truth, found = [], []
         for sample, (group, reference) in enumerate(zip(predictions, references, strict=True)):
@@ -70,12 +85,13 @@ class CocoAP:
         if threshold is not None:
             self.evaluation.params.iouThrs = np.array([threshold])
         _quietly(self.evaluation.evaluate)
-        self.images = np.array(self.evaluation.evalImgs, dtype=object).reshape(len(categories), -1)
+        self.images = np.array(self.evaluation.evalImgs, dtype=object).reshape(len(categories), np.prod(self.shape))
 
     @staticmethod
     def _annotation(image: int, category: int, box: tuple[float, ...], **more: Any) -> dict[str, Any]:
         x1, y1, x2, y2 = box
-        size = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+        width, height = max(0.0, x2 - x1), max(0.0, y2 - y1)  # COCOeval would ignore a prediction of negative area
+        size = {"bbox": [x1, y1, width, height], "area": width * height}
         return {"image_id": image, "category_id": category, **size, **more}
 
     def value(self, samples: np.ndarray, seeds: np.ndarray) -> np.ndarray:

@@ -2,14 +2,14 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmkernels.data.dataset import column_names
+from vlmkernels.data.dataset import column_names, row_name, with_columns
 from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
 from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, prompt_text, read_sample
 from vlmkernels.evaluate.metrics import REWARD, Answers, Metric, scores_of
@@ -27,6 +27,7 @@ from vlmkernels.evaluate.statistics import (
 from vlmkernels.evaluate.tasks import COMMON, HARNESSES, TASKS, Harness
 from vlmkernels.ops.checks import require_one_of
 from vlmkernels.rewards import Rewards, Scores
+from vlmkernels.rewards.answers import THINK
 from vlmkernels.rewards.boxes import FRAMES
 from vlmkernels.rewards.builtin import to_frame
 from vlmkernels.rollout.score import score
@@ -136,7 +137,9 @@ class EvaluationRows:
     def __init__(self, dataset: Any, scoring: Scoring, limits: ImageLimits = DEFAULT_LIMITS):
         if not len(dataset):
             raise ValueError("dataset must hold at least one sample, got 0")
-        self.dataset, self.limits, names = dataset, limits, column_names(dataset)
+        self.dataset, self.limits = dataset, limits
+        self.columns = names = column_names(dataset)
+        self.match = scoring.match
         plain = dataset
         if hasattr(dataset, "remove_columns"):  # reading the rows of datasets would decode their images
             plain = dataset.remove_columns([name for name in MEDIA_COLUMNS if name in names])
@@ -152,19 +155,21 @@ class EvaluationRows:
         self.references = [self._reference(index, names) for index in range(len(self.rows))]
 
     def _reference(self, index: int, names: Sequence[str]) -> Any:
-        row, task = self.rows[index], self.tasks[index]
+        row, task, where = self.rows[index], self.tasks[index], row_name(self.dataset, index)
         if "prompt" not in row:
-            raise ValueError(f"sample {index}: dataset must have a column 'prompt', got {', '.join(row)}")
-        _check_task(f"sample {index}: task", task)
+            raise ValueError(f"{where}: dataset must have a column 'prompt', got {', '.join(row)}")
+        _check_task(f"{where}: task", task)
         column = TASKS[task].column
         if column not in row and task != "open":
-            raise ValueError(
-                f"sample {index}: dataset must have a column {column!r} for the task {task}, got {', '.join(names)}"
-            )
+            raise ValueError(f"{where}: dataset must have a column {column!r} for the task {task}, got {', '.join(names)}")
+        try:
+            HARNESSES[self.match].check(task, row)
+        except ValueError as error:
+            raise ValueError(f"{where}: with match {self.match!r}, {error}") from None
         try:
             TASKS[task].check_reference(row.get(column))
         except (ValueError, TypeError) as error:
-            raise type(error)(f"sample {index}: {column} {error}") from error
+            raise type(error)(f"{where}: {column} {error}") from error
         return row.get(column)
 
     def __len__(self) -> int:
@@ -172,7 +177,8 @@ class EvaluationRows:
 
     def sample(self, index: int, decode: bool = True) -> Sample:
         """Return a sample with its images; see ``read_sample``."""
-        return read_sample(self.dataset[index], index, decode, self.limits)
+        row = with_columns(self.dataset[index], self.columns)
+        return read_sample(row, index, decode, self.limits, row_name(self.dataset, index))
 
     def groups(self) -> dict[str, list[int]]:
         """Return the indices of each group's samples, in the order of the dataset. All samples of a group have one task."""
@@ -181,6 +187,14 @@ class EvaluationRows:
             found.setdefault(key, []).append(index)
         ambiguous = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
         return {f"{name} ({task})" if name in ambiguous else name: indices for (name, task), indices in found.items()}
+
+
+def _with_opened_think(answers: Answers) -> list[list[str]]:
+    """Return the completions, after ``<think>`` where the prompt ends with it."""
+    if answers.think_opened is None:
+        return answers.texts
+    groups = zip(answers.texts, answers.think_opened, strict=True)
+    return [[THINK + t if opened else t for t, opened in zip(*group, strict=True)] for group in groups]
 
 
 class Evaluation:
@@ -240,21 +254,39 @@ class Evaluation:
             lengths=lengths,
             truncated=truncated,
             rewards={name: values[indices] for name, values in self.rewards.get(view, {}).items()},
+            think_opened=[[c.think_opened for c in group] for group in completions],
         )
 
     def _parsed(self, answers: Answers, task: str) -> Answers:
         """Parse and grade the answers of one task."""
         harness, vocabulary, kind = self.scoring.harness, self.scoring.vocabulary, TASKS[task].answer
-        answers = replace(answers, values=[[harness.parse(task, text) for text in group] for group in answers.texts])
-        if self.scoring.frame != "original" and kind in ("box", "boxes", "point"):
-            answers = self._to_pixels(answers)
+        # Other harnesses parse the completion alone.
+        texts = zip(answers.texts if harness.rules else _with_opened_think(answers), answers.rows, strict=True)
+        answers = replace(answers, values=[[harness.parse(task, text, row) for text in group] for group, row in texts])
+        if kind in ("box", "boxes", "point"):
+            answers = self._to_pixels(answers, harness.rules[task].to_pixels if task in harness.rules else None)
         if kind == "objects" and vocabulary is None:
             vocabulary = sorted({str(name) for shown in answers.references for name in shown})
         grade = harness.grade(task)
         return replace(answers, correct=None if grade is None else scores_of(grade, answers), vocabulary=vocabulary)
 
-    def _to_pixels(self, answers: Answers) -> Answers:
-        """Convert predicted boxes and points to pixels of the original image. Those outside the frame become None."""
+    def _to_pixels(self, answers: Answers, convert: Callable | None) -> Answers:
+        """Convert predicted boxes and points to pixels of the original image. Those outside the frame become None.
+
+        ``convert`` is ``Rule.to_pixels``.
+        """
+        if convert is not None:
+            if self.scoring.frame != "original":
+                match, frame = self.scoring.match, self.scoring.frame
+                raise ValueError(f"frame must be 'original' with match {match!r}, which finds it from the values, got {frame!r}")
+            images = [self.rows.sample(index, decode=False).images for index in answers.indices]
+            values = [
+                [None if value is None else convert(value, own[0].size if own else None) for value in group]
+                for own, group in zip(images, answers.values, strict=True)
+            ]
+            return replace(answers, values=values)
+        if self.scoring.frame == "original":
+            return answers
         sizes: dict[str, list] = {"original": [], "resized": []}
         for index in answers.indices:
             images = self.rows.sample(index, decode=False).images
@@ -268,7 +300,7 @@ class Evaluation:
             sizes["original"].append(images[0].size)
             sizes["resized"].append(resized[0])
         per_answer = {name: np.repeat(np.array(rows, dtype=np.float64), answers.shape[1], 0) for name, rows in sizes.items()}
-        moved = iter(to_frame(answers.pairs()[0], self.scoring.frame, "original", per_answer))
+        moved = iter(to_frame(answers.pairs()[0], self.scoring.frame, "original", per_answer, self.scoring.harness.slack))
         return replace(answers, values=[[next(moved) for _ in group] for group in answers.values])
 
     def _groups(self) -> dict[str, Group]:
@@ -382,6 +414,21 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A run and another one to compare it with, sample by sample, with their names."""
+
+    name: str
+    run: Evaluation
+    other_name: str
+    other: Evaluation
+
+    @cached_property
+    def differences(self) -> dict[tuple[str, str], Difference]:
+        """The difference of each metric, by group and metric."""
+        return self.run.minus(self.other)
+
+
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
@@ -409,6 +456,7 @@ def reward_parts(
         repeated = [samples[index] for index in indices for _ in completions[index]]
         flat = [completion for index in indices for completion in completions[index]]
         texts, ids, sizes = [c.text for c in flat], [c.ids or [] for c in flat], [resized[s.index] for s in repeated]
-        parts.append(score(rewards, repeated, texts, ids, sizes).scores)
+        opened = [c.think_opened for c in flat]
+        parts.append(score(rewards, repeated, texts, ids, sizes, think_opened=opened).scores)
     values = Scores.cat(parts).rewards.double().numpy().reshape(len(rows), len(completions[0]), -1)
     return {name: values[..., place] for place, name in enumerate(rewards.names)}

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ class Answers:
         truncated: (N, G) 1 if a completion was truncated, else 0; NaN if unknown.
         correct: (N, G) 1 if an answer is correct, else 0. None if the task does not grade answers as correct or wrong.
         rewards: (N, G) rewards by name; NaN if not scored.
+        think_opened: whether the prompt of each completion ends with ``<think>``; None if unknown.
         vocabulary: names of the objects that CHAIR looks for.
     """
 
@@ -44,6 +45,7 @@ class Answers:
     truncated: np.ndarray
     correct: np.ndarray | None = None
     rewards: dict[str, np.ndarray] = field(default_factory=dict)
+    think_opened: list[list[bool | None]] | None = None
     vocabulary: Any = None
 
     @property
@@ -83,14 +85,10 @@ def _mean(function: Callable, **options: Any) -> Callable[[Answers], Statistic]:
 # Boxes
 
 
-def _iou(answers: Answers) -> np.ndarray:
-    return scores_of(boxes.iou, answers)
-
-
-def accuracy_at(threshold: float, inclusive: bool, answers: Answers) -> Sums:
+def accuracy_at(threshold: float, inclusive: bool, iou: Callable, answers: Answers) -> Sums:
     """Return the share of boxes with IoU >= threshold, or > threshold if not ``inclusive``."""
-    iou = _iou(answers)
-    return mean_of((iou >= threshold if inclusive else iou > threshold).astype(float))
+    ious = scores_of(iou, answers)
+    return mean_of((ious >= threshold if inclusive else ious > threshold).astype(float))
 
 
 def average_precision(threshold: float | None, answers: Answers) -> Statistic:
@@ -124,28 +122,29 @@ def _vqa(answers: Answers) -> Sums:
 # Yes or no, counted as in POPE (https://arxiv.org/abs/2305.10355).
 
 
-def confusion(value: str | None, reference: Any) -> list[bool]:
-    """Return a one-hot list of six cases.
+def confusion(answers: Answers) -> np.ndarray:
+    """Return a one-hot vector of six cases for each answer, (N, G, 6).
 
     The cases are true positive, false positive, false negative, true negative, unparsed with the reference yes, and unparsed
     with the reference no.
     """
-    yes = text.yes_no(["yes"], [reference])[0] == 1.0
-    return [value == answer and yes == truth for answer, truth in (("yes", 1), ("yes", 0), ("no", 1), ("no", 0))] + [
-        value is None and yes == truth for truth in (True, False)
-    ]
+    yes = np.array(text.yes_no(["yes"] * answers.shape[0], answers.references)) == 1
+    given = np.array([[("yes", "no", None).index(value) for value in values] for values in answers.values])
+    return np.eye(6)[2 * given + ~yes[:, None]]
 
 
-def _precision(t: np.ndarray) -> np.ndarray:
+def precision(t: np.ndarray) -> np.ndarray:
+    """Return the precision of totals of ``confusion``."""
     return t[:, 0] / (t[:, 0] + t[:, 1])
 
 
-def _recall(t: np.ndarray) -> np.ndarray:
+def recall(t: np.ndarray) -> np.ndarray:
     """Return the recall. Answers that could not be parsed count as false negatives."""
     return t[:, 0] / (t[:, 0] + t[:, 2] + t[:, 4])
 
 
-def _f1(t: np.ndarray) -> np.ndarray:
+def f1(t: np.ndarray) -> np.ndarray:
+    """Return the harmonic mean of precision and recall."""
     return 2 * t[:, 0] / (2 * t[:, 0] + t[:, 1] + t[:, 2] + t[:, 4])
 
 
@@ -155,7 +154,7 @@ def _yes_ratio(t: np.ndarray) -> np.ndarray:
 
 def pope(finish: Callable[[np.ndarray], np.ndarray]) -> Callable[[Answers], Sums]:
     """Return a metric of the totals (R, 6) of ``confusion``."""
-    return lambda answers: _sums(answers, confusion, finish)
+    return lambda answers: Sums(confusion(answers), finish)
 
 
 # MME: two questions per image, one with the answer yes and one with the answer no. The statistics are per pair.
@@ -215,8 +214,10 @@ def _chair(per_caption: bool, answers: Answers) -> Sums:
 
 
 def _format(answers: Answers) -> Sums:
-    rows = zip(answers.texts, answers.prompts, strict=True)
-    return mean_of(np.array([[float(has_format(completion, prompt)) for completion in group] for group, prompt in rows]))
+    opened = answers.think_opened or [[None] * answers.shape[1]] * answers.shape[0]
+    rows = zip(answers.texts, opened, answers.prompts, strict=True)
+    has = [[float(has_format(text, prompt, o)) for text, o in zip(*group, strict=True)] for *group, prompt in rows]
+    return mean_of(np.array(has))
 
 
 def _parse_failures(answers: Answers) -> Sums:
@@ -264,9 +265,9 @@ METRICS: dict[str, Metric] = {
     "cer": Metric(partial(_error_rate, str), "text", "character error rate over all samples", -1),
     "wer": Metric(partial(_error_rate, str.split), "text", "word error rate over all samples", -1),
     "vqa_accuracy": Metric(_vqa, "vqa", "agreement with the answers of people (VQAv2)"),
-    "precision": Metric(pope(_precision), "yes_no", "share of the answers yes that are correct"),
-    "recall": Metric(pope(_recall), "yes_no", "share of the questions with the answer yes that were answered yes"),
-    "f1": Metric(pope(_f1), "yes_no", "harmonic mean of precision and recall"),
+    "precision": Metric(pope(precision), "yes_no", "share of the answers yes that are correct"),
+    "recall": Metric(pope(recall), "yes_no", "share of the questions with the answer yes that were answered yes"),
+    "f1": Metric(pope(f1), "yes_no", "harmonic mean of precision and recall"),
     "yes_ratio": Metric(pope(_yes_ratio), "yes_no", "share of answers that are yes", 0),
     "mme_accuracy": Metric(partial(_mme, single=1, both=0, per_category=False), "mme", "questions answered correctly"),
     "mme_accuracy_plus": Metric(partial(_mme, single=0, both=1, per_category=False), "mme", "images with two correct answers"),
@@ -276,7 +277,7 @@ METRICS: dict[str, Metric] = {
         "100 (accuracy + accuracy plus), summed over categories",
         share=False,
     ),
-    "miou": Metric(lambda answers: mean_of(_iou(answers)), "box", "mean IoU; 0 if no box could be parsed"),
+    "miou": Metric(_mean(boxes.iou), "box", "mean IoU; 0 if no box could be parsed"),
     "ap": Metric(partial(average_precision, None), "boxes", "COCO's AP, IoU 0.50 to 0.95"),
     "ap50": Metric(partial(average_precision, 0.5), "boxes", "COCO's AP at IoU 0.50"),
     "chair_i": Metric(partial(_chair, False), "objects", "share of named objects that are not in the image", -1),
@@ -296,18 +297,19 @@ def names() -> str:
     return ", ".join([*METRICS, *(f"{prefix}<{what}>" for prefix, (what, _) in NUMBERED.items())])
 
 
-def metric(name: str, inclusive: bool = True) -> Metric:
+def metric(name: str, inclusive: bool = True, iou: Callable = boxes.iou) -> Metric:
     """Return the metric with a name.
 
     Args:
         name: a key of ``METRICS``, "acc@<IoU>", "pass@<k>", "maj@<k>" or "rewards/<name>".
         inclusive: whether acc@t counts boxes with an IoU of exactly t.
+        iou: the scoring function of boxes.
 
     Raises:
         ValueError: there is no such metric; the message lists the valid names.
     """
     if name in METRICS:
-        return METRICS[name]
+        return replace(METRICS[name], statistic=_mean(iou)) if METRICS[name].kind == "box" else METRICS[name]
     if name.startswith(REWARD):
         reward = name.removeprefix(REWARD)
         return Metric(lambda answers: mean_of(answers.rewards[reward]), "", f"mean of the reward {reward}", share=False)
@@ -320,7 +322,7 @@ def metric(name: str, inclusive: bool = True) -> Metric:
             continue
         if prefix == "acc@" and number < 1:
             sign = ">=" if inclusive else ">"
-            return Metric(partial(accuracy_at, number, inclusive), "box", f"boxes with an IoU {sign} {number:g}")
+            return Metric(partial(accuracy_at, number, inclusive, iou), "box", f"boxes with an IoU {sign} {number:g}")
         if prefix == "pass@":
             return Metric(partial(_pass, number), "graded", f"one of {number} completions is correct, unbiased")
         if prefix == "maj@":

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmkernels.data.samples import still_images
-from vlmkernels.evaluate.evaluation import ALL, Evaluation, Result
+from vlmkernels.evaluate.evaluation import ALL, Comparison, Evaluation, Result
 from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import COMMON, TASKS
+from vlmkernels.record.files import write_atomic
 from vlmkernels.record.html import document, picture, thumbnail
 from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.curves import Point, curve
@@ -121,11 +122,11 @@ def _metrics_table(evaluation: Evaluation) -> str:
     )
 
 
-def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> str:
+def _comparison_table(comparison: Comparison) -> str:
     """Return the table of differences from another run, without metrics that did not change."""
-    confidence = evaluation.scoring.confidence
+    evaluation, other, confidence = comparison.run, comparison.other, comparison.run.scoring.confidence
     rows = []
-    for (group, name_of_metric), difference in evaluation.minus(other).items():
+    for (group, name_of_metric), difference in comparison.differences.items():
         if (difference.low, difference.high) == (0, 0):
             continue
         metric = evaluation.groups[group].metrics[name_of_metric]
@@ -141,7 +142,7 @@ def _comparison_table(evaluation: Evaluation, other: Evaluation, name: str) -> s
     titles = ("metric", "before", "now", "difference", f"{100 * confidence:g} % interval", "p", "test")
     head = "".join(f"<th>{title}</th>" for title in titles)
     return (
-        f"<h2>Compared with {escape(name)}</h2>"
+        f"<h2>{escape(comparison.name)} compared with {escape(comparison.other_name)}</h2>"
         f"<p>Paired by sample. Colored if p &lt; {1 - confidence:.2g}. Metrics that did not change are left out.</p>"
         f'<div class="wide"><table class="metrics"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
@@ -228,7 +229,7 @@ def write_page(
     subtitle: str,
     evaluation: Evaluation,
     *,
-    other: tuple[str, Evaluation] | None = None,
+    comparisons: Sequence[Comparison] = (),
     curves: dict[str, Sequence[Point]] | None = None,
     samples_per_group: int = 12,
 ) -> None:
@@ -238,7 +239,7 @@ def write_page(
         path: path of the HTML file.
         title, subtitle: title and subtitle of the page.
         evaluation: the metrics and samples.
-        other: name and evaluation of a run to compare with.
+        comparisons: runs to compare.
         curves: curves over training steps, by title.
         samples_per_group: maximum number of samples of each group in the gallery.
     """
@@ -246,9 +247,8 @@ def write_page(
     parts = [
         f'<h1>{escape(title)}</h1><p class="summary">{escape(subtitle)}</p>',
         f"<h2>Metrics</h2>{_metrics_table(evaluation)}",
-        _comparison_table(evaluation, other[1], other[0]) if other else "",
+        *map(_comparison_table, comparisons),
         f'<h2>Over training steps</h2><div class="curves">{svgs}</div><script>{CURVES_SCRIPT}</script>' if svgs else "",
         _gallery(evaluation, samples_per_group),
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(document(title, "".join(parts), OWN_STYLE), encoding="utf-8")
+    write_atomic(path, document(title, "".join(parts), OWN_STYLE))

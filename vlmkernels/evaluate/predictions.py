@@ -5,8 +5,8 @@ of the others has:
 
 - ``index``: index of the sample.
 - ``view``: "image", or how the image was hidden. Default: "image".
-- ``completions``: a list of texts, or of objects with ``text`` and optionally ``ids``, ``length`` (tokens) and ``truncated``.
-  One text may be given as ``completion`` instead.
+- ``completions``: a list of texts, or of objects with ``text`` and optionally ``ids``, ``length`` (tokens), ``truncated`` and
+  ``think_opened`` (whether the prompt ends with ``<think>``). One text may be given as ``completion`` instead.
 - ``resized``: width and height of the sample's images as the model saw them, optional.
 """
 
@@ -31,7 +31,7 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
 from vlmkernels.rollout.base import Rollout, Sampling
 from vlmkernels.rollout.generate import Generate
-from vlmkernels.rollout.score import Size, resized_sizes
+from vlmkernels.rollout.score import Size, decode_completions, opens_think, resized_sizes
 
 GRAY = 128
 VIEWS = ("image", "grey", "none")  # unchanged, a gray image of the same size, removed from the prompt
@@ -39,12 +39,16 @@ VIEWS = ("image", "grey", "none")  # unchanged, a gray image of the same size, r
 
 @dataclass(frozen=True)
 class Completion:
-    """One completion. ``length`` is the number of tokens. ``ids``, ``length`` and ``truncated`` are None if unknown."""
+    """One completion. ``length`` is the number of tokens, ``think_opened`` whether its prompt ends with ``<think>``.
+
+    All fields except ``text`` are None if unknown.
+    """
 
     text: str
     ids: list[int] | None = None
     length: int | None = None
     truncated: bool | None = None
+    think_opened: bool | None = None
 
     @classmethod
     def from_json(cls, value: Any) -> "Completion":
@@ -52,7 +56,7 @@ class Completion:
         value = {"text": value} if isinstance(value, str) else value
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise TypeError(f"completion must be a text or an object with 'text', got {value!r:.80}")
-        return cls(value["text"], *(value.get(name) for name in ("ids", "length", "truncated")))
+        return cls(value["text"], *(value.get(name) for name in ("ids", "length", "truncated", "think_opened")))
 
 
 class Predictions:
@@ -322,11 +326,12 @@ class Predictor:
         prompts = encode([hide_images(sample, view) for sample in samples], self.processor, self.family)
         rollout = self._rollout(samples, view, prompts.to(self.model.device))
         ids = rollout.token_ids()
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        opened = opens_think(samples, prompts, self.tokenizer)
+        texts = decode_completions(self.tokenizer, ids)
         found: dict[int, list[Completion]] = {sample.index: [] for sample in samples}
         columns = rollout.group.tolist(), texts, ids, rollout.truncated.tolist()
         for place, text, tokens, truncated in zip(*columns, strict=True):
-            found[samples[place].index].append(Completion(text, tokens, len(tokens), truncated))
+            found[samples[place].index].append(Completion(text, tokens, len(tokens), truncated, opened[place]))
         sizes = resized_sizes(prompts, self.processor)
         return found, {sample.index: size for sample, size in zip(samples, sizes, strict=True)}
 

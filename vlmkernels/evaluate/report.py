@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmkernels.evaluate.evaluation import Evaluation
+from vlmkernels.evaluate.evaluation import Comparison, Evaluation
 from vlmkernels.evaluate.page import number, p_value, signed
+from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.report.curves import Point
 from vlmkernels.report.run import curves_of as curves_of_entries
 from vlmkernels.report.run import read_lines, read_state
@@ -17,6 +18,14 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):
         return {name: _plain(item) for name, item in value._asdict().items()}
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def differences_to_json(differences: dict[tuple[str, str], Difference]) -> dict[str, dict[str, Any]]:
+    """Return ``{group: {metric: {value, low, high, ...}}}``."""
+    found: dict[str, dict[str, Any]] = {}
+    for (group, metric), difference in differences.items():
+        found.setdefault(group, {})[metric] = _plain(difference)
+    return found
 
 
 def to_json(evaluation: Evaluation, other: Evaluation | None = None) -> dict:
@@ -31,18 +40,12 @@ def to_json(evaluation: Evaluation, other: Evaluation | None = None) -> dict:
         hidden = {} if result.hidden is None else {"hidden": _plain(result.hidden), "cost": _plain(result.cost)}
         found["metrics"].setdefault(result.group, {})[result.metric] = _plain(result.estimate) | hidden
     if other is not None:
-        for (group, metric), difference in evaluation.minus(other).items():
-            found.setdefault("difference", {}).setdefault(group, {})[metric] = _plain(difference)
+        found["difference"] = differences_to_json(evaluation.minus(other))
     return found
 
 
-def to_markdown(evaluation: Evaluation, other: tuple[str, Evaluation] | None = None) -> str:
-    """Return tables of the metrics and of the differences from another run.
-
-    Args:
-        evaluation: the metrics.
-        other: name and evaluation of the run to compare with.
-    """
+def to_markdown(evaluation: Evaluation, comparisons: Sequence[Comparison] = ()) -> str:
+    """Return tables of the metrics, and of the differences between runs."""
     view, percent = evaluation.hidden_view, f"{100 * evaluation.scoring.confidence:g} % interval"
     hidden = f" image {view} | effect of the image |" if view else ""
     lines = [
@@ -59,12 +62,11 @@ def to_markdown(evaluation: Evaluation, other: tuple[str, Evaluation] | None = N
                 f"{signed(result.cost.value, share)} (p {p_value(result.cost.p_value)})",
             ]
         lines.append(f"| {' | '.join(cells)} |")
-    if other is not None:
-        name, run = other
-        lines += ["", f"Compared with {name}, paired by sample:", "", f"| group | metric | difference | {percent} | p | test |"]
-        lines.append("| --- | --- | ---: | ---: | ---: | --- |")
-        for (group, metric), difference in evaluation.minus(run).items():
-            share = evaluation.groups[group].metrics[metric].share
+    for comparison in comparisons:
+        lines += ["", f"{comparison.name} compared with {comparison.other_name}, paired by sample:", ""]
+        lines += [f"| group | metric | difference | {percent} | p | test |", "| --- | --- | ---: | ---: | ---: | --- |"]
+        for (group, metric), difference in comparison.differences.items():
+            share = comparison.run.groups[group].metrics[metric].share
             interval = f"{signed(difference.low, share)} to {signed(difference.high, share)}"
             cells = [
                 group,
@@ -76,6 +78,22 @@ def to_markdown(evaluation: Evaluation, other: tuple[str, Evaluation] | None = N
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def to_text(evaluations: dict[str, Evaluation]) -> str:
+    """Return a table of all metrics for a terminal: with intervals for one run, with a column per run for several."""
+    first = next(iter(evaluations.values()))
+    rows = [["group", "metric", "value", "interval"] if len(evaluations) == 1 else ["group", "metric", *evaluations]]
+    for result in first.results:
+        share = first.groups[result.group].metrics[result.metric].share
+        if len(evaluations) == 1:
+            value, low, high, _ = result.estimate
+            cells = [number(value, share), f"{number(low, share)} to {number(high, share)}"]
+        else:
+            cells = [number(run.value(result.group, result.metric), share) for run in evaluations.values()]
+        rows.append([result.group, result.metric, *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def curves_of(evaluations: Sequence[tuple[float, Evaluation]]) -> dict[str, list[Point]]:

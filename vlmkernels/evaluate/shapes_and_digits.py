@@ -275,6 +275,8 @@ class ShapesAndDigits(Sequence[dict]):
         ValueError: there is no such split, or it has fewer rows.
     """
 
+    column_names = ("prompt", "image", "answer", "task", "category")
+
     def __init__(self, split: str, count: int | None = None):
         require_one_of("split", split, SPLITS)
         count = SPLITS[split] if count is None else count

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -30,9 +31,52 @@ def _shared_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: kwargs[name] for name in ("trust_remote_code", "revision") if name in kwargs}
 
 
+def _from_pretrained(auto: Any, path: str, **kwargs: Any) -> Any:
+    """Call ``auto.from_pretrained``. An error says that the path of the model is wrong, which that of transformers does not."""
+    try:
+        return auto.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model must be the folder of a model or its name on the hub, got {path}: {reason}") from error
+
+
 def load_processor(path: str, model_init_kwargs: dict[str, Any] | None = None) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Load the processor or tokenizer at ``path``."""
-    return AutoProcessor.from_pretrained(path, **_shared_kwargs(_NO_REMOTE_CODE | (model_init_kwargs or {})))
+    """Load the processor or tokenizer of the model at ``path``, or of its base model if the folder holds adapters."""
+    kwargs = _shared_kwargs(_NO_REMOTE_CODE | (model_init_kwargs or {}))
+    return _from_pretrained(AutoProcessor, _base_path(path), **kwargs)
+
+
+def load_config(path: str, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedConfig:
+    """Load the configuration of the model at ``path``, or of its base model if the folder holds adapters.
+
+    Raises:
+        ValueError: ``path`` looks like a folder and is not one.
+    """
+    kwargs = _shared_kwargs(_NO_REMOTE_CODE | (model_init_kwargs or {}))
+    return _from_pretrained(AutoConfig, _base_path(path), **kwargs)
+
+
+def embedding_rows(model_or_config: PreTrainedModel | PreTrainedConfig) -> int:
+    """Return the number of rows of the input embedding of a model, or of the model of a configuration."""
+    if isinstance(model_or_config, PreTrainedConfig):
+        return model_or_config.get_text_config().vocab_size
+    weight = model_or_config.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # ZeRO-3 leaves a shape of 0
+
+
+def _base_path(path: str) -> str:
+    """Return ``path``, or the path of the base model if the folder holds adapters.
+
+    Raises:
+        ValueError: ``path`` looks like a folder and is not one.
+    """
+    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+        raise ValueError(f"model must be an existing folder or a name on the hub, got {path}")
+    if not (Path(path) / "adapter_config.json").exists():
+        return path
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(path).base_model_name_or_path
 
 
 def load_model(path: str, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -47,17 +91,14 @@ def load_model(path: str, model_init_kwargs: dict[str, Any] | None = None) -> Pr
     Raises:
         ValueError: ``path`` looks like a folder and is not one.
     """
-    if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
-        raise ValueError(f"model must be an existing folder or a name on the hub, got {path}")
-    if (Path(path) / "adapter_config.json").exists():
-        from peft import PeftConfig, PeftModel
+    if (base_path := _base_path(path)) != path:
+        from peft import PeftModel
 
-        base = load_model(PeftConfig.from_pretrained(path).base_model_name_or_path, model_init_kwargs)
-        return PeftModel.from_pretrained(base, path, is_trainable=True)
+        return PeftModel.from_pretrained(load_model(base_path, model_init_kwargs), path, is_trainable=True)
     kwargs = {"dtype": torch.float32, **_NO_REMOTE_CODE, **(model_init_kwargs or {})}
-    family = family_of(AutoConfig.from_pretrained(path, **_shared_kwargs(kwargs)))
+    family = family_of(_from_pretrained(AutoConfig, path, **_shared_kwargs(kwargs)))
     auto = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
-    model = auto.from_pretrained(path, **kwargs)
+    model = _from_pretrained(auto, path, **kwargs)
     if is_deepspeed_zero3_enabled():
         # transformers records weight renamings here that it did not apply, and would revert them when it saves.
         vars(model).pop("_weight_conversions", None)
@@ -70,10 +111,21 @@ def base_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Set the rate of every ``torch.nn.Dropout`` in ``model`` to 0. Changes the model in place and cannot be undone."""
+    """Set every dropout rate in ``model`` to 0. Changes the model in place and cannot be undone.
+
+    The rates are those of torch's dropout modules, and numbers named ``attention_dropout`` or ``dropout`` in other modules.
+    """
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+        for name in dropout_rates(module):
+            setattr(module, name, 0.0)
+
+
+def dropout_rates(module: torch.nn.Module) -> dict[str, float]:
+    """Return the dropout rates above 0 of ``module`` itself, by the names of its attributes."""
+    # Attention layers of transformers hold their rate as a number. Elsewhere these names can be modules.
+    names = ("p",) if isinstance(module, torch.nn.modules.dropout._DropoutNd) else ("attention_dropout", "dropout")
+    rates = {name: getattr(module, name, None) for name in names}
+    return {name: rate for name, rate in rates.items() if isinstance(rate, float) and rate > 0}
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,8 +1,10 @@
 """Checks of arguments. Each raises an error that names the argument, the rule and the value, or returns nothing."""
 
+import difflib
 import math
 import numbers
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -34,10 +36,27 @@ def require_number(name: str, value: object, rule: str, kind: type = numbers.Rea
         raise TypeError(f"{name} must {rule}, got {value!r}")
 
 
+def did_you_mean(value: object, names: Iterable[str], meanings: dict[str, str] | None = None) -> str:
+    """Return the end of an error message, " (did you mean iou?)", or "" if no name resembles ``value``.
+
+    Args:
+        value: what was given instead of a name. Upper case, hyphens and spaces count as lower case and underscores.
+        names: the valid names.
+        meanings: other spellings and their valid names, such as the names of another library.
+    """
+
+    def plain(text: str) -> str:
+        return re.sub(r"[-\s]", "_", text.strip().lower())
+
+    spellings = {plain(name): name for name in names} | {plain(name): valid for name, valid in (meanings or {}).items()}
+    near = difflib.get_close_matches(plain(str(value)), spellings, n=1)
+    return f" (did you mean {spellings[near[0]]}?)" if near else ""
+
+
 def require_one_of(name: str, value: object, rows: Collection[str], prefix: str = "") -> None:
     """Check that ``value`` is one of the strings ``rows``."""
     if not isinstance(value, str) or value not in rows:
-        raise ValueError(f"{name} must be {prefix}one of {', '.join(rows)}, got {value!r}")
+        raise ValueError(f"{name} must be {prefix}one of {', '.join(rows)}, got {value!r}{did_you_mean(value, rows)}")
 
 
 def require_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
