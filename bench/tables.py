@@ -190,6 +190,18 @@ def tasks() -> list[str]:
     return lines
 
 
+def harnesses() -> list[str]:
+    from vlmkernels.evaluate.tasks import HARNESSES, TASKS
+
+    others = {name: harness.rules for name, harness in HARNESSES.items() if harness.rules}
+    lines = [f"| task | {' | '.join(f'`{name}`' for name in others)} |", "| --- |" + " --- |" * len(others)]
+    for task in TASKS:
+        sources = [rules[task].source if task in rules else "" for rules in others.values()]
+        if any(sources):
+            lines.append(f"| `{task}` | {' | '.join(f'`{source}`' if source else '' for source in sources)} |")
+    return lines
+
+
 def plans() -> list[str]:
     lines = []
     for path in sorted(RESULTS.glob("plan-*.json")):
@@ -243,6 +255,7 @@ TABLES = {
     "plans": plans,
     "rewards": rewards,
     "tasks": tasks,
+    "harnesses": harnesses,
     "metrics": metrics,
     "speed": speed,
     "suite": suite,

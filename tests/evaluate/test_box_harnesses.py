@@ -1,6 +1,6 @@
 """Each harness of ``--match`` scores 10,000 random answers with boxes as we do.
 
-The scores of lmms-eval come from its own functions. Those of VLMEvalKit (``refcoco.py``) and of VLM-R1 (``test_rec_r1.py``) come
+The scores of lmms-eval come from its own functions, and those of VLMEvalKit (``refcoco.py``) and of VLM-R1 (``test_rec_r1.py``)
 from formulas of their sources.
 """
 
@@ -22,17 +22,18 @@ COUNT = 10_000
 SIZES = ((640, 480), (1333, 800), (97, 211), (2048, 1536))
 IMAGES = {size: Image.new("RGB", size) for size in SIZES}
 FORMS = (
-    *("{list}", "{list}", "{spaced}", "{tuple}", "{pair}", "{words}", "{named}", "[{list}]", "{json}", "{json}", "{dict}", "{indented}"),
-    *("The box is {list}.", "In the 640x480 image it is at {list}.", "{dict}, or {list}", "{list} or {other}", "{other} {list}"),
-    *("[{dict}, {otherdict}]", "[{otherdict}, {dict}]", "{dict}\n{otherdict}", "```json\n{json}\n```", "```json\n{indented}\n```"),
-    *("<|box_start|>{pair}<|box_end|>", "<ref>cat</ref><box>[{list}]</box>", "<|begin_of_box|>[{list}]<|end_of_box|>"),
-    *("{{'bbox_2d': {list}, 'label': 'cat'}}", "{cut}", "{dict:.20}", "none", "", "There are 2 cats.", "1, 2, 3", "{{}} {list}"),
-)  # fmt: skip
+    *("{list}", "{list}", "{spaced}", "{tuple}", "{pair}", "{words}", "{named}", "[{list}]", "{json}", "{json}", "{dict}"),
+    *("The box is {list}.", "In the 640x480 image it is at {list}.", "{dict}, or {list}", "{list} or {other}", "{indented}"),
+    *("{other} {list}", "[{dict}, {otherdict}]", "[{otherdict}, {dict}]", "{dict}\n{otherdict}", "```json\n{json}\n```"),
+    *("```json\n{indented}\n```", "<|box_start|>{pair}<|box_end|>", "<ref>cat</ref><box>[{list}]</box>", "{cut}", "{dict:.20}"),
+    *("<|begin_of_box|>[{list}]<|end_of_box|>", "{{'bbox_2d': {list}, 'label': 'cat'}}", "{{}} {list}"),
+    *("none", "", "There are 2 cats.", "1, 2, 3"),
+)
 WRAPS = (
     *("{0}", "{0}", "<answer>{0}</answer>", "<answer>\n{0}\n</answer>", "<think>I look.</think><answer>{0}</answer>"),
     *("<think>It is at [1, 2, 30, 40].</think>{0}", "<think>a</think>\n<answer>{0}</answer> {0}", "<answer>{0}"),
     *("<answer>{0}</answer><answer>[1, 2, 3, 4]</answer>", "<think>{0}", "**{0}**"),
-)  # fmt: skip
+)
 
 
 def box_near(rng, box: list, size: tuple[int, int]) -> list:
@@ -46,27 +47,39 @@ def box_near(rng, box: list, size: tuple[int, int]) -> list:
     if kind == 2:
         return rng.integers(-20, max(size) + 300, 4).tolist()
     scale = max(1, round((0.02, 0.1, 0.3)[kind % 3] * (x2 - x1)))
-    return [max(0, v + int(d)) if rng.random() < 0.95 else v + int(d) for v, d in zip(box, rng.integers(-scale, scale + 1, 4))]
+    moved = (np.array(box) + rng.integers(-scale, scale + 1, 4)).tolist()
+    return moved if rng.random() < 0.2 else [max(0, v) for v in moved]
 
 
 def numbers(rng, box: list, size: tuple[int, int]) -> list:
     """Pixels, thousandths, fractions, percent, or numbers with decimals."""
     shares = [v / side for v, side in zip(box, size * 2, strict=True)]
-    return [
-        box, box, [round(1000 * v) for v in shares], [round(v, int(rng.integers(1, 5))) for v in shares],
-        [round(100 * v, 1) for v in shares], [v + round(float(d), 2) for v, d in zip(box, rng.random(4), strict=True)],
-    ][rng.integers(6)]  # fmt: skip
+    return (
+        box,
+        box,
+        [round(1000 * v) for v in shares],
+        [round(v, int(rng.integers(1, 5))) for v in shares],
+        [round(100 * v, 1) for v in shares],
+        [v + round(float(d), 2) for v, d in zip(box, rng.random(4), strict=True)],
+    )[rng.integers(6)]
 
 
 def written(rng, box: list, other: list) -> str:
     a, b, c, d = box
     fields = {
-        "list": str(box) if rng.random() < 0.7 else f"[{a},{b},{c},{d}]", "spaced": f"[ {a} , {b} , {c} , {d} ]", "other": str(other),
-        "tuple": f"({a}, {b}, {c}, {d})", "pair": f"({a},{b}),({c},{d})", "words": f"[{a} {b} {c}  {d}]", "cut": f"[{a}, {b}, {c}, {d}",
-        "named": f"x1={a}, y1={b}, x2={c}, y2={d}", "json": json.dumps([{"bbox_2d": box, "label": "cat"}]),
-        "dict": json.dumps({"bbox_2d": box}), "otherdict": json.dumps({"label": "cat", "bbox_2d": other}),
+        "list": str(box) if rng.random() < 0.7 else f"[{a},{b},{c},{d}]",
+        "spaced": f"[ {a} , {b} , {c} , {d} ]",
+        "tuple": f"({a}, {b}, {c}, {d})",
+        "pair": f"({a},{b}),({c},{d})",
+        "words": f"[{a} {b} {c}  {d}]",
+        "cut": f"[{a}, {b}, {c}, {d}",
+        "named": f"x1={a}, y1={b}, x2={c}, y2={d}",
+        "json": json.dumps([{"bbox_2d": box, "label": "cat"}]),
         "indented": json.dumps([{"bbox_2d": box, "label": "cat"}], indent=1),
-    }  # fmt: skip
+        "dict": json.dumps({"bbox_2d": box}),
+        "other": str(other),
+        "otherdict": json.dumps({"label": "cat", "bbox_2d": other}),
+    }
     return WRAPS[rng.integers(len(WRAPS))].format(FORMS[rng.integers(len(FORMS))].format(**fields))
 
 
@@ -93,7 +106,8 @@ def check(tmp_path, match: str, expected: np.ndarray, hits: dict[str, np.ndarray
     for metric, theirs in {"miou": expected, **hits}.items():
         ours = group.statistic(metric).statistics[:, 0, 0]
         differ = np.flatnonzero(np.abs(ours - theirs) > 1e-12)
-        assert len(differ) == 0, (metric, len(differ), [(answers[i], rows[i]["answer"], ours[i], theirs[i]) for i in differ[:5]])
+        shown = [(answers[i], rows[i]["answer"], ours[i], theirs[i]) for i in differ[:5]]
+        assert len(differ) == 0, (metric, len(differ), shown)
         assert 0.02 < theirs.mean() < 0.9
     assert (group.answers["image"].correct[:, 0] == hits["acc@0.5"]).all()
 
@@ -184,6 +198,6 @@ def test_the_frame_of_vlmevalkit(tmp_path):
     row, predictions = {"prompt": "?", "answer": [5, 5, 9, 9]}, given(tmp_path / "p.jsonl", ["9 9 5 5"])
     found = Evaluation(predictions, [row], Scoring(task="grounding", match="vlmevalkit", replicates=2))
     assert found.value("grounding", "miou") == 1
-    message = "frame must be 'original' with match 'vlmevalkit', which finds it from the values, got '0-1'"
+    message = "frame must be 'original' with match 'vlmevalkit', which guesses the frame, got '0-1'"
     with pytest.raises(ValueError, match=message):
         Evaluation(predictions, [row], Scoring(task="grounding", match="vlmevalkit", frame="0-1"))

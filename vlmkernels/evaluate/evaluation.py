@@ -278,7 +278,7 @@ class Evaluation:
         if convert is not None:
             if self.scoring.frame != "original":
                 match, frame = self.scoring.match, self.scoring.frame
-                raise ValueError(f"frame must be 'original' with match {match!r}, which finds it from the values, got {frame!r}")
+                raise ValueError(f"frame must be 'original' with match {match!r}, which guesses the frame, got {frame!r}")
             images = [self.rows.sample(index, decode=False).images for index in answers.indices]
             values = [
                 [None if value is None else convert(value, own[0].size if own else None) for value in group]
