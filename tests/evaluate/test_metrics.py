@@ -1,10 +1,13 @@
 """Metrics from first principles, and average precision against pycocotools."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 from support.evaluations import given, values
 
+from vlmkernels.cli import main
 from vlmkernels.evaluate.coco import CocoAP
 from vlmkernels.evaluate.evaluation import Evaluation, Scoring
 from vlmkernels.evaluate.statistics import point_value
@@ -189,6 +192,47 @@ def test_ap_equals_pycocotools_and_a_replicate_equals_a_dataset_with_copies(caps
         point_value(CocoAP(*repeated)), abs=1e-12
     )
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("references", "answers", "ap"),
+    [
+        ([[], []], ["[]", "none"], np.nan),  # no object anywhere
+        ([[], []], ["[[0, 0, 9, 9]]", "what?"], np.nan),
+        ([[[0, 0, 9, 9]], []], ["[[0, 0, 9, 9]]", "[]"], 1),
+        ([[[0, 0, 9, 9]], []], ["[[0, 0, 9, 9]]", "[[0, 0, 9, 9]]"], 1),  # the second box ranks after the last match
+        ([[], [[0, 0, 9, 9]]], ["[[0, 0, 9, 9]]", "[[0, 0, 9, 9]]"], 0.5),
+        ([[[0, 0, 9, 9]], [[0, 0, 9, 9]]], ["[]", "nothing to read"], 0),
+        ([[[0, 0, 9, 9]]], ['[{"bbox_2d": [0, 0, 9, 9], "label": "cat"}]'], 1),  # the reference has no labels
+        ([[[0, 0, 9, 9]]], ["[[9, 9, 0, 0], [9, 0, 0, 9], [5, 5, 5, 5], [0, 0, 9, 9]]"], 1 / 4),  # boxes without area are wrong
+        (
+            ['[{"bbox_2d": [0, 0, 9, 9], "label": "cat"}]'],
+            ['[{"bbox_2d": [0, 0, 9, 9], "label": "dog"}, {"bbox_2d": [0, 0, 9, 9], "label": "cat"}]'],
+            1,  # a category that is only predicted has no AP
+        ),
+    ],
+)
+def test_ap_of_images_without_objects(references, answers, ap, tmp_path):
+    got = values(tmp_path, "detection", references, answers)
+    assert (got["ap"], got["ap50"]) == pytest.approx((ap, ap), nan_ok=True)
+    assert got["parse_failure_rate"] == sum("[" not in answer and answer != "none" for answer in answers) / len(answers)
+
+
+def test_a_category_without_objects(tmp_path):
+    """It has no AP; the other numbers are there. The command reports the same."""
+    objects = {"with": [[0, 0, 9, 9]], "without": []}
+    rows = [{"prompt": "?", "task": "detection", "category": name, "answer": boxes} for name, boxes in objects.items()]
+    predictions = given(tmp_path / "p.jsonl", ["[[0, 0, 9, 9]]", "[]"])
+    found = Evaluation(predictions, rows, Scoring(replicates=2))
+    assert found.value("with", "ap") == pytest.approx(1)
+    assert np.isnan(found.value("without", "ap"))
+    assert found.value("without", "parse_failure_rate") == found.value("all", "parse_failure_rate") == 0
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"--predictions": "p.jsonl", "--baseline": "p.jsonl", "--dataset": "t.jsonl", "--output": "o.json"}
+    assert main(["eval", *(part for flag, name in flags.items() for part in (flag, str(tmp_path / name)))]) == 0
+    metrics = json.loads((tmp_path / "o.json").read_text())["metrics"]
+    assert metrics["with"]["ap50"]["value"] == pytest.approx(1)
+    assert metrics["without"]["ap50"]["value"] is None
 
 
 def test_detection(tmp_path):

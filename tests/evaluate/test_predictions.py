@@ -11,7 +11,7 @@ import torch
 from support import tiny
 
 from vlmkernels.data.samples import read_sample
-from vlmkernels.evaluate.evaluation import Evaluation
+from vlmkernels.evaluate.evaluation import Evaluation, Scoring
 from vlmkernels.evaluate.predictions import Decoding, Predictions, hide_images, predict
 
 torch.set_num_threads(1)
@@ -81,6 +81,28 @@ def test_batch_size_changes_nothing(tmp_path, options):
     if options:
         other = Decoding(max_completion_length=6, **{**options, "seed": 6})
         assert predict(model, processor, rows, other, tmp_path / "other.jsonl").by_sample != found[0].by_sample
+
+
+@pytest.mark.parametrize(("opened", "has_format", "cut_off"), [(True, 1, 1), (False, 0, 0), (None, 1, 0)])
+def test_prompts_that_end_with_think(tmp_path, opened, has_format, cut_off):
+    """Predictions say so for every completion, and the format and the parsing of answers depend on it."""
+    rows = [{"prompt": [{"role": "user", "content": "1?"}], "task": "exact", "answer": "1"}]
+    if opened is not None:
+        model, tokenizer = tiny.text_model(), tiny.tokenizer()
+        tokenizer.add_tokens(["<think>"])
+        model.resize_token_embeddings(len(tokenizer))
+        if opened:
+            tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>\n")
+        predictions = predict(model, tokenizer, rows, Decoding(max_completion_length=3), tmp_path / "sampled")
+        assert [completion.think_opened for completion in predictions.by_sample[0, "image"]] == [opened]
+    for text, metric, expected in (
+        ("One.</think><answer>1</answer>", "format_rate", has_format),
+        ("It is", "parse_failure_rate", cut_off),
+    ):
+        path = tmp_path / metric
+        path.write_text(json.dumps({"index": 0, "completions": [{"text": text, "think_opened": opened}]}) + "\n")
+        evaluation = Evaluation(Predictions.read(path), rows, Scoring(metrics=(metric,), replicates=2))
+        assert [result.estimate.value for result in evaluation.results if result.metric == metric] == [expected]
 
 
 def test_hidden_images(tmp_path):

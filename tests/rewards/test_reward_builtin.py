@@ -109,6 +109,54 @@ def test_lengths_and_format():
     assert chair(["A puppy and a cat", "", "x"], objects=[["dog"], ["dog"], None]) == [0.5, 0, None]
 
 
+FORMATS = [
+    # completion, and whether it has the format if the prompt ends with <think>: unknown, yes, no
+    ("<think>why</think><answer>1</answer>", 1, 0, 1),
+    ("why</think><answer>1</answer>", 1, 1, 0),
+    ("\nwhy\n</think>\n\n<answer>1</answer>\n", 1, 1, 0),
+    ("<think>\nwhy</think><answer>1</answer>", 1, 0, 1),
+    ("why<think>why</think><answer>1</answer>", 0, 0, 0),
+    ("<think>why</think>why</think><answer>1</answer>", 0, 0, 0),
+    ("why<answer>1</answer>", 0, 0, 0),
+    ("why</think>1", 0, 0, 0),
+    ("why</think><answer>1</answer> and more", 0, 0, 0),
+    ("why</think><answer>1</answer><answer>1</answer>", 0, 0, 0),
+    ("</think><answer>1</answer>", 0, 0, 0),
+    ("<answer>1</answer>", 0, 0, 0),
+    ("my own thoughts</think><answer>1</answer>", 0, 0, 0),  # copied from the prompt
+    ("", 0, 0, 0),
+]
+
+
+@pytest.mark.parametrize(("completion", "unknown", "opened", "closed"), FORMATS)
+@pytest.mark.parametrize("conversation", [False, True])
+def test_format_where_the_template_opens_think(completion, unknown, opened, closed, conversation):
+    prompt = "Answer like <think>my own thoughts</think><answer>2</answer>."
+    if conversation:
+        completion, prompt = [{"role": "assistant", "content": completion}], [{"role": "user", "content": prompt}]
+    reward = build("think_answer_format")
+    assert reward([completion] * 3, [prompt] * 3, [None, True, False]) == [unknown, opened, closed]
+    assert reward([completion], [prompt]) == [unknown]
+
+
+@pytest.mark.parametrize(
+    ("completion", "unknown", "opened"),
+    [
+        ("why</think><answer>1</answer>", 1, 1),
+        ("why</think>1", 1, 1),
+        ("<answer>1</answer>", 1, 1),
+        ("1", 1, None),  # a thought that was cut off
+        ("<think>1", None, None),
+        ("<answer>1</answer></think>2", None, None),
+        ("<think>is it <answer>1</answer>?</think> 2", None, None),
+    ],
+)
+def test_answers_where_the_template_opens_think(completion, unknown, opened):
+    rewards = build("exact_match")([completion] * 2, think_opened=[None, True], answer=["1"] * 2)
+    for reward, expected in zip(rewards, (unknown, opened), strict=True):
+        assert is_unparsed(reward) if expected is None else reward == expected
+
+
 def test_clip_score(clip):
     """A batch gives the scores of single calls of the model, and each image is encoded once."""
     model, processor = clip

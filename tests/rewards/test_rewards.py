@@ -5,11 +5,14 @@ import functools
 import math
 import threading
 import time
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
-from vlmkernels.rewards import Rewards
+from vlmkernels.rewards import Rewards, compose
 from vlmkernels.rewards.compose import resolve
 
 torch.set_num_threads(1)
@@ -53,12 +56,7 @@ def test_found_by_name_and_by_import_path():
         [2],
         [4],
     ]
-    with pytest.raises(ValueError, match=r"reward must be one of exact_match, .* or an import path .*, got 'bleu'"):
-        resolve("bleu")
-    with pytest.raises(ValueError, match="reward must be importable, got 'nowhere:f': No module named 'nowhere'"):
-        resolve("nowhere:f")
-    with pytest.raises(ValueError, match=r"reward must be importable, got 'math:f': .* no attribute 'f'"):
-        resolve("math:f")
+    assert resolve("test_rewards:Judges.half") is Judges.half
     with pytest.raises(TypeError, match="reward must be a function or the name of one, not a torch module, got Linear"):
         resolve(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"reward_funcs must have distinct names \(set log_as to rename one\), got cer, cer"):
@@ -67,15 +65,48 @@ def test_found_by_name_and_by_import_path():
         Rewards([])
 
 
+class Judges:
+    half = staticmethod(half)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bleu", r"reward must be one of exact_match, .* or an import path 'module:function', got 'bleu'$"),
+        ("exact_mach", r"got 'exact_mach' \(did you mean exact_match\?\)"),
+        ("IoU", r"got 'IoU' \(did you mean iou\?\)"),
+        ("yes-no", r"got 'yes-no' \(did you mean yes_no\?\)"),
+        ("accuracy_reward", r"got 'accuracy_reward' \(did you mean math_equal\?\)"),
+        ("think_format_reward", r"got 'think_format_reward' \(did you mean think_answer_format\?\)"),
+        ("my_rewards.politeness", r"got 'my_rewards.politeness' \(did you mean my_rewards:politeness\?\)"),
+        (":politeness", "reward must be one of .* or an import path 'module:function', got ':politeness'$"),
+        ("rewards/mine.py:f", r"name of a module on sys.path, not a file, got .* \(did you mean rewards.mine:f\?\)"),
+        ("./mine.py:f", r"name of a module on sys.path, not a file, got .* \(did you mean mine:f\?\)"),
+        ("nowhere:f", "reward must be importable, got 'nowhere:f': No module named 'nowhere'"),
+        ("math:f", "reward must be importable, got 'math:f': .* no attribute 'f'"),
+        ("math:sqrrt", r"got 'math:sqrrt': .* no attribute 'sqrrt' \(did you mean sqrt\?\)"),
+        ("broken_module:f", "reward must be importable, got 'broken_module:f': ZeroDivisionError: division by zero"),
+    ],
+)
+def test_wrong_names(name, message, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        resolve(name)
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
         ({"weight": 1}, "reward must have the key 'name', got {'weight': 1}"),
         (
             {"name": "iou", "fram": "resized"},
-            "options of the reward iou must be among column, unparsed, frame, .*, power, got fram",
+            r"options of the reward iou must be among column, unparsed, frame, .*, power, got fram \(did you mean frame\?\)",
         ),
-        ({"name": "iou", "frame": "pixels"}, "frame must be one of original, resized, 0-1, 0-1000, got 'pixels'"),
+        ({"name": "iou", "wieght": 2}, r"got wieght \(did you mean weight\?\)"),
+        ({"name": "iou", "frame": "resize"}, r"frame must be one of .*, got 'resize' \(did you mean resized\?\)"),
+        ({"name": "cosine_length", "max_length": 9, "correct": "numerc"}, r"got 'numerc' \(did you mean numeric\?\)"),
+        ({"name": "iou", "frame": "pixels"}, "frame must be one of original, .*, 0-100, 0-1000, 0-1024, got 'pixels'"),
         ({"name": "iou", "power": 0}, "power must be finite and > 0, got 0"),
         ({"name": "matched_iou", "matching": "best"}, "matching must be one of confidence, greedy, hungarian, got 'best'"),
         ({"name": "cer", "refuse_copies": False}, "options of the reward cer must be among column, unparsed, ignore_case, got"),
@@ -115,6 +146,16 @@ def test_two_places_for_weights():
         ([1.0, math.inf], "reward wrong must return finite numbers or None, got inf for completion 1"),
         ([[1.0], 1.0], r"reward wrong must return finite numbers or None, got \[1.0\] for completion 0"),
         (None, "reward wrong must return a list of 2 numbers, got None"),
+        ({"a": 1.0, "b": 0.0}, "list of 2 numbers, got {'a': 1.0, 'b': 0.0}: a dict has no order of completions"),
+        ({0: 1.0, 1: 0.0}, "list of 2 numbers, got {0: 1.0, 1: 0.0}: a dict has no order"),
+        ({0.5, 1.0}, "list of 2 numbers, got {.*}: a set has no order"),
+        (frozenset((0, 1)), "a frozenset has no order"),
+        ({0: 1.0, 1: 0.0}.keys(), "a dict_keys has no order"),
+        ("10", "list of 2 numbers, got '10': a str has no order"),
+        (torch.tensor(1.0), r"list of 2 numbers, got tensor\(1.\): iteration over a 0-d tensor"),
+        (torch.ones(2, 2), r"finite numbers or None, got tensor\(\[1., 1.\]\) for completion 0"),
+        (np.ones((2, 2)), r"finite numbers or None, got array\(\[1., 1.\]\) for completion 0"),
+        (torch.tensor([0.5, math.nan]), "finite numbers or None, got nan for completion 1"),
     ],
     ids=str,
 )
@@ -122,8 +163,73 @@ def test_wrong_values(value, message):
     def wrong(**kwargs):
         return value
 
-    with pytest.raises(ValueError, match=message):
-        Rewards(wrong)(2)
+    for on_error in ("raise",) if "finite" in message else ("raise", "skip"):
+        with pytest.raises(ValueError, match=message):
+            Rewards({"name": wrong, "on_error": on_error})(2)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda: (0.5, 1),
+        lambda: (value for value in (0.5, 1.0)),
+        lambda: map(float, ("0.5", "1")),
+        lambda: {"a": 0.5, "b": 1.0}.values(),
+        lambda: np.array([0.5, 1.0]),
+        lambda: np.array([[0.5], [1.0]], dtype=np.float16),
+        lambda: [np.float32(0.5), np.bool_(True)],
+        lambda: [np.array(0.5), np.array([1])],
+        lambda: torch.tensor([0.5, 1.0], dtype=torch.bfloat16, requires_grad=True),
+        lambda: torch.tensor([[0.5], [1.0]]),
+        lambda: [torch.tensor(0.5, requires_grad=True), torch.tensor([True])],
+        lambda: [Decimal("0.5"), Fraction(1, 1)],
+        lambda: [0.5, True],
+    ],
+)
+def test_values_with_a_clear_meaning(returned):
+    def given(**kwargs):
+        return returned()
+
+    async def later(**kwargs):
+        return returned()
+
+    assert Rewards([given, later])(2).rewards.tolist() == [[0.5, 0.5], [1, 1]]
+
+
+BAD = (
+    *(math.nan, math.inf, -math.inf, 1e39, 10**400, Decimal("nan"), Decimal("snan"), 1j),
+    *("high", "0.5", b"1", [1.0], {"score": 1.0}, {1.0}, object(), np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])),
+    *(torch.tensor(math.nan), np.float32("inf"), torch.empty(1, device="meta"), KeyError("bad")),
+)
+
+
+@pytest.mark.parametrize("value", BAD, ids=lambda value: f"{type(value).__name__} {value}"[:30])
+@pytest.mark.parametrize("timeout", [None, 5])
+def test_a_wrong_value_of_one_completion_is_skipped(value, timeout, caplog):
+    """With ``on_error: skip`` it is not scored and counts as failed; otherwise the error names completion and sample."""
+
+    def some(index, **kwargs):
+        return [value if k == 1 else float(k) for k in index]
+
+    entry = {"name": some, "on_error": "skip", "timeout": timeout}
+    scores = Rewards(entry)(3, [7, 7, 8], index=[0, 1, 2])
+    assert scores.rewards[:, 0].nan_to_num(9).tolist() == [0, 9, 2]
+    assert scores.failed[:, 0].tolist() == [False, True, False]
+    assert not scores.unparsed.any()
+    assert "reward some failed for 1 of 3 completions, which are not scored; first error: " in caplog.text
+    with pytest.raises((ValueError, RuntimeError), match=r"reward some .* completion 1 of sample 7"):
+        Rewards({**entry, "on_error": "raise"})(3, [7, 7, 8], index=[0, 1, 2])
+
+
+def test_an_iterator_that_raises_is_attributed():
+    def one_by_one(completions, **kwargs):
+        for completion in completions:
+            yield 1 / len(completion)
+
+    with pytest.raises(RuntimeError, match="reward one_by_one failed for completion 1: ZeroDivisionError"):
+        Rewards(one_by_one)(3, completions=["a", "", "b"])
+    scores = Rewards({"name": one_by_one, "on_error": "skip"})(3, completions=["a", "", "bb"])
+    assert scores.rewards[:, 0].nan_to_num(9).tolist() == [1, 9, 0.5]
 
 
 def picky(completions, **kwargs):
@@ -207,3 +313,34 @@ def test_coroutines_run_beside_one_another_and_inside_a_loop():
         return Rewards([first, second])(1)
 
     assert asyncio.run(notebook()).rewards.tolist() == [[1, 2]]
+
+
+def test_a_coroutine_that_blocks_its_loop_times_out(monkeypatch):
+    """The loop is abandoned, and the next call has another."""
+    monkeypatch.setattr(compose, "GRACE_S", 0.1)
+    release = threading.Event()
+
+    async def blocking(completions, **kwargs):
+        if completions[0] == "block":
+            release.wait(20)
+        return [1.0]
+
+    rewards = Rewards({"name": blocking, "timeout": 0.1, "on_error": "skip"})
+    start = time.monotonic()
+    scores = rewards(2, completions=["block", "a"])
+    assert time.monotonic() - start < 10
+    assert scores.failed.all()
+    assert rewards(1, completions=["a"]).rewards.tolist() == [[1]]
+    release.set()
+
+
+def test_a_tower_of_powers_with_a_timeout():
+    """A built-in reward with a timeout runs in a process, and gives the same scores there as here."""
+    given = {"completions": ["9^{9^{9}}", "1/2", "(", "3"], "prompts": ["q"] * 4, "answer": ["9", "0.5", "1", None]}
+    start = time.monotonic()
+    apart = Rewards([{"name": "math_equal", "timeout": 5, "on_error": "skip"}])(4, images=[object()] * 4, **given)
+    assert time.monotonic() - start < 60
+    here = Rewards("math_equal")(3, **{name: values[1:] for name, values in given.items()})
+    assert apart.rewards[0].nan_to_num(0).tolist() == [0]
+    for name in ("rewards", "unparsed", "failed"):
+        torch.testing.assert_close(getattr(apart, name)[1:], getattr(here, name), equal_nan=True)

@@ -109,7 +109,7 @@ def _error_rate(split: Callable[[str], Sequence], answers: Answers) -> Sums:
 
     def statistic(value: str | None, reference: Any) -> tuple[int, int]:
         ours = split((value or "").strip())
-        several = [split(str(r).strip()) for r in (reference if isinstance(reference, (list, tuple)) else [reference])]
+        several = [split(r) for r in text.texts(reference)]
         return min(((Levenshtein.distance(ours, r), len(r)) for r in several), key=lambda pair: pair[0] / max(pair[1], 1))
 
     return _sums(answers, statistic)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from vlmkernels.data.dataset import read_json_lines
+from vlmkernels.data.dataset import read_json_lines, row_name
 from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
 from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, encode, read_sample, tokenizer_of
 from vlmkernels.models.families import family_of
@@ -372,7 +372,8 @@ def predict(
     for view in views:
         indices = [index for name, index in missing if name == view]
         for start in range(0, len(indices), step):
-            samples = [read_sample(dataset[index], index, limits=limits) for index in indices[start : start + step]]
+            batch = indices[start : start + step]
+            samples = [read_sample(dataset[i], i, limits=limits, where=row_name(dataset, i)) for i in batch]
             predictions.append(view, *predictor(samples, view))
             if progress:
                 progress(len(predictions.by_sample), total)

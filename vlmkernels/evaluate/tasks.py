@@ -59,9 +59,7 @@ def _check_objects(value: Any) -> None:
         raise TypeError(f"must be a list of names of objects, got {value!r:.80}")
 
 
-def _hit(
-    predictions: Sequence, references: Sequence, inclusive: bool = True, iou: Callable = boxes.iou
-) -> list[float | None]:
+def _hit(predictions: Sequence, references: Sequence, inclusive: bool = True, iou: Callable = boxes.iou) -> list[float | None]:
     """Return 1 for boxes with IoU >= 0.5, or > 0.5 if not ``inclusive``."""
     ious = iou(predictions, references)
     return [None if v is None else float(v >= 0.5 if inclusive else v > 0.5) for v in ious]

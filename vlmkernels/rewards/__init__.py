@@ -12,6 +12,7 @@
 | ``builtin`` | the built-in reward functions, by name |
 | ``compose`` | the reward functions of a run: names, weights, options |
 | ``calls`` | call reward functions with time limits, and attribute errors to completions |
+| ``workers`` | threads and processes that call a function with a time limit |
 
 ``import vlmkernels.rewards`` needs only torch and NumPy. The rewards that use torchvision, rapidfuzz, scipy, math-verify (the
 extra ``rewards``) or transformers import them on first use.

@@ -15,10 +15,12 @@ FRAMES = {
     "original": "pixels of the image in the dataset",
     "resized": "pixels of the image after the processor has resized it (Qwen2-VL, Qwen2.5-VL)",
     "0-1": "fractions of the image's width and height",
+    "0-100": "percent of the image's width and height (Molmo)",
     "0-1000": "thousandths of the image's width and height (Qwen-VL, Qwen3-VL, InternVL)",
+    "0-1024": "1024ths of the image's width and height (PaliGemma)",
 }
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
-_FIXED = {"0-1": 1.0, "0-1000": 1000.0}
+_FIXED = {"0-1": 1.0, "0-100": 100.0, "0-1000": 1000.0, "0-1024": 1024.0}
 
 
 def frame_sizes(frame: str, original: ArrayLike | None, resized: ArrayLike | None) -> np.ndarray | None:
@@ -46,7 +48,7 @@ def convert_frame(
     original: ArrayLike | None = None,
     resized: ArrayLike | None = None,
 ) -> np.ndarray:
-    """Convert coordinates from one frame to another: ``points * size(target) / size(source)``.
+    """Convert coordinates from one frame to another: ``points / size(source) * size(target)``.
 
     Args:
         points: (N, 2) or (N, 4), pairs of x and y.
@@ -69,8 +71,8 @@ def convert_frame(
         if size is None:
             raise ValueError(f"{frame} sizes must be given to convert from the {source} frame to the {target} frame, got None")
         sizes.append(size)
-    scale: np.ndarray = np.tile(sizes[1] / sizes[0], points.shape[1] // 2)
-    return np.asarray(points * scale)
+    sources, targets = (np.tile(size, points.shape[1] // 2) for size in sizes)
+    return np.asarray(points / sources * targets)
 
 
 def inside_frame(points: np.ndarray, size: np.ndarray | None, slack: float = 0.01) -> np.ndarray:
@@ -104,6 +106,12 @@ def _pairs(predictions: Sequence[Box], references: Sequence[Box]) -> tuple[torch
     return p, r
 
 
+def box_iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return torchvision's ``box_iou`` of boxes (..., P, 4) and (..., G, 4), (..., P, G); 0 for boxes without area."""
+    ious: torch.Tensor = third_party("torchvision.ops", "a box reward").box_iou(a, b)
+    return ious.nan_to_num(nan=0.0)
+
+
 @pure(_box)
 def iou(predictions: Sequence[Box], references: Sequence[Box], *, power: float = 1.0) -> torch.Tensor:
     """IoU of two boxes, raised to ``power``, which is 1 in VLM-R1 (2504.07615) and 2 in Perception-R1 (2504.07954).
@@ -113,8 +121,7 @@ def iou(predictions: Sequence[Box], references: Sequence[Box], *, power: float =
         power: exponent, > 0.
     """
     require_positive("power", power)
-    ious: torch.Tensor = third_party("torchvision.ops", "iou").box_iou(*_pairs(predictions, references))
-    return ious.flatten() ** power
+    return box_iou(*_pairs(predictions, references)).flatten() ** power
 
 
 @pure(_box)

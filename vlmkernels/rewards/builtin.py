@@ -23,6 +23,13 @@ from vlmkernels.rewards.judge import Judge, RewardModel
 from vlmkernels.rewards.signature import check_options, options_of, required_columns
 
 
+def _known(
+    count: int, prompts: Sequence[str | Messages] | None, think_opened: Sequence[bool | None] | None
+) -> tuple[Sequence[str | Messages], Sequence[bool | None]]:
+    """Return prompts and think_opened of each completion: "" and None where they are unknown."""
+    return [""] * count if prompts is None else prompts, [None] * count if think_opened is None else think_opened
+
+
 class AnswerReward:
     """Parse the answer in each completion and score it against a column of the dataset.
 
@@ -64,23 +71,33 @@ class AnswerReward:
         if row.get(self.column) is not None:
             check_reference(self.score.reference, row[self.column], self.column)
 
-    def predictions(self, completions: Sequence[str | Messages], prompts: Sequence[str | Messages]) -> list[Any]:
+    def predictions(
+        self,
+        completions: Sequence[str | Messages],
+        prompts: Sequence[str | Messages],
+        think_opened: Sequence[bool | None],
+    ) -> list[Any]:
         """Return the parsed answer of each completion, or None if it has none."""
         parse, parsed = PARSERS[self.kind], []
-        for completion, prompt in zip(completions, prompts, strict=True):
-            answer = find_answer(text_of(completion))
+        for completion, prompt, opened in zip(completions, prompts, think_opened, strict=True):
+            answer = find_answer(text_of(completion), opened)
             copied = self.refuse_copies and answer is not None and is_copied(answer, text_of(prompt))
             parsed.append(None if answer is None or copied else parse(answer))
         return parsed
 
     def __call__(
-        self, completions: Sequence[str | Messages], prompts: Sequence[str | Messages] | None = None, **columns: Any
+        self,
+        completions: Sequence[str | Messages],
+        prompts: Sequence[str | Messages] | None = None,
+        think_opened: Sequence[bool | None] | None = None,
+        **columns: Any,
     ) -> list[float | None]:
-        predictions = self.predictions(completions, [""] * len(completions) if prompts is None else prompts)
+        predictions = self.predictions(completions, *_known(len(completions), prompts, think_opened))
         predictions, references = self.in_one_frame(predictions, columns[self.column], columns)
         scores = self.score(predictions, references, **self.options)
         unparsed = [p is None and r is not None for p, r in zip(predictions, references, strict=True)]
-        return [self.unparsed if missing else score for missing, score in zip(unparsed, scores, strict=True)]
+        pairs = zip(unparsed, scores, strict=True)
+        return [self.unparsed if missing or isinstance(score, Unparsed) else score for missing, score in pairs]
 
     def in_one_frame(
         self, predictions: list[Any], references: list[Any], columns: dict[str, Any]
@@ -138,13 +155,16 @@ def _points(value: Boxes | tuple[float, ...]) -> np.ndarray:
     return value.boxes if isinstance(value, Boxes) else np.array([value])
 
 
-def to_frame(values: list[Any], source: str, target: str, sizes: dict[str, np.ndarray | None]) -> list[Any]:
+def to_frame(
+    values: list[Any], source: str, target: str, sizes: dict[str, np.ndarray | None], slack: float = 0.01
+) -> list[Any]:
     """Convert the boxes, box or point of each sample from one coordinate frame to another.
 
     Args:
         values: ``Boxes``, a box (4 numbers), a point (2 numbers) or None for each sample.
         source, target: keys of ``boxes.FRAMES``.
         sizes: the keys "original" and "resized" with the (N, 2) sizes of the samples' images in pixels, or None.
+        slack: how far a value may lie outside the source frame, as a fraction of its size.
 
     Returns:
         The converted values; None for a value outside the source frame.
@@ -161,7 +181,7 @@ def to_frame(values: list[Any], source: str, target: str, sizes: dict[str, np.nd
     rows = np.repeat(chosen, counts)
     row_sizes = {name: None if size is None else size[rows] for name, size in sizes.items()}
     flat = np.concatenate(points)
-    inside = boxes.inside_frame(flat, boxes.frame_sizes(source, **row_sizes))
+    inside = boxes.inside_frame(flat, boxes.frame_sizes(source, **row_sizes), slack)
     flat = boxes.convert_frame(flat, source, target, **row_sizes)
     unknown = rows[np.isnan(flat).any(axis=1)]
     if len(unknown):
@@ -219,11 +239,18 @@ class CosineLength:
 
 
 def think_answer_format(
-    completions: Sequence[str | Messages], prompts: Sequence[str | Messages] | None = None, **kwargs: Any
+    completions: Sequence[str | Messages],
+    prompts: Sequence[str | Messages] | None = None,
+    think_opened: Sequence[bool | None] | None = None,
+    **kwargs: Any,
 ) -> list[float]:
-    """1 if a completion is ``<think>...</think><answer>...</answer>`` with both elements once and not empty, else 0."""
-    prompts = [""] * len(completions) if prompts is None else prompts
-    return [float(has_format(text_of(c), text_of(p))) for c, p in zip(completions, prompts, strict=True)]
+    """1 if a completion is ``<think>...</think><answer>...</answer>`` with both elements once and not empty, else 0.
+
+    If the prompt ends with ``<think>``, the completion must not repeat the tag. Where ``think_opened`` is unknown, a completion
+    may begin with or without it.
+    """
+    rows = zip(completions, *_known(len(completions), prompts, think_opened), strict=True)
+    return [float(has_format(text_of(completion), text_of(prompt), opened)) for completion, prompt, opened in rows]
 
 
 def soft_overlong(completion_ids: list[Sequence[int]], *, max_length: int, cache: int, **kwargs: Any) -> list[float]:
@@ -268,6 +295,8 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "reward_model": RewardModel,
 }
 NAMES = (*ANSWERS, *OTHERS)
+# The rewards that are pure functions of texts, token ids, sizes and columns, and need no model or connection.
+PURE = (*ANSWERS, "think_answer_format", "cosine_length", "soft_overlong", "repetition")
 
 
 def build(name: str, **options: Any) -> Callable[..., Any]:

@@ -4,12 +4,12 @@ import asyncio
 import inspect
 import logging
 import math
-import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from numbers import Real
 from typing import Any, cast
@@ -19,11 +19,13 @@ import torch
 from vlmkernels.ops.checks import require_one_of, require_positive
 from vlmkernels.rewards.batch import Unparsed
 from vlmkernels.rewards.signature import RewardFunction
+from vlmkernels.rewards.workers import ProcessWorker, ThreadWorker, attempt
 
 logger = logging.getLogger(__name__)
 
 ON_ERROR = ("raise", "skip")
 WARN_AFTER_S = 60.0
+MAX_REWARD = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class Entry:
         name: name in the logs.
         weight: factor of this reward in the sum of rewards.
         timeout: maximum seconds per completion; None = no limit. With a timeout, the function is called once per completion.
-        on_error: what to do if the function raises or exceeds its timeout for a completion: "raise" an error, or "skip" (do not
-            score) the completion.
+        on_error: what to do if the function raises, exceeds its timeout or returns something other than a finite number or None
+            for a completion: "raise" an error, or "skip" (do not score) the completion.
+        process: calls the function in a process of its own, where a timeout can interrupt everything; used only with a timeout.
+            None: a thread calls it.
     """
 
     function: RewardFunction
@@ -44,6 +48,7 @@ class Entry:
     weight: float = 1.0
     timeout: float | None = None
     on_error: str = "raise"
+    process: ProcessWorker | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
@@ -78,34 +83,36 @@ def call(entry: Entry, count: int, arguments: dict[str, Any]) -> list[Any]:
         ValueError: the function did not return one value per completion.
     """
     if entry.timeout is None:
-        try:
-            scores = entry.function(**arguments)
-        except ImportError:
-            raise
-        except Exception as error:
-            results = [_attempt(entry.function, one) for one in _one_by_one(arguments, count)]
-            return _attributed(entry, results, error)
+        scores = attempt(entry.function, arguments)
+        if isinstance(scores, ImportError):
+            raise scores
+        if isinstance(scores, Exception):
+            results = [attempt(entry.function, one) for one in _one_by_one(arguments, count)]
+            return _attributed(entry, results, scores)
         return _as_list(scores, entry.name, count)
-    worker, results = _Worker(entry.function), []
+    if entry.process is not None:
+        return _single(entry, [entry.process.call(one, entry.timeout) for one in _one_by_one(arguments, count)])
+    worker, results = ThreadWorker(entry.function), []
     for one in _one_by_one(arguments, count):
-        worker = _Worker(entry.function) if worker.abandoned else worker
+        worker = ThreadWorker(entry.function) if worker.abandoned else worker
         results.append(worker.call(one, entry.timeout))
     worker.stop()
     return _single(entry, results)
 
 
-def _coroutine(entry: Entry, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
-    """Call the coroutine function of an entry, without awaiting it."""
-    return cast(Coroutine[Any, Any, Any], entry.function(**arguments))
+async def _awaited(entry: Entry, arguments: dict[str, Any]) -> Any:
+    """Return the result of a coroutine function. The items of an iterator are returned as a list."""
+    result = await cast(Coroutine[Any, Any, Any], entry.function(**arguments))
+    return list(result) if isinstance(result, Iterator) else result
 
 
-async def _call_async(entry: Entry, count: int, arguments: dict[str, Any]) -> tuple[list[Any], float]:
+async def call_async(entry: Entry, count: int, arguments: dict[str, Any]) -> tuple[list[Any], float]:
     """Run ``call`` for a coroutine function, and also return how many seconds it took."""
     start = time.perf_counter()
 
     async def attempt(sample: dict[str, Any]) -> Any:
         try:
-            return await asyncio.wait_for(_coroutine(entry, sample), entry.timeout)
+            return await asyncio.wait_for(_awaited(entry, sample), entry.timeout)
         except asyncio.TimeoutError as error:  # the builtin TimeoutError since Python 3.11
             return error if entry.timeout is None else TimeoutError(f"no result within {entry.timeout} s")
         except Exception as error:
@@ -118,7 +125,7 @@ async def _call_async(entry: Entry, count: int, arguments: dict[str, Any]) -> tu
         scores = _single(entry, await call_each())
     else:
         try:
-            scores = await _coroutine(entry, arguments)
+            scores = await _awaited(entry, arguments)
         except ImportError:
             raise
         except Exception as error:
@@ -127,33 +134,40 @@ async def _call_async(entry: Entry, count: int, arguments: dict[str, Any]) -> tu
     return scores, time.perf_counter() - start
 
 
-async def call_all_async(entries: list[Entry], count: int, arguments: dict[str, Any]) -> list[tuple[list[Any], float]]:
-    """Call several coroutine functions concurrently. Returns the result of ``call`` and the seconds for each function."""
-    return list(await asyncio.gather(*(_call_async(entry, count, arguments) for entry in entries)))
-
-
-def to_number(entry: Entry, value: Any, where: str) -> float:
+def to_number(entry: Entry, value: Any, where: str) -> float | BaseException:
     """Return the score of a completion as a number; NaN if the completion is not scored.
 
     Args:
         entry: the reward function.
-        value: an element of the result of ``call``.
+        value: an element of the result of ``call``. Every finite number counts, also a bool, a ``Decimal``, and an array or
+            tensor with one element.
         where: description of the completion, for error messages.
 
+    Returns:
+        The score, or with ``on_error`` "skip" the reason why the completion has none.
+
     Raises:
-        RuntimeError: the value is an exception, and the entry's ``on_error`` is "raise".
-        ValueError: the value is not a finite number.
+        RuntimeError: the value is an exception, and ``on_error`` is "raise".
+        ValueError: the value is not a finite number, and ``on_error`` is "raise".
     """
-    if isinstance(value, Exception):
+    if isinstance(value, BaseException):
         if entry.on_error == "skip":
-            return math.nan
+            return value
         raise RuntimeError(f"reward {entry.name} failed for {where}: {type(value).__name__}: {value}") from value
     if value is None or isinstance(value, Unparsed):
         return math.nan if value is None else value
-    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-    if not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"reward {entry.name} must return finite numbers or None, got {value!r:.80} for {where}")
-    return float(value)
+    try:
+        has_one = hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1
+        value = value.item() if has_one else value
+        number = float(value) if isinstance(value, (Real, Decimal)) else math.nan
+    except (ArithmeticError, ValueError, TypeError, RuntimeError):  # a huge int, a signaling NaN, a tensor without data
+        number = math.nan
+    if abs(number) <= MAX_REWARD:
+        return number
+    error = ValueError(f"reward {entry.name} must return finite numbers or None, got {value!r:.80} for {where}")
+    if entry.on_error == "skip":
+        return error
+    raise error
 
 
 @contextmanager
@@ -179,17 +193,20 @@ def warn_when_slow(name: str) -> Iterator[None]:
 
 def warn_of_errors(entry: Entry, values: list[Any]) -> None:
     """Log for how many completions the reward failed, with the first error."""
-    errors = [value for value in values if isinstance(value, Exception)]
+    errors = [value for value in values if isinstance(value, BaseException)]
     if errors:
         text = "reward %s failed for %d of %d completions, which are not scored; first error: %s: %s"
         logger.warning(text, entry.name, len(errors), len(values), type(errors[0]).__name__, errors[0])
 
 
 def _as_list(scores: Any, name: str, count: int) -> list[Any]:
+    """Return what a function returned for ``count`` completions as a list. Any sequence, array or tensor is accepted."""
     try:
-        values: list[Any] = scores.tolist() if isinstance(scores, torch.Tensor) else list(scores)
+        if isinstance(scores, (Mapping, Set, str, bytes)):
+            raise TypeError(f"a {type(scores).__name__} has no order of completions")
+        values = list(scores.detach().cpu() if isinstance(scores, torch.Tensor) else scores)
     except TypeError as error:
-        raise ValueError(f"reward {name} must return a list of {count} numbers, got {scores!r:.80}") from error
+        raise ValueError(f"reward {name} must return a list of {count} numbers, got {scores!r:.80}: {error}") from error
     if len(values) != count:
         raise ValueError(f"reward {name} must return one number per completion, {count}, got {len(values)}")
     return values
@@ -199,13 +216,6 @@ def _one_by_one(arguments: dict[str, Any], count: int) -> Iterator[dict[str, Any
     """Yield the arguments for a call with a single completion, for each completion."""
     for i in range(count):
         yield {k: v[i : i + 1] if isinstance(v, (list, tuple)) and len(v) == count else v for k, v in arguments.items()}
-
-
-def _attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    try:
-        return function(**arguments)
-    except Exception as error:
-        return error
 
 
 def _single(entry: Entry, results: list[Any]) -> list[Any]:
@@ -221,36 +231,3 @@ def _attributed(entry: Entry, results: list[Any], error: Exception) -> list[Any]
     if not any(isinstance(result, Exception) for result in results):
         raise RuntimeError(f"reward {entry.name} failed for the batch but not for any single completion: {error}") from error
     return _single(entry, results)
-
-
-class _Worker:
-    """A thread that calls a function, so that the caller can stop waiting for it.
-
-    Attributes:
-        abandoned: whether a call has timed out. Python cannot kill the thread, but a daemon thread does not keep the process
-            alive.
-    """
-
-    def __init__(self, function: Callable[..., Any]):
-        self.tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.abandoned = False
-        threading.Thread(target=self._run, args=(function,), daemon=True).start()
-
-    def _run(self, function: Callable[..., Any]) -> None:
-        while (arguments := self.tasks.get()) is not None:
-            self.results.put(_attempt(function, arguments))
-
-    def call(self, arguments: dict[str, Any], timeout: float) -> Any:
-        """Return the result of the function, the exception that it raised, or a TimeoutError after ``timeout`` seconds."""
-        self.tasks.put(arguments)
-        try:
-            return self.results.get(timeout=timeout)
-        except queue.Empty:
-            self.abandoned = True
-            self.stop()
-            return TimeoutError(f"no result within {timeout} s")
-
-    def stop(self) -> None:
-        """Let the thread exit after its current call."""
-        self.tasks.put(None)

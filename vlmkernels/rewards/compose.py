@@ -14,20 +14,43 @@ and ``on_error`` are described in ``vlmkernels.rewards.calls.Entry``. All other 
 
 import asyncio
 import importlib
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from functools import cached_property, partial, reduce
 from typing import Any, NamedTuple, cast
 
 import torch
 
+from vlmkernels.ops.checks import did_you_mean
 from vlmkernels.rewards.batch import Unparsed
-from vlmkernels.rewards.builtin import NAMES, build
-from vlmkernels.rewards.calls import Entry, call, call_all_async, to_number, warn_of_errors, warn_when_slow
-from vlmkernels.rewards.signature import PROVIDED, RewardFunction, arguments_of, check_options, required_columns
+from vlmkernels.rewards.builtin import NAMES, PURE, build
+from vlmkernels.rewards.calls import Entry, call, call_async, to_number, warn_of_errors, warn_when_slow
+from vlmkernels.rewards.signature import (
+    PROVIDED,
+    SETTINGS,
+    RewardFunction,
+    arguments_of,
+    check_options,
+    check_signature,
+    required_columns,
+)
+from vlmkernels.rewards.workers import GRACE_S, ProcessWorker
 
 RewardSpec = str | Callable[..., Any] | dict[str, Any]
+
+# Names of TRL's rewards, and the built-in rewards that correspond to them.
+TRL_NAMES = {
+    "accuracy_reward": "math_equal",
+    "reasoning_accuracy_reward": "math_equal",
+    "think_format_reward": "think_answer_format",
+    "get_soft_overlong_punishment": "soft_overlong",
+    "get_cosine_scaled_reward": "cosine_length",
+    "get_repetition_penalty_reward": "repetition",
+}
 
 
 def resolve(reward: str | Callable[..., Any], **options: Any) -> RewardFunction:
@@ -39,26 +62,46 @@ def resolve(reward: str | Callable[..., Any], **options: Any) -> RewardFunction:
         options: keyword arguments of the reward.
 
     Raises:
-        ValueError: the reward or an option does not exist.
+        ValueError: the reward or an option does not exist, or its module cannot be imported.
         TypeError: ``reward`` is not callable, or is a torch module.
     """
     name = reward
     if isinstance(reward, str):
-        module, _, attribute = reward.partition(":")
         if reward in NAMES:
             return build(reward, **options)
-        if not attribute:
-            raise ValueError(f"reward must be one of {', '.join(NAMES)} or an import path 'module:function', got {reward!r}")
-        try:
-            reward = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"reward must be importable, got {reward!r}: {error}") from error
+        reward = _imported(reward)
     if not callable(reward) or isinstance(reward, torch.nn.Module):
         raise TypeError(f"reward must be a function or the name of one, not a torch module, got {type(reward).__name__}")
     check_options(str(name), options, arguments_of(reward))
     if isinstance(reward, type):
         return cast(RewardFunction, reward(**options))
     return partial(reward, **options) if options else reward
+
+
+def _imported(path: str) -> Any:
+    """Return the object at an import path "module:function"."""
+    module, _, attribute = path.partition(":")
+    if not module or not attribute:
+        dotted, _, last = path.strip(":").rpartition(".")
+        hint = did_you_mean(path, NAMES, TRL_NAMES) or (f" (did you mean {dotted}:{last}?)" if dotted else "")
+        raise ValueError(f"reward must be one of {', '.join(NAMES)} or an import path 'module:function', got {path!r}{hint}")
+    if module.endswith(".py") or "/" in module or module.startswith("."):
+        stem = module.removesuffix(".py").strip("./").replace("/", ".")
+        raise ValueError(
+            f"reward must be an import path 'module:function' with the name of a module on sys.path, not a file, got {path!r} "
+            f"(did you mean {stem}:{attribute}?)"
+        )
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"reward must be importable, got {path!r}: {error}") from error
+    except Exception as error:  # raised by the code of the module
+        raise ValueError(f"reward must be importable, got {path!r}: {type(error).__name__}: {error}") from error
+    try:
+        return reduce(getattr, attribute.split("."), found)
+    except AttributeError as error:
+        hint = did_you_mean(attribute, dir(found))
+        raise ValueError(f"reward must be importable, got {path!r}: {error}{hint}") from error
 
 
 def name_of(reward: Callable[..., Any]) -> str:
@@ -74,9 +117,12 @@ def to_entry(reward: RewardSpec) -> Entry:
     if "name" not in reward:
         raise ValueError(f"reward must have the key 'name', got {reward}")
     settings = {key: reward[key] for key in ("weight", "timeout", "on_error") if key in reward}
-    options = {key: value for key, value in reward.items() if key not in (*settings, "name", "log_as")}
-    function = resolve(reward["name"], **options)
-    return Entry(function, reward.get("log_as") or name_of(function), **settings)
+    function = resolve(reward["name"], **{key: value for key, value in reward.items() if key not in SETTINGS})
+    process = None
+    if reward["name"] in PURE and reward.get("timeout") is not None:
+        sent = [name for name in PROVIDED if name not in ("images", "trainer_state")]
+        process = ProcessWorker(function, (*sent, *required_columns(function)))
+    return Entry(function, reward.get("log_as") or name_of(function), process=process, **settings)
 
 
 class Scores(NamedTuple):
@@ -145,17 +191,19 @@ class Rewards:
         self.weights = torch.tensor([e.weight for e in self.entries] if weights is None else weights, dtype=torch.float32)
 
     def check_columns(self, columns: list[str], dataset: str) -> None:
-        """Raise ValueError if a function needs an argument that is neither in ``PROVIDED`` nor a column of the dataset.
+        """Raise ValueError if a function needs a column that the dataset does not have, or does not accept all columns.
 
         Args:
             columns: the columns of the dataset.
             dataset: name of the dataset's argument, for the error message.
         """
         for entry in self.entries:
+            check_signature(entry.name, entry.function, (name for name in columns if name != "prompt"))
             for name in required_columns(entry.function):
                 if name not in (*PROVIDED, *columns):
                     raise ValueError(
                         f"{dataset} must have a column {name!r}, which reward {entry.name} needs, got {', '.join(columns)}"
+                        f"{did_you_mean(name, columns)}"
                     )
 
     def check_row(self, row: dict[str, Any], where: str) -> None:
@@ -199,37 +247,51 @@ class Rewards:
         values = [results[name][0] for name in self.names]
         seconds = [results[name][1] for name in self.names]
         places = [f"completion {i}" + ("" if rows is None else f" of sample {rows[i]}") for i in range(num_completions)]
-        numbers = [
+        scores = [
             [to_number(entry, value, place) for value, place in zip(column, places, strict=True)]
             for entry, column in zip(self.entries, values, strict=True)
         ]
-        for entry, column in zip(self.entries, values, strict=True):
+        for entry, column in zip(self.entries, scores, strict=True):
             warn_of_errors(entry, column)
 
         def are(kind: type) -> torch.Tensor:
-            return torch.tensor([[isinstance(value, kind) for value in column] for column in values]).T
+            return torch.tensor([[isinstance(score, kind) for score in column] for column in scores]).T
 
+        numbers = [[math.nan if isinstance(score, BaseException) else score for score in column] for column in scores]
         rewards = torch.tensor(numbers, dtype=torch.float32).T.contiguous()
-        return Scores(rewards, are(Unparsed), are(Exception), torch.tensor(seconds, dtype=torch.float64))
+        return Scores(rewards, are(Unparsed), are(BaseException), torch.tensor(seconds, dtype=torch.float64))
 
     def _call(self, count: int, arguments: dict[str, Any]) -> dict[str, tuple[list[Any], float]]:
         """Call all functions. Returns, by name, the result of ``calls.call`` and the seconds that the function took."""
         results: dict[str, tuple[list[Any], float]] = {}
-        concurrent = [entry for entry in self.entries if entry.is_async]
-        future = None
-        if concurrent:
-            future = asyncio.run_coroutine_threadsafe(call_all_async(concurrent, count, arguments), self._loop)
+        futures = {
+            entry.name: asyncio.run_coroutine_threadsafe(call_async(entry, count, arguments), self._loop)
+            for entry in self.entries
+            if entry.is_async
+        }
         try:
             for entry in self.entries:
                 if not entry.is_async:
                     start = time.perf_counter()
                     with warn_when_slow(entry.name):
                         results[entry.name] = call(entry, count, arguments), time.perf_counter() - start
-            if future:
-                names = [entry.name for entry in concurrent]
-                with warn_when_slow(", ".join(names)):
-                    results |= dict(zip(names, future.result(), strict=True))
+            for entry in self.entries:
+                if entry.is_async:
+                    with warn_when_slow(entry.name):
+                        results[entry.name] = self._result(entry, futures[entry.name], count)
         finally:
-            if future:
+            for future in futures.values():
                 future.cancel()
         return results
+
+    def _result(self, entry: Entry, future: "Future[tuple[list[Any], float]]", count: int) -> tuple[list[Any], float]:
+        """Wait for a coroutine function. One with a timeout that still runs after it blocks the loop, which is abandoned."""
+        limit = None if entry.timeout is None else entry.timeout + GRACE_S
+        try:
+            return future.result(limit)
+        except FutureTimeoutError:
+            if limit is None or future.done():
+                raise
+            self.__dict__.pop("_loop", None)  # the next call starts another
+            error = TimeoutError(f"no result within {entry.timeout} s; a coroutine function blocks the rewards' event loop")
+            return [error] * count, limit

@@ -2,7 +2,8 @@
 
 Samples are scored in chunks, with boxes padded to (B, P, 4) and (B, G, 4). Samples with similar numbers of boxes form a chunk,
 so that one answer with a thousand boxes does not force as much padding on the others. If the boxes of a reference have labels,
-a predicted box matches only boxes with the same label, and a predicted box without a label matches none.
+a predicted box matches only boxes with the same label, and a predicted box without a label matches none. A predicted box
+without area matches none either, and lowers the score like any other box that is not in the reference.
 """
 
 import math
@@ -15,6 +16,7 @@ import torch
 from vlmkernels.ops.checks import require_one_of, require_positive
 from vlmkernels.rewards.answers import Boxes, as_boxes
 from vlmkernels.rewards.batch import pure, third_party
+from vlmkernels.rewards.boxes import box_iou
 
 CHUNK = 2**18  # maximum number of pairs of boxes in a chunk, padding included
 IOU_THRESHOLDS = tuple(np.linspace(0.5, 0.95, 10))  # the thresholds of COCO
@@ -79,12 +81,11 @@ def _numbered(predictions: list[Boxes], references: list[Boxes]) -> tuple[np.nda
 
 def _pairs(predictions: list[Boxes], references: list[Boxes], by_label: bool = True) -> Pairs:
     """Compute the IoU of all pairs. ``by_label``: set the IoU of boxes with different labels to -1."""
-    ops = third_party("torchvision.ops", "a box reward")
     sides = predictions, references
     counts = [np.array([len(row.boxes) for row in rows]) for rows in sides]
     corners = [_padded(np.concatenate([row.boxes for row in rows]), n, 0.0) for rows, n in zip(sides, counts, strict=True)]
     labels = [_padded(own, n, pad) for own, n, pad in zip(_numbered(*sides), counts, (-2, -3), strict=True)]
-    iou = ops.box_iou(*corners)
+    iou = box_iou(*corners)
     pairs = Pairs(iou, *labels, *map(torch.from_numpy, counts))
     kept = pairs.same_label if by_label else (labels[0] != -2)[:, :, None] & (labels[1] != -3)[:, None]
     return pairs._replace(iou=iou.masked_fill(~kept, -1.0))
@@ -231,11 +232,12 @@ def weighted_match(
     label: float = 0.0,
     completeness: float = 0.3,
 ) -> torch.Tensor:
-    """VLM-R1's weighted mean of position, label and completeness over greedy matches, which ignore labels.
+    """VLM-R1's weighted mean of position, label and completeness over greedy matches, which are made without labels.
 
     Position is the sum of the IoUs of matches with equal labels, divided by the number of reference boxes. Label is the number
     of matches with equal labels, divided by the number of reference boxes. Completeness is the mean of precision and recall of
-    all matches. The IoU is torchvision's, which differs slightly from VLM-R1's count of pixels.
+    all matches. Labels are compared in lower case. The IoU is torchvision's; VLM-R1's is 0 where boxes overlap by one pixel or
+    less.
 
     Args:
         predictions, references: see ``matched_iou``.
@@ -274,8 +276,9 @@ def mean_ap(
 
     For each label of the reference, predictions are matched in order of confidence at each IoU threshold, and precision is
     interpolated at 101 recalls. The result is the mean over thresholds and labels. It equals pycocotools', except that
-    pycocotools keeps at most 100 predictions. The penalty is needed because boxes ranked after the last match do not lower mAP,
-    so a model could append any number of boxes at no cost.
+    pycocotools keeps at most 100 predictions and ignores a predicted box of negative width or height. The penalty is needed
+    because boxes ranked after the last match do not lower mAP, so a model could append any number of boxes at no cost. Labels
+    are compared in lower case; VLM-R1 compares them as they are written.
 
     Args:
         predictions, references: see ``matched_iou``.

@@ -1,19 +1,25 @@
 """The interface of reward functions, and helpers that inspect their signatures."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from vlmkernels.ops.checks import did_you_mean
 from vlmkernels.rewards.answers import Messages
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import TrainerState
 
+# The keys of a reward's dict that are not options of the reward itself.
+SETTINGS = ("name", "log_as", "weight", "timeout", "on_error")
 # The arguments that every reward function receives, besides the columns of the dataset.
-PROVIDED = ("prompts", "completions", "completion_ids", "images", "image_sizes", "resized_sizes", "trainer_state")
+PROVIDED = (
+    *("prompts", "completions", "completion_ids", "think_opened"),
+    *("images", "image_sizes", "resized_sizes", "trainer_state"),
+)
 
 
 class RewardFunction(Protocol):
@@ -30,9 +36,12 @@ class RewardFunction(Protocol):
 
     Args:
         prompts: the dataset's column ``prompt``: strings, or conversations (lists of messages with ``role`` and ``content``).
-        completions: the decoded completions, without special tokens: strings if the prompts are strings, else conversations of
-            one message, ``[{"role": "assistant", "content": "..."}]``.
+        completions: the decoded completions, without special tokens other than tags such as ``<think>`` and
+            ``<|box_start|>``: strings if the prompts are strings, else conversations of one message,
+            ``[{"role": "assistant", "content": "..."}]``.
         completion_ids: token ids of each completion, including the token that ended it.
+        think_opened: whether the prompt of each completion ends with ``<think>``, as chat templates of models that always think
+            do. The completion then begins within this element. None if unknown.
         images: the decoded images of each sample; an empty list for a sample without images.
         image_sizes: (width, height) in pixels of each image in the dataset.
         resized_sizes: (width, height) in pixels of each image after the processor has resized it. None for a sample whose model
@@ -52,6 +61,7 @@ class RewardFunction(Protocol):
         prompts: list[str] | list[Messages],
         completions: list[str] | list[Messages],
         completion_ids: list[list[int]],
+        think_opened: list[bool | None],
         images: "list[list[Image]]",
         image_sizes: list[list[tuple[int, int]]],
         resized_sizes: list[list[tuple[int, int]] | None],
@@ -83,9 +93,29 @@ def required_columns(reward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(arguments_of(reward, required=True) if declared is None else declared)
 
 
+def check_signature(name: str, reward: Callable[..., Any], columns: Iterable[str]) -> None:
+    """Raise ValueError unless a reward accepts the arguments in ``PROVIDED`` and the columns by keyword."""
+    try:
+        signature = inspect.signature(reward)
+    except (ValueError, TypeError):  # a function written in C may have none
+        return
+    parameters = signature.parameters.values()
+    rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    refused = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    named = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
+    refused += [] if rest else [argument for argument in dict.fromkeys((*PROVIDED, *columns)) if argument not in named]
+    if refused:
+        missing = ", ".join(refused[:3]) + (", ..." if len(refused) > 3 else "")
+        raise ValueError(
+            f"reward {name} must accept all arguments by keyword, with **kwargs for those that it does not name, "
+            f"got {signature} without {missing}"
+        )
+
+
 def check_options(name: str, options: dict[str, Any], valid: list[str]) -> None:
     """Raise ValueError if an option is not one of ``valid``."""
     unknown = [option for option in options if option not in valid]
     if unknown:
         listed = ", ".join(valid) or "none"
-        raise ValueError(f"options of the reward {name} must be among {listed}, got {', '.join(unknown)}")
+        hint = did_you_mean(unknown[0], [*valid, *SETTINGS])
+        raise ValueError(f"options of the reward {name} must be among {listed}, got {', '.join(unknown)}{hint}")

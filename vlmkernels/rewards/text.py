@@ -2,43 +2,82 @@
 
 import math
 import re
-import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, cast
 
 import numpy as np
 
-from vlmkernels.rewards.answers import as_number, parse_choice, parse_yes_no
-from vlmkernels.rewards.batch import pure, third_party
+from vlmkernels.rewards.answers import (
+    as_number,
+    parse_choice,
+    parse_count,
+    parse_formula,
+    parse_number,
+    parse_yes_no,
+    plain,
+)  # fmt: skip
+from vlmkernels.rewards.batch import Unparsed, pure, third_party
+from vlmkernels.rewards.formula_process import PROCESS
 
-_DELIMITED = re.compile(r"\$|\\[(\[]|\\boxed")
-_WORDS = re.compile(r"(?<![\\A-Za-z])(?!(?:sqrt|log|ln|exp|a?(?:sin|cos|tan))\b)[A-Za-z]{2,}")
+_TOWER = re.compile(r"(\d{1,300})\s*\^\s*[{(]*\s*(\d{1,300})\s*\^\s*[{(]*\s*(\d{1,9})")
+_HUGE = re.compile(r"\d\s*\^\s*[{(]*\s*-?\d{7,}|\d{6,}\s*!|!\s*[)}]*\s*!|\^\s*[{(]*\s*\d+\s*\^\s*[{(]*\s*\d+\s*\^")
+_DECIMAL = re.compile(r"[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d{1,300})(?:\.\d{0,300})?")
+
+
+def _scalar(value: object) -> object:
+    """Return an element of an array or tensor as a Python value, with the digits that its own dtype shows."""
+    if getattr(value, "ndim", None) != 0 or not hasattr(value, "item"):
+        return value
+    item = cast(Any, value).item()
+    return float(str(np.float32(item))) if isinstance(item, float) and "32" in str(cast(Any, value).dtype) else item
 
 
 def _text(value: object) -> str:
-    if isinstance(value, (list, tuple, dict)):
+    value = _scalar(value)
+    if not isinstance(value, (str, int, float, Decimal, Fraction)):
         raise TypeError(f"must be a string or number, got {type(value).__name__}")
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"must be a string or a finite number, got {value}")
+        return f"{value:.0f}" if value.is_integer() and abs(value) < 1e16 else repr(value)
     return str(value).strip()
 
 
-def _texts(value: object) -> list[str]:
-    """Return the accepted answers as a list. A reference is one answer or a list of answers."""
-    texts = [_text(v) for v in value] if isinstance(value, (list, tuple)) else [_text(value)]
-    if not texts:
+def texts(value: object) -> list[str]:
+    """Return the accepted answers of a reference, which is one answer or several. The number 3.0 accepts "3" and "3.0"."""
+    value = value.tolist() if hasattr(value, "tolist") and getattr(value, "ndim", 0) else value
+    values = value if isinstance(value, (list, tuple)) else [value]
+    accepted = [_text(v) for v in values]
+    if not accepted:
         raise ValueError("must be a string or a list with at least one string, got []")
-    return texts
+    whole = [
+        text
+        for v, text in zip(map(_scalar, values), accepted, strict=True)
+        if isinstance(v, float) and text.lstrip("-").isdigit()
+    ]
+    return accepted + [text + ".0" for text in whole]
 
 
-def _number(value: object) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    number = float(cast(float, value)) if is_number else as_number(_text(value))
+def _number(value: object, parse: Callable[[str], float | None] = parse_number) -> float:
+    value = _scalar(value)
+    is_number = isinstance(value, (int, float, Decimal, Fraction)) and not isinstance(value, bool)
+    number = float(cast(float, value)) if is_number else parse(_text(value))
+    if number is None:
+        raise ValueError(f"must be a number, got {value!r:.80}")
     if not math.isfinite(number):
         raise ValueError(f"must be a finite number, got {value!r}")
     return number
 
 
+def _count(value: object) -> float:
+    return _number(value, parse_count)
+
+
 def _yes_no(value: object) -> str:
+    value = _scalar(value)
     answer = {True: "yes", False: "no"}[value] if isinstance(value, bool) else parse_yes_no(_text(value))
     if answer is None:
         raise ValueError(f"must be yes or no, got {value!r:.80}")
@@ -52,7 +91,7 @@ def _choice(value: object) -> str:
     return letter
 
 
-@pure(_texts)
+@pure(texts)
 def exact_match(predictions: list[str], references: list[list[str]], *, ignore_case: bool = False) -> list[float]:
     """1 if the prediction equals the reference, or one of several references, up to surrounding white space, else 0."""
     fold = str.casefold if ignore_case else str
@@ -91,7 +130,7 @@ def numeric(predictions: list[float], references: list[float], *, abs_tol: float
     return [float(abs(p - r) <= max(abs_tol, rel_tol * abs(r))) for p, r in zip(predictions, references, strict=True)]
 
 
-@pure(_number)
+@pure(_count)
 def count(predictions: list[float], references: list[float], *, soft: bool = False) -> list[float]:
     """1 if the count is correct, else 0; with ``soft``: ``max(0, 1 - |p - r| / max(r, 1))``."""
     if not soft:
@@ -99,7 +138,7 @@ def count(predictions: list[float], references: list[float], *, soft: bool = Fal
     return [max(0.0, 1 - abs(p - r) / max(r, 1)) for p, r in zip(predictions, references, strict=True)]
 
 
-@pure(_texts)
+@pure(texts)
 def relaxed_accuracy(predictions: list[str], references: list[list[str]], *, tolerance: float = 0.05) -> list[float]:
     """ChartQA's relaxed accuracy: 1 if a number is within ``tolerance``, or a text is equal up to case, else 0.
 
@@ -128,29 +167,53 @@ def relaxed_accuracy(predictions: list[str], references: list[list[str]], *, tol
 
 @pure(_text)
 def math_equal(predictions: list[str], references: list[str]) -> list[float]:
-    """1 if the prediction is mathematically equal to the reference, else 0: "1/2", ``\\frac{1}{2}`` and "0.5" are equal.
+    r"""1 if the prediction is mathematically equal to the reference, else 0: "1/2", ``\frac{1}{2}`` and "0.5" are equal.
 
-    Uses math-verify. A reference that cannot be parsed is compared as text. In the main thread, parsing and comparing are
-    limited to 5 seconds each; in other threads there is no limit, because math-verify enforces it with a signal.
+    Both are compared as a whole: of "1 or 2", "1" is wrong. A unit may be missing in one of them, but "5 cm" is not "5 m". If
+    one of them is not a formula, they are compared as text; the score is then ``Unparsed`` if only the prediction is none.
+
+    Uses math-verify, in a process of its own, which ends formulas that take more than 5 seconds of CPU time, such as
+    ``9^{9^{9}}``, on any thread. Their score is ``Unparsed``.
 
     Source: https://github.com/huggingface/Math-Verify
     """
-    math_verify = third_party("math_verify", "math_equal")
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
+    third_party("math_verify", "math_equal")
+    return [_math_score(p, r) for p, r in zip(predictions, references, strict=True)]
 
-    def parse(text: str) -> list[Any]:
-        # Without $...$, math-verify reads only the first number of a formula. In running text it finds the formula itself.
-        formula = not _DELIMITED.search(text) and not _WORDS.search(text)
-        found: list[Any] = math_verify.parse(f"${text}$" if formula else text, parsing_timeout=seconds)
-        return found
 
-    scores: list[float] = []
-    parsed: dict[str, list[Any]] = {}
-    for p, r in zip(predictions, references, strict=True):
-        gold = parsed[r] = parsed[r] if r in parsed else parse(r)
-        equal = p.strip() == r or (bool(gold) and math_verify.verify(gold, parse(p), timeout_seconds=seconds))
-        scores.append(float(equal))
-    return scores
+def _math_score(prediction: str, reference: str) -> float:
+    if prediction.strip() == reference or _folded_text(prediction) == _folded_text(reference):
+        return 1.0
+    gold, answer = parse_formula(reference), parse_formula(prediction)
+    if gold is None:
+        return 0.0
+    if answer is None or _is_huge(answer.latex):
+        return Unparsed(0.0)
+    if gold.unit and answer.unit and gold.unit != answer.unit:
+        return 0.0
+    numbers = _DECIMAL.fullmatch(gold.latex), _DECIMAL.fullmatch(answer.latex)
+    if all(numbers):
+        r, p = (Fraction(latex.replace(",", "").replace(" ", "")) for latex in (gold.latex, answer.latex))
+        return float(p == r or (p.denominator * r.denominator > 1 and abs(p - r) <= abs(r) / 10**6))
+    result = PROCESS.compare(gold.latex, answer.latex)
+    return float(result.equal) if result.parsed or not result.reference_parsed else Unparsed(0.0)
+
+
+def _is_huge(formula: str) -> bool:
+    """Whether a formula has numbers of about a million digits or very many brackets, so that the process need not try."""
+    towers = ((int(base), int(a), int(b)) for base, a, b in _TOWER.findall(formula))
+    nested = max(formula.count("{"), formula.count("(")) > 100
+    return (
+        nested
+        or bool(_HUGE.search(formula))
+        or any(base > 1 and a > 1 and b * math.log10(a) + math.log10(math.log10(base)) > 6 for base, a, b in towers)
+    )
+
+
+def _folded_text(text: str) -> str:
+    """Return a text without LaTeX, Markdown, case and final periods. Letters of a formula keep their case."""
+    text = " ".join(plain(text).split()).rstrip(".")
+    return text.casefold() if len(text) > 1 and text.replace(" ", "").isalpha() else text
 
 
 def _distances(predictions: list[str], references: list[list[str]], name: str) -> tuple[np.ndarray, list[str], list[str]]:
@@ -171,7 +234,7 @@ def _best(scores: Iterable[float], references: list[list[str]]) -> list[float]:
     return [max(next(scores) for _ in several) for several in references]
 
 
-@pure(_texts)
+@pure(texts)
 def cer(predictions: list[str], references: list[list[str]], *, ignore_case: bool = False) -> list[float]:
     """``1 - min(1, CER)``, with the character error rate CER = edit distance / length of the reference.
 
@@ -182,7 +245,7 @@ def cer(predictions: list[str], references: list[list[str]], *, ignore_case: boo
     return _best([1 - min(1.0, d / max(len(r), 1)) for d, r in zip(distances.tolist(), flat, strict=True)], references)
 
 
-@pure(_texts)
+@pure(texts)
 def edit_ratio(predictions: list[str], references: list[list[str]], *, ignore_case: bool = False) -> list[float]:
     """``1 - d / max(|p|, |r|)``, the normalized Levenshtein similarity; close to VLM-R1's OCR reward.
 
@@ -191,7 +254,7 @@ def edit_ratio(predictions: list[str], references: list[list[str]], *, ignore_ca
     return _best(*_similarities(predictions, references, ignore_case, "edit_ratio"))
 
 
-@pure(_texts)
+@pure(texts)
 def anls(predictions: list[str], references: list[list[str]], *, threshold: float = 0.5) -> list[float]:
     """ANLS, average normalized Levenshtein similarity: case-insensitive ``edit_ratio``, or 0 if it is below ``threshold``.
 

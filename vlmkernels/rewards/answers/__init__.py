@@ -7,13 +7,16 @@ options, "yes or no", all numbers from 0 to 9, many boxes where the question is 
 from collections.abc import Callable
 
 from vlmkernels.rewards.answers.choices import parse_choice, parse_yes_no
-from vlmkernels.rewards.answers.completion import Messages, find_answer, has_format, is_copied, text_of
+from vlmkernels.rewards.answers.completion import THINK, Messages, ends_in_think, find_answer, has_format, is_copied, text_of
 from vlmkernels.rewards.answers.coordinates import Boxes, as_boxes, parse_box, parse_boxes, parse_point
+from vlmkernels.rewards.answers.formulas import parse_formula
 from vlmkernels.rewards.answers.numbers import as_number, parse_count, parse_number
+from vlmkernels.rewards.answers.plain import plain
 
 __all__ = [
-    "PARSERS", "Boxes", "Messages", "as_boxes", "as_number", "find_answer", "has_format", "is_copied", "parse_box",
-    "parse_boxes", "parse_choice", "parse_count", "parse_number", "parse_point", "parse_yes_no", "text_of",
+    "PARSERS", "THINK", "Boxes", "Messages", "as_boxes", "as_number", "ends_in_think", "find_answer", "has_format",
+    "is_copied", "parse_box", "parse_boxes", "parse_choice", "parse_count", "parse_formula", "parse_number", "parse_point",
+    "parse_yes_no", "plain", "text_of",
 ]  # fmt: skip
 
 # Kind of answer -> its parser.

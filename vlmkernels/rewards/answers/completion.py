@@ -5,6 +5,7 @@ from typing import Any
 
 from vlmkernels.rewards.answers.coordinates import boxes_in
 
+THINK = "<think>"
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
 _FORMAT = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
@@ -16,7 +17,7 @@ def text_of(value: str | Messages) -> str:
     """Return the text of a prompt or completion, given as a string or as a list of messages. Images are left out."""
     if isinstance(value, str):
         return value
-    parts = (part for message in value for part in _parts(message["content"]))
+    parts = (part for message in value for part in _parts(message.get("content") or ""))
     return "".join(part.get("text") or "" for part in parts)
 
 
@@ -24,18 +25,29 @@ def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"text": content}] if isinstance(content, str) else content
 
 
-def find_answer(text: str) -> str | None:
+def ends_in_think(prompt: str) -> bool:
+    """Whether a rendered prompt ends with ``<think>``, so that the completion begins within this element."""
+    return prompt.rstrip().endswith(THINK)
+
+
+def find_answer(text: str, think_opened: bool | None = None) -> str | None:
     """Return the content of the ``<answer>`` element, or if there is none, the text after ``</think>``, or the whole text.
 
-    Returns None if the answer is empty or contains tags, if ``<answer>`` is repeated or not closed, or if ``</think>`` is
-    repeated in a text without ``<answer>``.
+    Returns None if the answer is empty or contains tags, if ``<answer>`` is repeated, not closed or within the ``<think>``
+    element, if ``</think>`` is repeated in a text without ``<answer>``, or if the ``<think>`` element is not closed.
+
+    Args:
+        text: the completion.
+        think_opened: whether the prompt ends with ``<think>``; None if unknown. If it does, a text without ``</think>`` is a
+            thought that was cut off, and not an answer.
     """
+    text = THINK + text if think_opened else text
     tags = text.count("<answer>"), text.count("</answer>")
     if tags == (0, 0):
         if text.count("</think>") > 1:
             return None
         answer = text.rpartition("</think>")[2]
-    elif tags == (1, 1) and (match := _ANSWER.search(text)):
+    elif tags == (1, 1) and (match := _ANSWER.search(text)) and "</think>" not in text[match.end() :]:
         answer = match[1]
     else:
         return None
@@ -51,11 +63,20 @@ def is_copied(answer: str, prompt: str) -> bool:
     return bool(found) and given.issuperset(found)
 
 
-def has_format(text: str, prompt: str = "") -> bool:
-    """Whether a text is ``<think>...</think><answer>...</answer>``, with each element once and nothing outside.
+def has_format(text: str, prompt: str = "", think_opened: bool | None = None) -> bool:
+    """Whether a completion is ``<think>...</think><answer>...</answer>``, with each element once and nothing outside.
 
     Both elements must contain a letter or digit, and the ``<think>`` element must not be copied from the prompt.
+
+    Args:
+        text: the completion.
+        prompt: the text of the prompt, which may have examples.
+        think_opened: whether the prompt ends with ``<think>``, as the chat templates of models that always think do. The
+            completion must then not repeat the tag; if False, it must begin with it. None: unknown, so that both have the
+            format.
     """
+    opened = THINK not in text if think_opened is None else think_opened
+    text = THINK + text if opened else text
     match = _FORMAT.fullmatch(text)
     if not match or len(_TAG.findall(text)) != 4:
         return False
