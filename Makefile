@@ -1,8 +1,8 @@
-# Set-up, demo, tests and benchmarks. `make demo` and `make test` need only python3 (3.10 to 3.13), pip and a network.
+# Set-up, demo, tests and benchmarks. `make demo` and `make test` need only python3 (3.11 to 3.13), pip and a network.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite test soak test-deepspeed test-vllm bench lint wheel gpu-check gpu-wheels clean
+.PHONY: setup demo demo-suite test soak test-deepspeed test-versions test-vllm bench lint wheel gpu-check gpu-wheels clean
 setup: .venv/.installed
 
 # constraints.txt pins every package. CUDA code is compiled if nvcc is found. Trainers and harnesses with which tests compare are
@@ -24,6 +24,11 @@ demo-suite: setup
 WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
+
+# The fast tests with the oldest and the newest supported packages and with Python 3.10, 3.12 and 3.13, in environments of their
+# own: 4 x 6 GB. VERSIONS="oldest newest" selects rows of the table in the script.
+test-versions:
+	WORKERS=$(WORKERS) sh tools/test_versions.sh $(VERSIONS)
 
 # 500 training steps with a fault every few steps; see docs/faults.md.
 soak: setup
@@ -72,4 +77,4 @@ gpu-wheels:
 	PYTHON=$(PYTHON) HOPPER=$(HOPPER) sh bench/wheels.sh
 
 clean:
-	rm -rf .venv .venv-vllm build vlmkernels/*.so *.egg-info demo-output demo-suite-output
+	rm -rf .venv .venv-vllm .venv-versions build vlmkernels/*.so *.egg-info demo-output demo-suite-output

@@ -48,7 +48,8 @@ def main() -> None:
         bf16=torch.cuda.is_available(),
     )
     trainer = GRPOTrainer(
-        model=AutoModelForImageTextToText.from_pretrained(args.model),
+        # The default dtype is that of the file. In bf16, a learning rate of 1e-6 changes hardly any weight.
+        model=AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32),
         reward_funcs=exact_match,
         args=config,
         train_dataset=dataset,

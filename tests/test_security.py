@@ -26,7 +26,7 @@ from vlmkernels.data.dataset import check_dataset, load_dataset
 from vlmkernels.data.images import ImageLimits, open_image
 from vlmkernels.data.samples import encode, read_sample, read_video
 from vlmkernels.evaluate import page as evaluate_page
-from vlmkernels.evaluate.evaluation import Evaluation, EvaluationRows, Scoring, reward_parts
+from vlmkernels.evaluate.evaluation import Comparison, Evaluation, EvaluationRows, Scoring, reward_parts
 from vlmkernels.evaluate.predictions import Completion, Predictions
 from vlmkernels.models.families import family_of
 from vlmkernels.models.loading import load_model, load_processor
@@ -368,7 +368,7 @@ def test_the_page_of_completions_escapes_everything(tmp_path):
     pages = {}
     for text in ("word", EVIL):
         folder = tmp_path / str(len(pages))
-        save_step(folder / "completions", 1, [[CompletionRow(text, [tiny.image(0)], text, {text: 1.0}, 0.5)]])
+        save_step(folder / "completions", 1, [[CompletionRow(text, [tiny.image(0)], text, {text: 1.0}, 0.5, {text: text})]])
         lines = [
             {"step": step, "reward": float(step), f"rewards/{text}/mean": float(step), text: float(step)} for step in (1, 2)
         ]
@@ -408,7 +408,12 @@ def test_the_page_of_an_evaluation_escapes_everything(tmp_path):
         evaluation = Evaluation([predictions], parsed, scoring, parts)
         points = [Point(step, float(step), 0.0, 1.0) for step in range(3)]
         evaluate_page.write_page(
-            tmp_path / "page.html", text, text, evaluation, other=(text, evaluation), curves={text: points}
+            tmp_path / "page.html",
+            text,
+            text,
+            evaluation,
+            comparisons=[Comparison(text, evaluation, text, evaluation)],
+            curves={text: points},
         )
         found.append(Markup((tmp_path / "page.html").read_text()))
     assert found[0].tags == found[1].tags

@@ -19,6 +19,7 @@ arguments=(
     --reward exact_match --reward think_answer_format
 
     # Adapters on the attention layers of the decoder. The vision tower is frozen, so each image is encoded once per batch.
+    # The frozen weights are in bf16; the adapters are in fp32, as PEFT creates them.
     --model_init_kwargs '{"dtype": "bfloat16"}'
     --lora_r 32 --lora_alpha 64 --lora_target_modules q_proj k_proj v_proj o_proj
     --activation_checkpointing true

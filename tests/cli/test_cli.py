@@ -100,6 +100,7 @@ def test_train_and_eval_lora(files, tmp_path):
         (["--reward", "cer", "--num_generations", "3"], "num_generations must divide .* = 8, got 3"),
         (["--reward", "cer", "--num_generations", "many"], "argument --num_generations.*: invalid int value: 'many'"),
         (["--reward", "cer", "--colour", "red"], "unrecognized arguments: --colour red"),
+        (["--reward", "cer", "--cast-lm-head-to-fp32"], "arguments: --cast-lm-head-to-fp32: log-probabilities are always"),
         (["--reward", "cer", "--learning_rat", "1"], "unrecognized arguments: --learning_rat 1 .did you mean --learning_rate"),
         (["--reward", "cer", "--dataset", "nowhere.jsonl"], "--dataset: dataset must be an existing file .*nowhere.jsonl"),
         (["--reward", "cer", "--model", "/nowhere"], "--model: .*/nowhere"),
@@ -152,6 +153,10 @@ def test_yaml_errors(tmp_path, capsys):
     message = capsys.readouterr().err
     assert "unknown key 'num_generation' (did you mean num_generations?); valid keys: " in message
     assert "max_completion_length, " in message
+    path.write_text("cast_lm_head_to_fp32: true\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(path)])
+    assert "unknown key 'cast_lm_head_to_fp32': log-probabilities are always" in capsys.readouterr().err
     path.write_text("- a\n- b\n")
     with pytest.raises(SystemExit):
         main(["train", "--config", str(path)])
@@ -164,7 +169,7 @@ def test_bad_sample_is_named(files, tmp_path, capsys):
         main(["eval", "--model", str(files / "model"), "--dataset", str(tmp_path / "data.jsonl")])
     assert exit.value.code == 2
     error = capsys.readouterr().err
-    assert f"vlmkernels eval: error: dataset: sample 0 ({tmp_path / 'data.jsonl'}, line 1): image cannot be read" in error
+    assert f"vlmkernels eval: error: dataset: {tmp_path / 'data.jsonl'}, line 1: sample 0: image cannot be read" in error
     assert "Loading weights" not in error  # rows are checked before the model is loaded
 
 
@@ -172,7 +177,7 @@ def test_eval_limits_images(files, tmp_path, capsys):
     flags = ["--model", str(files / "model"), "--dataset", str(files / "data.jsonl"), "--max_image_pixels", "9"]
     with pytest.raises(SystemExit):
         main(["eval", *flags, "--output", str(tmp_path / "eval.json")])
-    message = "line 1): image cannot be read: image must have at most 9 pixels (max_image_pixels), got 28 x 28"
+    message = "line 1: sample 0: image cannot be read: image must have at most 9 pixels (max_image_pixels), got 28 x 28"
     assert message in capsys.readouterr().err
 
 

@@ -1,15 +1,19 @@
 """Rows to model inputs, and invalid rows."""
 
+import base64
+import copy
 import io
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support import tiny, tiny_families
+from tokenizers import processors
 
 from vlmkernels.data.images import open_image
-from vlmkernels.data.samples import encode, read_sample, render
+from vlmkernels.data.samples import SampleError, encode, prompt_ids, read_sample, render, special_tokens
 from vlmkernels.models.families import TEXT, family_of
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
@@ -133,6 +137,168 @@ def test_encode_text_model():
     assert tiny.tokenizer().decode(prompts.inputs["input_ids"][1]).endswith("what is 1?<|im_end|>\n<|im_start|>assistant\n")
 
 
+# Chat templates of Qwen2-VL to Qwen3-VL ask whether a part has a key, not whether it has a value.
+TEMPLATE_WITH_KEYS = (
+    "{% for m in messages %}{{ m.role }}: {% for part in m.content %}"
+    "{% if part.type == 'image' or 'image' in part or 'image_url' in part %}<|image_pad|>"
+    "{% elif 'text' in part %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+def test_keys_that_arrow_fills_in_never_reach_a_template():
+    processor = tiny.processor()
+    processor.chat_template = TEMPLATE_WITH_KEYS
+    content = [{"type": "image", "image": as_bytes(tiny.image(0))}, {"type": "text", "text": "what?"}]
+    row = {"prompt": [{"role": "user", "content": content}]}
+    stored = datasets.Dataset.from_list([row])[0]
+    assert stored["prompt"][0]["content"][1]["image"] is None
+    assert render(read_sample(stored, 0), processor) == render(read_sample(row, 0), processor) == "user: <|image_pad|>what?"
+    inputs = encode([read_sample(stored, 0)], processor, QWEN_VL)
+    assert inputs.num_images.tolist() == [1]
+
+
+@pytest.mark.parametrize("form", ["image", "image_url", "base64"])
+def test_images_within_the_prompt(form):
+    data = base64.b64encode(as_bytes(tiny.image(3))).decode()
+    part = {
+        "image": {"image": tiny.image(3)},
+        "image_url": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+        "base64": {"type": "image", "base64": data},
+    }[form]
+    sample = read_sample({"prompt": [{"role": "user", "content": [part, "what?"]}]}, 0)
+    assert sample.images[0].tobytes() == tiny.image(3).tobytes()
+    assert sample.prompt[0]["content"] == [{"type": "image"}, {"type": "text", "text": "what?"}]
+
+
+# Special tokens
+
+BOS, EOS = tiny_families.token_id("<s>"), tiny_families.token_id("</s>")
+SPECIAL_TOKENS = [("<s>", BOS), ("</s>", EOS), ("<pad>", 0)]
+ROLES = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+
+
+def tokenizer_that_adds(single: str, template: str = ROLES):
+    tokenizer = tiny_families.tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair="$A $B", special_tokens=SPECIAL_TOKENS
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tokens_of(rows, processor, family=TEXT) -> list[list[int]]:
+    inputs = encode([read_sample(row, i) for i, row in enumerate(rows)], processor, family).inputs
+    pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+
+@pytest.mark.parametrize("writes_bos", [True, False], ids=["template with BOS", "template without BOS"])
+@pytest.mark.parametrize(
+    ("single", "first", "last"),
+    [
+        ("$A", [], []),
+        ("<s> $A", [BOS], []),
+        ("<s> $A </s>", [BOS], [EOS]),
+        ("$A </s>", [], [EOS]),
+        ("<s> <pad> $A </s> </s>", [BOS, 0], [EOS, EOS]),
+    ],
+)
+def test_the_tokens_of_a_prompt_do_not_depend_on_its_batch(single, first, last, writes_bos):
+    tokenizer = tokenizer_that_adds(single, ("<s>" if writes_bos else "") + ROLES)
+    assert special_tokens(tokenizer) == (first, last)
+    talk = {"prompt": [{"role": "user", "content": "hello!"}]}
+    rows = [{"prompt": "hello"}, talk, {"prompt": "<s>hi there"}]
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    expected = [first + ids("hello"), [BOS] * writes_bos + ids("user: hello!"), ids("<s>hi there")]
+    for order in ([0], [1], [2], [0, 1, 2], [2, 1, 0], [1, 0, 2, 1]):
+        assert tokens_of([rows[place] for place in order], tokenizer) == [expected[place] for place in order]
+    assert expected[1] == tokenizer.apply_chat_template(talk["prompt"], tokenize=True)["input_ids"]
+    samples = [read_sample(row, i) for i, row in enumerate(rows)]
+    assert [prompt_ids(sample, render(sample, tokenizer), tokenizer) for sample in samples] == expected
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "pixtral", "idefics3"])
+def test_the_inputs_of_a_prompt_do_not_depend_on_its_batch(name):
+    """Plain prompts and conversations with images, with a tokenizer that adds BOS and EOS."""
+    case = tiny_families.case(name)
+    processor, family = copy.deepcopy(case.processor), family_of(case.model.config)
+    processor.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="$A $B", special_tokens=SPECIAL_TOKENS
+    )
+    processor.chat_template = (
+        f"<s>{{% for part in messages[0].content %}}{{% if part.type == 'image' %}}{case.image}{{% else %}}{{{{ part.text }}}}"
+        "{% endif %}{% endfor %}"
+    )
+    rows = [
+        {"prompt": f"{case.image}why?", "image": tiny.image(0)},
+        {"prompt": ask("what is it?"), "images": [tiny.image(1, 56, 28), tiny.image(2)]},
+        {"prompt": "no image"},
+    ]
+    together = encode([read_sample(row, i) for i, row in enumerate(rows)], processor, family)
+    for index, row in enumerate(rows):
+        alone, chosen = encode([read_sample(row, index)], processor, family), together.select(torch.tensor([index])).trim()
+        assert torch.equal(alone.inputs["input_ids"], chosen.inputs["input_ids"])
+        assert alone.inputs["input_ids"][0].tolist().count(BOS) == 1
+        assert EOS not in alone.inputs["input_ids"]
+        assert torch.equal(alone.image_keys, chosen.image_keys)
+        if "pixel_values" in alone.inputs:
+            torch.testing.assert_close(alone.inputs["pixel_values"].sum(), chosen.inputs["pixel_values"].sum())
+
+
+def test_a_processor_adds_bos_where_the_template_does_not():
+    """As in transformers: LLaVA's template has no BOS, which its tokenizer adds."""
+    case = tiny_families.case("llava")
+    processor = copy.deepcopy(case.processor)
+    processor.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="$A $B", special_tokens=SPECIAL_TOKENS
+    )
+    processor.chat_template = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}"
+    row = {"prompt": ask("what is it?")}
+    expected = processor.apply_chat_template(row["prompt"], tokenize=True, return_dict=True)["input_ids"]
+    assert tokens_of([row], processor, family_of(case.model.config)) == expected
+    assert expected[0][0] == BOS
+
+
+# Chat templates
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_continued():
+    talk = [*ask(), {"role": "assistant", "content": "It is "}]
+    start = "<|im_start|>user\nwhat?<|im_end|>\n<|im_start|>assistant\nIt is "
+    sample = read_sample({"prompt": talk}, 0)
+    assert sample.continues
+    for processor in (tiny.processor(), tiny.tokenizer()):
+        assert render(sample, processor) == start
+        answered = f"{start}<|im_end|>\n<|im_start|>assistant\n"
+        assert render(sample, processor, add_generation_prompt=True) == answered
+        assert render(sample, processor, continue_final_message=True) == start
+    assert render(read_sample({"prompt": [*ask(), {"role": "assistant", "content": ""}]}, 0), tiny.tokenizer()) == start[:-6]
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "zoom", "arguments": {}}}]}
+    with pytest.raises(SampleError, match="sample 3: prompt cannot be rendered by the chat template: continue_final_message"):
+        render(read_sample({"prompt": [*ask(), called]}, 3), tiny.processor())
+
+
+def test_errors_of_templates_and_processors_name_the_sample():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(SampleError, match="sample 4: prompt cannot be rendered by the chat template: roles must alternate"):
+        render(read_sample({"prompt": ask()}, 4), tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(SampleError, match=r"sample 4: prompt cannot be rendered .*chat_template is not set"):
+        render(read_sample({"prompt": ask()}, 4), tokenizer)
+    rows = [*tiny.rows(2), {"prompt": ask(), "image": Image.new("RGB", (3000, 14))}]
+    with pytest.raises(
+        SampleError, match="sample 2: cannot be encoded: absolute aspect ratio must be smaller than 200"
+    ) as error:
+        encode([read_sample(row, i) for i, row in enumerate(rows)], tiny.processor(), QWEN_VL)
+    assert error.value.index == 2
+    with pytest.raises(SampleError, match="sample 1: prompt must have at least one token, got none for 'ÄÖ'"):
+        encode([read_sample({"prompt": text}, i) for i, text in enumerate(("a", "ÄÖ"))], tiny.tokenizer(), TEXT)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -185,6 +351,23 @@ def test_encode_text_model():
         ),
         ({"prompt": ask(), "videos": [[tiny.image(0)]], "fps": 0}, "sample 1: fps must be finite and > 0, got 0"),
         ({"answer": "1"}, "train_dataset: sample 1 must have 'prompt', got answer"),
+        ("what?", "train_dataset: sample 1 must be a dict of columns, got str"),
+        ({"prompt": ""}, "train_dataset: sample 1: prompt must not be empty, got ''"),
+        ({"prompt": []}, r"train_dataset: sample 1: prompt must have at least one message, got \[\]"),
+        ({"prompt": [{"role": "user", "content": None}]}, r"sample 1: prompt\[0\].content must be a string .*, got None"),
+        ({"prompt": ask("what \ud83d")}, r"sample 1: prompt must be valid Unicode, got the lone surrogate '\\ud83d' in"),
+        (
+            {"prompt": ask(), "image": Image.new("RGB", (3000, 14))},
+            "sample 1: image must have a size that the processor accepts, got 3000 x 14 pixels .absolute aspect ratio",
+        ),
+        (
+            {"prompt": ask(), "images": [tiny.image(0), Image.new("L", (1, 1000))]},
+            r"sample 1: images\[1\] must have a size that the processor accepts, got 1 x 1000 pixels",
+        ),
+        (
+            {"prompt": ask(), "videos": [[Image.new("RGB", (3000, 14))] * 2]},
+            r"sample 1: videos\[0\] must have a size that the processor accepts, got 2 frames of 3000 x 14 pixels",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:60],
 )

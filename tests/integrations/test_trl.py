@@ -25,7 +25,7 @@ from vlmkernels.integrations.trl import patch_trl  # noqa: E402
 from vlmkernels.integrations.trl.features import FeatureCache  # noqa: E402
 from vlmkernels.models import families  # noqa: E402
 from vlmkernels.models.attention import use_group_attention  # noqa: E402
-from vlmkernels.models.image_features import encode_images  # noqa: E402
+from vlmkernels.models.image_features import accepts_image_features, encode_images  # noqa: E402
 from vlmkernels.models.loading import base_model  # noqa: E402
 
 torch.set_num_threads(1)
@@ -87,7 +87,8 @@ def assert_same(mine, theirs):
     for own, other in zip(mine.logs, theirs.logs, strict=True):
         assert own.keys() == other.keys()
         for name, value in other.items():
-            assert own[name] == pytest.approx(value, rel=2e-5, abs=2e-6, nan_ok=True), (other["step"], name)
+            rel = 5e-4 if name == "grad_norm" else 5e-5  # rounding grows with the steps, by the version of torch
+            assert own[name] == pytest.approx(value, rel=rel, abs=2e-6, nan_ok=True), (other["step"], name)
     for name, parameter in theirs.parameters.items():
         torch.testing.assert_close(mine.parameters[name], parameter, rtol=1e-5, atol=2e-6, msg=name)
 
@@ -182,6 +183,8 @@ def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path):
     """The rollout, the old and the reference model and ten training passes in another row order share its features."""
     case = Case("qwen2_5_vl", ONE, {"beta": 0.1, "steps_per_generation": 2, "max_steps": 10}, lora=True)
     arguments = (tmp_path, trl.GRPOTrainer, *tiny_model(case.model), rows(4, case.images))
+    if not accepts_image_features(arguments[2]):
+        pytest.skip("this version of transformers does not accept features in place of pixels")
     theirs = train(build(*arguments, **options_of(case)))
     with patch_trl():
         trainer = build(*arguments, **options_of(case))
@@ -208,6 +211,21 @@ def test_regroup(tmp_path, trainer):
             for name in [name for name in log if name.startswith(("clip_ratio", "entropy", "kl"))]:
                 del log[name]  # means over other micro-batches
     assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, UNGROUPED], ids=["decode_groups", "generate"])
+def test_ids_without_a_token_are_not_sampled(tmp_path, options):
+    """The vocabulary of the model is larger than that of the tokenizer, and the ids beyond are likely."""
+    model, processor = tiny_model("text")
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 16)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[size:] = 4 * model.get_output_embeddings().weight[:16]
+    arguments = (model, processor, rows(2, TEXT))
+    for trainer, expected in ((trl.GRPOTrainer, True), (ours.GRPOTrainer, False)):
+        built = build(tmp_path, trainer, *arguments, **options)
+        batch = built._generate_and_score_completions(built.train_dataset.to_list() * 4)
+        assert (batch["completion_ids"] >= size).any() == expected
 
 
 def test_images_in_completions_disable_sharing(tmp_path):

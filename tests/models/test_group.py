@@ -90,6 +90,14 @@ def test_positions_equal_those_of_the_model(monkeypatch, name, videos):
     assert bool(calls) == (not supported)
 
 
+def test_positions_raise_if_the_model_ignores_an_input(monkeypatch):
+    model, batch = tiny_families.case("qwen2_5_vl").model, processed("qwen2_5_vl")
+    monkeypatch.setattr(model.base_model, "get_rope_index", lambda input_ids, image_grid_thw, video_grid_thw: None)
+    inputs = batch.inputs | {"second_per_grid_ts": torch.ones(1)}
+    with pytest.raises(NotImplementedError, match=r"position ids from second_per_grid_ts, got Qwen2_5_VL.* does not accept"):
+        prompt_positions(model, inputs)
+
+
 def test_every_family_that_supports_sharing_is_tested():
     refused = {name for name in tiny_families.BUILDERS if prefix_sharing_unsupported(tiny_families.case(name).model.config)}
     assert refused == {*tiny_families.BUILDERS} - {*SHARING}

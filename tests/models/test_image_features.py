@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from support import tiny, tiny_families
 from support.groups import SHARING, completions_of, processed
 from support.training import config, length_reward, lora, run_ours
@@ -31,6 +32,11 @@ needs_features = pytest.mark.skipif(
     not accepts_image_features(tiny.vlm()),
     reason=f"transformers {transformers.__version__} does not accept features in place of pixels",
 )
+
+
+def test_models_accept_features_since_5_18():
+    """The tests of this file do not run if the argument is not found, for example under another name."""
+    assert accepts_image_features(tiny.vlm()) == (Version(transformers.__version__) >= Version("5.18"))
 
 
 def model_of(name):

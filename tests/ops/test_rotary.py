@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,6 +314,71 @@ def test_in_models(tiny, monkeypatch, name, layers):
     size = max(g.abs().max() for g in expected.values())
     assert gradients.keys() == expected.keys()
     assert all((gradients[n] - g).abs().max() <= 1e-5 * size for n, g in expected.items())
+
+
+@pytest.mark.parametrize("unsqueeze_dim", [0, 1, 2])
+def test_layouts_of_text_models(tiny, unsqueeze_dim):
+    """Pixtral's tower passes tables without a batch axis, and some models rotate before they transpose."""
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    from vlmkernels.models.rotary import fused_text_rotary
+
+    rng = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 5, 8, generator=rng) for heads in (4, 2))
+    q, k = (x.transpose(1, 2) if unsqueeze_dim == 2 else x for x in (q, k))
+    angles = torch.randn(*((5,) if unsqueeze_dim == 0 else (2, 5)), 4, generator=rng)
+    cos, sin = (torch.cat([x, x], -1) for x in (angles.cos(), angles.sin()))
+    expected = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    for ours, theirs in zip(fused_text_rotary(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def decorated(forward):
+    """A decorator without ``functools.wraps``, with closures that refer to each other."""
+
+    def call(*args, **kwargs):
+        return again(*args, **kwargs)
+
+    def again(*args, **kwargs):
+        return forward(*args, **kwargs) if call else None
+
+    return call
+
+
+@pytest.mark.parametrize("decorators", [[decorated], [torch.no_grad(), decorated], [decorated, torch.no_grad()]])
+def test_decorated_attention(tiny, monkeypatch, decorators):
+    """transformers 5.24 decorates the forward of text attention. If the function cannot be replaced, the class is named."""
+    from vlmkernels.models import rotary as models_rotary
+
+    model = tiny.text_model()
+    attention, plain = type(model.model.layers[0].self_attn), type(model.model.layers[0].self_attn).forward
+    forward = plain
+    for decorator in decorators:
+        forward = decorator(forward)
+    monkeypatch.setattr(attention, "forward", forward)
+    counted, ids = [], torch.arange(6).view(1, 6)
+    expected = model(input_ids=ids).logits
+    models_rotary.use_fused_rotary(model)
+    monkeypatch.setattr(models_rotary, "rotary", lambda *args, **options: counted.append(1) or rotary(*args, **options))
+    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert len(counted) == 2
+    models_rotary.undo_fused_rotary(model)
+    assert attention.forward is forward
+
+
+def test_attention_that_rotates_elsewhere_raises(tiny, monkeypatch):
+    from vlmkernels.models.rotary import use_fused_rotary
+
+    model = tiny.text_model()
+    attention = type(model.model.layers[0].self_attn)
+    elsewhere = SimpleNamespace(forward=attention.forward)
+
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        return elsewhere.forward(self, hidden_states, position_embeddings, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", forward)
+    with pytest.raises(NotImplementedError, match="got Qwen2Attention, whose forward gets position_embeddings and calls"):
+        use_fused_rotary(model)
 
 
 def test_axes():

@@ -9,15 +9,19 @@ import torch
 from PIL import Image
 from support.recorded_runs import build
 
-from vlmkernels.record import completions
+from vlmkernels.record import completions, loggers
+from vlmkernels.record.callback import json_line
 from vlmkernels.record.completions import CompletionRow
+from vlmkernels.record.files import append_atomic
 
 torch.set_num_threads(1)
 
 
 def groups_of(text="x", reward=0.5) -> completions.Groups:
     image = Image.new("RGB", (8, 4), "red")
-    return [[CompletionRow("what?", [image], f"{text} {k}", {"a": reward, "<b>": math.nan}, k - 0.5) for k in range(2)]]
+    references = {"answer": f"ref {text}"}
+    rewards = {"a": reward, "<b>": math.nan}
+    return [[CompletionRow("what?", [image], f"{text} {k}", rewards, k - 0.5, references) for k in range(2)]]
 
 
 def test_steps_of_completions_are_bounded(tmp_path, monkeypatch):
@@ -37,6 +41,10 @@ def test_stored_completions(tmp_path):
     shown = (tmp_path / "step-000007.html").read_text()
     assert "<script>" not in shown
     assert "&lt;b&gt;" in shown
+    assert "answer: ref &lt;/pre&gt;&lt;script&gt;" in shown
+    del content["groups"][0]["references"]  # as in files of earlier versions
+    (tmp_path / "step-000007.json").write_text(json.dumps(content))
+    assert completions.load_step(tmp_path / "step-000007.json")["groups"][0]["references"] == {}
     for broken in ("{", '{"groups": [{}]}', json.dumps(content).replace("data:image/", "https://x.org/"), "[]"):
         (tmp_path / "step-000007.json").write_text(broken)
         with pytest.raises(ValueError, match=r"step-000007.json must hold completions that the trainer stored, got"):
@@ -79,3 +87,16 @@ def test_loggers_get_completions_with_images(tmp_path, monkeypatch, name):
     assert len(rows) == 8
     assert len({id(row[1]) for row in rows}) == 2  # one image per prompt
     assert list(tmp_path.rglob("completions_*.table.json" if name == "wandb" else "media/**/*.png"))
+
+
+def test_lone_surrogates_are_stored(tmp_path):
+    """A tokenizer can return half of a surrogate pair, which has no UTF-8."""
+    groups = groups_of("half \ud83d")
+    completions.save_step(tmp_path, 1, groups)
+    content = completions.load_step(tmp_path / "step-000001.json")
+    assert content["groups"][0]["completions"][0]["text"] == "half \ud83d 0"
+    assert "half \\ud83d 0" in (tmp_path / "step-000001.html").read_text(encoding="utf-8")
+    append_atomic(tmp_path / "metrics.jsonl", json_line({"text": "\ud83d"}))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(encoding="utf-8")) == {"text": "\ud83d"}
+    _, (row, *_) = loggers._table(1, groups, lambda image: None)
+    assert "half \\ud83d 0" in row

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from support import tiny
 from support.recorded_runs import build, complete_run, log_entries
+from support.training import config, length_reward, lora
 from transformers import TrainerControl, TrainerState
 
 from vlmkernels import grpo_loss
@@ -19,7 +21,7 @@ from vlmkernels.record import completions
 from vlmkernels.record.callback import RunRecord, json_line
 from vlmkernels.record.metrics import METRICS, PHASES, describe, is_summary, markdown
 from vlmkernels.record.progress import RewardProgress
-from vlmkernels.train import GRPOConfig, mismatch
+from vlmkernels.train import GRPOConfig, GRPOTrainer, mismatch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[2]
@@ -69,12 +71,46 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
     assert [entry["step"] for entry in log_entries(tmp_path) if "loss" in entry] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "run.json").read_text())["from_step"] == 2
 
-    before = log_entries(tmp_path)
-    build(tmp_path, max_steps=1, **options).train()  # from step 0
-    assert [entry["step"] for entry in log_entries(tmp_path)] == [1, 1]
-    assert log_entries(tmp_path / "previous") == before
-    assert set(completions.stored_steps(tmp_path / "completions")) == {1}
-    assert set(completions.stored_steps(tmp_path / "previous" / "completions")) == {1, 2, 3, 4}
+    assert json.loads((tmp_path / "previous" / "1" / "run.json").read_text())["max_steps"] == 3
+    superseded = (tmp_path / "previous" / "1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in superseded[:-1]] == [3, 3]  # the last line is the half-written one
+    assert set(completions.stored_steps(tmp_path / "previous" / "1" / "completions")) == {3}
+
+
+def test_no_start_removes_the_files_of_an_earlier_one(tmp_path):
+    """Three runs in one folder, of different numbers of steps."""
+    logs = {}
+    for steps in (3, 2, 1):
+        trainer = build(tmp_path, max_steps=steps, log_completions=True)
+        trainer.evaluate()  # writes a line before training begins
+        trainer.train()
+        logs[steps] = log_entries(tmp_path)
+        assert [entry["step"] for entry in logs[steps] if "loss" in entry] == list(range(1, steps + 1))
+        assert "eval_reward" in logs[steps][0]
+    for number, steps in {"previous/1": 3, "previous/2": 2, ".": 1}.items():
+        folder = tmp_path / number
+        assert log_entries(folder) == logs[steps]
+        assert json.loads((folder / "run.json").read_text())["max_steps"] == steps
+        assert list(completions.stored_steps(folder / "completions")) == list(range(1, steps + 1))
+        assert len(list((folder / "completions").glob("*.html"))) == steps
+
+
+def test_run_json_describes_data_rewards_and_adapters(tmp_path):
+    rewards = [{"name": "soft_overlong", "weight": 0.5, "max_length": 6, "cache": 2}, length_reward]
+    arguments = {"processing_class": tiny.processor(), "peft_config": lora()}
+    GRPOTrainer(tiny.vlm(), rewards, config(tmp_path), Dataset.from_list(tiny.rows(6, "none")), **arguments).train()
+    about = json.loads((tmp_path / "run.json").read_text())
+    assert about["dataset"]["rows"] == 6
+    assert about["dataset"]["fingerprint"]
+    assert about["eval_dataset"] is None
+    assert [(reward["name"], reward["weight"]) for reward in about["rewards"]] == [
+        ("soft_overlong", 0.5),
+        ("length_reward", 1.0),
+    ]
+    assert about["rewards"][0]["options"] == {"max_length": 6, "cache": 2}
+    assert about["rewards"][1]["function"] == "support.training:length_reward"
+    assert about["adapters"]["default"]["r"] == 4
+    assert about["adapters"]["default"]["target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_lines_are_json_whatever_is_logged():

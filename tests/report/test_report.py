@@ -67,6 +67,10 @@ def test_page_of_a_run(run, capsys):
     assert [name for name in PHASES if f"<td>{name}</td>" in text] == [name for name in PHASES if name != "old_logps"]
     assert all(f'value="{step}"' in text for step in (1, 2, 3, 4))
     assert "learning_rate" in text
+    assert "<h2>Data and rewards</h2>" in text
+    assert re.search(r"<td>dataset</td><td>[^<]*rows \d+, columns \[", text)
+    assert re.search(r"<td>reward \w+</td><td>function [^<]*, weight 1.0", text)
+    assert "<small>answer: " in text  # the references of the shown prompts
     assert torch.__version__.split("+")[0] in text
 
 

@@ -157,16 +157,16 @@ def test_math_equal_compares_the_whole(prediction, reference, expected):
 
 
 @pytest.mark.parametrize(
-    "bomb", ["9^{9^{9}}", "9**9**9", "10000000!", "((9!)!)!", "10^{1000000000}", "(" * 500 + "1" + ")" * 500]
+    "bomb", ["9^{9^{9}}", "9**9**9", "10000000!", "((9!)!)!", "10^{1000000000}", "9" * 5000, "(" * 500 + "1" + ")" * 500]
 )
 def test_formulas_without_end_are_unparsed(bomb):
     (score,) = build("math_equal")([bomb], answer=["9"])
     assert isinstance(score, Unparsed)
 
 
-def test_a_process_that_ends_is_started_again(monkeypatch):
+def test_a_process_that_ends_is_started_again():
     scores = []
-    work = [r"\prod_{i=1}^{1000000} i", "2x"]
+    work = [r"\binom{9000000}{4500000}", "2x"]
     thread = threading.Thread(target=lambda: scores.extend(text.math_equal(work, ["5", "x+x"])))
     thread.start()
     thread.join(60)

@@ -1,12 +1,15 @@
 """``decode_groups`` and the default engine against ``model.generate`` on copies of the prompts."""
 
+import json
+
 import pytest
 import torch
 from support import tiny, tiny_families
 from support.groups import EOS, LENGTH, MODELS, PAD, SHARING, amplified, processed, prompts_of
+from tokenizers import Tokenizer
 
 from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.families import media_token_ids
+from vlmkernels.models.families import media_token_ids, missing_token_ids
 from vlmkernels.models.group_cache import GroupCache
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.rollout.base import Sampling
@@ -230,6 +233,61 @@ def test_end_of_sequence_tokens():
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match="eos_token_id must be set, or be in the tokenizer or the model's generation config"):
         Generate(model, tokenizer, Sampling(2))
+
+
+def padded_model(make, likely):
+    """A model whose vocabulary has 10 ids more than the tokenizer, and which gives the tokens ``likely`` a high probability."""
+    model = make()
+    model.resize_token_embeddings(len(tiny.tokenizer()) + 10)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())  # apart from the embedding
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    with torch.no_grad():
+        head.bias[likely] += 9
+    return model
+
+
+def tokenizer_with_hole():
+    """A tokenizer without the tokens 3 and 4."""
+    tokenizer = tiny.tokenizer()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"] = {token: index for token, index in content["model"]["vocab"].items() if index not in (3, 4)}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    return tokenizer
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["decode_groups", "generate"])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_ids_without_a_token_are_never_sampled(share, temperature):
+    """Ids beyond the tokenizer and in its holes. ``logps`` are over the whole vocabulary, the kept mass without these ids."""
+    tokenizer = tokenizer_with_hole()
+    missing = [3, 4, *range(len(tiny.tokenizer()), len(tiny.tokenizer()) + 10)]
+    model = padded_model(tiny.text_model, missing)
+    assert missing_token_ids(model.config, tokenizer) == missing
+    prompts = prompts_of((0, 0), model)
+    engine = Generate(model, tokenizer, Sampling(LENGTH), share_prefix=share)
+    rollout = engine(model, prompts, 8, temperature)
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    assert not torch.isin(ids, torch.tensor(missing)).any()
+    if not share:
+        return
+    with torch.no_grad():
+        logits = model(**prompts.repeat(8).append(ids, mask.long()).inputs).logits[:, -ids.shape[1] - 1 : -1]
+    logps = (logits / (temperature or 1)).log_softmax(-1)
+    torch.testing.assert_close(rollout.logps[mask], logps.gather(2, ids.unsqueeze(2)).squeeze(2)[mask], rtol=1e-4, atol=1e-4)
+    if temperature:
+        kept = logps.index_fill(2, torch.tensor(missing), -torch.inf).logsumexp(2)
+        torch.testing.assert_close(rollout.log_kept_mass[mask], kept[mask], rtol=1e-4, atol=1e-4)
+        assert kept[mask].max() < -1
+
+
+def test_an_id_without_a_token_may_end_completions():
+    """If it is named as an end-of-sequence token; and the ids of image tokens are banned as before."""
+    model, last = padded_model(tiny.vlm, []), len(tiny.tokenizer()) + 9
+    engine = Generate(model, tiny.processor(), Sampling(4, eos_token_id=[last]))
+    media = media_token_ids(model.config, tiny.processor())
+    assert sorted(engine.sampling.suppress_tokens) == sorted([*media, *range(last - 9, last)])
+    assert missing_token_ids(tiny.vlm().config, tiny.processor()) == []
 
 
 @pytest.mark.parametrize("reason", ["model", "options", "off"])

@@ -12,6 +12,7 @@ from support import tiny
 from support.fake_vllm import FakeVLLM, Status
 
 from vlmkernels.data.samples import encode, read_sample
+from vlmkernels.models.families import media_token_ids
 from vlmkernels.rollout.base import RolloutError
 from vlmkernels.rollout.vllm import engine as vllm_engine
 from vlmkernels.rollout.vllm import server as vllm_server
@@ -119,6 +120,32 @@ def test_logps_are_those_of_the_whole_vocabulary_at_the_temperature(fake, tmp_pa
     for token in (0, 3, 30):
         assert engine._logp(token, returned, temperature) == pytest.approx(expected[token].item(), abs=1e-5)
     assert "logprobs" not in engine._params(2, 0)  # processed log-probabilities of greedy tokens are useless
+
+
+@pytest.mark.parametrize("limit", [64, 12])
+def test_ids_without_a_token_are_banned(fake, tmp_path, monkeypatch, limit, caplog):
+    """Log-probabilities count them in the whole vocabulary, or leave them out if they are more than the limit."""
+    monkeypatch.setattr(vllm_engine, "MAX_COUNTED", limit)
+    fake.config["logprobs_mode"] = "processed_logprobs"
+    own = tiny.vlm(tied=False)
+    size = len(tiny.tokenizer())
+    own.resize_token_embeddings(size + 10)
+    fake.model.resize_token_embeddings(size + 10)
+    args, temperature = config(tmp_path, fake, temperature=0.7), 0.7
+    engine = VLLMServer(own, tiny.processor(), args.sampling(), args.vllm_config(), Accelerator(cpu=True))
+    missing = [*range(size, size + 10)]
+    assert engine.banned == sorted([*media_token_ids(own.config, tiny.processor()), *missing])
+    assert not {*engine.fingerprint.tokens} & {*engine.banned}
+    params = engine._params(2, temperature)
+    assert params["logit_bias"] == dict.fromkeys(engine.banned, -100.0)
+    counted = engine.banned if limit == 64 else media_token_ids(own.config, tiny.processor())
+    assert params["logprob_token_ids"] == [*counted, 0]
+    assert ("take the probability of the 10 ids without a token as 0" in caplog.text) == (limit == 12)
+    logits = torch.randn(size + 10, generator=torch.Generator().manual_seed(0))
+    biased = logits.index_add(0, torch.tensor(engine.banned), torch.full((len(engine.banned),), -100.0))
+    returned = dict(enumerate((biased / temperature).log_softmax(-1).tolist()))
+    whole = logits if limit == 64 else logits[:size]
+    assert engine._logp(3, returned, temperature) == pytest.approx((whole / temperature).log_softmax(-1)[3].item(), abs=1e-5)
 
 
 def test_concurrency_is_limited(fake, tmp_path, monkeypatch):

@@ -63,23 +63,26 @@ def require_given(parser: argparse.ArgumentParser, args: argparse.Namespace, *na
 
 
 def parse_arguments(
-    parser: argparse.ArgumentParser, argv: list[str], meanings: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser, argv: list[str], advice: Mapping[str, str] | None = None
 ) -> argparse.Namespace:
     """Parse the flags. An unknown flag ends the program with a message that suggests the closest valid one.
 
     Args:
-        meanings: names of flags of other programs, and the flags of this one that serve instead.
+        advice: names of flags of other programs, and what to do instead.
     """
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = next((word for word in unknown if word.startswith("-")), "")
+        wanted = flag.lstrip("-").partition("=")[0].replace("-", "_")
         names = {option[2:].replace("-", "_") for option in parser._option_string_actions if option.startswith("--")}
-        hint = did_you_mean(flag.lstrip("-").partition("=")[0], names, meanings) if flag else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint.replace('mean ', 'mean --')}")
+        hint = did_you_mean(wanted, names).replace("mean ", "mean --") if wanted else ""
+        if advice and wanted in advice:
+            hint = f": {advice[wanted]}"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
 
 
-def read_yaml(parser: argparse.ArgumentParser, path: str, meanings: Mapping[str, str] | None = None) -> None:
+def read_yaml(parser: argparse.ArgumentParser, path: str, advice: Mapping[str, str] | None = None) -> None:
     """Set the values of a YAML file as defaults of the parser. Flags on the command line override them.
 
     Keys are names of arguments. An unknown key ends the program with a message that suggests the closest valid key.
@@ -96,6 +99,6 @@ def read_yaml(parser: argparse.ArgumentParser, path: str, meanings: Mapping[str,
         valid = sorted(action.dest for action in parser._actions if action.dest not in ("help", "help_all", "config"))
         for key in values:
             if key not in valid:
-                hint = did_you_mean(key, valid, meanings)
+                hint = f": {advice[key]}" if advice and key in advice else did_you_mean(key, valid)
                 raise ValueError(f"unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
     parser.set_defaults(**values)

@@ -93,10 +93,12 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Train, save the model in ``--output_dir``, and return 0. Invalid arguments end the program with exit code 2."""
+    from vlmkernels.train.config import TRL_FIELDS
+
     parser = build_parser(show_all="--help-all" in argv)
     if path := parser.parse_known_args(argv)[0].config:
-        read_yaml(parser, path)
-    args = parse_arguments(parser, argv)
+        read_yaml(parser, path, TRL_FIELDS)
+    args = parse_arguments(parser, argv, TRL_FIELDS)
     require_given(parser, args, "model", "dataset", *([] if args.rewards else ["reward"]))
     if args.rewards and args.reward:
         parser.error("--reward must not be used together with --rewards")

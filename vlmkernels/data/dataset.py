@@ -6,17 +6,66 @@ A dataset is any sequence of rows with a length, for example a list of dicts or 
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageLimits, scheme_of
-from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, read_sample, render
+from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, SampleError, prompt_ids, read_sample, render, tokenizer_of
+from vlmkernels.data.sizes import SizeCheck
+from vlmkernels.ops.checks import did_you_mean
 
 logger = logging.get_logger(__name__)
+
+Encoded = TypeVar("Encoded")
+_READ_ROWS = 64  # rows that are checked together
+_READERS = 8  # threads that read the headers of images
+
+
+class JsonLines(list):
+    """The rows of a .jsonl file, with their lines for error messages.
+
+    Args:
+        path: the file.
+        lines: the number of each row's line.
+        rows: the rows.
+    """
+
+    def __init__(self, path: Path, lines: list[int], rows: Iterable[dict]):
+        super().__init__(rows)
+        self.path, self.lines = path, lines
+
+    @classmethod
+    def read(cls, path: Path) -> "JsonLines":
+        """Read a file. Relative paths of images are joined to its folder."""
+        rows = cls(path, [], ())
+        for line, row in read_json_lines(path):
+            rows.lines.append(line)
+            rows.append(_resolve_paths(row, path.parent))
+        return rows
+
+    def __getitem__(self, key: Any) -> Any:
+        rows = super().__getitem__(key)
+        return JsonLines(self.path, self.lines[key], rows) if isinstance(key, slice) else rows
+
+
+def row_name(dataset: Any, index: int, name: str = "") -> str:
+    """Return the name of a row in error messages: the dataset, its file and line if they are known, and the index.
+
+    Args:
+        dataset: the rows.
+        index: index of the row.
+        name: name of the dataset, for example "train_dataset".
+    """
+    place = getattr(dataset, "loaded_from", None)
+    if isinstance(dataset, JsonLines):
+        place = f"{dataset.path}, line {dataset.lines[index]}"
+    return ": ".join(str(part) for part in (name, place, f"sample {index}") if part)
 
 
 class SampleDataset(Dataset):
@@ -32,6 +81,7 @@ class SampleDataset(Dataset):
         limits: limits of its images.
         on_bad: what to do with a row that cannot be read: "raise" or "skip".
         bad: indices of rows that are known to be unusable, with the reasons.
+        columns: the columns of the dataset; rows get None for those that they lack.
     """
 
     def __init__(
@@ -41,18 +91,25 @@ class SampleDataset(Dataset):
         limits: ImageLimits = DEFAULT_LIMITS,
         on_bad: str = "raise",
         bad: dict[int, str] | None = None,
+        columns: Iterable[str] = (),
     ):
         self.dataset, self.name, self.limits, self.on_bad, self.bad = dataset, name, limits, on_bad, dict(bad or {})
+        self.columns = list(columns)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def _read(self, index: int) -> Sample:
+        where = row_name(self.dataset, index, self.name)
         try:
             row = self.dataset[index]
         except IMAGE_ERRORS as error:  # datasets decodes images here
-            raise ValueError(f"sample {index}: cannot be read: {error}") from error
-        return read_sample(row, index, limits=self.limits)
+            raise ValueError(f"{where}: cannot be read: {error}") from error
+        return read_sample(with_columns(row, self.columns), index, limits=self.limits, where=where)
+
+    def _skip(self, index: int, error: Exception) -> None:
+        self.bad[index] = str(error)
+        logger.warning("%s; using the next sample instead (on_bad_sample='skip')", error)
 
     def __getitem__(self, index: int) -> tuple[int, Sample]:
         for offset in range(len(self)):
@@ -64,14 +121,43 @@ class SampleDataset(Dataset):
             except (ValueError, TypeError) as error:
                 if self.on_bad == "raise":
                     raise
-                self.bad[other] = str(error)
-                logger.warning("%s: %s; using the next sample instead (on_bad_sample='skip')", self.name, error)
+                self._skip(other, error)
         raise ValueError(f"{self.name} must have a sample that can be read, got {next(iter(self.bad.values()), 'no rows')}")
+
+    def encode(
+        self, rows: list[tuple[int, Sample]], encode: Callable[[list[Sample]], Encoded]
+    ) -> tuple[list[tuple[int, Sample]], Encoded]:
+        """Encode samples. With ``on_bad="skip"`` the next usable sample takes the place of one that cannot be encoded.
+
+        Args:
+            rows: pairs as ``self[index]`` returns them.
+            encode: encodes the samples, and raises ``SampleError`` for one that it cannot encode.
+
+        Returns:
+            The rows, perhaps with other samples, and the result of ``encode``.
+        """
+        while True:
+            try:
+                return rows, encode([sample for _, sample in rows])
+            except SampleError as error:
+                if self.on_bad == "raise":
+                    raise
+                self._skip(error.index, error)
+                rows = [self[index] if sample.index == error.index else (index, sample) for index, sample in rows]
+
+
+def with_columns(row: Any, columns: Iterable[str]) -> Any:
+    """Return a row with None for each of the columns, other than the prompt, that it lacks."""
+    return {name: None for name in columns if name != "prompt"} | row if isinstance(row, dict) else row
 
 
 def column_names(dataset: Any) -> list[str]:
-    """Return ``dataset.column_names``, or the keys of the first row if the dataset has no such attribute."""
-    return list(getattr(dataset, "column_names", None) or dataset[0])
+    """Return ``dataset.column_names``. Without this attribute, read all rows and return the union of their keys."""
+    names = getattr(dataset, "column_names", None)
+    if names is None:
+        rows = (dataset[index] for index in range(len(dataset)))
+        names = dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row)
+    return list(names)
 
 
 def undecoded(dataset: Any) -> Any:
@@ -84,11 +170,29 @@ def undecoded(dataset: Any) -> Any:
     def stored(feature: Any) -> Any:
         if isinstance(feature, List):
             return List(stored(feature.feature))
+        if isinstance(feature, dict):
+            return {name: stored(value) for name, value in feature.items()}
         return ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature
 
-    for name in dataset.features.keys() & MEDIA_COLUMNS:
-        dataset = dataset.cast_column(name, stored(dataset.features[name]))
+    for name, feature in dataset.features.items():
+        if (changed := stored(feature)) != feature:
+            dataset = dataset.cast_column(name, changed)
     return dataset
+
+
+@dataclass(frozen=True)
+class RowChecks:
+    """What ``check_dataset`` checks besides prompts, images and videos.
+
+    Args:
+        columns: called once with the names of all columns; raises ValueError if one is missing.
+        row: called with each row and its name for error messages; raises ValueError or TypeError for a bad row.
+        num_embeddings: number of rows of the model's input embedding; None leaves the ids of prompts unchecked.
+    """
+
+    columns: Callable[[list[str]], None] | None = None
+    row: Callable[[dict, str], None] | None = None
+    num_embeddings: int | None = None
 
 
 def check_dataset(
@@ -96,10 +200,10 @@ def check_dataset(
     name: str,
     processor: Any,
     chat_template_kwargs: dict[str, Any] | None = None,
-    check_row: Callable[[dict, str], None] | None = None,
+    checks: RowChecks | None = None,
     bad: dict[int, str] | None = None,
     limits: ImageLimits = DEFAULT_LIMITS,
-) -> set[str]:
+) -> tuple[set[str], list[str]]:
     """Check that every row can be trained on. Reads all rows, but only the headers of their images.
 
     Args:
@@ -107,12 +211,12 @@ def check_dataset(
         name: name of the dataset in error messages.
         processor: the model's processor, or its tokenizer for a text model.
         chat_template_kwargs: arguments of ``apply_chat_template``.
-        check_row: called with each row and its name for error messages; raises ValueError or TypeError for a bad row.
+        checks: further checks.
         bad: if given, bad rows do not raise, but are added to it: the reason by index.
         limits: limits of images.
 
     Returns:
-        The kinds of media in the rows: "image", "video".
+        The kinds of media in the rows, "image" and "video", and the names of all columns.
 
     Raises:
         TypeError, ValueError: for the first bad row, or if no row is usable. The message names the dataset or the row.
@@ -121,27 +225,119 @@ def check_dataset(
         raise TypeError(f"{name} must be a sequence of rows with a length, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise ValueError(f"{name} must hold at least one sample, got 0")
-    columns = column_names(dataset)
-    if "prompt" not in columns:
-        raise ValueError(f"{name} must have a column 'prompt', got {', '.join(columns)}")
-    rows, kinds = undecoded(dataset), set()
-    for index in range(len(rows)):
+    checks = checks or RowChecks()
+    if hasattr(dataset, "column_names") or isinstance(dataset, (list, tuple)):  # known without much work, so checked first
+        _check_columns(column_names(dataset), name, checks)
+    ids, sizes = _IdCheck(processor, checks.num_embeddings), SizeCheck(processor)
+    kinds: set[str] = set()
+    columns: dict[str, None] = {}
+    for index, row, sample in _read_headers(dataset, name, limits):
+        columns.update(dict.fromkeys(row if isinstance(row, dict) else ()))
         try:
-            if "prompt" not in rows[index]:
-                raise ValueError(f"{name}: sample {index} must have 'prompt', got {', '.join(rows[index])}")
-            sample = read_sample(rows[index], index, decode=False, limits=limits)
-            render(sample, processor, **(chat_template_kwargs or {}))
-            if check_row is not None:
-                check_row(rows[index], f"{name}: sample {index}")
+            if isinstance(sample, Exception):
+                raise sample
+            text = render(sample, processor, **(chat_template_kwargs or {}))
+            sizes(sample)
+            ids(sample, text)
+            if checks.row is not None:
+                checks.row(row, sample.name)
         except (ValueError, TypeError) as error:
             if bad is None:
                 raise
-            if len(bad) + 1 == len(rows):
-                raise ValueError(f"{name} must hold a sample that can be used, got none: {error}") from error
             bad[index] = str(error)
-            continue
-        kinds |= {kind for kind, media in (("image", sample.images), ("video", sample.videos)) if media}
-    return kinds
+        else:
+            kinds |= {kind for kind, media in (("image", sample.images), ("video", sample.videos)) if media}
+    if bad and len(bad) == len(dataset):
+        raise ValueError(f"{name} must hold a sample that can be used, got none: {next(iter(bad.values()))}")
+    _check_columns(list(columns), name, checks)
+    return kinds, list(columns)
+
+
+def _check_columns(columns: list[str], name: str, checks: RowChecks) -> None:
+    if "prompt" not in columns:
+        raise ValueError(f"{name} must have a column 'prompt', got {', '.join(columns)}{did_you_mean('prompt', columns)}")
+    if checks.columns is not None:
+        checks.columns(columns)
+
+
+def _read_headers(dataset: Any, name: str, limits: ImageLimits) -> Iterator[tuple[int, Any, Sample | Exception]]:
+    """Yield the index of each row, the row, and its sample without pixels, or why it cannot be read.
+
+    Threads read the headers of images, because a file system on a network answers slowly.
+    """
+
+    def read(numbered: tuple[int, Any]) -> Sample | Exception:
+        index, row = numbered
+        where = row_name(dataset, index, name)
+        if isinstance(row, Exception):
+            return ValueError(f"{where}: cannot be read: {row}")
+        try:
+            return read_sample(row, index, decode=False, limits=limits, where=where)
+        except (ValueError, TypeError) as error:
+            return error
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        for batch in _batches(dataset):
+            for (index, row), sample in zip(batch, readers.map(read, batch), strict=True):
+                yield index, row, sample
+
+
+def _batches(dataset: Any) -> Iterator[list[tuple[int, Any]]]:
+    """Yield rows with their indices, without decoding images. An exception stands for a row that cannot be read."""
+    stored = undecoded(dataset)
+    is_table = hasattr(stored, "cast_column") and stored.format["type"] is None
+    for start in range(0, len(stored), _READ_ROWS):
+        indices = range(start, min(start + _READ_ROWS, len(stored)))
+        if is_table:
+            try:  # datasets reads several rows at once much faster
+                columns = stored[start : indices.stop]
+                rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+                yield list(zip(indices, rows, strict=True))
+                continue
+            except IMAGE_ERRORS:  # of one of the rows
+                pass
+        yield [(index, _row_or_error(stored, index)) for index in indices]
+
+
+def _row_or_error(dataset: Any, index: int) -> Any:
+    try:
+        return dataset[index]
+    except IMAGE_ERRORS as error:
+        return error
+
+
+class _IdCheck:
+    """Checks that the tokens of prompts have a row in the model's embedding.
+
+    Args:
+        processor: the model's processor or tokenizer.
+        num_embeddings: number of rows; None checks nothing.
+
+    Raises:
+        ValueError: the tokenizer pads or ends a text with a token without a row.
+    """
+
+    def __init__(self, processor: Any, num_embeddings: int | None):
+        self.processor, self.num_embeddings, self.needed = processor, num_embeddings, False
+        if num_embeddings is None:
+            return
+        tokenizer = tokenizer_of(processor)
+        for name in ("pad_token", "eos_token"):
+            if (token := getattr(tokenizer, f"{name}_id")) is not None and token >= num_embeddings:
+                raise ValueError(f"{name} of processing_class must have an id {self._rule(token)}")
+        self.needed = max(tokenizer.get_vocab().values(), default=0) >= num_embeddings
+
+    def _rule(self, token: int) -> str:
+        text = tokenizer_of(self.processor).convert_ids_to_tokens(token)
+        return (
+            f"below the {self.num_embeddings} rows of the model's embedding (model.resize_token_embeddings adds rows), "
+            f"got {token} for {text!r}"
+        )
+
+    def __call__(self, sample: Sample, text: str) -> None:
+        """Raise SampleError if a token of the rendered prompt has no row."""
+        if self.needed and (token := max(prompt_ids(sample, text, self.processor), default=0)) >= self.num_embeddings:
+            raise SampleError(sample, f"prompt must have token ids {self._rule(token)}")
 
 
 def _resolve_paths(row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -192,21 +388,27 @@ def load_dataset(path: str | os.PathLike, split: str | None = None) -> Any:
     if not path.exists():
         raise FileNotFoundError(f"dataset must be an existing file or folder, got {path}")
     if path.suffix == ".jsonl":
-        return [_resolve_paths(row, path.parent) for _, row in read_json_lines(path)]
+        return JsonLines.read(path)
     import datasets
 
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
-        if not any("string" in str(dataset.features.get(name)) for name in MEDIA_COLUMNS):
-            return dataset
-        return dataset.map(lambda row: _resolve_paths(row, path.parent), keep_in_memory=True)
+        if any("string" in str(dataset.features.get(name)) for name in MEDIA_COLUMNS):
+            dataset = dataset.map(lambda row: _resolve_paths(row, path.parent), keep_in_memory=True)
+        return _loaded_from(dataset, path)
     if not path.is_dir():
         raise ValueError(f"dataset must end in .jsonl or .parquet or be a folder, got {path}")
     dataset = datasets.load_from_disk(str(path))
     if not isinstance(dataset, datasets.DatasetDict):
-        return dataset
+        return _loaded_from(dataset, path)
     if split not in dataset:
         raise ValueError(f"split must be one of {', '.join(dataset)}, got {split!r}")
-    return dataset[split]
+    return _loaded_from(dataset[split], path / split)
+
+
+def _loaded_from(dataset: Any, path: Path) -> Any:
+    """Note the path of a dataset for the names of its rows."""
+    dataset.loaded_from = path
+    return dataset

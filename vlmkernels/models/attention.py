@@ -36,7 +36,12 @@ def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
 
     Returns:
         ``model``.
+
+    Raises:
+        NotImplementedError: the model has no vision configuration.
     """
+    if "vision_config" not in model.config.sub_configs:
+        raise NotImplementedError(f"model must have a vision tower with a vision_config, got {type(model).__name__}")
     model.set_attn_implementation({"vision_config": VARLEN})
     return model
 

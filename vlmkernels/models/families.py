@@ -194,6 +194,17 @@ def media_token_ids(config: PreTrainedConfig, processor: ProcessorMixin | PreTra
     return sorted(token for token in found if token is not None)
 
 
+def missing_token_ids(config: PreTrainedConfig, processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of the model's vocabulary for which the tokenizer has no token.
+
+    The embedding of most models has more rows than the tokenizer has tokens, for example 151936 rows for 151665 tokens. These
+    ids must not be sampled: they have no text, and no training data taught the model what they mean.
+    """
+    tokenizer = processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+    known = set(tokenizer.get_vocab().values())
+    return [token for token in range(config.get_text_config().vocab_size) if token not in known]
+
+
 def prefix_sharing_unsupported(model_or_config: PreTrainedModel | PreTrainedConfig) -> str | None:
     """Return why the completions of a group cannot share one copy of their prompt, or None if they can.
 

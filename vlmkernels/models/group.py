@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 
 from vlmkernels.models.families import family_of
 from vlmkernels.ops.group_attention import GroupLayout
@@ -63,6 +64,9 @@ def prompt_positions(model: torch.nn.Module, prompts: dict[str, torch.Tensor]) -
 
     Returns:
         (P, S) int64, or (3, P, S) for prompts with images in models with M-RoPE.
+
+    Raises:
+        NotImplementedError: the model's own function computes the positions and does not accept one of these inputs.
     """
     mask, rope_index = prompts["attention_mask"], getattr(model.base_model, "get_rope_index", None)
     if rope_index is None or not prompts.keys() & set(_POSITION_INPUTS):
@@ -74,8 +78,15 @@ def prompt_positions(model: torch.nn.Module, prompts: dict[str, torch.Tensor]) -
         grids = (prompts.get(name) for name in ("image_grid_thw", "video_grid_thw"))
         sizes = {"merge_size": model.config.vision_config.spatial_merge_size, "frames_apart": family.frames_apart}
         return mrope_positions(prompts["mm_token_type_ids"], *grids, attention_mask=mask, **sizes).position_ids
-    accepted = inspect.signature(rope_index).parameters  # depends on the transformers version
-    inputs = {name: prompts[name] for name in _POSITION_INPUTS if name in prompts and name in accepted}
+    accepted = inspect.signature(rope_index).parameters
+    inputs = {name: prompts[name] for name in _POSITION_INPUTS if name in prompts}
+    if "mm_token_type_ids" not in accepted:  # then the positions do not depend on it
+        inputs.pop("mm_token_type_ids", None)
+    if unknown := inputs.keys() - accepted.keys():
+        raise NotImplementedError(
+            f"model must compute position ids from {', '.join(sorted(unknown))}, got {type(model).__name__} of transformers "
+            f"{transformers.__version__}, whose get_rope_index does not accept it"
+        )
     return rope_index(prompts["input_ids"], attention_mask=mask, **inputs)[0]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmkernels.ops.linear_logps.sweep import HALF
+from vlmkernels.ops.linear_logps.sweep import HALF, gemm_operand
 
 # aten::bmm.dtype multiplies 16-bit operands with fp32 results, on CUDA only.
 _HAS_FP32_RESULTS = "dtype" in torch.ops.aten.bmm.overloads()
@@ -16,7 +16,7 @@ def fp32_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
         return scores.unflatten(0, key.shape[:2])
     with torch.autocast(query.device.type, enabled=False):
-        return query.float() @ key.float().mT
+        return gemm_operand(query.float()) @ gemm_operand(key.float()).mT
 
 
 def on_device(device: torch.device, values: list) -> torch.Tensor:
@@ -152,6 +152,7 @@ class GroupCache:
         scores *= query.shape[-1] ** -0.5 if scale is None else scale
         if self._bias is not None:
             scores += self._bias
-        on_prefix, on_own = scores.softmax(-1).to(q.dtype).split([prefix_key.shape[2], own_key.shape[2]], -1)
+        shares = scores.softmax(-1).split([prefix_key.shape[2], own_key.shape[2]], -1)
+        on_prefix, on_own = (gemm_operand(x.to(q.dtype)) for x in shares)
         out = on_own @ own_value + self._by_slot(self._by_prompt(on_prefix) @ prefix_value)
         return out.flatten(1, 2).unsqueeze(0)

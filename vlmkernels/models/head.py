@@ -134,8 +134,11 @@ def call_in_head(
 
     Returns:
         The result of ``function``, and the output of the model. The logits in that output have no meaning.
+
+    Raises:
+        NotImplementedError: the model does not call its head exactly once, for example because it multiplies by the weight.
     """
-    results = []
+    results: list[Any] = []
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         results.append(function(hidden, head_weight(head), batch.targets, rows=batch.rows, bias=head.bias))
@@ -144,6 +147,11 @@ def call_in_head(
 
     with replaced_method(head, "forward", forward):
         output = model(**batch.inputs, use_cache=False)
+    if len(results) != 1:
+        raise NotImplementedError(
+            f"model must call its head once in a forward pass, got {len(results)} calls of {type(head).__name__} in "
+            f"{type(model).__name__}"
+        )
     return results[0], output
 
 

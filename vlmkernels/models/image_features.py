@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from vlmkernels.models.families import family_of
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.loading import dropout_rates
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _REQUIREMENT = "mm_encoder_outputs, transformers >= 5.18"
@@ -71,10 +72,7 @@ def feature_reuse_unsupported(model: PreTrainedModel) -> str | None:
             continue
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             return f"{name} is trained"
-        # In attention layers the rate is a number under one of these names. Elsewhere they can be modules, which are visited.
-        rates = [getattr(module, rate, None) for rate in ("attention_dropout", "dropout")]
-        rates += [module.p] if isinstance(module, torch.nn.Dropout) else []
-        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+        if dropout_rates(module):
             return f"{name} has dropout"
     return None
 

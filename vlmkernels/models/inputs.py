@@ -141,6 +141,11 @@ class ModelInputs:
         inputs = {name: t[:, start:] if self.family.axis(name) == "token" else t for name, t in self.inputs.items()}
         return replace(self, inputs=inputs)
 
+    def without_last(self, count: int) -> "ModelInputs":
+        """Remove the last ``count`` tokens of every sample."""
+        cut = {name: t[:, :-count] if self.family.axis(name) == "token" else t for name, t in self.inputs.items()}
+        return replace(self, inputs=cut)
+
     def append(self, ids: torch.Tensor, mask: torch.Tensor) -> "ModelInputs":
         """Append a completion to each prompt.
 

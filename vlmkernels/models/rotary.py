@@ -31,24 +31,30 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
         ``model``.
 
     Raises:
-        NotImplementedError: no attention module calls one of these functions, the function of this name computes something
-            else, or the ``forward`` of an attention module has already been replaced.
+        NotImplementedError: no attention module calls one of these functions, an attention module that gets rotary embeddings
+            calls neither, the function of this name computes something else, or the ``forward`` of an attention module has
+            already been replaced.
     """
     forwards: dict[type, FunctionType] = {}
     chosen = []
     for module in model.modules():
         forward = type(module).forward
-        plain = inspect.unwrap(forward)  # transformers 5.24 decorates the forward of text attention
-        names = _FUSED.keys() & set(plain.__code__.co_names)
-        if not names:
+        path = _path_to_rotary(forward)
+        if not path:
+            if type(module).__name__.endswith("Attention") and "position_embeddings" in inspect.signature(forward).parameters:
+                raise NotImplementedError(
+                    f"model must have attention modules that call {' or '.join(_FUSED)}, got {type(module).__name__}, whose "
+                    "forward gets position_embeddings and calls neither"
+                )
             continue
+        names = _FUSED.keys() & set(path[-1].__code__.co_names)
         replaced = vars(module).get("forward")
         if replaced is not None and replaced.__module__ != __name__:
             raise NotImplementedError(f"model must have the forward of its classes, got another in {type(module).__name__}")
         if type(module) not in forwards:
             for name in names:
-                _check_same_function(name, plain.__globals__[name], type(module))
-            forwards[type(module)] = _with_globals(forward, {name: _FUSED[name][0] for name in names})
+                _check_same_function(name, path[-1].__globals__[name], type(module))
+            forwards[type(module)] = _with_globals(path, {name: _FUSED[name][0] for name in names})
         chosen.append(module)
     if not chosen:
         raise NotImplementedError(
@@ -76,10 +82,16 @@ def fused_vision_rotary(
 
 
 def fused_text_rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace ``apply_rotary_pos_emb``. q, k: (B, H, S, D); cos, sin: (B, S, R)."""
-    return rotary(q, k, *_half_tables(cos, sin), heads_first=True)
+    """Replace ``apply_rotary_pos_emb``.
+
+    q, k: (B, H, S, D), and cos, sin: (B, S, R). If ``unsqueeze_dim`` is 2, q and k are (B, S, H, D); if it is 0 (Pixtral), cos
+    and sin are (S, R).
+    """
+    if unsqueeze_dim == 0:
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    return rotary(q, k, *_half_tables(cos, sin), heads_first=unsqueeze_dim != 2)
 
 
 def _half_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,25 +121,40 @@ def _check_same_function(name: str, original: Callable, owner: type) -> None:
         )
 
 
-def _with_globals(forward: FunctionType, replaced: dict[str, object]) -> FunctionType:
-    """Return a copy of ``forward`` in which some globals are replaced, also inside its decorators."""
-    scope = forward.__globals__
-    closure = forward.__closure__
-    inner = getattr(forward, "__wrapped__", None)
-    if inner is None:
+def _path_to_rotary(function: object, seen: tuple[FunctionType, ...] = ()) -> tuple[FunctionType, ...]:
+    """Return ``function``, a function in its closure, and so on to one that calls a function of ``_FUSED``; () if none does.
+
+    A decorator has the function that it wraps in its closure: transformers 5.24 decorates the ``forward`` of text attention.
+    """
+    if not isinstance(function, FunctionType) or function in seen:
+        return ()
+    seen = (*seen, function)
+    if _FUSED.keys() & set(function.__code__.co_names):
+        return seen
+    return next((path for cell in function.__closure__ or () if (path := _path_to_rotary(_content(cell), seen))), ())
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _with_globals(path: tuple[FunctionType, ...], replaced: dict[str, object]) -> FunctionType:
+    """Return a copy of ``path[0]``, from ``_path_to_rotary``, in which some globals of ``path[-1]`` are replaced."""
+    function, *inner = path
+    scope, closure, wrapped = function.__globals__, function.__closure__, getattr(function, "__wrapped__", None)
+    if inner:
+        bound = _with_globals(path[1:], replaced)
+        closure = tuple(CellType(bound) if _content(cell) is inner[0] else cell for cell in closure or ())
+        wrapped = bound if wrapped is inner[0] else wrapped
+    else:
         # torch.compile would find the globals of transformers again by __name__.
         scope = {name: value for name, value in scope.items() if name != "__name__"} | replaced
-    else:
-        bound = _with_globals(inner, replaced)
-        cells = [cell.cell_contents is inner for cell in closure or ()]
-        if not any(cells):
-            raise NotImplementedError(
-                f"model must have decorators that call the function they wrap, got {forward.__qualname__}"
-            )
-        closure = tuple(CellType(bound) if own else cell for own, cell in zip(cells, closure, strict=True))
-    copied = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, closure)
-    copied.__kwdefaults__ = forward.__kwdefaults__
+    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
     copied.__module__ = __name__  # marks the copy for undo_fused_rotary
-    if inner is not None:
-        copied.__wrapped__ = bound
+    if wrapped is not None:
+        copied.__wrapped__ = wrapped
     return copied

@@ -1,5 +1,6 @@
 """``use_vision_ops``: this package's ops in the vision tower of a model."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -38,7 +39,13 @@ def use_vision_ops(model: PreTrainedModel, processor: ProcessorMixin) -> dict[st
     use_fused_rotary(model.base_model.visual)
     images = processor.image_processor
     fast = isinstance(images, FastImageProcessor) and images.do_rescale and images.do_normalize
-    if not fast or not patch_embeds(model):
+    if not fast:
+        return {}
+    if not patch_embeds(model):
+        warnings.warn(
+            f"{type(model).__name__} has no patch_embed.proj that is a Conv3d without adapters: pixels remain floats",
+            stacklevel=2,
+        )
         return {}
     mean, std = (torch.tensor(x).expand(3).tolist() for x in (images.image_mean, images.image_std))
     fold_patch_embed(model, mean=mean, std=std, rescale=images.rescale_factor, stills_only=True)

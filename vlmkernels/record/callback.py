@@ -16,11 +16,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from vlmkernels.env import PACKAGES, version
-from vlmkernels.record.completions import Groups, remove_step, save_step, stored_steps
+from vlmkernels.record.completions import Groups, save_step, stored_steps
 from vlmkernels.record.files import COMPLETIONS_FOLDER, METRICS_FILE, RUN_FILE, append_atomic, write_atomic
 from vlmkernels.record.loggers import LOGGERS
 
-PREVIOUS_FOLDER = "previous"  # holds the files of an earlier run in the same output_dir
+PREVIOUS_FOLDER = "previous"  # holds a numbered folder with the files of each earlier start in the same output_dir
 SECRET = re.compile(r"token$|api_key|password|secret", re.IGNORECASE)
 
 
@@ -53,11 +53,12 @@ def environment() -> dict:
     }
 
 
-def run_description(args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> dict:
+def run_description(args: TrainingArguments, state: TrainerState, model: PreTrainedModel, details: dict | None = None) -> dict:
     """Return the content of ``run.json``.
 
     Args:
         model: the trained model without wrappers.
+        details: further sections, such as the dataset and the rewards.
     """
     config = model.config.to_dict() if hasattr(model, "config") else {}
     return {
@@ -71,6 +72,7 @@ def run_description(args: TrainingArguments, state: TrainerState, model: PreTrai
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "trained parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         },
+        **(details or {}),
         "arguments": args.to_dict(),
         "changed": changed_arguments(args),
         "model config": config,
@@ -99,13 +101,19 @@ class RunRecord(TrainerCallback):
     - ``metrics.jsonl``: one JSON object per log, written immediately. It has the entries of ``log_history`` in
       ``trainer_state.json``, with NaN and infinities as strings. A resumed run starts with the log of its checkpoint, so that
       each step occurs once.
-    - ``run.json``: arguments, versions and environment of the run.
+    - ``run.json``: datasets, rewards, adapters, arguments, versions and environment of the run.
     - ``completions/step-*.json`` and pages of them (with ``log_completions``). The loggers receive the completions too.
 
-    A run that starts at step 0 moves the files of an earlier run to the folder ``previous``.
+    No start removes what an earlier start wrote. A run that starts at step 0 moves the files of the earlier run to
+    ``previous/1``, ``previous/2``, ...; a run that resumes moves the earlier ``run.json`` there, and the logs and
+    completions of steps after its checkpoint.
+
+    Args:
+        details: further sections of ``run.json``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, details: dict | None = None) -> None:
+        self._details = details
         self._logged_before_training: list[dict] = []  # for example by evaluate()
         self._training_began = False
 
@@ -113,13 +121,9 @@ class RunRecord(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder, self._training_began = Path(args.output_dir), True
-        if state.global_step == 0:
-            _move_previous_run(folder)
-        for step, path in stored_steps(folder / COMPLETIONS_FOLDER).items():
-            if step > state.global_step:
-                remove_step(path)
+        _keep_previous_start(folder, state.global_step, len(self._logged_before_training))
         write_atomic(folder / METRICS_FILE, "".join(map(json_line, [*self._logged_before_training, *state.log_history])))
-        description = json_value(run_description(args, state, model))
+        description = json_value(run_description(args, state, model, self._details))
         write_atomic(folder / RUN_FILE, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
         self._logged_before_training = []
 
@@ -140,10 +144,35 @@ class RunRecord(TrainerCallback):
                 LOGGERS[name](state.global_step, groups, callbacks)
 
 
-def _move_previous_run(folder: Path) -> None:
-    paths = [folder / name for name in (METRICS_FILE, RUN_FILE, COMPLETIONS_FOLDER) if (folder / name).exists()]
-    if paths:
-        shutil.rmtree(folder / PREVIOUS_FOLDER, ignore_errors=True)
-        (folder / PREVIOUS_FOLDER).mkdir(parents=True)
-        for path in paths:
-            shutil.move(path, folder / PREVIOUS_FOLDER / path.name)
+def _keep_previous_start(folder: Path, from_step: int, num_own: int) -> None:
+    """Move what an earlier start wrote, and this one will not continue, to the next free folder in ``previous``.
+
+    Args:
+        from_step: the step that training starts from. Logs and completions up to this step are continued, unless it is 0.
+        num_own: number of lines at the end of ``metrics.jsonl`` that this process wrote before training.
+    """
+    numbers = [int(path.name) for path in folder.glob(f"{PREVIOUS_FOLDER}/*") if path.name.isdecimal()]
+    kept = folder / PREVIOUS_FOLDER / str(max(numbers, default=0) + 1)
+    metrics, about, completions = (folder / name for name in (METRICS_FILE, RUN_FILE, COMPLETIONS_FOLDER))
+    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if metrics.exists() else []
+    lines = lines[: len(lines) - num_own]
+    if from_step:
+        lines = [line for line in lines if _step_of(line) > from_step]
+    if lines:
+        write_atomic(kept / METRICS_FILE, "".join(lines))
+    moved = [about] if about.exists() else []
+    for step, path in stored_steps(completions).items():
+        if from_step == 0 or step > from_step:
+            moved += [file for file in (path, path.with_suffix(".html")) if file.exists()]
+    for path in moved:
+        target = kept / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target)
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line of ``metrics.jsonl``; infinity for a line that was not written to its end."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

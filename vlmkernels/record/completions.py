@@ -3,15 +3,17 @@
 Schema of ``completions/step-000012.json``:
 
     {"step": 12, "groups": [{"prompt": "...", "images": [[source, width, height, magnified], ...],
+                             "references": {"answer": "..."},
                              "completions": [{"text": "...", "rewards": {"iou": 0.5, "judge": null}, "advantage": 0.7}, ...]}]}
 
-Images are thumbnails as data URIs. A reward or an advantage that is not finite is null. ``step-000012.html`` shows the same.
+Images are thumbnails as data URIs. References are the columns of the dataset that the rewards need, as text. A reward or an
+advantage that is not finite is null. ``step-000012.html`` shows the same.
 """
 
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -25,13 +27,19 @@ MAX_STEPS = 100  # kept of a run; when there are more, every second step is remo
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """One completion. ``rewards`` maps the name of a reward function to its value, NaN = not scored."""
+    """One completion.
+
+    Args:
+        rewards: the value of each reward function by its name, NaN = not scored.
+        references: what the rewards compare with, by column of the dataset.
+    """
 
     prompt: str
     images: list[Image.Image]
     completion: str
     rewards: dict[str, float]
     advantage: float
+    references: dict[str, str] = field(default_factory=dict)
 
 
 Groups = list[list[CompletionRow]]  # groups of completions, each of one prompt
@@ -46,6 +54,7 @@ def _group_content(rows: list[CompletionRow]) -> dict:
     return {
         "prompt": rows[0].prompt,
         "images": [thumbnail(image) for image in rows[0].images],
+        "references": rows[0].references,
         "completions": [
             {
                 "text": row.completion,
@@ -93,6 +102,7 @@ def load_step(path: Path) -> dict:
             group["images"] = [Thumbnail(*image) for image in group["images"]]
             if not all(image.source.startswith("data:image/") for image in group["images"]):
                 raise ValueError("the source of an image is not a data URI")
+            _ = group.setdefault("references", {}).items()  # absent in files of earlier versions
             for row in group["completions"]:
                 _ = row["text"], row["rewards"].items(), row["advantage"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -130,7 +140,8 @@ def _group_html(group: dict) -> str:
         for row, count in zip(rows, counts, strict=True)
     )
     images = "".join(map(picture, group["images"]))
-    top = f"<header>{images}<pre>{escape(group['prompt'])}</pre></header>"
+    known = "".join(f"<small>{escape(name)}: {escape(value)}</small>" for name, value in group["references"].items())
+    top = f"<header>{images}<div><pre>{escape(group['prompt'])}</pre>{known}</div></header>"
     return f"<section>{top}<table><tr>{head}</tr>{body}</table></section>"
 
 

@@ -9,11 +9,16 @@ COMPLETIONS_FOLDER = "completions"
 STATE_FILE = "trainer_state.json"  # written by transformers.Trainer
 
 
+def encoded(text: str) -> bytes:
+    """Encode text as UTF-8. A lone surrogate, which has none, becomes its escape, which JSON reads as the surrogate."""
+    return text.encode("utf-8", "backslashreplace")
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write ``text`` to a temporary file and rename it to ``path``, so that no reader sees a half-written file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(encoded(text))
     os.replace(partial, path)
 
 
@@ -24,7 +29,7 @@ def append_atomic(path: Path, text: str) -> None:
         OSError: the file system accepted only a part of the text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = text.encode()
+    data = encoded(text)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         if (written := os.write(file, data)) != len(data):

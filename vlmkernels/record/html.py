@@ -17,6 +17,7 @@ h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.
 .summary { opacity: .75; margin: .2rem 0 1.5rem; }
 section { border: 1px solid var(--line); border-radius: 10px; margin: 1rem 0; overflow-x: auto; }
 header { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; padding: .8rem 1rem; background: var(--soft); }
+header small { display: block; opacity: .75; margin-top: .3rem; overflow-wrap: anywhere; }
 header img { border-radius: 6px; border: 1px solid var(--line); max-width: 100%; height: auto; }
 img { background: #fff; } img.small { image-rendering: pixelated; }
 pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }

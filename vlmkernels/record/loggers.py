@@ -4,12 +4,14 @@ Each function writes to the run that the logger's callback of transformers opene
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
 from transformers import TrainerCallback
 
 from vlmkernels.record.completions import Groups
+from vlmkernels.record.files import encoded
 
 MAX_IMAGE_SIDE = 512  # pixels of the longer side of a logged image
 
@@ -20,8 +22,18 @@ def _scaled_down(image: Image.Image) -> Image.Image:
     return image
 
 
+def _encodable(groups: Groups) -> Groups:
+    """Replace lone surrogates, which loggers cannot write, by their escapes."""
+
+    def escaped(text: str) -> str:
+        return encoded(text).decode()
+
+    return [[replace(row, prompt=escaped(row.prompt), completion=escaped(row.completion)) for row in rows] for rows in groups]
+
+
 def _table(step: int, groups: Groups, as_image: Callable) -> tuple[list[str], list[list]]:
     """Return the columns and rows of a table. Every image has its own column, so that a column holds one type."""
+    groups = _encodable(groups)
     rewards = list(groups[0][0].rewards)
     num_images = max(len(group[0].images) for group in groups)
     rows = []
@@ -60,7 +72,7 @@ def tensorboard_page(step: int, groups: Groups, callbacks: list[TrainerCallback]
     from transformers.integrations import TensorBoardCallback
 
     writer = next(callback for callback in callbacks if isinstance(callback, TensorBoardCallback)).tb_writer
-    for number, group in enumerate(groups, 1):
+    for number, group in enumerate(_encodable(groups), 1):
         names = ["completion", *group[0].rewards, "advantage"]
         lines = [f"| {' | '.join(names)} |", "| --- |" + " ---: |" * (len(names) - 1)]
         for row in group:

@@ -102,6 +102,7 @@ METRICS = (
     LoggedMetric("grad_norm", OPTIMIZER, "norm of the gradient before clipping"),
     LoggedMetric("learning_rate", OPTIMIZER, "the learning rate"),
     LoggedMetric("epoch", OPTIMIZER, "passes over the training prompts"),
+    LoggedMetric("frac_weights_changed", OPTIMIZER, "share of the weights with a gradient that an optimizer step changed"),
     LoggedMetric("frac_steps_skipped", OPTIMIZER, "share of steps skipped because the loss or a gradient was not finite"),
     LoggedMetric("frac_samples_replaced", OPTIMIZER, "share of prompts that replaced a row that cannot be read"),
     LoggedMetric("step_time", TIME, "host seconds of an optimizer step's micro-batches, including sampling (as in TRL)"),

@@ -231,6 +231,23 @@ def _facts(facts: dict[str, Any]) -> str:
     return f'<table class="facts">{rows}</table>'
 
 
+def _plain(value: Any) -> Any:
+    """Write a mapping as "name value, ..." and a list of them as one line each."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items() if item not in (None, "", {}, []))
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return "; ".join(_plain(item) for item in value)
+    return value
+
+
+def _data_and_rewards(about: dict[str, Any]) -> str:
+    """Return the tables of the datasets, the rewards with their weights, and the adapters."""
+    facts = {name: about[name] for name in ("dataset", "eval_dataset", "adapters") if about.get(name)}
+    for reward in about.get("rewards") or ():
+        facts[f"reward {reward.get('name')}"] = {name: value for name, value in reward.items() if name != "name"}
+    return f"<h2>Data and rewards</h2>{_facts({name: _plain(value) for name, value in facts.items()})}" if facts else ""
+
+
 def _configuration(about: dict[str, Any]) -> str:
     if not about:
         return '<h2>Configuration</h2><p class="still">The configuration was not recorded: there is no run.json.</p>'
@@ -239,6 +256,7 @@ def _configuration(about: dict[str, Any]) -> str:
     run = {name: about[name] for name in ("started", "from_step", "max_steps", "processes") if name in about}
     return (
         f"<h2>Configuration</h2>{_facts({**run, **about.get('model', {})})}"
+        f"{_data_and_rewards(about)}"
         f"<h2>Arguments <small>that differ from their defaults</small></h2>{_facts(given)}"
         f"<details><summary>All {len(arguments)} arguments</summary>{_facts(dict(sorted(arguments.items())))}</details>"
         f"<details><summary>The model's configuration</summary>{_facts(about.get('model config', {}))}</details>"

@@ -190,6 +190,12 @@ class Rewards:
                 raise ValueError(f"reward_weights must have one number per reward function, {len(self.names)}, got {weights}")
         self.weights = torch.tensor([e.weight for e in self.entries] if weights is None else weights, dtype=torch.float32)
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the dataset that the functions need."""
+        names = dict.fromkeys(name for entry in self.entries for name in required_columns(entry.function))
+        return [name for name in names if name not in PROVIDED]
+
     def check_columns(self, columns: list[str], dataset: str) -> None:
         """Raise ValueError if a function needs a column that the dataset does not have, or does not accept all columns.
 

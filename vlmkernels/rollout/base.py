@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlmkernels.data.samples import Sample, tokenizer_of
-from vlmkernels.models.families import media_token_ids
+from vlmkernels.models.families import media_token_ids, missing_token_ids
 from vlmkernels.models.group import ScoringBatch, cut_packs, pack_groups, pad_completions, prompt_positions
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
 from vlmkernels.models.inputs import ModelInputs
@@ -38,7 +38,8 @@ class Sampling:
         min_p: drop tokens less probable than ``min_p`` times the most probable token.
         repetition_penalty: above 1, tokens that occurred before become less probable. 1 is off.
         min_new_tokens: minimum number of tokens before an end-of-sequence token can be sampled.
-        suppress_tokens: tokens that are never sampled. Engines add the image and video tokens of the model.
+        suppress_tokens: tokens that are never sampled. Engines add the image and video tokens of the model, and the ids of its
+            vocabulary for which the tokenizer has no token.
         stop_strings: a completion ends with the token that completes one of them.
         generation_kwargs: further arguments of ``GenerationConfig``. Only ``model.generate`` supports them.
 
@@ -108,7 +109,9 @@ class Sampling:
         return cls(**own, generation_kwargs=given)
 
     def for_model(self, model: PreTrainedModel, processor: Any) -> "Sampling":
-        """Fill in ``eos_token_id`` and ``pad_token_id`` and add the image and video tokens to ``suppress_tokens``.
+        """Fill in ``eos_token_id`` and ``pad_token_id``, and add the tokens that must not be sampled to ``suppress_tokens``.
+
+        These are image and video tokens, and ids without a token, except those that end a completion.
 
         Raises:
             ValueError: neither the tokenizer nor the model's generation config has a token that ends a completion.
@@ -120,11 +123,12 @@ class Sampling:
             eos = [token for token in dict.fromkeys([tokenizer.eos_token_id, *declared]) if token is not None]
             if not eos:
                 raise ValueError("eos_token_id must be set, or be in the tokenizer or the model's generation config, got None")
+        missing = [token for token in missing_token_ids(model.config, processor) if token not in eos]
         return replace(
             self,
             eos_token_id=list(eos),
             pad_token_id=tokenizer.pad_token_id if self.pad_token_id is None else self.pad_token_id,
-            suppress_tokens=[*media_token_ids(model.config, processor), *self.suppress_tokens],
+            suppress_tokens=[*media_token_ids(model.config, processor), *missing, *self.suppress_tokens],
         )
 
     def at(self, temperature: float) -> "Sampling":

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from vlmkernels.models.families import Family
 from vlmkernels.record.phases import Phases, phase
+from vlmkernels.train import reference
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import first_error
@@ -37,7 +38,8 @@ logger = logging.get_logger(__name__)
 
 MANIFEST = "vlmkernels.json"
 FORMAT = 2  # format of a checkpoint's files; resuming from a later format raises an error
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # raised by open and rename, torch.save, and safetensors
+# Raised by open and rename, torch.save, safetensors, and the save_pretrained of configurations and processors.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, ValueError, TypeError, AttributeError)
 
 
 # Reading
@@ -137,7 +139,7 @@ def check_checkpoint(checkpoint: str | os.PathLike, model: PreTrainedModel, proc
     model_type = model.config.model_type
     if (saved_type := manifest.get("model_type", model_type)) != model_type:
         raise ValueError(f"{name} must hold a model of type {model_type}, like the trained model, got {saved_type}")
-    has_adapters = (folder / "adapter_config.json").exists()
+    has_adapters = any(folder.glob("adapter_config.json")) or any(folder.glob("*/adapter_config.json"))
     if is_peft_model(model) and not has_adapters:
         raise ValueError(f"{name} must hold LoRA adapters, like the trained model, got a checkpoint of a whole model")
     if has_adapters and not is_peft_model(model):
@@ -145,7 +147,12 @@ def check_checkpoint(checkpoint: str | os.PathLike, model: PreTrainedModel, proc
     if has_adapters and not is_zero3_sharded(model):
         from peft import get_peft_model_state_dict, load_peft_weights
 
-        _check_shapes(name, get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu"))
+        for adapter in model.active_adapters:
+            weights = folder if adapter == "default" or not (folder / adapter).is_dir() else folder / adapter
+            if not (weights / "adapter_config.json").exists():
+                raise ValueError(f"{name} must hold the adapter {adapter!r}, like the trained model, got none of this name")
+            own = get_peft_model_state_dict(model, adapter_name=adapter)
+            _check_shapes(name, own, load_peft_weights(str(weights), device="cpu"))
     saved_by = len(list(folder.glob("experience_*.pt")))
     if saved_by not in (0, processes):
         raise ValueError(f"{name} was saved mid-batch by {saved_by} processes: resume with {saved_by}, got {processes}")
@@ -203,6 +210,7 @@ class CheckpointedTrainer(Trainer):
     """A ``Trainer`` that writes, finds and loads checkpoints with the functions of this module."""
 
     phases: Phases
+    reference_adapter: dict[str, torch.Tensor]  # weights of the frozen adapter; empty if there is none
 
     def _run_epoch(self, **arguments: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # Trainer would take one more step if a finished run is resumed
@@ -213,6 +221,10 @@ class CheckpointedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_weights(self.model, resume_from_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with reference.hidden(self.model):
+            super()._save(output_dir, state_dict)
 
     def _load_best_model(self) -> None:
         if is_peft_model(self.model) or self.is_deepspeed_enabled:
@@ -303,6 +315,8 @@ def _parts(trainer: Trainer, folder: str) -> Iterator[Callable[[], None]]:
     yield lambda: trainer.save_model(folder, _internal_call=True)
     if trainer.args.save_only_model:
         return
+    if trainer.args.should_save and trainer.reference_adapter:
+        yield lambda: reference.save(trainer.reference_adapter, folder)
     if trainer.is_fsdp_enabled:
         plugin, accelerator, model = trainer.accelerator.state.fsdp_plugin, trainer.accelerator, trainer.model
         yield lambda: save_fsdp_model(plugin, accelerator, model, folder, adapter_only=True)
@@ -329,6 +343,7 @@ def _seal(trainer: Trainer, partial: Path) -> None:
     files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
     model = trainer.accelerator.unwrap_model(trainer.model)
     manifest = {"format": FORMAT, "vlmkernels": __version__, "model_type": model.config.model_type}
+    manifest["reference"] = reference.kind_of(model, trainer.args.beta)
     manifest |= {"time": time.time(), "files": files}  # seconds since 1970
     _flush(partial / TRAINER_STATE_NAME)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))

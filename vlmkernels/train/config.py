@@ -9,14 +9,62 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmkernels.data.images import ImageLimits
-from vlmkernels.ops.checks import require_one_of
+from vlmkernels.ops.checks import did_you_mean, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
+from vlmkernels.ops.grpo_loss.config import PRESETS
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
+
+# Fields of trl.GRPOConfig, of this and of earlier versions, that GRPOConfig does not have, and what serves instead.
+_CORRECTION = "use rollout_correction, rollout_clip_min and rollout_clip_max (docs/mismatch.md)"
+_SERVER = "use vllm_server_base_url, the URL of the server"
+_ENTROPY = "use entropy_coef, which is constant"
+_REFERENCE = "the reference is fixed; to move it, start another run from a checkpoint"
+TRL_FIELDS = {
+    "trust_remote_code": "use model_init_kwargs={'trust_remote_code': True}",
+    "router_aux_loss_coef": "there is no auxiliary loss of routers",
+    "cast_lm_head_to_fp32": "log-probabilities are always accumulated in float32",
+    "ds3_gather_for_generation": "ZeRO-3 always gathers the weights for sampling",
+    "pad_to_multiple_of": "batches need no padding to a multiple",
+    "cache_implementation": "the engine has its own cache of keys and values",
+    "vllm_model_impl": "give the option to `vllm serve`, and use vllm_mode='server'",
+    "vllm_tensor_parallel_size": "give the option to `vllm serve`, and use vllm_mode='server'",
+    "vllm_enable_sleep_mode": "use vllm_gpu_memory_utilization, or vllm_mode='server'",
+    "vllm_structured_outputs_regex": "completions are sampled without a grammar",
+    "vllm_guided_decoding_regex": "completions are sampled without a grammar",
+    "vllm_server_host": _SERVER,
+    "vllm_server_port": _SERVER,
+    "vllm_group_port": "weights are sent as files in vllm_weights_dir",
+    "vllm_max_model_len": "use vllm_max_model_length",
+    "multi_objective_aggregation": "rewards are summed with reward_weights, then normalized",
+    "sync_ref_model": _REFERENCE,
+    "ref_model_mixup_alpha": _REFERENCE,
+    "ref_model_sync_steps": _REFERENCE,
+    "use_adaptive_entropy": _ENTROPY,
+    "entropy_coef_min": _ENTROPY,
+    "entropy_coef_max": _ENTROPY,
+    "entropy_coef_delta": _ENTROPY,
+    "entropy_target": _ENTROPY,
+    "max_tool_calling_iterations": "there are no tool calls",
+    "vllm_importance_sampling_correction": _CORRECTION,
+    "vllm_importance_sampling_mode": _CORRECTION,
+    "vllm_importance_sampling_clip_max": _CORRECTION,
+    "vllm_importance_sampling_clip_min": _CORRECTION,
+    "vllm_importance_sampling_cap": _CORRECTION,
+    "log_multimodal": "use log_completions, which stores images too",
+    "log_unique_prompts": "use log_completions, which stores a prompt once per group",
+    "wandb_log_unique_prompts": "use log_completions, which stores a prompt once per group",
+    "log_completions_hub_repo": "use log_completions, and upload the folder completions",
+    "use_transformers_continuous_batching": "use max_num_seqs, which replaces completions that have ended by new ones",
+    "transformers_continuous_batching_config": "use max_num_seqs, which replaces completions that have ended by new ones",
+    "use_transformers_paged": "use max_num_seqs, which replaces completions that have ended by new ones",
+    "use_liger_loss": "the loss is always computed without the full logits",
+    "epsilon_low": "use epsilon",
+}
 
 
 # ruff: noqa: RUF009 (_field is dataclasses.field)
@@ -38,9 +86,12 @@ class GRPOConfig(TrainingArguments):
       vllm_fingerprint_tolerance are new.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
       on_nonfinite, max_image_pixels, max_image_bytes and allow_image_urls are new.
-    - Fields of TRL that are not listed here do not exist.
+    - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
+    - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
+    - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
 
     Raises:
+        TypeError: there is no field of a name.
         ValueError: a value is out of range, or two values are incompatible.
     """
 
@@ -51,6 +102,16 @@ class GRPOConfig(TrainingArguments):
         "chat_template_kwargs",
     ]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "GRPOConfig":
+        """Check the names of the arguments."""
+        names = [field.name for field in fields(cls) if field.init]
+        for name in kwargs:
+            if name not in names:
+                hint = f": {TRL_FIELDS[name]}" if name in TRL_FIELDS else did_you_mean(name, names)
+                raise TypeError(f"{cls.__name__} must get names of its fields, got {name}{hint}")
+        return super().__new__(cls)
+
+    preset: str | None = _field(None, "Settings of a paper: dapo, gspo, ...; fields that are set to other values override it.")
     learning_rate: float = _field(1e-6, "Initial learning rate.")
     logging_steps: float = _field(10, "Number of optimizer steps between logs. A value below 1 is a fraction of all steps.")
     bf16: bool | None = _field(None, "Use bfloat16 mixed precision. By default on if the GPU supports it and fp16 is off.")
@@ -62,6 +123,10 @@ class GRPOConfig(TrainingArguments):
 
     num_generations: int = _field(8, "Number of completions per prompt, at least 2.")
     num_generations_eval: int | None = _field(None, "Completions per prompt in evaluation; by default num_generations.")
+    max_prompt_length: int | None = _field(
+        None,
+        "Maximum number of tokens of a prompt with its images; a longer prompt is an unusable row (on_bad_sample).",
+    )
     max_completion_length: int = _field(512, "Maximum number of tokens of a completion.")
     shuffle_dataset: bool = _field(True, "Visit the training prompts in a new random order in each epoch.")
     generation_batch_size: int | None = _field(None, "Completions per generation batch, over all processes.")
@@ -146,6 +211,7 @@ class GRPOConfig(TrainingArguments):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
+        self._apply_preset()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self.share_prefix = {"true": True, "false": False}.get(str(self.share_prefix).lower(), self.share_prefix)
         self.num_generations_eval = self.num_generations_eval or self.num_generations
@@ -159,13 +225,24 @@ class GRPOConfig(TrainingArguments):
         self.loss_config()
         self.image_limits()
 
+    def _apply_preset(self) -> None:
+        """Set the fields of the preset that have their default values."""
+        if self.preset is None:
+            return
+        require_one_of("preset", self.preset, PRESETS)
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, value in PRESETS[self.preset].items():
+            name = {"epsilon_low": "epsilon"}.get(name, name)
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
+
     def _check_values(self) -> None:
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be >= 2, to compare completions, got {self.num_generations}")
         for name in ("num_generations_eval", "max_completion_length", "num_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("max_num_seqs", "max_tokens_per_microbatch"):
+        for name in ("max_prompt_length", "max_num_seqs", "max_tokens_per_microbatch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.temperature <= 0:

@@ -13,12 +13,14 @@ from vlmkernels.ops.group_advantages import GroupAdvantages
 from vlmkernels.record.completions import CompletionRow, Groups
 from vlmkernels.record.phases import Phases
 from vlmkernels.record.summary import completion_metrics, reward_metrics
-from vlmkernels.rewards import Scores
+from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.answers import text_of
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.score import Scored
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.token_counts import NAMES, TokenCounts
+
+MAX_REFERENCE = 500  # characters of a reference that are stored
 
 
 class MetricBuffer:
@@ -95,17 +97,25 @@ def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dic
     return metrics | {"tokens_per_second": metrics["tokens_run"] * steps / max(training, 1e-9)}
 
 
-def completion_groups(scored: Scored, advantages: torch.Tensor, names: list[str], args: GRPOConfig) -> Groups:
+def completion_groups(scored: Scored, advantages: torch.Tensor, rewards: Rewards, args: GRPOConfig) -> Groups:
     """Return at most ``num_completions_to_print`` completions, as ``vlmkernels.record.completions`` stores them.
 
     Args:
         scored: N completions, ordered by group.
         advantages: (N,).
-        names: names of the reward functions.
+        rewards: the reward functions.
     """
-    columns = scored.samples, scored.completions, scored.scores.rewards.tolist(), advantages.tolist()
+    columns = rewards.columns or ["answer"]  # a function that takes **kwargs does not say what it reads
+    values = scored.samples, scored.completions, scored.scores.rewards.tolist(), advantages.tolist()
     rows = [
-        CompletionRow(prompt_text(s.prompt), still_images(s), text_of(c), dict(zip(names, r, strict=True)), a)
-        for s, c, r, a in zip(*columns, strict=True)
+        CompletionRow(
+            prompt=prompt_text(s.prompt),
+            images=still_images(s),
+            completion=text_of(c),
+            rewards=dict(zip(rewards.names, r, strict=True)),
+            advantage=a,
+            references={name: f"{s.row[name]}"[:MAX_REFERENCE] for name in columns if s.row.get(name) is not None},
+        )
+        for s, c, r, a in zip(*values, strict=True)
     ][: args.num_completions_to_print]
     return [rows[start : start + args.num_generations] for start in range(0, len(rows), args.num_generations)]

@@ -138,6 +138,12 @@ def _digest(values: Iterable[object]) -> str:
     return content.hexdigest()
 
 
+def digest_rows(dataset: Any) -> str:
+    """Return a hash of the prompts of at most ``_COMPARED_ROWS`` * 2 rows, spread over the dataset."""
+    stored, rows = undecoded(dataset), range(0, len(dataset), max(1, len(dataset) // _COMPARED_ROWS))
+    return _digest(row.get("prompt") for index in rows if isinstance(row := stored[index], dict))
+
+
 def describe_process(
     args: TrainingArguments, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, dataset: Any
 ) -> dict[str, dict[str, object]]:
@@ -146,8 +152,6 @@ def describe_process(
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
     # Parameters that ZeRO-3 sharded differ between processes.
     samples = (p.detach().flatten()[:8].tolist() for p in parameters.values() if not hasattr(p, "ds_id"))
-    stored = undecoded(dataset)
-    rows = [] if dataset is None else range(0, len(dataset), max(1, len(dataset) // _COMPARED_ROWS))
     return {
         "versions": {"vlmkernels": __version__, **{lib.__name__: lib.__version__ for lib in (torch, transformers, accelerate)}},
         "argument": {name: value for name, value in args.to_dict().items() if name not in _LOCAL_ARGUMENTS},
@@ -163,6 +167,6 @@ def describe_process(
         "rewards": {"names": rewards.names, "weights": rewards.weights.tolist()},
         "train_dataset": {
             "rows": None if dataset is None else len(dataset),
-            "prompts": _digest(stored[index].get("prompt") for index in rows),
+            "prompts": None if dataset is None else digest_rows(dataset),
         },
     }

@@ -1,6 +1,7 @@
-"""Steps of ``GRPOTrainer.__init__``: load the model, check the datasets, prepare the policy, the reference and the engine."""
+"""Steps of ``GRPOTrainer.__init__``: check the datasets, load the model, prepare the policy, the reference and the engine."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,50 +11,82 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from vlmkernels.data.dataset import SampleDataset, check_dataset, column_names
-from vlmkernels.data.samples import Sample, encode, read_sample, tokenizer_of
+from vlmkernels.data.dataset import RowChecks, SampleDataset, check_dataset
+from vlmkernels.data.samples import Sample, SampleError, encode, read_sample, tokenizer_of
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import TEXT, Family, family_of, prefix_sharing_unsupported
 from vlmkernels.models.head import logit_arguments, output_head
 from vlmkernels.models.image_features import accepts_image_features, feature_reuse_unsupported, use_image_features
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.models.inputs import ModelInputs
-from vlmkernels.models.loading import base_model, disable_dropout, frozen_copy, load_model, load_processor
+from vlmkernels.models.loading import (
+    base_model,
+    disable_dropout,
+    embedding_rows,
+    frozen_copy,
+    load_config,
+    load_model,
+    load_processor,
+)
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.rewards import Rewards
 from vlmkernels.rollout.base import Engine
 from vlmkernels.rollout.make import make_engine
+from vlmkernels.train import reference
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.parallel import gathered_zero3, prepare_head, prepare_reference, requires_lockstep
+from vlmkernels.train.saving import check_saving
 
 logger = logging.get_logger(__name__)
 
 
-def load_policy(model: str | PreTrainedModel, processor: Any, args: GRPOConfig) -> tuple[PreTrainedModel, Any]:
-    """Load the model and its processor or tokenizer, unless they are given, and complete ``args`` for the model.
+def load_processing(model: str | PreTrainedModel, processor: Any, args: GRPOConfig) -> tuple[Any, int]:
+    """Load the processor or tokenizer of a model, unless it is given, and complete ``args`` for the model.
+
+    The weights are not loaded, so that the datasets are checked before.
 
     Returns:
-        The model and its processor. The processor has a padding token, and a fast image processor if one is available.
+        The processor, with a padding token and, if one is available, a fast image processor, and the number of rows of the
+        model's input embedding.
     """
-    if isinstance(model, str):
-        model = load_model(model, args.model_init_kwargs)
+    is_path = isinstance(model, str)
+    config = load_config(model, args.model_init_kwargs) if is_path else model.config
     if processor is None:
-        processor = load_processor(model.config._name_or_path, args.model_init_kwargs)
+        processor = load_processor(model if is_path else config._name_or_path, args.model_init_kwargs)
     processor = with_fast_images(processor)
     tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("processing_class must have a pad_token or an eos_token, got neither")
         tokenizer.pad_token = tokenizer.eos_token
-    if family_of(model.config) is not TEXT and args.ddp_find_unused_parameters is None:
+    if family_of(config) is not TEXT and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
-    return model, processor
+    return processor, embedding_rows(config if is_path else model)
 
 
-def add_adapters(model: PreTrainedModel, peft_config: Any, args: GRPOConfig) -> PreTrainedModel:
-    """Add the adapters of ``peft_config``, if there are any, and disable dropout if ``args`` says so."""
+def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, args: GRPOConfig) -> PreTrainedModel:
+    """Load the model unless it is given, add the adapters of ``peft_config`` if there are any, and disable dropout if ``args``
+    says so. With beta > 0, a model that is given with adapters gets a frozen copy of them; see ``vlmkernels.train.reference``.
+
+    Raises:
+        ValueError, TypeError: the model and ``peft_config`` do not fit together, nothing is trained, or the model could not be
+            saved.
+    """
+    if isinstance(model, str):
+        model = load_model(model, args.model_init_kwargs)
     if peft_config is not None:
-        from peft import get_peft_model
+        from peft import PeftConfig, get_peft_model
 
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a peft.PeftConfig, got {type(peft_config).__name__}")
+        if is_peft_model(model):
+            raise ValueError("peft_config must be None for a model that has adapters (or merge_and_unload them), got both")
         model = get_peft_model(model, peft_config)
+    if args.beta != 0 and is_peft_model(model) and (peft_config is None or reference.changes_base(peft_config)):
+        reference.add_adapter(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model must have parameters that require gradients (load adapters with is_trainable=True), got none")
+    check_saving(model, processor, args)
     if args.disable_dropout:
         disable_dropout(model)
     return model
@@ -68,17 +101,20 @@ class CheckedDatasets:
 
     Args:
         media: the kinds of media in the training rows, of "image" and "video".
+        columns: for each dataset, the union of the columns of its rows.
         unusable: for each dataset, the indices of its rows that cannot be used, with the reasons.
         args: the arguments of the run.
     """
 
     media: set[str]
+    columns: dict[str, list[str]]
     unusable: dict[str, dict[int, str]]
     args: GRPOConfig
 
     def samples(self, dataset: Any, name: str) -> SampleDataset:
         """Return the samples of a checked dataset. With ``on_bad_sample="skip"``, unusable rows are replaced."""
-        return SampleDataset(dataset, name, self.args.image_limits(), self.args.on_bad_sample, self.unusable.get(name))
+        known = self.unusable.get(name), self.columns.get(name, ())
+        return SampleDataset(dataset, name, self.args.image_limits(), self.args.on_bad_sample, *known)
 
     def evaluation(self, eval_dataset: Any, choice: Any = None) -> SampleDataset:
         """Return the samples to evaluate on.
@@ -97,15 +133,16 @@ class CheckedDatasets:
 
 
 def check_datasets(
-    train_dataset: Any, eval_dataset: Any, processor: Any, rewards: Rewards, args: GRPOConfig
+    train_dataset: Any, eval_dataset: Any, processor: Any, num_embeddings: int, rewards: Rewards, args: GRPOConfig
 ) -> CheckedDatasets:
-    """Check every row of the datasets.
+    """Check every row of the datasets. ``num_embeddings`` is the number of rows of the model's input embedding.
 
     Raises:
         ValueError, TypeError: a row cannot be used and ``on_bad_sample`` is "raise", a column that a reward function needs is
             missing, or the training dataset has too few rows for one generation batch.
     """
     media: set[str] = set()
+    columns: dict[str, list[str]] = {}
     unusable: dict[str, dict[int, str]] = {}
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
@@ -113,13 +150,18 @@ def check_datasets(
     else:
         datasets["eval_dataset"] = eval_dataset
     check_row = None if args.remove_unused_columns else rewards.check_row
+
+    def check_columns(names: list[str], name: str) -> None:
+        rewards.check_columns([] if args.remove_unused_columns else names, name)
+
     for name, dataset in datasets.items():
         if dataset is None:
             continue
         bad = unusable[name] = {}
         skipped = bad if args.on_bad_sample == "skip" else None
-        kinds = check_dataset(
-            dataset, name, processor, args.chat_template_kwargs, check_row, bad=skipped, limits=args.image_limits()
+        checks = RowChecks(partial(check_columns, name=name), check_row, num_embeddings)
+        kinds, columns[name] = check_dataset(
+            dataset, name, processor, args.chat_template_kwargs, checks, bad=skipped, limits=args.image_limits()
         )
         if name == "train_dataset":
             media = kinds
@@ -127,13 +169,12 @@ def check_datasets(
             reason = next(iter(bad.values()))
             message = "%s: %d of %d samples are not used (on_bad_sample='skip'); the first: %s"
             logger.warning(message, name, len(bad), len(dataset), reason)
-        rewards.check_columns([] if args.remove_unused_columns else column_names(dataset), name)
     num_prompts = args.prompts_per_generation * args.world_size
     if train_dataset is not None and len(train_dataset) < num_prompts:
         raise ValueError(
             f"train_dataset must hold at least the {num_prompts} prompts of one generation batch, got {len(train_dataset)}"
         )
-    return CheckedDatasets(media, unusable, args)
+    return CheckedDatasets(media, columns, unusable, args)
 
 
 # Models
@@ -216,8 +257,18 @@ def _idle_sample(kind: str) -> Sample:
 
 
 def encode_prompts(samples: list[Sample], processor: Any, policy: PreparedPolicy, args: GRPOConfig) -> ModelInputs:
-    """Return the model inputs of the samples' prompts on the device of the run."""
+    """Return the model inputs of the samples' prompts on the device of the run.
+
+    Raises:
+        SampleError: a sample cannot be encoded, or is longer than ``max_prompt_length``.
+    """
     prompts = encode(samples, processor, policy.family, args.chat_template_kwargs, **policy.processor_arguments)
+    lengths = prompts.inputs["attention_mask"].sum(1).tolist()
+    for sample, length in zip(samples, lengths, strict=True):
+        if args.max_prompt_length is not None and length > args.max_prompt_length:
+            raise SampleError(
+                sample, f"the prompt must have at most max_prompt_length = {args.max_prompt_length} tokens, got {length}"
+            )
     return prompts.to(args.device)
 
 
@@ -228,14 +279,14 @@ def load_reference(
 
     Returns:
         The reference and its language-model head; None and the policy's head if beta is 0, or if the reference is the policy
-        with its adapters disabled.
+        with other adapters or without adapters.
     """
     if args.beta == 0 or is_peft_model(model):
         return None, policy.head
     with gathered_zero3(model):
-        reference = frozen_copy(model)
-    head = output_head(reference)
-    return prepare_reference(accelerator, reference), head
+        copied = frozen_copy(model)
+    head = output_head(copied)
+    return prepare_reference(accelerator, copied), head
 
 
 def prepare_engine(model: PreTrainedModel, processor: Any, args: GRPOConfig, accelerator: Accelerator) -> Engine:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from vlmkernels.data.dataset import SampleDataset
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.head import completion_loss, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
@@ -36,7 +38,7 @@ from vlmkernels.record.progress import RewardProgress
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.score import Scored, score_rollout
-from vlmkernels.train import checkpoint, parallel, sampler, setup
+from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
@@ -44,14 +46,16 @@ from vlmkernels.train.logs import EvaluatedCompletions, MetricBuffer, completion
 from vlmkernels.train.micro_batches import MicroBatches, Split
 from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.processes import Processes, describe_process
+from vlmkernels.train.run_details import run_details
+from vlmkernels.train.updates import UpdateCheck
 
 
 class GRPOTrainer(checkpoint.CheckpointedTrainer):
     """Trains a vision-language or text model with GRPO. The constructor has the arguments of ``trl.GRPOTrainer``.
 
     Args:
-        model: a model or its path. With beta > 0 the reference is a frozen copy of the model, or, if the model has LoRA
-            adapters, the model with its adapters disabled.
+        model: a model or its path. With beta > 0 the reference is a frozen copy of the model as it is given, or of its adapter
+            if it has one, or, with peft_config, the model without adapters.
         reward_funcs: one or more functions, names of built-in functions, import paths, or dicts of a name, a weight and
             options; see ``vlmkernels.rewards.compose``.
         args: see ``GRPOConfig``.
@@ -83,12 +87,13 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.processes = Processes(args.ddp_timeout)
         set_seed(args.seed)  # adapters start from random weights
         with self.processes.stop_together("the set-up"):
-            model, processor = setup.load_policy(model, processing_class, args)
+            processor, num_embeddings = setup.load_processing(model, processing_class, args)
             self.tokenizer = tokenizer_of(processor)
             self.rewards = Rewards(reward_funcs, args.reward_weights)
-            self.datasets = setup.check_datasets(train_dataset, eval_dataset, processor, self.rewards, args)
+            data = train_dataset, eval_dataset
+            self.datasets = setup.check_datasets(*data, processor, num_embeddings, self.rewards, args)
             self.samples = self.datasets.samples(train_dataset, "train_dataset")
-        model = setup.add_adapters(model, peft_config, args)
+            model = setup.load_policy(model, processor, peft_config, args)
         super().__init__(
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=processor, callbacks=callbacks, optimizers=optimizers,
@@ -97,6 +102,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         parallel.check_parallelism(self.accelerator, model, args.n_gpu)
         self.processes.compare(**describe_process(args, model, self.tokenizer, self.rewards, train_dataset))
         self.prepared = setup.prepare_policy(model, processor, args, self.accelerator, self.datasets.media)
+        self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
         self.engine = setup.prepare_engine(model, processor, args, self.accelerator)
         self.loss_config = args.loss_config()
@@ -107,13 +113,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self._last_scored: tuple[Scored, torch.Tensor] | None = None  # with advantages, for log_completions
         self.metrics = MetricBuffer()
         self._step_time = 0.0
-        self._add_callbacks()
+        self._add_callbacks(run_details(train_dataset, eval_dataset, self.rewards, model))
         set_seed(args.seed, device_specific=True)  # processes sample different completions
 
-    def _add_callbacks(self) -> None:
-        self.phases, self.record = Phases(self.args.device), RunRecord()
+    def _add_callbacks(self, details: dict[str, Any]) -> None:
+        self.phases, self.record = Phases(self.args.device), RunRecord(details)
         self.processes.waiting = partial(self.phases, "wait")
         self.add_callback(self.phases)
+        self.add_callback(UpdateCheck(self.accelerator, self.metrics.add))
         self.add_callback(self.record)
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -148,11 +155,22 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         with parallel.gathered(self.accelerator, self.policy, self.prepared.head), self.accelerator.autocast():
             yield
 
-    def _sample(self, samples: list[Sample], num_generations: int, temperature: float) -> tuple[Rollout, Scored]:
-        """Sample completions and call the reward functions on them."""
+    def _sample(
+        self, dataset: SampleDataset, rows: list[tuple[int, Sample]], num_generations: int, temperature: float
+    ) -> tuple[list[tuple[int, Sample]], Rollout, Scored]:
+        """Sample completions and call the reward functions on them.
+
+        Args:
+            dataset, rows: pairs of an index and a sample that the dataset returned.
+
+        Returns:
+            The rows, in which other samples may have replaced those that cannot be encoded, the rollout and its scores.
+        """
         args, prepared = self.args, self.prepared
         with self.phases("data"):
-            prompts = setup.encode_prompts(samples, self.processing_class, prepared, args)
+            encode = partial(setup.encode_prompts, processor=self.processing_class, policy=prepared, args=args)
+            rows, prompts = dataset.encode(rows, encode)
+            samples = [sample for _, sample in rows]
         with self.phases("generate"), self._gathered_policy():
             if prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
                 prompts = encode_images(prepared.model, prompts)
@@ -163,7 +181,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         with self.phases("reward"):
             options = {"columns": not args.remove_unused_columns, "trainer_state": self.state}
             scored = score_rollout(self.rewards, samples, rollout, self.processing_class, **options)
-        return rollout, scored
+        return rows, rollout, scored
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.rewards.weights.to(rewards.device)
@@ -178,10 +196,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         args = self.args
         with self.processes.stop_together(f"the completions of step {self.state.global_step}"), inference(self.policy):
             with self.phases("data"):
-                samples = [self.samples[index][1] for index in indices]
-            rollout, scored = self._sample(samples, args.num_generations, args.temperature)
+                rows = [self.samples[index] for index in indices]
+            rows, rollout, scored = self._sample(self.samples, rows, args.num_generations, args.temperature)
         if args.on_bad_sample == "skip":
-            replaced = [sample.index != index for sample, index in zip(samples, indices, strict=True)]
+            replaced = [sample.index != index for index, sample in rows]
             self.metrics.add({"frac_samples_replaced": sum(replaced) / len(replaced)})
         self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
         with self.phases("wait"):
@@ -225,7 +243,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if args.beta > 0:
             model, as_reference = self.ref_model, nullcontext()
             if model is None:
-                model, as_reference = self.model_wrapped, self.policy.disable_adapter()
+                model, as_reference = self.model_wrapped, reference.as_reference(self.policy)
             with self.phases("ref_logps"), inference(model), as_reference:
                 ref_logps = self.micro_batches.logps(model, self.ref_head, rollout, range(args.steps_per_generation))
             experience.ref_logps = ref_logps
@@ -352,8 +370,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         num_batches = parallel.max_over_ranks(self.accelerator, len(dataloader))
         with self.processes.stop_together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
-                rollout, scored = self._sample([sample for _, sample in rows], num_generations, self.args.eval_temperature)
-                # A sample that replaces an unreadable row runs, so that ranks stay in lockstep, but it is not evaluated.
+                sampling = num_generations, self.args.eval_temperature
+                rows, rollout, scored = self._sample(dataloader.dataset, rows, *sampling)
+                # A sample that replaces an unusable row runs, so that ranks stay in lockstep, but it is not evaluated.
                 is_own = torch.tensor([sample.index == index for index, sample in rows])
                 completions.add(rollout, scored.scores, is_own.repeat_interleave(num_generations))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -375,7 +394,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             logs.update(self.metrics.flush(self.accelerator) | self.mismatch.flush(self.accelerator))
         super().log(logs, start_time)
         if is_training and args.log_completions and self._last_scored and self.is_world_process_zero():
-            groups = completion_groups(*self._last_scored, self.rewards.names, args)
+            groups = completion_groups(*self._last_scored, self.rewards, args)
             self.record.save_completions(args, self.state, groups, self.callback_handler.callbacks)
 
     # Checkpoints
@@ -389,9 +408,17 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             with args.main_process_first(local=args.save_on_each_node, desc="the checkpoint"):
                 path = checkpoint.find_checkpoint(path, args.output_dir)
             checkpoint.check_checkpoint(path, self.policy, args.world_size)
+            self._restore_reference(path)
+            if self.is_world_process_zero():
+                print(f"resuming from {path}", flush=True)
             self._experience = checkpoint.load_experience(path, args.process_index, self.prepared.family, args)
         with name_lost_processes(self.accelerator):
             return super().train(path, **kwargs)
+
+    def _restore_reference(self, path: str) -> None:
+        kind = reference.kind_of(self.policy, self.args.beta)
+        reference.restore(self.policy, path, Path(path) / checkpoint.MANIFEST, kind)
+        self.reference_adapter = reference.adapter_state(self.policy)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save the random states, and the generation batch if it is still in use, so that a resumed run continues it."""

@@ -33,8 +33,8 @@ def two(server, tmp_path_factory):
         ("loss", *2 * ["FloatingPointError: step 2: process 1: not finite: the loss, kl$"]),
         (
             "image raises",
-            "RuntimeError: process 1 stopped at the completions of step .: ValueError: sample 2: images",
-            "ValueError: sample 2: images",
+            "RuntimeError: process 1 stopped at the completions of step .: ValueError: train_dataset: sample 2: images",
+            "ValueError: train_dataset: sample 2: images",
         ),
         ("newer", *2 * ["ValueError: resume_from_checkpoint .* must have a format that vlmkernels"]),
     ],
@@ -106,7 +106,7 @@ def test_another_sample_takes_the_place_of_one_that_cannot_be_read(tmp_path, cap
         trainer.train()
     assert seen == [(f"what is {index}?",) for index in (0, 2, 2, 4, 4, 5)]
     assert [log["frac_samples_replaced"] for log in losses(trainer).values()] == [0, 1, 0, 1, 0, 0]
-    assert "train_dataset: 1 of 6 samples are not used (on_bad_sample='skip'); the first: sample 3" in caplog.text
+    assert "1 of 6 samples are not used (on_bad_sample='skip'); the first: train_dataset: sample 3" in caplog.text
     assert "sample 1: images[0] cannot be read: image file is truncated; using the next sample instead" in caplog.text
     del seen[:]
     trainer.control.should_evaluate = True
@@ -118,9 +118,9 @@ def test_another_sample_takes_the_place_of_one_that_cannot_be_read(tmp_path, cap
 
 def test_a_dataset_that_cannot_be_read_at_all_stops_the_run(tmp_path):
     rows = [runs.corrupt(row) for row in tiny.rows(2)]
-    with pytest.raises(ValueError, match="train_dataset must have a sample that can be read, got sample"):
+    with pytest.raises(ValueError, match="train_dataset must have a sample that can be read, got train_dataset: sample"):
         build(tmp_path, data=rows, on_bad_sample="skip").train()
-    with pytest.raises(ValueError, match="eval_dataset must have a sample that can be read, got sample"):
+    with pytest.raises(ValueError, match="eval_dataset must have a sample that can be read, got eval_dataset: sample"):
         build(tmp_path, eval_data=rows, on_bad_sample="skip").evaluate()
 
 

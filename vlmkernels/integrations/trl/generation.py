@@ -1,5 +1,6 @@
 """``grouped_generate``: replaces ``model.generate`` in TRL's trainers by ``decode_groups``, which runs each prompt once."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,17 @@ _OFF = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
     **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "length_penalty"), 1.0),
 }
+
+
+def _suppress(missing: list[int], config: GenerationConfig, model_config: GenerationConfig) -> GenerationConfig:
+    """Return ``config`` with ids without a token among ``suppress_tokens``, except those that end a completion."""
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    banned = [token for token in missing if token not in eos]
+    if not banned:
+        return config
+    config = copy.deepcopy(config)
+    config.suppress_tokens = [*(config.suppress_tokens or model_config.suppress_tokens or ()), *banned]
+    return config
 
 
 def _sampling(config: GenerationConfig, model_config: GenerationConfig) -> Sampling | str:
@@ -59,6 +71,7 @@ def grouped_generate(
     generate = model.generate
 
     def decode(*, generation_config: GenerationConfig, **inputs: torch.Tensor) -> torch.Tensor:
+        generation_config = _suppress(scorer.missing_tokens, generation_config, model.generation_config)
         sampling = unsupported or _sampling(generation_config, model.generation_config)
         if isinstance(sampling, Sampling):
             prompts, group = scorer.groups(base_model(model), inputs, num_images)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from vlmkernels.integrations.trl.features import FeatureCache
 from vlmkernels.models import attention
-from vlmkernels.models.families import TEXT, family_of, prefix_sharing_unsupported
+from vlmkernels.models.families import TEXT, family_of, missing_token_ids, prefix_sharing_unsupported
 from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions
 from vlmkernels.models.head import call_in_head, logit_arguments, output_head
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, feature_reuse_unsupported
@@ -89,6 +89,7 @@ class Scorer:
     Attributes:
         shares_prefix: whether the completions of a group share one copy of their prompt.
         features: the image features of the policy, if its vision tower is frozen.
+        missing_tokens: ids of the model's vocabulary without a token, which are not sampled.
 
     Args:
         trainer: a constructed TRL trainer.
@@ -108,6 +109,7 @@ class Scorer:
         self._arguments = logit_arguments(model, output_head(model)) | {"temperature": trainer.temperature}
         self._fp32_head = getattr(trainer.args, "cast_lm_head_to_fp32", False)
         base = base_model(model)
+        self.missing_tokens = missing_token_ids(base.config, trainer.processing_class)
         reason = sharing_unsupported(base, trainer)
         if options.share_prefix is True and reason is not None:
             raise ValueError(f"share_prefix must be 'auto' or False: {reason}, got True")

@@ -112,12 +112,20 @@ def narrowed(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def gemm_operand(matrix: torch.Tensor) -> torch.Tensor:
-    """Return ``matrix`` (n, K), on the CPU as a contiguous copy if it is a strided view of 16-bit values.
+    """Return ``matrix`` (..., n, K), on the CPU as a copy if neither its rows nor its columns are without gaps.
 
-    With AMX, oneDNN reads past the end of such rows and multiplies what it finds by zero, which is NaN if that is not finite.
+    With AMX, oneDNN reads past the end of rows of 16-bit values and multiplies what it finds by zero, which is NaN if that is
+    not finite. fp32 operands are copied too, because torch can run their GEMMs in bf16.
     """
-    strided = matrix.device.type == "cpu" and matrix.dtype in HALF and not matrix.is_contiguous()
-    return matrix.contiguous() if strided else matrix
+    if matrix.device.type != "cpu" or _is_dense(matrix) or _is_dense(matrix.mT):
+        return matrix
+    return matrix.mT.contiguous().mT if matrix.stride(-2) == 1 else matrix.contiguous()
+
+
+def _is_dense(matrix: torch.Tensor) -> bool:
+    """Return whether the rows of ``matrix`` (..., n, K) follow one another without gaps."""
+    (rows, width), (row, column) = matrix.shape[-2:], matrix.stride()[-2:]
+    return (column == 1 or width <= 1) and (row == width or rows <= 1)
 
 
 def flat(hidden: torch.Tensor) -> torch.Tensor:
@@ -172,10 +180,9 @@ class Sweep:
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write hidden @ weight.T + bias to ``out``."""
         weight, bias = self.head.weight.t(), self.head.bias
-        if out.dtype == hidden.dtype:
-            return torch.mm(hidden, weight, out=out) if bias is None else torch.addmm(bias, hidden, weight, out=out)
-        torch.mm(hidden, weight, out_dtype=out.dtype, out=out)
-        return out if bias is None else out.add_(bias)
+        if bias is None or out.dtype == hidden.dtype:
+            return _mm(hidden, weight, out.dtype, out=out, add=bias)
+        return _mm(hidden, weight, out.dtype, out=out).add_(bias)
 
 
 def _rows_of_chunk(num: int, chunk_bytes: int, bytes_of_row: int) -> int:
@@ -328,13 +335,25 @@ class Segments:
             self.start = chunk.stop
 
 
+def _mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    out: torch.Tensor | None = None,
+    add: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return a @ b, or a @ b + ``add``, in ``dtype``: that of the operands, or fp32 if HAS_FP32_RESULTS."""
+    a, b = gemm_operand(a), gemm_operand(b)
+    options = {} if dtype == a.dtype else {"out_dtype": dtype}
+    return torch.mm(a, b, out=out, **options) if add is None else torch.addmm(add, a, b, out=out, **options)
+
+
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return a @ b in ``dtype``, which is that of ``a`` or wider. The product is rounded only to ``dtype``."""
-    if dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    if a.device.type == "cuda" and HAS_FP32_RESULTS and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype, out=out)
-    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+    if dtype == a.dtype or (a.device.type == "cuda" and HAS_FP32_RESULTS and dtype == torch.float32):
+        return _mm(a, b, dtype, out=out)
+    return _mm(a.to(dtype), b.to(dtype), dtype, out=out)
 
 
 def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool) -> None:
@@ -343,14 +362,12 @@ def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, add: bool)
     If the GEMM supports it, or ``a`` is fp16, whose range is small, the product is rounded only to the dtype of ``out``, not to
     the dtype of ``a``.
     """
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
-    elif out.device.type == "cuda" and HAS_FP32_RESULTS and out.dtype == torch.float32:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out) if add else torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        dtype = out.dtype if a.dtype == torch.float16 else a.dtype
-        b = b.to(dtype)
-        for start in range(0, len(out), VOCAB_BLOCK):
-            block = slice(start, start + VOCAB_BLOCK)
-            product = torch.mm(a[block].to(dtype), b)
-            out[block].add_(product) if add else out[block].copy_(product)
+    if out.dtype == a.dtype or (out.device.type == "cuda" and HAS_FP32_RESULTS and out.dtype == torch.float32):
+        _mm(a, b, out.dtype, out=out, add=out if add else None)
+        return
+    dtype = out.dtype if a.dtype == torch.float16 else a.dtype
+    b = b.to(dtype)
+    for start in range(0, len(out), VOCAB_BLOCK):
+        block = slice(start, start + VOCAB_BLOCK)
+        product = _mm(a[block].to(dtype), b, dtype)
+        out[block].add_(product) if add else out[block].copy_(product)

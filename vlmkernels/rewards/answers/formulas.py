@@ -79,7 +79,7 @@ def parse_formula(text: str) -> Formula | None:
     Returns None for words, and for several formulas that are not joined by "and", "or" or commas.
     """
     if len(text) > _LONGEST:
-        text = ", ".join(boxed(text)) or text[text.lower().rfind("answer") :]
+        text = ", ".join(boxed(text)) or text[max(text.lower().rfind("answer"), 0) :]
         if len(text) > _LONGEST:
             return None
     text = without_markdown(ascii_text(text))

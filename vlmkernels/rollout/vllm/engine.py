@@ -1,5 +1,6 @@
 """Base class of both vLLM engines: sampling parameters, checks of replies, and weight updates with a check of the result."""
 
+import logging
 import math
 import shutil
 import time
@@ -13,17 +14,21 @@ from accelerate import Accelerator
 from PIL import Image
 from transformers import PreTrainedModel
 
-from vlmkernels.data.samples import Sample, render, tokenizer_of
-from vlmkernels.models.families import family_of
+from vlmkernels.data.samples import Sample, prompt_ids, render, tokenizer_of
+from vlmkernels.models.families import family_of, missing_token_ids
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.rollout.base import Engine, Rollout, RolloutError, Sampling, pad_token_ids
-from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling
+from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling, logprobs_modes
 from vlmkernels.rollout.vllm.fingerprint import TOLERANCE, Fingerprint, relative_difference
 from vlmkernels.rollout.vllm.main_process import on_main_process
 from vlmkernels.rollout.vllm.weights import active_adapter, check_adapters, save_weights
 
+logger = logging.getLogger(__name__)
+
 BAN = -100.0
 """Logit bias of banned tokens. exp(-100) is negligible, but the unbiased log-probability can still be recovered."""
+MAX_COUNTED = 64
+"""Largest number of banned tokens whose log-probabilities are requested for every sampled token."""
 
 
 class StaleWeights(RolloutError):
@@ -101,8 +106,9 @@ class VLLM(Engine):
         self.tokenizer, self.family, self.adapter = tokenizer_of(processor), family_of(model.config), active_adapter(model)
         size = model.config.get_text_config().vocab_size  # a generation config may name tokens that the model lacks
         self.banned = sorted(token for token in {*self.sampling.suppress_tokens} if token < size)
+        self.counted = self._counted(model, processor)
         # vLLM returns one log-probability per requested token, but the first is the sampled token's: request one more.
-        self.returned_ids = [*self.banned, next(token for token in range(size) if token not in self.banned)]
+        self.returned_ids = [*self.counted, next(token for token in range(size) if token not in self.banned)]
         self.fingerprint = Fingerprint.from_model(model, processor, self.banned, config.chat_template_kwargs)
         self.run = uuid.uuid4().hex[:8]
         self.version: str | None = None
@@ -110,6 +116,17 @@ class VLLM(Engine):
         self.keeps_folder = self.adapter is not None  # vLLM may evict an adapter from memory and load it again
         self.in_use: Path | None = None
         self.folder = Path(config.weights_dir).absolute()
+
+    def _counted(self, model: PreTrainedModel, processor: Any) -> list[int]:
+        """Return the banned tokens whose probability ``_logp`` adds to that of the tokens that can be sampled."""
+        if len(self.banned) <= MAX_COUNTED:
+            return self.banned
+        missing = {*missing_token_ids(model.config, processor)}
+        counted = [token for token in self.banned if token not in missing]
+        if "raw_logprobs" not in logprobs_modes(self.sampling):
+            text = "log-probabilities from vLLM take the probability of the %d ids without a token as 0: more than %d"
+            logger.warning(text, len(self.banned) - len(counted), MAX_COUNTED)
+        return counted
 
     @abstractmethod
     def _replies(self, prompts: list[Prompt], params: dict[str, Any]) -> list[Reply]:
@@ -139,6 +156,7 @@ class VLLM(Engine):
             "stop_token_ids": list(sampling.eos_token_id or ()),
             "stop": list(sampling.stop_strings),
             "logit_bias": dict.fromkeys(self.banned, BAN),
+            "skip_special_tokens": False,  # a stop string can be a tag that is a special token
         }
         if temperature:
             params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p or 0.0}
@@ -152,11 +170,12 @@ class VLLM(Engine):
         """Return the log-probability of the sampled token over the whole vocabulary at the temperature.
 
         Processed log-probabilities are those of the biased logits: l' = l - log(1 - b), with b the probability of all banned
-        tokens. The log-probabilities of the banned tokens give b: b / (1 - b) = sum exp(l'_k - BAN / temperature).
+        tokens. The log-probabilities of the banned tokens give b: b / (1 - b) = sum exp(l'_k - BAN / temperature). The sum is
+        over ``counted``: if there are many ids without a token, they are left out, and their probability counts as 0.
         """
         if self.logprobs_mode == "raw_logprobs":
             return returned_logps[token]
-        return returned_logps[token] - math.log1p(sum(math.exp(returned_logps[k] - BAN / temperature) for k in self.banned))
+        return returned_logps[token] - math.log1p(sum(math.exp(returned_logps[k] - BAN / temperature) for k in self.counted))
 
     def _prompts(self, samples: list[Sample]) -> list[Prompt]:
         prompts = []
@@ -167,8 +186,7 @@ class VLLM(Engine):
                     f"{len(sample.videos)}"
                 )
             text = render(sample, self.processor, **self.config.chat_template_kwargs)
-            ids = self.tokenizer(text, add_special_tokens=isinstance(sample.prompt, str))["input_ids"]
-            prompts.append(Prompt(ids, sample.images))
+            prompts.append(Prompt(prompt_ids(sample, text, self.processor), sample.images))
         return prompts
 
     def _check(self, reply: Reply, sample: Sample, expected: list[int], params: dict[str, Any]) -> None:
@@ -197,7 +215,7 @@ class VLLM(Engine):
         if not 1 <= len(ids) <= params["max_tokens"]:
             raise RolloutError(f"{who}'s completions must have 1 to {params['max_tokens']} tokens, got {len(ids)}")
         if banned := sorted({*ids} & {*self.banned}):
-            raise RolloutError(f"{who} must not sample the banned tokens {self.banned}, got {banned}")
+            raise RolloutError(f"{who} must not sample the banned tokens {self.banned!s:.200}, got {banned}")
         if "logprobs" in params and not self._logps_complete(ids, logps, "logprob_token_ids" in params):
             raise RolloutError(f"{who} must return a finite log-probability of every sampled token, got {logps!r:.200}")
         if self.version is not None and completion.version not in (None, self.version):
@@ -209,7 +227,7 @@ class VLLM(Engine):
     def _logps_complete(self, ids: list[int], logps: list[dict[int, float]] | None, with_banned: bool) -> bool:
         if logps is None or len(logps) != len(ids):
             return False
-        needed = {*self.banned} if with_banned else set()
+        needed = {*self.counted} if with_banned else set()
         # vLLM clamps log-probabilities of -inf to -9999.
         return all({i, *needed} <= x.keys() and -9999 < x[i] <= 1e-3 for i, x in zip(ids, logps, strict=True))
 

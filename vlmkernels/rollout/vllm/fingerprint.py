@@ -47,8 +47,9 @@ class Fingerprint:
             row["images"] = [Image.fromarray(pixels)]
         sample = read_sample(row, 0)
         size = model.config.get_text_config().vocab_size
-        tokens = [token for token in torch.linspace(0, size - 1, 16 + len(banned)).long().tolist() if token not in banned]
-        return cls(sample, encode([sample], processor, family, chat_template_kwargs), tokens[:16])
+        allowed = sorted({*range(size)} - {*banned})
+        tokens = [allowed[place] for place in torch.linspace(0, len(allowed) - 1, 16).long().tolist()]
+        return cls(sample, encode([sample], processor, family, chat_template_kwargs), tokens)
 
     @torch.no_grad()
     def logps(self, model: PreTrainedModel) -> list[float]:

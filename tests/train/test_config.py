@@ -1,0 +1,61 @@
+"""Names of arguments, presets, and the limit of prompts."""
+
+from dataclasses import fields
+
+import pytest
+from support import tiny
+from support.training import config, run_ours
+
+from vlmkernels.ops.grpo_loss.config import PRESETS, GRPOLossConfig
+from vlmkernels.train import GRPOConfig
+from vlmkernels.train.config import TRL_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("num_generation", r"got num_generation \(did you mean num_generations\?\)"),
+        ("learning-rate", r"got learning-rate \(did you mean learning_rate\?\)"),
+        ("sync_ref_model", "got sync_ref_model: the reference is fixed"),
+        ("vllm_server_host", "got vllm_server_host: use vllm_server_base_url"),
+        ("zzz", "got zzz$"),
+    ],
+)
+def test_unknown_names_are_errors_with_a_hint(name, hint):
+    with pytest.raises(TypeError, match=f"GRPOConfig must get names of its fields, {hint}"):
+        GRPOConfig(**{name: 1})
+
+
+def test_every_field_of_trl_exists_or_is_explained():
+    trl = pytest.importorskip("trl")
+    own = {field.name for field in fields(GRPOConfig)}
+    assert {field.name for field in fields(trl.GRPOConfig)} <= own | TRL_FIELDS.keys()
+    assert not own & TRL_FIELDS.keys()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_those_of_the_loss(tmp_path, name):
+    args = config(tmp_path, preset=name)
+    expected, found = GRPOLossConfig.preset(name, max_completion_length=args.max_completion_length), args.loss_config()
+    for field in PRESETS[name]:
+        assert getattr(found, field) == getattr(expected, field)
+
+
+def test_fields_override_their_preset(tmp_path):
+    args = config(tmp_path, preset="gspo", epsilon_high=0.1)
+    assert (args.epsilon, args.epsilon_high, args.importance_sampling_level) == (3e-4, 0.1, "sequence")
+    with pytest.raises(ValueError, match=r"preset must be one of grpo, .*, got 'gsppo' \(did you mean gspo\?\)"):
+        config(tmp_path, preset="gsppo")
+
+
+def test_long_prompts_are_named_or_skipped(tmp_path):
+    """The length counts the tokens of images; prompts are never cut."""
+    data = tiny.rows(4, "one")
+    data[1]["prompt"] = [{"role": "user", "content": "a " * 60}]
+    with pytest.raises(ValueError, match=r"1.*: the prompt must have at most max_prompt_length = 40 tokens, got \d+"):
+        run_ours(tmp_path, data, max_prompt_length=40)
+    trainer, _, _ = run_ours(tmp_path, data, max_prompt_length=40, on_bad_sample="skip")
+    assert trainer._experience.rollout.prompts.inputs["attention_mask"].sum(1).max() <= 40
+    assert trainer.samples.bad.keys() == {1}
+    with pytest.raises(ValueError, match="max_prompt_length must be >= 1, got 0"):
+        config(tmp_path, max_prompt_length=0)
