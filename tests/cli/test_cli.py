@@ -226,6 +226,7 @@ def test_names_of_models():
     assert model_names(["runs/a/checkpoint-10", "runs/a/checkpoint-20"]) == ["a/checkpoint-10", "a/checkpoint-20"]
     assert model_names(["x/qwen", "y/qwen", "z/other/"]) == ["x/qwen", "y/qwen", "other"]
     assert model_names(["/"]) == ["/"]
+    assert model_names(["/x/qwen", "x/qwen"]) == ["/x/qwen", "x/qwen"]
     assert steps_of(["a/checkpoint-10", "a/checkpoint-9"]) == [10, 9]
     assert steps_of(["a/checkpoint-10", "b/checkpoint-10"]) is None
     assert steps_of(["base", "a/checkpoint-10"]) is None

@@ -13,6 +13,7 @@ from support.evaluations import given
 from vlmkernels.cli import main
 from vlmkernels.evaluate.evaluation import Evaluation, Scoring
 from vlmkernels.evaluate.predictions import Predictions
+from vlmkernels.evaluate.report import to_markdown, to_text
 
 torch.set_num_threads(1)
 
@@ -221,8 +222,26 @@ def test_several_checkpoints_and_several_seeds(suite_runs, tmp_path):
             ["--predictions", "p", "--dataset", "shapes-and-digits", "--output", "a.html"],
             "--output must be the JSON file.*a.html",
         ),
-        (["--model", "a", "--model", "a", "--dataset", "shapes-and-digits"], "--model must name each model once, got a again"),
-        (["--predictions", "p", "--datset", "x"], "arguments are required: --dataset"),
+        *(
+            ([flag, "a/b", flag, "./a/b/", "--dataset", "x"], f"{flag} must be a different path each time, got a/b again")
+            for flag in ("--model", "--predictions")
+        ),
+        (["--predictions", "p", "--dataset", "x", "--output", "folder/"], "--output must be the JSON file.*folder/"),
+        (
+            ["--predictions", "p", "--dataset", "x", "--output", "/proc/nowhere/a.json"],
+            "--output: .*No such file.*/proc/nowhere",
+        ),
+        (["--predictions", "p", "--dataset", "x", "--samples", "-1"], "--samples must be >= 0, got -1"),
+        (
+            ["--dataset", "x", "--max_new_tokens", "2"],
+            "unrecognized .* --max_new_tokens 2 .did you mean --max_completion_length",
+        ),
+        (["--model", "a"], "--dataset must be given"),
+        (
+            ["--model", "a", "--dataset", "shapes-and-digits", "--baseline", "/nowhere"],
+            "--baseline: predictions must be an exist",
+        ),
+        (["--predictions", "p", "--datset", "x"], "unrecognized arguments: --datset x .did you mean --dataset"),
         (
             ["--dataset", "x", "--num-completions", "2"],
             "unrecognized arguments: --num-completions 2 .did you mean --num.generations",
@@ -246,3 +265,19 @@ def test_user_errors(flags, message, capsys):
         main(["eval", *flags])
     assert exit.value.code == 2
     assert re.search(f"vlmkernels eval: error: .*{message}", " ".join(capsys.readouterr().err.split()))
+
+
+def test_groups_of_any_name(tmp_path):
+    """A group named like the group of all samples keeps its own metrics, and tables keep their rows and columns."""
+    kinds = ["all", "a|b", "two\nlines", "x" * 300]
+    rows = [{"prompt": "?", "answer": str(i), "kind": kind} for i, kind in enumerate(kinds)]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps({"index": i, "completion": "0"}) + "\n" for i in range(4)))
+    evaluation = Evaluation(Predictions.read(path), rows, Scoring(by="kind", replicates=10))
+    assert list(evaluation.groups) == ["all", "all (exact)", *kinds[1:]]
+    assert [evaluation.value(name, "accuracy") for name in evaluation.groups] == [0.25, 1, 0, 0, 0]
+    table = to_markdown(evaluation).splitlines()
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5}
+    text = to_text({"model": evaluation}).splitlines()
+    assert len(text) == 1 + len(evaluation.results)
+    assert max(map(len, text)) < 128

@@ -8,7 +8,7 @@ from PIL import Image
 from vlmkernels import gather_logps, group_advantages, grpo_loss, linear_grpo_loss, linear_logps, pack_patches
 from vlmkernels.ops.arguments import as_mask, is_readable
 from vlmkernels.ops.grpo_loss.config import PRESETS, GRPOLossConfig
-from vlmkernels.ops.merge_image_features import merge_image_features
+from vlmkernels.ops.merge_image_features import merge_image_features, placeholder_positions
 from vlmkernels.ops.mrope_positions import mrope_positions
 from vlmkernels.ops.varlen_attention import varlen_attention
 from vlmkernels.ops.vision_layout import vision_layout
@@ -101,6 +101,42 @@ def test_masks_of_other_values_are_refused():
             as_mask("mask", mask)
     with pytest.raises(TypeError, match="mask must be a tensor, an array or a list of numbers, got str"):
         as_mask("mask", "101")
+    with pytest.raises(TypeError, match="mask must be real, got complex64"):
+        as_mask("mask", MASK + 0j)
+
+
+@pytest.mark.parametrize("dtype", ["reversed", ">i8", object])
+def test_arrays_that_torch_cannot_share(dtype):
+    arrays = TARGETS.numpy(), MASK.long().numpy()
+    targets, mask = (x[::-1].copy()[::-1] if dtype == "reversed" else x.astype(dtype) for x in arrays)
+    expected = logits_call("cpu", TARGETS, mask=MASK)
+    torch.testing.assert_close(logits_call("cpu", targets, mask=mask), expected, rtol=0, atol=0)
+
+
+def test_complex_numbers_are_refused():
+    """Their imaginary part would be lost."""
+    number = torch.tensor([1j, 2])
+    with pytest.raises(TypeError, match="advantages must be real, got complex64"):
+        grpo_loss(torch.zeros(2, 3), number)
+    with pytest.raises(TypeError, match="weights must be real, got complex64"):
+        group_advantages(torch.ones(2, 2), 2, weights=number)
+
+
+def test_not_finite_values_at_ignored_targets(device):
+    """They reach neither results nor gradients, as with a mask."""
+    if device != "cpu":
+        pytest.skip("on a GPU the ignored targets of linear_logps are computed")
+    hidden, weight = head(device)
+    hidden = hidden.detach().masked_fill(~MASK[..., None], torch.nan).requires_grad_()
+    logits = (hidden @ weight.T).detach().requires_grad_()
+    ignored = TARGETS.masked_fill(~MASK, -100)
+    (gradient,) = torch.autograd.grad(gather_logps(logits, ignored).sum(), logits)
+    assert gradient.isfinite().all()
+    assert not gradient[~MASK].any()
+    for function in (linear_logps, lambda *inputs: linear_grpo_loss(*inputs, [1.0, -0.5]).loss):
+        gradients = torch.autograd.grad(function(hidden, weight, ignored).sum(), (hidden, weight))
+        assert all(x.isfinite().all() for x in gradients)
+        assert not gradients[0][~MASK].any()
 
 
 def test_what_can_be_read():
@@ -112,7 +148,10 @@ def test_what_can_be_read():
 
 @pytest.mark.parametrize(
     "rewards",
-    [[1, 0, None, 2], [True, 0, None, 2.0], np.array([1.0, 0.0, np.nan, 2.0]), [[1], [0], [None], [2]], (1, 0, np.nan, 2)],
+    [
+        *([1, 0, None, 2], [True, 0, None, 2.0], [[1], [0], [None], [2]], (1, 0, np.nan, 2)),
+        *(np.array([1.0, 0.0, np.nan, 2.0]), np.array([1, 0, None, 2]), np.array([2.0, np.nan, 0.0, 1.0])[::-1]),
+    ],
     ids=str,
 )
 def test_rewards_of_lists_and_integers(rewards):
@@ -178,5 +217,32 @@ def test_grids_and_positions_of_any_integers():
         assert vision_layout(form) is expected  # results are cached by value
         actual = mrope_positions(types, form, attention_mask=torch.ones(1, 8))
         torch.testing.assert_close(actual, positions)
+    torch.testing.assert_close(mrope_positions(types.tolist(), grid.tolist()), positions)
+    text = torch.zeros(1, 3, dtype=torch.int64)
+    torch.testing.assert_close(mrope_positions(text, []), mrope_positions(text))
     embeddings, features = torch.zeros(4, 2), torch.ones(2, 2)
     assert merge_image_features(embeddings, features, torch.tensor([1, 3], dtype=torch.int32))[:, 0].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.int])
+def test_placeholders_of_any_integers(form):
+    ids, counts = torch.tensor([[1, 5, 5], [6, 1, 1]]), torch.tensor([2, 1])
+    assert placeholder_positions(form(ids), (5, 6), form(counts)).tolist() == [1, 2, 3]
+    assert placeholder_positions(form(ids.flatten()), (5, 6), form(counts), form(torch.tensor([0, 3, 6]))).tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"num_features must hold one number per sample, 2, got 1"):
+        placeholder_positions(form(ids), 5, form(counts[:1]))
+
+
+def test_shapes_of_indices_are_named():
+    with pytest.raises(ValueError, match=r"positions must be \(M,\), got \(1, 1\)"):
+        merge_image_features(torch.zeros(3, 2), torch.ones(1, 2), [[1]])
+    with pytest.raises(ValueError, match=r"second_per_grid_ts must be one number per video, \(1,\), got \(\)"):
+        mrope_positions([[2, 2, 0]], None, [2, 2, 2], tokens_per_second=2, second_per_grid_ts=1.0)
+
+
+def test_sizes_of_numpy():
+    pixels = np.zeros((28, 28, 3), dtype=np.uint8)
+    expected = pack_patches(pixels, patch_size=14, mean=None, std=None)
+    torch.testing.assert_close(pack_patches(pixels, patch_size=np.int64(14), mean=None, std=None), expected)
+    with pytest.raises(ValueError, match="patch_size must be an integer > 0, got True"):
+        pack_patches(pixels, patch_size=True, mean=None, std=None)

@@ -210,7 +210,7 @@ def test_opcheck_and_compile(need, device, backend):
 
 R = torch.zeros(6, 2)
 ERRORS = {
-    "dtype": ((R.cfloat(), 2), {}, TypeError, "rewards must be real, got torch.complex64"),
+    "dtype": ((R.cfloat(), 2), {}, TypeError, "rewards must be real, got complex64"),
     "rewards": ((["high", "low"], 2), {}, TypeError, "rewards must be a tensor, an array or a list of numbers, got .*high"),
     "shape": ((R[None], 2), {}, ValueError, r"rewards must be \(N,\) or \(N, R\), got \(1, 6, 2\)"),
     "scale": ((R, 2), {"scale": "row"}, ValueError, "scale must be one of group, batch, none, got 'row'"),

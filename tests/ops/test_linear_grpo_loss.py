@@ -474,7 +474,7 @@ def test_checkpointing(device):
         ({"config": GRPOLossConfig(check_finite=True), "old_logps": torch.full((2, 4), torch.nan)}, "old_logps must be finite"),
         ({"cu_seqlens": torch.tensor([0, 4, 8])}, "logps must be"),
         ({"backend": "gpu"}, "backend must be one of"),
-        ({"config": "ppo"}, "preset must be one of grpo, .* got 'ppo'"),
+        ({"config": "ppo"}, "config must be one of grpo, .* got 'ppo'"),
         ({"keep_logits_bytes": -1}, r"keep_logits_bytes must be an integer in \[0, 2\*\*63\), got -1"),
     ],
 )

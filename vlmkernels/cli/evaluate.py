@@ -12,7 +12,17 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmkernels.cli.flags import DATASET, REWARD, REWARDS, Help, add_flag, json_list, parse_arguments, user_errors
+from vlmkernels.cli.flags import (
+    DATASET,
+    REWARD,
+    REWARDS,
+    Help,
+    add_flag,
+    json_list,
+    parse_arguments,
+    require_given,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from vlmkernels.data.images import ImageLimits
@@ -24,6 +34,8 @@ if TYPE_CHECKING:
 USAGE = """vlmkernels eval --model PATH --dataset PATH [--ARGUMENT VALUE ...]
        vlmkernels eval --predictions FILE --dataset PATH [--ARGUMENT VALUE ...]"""
 SUITE = "shapes-and-digits"
+# Flags of other programs that evaluate models, and the flags that serve instead.
+MEANINGS = {"max_new_tokens": "max_completion_length", "limit": "count", "num_samples": "count", "output_path": "output"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     predictions = "file of saved predictions (JSON lines); repeat the flag for runs with different seeds"
     add_flag(parser, "model", action="append", default=[], help=model)
     add_flag(parser, "predictions", action="append", default=[], help=predictions)
-    add_flag(parser, "dataset", required=True, help=f"{DATASET}; or {SUITE}, the built-in benchmark")
+    add_flag(parser, "dataset", help=f"{DATASET}; or {SUITE}, the built-in benchmark")
     add_flag(parser, "split", default="test", help="the split of --dataset, if it has several")
     add_flag(parser, "count", type=int, help="number of samples to evaluate, from the start of the dataset; by default all")
     scoring = parser.add_argument_group("metrics")
@@ -189,8 +201,7 @@ def model_names(paths: list[str]) -> list[str]:
     """Return the shortest ends of paths that tell the models apart: the folder, and for checkpoints their run too."""
 
     def name(path: str, parts: int) -> str:
-        found = Path(path).parts[-parts:]
-        return "/".join(part for part in found if part != "/") or path
+        return str(Path(*Path(path).parts[-parts:])) if Path(path).parts else path
 
     parts = [2 if re.fullmatch(r"checkpoint-\d+", Path(path).name) else 1 for path in paths]
     while len(set(names := [name(path, n) for path, n in zip(paths, parts, strict=True)])) < len(set(paths)):
@@ -289,36 +300,45 @@ def to_result(
 def main(argv: list[str]) -> int:
     """Write metrics and page, print a summary, and return 0. Invalid arguments end the program with exit code 2."""
     parser = build_parser()
-    args = parse_arguments(parser, argv)
+    args = parse_arguments(parser, argv, MEANINGS)
+    require_given(parser, args, "dataset")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("eval runs in one process and writes one file of predictions; do not start it with torchrun")
     if bool(args.model) == bool(args.predictions):
         parser.error("exactly one of --model and --predictions must be given")
-    if repeated := next((path for path in args.model if args.model.count(path) > 1), None):
-        parser.error(f"--model must name each model once, got {repeated} again")
+    for flag, paths in (("--model", args.model), ("--predictions", args.predictions)):
+        same = [os.path.realpath(path) for path in paths]
+        if repeated := next((path for path, real in zip(paths, same, strict=True) if same.count(real) > 1), None):
+            parser.error(f"{flag} must be a different path each time, got {repeated} again")
+    if args.samples < 0:
+        parser.error(f"--samples must be >= 0, got {args.samples}")
     output = Path(args.output)
-    if output.suffix in (".html", ".md", ".jsonl") or output.is_dir():
-        parser.error(f"--output must be the JSON file, next to which the .html, .md and .jsonl files are written, got {output}")
+    if output.suffix in (".html", ".md", ".jsonl") or output.is_dir() or args.output.endswith(("/", os.sep)):
+        parser.error(
+            f"--output must be the JSON file, next to which the .html, .md and .jsonl files are written, got {args.output}"
+        )
+    with user_errors(parser, "--output"):  # before the evaluation, which can take hours
+        output.parent.mkdir(parents=True, exist_ok=True)
 
     from vlmkernels.evaluate.page import write_page
     from vlmkernels.evaluate.predictions import Predictions
     from vlmkernels.evaluate.report import curves_of, to_markdown, to_text
 
     inputs = read_inputs(parser, args)
+    with user_errors(parser, "--baseline"):
+        baseline = (args.baseline, inputs.evaluate([Predictions.read(args.baseline)])) if args.baseline else None
     with user_errors(parser):
         found = evaluations(args, inputs)
-        baseline = (args.baseline, inputs.evaluate([Predictions.read(args.baseline)])) if args.baseline else None
         comparisons = compared(found, baseline)
         result = to_result(args, inputs, found, comparisons)
         steps = steps_of(args.model) if len(found) > 1 else None
         curves = inputs.curves | (curves_of(list(zip(steps, found.values(), strict=True))) if steps else {})
     last = list(found.values())[-1]
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     output.with_suffix(".md").write_text(to_markdown(last, comparisons), encoding="utf-8")
     title = f"{list(found)[-1]} on {Path(args.dataset).name}"
     count = len(next(iter(last.completions.values()))[0])
-    subtitle = f"{len(inputs.rows)} samples, {count} completion{'s' * (count > 1)} each, compared as {args.match} does"
+    subtitle = f"{len(inputs.rows)} sample{'s' * (len(inputs.rows) > 1)}, {count} completion{'s' * (count > 1)} each, compared as {args.match} does"
     page = output.with_suffix(".html")
     write_page(page, title, subtitle, last, comparisons=comparisons, curves=curves, samples_per_group=args.samples)
     print(f"{subtitle}\n{to_text(found)}")

@@ -4,6 +4,7 @@
 whether a part has a key, not whether it has a value, so a text part with ``image=None`` would be rendered as an image.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 Message = dict[str, Any]
@@ -16,6 +17,7 @@ KINDS = {
     "thinking": "thinking",  # left to the template, as in Magistral's
 }
 _VALUES = {"image": ("image", "image_url", "url", "path", "base64"), "video": ("video", "video_url", "url", "path", "base64")}
+MEDIA_KEYS = frozenset(key for keys in _VALUES.values() for key in keys) - {"base64"}  # whose values can be paths
 # With one of these, a message of the assistant needs no content.
 _CALLS = ("tool_calls", "function_call")
 
@@ -48,6 +50,20 @@ def without_none(value: Any) -> Any:
     return [without_none(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def map_media_values(message: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a message with ``function`` applied to the values of its image and video parts, except for base64."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, (list, dict)):
+        return message
+
+    def mapped(part: Any) -> Any:
+        if not isinstance(part, dict) or KINDS.get(part.get("type"), "image") not in _VALUES:
+            return part
+        return {key: function(value) if key in MEDIA_KEYS else value for key, value in part.items()}
+
+    return {**message, "content": mapped(content) if isinstance(content, dict) else list(map(mapped, content))}
+
+
 def _message(message: Any, name: str) -> Message:
     if not isinstance(message, dict):
         raise TypeError(f"{name} must be a message with role and content, got {message!r:.80}")
@@ -74,7 +90,7 @@ def _part(part: Any, name: str) -> dict[str, Any]:
         return {"type": "text", "text": part}
     if not isinstance(part, dict):
         raise TypeError(f"{name} must be a string or a part with a type, got {part!r:.80}")
-    part = {key: value for key, value in part.items() if not _is_absent(value)}
+    part = {key: value for key, value in part.items() if not is_absent(value)}
     kind = _kind(part, name)
     if kind == "thinking":
         return without_none(part)
@@ -91,7 +107,7 @@ def _part(part: Any, name: str) -> dict[str, Any]:
     return {"type": kind, kind: media[0]} if media else {"type": kind}
 
 
-def _is_absent(value: Any) -> bool:
+def is_absent(value: Any) -> bool:
     """Return whether a value is None, or a struct of Arrow with nothing but None."""
     return value is None or (isinstance(value, dict) and all(item is None for item in value.values()))
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from vlmkernels.data.conversations import MEDIA_KEYS, map_media_values
 from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageLimits, scheme_of
 from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, SampleError, prompt_ids, read_sample, render, tokenizer_of
 from vlmkernels.data.sizes import SizeCheck
@@ -341,14 +342,24 @@ class _IdCheck:
 
 
 def _resolve_paths(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the row with relative paths of images and frames joined to ``folder``; URLs stay as they are."""
+    """Return the row with relative paths of images and frames joined to ``folder``; URLs stay as they are.
+
+    The paths are in columns, and in the parts of conversations.
+    """
 
     def resolve(value: Any) -> Any:
         if isinstance(value, list):
             return [resolve(item) for item in value]
-        return str(folder / value) if isinstance(value, str) and scheme_of(value) is None else value
+        if isinstance(value, dict):  # as datasets and OpenAI's APIs store it
+            return {key: resolve(item) if key in ("path", "url") else item for key, item in value.items()}
+        return str(folder / value) if isinstance(value, str) and value and scheme_of(value) is None else value
 
-    return {name: resolve(value) if name in MEDIA_COLUMNS else value for name, value in row.items()}
+    def resolved(name: str, value: Any) -> Any:
+        if name == "prompt" and isinstance(value, list):
+            return [map_media_values(message, resolve) for message in value]
+        return resolve(value) if name in MEDIA_COLUMNS else value
+
+    return {name: resolved(name, value) for name, value in row.items()}
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
@@ -395,8 +406,15 @@ def load_dataset(path: str | os.PathLike, split: str | None = None) -> Any:
         import pyarrow.parquet
 
         dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
-        if any("string" in str(dataset.features.get(name)) for name in MEDIA_COLUMNS):
-            dataset = dataset.map(lambda row: _resolve_paths(row, path.parent), keep_in_memory=True)
+        texts = {name: str(dataset.features.get(name)) for name in (*MEDIA_COLUMNS, "prompt")}
+        names = [name for name in MEDIA_COLUMNS if "string" in texts[name]]
+        names += ["prompt"] * any(f"'{key}':" in texts["prompt"] for key in MEDIA_KEYS)
+        if names:  # reading the other columns would decode their images
+
+            def resolve(*values: Any) -> dict[str, Any]:
+                return _resolve_paths(dict(zip(names, values, strict=True)), path.parent)
+
+            dataset = dataset.map(resolve, input_columns=names, keep_in_memory=True)
         return _loaded_from(dataset, path)
     if not path.is_dir():
         raise ValueError(f"dataset must end in .jsonl or .parquet or be a folder, got {path}")

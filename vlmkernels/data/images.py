@@ -1,4 +1,11 @@
-"""Opening images of untrusted datasets: their cost is known and limited before any pixel is decoded."""
+"""Opening images of untrusted datasets: their cost is known and limited before any pixel is decoded.
+
+An image in every form gives the same RGB pixels:
+
+- It is upright: the EXIF orientation is applied, as in ``datasets`` and in ``load_image`` of transformers.
+- What is transparent lies on white, as in the image processors of transformers >= 5.21.
+- Deep images are scaled to 8 bits: 16 bits by 1 / 257, and floats by 255 unless one exceeds 1; then they must be in [0, 255].
+"""
 
 import base64
 import binascii
@@ -6,12 +13,16 @@ import io
 import os
 import re
 import stat
+import struct
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from vlmkernels.ops.pack_patches.images import on_white
 
 # Formats whose decoders read pixels only. PIL knows more formats, among them EPS, for which it runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -111,8 +122,9 @@ def open_image(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Open an image without decoding its pixels.
 
     Args:
-        value: a PIL image, a path, bytes, a ``{"bytes": ..., "path": ...}`` dict, a base64 data: URL, or an http(s) URL if the
-            limits allow it. Only the first frame of an animated file is used.
+        value: a PIL image, a path, bytes, a ``{"bytes": ..., "path": ...}`` dict, a base64 data: URL, an http(s) URL if the
+            limits allow it, or an array or tensor of pixels (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels C. Only the
+            first frame of an animated file is used.
         limits: limits of its size, and whether URLs are fetched.
 
     Raises:
@@ -121,7 +133,10 @@ def open_image(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
-    image = value if isinstance(value, Image.Image) else _open_file(value, limits)
+    if hasattr(value, "dtype"):
+        image = _from_array(value)
+    else:
+        image = value if isinstance(value, Image.Image) else _open_file(value, limits)
     size = f"{image.width} x {image.height}"
     if 0 in image.size:
         raise ValueError(f"image must not be empty, got {size} pixels")
@@ -139,10 +154,113 @@ def _open_file(value: Any, limits: ImageLimits) -> Image.Image:
     elif isinstance(value, (str, os.PathLike)):
         _check_file(value, limits)
     else:
-        raise TypeError(f"image must be a PIL image, a path, bytes or a dict with bytes or path, got {type(value).__name__}")
+        forms = "a PIL image, a path, bytes, a dict with bytes or path, or an array"
+        raise TypeError(f"image must be {forms}, got {type(value).__name__}")
     try:
         return Image.open(io.BytesIO(value) if isinstance(value, bytes) else value, formats=FORMATS)
     except Image.DecompressionBombError as error:  # not a ValueError; PIL raises it for images far above the limit
         raise ValueError(f"image must have at most {limits.max_pixels} pixels (max_image_pixels): {error}") from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{error}; formats: {', '.join(FORMATS)}") from error
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """The size of an upright image whose pixels are not decoded."""
+
+    width: int
+    height: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), as of a PIL image."""
+        return self.width, self.height
+
+
+def read_header(image: Image.Image) -> ImageHeader:
+    """Return the upright size of an image from ``open_image`` without decoding it."""
+    is_unread_png = image.format == "PNG" and getattr(image, "png", None) is not None and "exif" not in image.info
+    orientation = _orientation_after_the_pixels(image) if is_unread_png else _orientation(image)
+    return ImageHeader(*(image.size[::-1] if orientation >= _FIRST_ON_ITS_SIDE else image.size))
+
+
+_FIRST_ON_ITS_SIDE = 5  # EXIF orientations 5 to 8 exchange width and height
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1, upright, if there is none or it is broken. PIL applies that of TIFF files itself."""
+    try:
+        return 1 if image.format == "TIFF" else int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except _EXIF_ERRORS:
+        return 1
+
+
+_EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
+
+
+def _orientation_after_the_pixels(image: Any) -> int:
+    """Return the orientation in an eXIf chunk that follows the pixels of a PNG file. PIL would decode the pixels to find it."""
+    file, exif = image.fp, Image.Exif()
+    start = file.tell()
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] == b"eXIf":
+                exif.load(file.read(length))
+                return int(exif.get(ExifTags.Base.Orientation, 1))
+            file.seek(length + 4, os.SEEK_CUR)
+    except _EXIF_ERRORS:
+        pass
+    finally:
+        file.seek(start)
+    return 1
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """Return the RGB pixels of an image from ``open_image``; see the rules of the module.
+
+    Raises:
+        ValueError, OSError, SyntaxError: the file is broken, or the pixels of a deep image are out of range.
+    """
+    image.load()
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    return on_white(_with_8_bits(image))
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return Image.fromarray(_scaled(np.asarray(image)))
+    return image
+
+
+def _scaled(pixels: np.ndarray) -> np.ndarray:
+    """Scale integers of up to 16 bits, or floats, to uint8."""
+    low, high = (pixels.min(), pixels.max()) if pixels.size else (0, 0)
+    is_float = pixels.dtype.kind == "f"
+    limit = 255 if is_float else 65535
+    if not (low >= 0 and high <= limit):  # also for NaN
+        rule = "[0, 1] or [0, 255]" if is_float else "[0, 65535]"
+        raise ValueError(f"image must have pixels in {rule}, got {low} to {high}")
+    if is_float:
+        return np.rint(pixels * (255.0 if high <= 1 else 1.0)).astype(np.uint8)
+    is_deep = pixels.dtype.itemsize == 2 or high > 255  # 32-bit integers can hold 8 or 16 bits
+    return np.rint(pixels / 257.0 if is_deep else pixels).astype(np.uint8)
+
+
+def _from_array(value: Any) -> Image.Image:
+    """Convert an array or tensor of pixels to a PIL image."""
+    pixels = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    shape = pixels.shape
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    elif pixels.ndim == 3 and shape[-1] not in (1, 3, 4):
+        pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or pixels.dtype.kind not in "buif":
+        rule = "pixels (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels"
+        raise ValueError(f"image must be {rule}, got {shape} of {pixels.dtype}")
+    if pixels.dtype == bool:
+        pixels = pixels * np.uint8(255)
+    pixels = pixels if pixels.dtype == np.uint8 else _scaled(pixels)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))

@@ -4,7 +4,8 @@ Columns of a row:
 
 - ``prompt``: a string or a conversation (a list of messages; see ``vlmkernels.data.conversations``).
 - ``image`` (one), ``images`` (a list), ``videos`` (a list): optional. An image is a PIL image, a path, bytes, a
-  ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it, or a URL (see ``open_image``). A video is a list of frames,
+  ``{"bytes": ..., "path": ...}`` dict as ``datasets`` stores it, an array, or a URL (see ``open_image``), and gives the same
+  pixels in every form (see ``vlmkernels.data.images``). A video is a list of frames,
   each an image as above or uint8 pixels (H, W, 3) or (3, H, W), or one array or tensor of all frames.
 - ``fps``: frames per second of the videos, optional.
 - All other columns are passed to the reward functions.
@@ -19,8 +20,8 @@ from jinja2.exceptions import SecurityError
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from vlmkernels.data.conversations import normalized, text_of_parts
-from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageLimits, open_image
+from vlmkernels.data.conversations import is_absent, normalized, text_of_parts
+from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageHeader, ImageLimits, decoded, open_image, read_header
 from vlmkernels.models.families import Family
 from vlmkernels.models.inputs import ModelInputs, concat
 from vlmkernels.ops.checks import require_positive
@@ -49,7 +50,7 @@ class Sample:
     Args:
         index: index of the row in its dataset.
         prompt: the row's prompt. A conversation has one content part per image or video.
-        images: the images, in the order of their parts.
+        images: the images, in the order of their parts; only their sizes if they are not decoded.
         row: the row itself.
         videos: the frames of each video, (T, 3, H, W) uint8.
         fps: frames per second of the videos.
@@ -58,7 +59,7 @@ class Sample:
 
     index: int
     prompt: str | list[dict[str, Any]]
-    images: list[Image.Image]
+    images: list[Image.Image | ImageHeader]
     row: dict[str, Any]
     videos: list[torch.Tensor]
     fps: float
@@ -92,10 +93,12 @@ def _read_frame(value: Any, name: str, decode: bool, limits: ImageLimits) -> tor
     if not hasattr(value, "dtype"):  # neither an array nor a tensor
         try:
             value = open_image(value, limits)
+            value = decoded(value) if decode else value
         except IMAGE_ERRORS as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         if not decode:
-            return torch.empty(3, value.height, value.width, dtype=torch.uint8, device="meta")
+            size = read_header(value)
+            return torch.empty(3, size.height, size.width, dtype=torch.uint8, device="meta")
     frames = as_frames(value, name)
     if len(frames) != 1:
         raise ValueError(f"{name} must be one frame, got {len(frames)} frames")
@@ -136,18 +139,21 @@ def read_video(value: Any, name: str, decode: bool = True, limits: ImageLimits =
 
 
 def _as_list(value: Any) -> list:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    """Return the values of a column. None, a list of None and Arrow's dict of None hold no value."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return [] if all(map(is_absent, values)) else values
 
 
 def _media(row: dict[str, Any]) -> dict[str, tuple[str, list]]:
-    """Return, for "image" and "video", the name of the row's column and its unopened values."""
-    if row.get("images") is not None:
-        images = "images", _as_list(row["images"])
-    else:
-        images = "image", [] if row.get("image") is None else [row["image"]]
-    return {"image": images, "video": ("videos", _as_list(row.get("videos")))}
+    """Return, for "image" and "video", the name of the row's column and its unopened values.
+
+    Raises:
+        ValueError: both ``image`` and ``images`` hold images.
+    """
+    one, several = _as_list(row.get("image")), _as_list(row.get("images"))
+    if one and several:
+        raise ValueError(f"image must be None if images holds images, got both, with {len(one)} and {len(several)}")
+    return {"image": ("image", one) if one else ("images", several), "video": ("videos", _as_list(row.get("videos")))}
 
 
 def _conversation(
@@ -216,7 +222,7 @@ def _read(row: dict[str, Any], index: int, decode: bool, limits: ImageLimits, wh
     for position, value in enumerate(values["image"]):
         try:
             image = open_image(value, limits)
-            images.append(image.convert("RGB") if decode else image)
+            images.append(decoded(image) if decode else read_header(image))
         except IMAGE_ERRORS as error:
             name = column if column == "image" else f"{column}[{position}]"
             raise ValueError(f"{name} cannot be read: {error}") from error

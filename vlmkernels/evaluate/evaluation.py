@@ -185,7 +185,7 @@ class EvaluationRows:
         found: dict[tuple[str, str], list[int]] = {}
         for index, key in enumerate(zip(self.group_names, self.tasks, strict=True)):
             found.setdefault(key, []).append(index)
-        ambiguous = {name for name, _ in found if sum(other == name for other, _ in found) > 1}
+        ambiguous = {ALL} | {name for name, _ in found if sum(other == name for other, _ in found) > 1}
         return {f"{name} ({task})" if name in ambiguous else name: indices for (name, task), indices in found.items()}
 
 

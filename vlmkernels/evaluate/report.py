@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):
         return {name: _plain(item) for name, item in value._asdict().items()}
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _cell(name: str) -> str:
+    """Return a name from the data as one cell of a Markdown table."""
+    return escape(" ".join(name.split()), quote=False).replace("|", "\\|")
+
+
+def _column(name: str, width: int = 40) -> str:
+    """Return a name as one cell of a table in a terminal, without its middle if it is long."""
+    name = "".join(char if char.isprintable() else " " for char in name)
+    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-(width // 2) :]}"
 
 
 def differences_to_json(differences: dict[tuple[str, str], Difference]) -> dict[str, dict[str, Any]]:
@@ -55,7 +67,12 @@ def to_markdown(evaluation: Evaluation, comparisons: Sequence[Comparison] = ()) 
     for result in evaluation.results:
         share = evaluation.groups[result.group].metrics[result.metric].share
         value, low, high, _ = result.estimate
-        cells = [result.group, result.metric, number(value, share), f"{number(low, share)} to {number(high, share)}"]
+        cells = [
+            _cell(result.group),
+            _cell(result.metric),
+            number(value, share),
+            f"{number(low, share)} to {number(high, share)}",
+        ]
         if view:
             cells += [
                 number(result.hidden.value, share),
@@ -63,14 +80,14 @@ def to_markdown(evaluation: Evaluation, comparisons: Sequence[Comparison] = ()) 
             ]
         lines.append(f"| {' | '.join(cells)} |")
     for comparison in comparisons:
-        lines += ["", f"{comparison.name} compared with {comparison.other_name}, paired by sample:", ""]
+        lines += ["", f"{_cell(comparison.name)} compared with {_cell(comparison.other_name)}, paired by sample:", ""]
         lines += [f"| group | metric | difference | {percent} | p | test |", "| --- | --- | ---: | ---: | ---: | --- |"]
         for (group, metric), difference in comparison.differences.items():
             share = comparison.run.groups[group].metrics[metric].share
             interval = f"{signed(difference.low, share)} to {signed(difference.high, share)}"
             cells = [
-                group,
-                metric,
+                _cell(group),
+                _cell(metric),
                 signed(difference.value, share),
                 interval,
                 p_value(difference.p_value),
@@ -83,7 +100,9 @@ def to_markdown(evaluation: Evaluation, comparisons: Sequence[Comparison] = ()) 
 def to_text(evaluations: dict[str, Evaluation]) -> str:
     """Return a table of all metrics for a terminal: with intervals for one run, with a column per run for several."""
     first = next(iter(evaluations.values()))
-    rows = [["group", "metric", "value", "interval"] if len(evaluations) == 1 else ["group", "metric", *evaluations]]
+    rows = [
+        ["group", "metric", "value", "interval"] if len(evaluations) == 1 else ["group", "metric", *map(_column, evaluations)]
+    ]
     for result in first.results:
         share = first.groups[result.group].metrics[result.metric].share
         if len(evaluations) == 1:
@@ -91,7 +110,7 @@ def to_text(evaluations: dict[str, Evaluation]) -> str:
             cells = [number(value, share), f"{number(low, share)} to {number(high, share)}"]
         else:
             cells = [number(run.value(result.group, result.metric), share) for run in evaluations.values()]
-        rows.append([result.group, result.metric, *cells])
+        rows.append([_column(result.group), _column(result.metric), *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 

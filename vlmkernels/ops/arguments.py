@@ -23,12 +23,23 @@ def as_tensor(name: str, value: Any, device: Device = None, dtype: torch.dtype |
     Args:
         device, dtype: those of the result, if ``value`` is not a tensor. Without ``dtype``, numbers get torch's default.
     """
-    if isinstance(value, torch.Tensor):
-        return value
+    if not isinstance(value, torch.Tensor):
+        value = _converted(name, value, device, dtype)
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {dtype_name(value.dtype)}")
+    return value
+
+
+def _converted(name: str, value: Any, device: Device, dtype: torch.dtype | None) -> torch.Tensor:
     if isinstance(value, (str, bytes, dict, set)):
         raise TypeError(f"{name} must be a tensor, an array or a list of numbers, got {type(value).__name__}")
     try:
-        return torch.as_tensor(value, dtype=dtype, device=device)
+        try:
+            return torch.as_tensor(value, dtype=dtype, device=device)
+        except (TypeError, ValueError):  # a reversed array, one of objects or of another byte order, a column of a table
+            if not hasattr(value, "tolist"):
+                raise
+            return torch.as_tensor(value.tolist(), dtype=dtype, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor, an array or a list of numbers, got {value!r:.80}: {error}") from error
 
@@ -43,8 +54,6 @@ def as_mask(name: str, mask: Any, device: Device = None) -> torch.Tensor | None:
     mask = as_tensor(name, mask, device)
     if mask.dtype == torch.bool:
         return mask
-    if mask.is_complex():
-        raise TypeError(f"{name} must be bool, or 0 and 1 in a real dtype, got {dtype_name(mask.dtype)}")
     result = mask != 0
     if is_readable(mask):
         require_nowhere(result & (mask != 1), name, "hold only 0 and 1", mask)
@@ -54,7 +63,9 @@ def as_mask(name: str, mask: Any, device: Device = None) -> torch.Tensor | None:
 def as_indices(name: str, indices: Any, dtype: torch.dtype = torch.int64, device: Device = None) -> torch.Tensor:
     """Return integers as ``dtype``."""
     indices = as_tensor(name, indices, device)
-    if indices.numel() and (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool):
+    if indices.dtype == dtype:
+        return indices
+    if indices.numel() and (indices.is_floating_point() or indices.dtype == torch.bool):
         raise TypeError(f"{name} must be integers, got {dtype_name(indices.dtype)}")
     return indices.to(dtype)
 
@@ -64,9 +75,11 @@ def without_ignored(targets: torch.Tensor, mask: torch.Tensor | None) -> torch.T
 
     On a GPU and in compiled graphs, where the targets cannot be read, the result is always a mask.
     """
+    if is_readable(targets) and (not targets.numel() or targets.min().item() >= 0):  # faster than a comparison
+        return mask
     counted = targets != IGNORE_INDEX
     if mask is None:
-        return None if is_readable(targets) and bool(counted.all()) else counted
+        return counted
     return mask & counted if mask.shape == targets.shape else mask  # require_targets names the shapes
 
 
@@ -76,6 +89,6 @@ def as_cu_seqlens(cu_seqlens: Any, device: Device = None) -> torch.Tensor:
 
 
 def as_grid(name: str, grid: Any) -> torch.Tensor:
-    """Return the grids of images, (n, 3) int64, or of one image."""
-    grid = as_indices(name, grid)
-    return grid.unsqueeze(0) if grid.shape == (3,) else grid
+    """Return the grids of images as (n, 3) int64, also of one image, (3,), and of none, []. Lists become CPU tensors."""
+    grid = as_indices(name, grid, device="cpu")
+    return grid.view(-1, 3) if grid.shape in ((3,), (0,)) else grid

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from vlmkernels.rewards.answers import (
+    Percent,
     as_number,
     parse_choice,
     parse_count,
@@ -19,11 +20,13 @@ from vlmkernels.rewards.answers import (
     parse_yes_no,
     plain,
 )  # fmt: skip
+from vlmkernels.rewards.answers.conclusion import conclusion
 from vlmkernels.rewards.batch import Unparsed, pure, third_party
 from vlmkernels.rewards.formula_process import PROCESS
 
 _TOWER = re.compile(r"(\d{1,300})\s*\^\s*[{(]*\s*(\d{1,300})\s*\^\s*[{(]*\s*(\d{1,9})")
 _HUGE = re.compile(r"\d\s*\^\s*[{(]*\s*-?\d{7,}|\d{6,}\s*!|!\s*[)}]*\s*!|\^\s*[{(]*\s*\d+\s*\^\s*[{(]*\s*\d+\s*\^")
+_OPTION = re.compile(r"(?:\\text\s*\{)?\(?([A-J])\)?\}?")
 _DECIMAL = re.compile(r"[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d{1,300})(?:\.\d{0,300})?")
 
 
@@ -78,7 +81,8 @@ def _count(value: object) -> float:
 
 def _yes_no(value: object) -> str:
     value = _scalar(value)
-    answer = {True: "yes", False: "no"}[value] if isinstance(value, bool) else parse_yes_no(_text(value))
+    written = _text(value)
+    answer = {"1": "yes", "0": "no"}.get(written) or parse_yes_no(written)
     if answer is None:
         raise ValueError(f"must be yes or no, got {value!r:.80}")
     return answer
@@ -122,12 +126,24 @@ def yes_no(predictions: list[str], references: list[str], *, balanced: bool = Fa
 
 @pure(_number)
 def numeric(predictions: list[float], references: list[float], *, abs_tol: float = 0.0, rel_tol: float = 1e-6) -> list[float]:
-    """1 if ``|p - r| <= max(abs_tol, rel_tol |r|)``, else 0."""
+    """1 if ``|p - r| <= max(abs_tol, rel_tol |r|)``, else 0.
+
+    If one of them is a percentage, it may be meant as a fraction or as percents: "50%" equals 0.5 and 50.
+    """
     if abs_tol < 0:
         raise ValueError(f"abs_tol must be >= 0, got {abs_tol}")
     if rel_tol < 0:
         raise ValueError(f"rel_tol must be >= 0, got {rel_tol}")
-    return [float(abs(p - r) <= max(abs_tol, rel_tol * abs(r))) for p, r in zip(predictions, references, strict=True)]
+
+
+    def near(p: float, r: float) -> bool:
+        return abs(p - r) <= max(abs_tol, rel_tol * abs(r))
+
+    def right(p: float, r: float) -> bool:
+        in_percents = 100 * p if isinstance(p, Percent) else p, 100 * r if isinstance(r, Percent) else r
+        return near(p, r) or (isinstance(p, Percent) != isinstance(r, Percent) and near(*in_percents))
+
+    return [float(right(p, r)) for p, r in zip(predictions, references, strict=True)]
 
 
 @pure(_count)
@@ -184,12 +200,16 @@ def math_equal(predictions: list[str], references: list[str]) -> list[float]:
 def _math_score(prediction: str, reference: str) -> float:
     if prediction.strip() == reference or _folded_text(prediction) == _folded_text(reference):
         return 1.0
+    if (option := _OPTION.fullmatch(reference)) and parse_choice(prediction) == option[1]:
+        return 1.0
     gold, answer = parse_formula(reference), parse_formula(prediction)
     if gold is None:
         return 0.0
     if answer is None or _is_huge(answer.latex):
         return Unparsed(0.0)
     if gold.unit and answer.unit and gold.unit != answer.unit:
+        return 0.0
+    if gold.latex.startswith("(") and answer.latex.startswith((r"\{", "{")):  # math-verify takes a set for an ordered pair
         return 0.0
     numbers = _DECIMAL.fullmatch(gold.latex), _DECIMAL.fullmatch(answer.latex)
     if all(numbers):
@@ -212,7 +232,7 @@ def _is_huge(formula: str) -> bool:
 
 def _folded_text(text: str) -> str:
     """Return a text without LaTeX, Markdown, case and final periods. Letters of a formula keep their case."""
-    text = " ".join(plain(text).split()).rstrip(".")
+    text = " ".join(plain(conclusion(text)).split()).rstrip(".")
     return text.casefold() if len(text) > 1 and text.replace(" ", "").isalpha() else text
 
 

@@ -109,9 +109,8 @@ def group_advantages(
     (scale="none"), 2402.14740 (leave_one_out), 2503.19595 (pass_at_k), 2601.05242 (normalize_then_sum).
     """
     if not isinstance(rewards, torch.Tensor):
-        rewards = as_tensor("rewards", _without_none(rewards), dtype=torch.float32)
-    if rewards.is_complex():
-        raise TypeError(f"rewards must be real, got {rewards.dtype}")
+        rewards = _without_none(rewards.tolist() if hasattr(rewards, "tolist") else rewards)
+    rewards = as_tensor("rewards", rewards, dtype=torch.float32)
     if rewards.dim() not in (1, 2):
         raise ValueError(f"rewards must be (N,) or (N, R), got {tuple(rewards.shape)}")
     require_one_of("scale", scale, SCALES)

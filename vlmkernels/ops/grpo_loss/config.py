@@ -338,4 +338,5 @@ def as_config(config: GRPOLossConfig | str) -> GRPOLossConfig:
         return config
     if not isinstance(config, str):
         raise TypeError(f"config must be a GRPOLossConfig or the name of a preset, got {config!r}")
+    require_one_of("config", config, PRESETS)
     return _READY[config] if config in _READY else GRPOLossConfig.preset(config)

@@ -39,20 +39,23 @@ def placeholder_positions(
         ValueError: ``input_ids`` are not on the CPU or have a wrong shape; or a sample does not have as many placeholders as
             features: the error names the sample.
     """
+    input_ids = as_indices("input_ids", input_ids)
+    num_features = as_indices("num_features", num_features)
     if input_ids.device.type != "cpu":
         raise ValueError(f"input_ids must be on the CPU (reading them must not wait for a device), got {input_ids.device}")
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must be (B, S) or packed (N,), got {tuple(input_ids.shape)}")
-    placeholders = torch.as_tensor(token_ids, dtype=input_ids.dtype)
+    placeholders = as_indices("token_ids", token_ids)
     positions = torch.isin(input_ids, placeholders).flatten().nonzero().squeeze(1)
     if input_ids.dim() == 2:
         ends = torch.arange(1, len(input_ids) + 1) * input_ids.shape[1]
     else:
         ends = torch.tensor([len(input_ids)]) if cu_seqlens is None else as_cu_seqlens(cu_seqlens)[1:].long()
-    if len(num_features) != len(ends):
-        raise ValueError(f"num_features must hold one number per sample, {len(ends)}, got {len(num_features)}")
+    if num_features.shape != ends.shape:
+        got = len(num_features) if num_features.dim() == 1 else tuple(num_features.shape)
+        raise ValueError(f"num_features must hold one number per sample, {len(ends)}, got {got}")
     tokens = torch.searchsorted(positions, ends).diff(prepend=ends.new_zeros(1))
-    for sample, (number, features) in enumerate(zip(tokens.tolist(), torch.as_tensor(num_features).tolist(), strict=True)):
+    for sample, (number, features) in enumerate(zip(tokens.tolist(), num_features.tolist(), strict=True)):
         if number != features:
             cause = _FEWER if number < features else _MORE
             raise ValueError(
@@ -86,6 +89,8 @@ def merge_image_features(embeddings: torch.Tensor, features: torch.Tensor, posit
     """
     width = embeddings.shape[-1]
     positions = as_indices("positions", positions)
+    if positions.dim() != 1:
+        raise ValueError(f"positions must be (M,), got {tuple(positions.shape)}")
     if features.shape != (len(positions), width):
         raise ValueError(
             f"features must be {(len(positions), width)}, a row of the embeddings' width per position,"

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from vlmkernels.ops.arguments import as_cu_seqlens, as_grid, as_mask
-from vlmkernels.ops.checks import require_device, require_shape, require_tensor
+from vlmkernels.ops.arguments import as_cu_seqlens, as_grid, as_indices, as_mask, as_tensor
+from vlmkernels.ops.checks import require_device, require_shape
 
 __all__ = ["MropePositions", "mrope_positions"]
 
@@ -109,7 +109,7 @@ def mrope_positions(
 
     Source: Wang et al., Qwen2-VL (https://arxiv.org/abs/2409.12191), section 2.1.
     """
-    require_tensor("mm_token_type_ids", mm_token_type_ids)
+    mm_token_type_ids = as_indices("mm_token_type_ids", mm_token_type_ids)
     shape, device = mm_token_type_ids.shape, mm_token_type_ids.device
     attention_mask = as_mask("attention_mask", attention_mask, device)
     cu_seqlens = None if cu_seqlens is None else as_cu_seqlens(cu_seqlens, device)
@@ -165,7 +165,9 @@ def mrope_positions(
     row = rest.div(width, rounding_mode="trunc")
     if tokens_per_second is not None and len(videos):
         seconds = [1.0] * len(videos) if second_per_grid_ts is None else second_per_grid_ts
-        seconds = seconds if isinstance(seconds, torch.Tensor) else torch.tensor(seconds, dtype=torch.float64)
+        seconds = as_tensor("second_per_grid_ts", seconds, "cpu", torch.float64)
+        if seconds.dim() != 1:
+            raise ValueError(f"second_per_grid_ts must be one number per video, ({len(videos)},), got {tuple(seconds.shape)}")
         interval = (tokens_per_second * seconds).float().to(device, non_blocking=True)
         frame = torch.where(is_video, (frame * interval[video.clamp(min=0)]).int(), frame)
     positions = torch.stack([frame, row, rest - row * width]) + base

@@ -6,6 +6,7 @@ Data is prepared outside of compiled graphs, so this is a function on a list of 
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -76,9 +77,9 @@ def _sizes(layout: str, patch_size: int, **sizes: int | None) -> Layout:
         if default == 1 and chosen[name] != 1:
             raise ValueError(f"{name} must be 1 in layout {layout}, got {size}")
     for name, size in chosen.items():
-        if not isinstance(size, int) or size <= 0:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size <= 0:
             raise ValueError(f"{name} must be an integer > 0, got {size}")
-    return LAYOUTS[layout]._replace(**chosen)
+    return LAYOUTS[layout]._replace(**{name: int(size) for name, size in chosen.items()})
 
 
 def _per_channel(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:

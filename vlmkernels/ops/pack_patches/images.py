@@ -13,11 +13,21 @@ _DEEP_MODES = ("I", "F")
 
 def is_opaque(image: Any) -> bool:
     """Return whether a PIL image has neither an alpha channel nor a transparent color."""
-    return "A" not in image.getbands() and "transparency" not in image.info
+    return not {"A", "a"}.intersection(image.getbands()) and "transparency" not in image.info
+
+
+def on_white(image: Any) -> Any:
+    """Convert a PIL image with 8 bits per channel to RGB, with transparency on white, as in transformers >= 5.21."""
+    from PIL import Image
+
+    if is_opaque(image):
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def rgb_from_pil(image: Any, name: str) -> torch.Tensor:
-    """Convert a PIL image to RGB, (H, W, 3), with transparency on white, as in transformers >= 5.21."""
+    """Convert a PIL image to RGB, (H, W, 3); see ``on_white``."""
     import numpy
     from PIL import Image
 
@@ -27,10 +37,7 @@ def rgb_from_pil(image: Any, name: str) -> torch.Tensor:
     if image.mode.startswith(_DEEP_MODES):
         raise TypeError(f"{name} must have 8 bits per channel, got mode {image.mode}, {size}")
     try:
-        if not is_opaque(image):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return torch.from_numpy(numpy.array(image.convert("RGB")))
+        return torch.from_numpy(numpy.array(on_white(image)))
     except (OSError, SyntaxError) as error:  # SyntaxError is what PIL raises for a broken PNG file
         raise ValueError(f"{name} must be a whole image, got {size} that does not decode: {error}") from error
 

@@ -10,11 +10,11 @@ from vlmkernels.rewards.answers.choices import parse_choice, parse_yes_no
 from vlmkernels.rewards.answers.completion import THINK, Messages, ends_in_think, find_answer, has_format, is_copied, text_of
 from vlmkernels.rewards.answers.coordinates import Boxes, as_boxes, parse_box, parse_boxes, parse_point
 from vlmkernels.rewards.answers.formulas import parse_formula
-from vlmkernels.rewards.answers.numbers import as_number, parse_count, parse_number
+from vlmkernels.rewards.answers.numbers import Percent, as_number, parse_count, parse_number
 from vlmkernels.rewards.answers.plain import plain
 
 __all__ = [
-    "PARSERS", "THINK", "Boxes", "Messages", "as_boxes", "as_number", "ends_in_think", "find_answer", "has_format",
+    "PARSERS", "THINK", "Boxes", "Messages", "Percent", "as_boxes", "as_number", "ends_in_think", "find_answer", "has_format",
     "is_copied", "parse_box", "parse_boxes", "parse_choice", "parse_count", "parse_formula", "parse_number", "parse_point",
     "parse_yes_no", "plain", "text_of",
 ]  # fmt: skip

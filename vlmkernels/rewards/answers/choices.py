@@ -2,6 +2,7 @@
 
 import re
 
+from vlmkernels.rewards.answers.conclusion import or_of_conclusion
 from vlmkernels.rewards.answers.only import only
 from vlmkernels.rewards.answers.plain import plain
 
@@ -19,8 +20,10 @@ _NAMED = [
     re.compile(rf"\b(?:[Ii]t\s+is|[Ii]t's|(?:I|i)\s+(?:would\s+)?(?:choose|pick|select|say|go\s+with)|must\s+be|should\s+be|选)\s+[(\[]?([A-Z]){_END}[)\]]?(?=[.,;)]|\s*$)"),
     re.compile(r"(?:\b(?:is|be)\s+|[:,]\s*)\(([A-Z])\)|(?<![A-Za-z])\(([A-Z])\)[.!]?\s*$"),
     re.compile(rf"^\s*{_LABEL}(?=\s|$)", re.MULTILINE),
-    re.compile(r"^\s*[(\[]?([a-z])[)\]](?=\s)"),
-    re.compile(r"^\s*([A-Z])\s*(?:$|\s-\s)", re.MULTILINE),
+    re.compile(r"^\s*[(\[]?([a-z])(?:[)\]](?=\s)|[.:]\s(?=\s*\w{2}))"),
+    re.compile(r"^\s*([A-Z])\s*(?:$|、|\s-\s)", re.MULTILINE),
+    re.compile(r"^\s*([A-HJ-Z])(?:,\s+|\s+\()(?=\w{2})"),  # B, cat; B (cat)
+    re.compile(r"(?:^|[.\n]\s*)([A-HJ-Z])\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"),
 ]  # fmt: skip
 _OTHER_LABEL = re.compile(r"(?<![A-Za-z])\(?([A-Z])[).:](?=\s+\S)|(?:^|[.,;:!?)]\s*)([A-Z])[).:](?=\s|$)")  # within a list
 _SEVERAL = re.compile(
@@ -33,6 +36,7 @@ _DENIED = re.compile(
 )
 
 
+@or_of_conclusion
 def parse_choice(text: str) -> str | None:
     r"""Parse the only option letter in a text: "B", "(b)", "**B.** a cat", "The answer is B", "\boxed{\text{B}}".
 
@@ -52,6 +56,7 @@ def _letters(patterns: list[re.Pattern[str]], text: str) -> list[str]:
     return [next(filter(None, match.groups())).upper() for pattern in patterns for match in pattern.finditer(text)]
 
 
+_OTHER_WORDS = {"true": "yes", "false": "no", "是": "yes", "是的": "yes", "有": "yes", "不是": "no", "否": "no", "没有": "no"}
 _YES = re.compile(r"\byes\b")
 _NO = re.compile(
     r"(?:^|[.,;:!?\n]\s*|\b(?:is|say|answer)\s+)no\s*(?=[.,;:!?\n()\"'…-]|$)"  # no, as an answer
@@ -64,12 +69,15 @@ _NO_IDIOM = re.compile(
 _EITHER = re.compile(r"\byes\s*(?:/|\||or|and|,)\s*no\b|\bno\s*(?:/|\||or|and|,)\s*yes\b|\bnot\s+(?:a\s+)?[\"']?(?:yes|no)\b")
 
 
+@or_of_conclusion
 def parse_yes_no(text: str) -> str | None:
     """Return "yes" or "no" if a text answers one of them: "Yes, it is.", "Answer: No", "There is no cat."
 
     Returns None if it has both, or "no" in another sense, as in "It has no wheels", "no doubt" and "No. 5".
     """
     text = plain(text).lower().strip("\"'()[]{}<> ")
+    if word := _OTHER_WORDS.get(text.rstrip(".!")):
+        return word
     if _EITHER.search(_NO_IDIOM.sub(" ", text)):
         return None
     answers = ["yes"] * bool(_YES.search(text)) + ["no"] * bool(_NO.search(_NO_IDIOM.sub(" ", text)))

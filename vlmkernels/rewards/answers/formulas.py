@@ -4,6 +4,8 @@ import re
 from itertools import pairwise
 from typing import NamedTuple
 
+from vlmkernels.rewards.answers.conclusion import or_of_conclusion
+from vlmkernels.rewards.answers.numbers import Percent, parse_number
 from vlmkernels.rewards.answers.plain import WRAPPED, ascii_text, boxed, without_markdown
 
 # In LaTeX, a dollar sign opens a formula before, and closes it after, a character that is not a space: not $5 and $6.
@@ -17,6 +19,13 @@ _LEAD = re.compile(
     r"\s*(?:so|thus|hence|therefore|then|it is|it's|it equals|there (?:are|is)|about|approximately|around|[≈~])[\s,:]+",
     re.IGNORECASE,
 )
+# Words that make the value of a formula another one.
+_BOUND = re.compile(
+    r"\b(?:at (?:least|most)|(?:more|less|fewer|greater|larger|smaller|higher|lower) than|up to|not|never|half|twice"
+    r"|double|or (?:more|less|fewer|greater|above|below|none))\b",
+    re.IGNORECASE,
+)
+_ANGLE = re.compile(r"(?<![A-Za-z])m?(?:∠|\\angle)\s*[A-Z0-9]{1,3}\s*(?:=|is\b)")
 _EQUALS = re.compile(r"^\s*([A-Za-z])\s+(?:is|equals|is equal to)\s+(?=\S)")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\{[a-z]*(?:matrix|cases|array|aligned?)\*?\}")
@@ -24,28 +33,36 @@ _COMMANDS = re.compile(
     r"a?(?:sin|cos|tan|cot|sec|csc)h?|arc(?:sin|cos|tan)|sqrt|log|ln|exp|pi|theta|alpha|beta|gamma|delta|lambda|mu|phi|omega|sigma"
 )
 _SHORT_WORD = re.compile(
-    r"is|it|the|of|to|in|at|on|by|for|from|as|we|be|are|was|has|had|not|no|yes|so|if|an|my|our|per|its|this|that|all|any|two|one"
+    r"is|it|sq|the|of|to|in|at|on|by|for|from|as|we|be|are|was|has|had|not|no|yes|so|if|an|my|our|per|its|this|that|all|any|two|one"
     r"|six|ten",
     re.IGNORECASE,
 )
+# Unit -> its names. Each name may also have a plural "s".
 _UNITS = {
     "mm": "millimeter", "cm": "centimeter", "m": "meter meters metre metres", "km": "kilometer", "in": "inch inches",
-    "ft": "foot feet", "yd": "yard", "mi": "mile", "g": "gram", "kg": "kilogram", "mg": "milligram", "lb": "pound lbs",
-    "oz": "ounce",     "s": "second sec", "ms": "millisecond", "min": "minute", "h": "hour hr hrs", "day": "day", 
-    "week": "week", "month": "month",
-    "year": "year yr", "l": "liter litre", "ml": "milliliter millilitre", "°": "degree deg", "rad": "radian", "$": "dollar usd",
-    "€": "euro eur", "£": "gbp", "¥": "yen yuan rmb", "¢": "cent", "hz": "hertz", "n": "newton", "j": "joule", "w": "watt",
-    "v": "volt",     "mph": "mph", "mol": "mole",
+    "ft": "foot feet", "yd": "yard", "mi": "mile", "mi/h": "mph", "g": "gram", "kg": "kilogram", "mg": "milligram",
+    "lb": "pound lbs", "oz": "ounce", "s": "second sec", "ms": "millisecond", "min": "minute", "h": "hour hr hrs",
+    "day": "day", "week": "week", "month": "month", "year": "year yr", "l": "liter litre", "ml": "milliliter millilitre",
+    "°": "degree deg", "rad": "radian", "$": "dollar usd", "€": "euro eur", "£": "gbp", "¥": "yen yuan rmb", "¢": "cent",
+    "hz": "hertz", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "mol": "mole",
 }  # fmt: skip
 UNITS = {name + plural: unit for unit, names in _UNITS.items() for name in (unit, *names.split()) for plural in ("", "s")}
 _ONE_LETTER_UNIT = re.compile(r"\s*(-?[\d.,]+)\s+([mgshLNJWV])\s*(\^\s*\{?[23]\}?)?\s*\.?\s*")
 _ONE_LETTER_TEXT = re.compile(r"(.+)\\(?:text|mathrm)\s*\{\s*([mgshLNJWV])\s*\}\s*(\^\s*\{?[23]\}?)?\s*\.?\s*", re.DOTALL)
 _TEXT_POWER = re.compile(r"\\(?:text|mathrm)\s*\{\s*([A-Za-z]{2,})\s*\}\s*\^\s*\{?([23])\}?")
-_MATHS = re.compile(r"[\w∞π∅]|\\[a-z]")
-_RATE = re.compile(r"(?<=[\d}])\s+([A-Za-z]+)\s*(?:/|\s+per\s+)\s*([A-Za-z]+)\s*\.?$")
+_MATHS = re.compile(r"[A-Za-z0-9∞π∅]|\\[a-z]")
+_CHINESE_LEAD = re.compile("^[぀-鿿]+[,:]?")
+_MINUS = re.compile(r"\b(?:minus|negative)\s+(?=[\d.])", re.IGNORECASE)
+_RATE = re.compile(
+    r"(?<=[\d}])\s*(?:\\(?:text|mathrm)\s*\{)?\s*([A-Za-z]+)(?:\s*/\s*|\s+per\s+)([A-Za-z]+)\s*\}?\s*\.?$"
+)  # 60 km/h
+_SPACE = re.compile(r"(?<!\\)\\(?:displaystyle|left|right|big|Big|[,;:!> ]|quad|qquad)(?![A-Za-z])")
+_EDGES = re.compile(r"^(?:[\s,;:]|\.(?!\d))+|[\s.,;:]+$")  # of a piece: the point of .5 is a part of the number
 _LATEX = [
     (re.compile(r"\\[dtc]frac"), r"\\frac"),
-    (re.compile(r"(?<!\\)\\(?:displaystyle|left|right|big|Big|[,;:!> ]|quad|qquad)(?![A-Za-z])"), " "),
+    (re.compile(r"(?<=\d)\s*x\s*(?=10\s*\^)"), r"\\times "),
+    (re.compile(r"\\log_(\w)"), r"\\log_{\1}"),
+    (re.compile(r",(?:\s*,)+"), ","),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"<="), r"\\le "),
     (re.compile(r">="), r"\\ge "),
@@ -76,13 +93,25 @@ class Formula(NamedTuple):
 def parse_formula(text: str) -> Formula | None:
     r"""Find the formula that an answer consists of, with its unit: "The answer is **5 cm**.", "$x=1$ or $x=2$", ``\boxed{2}``.
 
-    Returns None for words, and for several formulas that are not joined by "and", "or" or commas.
+    A sentence about one number, such as "The length of AB is 5", is that number. Returns None for words, and for several
+    formulas that are not joined by "and", "or" or commas.
     """
+    formula = _whole_formula(text)
+    if formula is None and (number := parse_number(text)) is not None:
+        digits = f"{100 * number if isinstance(number, Percent) else number:.15g}"
+        formula = None if "e" in digits else Formula(digits + r"\%" * isinstance(number, Percent), "")
+    return formula
+
+
+@or_of_conclusion
+def _whole_formula(text: str) -> Formula | None:
     if len(text) > _LONGEST:
         text = ", ".join(boxed(text)) or text[max(text.lower().rfind("answer"), 0) :]
         if len(text) > _LONGEST:
             return None
-    text = without_markdown(ascii_text(text))
+    text = _MINUS.sub("-", _CHINESE_LEAD.sub("", _SPACE.sub(" ", without_markdown(ascii_text(text)))))
+    if _BOUND.search(text):
+        return None
     for _ in range(_MOST_NESTED):
         text = ", ".join(boxed(text)) or text
     if found := list(_DELIMITED.finditer(text)):
@@ -90,7 +119,7 @@ def parse_formula(text: str) -> Formula | None:
     answer = _AFTER_ANSWER.match(text)
     text = text[answer.end() :] if answer else text
     lead = _LEAD.match(text)
-    return _formula(text[lead.end() :] if lead else text)
+    return _formula(_ANGLE.sub(" ", text[lead.end() :] if lead else text).lstrip(" ="))
 
 
 def _delimited(text: str, found: list[re.Match[str]]) -> Formula | None:
@@ -125,7 +154,7 @@ def _formula(text: str) -> Formula | None:
     text = re.sub(r"(?<=\d)\s*(?:percent(?:age)?|per cent|pct)\b", "%", text)
     pieces, words = _pieces(text)
     formulas = [piece for piece in pieces if _MATHS.search(piece) and not (words and piece in ("a", "A", "I"))]
-    if len(set(formulas)) != 1 or re.search(r"\d\s+\d(?!\d*/)", formulas[0]):
+    if len(set(formulas)) != 1 or re.search(r"\d\s+\d(?!\d*/)|[(\[]$", formulas[0]):
         return None
     last = pieces.index(formulas[0])
     unit = unit or _unit(words[last : last + 2]) or (UNITS.get(currency[0].lstrip("\\"), "") if currency else "")
@@ -161,7 +190,7 @@ def _pieces(text: str) -> tuple[list[str], list[str]]:
         return "\x00"
 
     marked = re.sub(r"\x00\s*\^\s*\{?[23]\}?", "\x00", _WORD.sub(mark, text.replace("\x00", " ")))
-    return [piece.strip(" .,;:\n") for piece in marked.split("\x00")], words
+    return [_EDGES.sub("", piece) for piece in marked.split("\x00")], words
 
 
 def _latex(text: str) -> str:

@@ -26,11 +26,20 @@ _PRONOUN = re.compile(
 )
 
 
+# One Chinese numeral before a measure word or the end, or alone; not a part of a larger number, such as 二十三 or 三分之一.
+_CHINESE = {word: value for value, word in enumerate("零一二三四五六七八九十")} | {"两": 2}
+_CHINESE_NUMERAL = re.compile(
+    r"(?<![\d零一二三四五六七八九十百千万亿两第几])([零一二三四五六七八九十两])(?=[个只条位名辆张本头匹朵棵把块片件]|[.\s]*$)"
+)
+
+
 def digits_for_words(text: str) -> str:
     """Replace "twenty-one" by "21", "a hundred and two" by "102", "two dozen" by "24". "One" as a pronoun is removed.
 
     Words that are not one number, such as "nineteen eighty", become "19:80", which is no number either.
     """
+    if not text.isascii():
+        text = _CHINESE_NUMERAL.sub(lambda match: str(_CHINESE[match[1]]), text)
     return _PHRASE.sub(_digits, _PRONOUN.sub(" ", text))
 
 

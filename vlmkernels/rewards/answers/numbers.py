@@ -7,6 +7,7 @@ Every group of characters with a digit must be a number, or a name such as "H2O"
 import math
 import re
 
+from vlmkernels.rewards.answers.conclusion import or_of_conclusion
 from vlmkernels.rewards.answers.number_words import SCALES, digits_for_words
 from vlmkernels.rewards.answers.only import only
 from vlmkernels.rewards.answers.plain import plain
@@ -48,22 +49,33 @@ _NOT_A_VALUE = re.compile(
     r"""(?:^|\s)[-+]\s+[€£¥]?[.\d] | (?:\\[a-z]+|\b(?:sqrt|log|ln|exp|sin|cos|tan))\s*[({\[_]*\s*[-.\d]
     | [<>≤≥±√π^]\s*[-+€£¥]?[.\d] | [.\d]\s*[<>≤≥±√π^‰] | \d\+(?!\d) | \d°\s*\d | \d\.\.+\d | \d\s+point\s+\d
     | \b(?:at\ (?:least|most)|(?:more|less|fewer|greater|larger|higher|lower)\ than|over|under|above|below|up\ to|not
-      |half|point)\s+(?:a\ )?[€£¥]?[-+.\d]
-    | \d\D{0,30}\bor\ (?:more|less|fewer|greater|higher|lower|above|below|over|under)\b
+      |half|twice|double|point)\s+(?:a\ |of\ )?[€£¥]?[-+.\d]
+    | \d\s*\\[a-z] | \d\s*[×÷*^+]\s*[a-zA-Z(] | \bor\ [-+.\d] | \bbetween\s+\S+\s+and\s+[-+.\d]
+    | \d\D{0,30}\bor\ (?:more|less|fewer|greater|higher|lower|above|below|over|under|none)\b
     | \d\D{0,12}\b(?:below|under)\s+(?:zero|freezing)
-    | \d\s+(?:[kKMBTGxX]|bn|mn|mio|lakhs?|crores?|pi|squared|cubed|tens|scores?)(?![\w'])
+    | \d\s+(?:[kKMBTGxyzXYZ]|bn|mn|mio|lakhs?|crores?|pi|squared|cubed|tens|scores?)(?![\w'])
     | \d\D{0,20}\band\ (?:an?|one|1|two|2|three|3)[\s-](?:half|thirds?|quarters?|fourths?)
     | \d[\s-](?:half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?|hundredths?)\b
     | \d\s*(?:hundred|thousand|million|billion|dozen)s?[\s-]+(?:hundred|thousand|million|billion|trillion)
     | [零一二三四五六七八九十百千万亿两半点分成负第多几余之下]\s*\d | \d\s*[零一二三四五六七八九十百千万亿半点分成多几余]""",
     re.VERBOSE,
 )
-_ACCOUNT = re.compile(r"\(\s*[€£¥₹]?\s*[\d.,]+%?\s*\)\.?")  # a negative amount, or the number of an item
+# Groups of three digits, if the number is the whole text: "1 331", but not "the seats 1 331 and 2 400".
+_SPACED = re.compile(r"([-+]?[1-9]\d{0,2})((?: \d{3})+)((?:[.,]\d+)?\s*[^\W\d]*\.?)")
+# The left side of an equation of numbers: 3 + 4 = 7 is 7.
+_SUM = re.compile(r"(?<![\w.,^*/×÷+(-])[(\d][\d.,() ]*(?:[-+*/×÷][\d.,() ]*\d[\d.,() ]*)+=\s*(?=[-+]?[€£¥₹.\d])")
+_SAME_TWICE = re.compile(r"(?<![\w.])(\d+) \(\1\)")  # 5 (five)
+_NONE = r"(?:none|no one|nobody|no (?:people|persons?|men|women|children|\w+[^\Ws]s))"
+_PLACE = r"(?:of them|visible|present|shown|here|(?:in|on) (?:the|this) \w+)"
 _NO_ONE = re.compile(
-    r"(?:there (?:are|were|is|was) )?(?:none|no one|nobody|no (?:people|persons?|men|women|children|\w+[^\Ws]s))"
-    r"(?: of them| visible| present| here| (?:in|on) (?:the|this) \w+)?\.?",
+    rf"no|(?:there (?:are|were|is|was) )?{_NONE}(?: (?:are|is))?(?: {_PLACE}){{0,3}}"
+    rf"|there (?:are|were)(?:n't| not) any \w+s?(?: {_PLACE}){{0,3}}",
     re.IGNORECASE,
 )
+
+
+class Percent(float):
+    """The value of a number that was written with a percent sign: 0.5 for "50%"."""
 
 
 def _value(match: re.Match[str]) -> float:
@@ -73,7 +85,8 @@ def _value(match: re.Match[str]) -> float:
     value = float(match["value"].replace(",", "") + (f"e{match['exponent']}" if match["exponent"] else ""))
     value *= SCALES.get(match["scale"] or "", 1)
     value /= float(match["divisor"] or 1) * (100 if match["percent"] else 1)
-    return -value if match["sign"] == "-" else value
+    value = 0.0 - value if match["sign"] == "-" else value  # and not -0.0
+    return Percent(value) if match["percent"] else value
 
 
 def _mixed(match: re.Match[str]) -> str:
@@ -82,9 +95,9 @@ def _mixed(match: re.Match[str]) -> str:
 
 def _rewritten(text: str) -> str | None:
     """Return a text in which each number is one group of characters, or None if a number in it is only a part of a value."""
-    text = digits_for_words(plain(text))
-    if _ACCOUNT.fullmatch(text):
-        return None
+    text = _SUM.sub("", _SAME_TWICE.sub(r"\1", digits_for_words(plain(text))))
+    if match := _SPACED.fullmatch(text):
+        text = match[1] + match[2].replace(" ", "") + match[3]
     for pattern, replacement in _REWRITE[:-1]:
         text = pattern.sub(replacement, text)
     text = _MIXED.sub(_mixed, text)
@@ -112,7 +125,7 @@ def _values(text: str) -> list[float]:
 
 def _only_finite(values: list[float]) -> float | None:
     value = only(values)
-    return value + 0.0 if value is not None and math.isfinite(value) else None  # -0.0 becomes 0.0
+    return value if value is not None and math.isfinite(value) else None
 
 
 def as_number(text: str) -> float:
@@ -124,8 +137,9 @@ def as_number(text: str) -> float:
     return value
 
 
+@or_of_conclusion
 def parse_number(text: str) -> float | None:
-    """Parse the only number in a text; "12%" is 0.12, "1/2" is 0.5, and "twenty-one" is 21.
+    """Parse the only number in a text; "12%" is ``Percent(0.12)``, "1/2" is 0.5, and "twenty-one" is 21.
 
     Currency and units are ignored. Returns None for several numbers, and for what is not one number: ranges, bounds such as
     "at least 5", times, dates, formulas, decimal commas.
@@ -133,9 +147,11 @@ def parse_number(text: str) -> float | None:
     return _only_finite(_values(text))
 
 
+@or_of_conclusion
 def parse_count(text: str) -> float | None:
     """Parse the only count in a text, a whole number in digits or words; "none" and "no cats" are 0."""
-    if _NO_ONE.fullmatch(plain(text)):
+    if _NO_ONE.fullmatch(plain(text).rstrip(".")):
         return 0.0
     value = _only_finite(_values(text))
-    return value if value is not None and value >= 0 and value == int(value) else None
+    is_count = value is not None and value >= 0 and value == int(value) and not isinstance(value, Percent)
+    return value if is_count else None

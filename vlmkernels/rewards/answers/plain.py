@@ -20,6 +20,7 @@ _THIN_SPACE = re.compile(r"(?<=\d)(?:\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 # As in CommonMark, emphasis begins before and ends after a character that is not a space, and not within a word: 2*3*4.
 _EMPHASIS = re.compile(r"(?<![\w*\\^])(\*{1,3}|_{1,3}|`{1,3}|~~)(?=\S)([^\n]{1,300}?)(?<=\S)\1(?![\w*])")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_GLM_BOX = re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)  # how GLM-4.1V and GLM-4.5V write \boxed{}
 _WRAPPERS = r"boxed|fbox|text(?:bf|it|rm|tt|sf|normal)?|mbox|math(?:rm|bf|it|sf|tt|normal)|operatorname|emph|underline|bf|rm"
 WRAPPED = re.compile(rf"\\(?:{_WRAPPERS})\s*\{{([^{{}}]*)\}}")
 _LATEX_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}|(\d)\s*(\d))")
@@ -34,7 +35,8 @@ _MOST_BOXES = 20
 
 
 def ascii_text(text: str) -> str:
-    """Write minus signs, digits, quotes and spaces in ASCII, superscripts with ``^`` and fractions with ``/``."""
+    """Write minus signs, digits, quotes and spaces in ASCII, superscripts with ``^``, fractions with ``/``, boxes in LaTeX."""
+    text = _GLM_BOX.sub(r"\\boxed{\1}", text)
     if not text.isascii():
         text = _THIN_SPACE.sub("", text).translate(_CHARACTERS)
         text = _FRACTION.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
