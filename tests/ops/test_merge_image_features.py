@@ -101,6 +101,6 @@ def test_other_errors_are_named():
     with pytest.raises(TypeError, match="positions must be integers, got float32"):
         merge_image_features(draw(5, 4), draw(2, 4), positions.float())
     with pytest.raises(ValueError, match=r"input_ids must be \(B, S\) or packed \(N,\), got \(1, 2, 3\)"):
-        placeholder_positions(torch.zeros(1, 2, 3), IMAGE, [0])
+        placeholder_positions(torch.zeros(1, 2, 3).long(), IMAGE, [0])
     with pytest.raises(ValueError, match=r"input_ids must be on the CPU \(reading them must not wait for a device\), got meta"):
-        placeholder_positions(torch.zeros(2, 3, device="meta"), IMAGE, [0, 0])
+        placeholder_positions(torch.zeros(2, 3, dtype=torch.int64, device="meta"), IMAGE, [0, 0])

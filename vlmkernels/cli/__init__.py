@@ -5,6 +5,7 @@ A command's module is imported when the command runs, so that ``vlmkernels --hel
 
 import argparse
 import importlib
+import io
 import os
 import sys
 
@@ -50,5 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     # so that a folder such as ./datasets does not hide a package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show must not end a command
     module, _ = COMMANDS[command]
     return importlib.import_module(f"vlmkernels.cli.{module}").main(argv[1:])

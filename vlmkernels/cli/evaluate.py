@@ -34,8 +34,13 @@ if TYPE_CHECKING:
 USAGE = """vlmkernels eval --model PATH --dataset PATH [--ARGUMENT VALUE ...]
        vlmkernels eval --predictions FILE --dataset PATH [--ARGUMENT VALUE ...]"""
 SUITE = "shapes-and-digits"
-# Flags of other programs that evaluate models, and the flags that serve instead.
-MEANINGS = {"max_new_tokens": "max_completion_length", "limit": "count", "num_samples": "count", "output_path": "output"}
+# Flags of other programs that evaluate models, and what to use instead.
+ADVICE = {
+    "max_new_tokens": "use --max_completion_length",
+    "limit": "use --count",
+    "num_samples": "use --count",
+    "output_path": "use --output",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -300,7 +305,7 @@ def to_result(
 def main(argv: list[str]) -> int:
     """Write metrics and page, print a summary, and return 0. Invalid arguments end the program with exit code 2."""
     parser = build_parser()
-    args = parse_arguments(parser, argv, MEANINGS)
+    args = parse_arguments(parser, argv, ADVICE)
     require_given(parser, args, "dataset")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("eval runs in one process and writes one file of predictions; do not start it with torchrun")
@@ -338,7 +343,8 @@ def main(argv: list[str]) -> int:
     output.with_suffix(".md").write_text(to_markdown(last, comparisons), encoding="utf-8")
     title = f"{list(found)[-1]} on {Path(args.dataset).name}"
     count = len(next(iter(last.completions.values()))[0])
-    subtitle = f"{len(inputs.rows)} sample{'s' * (len(inputs.rows) > 1)}, {count} completion{'s' * (count > 1)} each, compared as {args.match} does"
+    samples = f"{len(inputs.rows)} sample{'s' * (len(inputs.rows) > 1)}"
+    subtitle = f"{samples}, {count} completion{'s' * (count > 1)} each, compared as {args.match} does"
     page = output.with_suffix(".html")
     write_page(page, title, subtitle, last, comparisons=comparisons, curves=curves, samples_per_group=args.samples)
     print(f"{subtitle}\n{to_text(found)}")

@@ -100,9 +100,8 @@ def to_markdown(evaluation: Evaluation, comparisons: Sequence[Comparison] = ()) 
 def to_text(evaluations: dict[str, Evaluation]) -> str:
     """Return a table of all metrics for a terminal: with intervals for one run, with a column per run for several."""
     first = next(iter(evaluations.values()))
-    rows = [
-        ["group", "metric", "value", "interval"] if len(evaluations) == 1 else ["group", "metric", *map(_column, evaluations)]
-    ]
+    columns = ["value", "interval"] if len(evaluations) == 1 else map(_column, evaluations)
+    rows = [["group", "metric", *columns]]
     for result in first.results:
         share = first.groups[result.group].metrics[result.metric].share
         if len(evaluations) == 1:

@@ -391,6 +391,7 @@ def linear_grpo_loss(
         hidden, weight, bias, temperature, logit_scale, softcap, rows, chunk_bytes, vocab_parallel: see ``linear_logps``.
         targets: (B, T) integers, -100 for tokens that are not in the loss; with cu_seqlens (N,), without -100. ``hidden`` is
             (B, T, H) or (N, H), or any shape that ``rows`` index.
+            Without cu_seqlens a GPU always gets a mask, because of -100, and each pass waits for it as in ``linear_logps``.
         advantages, old_logps, ref_logps, loss_mask, cu_seqlens, rollout_logps, num_items, accumulation_steps, config: see
             ``grpo_loss``.
         entropy_threshold: see ``grpo_loss``; or a function that computes it from the entropies of the tokens in the loss mask,

@@ -79,7 +79,8 @@ def _sizes(layout: str, patch_size: int, **sizes: int | None) -> Layout:
     for name, size in chosen.items():
         if not isinstance(size, Integral) or isinstance(size, bool) or size <= 0:
             raise ValueError(f"{name} must be an integer > 0, got {size}")
-    return LAYOUTS[layout]._replace(**{name: int(size) for name, size in chosen.items()})
+        chosen[name] = int(size)
+    return LAYOUTS[layout]._replace(**chosen)
 
 
 def _per_channel(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
