@@ -196,16 +196,12 @@ class Fits:
 
 def test_columns_and_signatures_of_rewards():
     columns = ["prompt", "image", "answer"]
-    for reward in (Fits(), Fits, partial(Fits(), number=1), "exact_match", "think_answer_format"):
+    for reward in (without_rest, Fits(), Fits, partial(Fits(), number=1), "exact_match", "think_answer_format"):
         Rewards(reward).check_columns(columns, "train_dataset")
     for reward, message in (
         (misspelt, r"train_dataset must have a column 'anwser', .* got prompt, image, answer \(did you mean answer\?\)"),
         ({"name": "exact_match", "column": "anser"}, r"must have a column 'anser', .* \(did you mean answer\?\)"),
-        (
-            without_rest,
-            r"reward without_rest must accept all arguments by keyword, .* got \(completions, answer\) without prompts",
-        ),
-        (by_position, "reward by_position must accept all arguments by keyword, .* without completions"),
+        (by_position, r"reward by_position must accept its arguments by keyword, got .* with completions by position"),
     ):
         with pytest.raises(ValueError, match=message):
             Rewards(reward).check_columns(columns, "train_dataset")
@@ -379,7 +375,7 @@ def test_rows_are_checked_before_the_model_is_loaded(tmp_path, monkeypatch, caps
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: loaded.append(1))
     good = [{"prompt": ask("a"), "answer": "1"}] * 4
     bad = [*good, {"prompt": ask("a"), "answer": "1", "image": "nowhere.png"}]
-    reward = {"column": misspelt, "signature": without_rest}.get(fault, "exact_match")
+    reward = {"column": misspelt, "signature": by_position}.get(fault, "exact_match")
     args = config(tmp_path)
     if fault in ("command", "eval command"):
         file = tmp_path / "data.jsonl"
@@ -392,7 +388,7 @@ def test_rows_are_checked_before_the_model_is_loaded(tmp_path, monkeypatch, caps
         assert f"{file}, line 5: sample 4: image cannot be read" in error
     else:
         rows = (good, bad) if fault == "evaluation" else (bad if fault == "row" else good, None)
-        with pytest.raises(ValueError, match=r"sample 4: image cannot be read|column 'anwser'|must accept all arguments"):
+        with pytest.raises(ValueError, match=r"sample 4: image cannot be read|column 'anwser'|must accept its arguments"):
             GRPOTrainer(saved, reward, args, *rows)
     assert not loaded
 

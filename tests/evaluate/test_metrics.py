@@ -63,6 +63,11 @@ def test_yes_no_equals_pope(tmp_path):
     assert (always["accuracy"], always["recall"], always["yes_ratio"]) == (0.5, 1.0, 1.0)
 
 
+def test_formulas_that_cannot_be_parsed_are_counted(tmp_path):
+    got = values(tmp_path, "math", ["5", "5", "5"], ["5 cm", "6", "it is unclear"])
+    assert (got["accuracy"], got["parse_failure_rate"]) == pytest.approx((1 / 3, 1 / 3))
+
+
 def test_text_metrics(tmp_path):
     got = values(tmp_path, "ocr", ["12 34", "abcd"], ["12 35", ""])
     assert got["cer"] == pytest.approx((1 + 4) / 9)

@@ -1,13 +1,20 @@
 """Calls with a time limit, in threads and in processes."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from support.remote import act
 
 from vlmkernels.rewards import workers
 from vlmkernels.rewards.workers import ProcessWorker, ThreadWorker
+
+PATHS = {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def test_a_process():
@@ -18,6 +25,7 @@ def test_a_process():
         return worker.call({"action": action, "value": value, "images": object()}, timeout)
 
     assert call("print", [1.0, None]) == [1.0, None]
+    assert call("formula") == [[1], True]
     assert call("iterator", (1, 2)) == [1, 2]
     assert repr(call("raise", 3)) == "KeyError(3)"
     assert "cannot be sent to another process" in str(call("unsendable"))
@@ -35,6 +43,48 @@ def test_a_process():
     assert worker._process is None
     other = copy.deepcopy(worker)
     assert str(other.call({"action": "end", "value": 3}, 60)) == "the process of the reward ended with exit code 3"
+
+
+def test_threads_and_forks_share_a_worker():
+    """Replies reach the thread that made the call, and a forked process starts a process of its own."""
+    worker = ProcessWorker(act, ("action", "value"))
+    with ThreadPoolExecutor(4) as pool:
+        calls = pool.map(lambda value: worker.call({"action": "return", "value": value}, 60), range(20))
+        assert list(calls) == list(range(20))
+    process = worker._process
+    child = os.fork()
+    if not child:
+        right = worker.call({"action": "return", "value": 5}, 60) == 5 and worker._process is not process
+        worker.stop()
+        os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert worker.call({"action": "return", "value": 6}, 60) == 6
+    assert worker._process is process
+
+
+def test_a_killed_parent_leaves_no_busy_process():
+    code = (
+        "from support.remote import act; from vlmkernels.rewards import workers; workers.GRACE_S = 0.5\n"
+        "worker = workers.ProcessWorker(act, ('action', 'value'))\n"
+        "worker.call({'action': 'return'}, 60); print(worker._process.pid, flush=True)\n"
+        "worker.call({'action': 'tower', 'value': 9}, 1)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | PATHS)
+    pid = int(parent.stdout.readline())
+    time.sleep(0.5)
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 30
+    while _is_alive(pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not _is_alive(pid)
+
+
+def _is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_thread():

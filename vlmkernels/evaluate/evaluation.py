@@ -12,7 +12,7 @@ import numpy as np
 from vlmkernels.data.dataset import column_names, row_name, with_columns
 from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
 from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, prompt_text, read_sample
-from vlmkernels.evaluate.metrics import REWARD, Answers, Metric, scores_of
+from vlmkernels.evaluate.metrics import REWARD, Answers, Metric
 from vlmkernels.evaluate.predictions import VIEWS, Predictions, concat_runs
 from vlmkernels.evaluate.statistics import (
     REPLICATES,
@@ -26,7 +26,7 @@ from vlmkernels.evaluate.statistics import (
 )
 from vlmkernels.evaluate.tasks import COMMON, HARNESSES, TASKS, Harness
 from vlmkernels.ops.checks import require_one_of
-from vlmkernels.rewards import Rewards, Scores
+from vlmkernels.rewards import Rewards, Scores, Unparsed
 from vlmkernels.rewards.answers import THINK
 from vlmkernels.rewards.boxes import FRAMES
 from vlmkernels.rewards.builtin import to_frame
@@ -268,7 +268,13 @@ class Evaluation:
         if kind == "objects" and vocabulary is None:
             vocabulary = sorted({str(name) for shown in answers.references for name in shown})
         grade = harness.grade(task)
-        return replace(answers, correct=None if grade is None else scores_of(grade, answers), vocabulary=vocabulary)
+        if grade is None:
+            return replace(answers, vocabulary=vocabulary)
+        scores = grade(*answers.pairs())
+        found = iter(scores)  # math_equal parses its texts itself
+        values = [[None if isinstance(next(found), Unparsed) else value for value in group] for group in answers.values]
+        correct = np.array([score or 0.0 for score in scores], dtype=np.float64).reshape(answers.shape)
+        return replace(answers, values=values, correct=correct, vocabulary=vocabulary)
 
     def _to_pixels(self, answers: Answers, convert: Callable | None) -> Answers:
         """Convert predicted boxes and points to pixels of the original image. Those outside the frame become None.

@@ -8,7 +8,7 @@
 | ``boxes``, ``detection`` | score one box or point, convert coordinate frames; score sets of boxes |
 | ``length``, ``hallucination``, ``alignment`` | score the length, the objects in a caption, image-text alignment |
 | ``judge`` | score with an LLM judge or a reward model |
-| ``formula_process``, ``formula_worker`` | the process in which formulas are compared |
+| ``formula_equality`` | compare formulas, in a process |
 | ``batch`` | shared code of the scoring functions |
 | ``builtin`` | the built-in reward functions, by name |
 | ``compose`` | the reward functions of a run: names, weights, options |

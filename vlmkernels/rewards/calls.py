@@ -18,7 +18,7 @@ import torch
 
 from vlmkernels.ops.checks import require_one_of, require_positive
 from vlmkernels.rewards.batch import Unparsed
-from vlmkernels.rewards.signature import RewardFunction
+from vlmkernels.rewards.signature import RewardFunction, accepted
 from vlmkernels.rewards.workers import ProcessWorker, ThreadWorker, attempt
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def call(entry: Entry, count: int, arguments: dict[str, Any]) -> list[Any]:
         RuntimeError: the call for the whole batch raised, but none of the calls for single completions did.
         ValueError: the function did not return one value per completion.
     """
+    arguments = accepted(entry.function, arguments)
     if entry.timeout is None:
         scores = attempt(entry.function, arguments)
         if isinstance(scores, ImportError):
@@ -109,6 +110,7 @@ async def _awaited(entry: Entry, arguments: dict[str, Any]) -> Any:
 async def call_async(entry: Entry, count: int, arguments: dict[str, Any]) -> tuple[list[Any], float]:
     """Run ``call`` for a coroutine function, and also return how many seconds it took."""
     start = time.perf_counter()
+    arguments = accepted(entry.function, arguments)
 
     async def attempt(sample: dict[str, Any]) -> Any:
         try:

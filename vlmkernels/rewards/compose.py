@@ -197,14 +197,14 @@ class Rewards:
         return [name for name in names if name not in PROVIDED]
 
     def check_columns(self, columns: list[str], dataset: str) -> None:
-        """Raise ValueError if a function needs a column that the dataset does not have, or does not accept all columns.
+        """Raise ValueError if a function needs a column that the dataset does not have, or takes arguments by position.
 
         Args:
             columns: the columns of the dataset.
             dataset: name of the dataset's argument, for the error message.
         """
         for entry in self.entries:
-            check_signature(entry.name, entry.function, (name for name in columns if name != "prompt"))
+            check_signature(entry.name, entry.function)
             for name in required_columns(entry.function):
                 if name not in (*PROVIDED, *columns):
                     raise ValueError(

@@ -1,7 +1,7 @@
 """The interface of reward functions, and helpers that inspect their signatures."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,9 +25,9 @@ PROVIDED = (
 class RewardFunction(Protocol):
     """Score N completions. A function, a coroutine function or an object with ``__call__``, as in TRL.
 
-    All arguments are passed by keyword: name the arguments that the function uses and accept the others with ``**kwargs``::
+    The arguments that the function names are passed by keyword, and with ``**kwargs`` all others, too::
 
-        def mentions_answer(completions, answer, **kwargs):
+        def mentions_answer(completions, answer):
             texts = [text_of(completion) for completion in completions]  # vlmkernels.rewards.answers.text_of
             return [None if a is None else float(a in text) for text, a in zip(texts, answer)]
 
@@ -93,22 +93,30 @@ def required_columns(reward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(arguments_of(reward, required=True) if declared is None else declared)
 
 
-def check_signature(name: str, reward: Callable[..., Any], columns: Iterable[str]) -> None:
-    """Raise ValueError unless a reward accepts the arguments in ``PROVIDED`` and the columns by keyword."""
+def _parameters_of(reward: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """Return the parameters of a function, or None if they are unknown, as for some functions written in C."""
     try:
-        signature = inspect.signature(reward)
-    except (ValueError, TypeError):  # a function written in C may have none
-        return
-    parameters = signature.parameters.values()
-    rest = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    refused = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
-    named = {parameter.name for parameter in parameters if parameter.kind is not parameter.POSITIONAL_ONLY}
-    refused += [] if rest else [argument for argument in dict.fromkeys((*PROVIDED, *columns)) if argument not in named]
+        return list(inspect.signature(reward).parameters.values())
+    except (ValueError, TypeError):
+        return None
+
+
+def accepted(reward: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a function accepts by keyword: all if it has ``**kwargs``, else those that it names."""
+    parameters = _parameters_of(reward)
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return arguments
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: value for name, value in arguments.items() if name in named}
+
+
+def check_signature(name: str, reward: Callable[..., Any]) -> None:
+    """Raise ValueError if a reward needs arguments by position."""
+    refused = [p.name for p in _parameters_of(reward) or () if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
     if refused:
-        missing = ", ".join(refused[:3]) + (", ..." if len(refused) > 3 else "")
         raise ValueError(
-            f"reward {name} must accept all arguments by keyword, with **kwargs for those that it does not name, "
-            f"got {signature} without {missing}"
+            f"reward {name} must accept its arguments by keyword, got {inspect.signature(reward)} with {', '.join(refused)} by "
+            f"position"
         )
 
 

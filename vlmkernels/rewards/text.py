@@ -22,7 +22,7 @@ from vlmkernels.rewards.answers import (
 )  # fmt: skip
 from vlmkernels.rewards.answers.conclusion import conclusion
 from vlmkernels.rewards.batch import Unparsed, pure, third_party
-from vlmkernels.rewards.formula_process import PROCESS
+from vlmkernels.rewards.formula_equality import compare
 
 _TOWER = re.compile(r"(\d{1,300})\s*\^\s*[{(]*\s*(\d{1,300})\s*\^\s*[{(]*\s*(\d{1,9})")
 _HUGE = re.compile(r"\d\s*\^\s*[{(]*\s*-?\d{7,}|\d{6,}\s*!|!\s*[)}]*\s*!|\^\s*[{(]*\s*\d+\s*\^\s*[{(]*\s*\d+\s*\^")
@@ -135,7 +135,6 @@ def numeric(predictions: list[float], references: list[float], *, abs_tol: float
     if rel_tol < 0:
         raise ValueError(f"rel_tol must be >= 0, got {rel_tol}")
 
-
     def near(p: float, r: float) -> bool:
         return abs(p - r) <= max(abs_tol, rel_tol * abs(r))
 
@@ -188,8 +187,9 @@ def math_equal(predictions: list[str], references: list[str]) -> list[float]:
     Both are compared as a whole: of "1 or 2", "1" is wrong. A unit may be missing in one of them, but "5 cm" is not "5 m". If
     one of them is not a formula, they are compared as text; the score is then ``Unparsed`` if only the prediction is none.
 
-    Uses math-verify, in a process of its own, which ends formulas that take more than 5 seconds of CPU time, such as
-    ``9^{9^{9}}``, on any thread. Their score is ``Unparsed``.
+    Uses math-verify, in a process of its own, which is killed if a formula takes more than 5 seconds, such as ``9^{9^{9}}``.
+    The score of such a formula is ``Unparsed``. This works on any thread. Within the process of a reward with a ``timeout``,
+    the timeout is the limit.
 
     Source: https://github.com/huggingface/Math-Verify
     """
@@ -215,7 +215,7 @@ def _math_score(prediction: str, reference: str) -> float:
     if all(numbers):
         r, p = (Fraction(latex.replace(",", "").replace(" ", "")) for latex in (gold.latex, answer.latex))
         return float(p == r or (p.denominator * r.denominator > 1 and abs(p - r) <= abs(r) / 10**6))
-    result = PROCESS.compare(gold.latex, answer.latex)
+    result = compare(gold.latex, answer.latex)
     return float(result.equal) if result.parsed or not result.reference_parsed else Unparsed(0.0)
 
 

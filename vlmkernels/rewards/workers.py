@@ -8,7 +8,6 @@ import faulthandler
 import os
 import pickle
 import queue
-import select
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+MEMORY = 8 << 30  # bytes that a process may allocate
 START_S = 120.0  # to start a process, which imports torch
 GRACE_S = 5.0  # after which a call that should have been stopped is reported or killed by the system
 
@@ -91,21 +91,32 @@ def _stacks_of_a_blocked_call(seconds: float) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
+_serving = False
+
+
+def is_worker() -> bool:
+    """Whether this is the process of a ``ProcessWorker``."""
+    return _serving
+
+
 class ProcessWorker:
     """A function in a Python process of its own, which is killed if a call times out and started again by the next call.
 
     The process starts with an import of torch and a call with empty lists, so that the function imports what it needs. This
     takes a few seconds, which do not count as part of a call. The process uses one thread and no GPU, and does not run the
-    user's script again.
+    user's script again. Threads can share a worker; their calls wait for each other. A forked process starts its own.
 
     Args:
         function: the function, which must be picklable.
-        names: the arguments that are passed on, which must be picklable lists.
+        names: the arguments that are passed on, which must be picklable.
     """
 
     def __init__(self, function: Callable[..., Any], names: tuple[str, ...]):
         self._function, self._names = function, names
+        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._replies: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._owner = 0
         self._end: Callable[[], Any] = lambda: None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -114,17 +125,25 @@ class ProcessWorker:
     def call(self, arguments: dict[str, Any], timeout: float) -> Any:
         """Return the result of the function, the exception that it raised, or a TimeoutError after ``timeout`` seconds."""
         chosen = {name: arguments[name] for name in self._names if name in arguments}
+        with self._lock:
+            try:
+                return self._call(chosen, timeout)
+            except BaseException:  # such as KeyboardInterrupt: the next reply would be that of this call
+                self.stop()
+                raise
+
+    def _call(self, chosen: dict[str, Any], timeout: float) -> Any:
         try:
-            if self._process is None:
+            if self._process is None or self._owner != os.getpid():
                 self._start()
                 self._exchange((self._function, self._names), START_S)
-            return self._exchange((chosen, timeout), timeout)
+            return self._exchange((chosen, timeout + GRACE_S), timeout)
         except TimeoutError as error:
             self.stop()
             return error
-        except (TypeError, AttributeError, pickle.PicklingError) as error:
+        except (TypeError, AttributeError, pickle.PickleError) as error:
             return TypeError(f"{', '.join(chosen)} must be picklable with a timeout: {error}")
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+        except (EOFError, BrokenPipeError):
             code = None if self._process is None else self._process.wait()
             self.stop()
             return RuntimeError(f"the process of the reward ended with exit code {code}")
@@ -135,19 +154,23 @@ class ProcessWorker:
         self._process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
+        self._owner, self._replies = os.getpid(), queue.SimpleQueue()
         self._end = weakref.finalize(self, _kill, self._process)
+        threading.Thread(target=_read, args=(self._process, self._replies), daemon=True).start()
 
     def _exchange(self, message: Any, timeout: float) -> Any:
         """Send a message and return the reply. Raises TimeoutError, EOFError or BrokenPipeError."""
         assert self._process is not None
-        sent, received = self._process.stdin, self._process.stdout
-        assert sent is not None
-        assert received is not None
-        sent.write(pickle.dumps(message))
-        sent.flush()
-        if not select.select([received], [], [], timeout)[0]:
-            raise TimeoutError(f"no result within {timeout} s")
-        return pickle.load(received)
+        assert self._process.stdin is not None
+        self._process.stdin.write(pickle.dumps(message))
+        self._process.stdin.flush()
+        try:
+            reply = self._replies.get(timeout=timeout)
+        except queue.Empty:
+            raise TimeoutError(f"no result within {timeout} s") from None
+        if reply is None:
+            raise EOFError
+        return pickle.loads(reply)
 
     def stop(self) -> None:
         """Kill the process."""
@@ -155,27 +178,56 @@ class ProcessWorker:
         self._process = None
 
 
+def _read(process: "subprocess.Popen[bytes]", replies: "queue.SimpleQueue[Any]") -> None:
+    """Put the replies of a process into a queue, in a thread, as there is no read with a time limit on all systems.
+
+    A reply is pickled bytes within pickled bytes, so that an object that cannot be restored raises in the caller. At the end
+    of the process, None is put.
+    """
+    assert process.stdout is not None
+    try:
+        while True:
+            replies.put(pickle.load(process.stdout))
+    except Exception:  # the process has ended, perhaps within a reply
+        replies.put(None)
+
+
 def _kill(process: "subprocess.Popen[bytes]") -> None:
     process.kill()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with suppress(BrokenPipeError):  # a message that was not sent
-                pipe.close()
     process.wait()
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):  # a message that was not sent
+            process.stdin.close()
+
+
+def _limit_memory() -> None:
+    with suppress(ImportError, ValueError, OSError):  # not all systems have such limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def _limit_time(seconds: float) -> None:
+    """Let the system end this process after some seconds of CPU time, where it can; 0 removes the limit."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def serve() -> None:
     """Serve a ``ProcessWorker``: read a function, then the arguments of calls, from stdin, and write results to stdout."""
+    global _serving
+    _serving = True
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the function prints must not mix with the replies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    _limit_memory()
 
     def reply(value: Any) -> None:
         try:
             data = pickle.dumps(value)
         except Exception as error:
             data = pickle.dumps(RuntimeError(f"{type(value).__name__} cannot be sent to another process: {error}"))
-        replies.write(data)
+        replies.write(pickle.dumps(data))
         replies.flush()
 
     try:
@@ -183,11 +235,10 @@ def serve() -> None:
         attempt(function, {name: [] for name in names})
         reply(None)
         while True:
-            arguments, timeout = pickle.load(sys.stdin.buffer)
-            # If the parent was killed, nobody ends this call: the system does after this much time of the processor.
-            signal.setitimer(signal.ITIMER_PROF, timeout + GRACE_S)
+            arguments, limit = pickle.load(sys.stdin.buffer)
+            _limit_time(limit)  # if the parent was killed, nobody else ends this call
             result = attempt(function, arguments)
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            _limit_time(0)
             reply(result)
     except (EOFError, BrokenPipeError):  # the parent has ended
         pass

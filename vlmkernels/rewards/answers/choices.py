@@ -6,24 +6,25 @@ from vlmkernels.rewards.answers.conclusion import or_of_conclusion
 from vlmkernels.rewards.answers.only import only
 from vlmkernels.rewards.answers.plain import plain
 
-_END = r"(?![\w+&'/-]|\.\w)"  # after a letter that stands alone: not A+, R&B, A's or D.C.
+_END = r"(?!(?a:\w)|[+&'/-]|\.\w)"  # after a letter that stands alone: not A+, R&B, A's or D.C.
 _ALONE = re.compile(r"[\"'(\[{<]*\s*([A-Za-z])\s*[\"')\]}>.:,]*")
 _LABEL = r"[(\[]?([A-Z])[)\].:]"
 
 _ANSWER = (
     r"(?:\b(?:answer|option|choice|ans)s?\b(?:\s+(?:is|would\s+be|should\s+be|must\s+be))?(?:\s+(?:option|choice))?"
-    r"|答案(?:是|为)?|选项?)\s*[:=.]?\s*"
+    r"|答案(?:是|为)?|(?:选择|选项?)(?:是|为)?)\s*[:=.]?\s*"
 )
 _NAMED = [
     re.compile(rf"(?i:{_ANSWER})[(\[\"']?([A-Z]){_END}(?!\s+(?!(?:because|since|as|for|due|is|was|and|or)\b)[a-z])"),
     re.compile(rf"(?i:{_ANSWER})(?:[(\[]([a-z])[)\]]|([a-z])(?=[.)]?\s*(?:$|\n)|[).:]\s))"),
-    re.compile(rf"\b(?:[Ii]t\s+is|[Ii]t's|(?:I|i)\s+(?:would\s+)?(?:choose|pick|select|say|go\s+with)|must\s+be|should\s+be|选)\s+[(\[]?([A-Z]){_END}[)\]]?(?=[.,;)]|\s*$)"),
+    re.compile(rf"\b(?:[Ii]t\s+is|[Ii]t's|(?:I|i)(?:'d|\s+would)?\s+(?:choose|pick|select|say|go\s+with)|must\s+be|should\s+be|选)\s+[(\[]?([A-Z]){_END}[)\]]?(?=[.,;)]|\s*$)"),
     re.compile(r"(?:\b(?:is|be)\s+|[:,]\s*)\(([A-Z])\)|(?<![A-Za-z])\(([A-Z])\)[.!]?\s*$"),
     re.compile(rf"^\s*{_LABEL}(?=\s|$)", re.MULTILINE),
     re.compile(r"^\s*[(\[]?([a-z])(?:[)\]](?=\s)|[.:]\s(?=\s*\w{2}))"),
     re.compile(r"^\s*([A-Z])\s*(?:$|、|\s-\s)", re.MULTILINE),
     re.compile(r"^\s*([A-HJ-Z])(?:,\s+|\s+\()(?=\w{2})"),  # B, cat; B (cat)
-    re.compile(r"(?:^|[.\n]\s*)([A-HJ-Z])\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"),
+    re.compile(r"^\s*([A-J])\.(?=\d)|([A-Z])选项"),
+    re.compile(r"(?:^|[.\n]\s*|\b(?:[Tt]hus|[Ss]o|[Hh]ence|[Tt]herefore),?\s+)([A-HJ-Z])\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"),
 ]  # fmt: skip
 _OTHER_LABEL = re.compile(r"(?<![A-Za-z])\(?([A-Z])[).:](?=\s+\S)|(?:^|[.,;:!?)]\s*)([A-Z])[).:](?=\s|$)")  # within a list
 _SEVERAL = re.compile(

@@ -15,8 +15,8 @@ _STATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _STATED_AGAIN = re.compile(rf"\W*(?:(?:the|final|correct)\s+)*{_STATED.pattern}", _STATED.flags)
-_EXPLANATION = re.compile(r"\n\s*(?:explanation|reason(?:ing)?|rationale|justification)s?\s*:.*", re.IGNORECASE | re.DOTALL)
-_POLITE = re.compile(r"\s*I hope (?:it|this) is correct\.?\s*$", re.IGNORECASE)
+_EXPLANATION = re.compile(r"\n[ \t]*(?:explanation|reason(?:ing)?|rationale|justification)s?\s*:.*", re.IGNORECASE | re.DOTALL)
+_POLITE = re.compile(r"I hope (?:it|this) is correct\.?\s*$", re.IGNORECASE)
 
 
 def conclusion(text: str) -> str:
@@ -29,7 +29,7 @@ def conclusion(text: str) -> str:
     text = without_markdown(ascii_text(text))
     if boxed(text):
         return text
-    text = _POLITE.sub("", _EXPLANATION.sub("", text))
+    text = _POLITE.sub("", _EXPLANATION.sub("", text)).rstrip()
     after = [text[match.end() :].strip() for match in _STATED.finditer(text)]
     # Of "Final Answer: The answer is 5", only what follows the second is a statement.
     stated = {part.partition("\n")[0].rstrip(". ") for part in after if not _STATED_AGAIN.match(part)}

@@ -19,6 +19,7 @@ _PHRASE = re.compile(
     rf"(?:[\s-]({_ORDINALS})\b)?",
     re.IGNORECASE,
 )
+_SAME_TWICE = re.compile(r"(?<![\w.])(\d+) \(\1\)")
 _PRONOUN = re.compile(
     r"\b(?:the|this|that|which|each|any|every|some|no|another|other|left|right|last|next|first|second|third)\s+one\b"
     r"|\bone\s+of\s+(?=the|these|those|them|us)\b",
@@ -34,13 +35,15 @@ _CHINESE_NUMERAL = re.compile(
 
 
 def digits_for_words(text: str) -> str:
-    """Replace "twenty-one" by "21", "a hundred and two" by "102", "two dozen" by "24". "One" as a pronoun is removed.
+    """Replace "twenty-one" by "21", "a hundred and two" by "102", "two dozen" by "24" and "five (5)" by "5".
+
+    "One" as a pronoun is removed.
 
     Words that are not one number, such as "nineteen eighty", become "19:80", which is no number either.
     """
     if not text.isascii():
         text = _CHINESE_NUMERAL.sub(lambda match: str(_CHINESE[match[1]]), text)
-    return _PHRASE.sub(_digits, _PRONOUN.sub(" ", text))
+    return _SAME_TWICE.sub(r"\1", _PHRASE.sub(_digits, _PRONOUN.sub(" ", text)))
 
 
 def _digits(match: re.Match[str]) -> str:

@@ -49,8 +49,9 @@ _NOT_A_VALUE = re.compile(
     r"""(?:^|\s)[-+]\s+[€£¥]?[.\d] | (?:\\[a-z]+|\b(?:sqrt|log|ln|exp|sin|cos|tan))\s*[({\[_]*\s*[-.\d]
     | [<>≤≥±√π^]\s*[-+€£¥]?[.\d] | [.\d]\s*[<>≤≥±√π^‰] | \d\+(?!\d) | \d°\s*\d | \d\.\.+\d | \d\s+point\s+\d
     | \b(?:at\ (?:least|most)|(?:more|less|fewer|greater|larger|higher|lower)\ than|over|under|above|below|up\ to|not
-      |half|twice|double|point)\s+(?:a\ |of\ )?[€£¥]?[-+.\d]
+      |half|twice|double|past|point)\s+(?:a\ |of\ )?[€£¥]?[-+.\d]
     | \d\s*\\[a-z] | \d\s*[×÷*^+]\s*[a-zA-Z(] | \bor\ [-+.\d] | \bbetween\s+\S+\s+and\s+[-+.\d]
+    | \b(?:root|square|cube|third|quarter|fourth|fifth|tenth)\s+of\s+[-+.\d]
     | \d\D{0,30}\bor\ (?:more|less|fewer|greater|higher|lower|above|below|over|under|none)\b
     | \d\D{0,12}\b(?:below|under)\s+(?:zero|freezing)
     | \d\s+(?:[kKMBTGxyzXYZ]|bn|mn|mio|lakhs?|crores?|pi|squared|cubed|tens|scores?)(?![\w'])
@@ -63,12 +64,11 @@ _NOT_A_VALUE = re.compile(
 # Groups of three digits, if the number is the whole text: "1 331", but not "the seats 1 331 and 2 400".
 _SPACED = re.compile(r"([-+]?[1-9]\d{0,2})((?: \d{3})+)((?:[.,]\d+)?\s*[^\W\d]*\.?)")
 # The left side of an equation of numbers: 3 + 4 = 7 is 7.
-_SUM = re.compile(r"(?<![\w.,^*/×÷+(-])[(\d][\d.,() ]*(?:[-+*/×÷][\d.,() ]*\d[\d.,() ]*)+=\s*(?=[-+]?[€£¥₹.\d])")
-_SAME_TWICE = re.compile(r"(?<![\w.])(\d+) \(\1\)")  # 5 (five)
+_SUM = re.compile(r"(?<![\w.,^*/×÷+(-])[(\d][\d.,() ]{0,30}(?:[-+*/×÷][\d.,() ]{1,30}){1,20}=\s*(?=[-+]?[€£¥₹.\d])")
 _NONE = r"(?:none|no one|nobody|no (?:people|persons?|men|women|children|\w+[^\Ws]s))"
 _PLACE = r"(?:of them|visible|present|shown|here|(?:in|on) (?:the|this) \w+)"
 _NO_ONE = re.compile(
-    rf"no|(?:there (?:are|were|is|was) )?{_NONE}(?: (?:are|is))?(?: {_PLACE}){{0,3}}"
+    rf"no|no \w+ (?:is|are) {_PLACE}|(?:there (?:are|were|is|was) )?{_NONE}(?: (?:are|is))?(?: {_PLACE}){{0,3}}"
     rf"|there (?:are|were)(?:n't| not) any \w+s?(?: {_PLACE}){{0,3}}",
     re.IGNORECASE,
 )
@@ -95,7 +95,7 @@ def _mixed(match: re.Match[str]) -> str:
 
 def _rewritten(text: str) -> str | None:
     """Return a text in which each number is one group of characters, or None if a number in it is only a part of a value."""
-    text = _SUM.sub("", _SAME_TWICE.sub(r"\1", digits_for_words(plain(text))))
+    text = _SUM.sub("", digits_for_words(plain(text)))
     if match := _SPACED.fullmatch(text):
         text = match[1] + match[2].replace(" ", "") + match[3]
     for pattern, replacement in _REWRITE[:-1]:
