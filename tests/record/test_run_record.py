@@ -18,7 +18,7 @@ from vlmkernels import grpo_loss
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.config import LOSSES
 from vlmkernels.record import completions
-from vlmkernels.record.callback import RunRecord, json_line
+from vlmkernels.record.callback import RunRecord, json_line, json_value
 from vlmkernels.record.metrics import METRICS, PHASES, describe, is_summary, markdown
 from vlmkernels.record.progress import RewardProgress
 from vlmkernels.train import GRPOConfig, GRPOTrainer, mismatch
@@ -55,6 +55,22 @@ def test_secrets_are_not_recorded(tmp_path):
     args = GRPOConfig(output_dir=str(tmp_path), hub_token="hf_secret", model_init_kwargs={"token": "hf_secret"}, use_cpu=True)
     RunRecord().on_train_begin(args, TrainerState(is_world_process_zero=True), TrainerControl(), model=tiny.vlm())
     assert "hf_secret" not in (tmp_path / "run.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "recorded"),
+    [
+        ("url", "https://user:pa@ss@judge.example/v1", "https://hidden@judge.example/v1"),
+        ("url", "https://judge.example/v1?api_key=abc&n=1", "https://judge.example/v1?api_key=hidden&n=1"),
+        ("url", "http://judge.example:80/a@b", "http://judge.example:80/a@b"),
+        ("urls", ["https://u:p@h"], ["https://hidden@h"]),
+        ("api_key", ["abc"], ["hidden"]),
+        ("headers", {"Authorization": "Bearer abc"}, {"Authorization": "hidden"}),
+        ("eos_token_id", 3, 3),
+    ],
+)
+def test_secrets_in_values_are_not_recorded(key, value, recorded):
+    assert json_value({key: value}) == {key: recorded}
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path):

@@ -21,7 +21,11 @@ from vlmkernels.record.files import COMPLETIONS_FOLDER, METRICS_FILE, RUN_FILE, 
 from vlmkernels.record.loggers import LOGGERS
 
 PREVIOUS_FOLDER = "previous"  # holds a numbered folder with the files of each earlier start in the same output_dir
-SECRET = re.compile(r"token$|api_key|password|secret", re.IGNORECASE)
+SECRET = re.compile(r"token$|api_?key|password|secret|authorization|credential", re.IGNORECASE)
+# The user and password of a URL, and the value of a secret in its query.
+SECRET_IN_URL = re.compile(
+    r"(?<=://)[^/?#\s]+(?=@)|(?<=[?&])((?:\w*token|\w*api_?key|key|password|\w*secret)=)[^&#\s]+", re.IGNORECASE
+)
 
 
 def json_value(value: Any, key: str = "") -> Any:
@@ -29,12 +33,12 @@ def json_value(value: Any, key: str = "") -> Any:
     if isinstance(value, dict):
         return {str(name): json_value(item, str(name)) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [json_value(item) for item in value]
+        return [json_value(item, key) for item in value]
     if isinstance(value, str):
-        return "hidden" if SECRET.search(key) else value
+        return "hidden" if SECRET.search(key) else SECRET_IN_URL.sub(lambda match: f"{match[1] or ''}hidden", value)
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+    return value if value is None or isinstance(value, (bool, int, float)) else json_value(str(value), key)
 
 
 def json_line(entry: dict) -> str:
@@ -154,12 +158,12 @@ def _keep_previous_start(folder: Path, from_step: int, num_own: int) -> None:
     numbers = [int(path.name) for path in folder.glob(f"{PREVIOUS_FOLDER}/*") if path.name.isdecimal()]
     kept = folder / PREVIOUS_FOLDER / str(max(numbers, default=0) + 1)
     metrics, about, completions = (folder / name for name in (METRICS_FILE, RUN_FILE, COMPLETIONS_FOLDER))
-    lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if metrics.exists() else []
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
     lines = lines[: len(lines) - num_own]
     if from_step:
         lines = [line for line in lines if _step_of(line) > from_step]
     if lines:
-        write_atomic(kept / METRICS_FILE, "".join(lines))
+        write_atomic(kept / METRICS_FILE, b"".join(lines).decode("utf-8", "replace"))
     moved = [about] if about.exists() else []
     for step, path in stored_steps(completions).items():
         if from_step == 0 or step > from_step:
@@ -170,7 +174,7 @@ def _keep_previous_start(folder: Path, from_step: int, num_own: int) -> None:
         shutil.move(path, target)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """Return the step of a line of ``metrics.jsonl``; infinity for a line that was not written to its end."""
     try:
         return json.loads(line)["step"]
