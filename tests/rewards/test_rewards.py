@@ -198,7 +198,7 @@ def test_values_with_a_clear_meaning(returned):
 
 BAD = (
     *(math.nan, math.inf, -math.inf, 1e39, 10**400, Decimal("nan"), Decimal("snan"), 1j),
-    *("high", "0.5", b"1", [1.0], {"score": 1.0}, {1.0}, object(), np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])),
+    *("high", "0.5", b"1", [1.0], {"score": 1.0}, {1.0}, ..., np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])),
     *(torch.tensor(math.nan), np.float32("inf"), torch.empty(1, device="meta"), KeyError("bad")),
 )
 
