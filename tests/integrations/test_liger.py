@@ -346,6 +346,70 @@ def test_errors(call, message):
         module(d.hidden, d.weight, d.ids, d.mask, d.advantages)
 
 
+def test_two_references():
+    """As in Liger, the log-probabilities are used, with a warning."""
+    d = make()
+    results = []
+    for cls in (ours.LigerFusedLinearGRPOLoss, chunked_loss.LigerFusedLinearGRPOLoss):
+        function = cls(compiled=False, loss_type="grpo", temperature=0.9)
+        both = {"ref_per_token_logps": d.ref, "ref_input": d.hidden + 0.1, "ref_weight": d.weight}
+        with pytest.warns(UserWarning, match="ref_per_token_logps"):
+            loss, metrics = function(d.hidden, d.weight.clone().requires_grad_(), d.ids, d.mask, d.advantages, d.bias, **both)
+        results.append([loss.detach(), *metrics])
+    assert_equal(*results, "both references")
+
+
+@pytest.mark.parametrize(
+    ("selected", "error", "message"),
+    [
+        ([3, V], ValueError, rf"selected_token_ids must be in \[0, {V}\), the rows of weight, got {V} at index \(1,\)"),
+        ([-1], ValueError, r"selected_token_ids must be in .*, got -1 at index \(0,\)"),
+        ([[1, 2]], ValueError, r"selected_token_ids must be \(K,\), got \(1, 2\)"),
+        ([0.5], TypeError, "selected_token_ids must be integers, got float32"),
+    ],
+)
+def test_selected_tokens_are_checked(selected, error, message):
+    d = make()
+    apply = ours.LigerFusedLinearScaledCrossEntropyFunction.apply
+    hidden, target = d.hidden.flatten(0, 1), d.ids.flatten()
+    with pytest.raises(error, match=message):
+        apply(hidden, d.weight, target, selected_token_ids=torch.tensor(selected))
+    with pytest.raises(error, match=message):
+        apply(hidden, d.weight, target, selected_token_ids=selected)
+    for dtype in (torch.int32, torch.int64):
+        results = apply(hidden, d.weight, target.to(dtype), selected_token_ids=torch.tensor([3, 0], dtype=dtype))
+        assert_equal(results, apply(hidden, d.weight, target, selected_token_ids=[3, 0]), dtype)
+
+
+def test_masks_that_are_not_masks_and_targets_out_of_range():
+    d = make()
+    d.mask[0, 1] = 0.5
+    message = r"{} must hold only 0 and 1, got 0.5 at index \(0, 1\)"
+    with pytest.raises(ValueError, match=message.format("completion_mask")):
+        from_logits(ours.triton_grpo_loss, d)
+    with pytest.raises(ValueError, match=message.format("attention_mask")):
+        from_hidden(ours.LigerFusedLinearGRPOLoss, d)
+    apply = ours.LigerFusedLinearScaledCrossEntropyFunction.apply
+    for token in (V, -100):
+        d.ids[1, 1] = token
+        with pytest.raises(
+            ValueError, match=rf"target must be in \[0, {V}\), .* ignore_index = -1, got {token} at index \(5,\)"
+        ):
+            apply(d.hidden.flatten(0, 1), d.weight, d.ids.flatten(), ignore_index=-1)
+
+
+def test_selected_tokens_that_are_not_checked(monkeypatch):
+    """On a GPU, where nothing is checked, the results of tokens out of range are NaN, and no memory out of range is read."""
+    monkeypatch.setattr(ours, "require_indices", lambda *_: None)
+    d = make()
+    hidden, target = d.hidden.flatten(0, 1), d.ids.flatten()
+    apply = ours.LigerFusedLinearScaledCrossEntropyFunction.apply
+    _, selected = apply(hidden, d.weight, target, selected_token_ids=torch.tensor([3, V, -1]))
+    _, expected = apply(hidden, d.weight, target, selected_token_ids=torch.tensor([3]))
+    assert_equal([selected[:, :1]], [expected], "in range")
+    assert selected[:, 1:].isnan().all()
+
+
 def test_patch():
     """Every module that holds Liger's functions gets ours, and Liger's again at the end."""
     holder = types.ModuleType("holder")

@@ -70,30 +70,108 @@ def test_packs_of_groups(paths):
             torch.testing.assert_close(hidden[completion], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_packed_sequences(paths):
-    """With transformers' arguments for flash attention, each sequence gets the results of a separate pass."""
-    model = AutoModelForCausalLM.from_pretrained(paths / "text", attn_implementation="vlmkernels").eval()
-    sequences = [torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2]), torch.tensor([6, 5, 3, 5])]
-    lengths = torch.tensor([len(s) for s in sequences])
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    packed = {
-        "input_ids": torch.cat(sequences).unsqueeze(0),
-        "position_ids": torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0),
+SEQUENCES = [torch.tensor([3, 1, 4, 1, 5]), torch.tensor([9, 2]), torch.tensor([6, 5, 3, 5])]
+LENGTHS = torch.tensor([len(sequence) for sequence in SEQUENCES])
+
+
+def packed_sequences() -> dict:
+    """Return ``SEQUENCES`` with transformers' arguments for flash attention."""
+    cu_seqlens = torch.nn.functional.pad(LENGTHS.cumsum(0), (1, 0)).int()
+    return {
+        "input_ids": torch.cat(SEQUENCES).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0),
         "cu_seq_lens_q": cu_seqlens,
         "cu_seq_lens_k": cu_seqlens,
         "max_length_q": 5,
         "max_length_k": 5,
     }
+
+
+def assert_separate(model, **packed):
+    """Assert that each packed sequence gets the results of a separate pass."""
     with torch.no_grad():
-        logits = model(**packed, use_cache=False).logits[0].split(lengths.tolist())
-        for part, sequence in zip(logits, sequences, strict=True):
+        logits = model(**packed, use_cache=False).logits[0].split(LENGTHS.tolist())
+        for part, sequence in zip(logits, SEQUENCES, strict=True):
             torch.testing.assert_close(part, model(sequence.unsqueeze(0)).logits[0], rtol=1e-4, atol=1e-4)
-    model.config.attention_dropout = 0.5
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    message = r"vlmkernels must run packed sequences without these settings, got \{'dropout': 0.5\} in Qwen2Attention"
-    with pytest.raises(NotImplementedError, match=message):
-        model.train()(**packed)
+
+
+def test_packed_sequences(paths):
+    model = AutoModelForCausalLM.from_pretrained(paths / "text", attn_implementation="vlmkernels").eval()
+    assert_separate(model, **packed_sequences())
+
+
+@pytest.mark.parametrize("max_length", [5, None])
+def test_packed_sequences_with_a_sliding_window(paths, max_length):
+    """A window that covers the longest sequence has no effect; a smaller one is refused."""
+    settings = {"use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
+    packed = packed_sequences() | {"max_length_q": max_length, "max_length_k": max_length}
+    for window in (5, 9, 4):
+        config = transformers.AutoConfig.from_pretrained(paths / "text").to_dict() | settings | {"sliding_window": window}
+        config = transformers.Qwen2Config(**config)
+        assert set(config.layer_types) == {"sliding_attention"}
+        model = AutoModelForCausalLM.from_pretrained(paths / "text", config=config, attn_implementation="vlmkernels").eval()
+        if window >= 5:
+            assert_separate(model, **packed)
+            continue
+        message = r"vlmkernels must run packed sequences without these settings, got \{'sliding_window': 4\} in Qwen2Attention"
+        with pytest.raises(NotImplementedError, match=message):
+            model(**packed)
+
+
+def set_dropout(model, rate):
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = rate
+    return model
+
+
+def test_packed_sequences_with_dropout(paths):
+    """Each sequence is a call of "sdpa", with the same random numbers. Evaluation has no dropout."""
+    model = AutoModelForCausalLM.from_pretrained(paths / "text", attn_implementation="vlmkernels").eval()
+    assert_separate(set_dropout(model, 0.5), **packed_sequences())
+    attention = model.model.layers[0].self_attn.train()
+    query, key, value = torch.randn(3, 1, 4, 11, 8).unbind()
+    key, value = (x[:, : 4 // attention.num_key_value_groups] for x in (key, value))
+    bounds = packed_sequences()["cu_seq_lens_q"]
+    torch.manual_seed(0)
+    actual, _ = transformers.AttentionInterface()["vlmkernels"](
+        attention, query, key, value, None, dropout=0.5, cu_seq_lens_q=bounds, max_length_q=5
+    )
+    torch.manual_seed(0)
+    parts = zip(*(x.split(LENGTHS.tolist(), 2) for x in (query, key, value)), strict=True)
+    sdpa = transformers.AttentionInterface()["sdpa"]
+    expected = torch.cat([sdpa(attention, *part, None, dropout=0.5)[0] for part in parts], 1)
+    assert torch.equal(actual, expected)
+    assert not torch.allclose(actual, sdpa(attention, query, key, value, None)[0])
+
+
+def test_attention_sinks_are_refused():
+    """transformers refuses "sdpa" for these models, but not other implementations. They would drop the sinks."""
+    config = transformers.GptOssConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        vocab_size=64, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="vlmkernels")
+    with pytest.raises(NotImplementedError, match="must run layers without attention sinks, got s_aux in GptOssAttention"):
+        model(SEQUENCES[0].unsqueeze(0))
+
+
+def test_attention_dropout_of_the_vision_tower(paths):
+    """In training, features and random numbers equal those of "sdpa", which runs every image and window by itself too."""
+    results = []
+    for varlen in (False, True):
+        model = AutoModelForImageTextToText.from_pretrained(paths / "vlm", attn_implementation="sdpa")
+        if varlen:
+            ours.use_varlen_vision(model)
+        set_dropout(model, 0.5)
+        images = {name: value for name, value in encoded().items() if name in ("pixel_values", "image_grid_thw")}
+        for training in (True, False):
+            torch.manual_seed(0)
+            results.append(torch.cat(model.train(training).model.get_image_features(**images).pooler_output))
+    dropped, plain, dropped_varlen, plain_varlen = results
+    torch.testing.assert_close(dropped_varlen, dropped, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(plain_varlen, plain, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(dropped, plain, rtol=1e-2)
 
 
 def test_packed_sequences_with_images(paths):

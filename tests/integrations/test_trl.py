@@ -26,7 +26,7 @@ from vlmkernels.integrations.trl.features import FeatureCache  # noqa: E402
 from vlmkernels.models import families  # noqa: E402
 from vlmkernels.models.attention import use_group_attention  # noqa: E402
 from vlmkernels.models.image_features import accepts_image_features, encode_images  # noqa: E402
-from vlmkernels.models.loading import base_model  # noqa: E402
+from vlmkernels.models.loading import base_model, sampling_override  # noqa: E402
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -217,6 +217,7 @@ def test_regroup(tmp_path, trainer):
 def test_ids_without_a_token_are_not_sampled(tmp_path, options):
     """The vocabulary of the model is larger than that of the tokenizer, and the ids beyond are likely."""
     model, processor = tiny_model("text")
+    model = copy.deepcopy(model)  # other tests use it too
     size = model.config.vocab_size
     model.resize_token_embeddings(size + 16)
     with torch.no_grad():
@@ -226,6 +227,58 @@ def test_ids_without_a_token_are_not_sampled(tmp_path, options):
         built = build(tmp_path, trainer, *arguments, **options)
         batch = built._generate_and_score_completions(built.train_dataset.to_list() * 4)
         assert (batch["completion_ids"] >= size).any() == expected
+
+
+def overriding(model, where):
+    """Make ``model`` generate only token 7, in its class or on the instance. Returns the expected reason."""
+
+    class Constant(type(model)):
+        def generate(self, input_ids, **_):
+            return torch.cat([input_ids, torch.full((len(input_ids), 3), 7)], 1)
+
+    if where == "subclass":
+        model.__class__ = Constant
+        return "Constant overrides generate"
+    if where == "wrapped":
+        model.generate = functools.wraps(model.generate)(functools.partial(Constant.generate, model))
+    else:
+        model.generate = types.MethodType(Constant.generate, model)
+    return f"{type(model).__name__}.generate is set on the instance"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["model", "LoRA"])
+@pytest.mark.parametrize("where", ["subclass", "instance", "wrapped", "nowhere"])
+def test_generate_of_the_model_is_kept(tmp_path, monkeypatch, where, lora):
+    """Also with a PEFT wrapper. PEFT itself, which overrides generate, and a second batch do not count as an override."""
+    notices = []
+    monkeypatch.setattr(ours.generation.logger, "warning_once", notices.append)
+    options = options_of(CASES["luspo, LoRA"] if lora else CASES["gspo, evaluated"])
+    built = build(tmp_path, ours.GRPOTrainer, *tiny_model("text"), rows(2, TEXT), **options)
+    base = base_model(built.model)
+    expected = [f"Prefix sharing disabled in generation: {overriding(base, where)}"] if where != "nowhere" else []
+    samples = [row for row in built.train_dataset.to_list() for _ in range(4)]
+    for _ in range(2):
+        batch = built._generate_and_score_completions(samples)
+        assert (batch["completion_ids"] == 7).all() == (where != "nowhere")
+        assert notices == expected
+        notices.clear()
+    assert built._scorer.shares_prefix  # the log-probabilities still share prompts
+
+
+def test_overrides_of_the_wrapper_and_of_sampling_methods():
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(tiny_families.case("text").model)
+    assert sampling_override(model) is None
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert sampling_override(wrapped) is None
+    wrapped.generate = lambda **_: None
+    assert sampling_override(wrapped) == "PeftModelForCausalLM.generate is set on the instance"
+    del wrapped.generate
+    model._sample = lambda *_, **__: None
+    assert sampling_override(wrapped) == f"{type(model).__name__}._sample is set on the instance"
+    del model._sample
+    assert sampling_override(wrapped) is None
 
 
 def test_images_in_completions_disable_sharing(tmp_path):

@@ -342,3 +342,23 @@ def test_bad_calls():
             decode_groups(model, prompts, times, sampling, max_num_seqs=slots)
     with pytest.raises(ValueError, match=r"max_tokens_per_microbatch must be at least \d+, a prompt of \d+ tokens"):
         decode_groups(model, prompts, 1, Sampling(2, EOS, PAD), max_tokens=1)
+
+
+@pytest.mark.parametrize("where", ["instance", "class"])
+def test_a_model_with_a_generate_of_its_own_keeps_it(where, caplog):
+    model, calls = tiny.vlm(), []
+
+    def own(self, *args, **kwargs):
+        calls.append(1)
+        standard = type(self).__base__ if where == "class" else type(self)
+        return standard.generate(self, *args, **kwargs)
+
+    if where == "class":
+        model.__class__ = type("Own", (type(model),), {"generate": own})
+    else:
+        model.generate = own.__get__(model)
+    engine = Generate(model, tiny.processor(), Sampling(LENGTH, EOS, PAD))
+    assert not engine.shares_prefix
+    assert "generate" in caplog.text
+    engine(model, prompts_of((1, 0), model), 2, 1.0)
+    assert calls

@@ -8,7 +8,8 @@ Importing this module registers the attention implementation "vlmkernels"::
 
 The model then supports packs of groups (``group_layout`` from ``pack_groups``) and packed sequences (``cu_seq_lens_q``,
 ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``, as from ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)``),
-on any device and without flash-attn. All other inputs run as with "sdpa".
+on any device and without flash-attn. Packed sequences must not be longer than a layer's sliding window, and with attention
+dropout each of them is a call of "sdpa". All other inputs run as with "sdpa".
 
 ``use_varlen_vision`` runs the attention of all images and windows in one call per layer. It is a separate function because
 vision towers pass packed sequences only to implementations with "flash" in their name, which ``from_pretrained`` would look for

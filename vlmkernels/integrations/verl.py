@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from vlmkernels.integrations.patch import Library, Patch
+from vlmkernels.ops.arguments import as_mask
 from vlmkernels.ops.checks import require_one_of
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, grpo_loss
 from vlmkernels.ops.linear_logps import VocabParallel, linear_logps
@@ -128,7 +129,7 @@ def _policy_loss(
     if config is None:
         raise ValueError("config must be given (verl's actor configuration), got None")
     require_one_of("loss_agg_mode", loss_agg_mode, AGGREGATIONS)
-    loss_mask = response_mask != 0
+    loss_mask = as_mask("response_mask", response_mask, log_prob.device)
     sequence_mean = kind == "sapo" or loss_agg_mode == "seq-mean-token-mean"
     objective = _objective(kind, config, sequence_mean)
     log_ratio = torch.where(loss_mask, log_prob - old_log_prob, 0).detach()

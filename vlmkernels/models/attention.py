@@ -25,7 +25,7 @@ def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
 
     This replaces a call per image or window, or a mask; results are equal up to rounding. Towers that pack patches are
     supported: Qwen2-VL to Qwen3.5-VL, GLM-4V and, with transformers >= 5.20, Pixtral. The forward pass of other towers raises
-    NotImplementedError.
+    NotImplementedError. While a model trains with attention dropout, every image or window is a call of "sdpa".
 
     Changes ``model`` in place: the attention implementation of its vision configuration. To undo it::
 
@@ -88,9 +88,18 @@ def _varlen_attention(
             f"{VARLEN} needs a vision tower that packs patches and passes cu_seq_lens_q, "
             f"got {type(module).__name__} of transformers {transformers.__version__}"
         )
-    _check_unsupported(module, dropout, kwargs)
+    if not _exceeds_window(kwargs.get("sliding_window"), cu_seq_lens_q, max_length_q):
+        kwargs["sliding_window"] = None
+    _check_unsupported(module, kwargs)
+    causal = _is_causal(module, is_causal)
+    if dropout:
+        settings = {"scaling": scaling, "dropout": dropout, "is_causal": causal}
+        lengths = cu_seq_lens_q.diff().tolist()
+        sequences = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+        outputs = [sdpa_attention_forward(module, *sequence, attention_mask=None, **settings)[0] for sequence in sequences]
+        return torch.cat(outputs, dim=1), None
     packed = [x.squeeze(0).transpose(0, 1) for x in _autocast(query, key, value)]
-    cu_seqlens, causal = cu_seq_lens_q.to(torch.int32), _is_causal(module, is_causal)
+    cu_seqlens = cu_seq_lens_q.to(torch.int32)
     out = varlen_attention(*packed, cu_seqlens, max_seqlen=max_length_q, causal=causal, scale=scaling)
     return out.unsqueeze(0), None
 
@@ -117,10 +126,17 @@ def _attention(
     - ``group_layout``: a pack of groups. If ``group_cache`` is given too, the pack holds prompts only, and the cache stores
       their keys and values.
     - ``group_cache`` without ``group_layout``: one decoding step, with one token for each running completion.
-    - ``cu_seq_lens_q`` of transformers' FlashAttentionKwargs: packed sequences.
+    - ``cu_seq_lens_q`` of transformers' FlashAttentionKwargs: packed sequences. They must not be longer than the sliding window
+      of a layer that has one.
 
     Without these keywords, and in vision towers, which receive them too, it is "sdpa".
+
+    Raises:
+        NotImplementedError: the layer has attention sinks (GPT-OSS), which "sdpa" would ignore, or a setting that the ops do
+            not support.
     """
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError(f"{NAME} must run layers without attention sinks, got s_aux in {type(module).__name__}")
     settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
     causal = _is_causal(module, is_causal)
     if not causal or (group_layout is None and group_cache is None and cu_seq_lens_q is None):
@@ -130,17 +146,24 @@ def _attention(
         return group_cache.attend(module.layer_idx, query, key, value, scaling), None
     if group_layout is None:
         return _varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **settings)
-    _check_unsupported(module, dropout, {**kwargs, "attention_mask": attention_mask})
+    _check_unsupported(module, {**kwargs, "attention_mask": attention_mask, "dropout": dropout or None})
     if group_cache is not None:
         group_cache.fill(module.layer_idx, key, value)
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
     return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
 
 
-def _check_unsupported(module: torch.nn.Module, dropout: float, settings: dict[str, object]) -> None:
+def _exceeds_window(window: int | None, cu_seqlens: torch.Tensor, max_length: int | None) -> bool:
+    """Return whether a packed sequence is longer than a sliding window, which has no effect on the others."""
+    if window is None:
+        return False
+    return window < (cu_seqlens.diff().max().item() if max_length is None else max_length)
+
+
+def _check_unsupported(module: torch.nn.Module, settings: dict[str, object]) -> None:
     """Raise NotImplementedError for settings of an attention layer that the ops for packed sequences do not support."""
-    given = {name: settings.get(name) for name in ("sliding_window", "softcap", "attention_mask")}
-    given = {name: value for name, value in {"dropout": dropout or None, **given}.items() if value is not None}
+    given = {name: settings.get(name) for name in ("dropout", "sliding_window", "softcap", "attention_mask")}
+    given = {name: value for name, value in given.items() if value is not None}
     if given:
         layer = type(module).__name__
         raise NotImplementedError(f"{NAME} must run packed sequences without these settings, got {given} in {layer}")

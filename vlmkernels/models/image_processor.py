@@ -1,6 +1,7 @@
 """``FastImageProcessor``: the image processor of Qwen2-VL, Qwen2.5-VL and Qwen3-VL on ``pack_patches``."""
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeVar
@@ -25,6 +26,16 @@ def _composites_on_white() -> bool:
     return bool(Qwen2VLImageProcessor().process_image(clear, do_convert_rgb=True).min() == 255)
 
 
+def _is_usual(options: dict[str, Any]) -> bool:
+    """Return whether ``pack_patches`` supports the settings of a call."""
+    if options["do_rescale"] and not 0 < options["rescale_factor"] < math.inf:
+        return False
+    if not options["do_normalize"]:
+        return True
+    mean, std = (torch.as_tensor(options[name], dtype=torch.float32) for name in ("image_mean", "image_std"))
+    return bool(mean.isfinite().all() and std.isfinite().all() and std.all())
+
+
 class FastImageProcessor(Qwen2VLImageProcessor):
     """A faster ``Qwen2VLImageProcessor`` with the same settings, the same call and bitwise equal ``pixel_values``::
 
@@ -32,7 +43,9 @@ class FastImageProcessor(Qwen2VLImageProcessor):
 
     PIL images are resized in parallel and in their own memory layout (channels last), and one pass over the pixels rescales,
     normalizes and packs them. Errors name the index and the size of the image. The parent class handles images that are not
-    uint8 RGB (floats, or gray images with ``do_convert_rgb=False``) and, with transformers < 5.21, transparent images.
+    uint8 RGB (floats, or gray images with ``do_convert_rgb=False``), PIL images with more than 8 bits per channel, settings
+    that ``pack_patches`` refuses (``rescale_factor`` <= 0, a standard deviation of 0) and, with transformers < 5.21,
+    transparent images.
 
     ``save_pretrained`` writes the name of the parent class, so the saved files load without this package.
     """
@@ -47,7 +60,9 @@ class FastImageProcessor(Qwen2VLImageProcessor):
 
     def process_image(self, image: Any, *args: Any, name: str = "image", **kwargs: Any) -> torch.Tensor:
         """Convert an image to (3, H, W). For a PIL image the result is a view with the channels last in memory."""
-        if isinstance(image, Image.Image) and kwargs.get("do_convert_rgb") and (is_opaque(image) or _composites_on_white()):
+        # Modes I, I;16 and F have more than 8 bits per channel.
+        is_usual = isinstance(image, Image.Image) and kwargs.get("do_convert_rgb") and not image.mode.startswith(("I", "F"))
+        if is_usual and (is_opaque(image) or _composites_on_white()):
             return rgb_from_pil(image, name).permute(2, 0, 1).to(kwargs.get("device"))
         return super().process_image(image, *args, **kwargs)
 
@@ -68,7 +83,7 @@ class FastImageProcessor(Qwen2VLImageProcessor):
             return list(pool.map(resize, range(len(images)), images))
 
     def _preprocess(self, images: list[torch.Tensor], *, return_tensors: str | None = None, **options: Any) -> BatchFeature:
-        if any(image.dtype != torch.uint8 or image.shape[0] != 3 for image in images):
+        if any(image.dtype != torch.uint8 or image.shape[0] != 3 for image in images) or not _is_usual(options):
             return super()._preprocess(images, return_tensors=return_tensors, **options)
         sizes = {name: options[name] for name in ("patch_size", "merge_size", "temporal_patch_size")}
         if images and options["do_resize"]:

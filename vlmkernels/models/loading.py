@@ -1,6 +1,7 @@
 """Loading models and processors, and changing the mode of a loaded model."""
 
 import copy
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,29 @@ def load_model(path: str, model_init_kwargs: dict[str, Any] | None = None) -> Pr
 def base_model(model: torch.nn.Module) -> torch.nn.Module:
     """Return the model under a PEFT wrapper, or ``model`` itself if it has none."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+# The methods of a model that define how it samples, in place of which decode_groups runs.
+_SAMPLING_METHODS = ("generate", "_sample", "prepare_inputs_for_generation", "_get_logits_processor", "_get_stopping_criteria")
+
+
+def sampling_override(model: torch.nn.Module) -> str | None:
+    """Return which method of sampling a user's class or the instance overrides, for example ``generate``; None if none is."""
+    parts = [model.base_model, base_model(model)] if is_peft_model(model) else []
+    for part in [model, *parts]:
+        for name in _SAMPLING_METHODS:
+            own = vars(part).get(name)
+            # PEFT stores the model's own bound method on the instance.
+            moved = isinstance(own, types.MethodType) and own.__func__ is getattr(type(own.__self__), name, None)
+            if own is not None and not moved:
+                return f"{type(part).__name__}.{name} is set on the instance"
+            owner = next((cls for cls in type(part).__mro__ if name in vars(cls)), None)
+            if owner is None:
+                continue
+            modules = owner.__module__, vars(owner)[name].__module__
+            if not all(module.startswith(("transformers.", "peft.")) for module in modules):
+                return f"{type(part).__name__} overrides {name}"
+    return None
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

@@ -10,7 +10,7 @@ from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.attention import use_group_attention
 from vlmkernels.models.families import prefix_sharing_unsupported
 from vlmkernels.models.inputs import ModelInputs
-from vlmkernels.models.loading import base_model
+from vlmkernels.models.loading import base_model, sampling_override
 from vlmkernels.rollout.base import Engine, Rollout, Sampling
 from vlmkernels.rollout.decode import Decoded, decode_groups
 from vlmkernels.rollout.token_sampler import stops
@@ -52,6 +52,7 @@ class Generate(Engine):
         reason = prefix_sharing_unsupported(plain) if share_prefix else "share_prefix is off"
         if reason is None and sampling.generation_kwargs:
             reason = f"generation_kwargs holds {', '.join(sorted(sampling.generation_kwargs))}"
+        reason = reason or sampling_override(model)
         self.shares_prefix = self.returns_logps = reason is None
         if self.shares_prefix:
             use_group_attention(plain)

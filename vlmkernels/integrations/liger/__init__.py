@@ -17,6 +17,7 @@ Apart from speed and memory, they differ from Liger as follows:
 - The entropy of ``LigerFusedLinearScaledCrossEntropyFunction`` is fp32; Liger rounds it to the dtype of the hidden states.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -25,6 +26,8 @@ import torch
 
 from vlmkernels.integrations.liger.objective import Objective
 from vlmkernels.integrations.patch import Library, Patch
+from vlmkernels.ops.arguments import as_indices, as_mask
+from vlmkernels.ops.checks import require_device, require_indices
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, grpo_loss
 from vlmkernels.ops.linear_grpo_loss import linear_grpo_loss
@@ -51,7 +54,6 @@ def _logps(
     """Return the log-probabilities (B, L) of targets (B, L) under logits (B, L + 1, V), whose last position is not read."""
     count, length = len(logits), logits.shape[1] - 1
     rows = torch.arange(count * (length + 1), device=logits.device).view(count, length + 1)[:, :length]
-    mask = None if mask is None else mask != 0
     return gather_logps(logits, targets, temperature=temperature, mask=mask, rows=rows, inplace_backward=inplace)
 
 
@@ -149,16 +151,17 @@ def triton_grpo_loss(
         raise ValueError(f"delta must be None with loss_type = {loss_type!r}, got {delta}")
     if beta and ref_logp is None:
         raise ValueError(f"ref_logp must be given with beta = {beta}, got None")
+    mask = as_mask("completion_mask", completion_mask, logits.device)
     objective = Objective(
         config,
         advantages=advantages,
-        mask=torch.ones_like(completion_ids) if completion_mask is None else completion_mask,
+        mask=torch.ones_like(completion_ids) if mask is None else mask,
         old_logps=old_logp,
         ref_logps=ref_logp,
         policy_weight=vllm_is_ratio,
         num_items=num_items_in_batch,
     )
-    logps = _logps(logits, completion_ids, temperature, completion_mask, inplace and logits.requires_grad)
+    logps = _logps(logits, completion_ids, temperature, mask, inplace and logits.requires_grad)
     if not reduce:
         return tuple(objective.token_losses(logps))
     loss, metrics = grpo_loss(logps, **objective.arguments(logps))
@@ -230,7 +233,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             bias: (V,) or None, the bias of the head.
             ref_per_token_logps, old_per_token_logps: (B, T) or None.
             ref_input, ref_weight, ref_bias: hidden states and head of the reference model, used if ``ref_per_token_logps`` is
-                None.
+                None. If both are given, a warning says so.
             vllm_is_ratio, num_items_in_batch: see ``triton_grpo_loss``.
 
         Returns:
@@ -240,7 +243,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         Raises:
             ValueError: ``use_ref_model`` without log-probabilities or hidden states of the reference.
         """
-        config, mask = self.config, attention_mask != 0
+        config, mask = self.config, as_mask("attention_mask", attention_mask, _input.device)
         linear = {"temperature": self.temperature, "mask": mask}
         ref_logps = ref_per_token_logps if self.use_ref_model else None
         if not self.use_ref_model:
@@ -250,6 +253,8 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 raise ValueError("ref_per_token_logps or ref_input must be given with use_ref_model, got None")
             with torch.no_grad():
                 ref_logps = linear_logps(ref_input, ref_weight, selected_token_ids, bias=ref_bias, **linear)
+        elif ref_input is not None:
+            warnings.warn("ref_input is not used, because ref_per_token_logps is given too", stacklevel=2)
         objective = Objective(
             config,
             advantages=advantages,
@@ -270,6 +275,31 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         if kl is None and self.beta:  # without use_ref_model
             kl = loss.new_zeros(())
         return loss, tuple(objective.metrics(logps, kl))
+
+
+def _selected_logps(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    selected: torch.Tensor,
+    temperature: float,
+    logps: torch.Tensor,
+) -> torch.Tensor:
+    """Return the log-probabilities (M, K) of the tokens ``selected`` (K,), given those of the targets, ``logps`` (M,)."""
+    selected = as_indices("selected_token_ids", selected, device=hidden.device)
+    require_device("selected_token_ids", selected, hidden.device, "_input")
+    if selected.dim() != 1:
+        raise ValueError(f"selected_token_ids must be (K,), got {tuple(selected.shape)}")
+    require_indices("selected_token_ids", selected, len(weight), "the rows of weight")
+    ids = torch.cat([selected, target])
+    exists = (ids >= 0) & (ids < len(weight))  # a GPU reads row 0 for the others, and their results are NaN
+    rows = torch.nn.functional.embedding(ids.where(exists, 0), weight).float()
+    chosen, own = rows.split([len(selected), len(target)])
+    hidden = hidden.float()
+    # log p(token) = logit(token) - logit(target) + log p(target)
+    logits = hidden @ chosen.T - (hidden * own).sum(1, keepdim=True)
+    result = logits / temperature + logps.unsqueeze(1)
+    return result.masked_fill(~exists[: len(selected)], torch.nan)
 
 
 class LigerFusedLinearScaledCrossEntropyFunction:
@@ -294,28 +324,29 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         Args:
             _input: (M, H) hidden states.
             weight: (V, H), the weight of the head.
-            target: (M,) int64. The results of rows whose target is ``ignore_index`` are 0.
+            target: (M,) integers. The results of rows whose target is ``ignore_index`` are 0.
             temperature: divides the logits.
             ignore_index: the target of rows that are not computed.
             m_tiles_per_cluster: has no effect; sets up Liger's kernel for Hopper GPUs.
             return_entropy: also return the entropy.
-            selected_token_ids: (K,) int64 or None: also return the log-probabilities of these tokens, for every row.
+            selected_token_ids: (K,) integers or None: also return the log-probabilities of these tokens, for every row.
 
         Returns:
             The negative log-likelihood (M,); or a tuple with also the entropy (M,) and the log-probabilities (M, K), if
             requested. All are fp32 and differentiable.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape, dtype or device, or (on the CPU) a token is out of range. On a
+                GPU this check would wait for the device: the results of such a token are NaN instead.
         """
+        target = as_indices("target", target, device=_input.device)
         mask = target != ignore_index
+        require_indices("target", target, len(weight), f"the rows of weight, or ignore_index = {ignore_index}", mask)
         logps, entropy = linear_logps(_input, weight, target, temperature=temperature, mask=mask, return_entropy=True)
         results = [-logps, entropy] if return_entropy else [-logps]
         if selected_token_ids is not None:
-            # log p(token) = logit(token) - logit(target) + log p(target)
-            chosen = torch.cat([selected_token_ids, target.masked_fill(~mask, 0)])
-            rows = torch.nn.functional.embedding(chosen, weight).float()
-            selected, own = rows.split([len(selected_token_ids), len(target)])
-            hidden = _input.float()
-            logits = hidden @ selected.T - (hidden * own).sum(1, keepdim=True)
-            results.append((logits / temperature + logps.unsqueeze(1)).masked_fill(~mask.unsqueeze(1), 0))
+            selected = _selected_logps(_input, weight, target.masked_fill(~mask, 0), selected_token_ids, temperature, logps)
+            results.append(selected.masked_fill(~mask.unsqueeze(1), 0))
         return results[0] if len(results) == 1 else tuple(results)
 
 

@@ -10,7 +10,7 @@ metrics equal TRL's up to rounding. What changes:
 - ``linear_logps`` computes log-probabilities and entropies, ``linear_grpo_loss`` the GRPO objective, without storing logits.
 - Rows of a micro-batch with the same prompt and images, in any order, share one copy of them in every pass of the policy, the
   old policy and the reference model.
-- Generation with transformers runs each prompt once for all its completions.
+- Generation with transformers runs each prompt once for all its completions, unless the model overrides ``generate``.
 - A frozen vision tower encodes each image once per generation batch.
 - ``FastImageProcessor`` prepares the images, for models that it supports.
 

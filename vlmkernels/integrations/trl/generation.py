@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from vlmkernels.integrations.trl.scoring import Scorer
-from vlmkernels.models.loading import base_model
+from vlmkernels.models.loading import base_model, sampling_override
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.decode import decode_groups
 
@@ -69,6 +69,7 @@ def grouped_generate(
         unsupported: a reason to call ``model.generate`` in any case, or None.
     """
     generate = model.generate
+    unsupported = unsupported or sampling_override(model)
 
     def decode(*, generation_config: GenerationConfig, **inputs: torch.Tensor) -> torch.Tensor:
         generation_config = _suppress(scorer.missing_tokens, generation_config, model.generation_config)
