@@ -12,6 +12,9 @@ from support import tiny
 
 from vlmkernels.cli import main
 from vlmkernels.cli.evaluate import model_names, steps_of
+from vlmkernels.cli.flags import read_yaml
+from vlmkernels.cli.train import build_parser
+from vlmkernels.train import GRPOConfig
 from vlmkernels.train.checkpoint import last_complete_checkpoint
 
 torch.set_num_threads(1)
@@ -161,6 +164,24 @@ def test_yaml_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(path)])
     assert "must map names to values, got list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ("gspo", 3e-4, 0.3, 100)),
+        (["--epsilon_high", "0.1", "--max_prompt_length", "50"], ("gspo", 3e-4, 0.1, 50)),
+        (["--preset", "dapo"], ("dapo", 0.2, 0.3, 100)),
+    ],
+)
+def test_presets_in_yaml_are_overridden_by_flags(tmp_path, flags, expected):
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: gspo\nepsilon_high: 0.3\nmax_prompt_length: 100\n")
+    parser = build_parser()
+    read_yaml(parser, str(path))
+    args = parser.parse_args([*flags, "--output_dir", str(tmp_path)])
+    config = GRPOConfig(**{name: getattr(args, name) for name in ("preset", "epsilon_high", "max_prompt_length", "output_dir")})
+    assert (config.preset, config.epsilon, config.epsilon_high, config.max_prompt_length) == expected
 
 
 def test_bad_sample_is_named(files, tmp_path, capsys):

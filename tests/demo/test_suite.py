@@ -27,7 +27,7 @@ def test_two_steps(tmp_path, monkeypatch, capsys):
     assert {"value", "low", "high", "hidden", "cost"} < set(result["metrics"]["grounding"]["miou"])
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert {f"rewards/{category}/mean" for category in suite.CATEGORIES} < set(log[0])
-    assert "Compared with before GRPO" in (tmp_path / "eval.html").read_text()
+    assert "after GRPO compared with before GRPO" in (tmp_path / "eval.html").read_text()
 
     # `vlmkernels eval` reads the saved model and finds the same accuracy.
     flags = [

@@ -174,7 +174,7 @@ def test_a_trained_tower_runs_in_each_pass(tmp_path):
     """In each pass, it encodes equal images once."""
     seen, model = [], tiny.vlm()
     model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    rows = [{**row, "images": [tiny.image(5)]} for row in tiny.rows(4, "one")]
+    rows = [{**row, "image": tiny.image(5)} for row in tiny.rows(4, "one")]
     options = {"per_device_train_batch_size": 8, "num_generations": 4, "gradient_accumulation_steps": 1, "max_steps": 1}
     trainer, _, _ = run_ours(tmp_path, rows, model=model, fixed=False, **options)
     assert not trainer.prepared.reuses_image_features

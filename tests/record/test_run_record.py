@@ -111,6 +111,28 @@ def test_no_start_removes_the_files_of_an_earlier_one(tmp_path):
         assert len(list((folder / "completions").glob("*.html"))) == steps
 
 
+def test_starts_that_were_killed_or_resumed_keep_every_line(tmp_path):
+    """Evaluations before training are not in the log of a checkpoint."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    killed = build(tmp_path, max_steps=2, **options)
+    killed.evaluate()
+    killed.evaluate()
+    killed.train()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    build(tmp_path, max_steps=2, **options).evaluate()  # a start that did not train
+    resumed = build(tmp_path, max_steps=3, **options)
+    resumed.evaluate()
+    resumed.train(resume_from_checkpoint=True)
+    build(tmp_path, max_steps=1, **options).train()
+
+    def steps(folder):
+        return [(entry["step"], "eval_reward" in entry) for entry in log_entries(folder)]
+
+    assert steps(tmp_path / "previous" / "1") == [(0, True), (0, True), (2, False), (2, False), (0, True)]
+    assert steps(tmp_path / "previous" / "2") == [(0, True), (1, False), (2, False), (3, False), (3, False)]
+    assert steps(tmp_path) == [(1, False), (1, False)]
+
+
 def test_run_json_describes_data_rewards_and_adapters(tmp_path):
     rewards = [{"name": "soft_overlong", "weight": 0.5, "max_length": 6, "cache": 2}, length_reward]
     arguments = {"processing_class": tiny.processor(), "peft_config": lora()}

@@ -4,10 +4,10 @@ from dataclasses import fields
 
 import pytest
 from support import tiny
-from support.training import config, run_ours
+from support.training import FixedGenerate, config, length_reward, run_ours
 
 from vlmkernels.ops.grpo_loss.config import PRESETS, GRPOLossConfig
-from vlmkernels.train import GRPOConfig
+from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.config import TRL_FIELDS
 
 
@@ -57,5 +57,38 @@ def test_long_prompts_are_named_or_skipped(tmp_path):
     trainer, _, _ = run_ours(tmp_path, data, max_prompt_length=40, on_bad_sample="skip")
     assert trainer._experience.rollout.prompts.inputs["attention_mask"].sum(1).max() <= 40
     assert trainer.samples.bad.keys() == {1}
-    with pytest.raises(ValueError, match="max_prompt_length must be >= 1, got 0"):
-        config(tmp_path, max_prompt_length=0)
+
+
+def test_long_prompts_of_evaluation_are_named_or_skipped(tmp_path):
+    data, long = tiny.rows(4, "none"), tiny.rows(4, "none")
+    long[1]["image"] = tiny.image(1, 56, 56)  # its tokens count
+
+    def evaluated(rows, **options):
+        args = config(tmp_path, max_prompt_length=30, **options)
+        trainer = GRPOTrainer(tiny.vlm(), length_reward, args, data, rows, processing_class=tiny.processor())
+        trainer.engine = FixedGenerate(trainer)
+        trainer.evaluate()
+        return trainer
+
+    with pytest.raises(ValueError, match=r"eval_dataset: sample 1: the prompt must have at most .* 30 tokens, got \d+"):
+        evaluated(long)
+    dataloader = evaluated(long, on_bad_sample="skip").callback_handler.eval_dataloader
+    assert dataloader.dataset.bad.keys() == {1}
+    with pytest.raises(ValueError, match="eval_dataset must have a sample that can be read"):
+        evaluated(long[1:2], on_bad_sample="skip")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("max_prompt_length", 0, "must be >= 1, got 0"),
+        ("max_prompt_length", "40", "must be an integer, got '40'"),
+        ("max_num_seqs", 1.5, "must be an integer, got 1.5"),
+        ("num_iterations", True, "must be an integer, got True"),
+        ("max_completion_length", None, "must be an integer, got None"),
+        ("num_generations", 1, "must be >= 2, to compare completions, got 1"),
+    ],
+)
+def test_counts_are_integers(tmp_path, name, value, rule):
+    with pytest.raises((TypeError, ValueError), match=f"{name} {rule}"):
+        config(tmp_path, **{name: value})

@@ -1,6 +1,7 @@
 """Warnings about weights that cannot represent the updates, and checks that a model can be saved."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,8 +60,9 @@ ADAM = {"optim": "adamw_torch", "learning_rate": 1e-6, "max_steps": 12}
             ["An optimizer step changes only"],
         ),
         (torch.float32, ADAM, []),
+        (torch.bfloat16, {**ADAM, "learning_rate": 1e-2, "lr_scheduler_type": "linear", "warmup_steps": 1000}, []),
     ],
-    ids=["bf16", "bf16, large steps", "bf16, SGD", "fp32"],
+    ids=["bf16", "bf16, large steps", "bf16, SGD", "fp32", "bf16, warm-up"],
 )
 def test_weights_that_do_not_change_are_reported(tmp_path, warnings, dtype, options, expected):
     trainer = trainer_of(tmp_path, tiny.vlm().to(dtype), **options)
@@ -70,7 +72,53 @@ def test_weights_that_do_not_change_are_reported(tmp_path, warnings, dtype, opti
         assert part in text
         assert "weights in bfloat16" in text
         assert "Load the model in float32" in text
-    assert max(shares(trainer)) < 0.1 if expected else min(shares(trainer)) > 0.5
+    if "warmup_steps" not in options:
+        assert max(shares(trainer)) < 0.1 if expected else min(shares(trainer)) > 0.5
+
+
+def test_the_learning_rate_of_a_given_optimizer_counts(tmp_path, warnings):
+    model = tiny.vlm().to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    args, data = config(tmp_path, learning_rate=1e-6, max_steps=2), tiny.rows(6)
+    trainer = GRPOTrainer(model, length_reward, args, data, processing_class=tiny.processor(), optimizers=(optimizer, None))
+    trainer.engine = FixedGenerate(trainer)
+    trainer.train()
+    assert warnings == []
+
+
+def measured(steps=updates.STEPS, process=0, lr=1e-30, was_skipped=False, dtype=torch.float32) -> list[torch.Tensor]:
+    """Run the check alone, on a layer whose gradient is 0 in half of the weights. Returns the shares that it logs."""
+    layer, logged = torch.nn.Linear(64, 64, bias=False, dtype=dtype), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr)
+    optimizer.step_was_skipped = was_skipped
+    check = updates.UpdateCheck(SimpleNamespace(distributed_type="NO"), lambda metrics: logged.extend(metrics.values()))
+    args, state = SimpleNamespace(device="cpu", process_index=process), SimpleNamespace(global_step=0, max_steps=100)
+    given = {"model": layer, "optimizer": optimizer}
+    check.on_train_begin(args, state, None, **given)
+    for _ in range(steps):
+        layer.weight.grad = (torch.arange(64 * 64).reshape(64, 64) % 2).to(dtype)
+        check.on_pre_optimizer_step(args, state, None, **given)
+        if not was_skipped:
+            optimizer.step()
+        check.on_optimizer_step(args, state, None, **given)
+    return logged
+
+
+def test_weights_without_a_gradient_and_skipped_steps_do_not_count(monkeypatch, warnings):
+    assert [float(share) for share in measured(lr=1.0)] == [1.0] * updates.STEPS
+    assert all(share.isnan() for share in measured(was_skipped=True))  # by the scaler of fp16
+    monkeypatch.setattr(updates, "MAX_WEIGHTS", 64)
+    assert [float(share) for share in measured(lr=1.0)] == [1.0] * updates.STEPS
+    assert warnings == []
+
+
+def test_one_process_warns_and_the_advice_fits_the_dtype(warnings):
+    measured(process=1, dtype=torch.bfloat16)
+    assert warnings == []
+    measured()
+    measured(dtype=torch.bfloat16)
+    assert ["Use a larger learning_rate" in text for text in warnings] == [True, False]
+    assert ["Load the model in float32" in text for text in warnings] == [False, True]
 
 
 def test_adapters_of_a_16_bit_model_change(tmp_path, warnings):

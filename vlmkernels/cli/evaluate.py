@@ -328,6 +328,7 @@ def main(argv: list[str]) -> int:
     from vlmkernels.evaluate.page import write_page
     from vlmkernels.evaluate.predictions import Predictions
     from vlmkernels.evaluate.report import curves_of, to_markdown, to_text
+    from vlmkernels.record.files import write_atomic
 
     inputs = read_inputs(parser, args)
     with user_errors(parser, "--baseline"):
@@ -340,7 +341,7 @@ def main(argv: list[str]) -> int:
         curves = inputs.curves | (curves_of(list(zip(steps, found.values(), strict=True))) if steps else {})
     last = list(found.values())[-1]
     output.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    output.with_suffix(".md").write_text(to_markdown(last, comparisons), encoding="utf-8")
+    write_atomic(output.with_suffix(".md"), to_markdown(last, comparisons))
     title = f"{list(found)[-1]} on {Path(args.dataset).name}"
     count = len(next(iter(last.completions.values()))[0])
     samples = f"{len(inputs.rows)} sample{'s' * (len(inputs.rows) > 1)}"

@@ -299,11 +299,11 @@ def write_results(before: Evaluation, after: Evaluation, log: list[dict], about:
         **to_json(after, before),
     }
     (output / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
-    (output / "eval.md").write_text(to_markdown(after, ("before GRPO", before)))
+    comparison = Comparison("after GRPO", after, "before GRPO", before)
+    (output / "eval.md").write_text(to_markdown(after, [comparison]))
     curves = curves_of_log(output / "trainer_state.json")
     run = f"after {about['steps']} steps of GRPO, seed {about['seed']}"
     subtitle = f"{len(after.rows)} samples of the test split, greedy decoding, {run}"
-    comparison = Comparison("after GRPO", after, "before GRPO", before)
     write_page(output / "eval.html", suite.NAME, subtitle, after, comparisons=[comparison], curves=curves)
 
 

@@ -62,8 +62,9 @@ def run_description(args: TrainingArguments, state: TrainerState, model: PreTrai
 
     Args:
         model: the trained model without wrappers.
-        details: further sections, such as the dataset and the rewards.
+        details: further sections, such as the dataset and the rewards, and further entries of the section "model".
     """
+    details = details or {}
     config = model.config.to_dict() if hasattr(model, "config") else {}
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -73,10 +74,9 @@ def run_description(args: TrainingArguments, state: TrainerState, model: PreTrai
         "model": {
             "class": type(model).__name__,
             "path": getattr(model, "name_or_path", ""),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "trained parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            **details.get("model", {}),
         },
-        **(details or {}),
+        **{name: section for name, section in details.items() if name != "model"},
         "arguments": args.to_dict(),
         "changed": changed_arguments(args),
         "model config": config,
@@ -109,8 +109,8 @@ class RunRecord(TrainerCallback):
     - ``completions/step-*.json`` and pages of them (with ``log_completions``). The loggers receive the completions too.
 
     No start removes what an earlier start wrote. A run that starts at step 0 moves the files of the earlier run to
-    ``previous/1``, ``previous/2``, ...; a run that resumes moves the earlier ``run.json`` there, and the logs and
-    completions of steps after its checkpoint.
+    ``previous/1``, ``previous/2``, ...; a run that resumes moves the earlier ``run.json`` there, the logs that its checkpoint
+    does not have, and the completions of steps after its checkpoint.
 
     Args:
         details: further sections of ``run.json``.
@@ -125,8 +125,9 @@ class RunRecord(TrainerCallback):
         if not state.is_world_process_zero:
             return
         folder, self._training_began = Path(args.output_dir), True
-        _keep_previous_start(folder, state.global_step, len(self._logged_before_training))
-        write_atomic(folder / METRICS_FILE, "".join(map(json_line, [*self._logged_before_training, *state.log_history])))
+        lines = [json_line(entry) for entry in [*self._logged_before_training, *state.log_history]]
+        _keep_previous_start(folder, state.global_step, set(map(_sorted_keys, lines)))
+        write_atomic(folder / METRICS_FILE, "".join(lines))
         description = json_value(run_description(args, state, model, self._details))
         write_atomic(folder / RUN_FILE, json.dumps(description, indent=1, ensure_ascii=False) + "\n")
         self._logged_before_training = []
@@ -148,21 +149,18 @@ class RunRecord(TrainerCallback):
                 LOGGERS[name](state.global_step, groups, callbacks)
 
 
-def _keep_previous_start(folder: Path, from_step: int, num_own: int) -> None:
+def _keep_previous_start(folder: Path, from_step: int, continued: set[str]) -> None:
     """Move what an earlier start wrote, and this one will not continue, to the next free folder in ``previous``.
 
     Args:
-        from_step: the step that training starts from. Logs and completions up to this step are continued, unless it is 0.
-        num_own: number of lines at the end of ``metrics.jsonl`` that this process wrote before training.
+        from_step: the step that training starts from. Completions up to this step are continued, unless it is 0.
+        continued: the lines of ``metrics.jsonl`` that this start begins with, with sorted keys.
     """
     numbers = [int(path.name) for path in folder.glob(f"{PREVIOUS_FOLDER}/*") if path.name.isdecimal()]
     kept = folder / PREVIOUS_FOLDER / str(max(numbers, default=0) + 1)
     metrics, about, completions = (folder / name for name in (METRICS_FILE, RUN_FILE, COMPLETIONS_FOLDER))
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    lines = lines[: len(lines) - num_own]
-    if from_step:
-        lines = [line for line in lines if _step_of(line) > from_step]
-    if lines:
+    if lines := [line for line in lines if _sorted_keys(line) not in continued]:
         write_atomic(kept / METRICS_FILE, b"".join(lines).decode("utf-8", "replace"))
     moved = [about] if about.exists() else []
     for step, path in stored_steps(completions).items():
@@ -174,9 +172,9 @@ def _keep_previous_start(folder: Path, from_step: int, num_own: int) -> None:
         shutil.move(path, target)
 
 
-def _step_of(line: bytes) -> float:
-    """Return the step of a line of ``metrics.jsonl``; infinity for a line that was not written to its end."""
+def _sorted_keys(line: str | bytes) -> str | bytes:
+    """Return a line of ``metrics.jsonl`` as a resumed run has it, because ``trainer_state.json`` has sorted keys."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return json.dumps(json.loads(line), sort_keys=True)
+    except ValueError:  # not written to its end
+        return line

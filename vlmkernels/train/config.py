@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmkernels.data.images import ImageLimits
-from vlmkernels.ops.checks import did_you_mean, require_one_of
+from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.config import PRESETS
@@ -237,14 +238,14 @@ class GRPOConfig(TrainingArguments):
                 setattr(self, name, value)
 
     def _check_values(self) -> None:
-        if self.num_generations < 2:
-            raise ValueError(f"num_generations must be >= 2, to compare completions, got {self.num_generations}")
-        for name in ("num_generations_eval", "max_completion_length", "num_iterations"):
+        counts = ["num_generations", "num_generations_eval", "max_completion_length", "num_iterations"]
+        limits = ["max_prompt_length", "max_num_seqs", "max_tokens_per_microbatch"]
+        for name in counts + [name for name in limits if getattr(self, name) is not None]:
+            require_number(name, getattr(self, name), "be an integer", Integral)
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("max_prompt_length", "max_num_seqs", "max_tokens_per_microbatch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations must be >= 2, to compare completions, got {self.num_generations}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if self.eval_temperature < 0:

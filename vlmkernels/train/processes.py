@@ -22,6 +22,7 @@ from torch import distributed
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from vlmkernels.data.dataset import undecoded
+from vlmkernels.data.images import IMAGE_ERRORS
 from vlmkernels.rewards import Rewards
 from vlmkernels.version import __version__
 
@@ -138,10 +139,27 @@ def _digest(values: Iterable[object]) -> str:
     return content.hexdigest()
 
 
+def _plain(value: object) -> object:
+    """Replace images and other objects by their types. Their ``repr`` can hold an address, which no other process has."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (str, bytes, bool, int, float)) else type(value).__name__
+
+
 def digest_rows(dataset: Any) -> str:
-    """Return a hash of the prompts of at most ``_COMPARED_ROWS`` * 2 rows, spread over the dataset."""
+    """Return a hash of the prompts, without images, of at most ``_COMPARED_ROWS`` * 2 rows, spread over the dataset."""
     stored, rows = undecoded(dataset), range(0, len(dataset), max(1, len(dataset) // _COMPARED_ROWS))
-    return _digest(row.get("prompt") for index in rows if isinstance(row := stored[index], dict))
+
+    def prompt(index: int) -> object:
+        try:
+            row = stored[index]
+        except IMAGE_ERRORS:  # a dataset that reads its images itself; on_bad_sample says what happens to the row
+            return None
+        return _plain(row.get("prompt")) if isinstance(row, dict) else None
+
+    return _digest(map(prompt, rows))
 
 
 def describe_process(

@@ -6,7 +6,7 @@ checkpoint has its weights in ``reference_adapter.safetensors``, so that a resum
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,9 @@ import torch
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 ADAPTER = "ref"
 WEIGHTS_FILE = "reference_adapter.safetensors"
@@ -24,8 +27,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def has_adapter(model: torch.nn.Module) -> bool:
-    """Whether the model has an adapter that is the reference."""
-    return is_peft_model(model) and ADAPTER in model.peft_config
+    """Whether the model has an adapter that is the reference. An active adapter, which is trained, is not."""
+    return is_peft_model(model) and ADAPTER in model.peft_config and ADAPTER not in model.active_adapters
 
 
 def kind_of(model: torch.nn.Module, beta: float) -> str | None:
@@ -46,13 +49,17 @@ def changes_base(peft_config: Any) -> bool:
 
 
 def add_adapter(model: PreTrainedModel) -> None:
-    """Add a frozen copy of the active adapter, in place, unless the model has an adapter ``ref`` already.
+    """Add a frozen copy of the active adapter, in place. An adapter ``ref`` that the model has already is frozen instead.
 
     Raises:
-        ValueError: several adapters are active.
+        ValueError: several adapters are active, or the active one is named ``ref``.
     """
     if has_adapter(model):
+        for _, parameter in _reference_tensors(model, model.named_parameters()):
+            parameter.requires_grad_(False)
         return
+    if ADAPTER in model.active_adapters:
+        raise ValueError(f"model must not train an adapter named {ADAPTER!r} with beta > 0, the name of the reference")
     if len(model.active_adapters) != 1:
         active = ", ".join(model.active_adapters)
         raise ValueError(f"model must have one active adapter with beta > 0, because the reference is its copy, got {active}")
@@ -75,6 +82,20 @@ def add_adapter(model: PreTrainedModel) -> None:
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def _reference_tensors(
+    model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return those of the named tensors that belong to the adapter ``ref``, if it is the reference."""
+    if has_adapter(model):
+        yield from (item for item in tensors if ADAPTER in item[0].split("."))
+
+
+def policy_parameters(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """Return the parameters without those of the adapter ``ref``."""
+    copied = {id(parameter) for _, parameter in _reference_tensors(model, model.named_parameters())}
+    yield from (parameter for parameter in model.parameters() if id(parameter) not in copied)
 
 
 @contextmanager
@@ -121,9 +142,7 @@ def adapter_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     Call it before the model is wrapped.
     """
-    if not has_adapter(model):
-        return {}
-    named = (item for item in _tensors(model) if ADAPTER in item[0].split("."))
+    named = _reference_tensors(model, _tensors(model))
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in named}
 
 
@@ -135,6 +154,8 @@ def save(state: dict[str, torch.Tensor], checkpoint: str | Path) -> None:
 def restore(model: torch.nn.Module, checkpoint: str | Path, manifest: Path, kind: str | None) -> None:
     """Load the reference of a checkpoint into the adapter ``ref``. Call it before the model is wrapped.
 
+    A checkpoint of a run without a reference, or of a version that did not record it, causes a warning.
+
     Args:
         manifest: the file that states the reference of the run that wrote the checkpoint.
         kind: the reference of this run; see ``kind_of``.
@@ -144,7 +165,11 @@ def restore(model: torch.nn.Module, checkpoint: str | Path, manifest: Path, kind
     """
     about = json.loads(manifest.read_text()) if manifest.exists() else {}
     saved_kind, name = about.get("reference"), f"resume_from_checkpoint {checkpoint}"
-    if kind is None or saved_kind is None:
+    if kind is None:
+        return
+    if saved_kind is None:
+        text = "%s records no reference: this run uses %s as it was given, perhaps not the reference of the first run"
+        logger.warning(text, name, _MEANINGS[kind])
         return
     if saved_kind != kind:
         raise ValueError(

@@ -113,7 +113,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self._last_scored: tuple[Scored, torch.Tensor] | None = None  # with advantages, for log_completions
         self.metrics = MetricBuffer()
         self._step_time = 0.0
-        self._add_callbacks(run_details(train_dataset, eval_dataset, self.rewards, model))
+        self._add_callbacks(run_details(*data, self.datasets.columns, self.rewards, model))
         set_seed(args.seed, device_specific=True)  # processes sample different completions
 
     def _add_callbacks(self, details: dict[str, Any]) -> None:

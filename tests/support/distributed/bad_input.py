@@ -97,13 +97,13 @@ CASES = {
     ),
     "an image that cannot be read": (
         second(data=truncated_images),
-        "RuntimeError: process 1 stopped at the completions of step 0: ValueError: sample ",
-        "ValueError: sample ",
+        "RuntimeError: process 1 stopped at the completions of step 0: ValueError: train_dataset: sample ",
+        "ValueError: train_dataset: sample ",
     ),
     "an image that cannot be read, under FSDP2": (
         lambda output_dir: train(output_dir, fsdp={}, **({"data": truncated_images()} if SECOND else {})),
-        "RuntimeError: process 1 stopped at the completions of step 0: ValueError: sample ",
-        "ValueError: sample ",
+        "RuntimeError: process 1 stopped at the completions of step 0: ValueError: train_dataset: sample ",
+        "ValueError: train_dataset: sample ",
     ),
     "a missing model": (
         second(model=lambda: "/nowhere"),
