@@ -206,6 +206,15 @@ def load_experience(checkpoint: str, process: int, family: Family, args: GRPOCon
     return experience
 
 
+def _load_default_adapter(model: Any, checkpoint: Path) -> None:
+    """Load the adapter "default" from a checkpoint with several adapters, in which transformers 5.17 loads only the others."""
+    has_others = any(checkpoint.glob("*/adapter_config.json"))
+    if has_others and "default" in model.peft_config and (checkpoint / "adapter_config.json").exists():
+        active = model.active_adapters
+        model.load_adapter(str(checkpoint), "default", is_trainable="default" in active)
+        model.set_adapter(active[0])
+
+
 class CheckpointedTrainer(Trainer):
     """A ``Trainer`` that writes, finds and loads checkpoints with the functions of this module."""
 
@@ -219,6 +228,7 @@ class CheckpointedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if is_peft_model(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+            _load_default_adapter(self.model, Path(resume_from_checkpoint))
         else:
             load_weights(self.model, resume_from_checkpoint)
 
