@@ -121,6 +121,16 @@ def test_one_process_warns_and_the_advice_fits_the_dtype(warnings):
     assert ["Load the model in float32" in text for text in warnings] == [False, True]
 
 
+@pytest.mark.parametrize("sizes", [[1] * 100, [5, 1000, 3, 1, 700], [7], []])
+def test_the_sample_is_spread_over_the_model(sizes):
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
+    chosen = updates._spread(parameters)
+    assert len(chosen) <= updates.MAX_TENSORS
+    assert len(chosen) == len({id(p) for p in chosen})
+    large = [p for p in parameters if p.numel() > sum(sizes) / updates.MAX_TENSORS]
+    assert {id(p) for p in large} <= {id(p) for p in chosen}
+
+
 def test_adapters_of_a_16_bit_model_change(tmp_path, warnings):
     trainer = trainer_of(tmp_path, tiny.vlm().to(torch.bfloat16), peft_config=lora(), **ADAM)
     trainer.train()

@@ -6,7 +6,9 @@ so that most need a learning rate of about 6e-5.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +19,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 STEPS = 10  # optimizer steps whose mean share decides about the warning
-MAX_WEIGHTS = 2**16  # of a process that are compared
+MAX_WEIGHTS = 2**16  # of a process that are compared, in at most
+MAX_TENSORS = 32  # parameters: every tensor costs several small kernels per step
 MOVES_BY_LEARNING_RATE = ("adam", "lion", "paged", "fused")  # beginnings of class names of optimizers
 METRIC = "frac_weights_changed"
 ADVICE = (
@@ -33,7 +36,7 @@ def rounding_step(weights: torch.Tensor) -> torch.Tensor:
 
 
 class UpdateCheck(TrainerCallback):
-    """Measures how many of the weights with a gradient each optimizer step changes, and warns if they are few.
+    """Measures how many of the weights with a gradient, in a sample, each optimizer step changes, and warns if they are few.
 
     A warning at the start of training says that most 16-bit weights are too coarse for the learning rate of an Adam or Lion
     optimizer; one after ``STEPS`` steps, warm-up not counted, that less than half of the weights changed per step. Under
@@ -46,17 +49,19 @@ class UpdateCheck(TrainerCallback):
     def __init__(self, accelerator: Accelerator, add_metrics: Callable[[dict[str, float | torch.Tensor]], None]) -> None:
         self.add_metrics = add_metrics
         self.is_on = accelerator.distributed_type != DistributedType.DEEPSPEED
-        self._parameters: list[torch.nn.Parameter] = []  # those with a gradient in this step
+        self._tracked: list[torch.nn.Parameter] = []
+        self._parameters: list[torch.nn.Parameter] = []  # the tracked ones with a gradient in this step
         self._before = self._has_gradient = torch.empty(0)  # their sampled weights, and whether the gradient is not 0
         self._shares: list[torch.Tensor] | None = []  # of the steps so far; None after the warning was due
-        self._stride, self._dtypes = 1, set[torch.dtype]()  # of the trained weights
+        self._stride, self._dtypes = 1, set[torch.dtype]()  # of the tracked weights; of all trained weights
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
         self._shares, self._dtypes = [], {p.dtype for p in trained}
+        self._tracked = _spread(trained)
         # An odd stride does not stay in one column of the matrices.
-        self._stride = math.ceil(sum(p.numel() for p in trained) / MAX_WEIGHTS) | 1
-        halves = [p for p in trained if p.dtype in (torch.bfloat16, torch.float16)]
+        self._stride = math.ceil(sum(p.numel() for p in self._tracked) / MAX_WEIGHTS) | 1
+        halves = [p for p in self._tracked if p.dtype in (torch.bfloat16, torch.float16)]
         name = type(getattr(optimizer, "optimizer", optimizer)).__name__.lower()  # accelerate wraps it
         if not (self.is_on and halves and args.process_index == 0 and name.startswith(MOVES_BY_LEARNING_RATE)):
             return
@@ -71,7 +76,7 @@ class UpdateCheck(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         self._parameters = []
         if self.is_on and any(group["lr"] > 0 for group in optimizer.param_groups):  # warm-up starts with 0
-            self._parameters = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
+            self._parameters = [p for p in self._tracked if p.grad is not None]
         if self._parameters:
             self._before = self._samples(self._parameters, args.device)
             self._has_gradient = self._samples([p.grad for p in self._parameters], args.device) != 0
@@ -109,6 +114,14 @@ class UpdateCheck(TrainerCallback):
         """Return every ``_stride``-th value of this process's shard."""
         local = values.to_local() if hasattr(values, "to_local") else values
         return local.reshape(-1)[:: self._stride]
+
+
+def _spread(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Return at most ``MAX_TENSORS`` of the parameters: those that hold weights at equal distances in the whole model."""
+    ends = list(accumulate(p.numel() for p in parameters))
+    total = ends[-1] if ends else 0
+    places = (bisect_right(ends, (2 * k + 1) * total // (2 * MAX_TENSORS)) for k in range(MAX_TENSORS if total else 0))
+    return [parameters[place] for place in dict.fromkeys(places)]
 
 
 def _peak(group: dict) -> float:
