@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vlmkernels import backend, gather_logps, use_backend, varlen_attention
-from vlmkernels.ops import group_attention
+from vlmkernels.ops import tree_attention
 
 CALL = """
 import torch, vlmkernels
@@ -37,29 +37,29 @@ def test_use_backend_selects_for_the_ops_that_have_it():
     """Settings for different ops nest: each op uses the innermost name that is one of its backends."""
     assert {backend.resolve(op, "auto") for op in (*KERNEL_OPS, *backend.OTHERS)} == {"auto"}
     with use_backend("cpp"):
-        assert backend.resolve("group_attention", "auto") == "auto"
+        assert backend.resolve("tree_attention", "auto") == "auto"
         with use_backend("flex"):
             assert {backend.resolve(op, "auto") for op in KERNEL_OPS} == {"cpp"}
-            assert backend.resolve("group_attention", "auto") == "flex"
+            assert backend.resolve("tree_attention", "auto") == "flex"
             assert backend.resolve("varlen_attention", "auto") == "auto"
-            assert backend.resolve("group_attention", "parts") == "parts"
+            assert backend.resolve("tree_attention", "parts") == "parts"
             with use_backend("reference"):
                 assert {backend.resolve(op, "auto") for op in KERNEL_OPS} == {"reference"}
-                assert backend.resolve("group_attention", "auto") == "flex"
+                assert backend.resolve("tree_attention", "auto") == "flex"
             with use_backend("auto"):
                 assert {backend.resolve(op, "auto") for op in (*KERNEL_OPS, *backend.OTHERS)} == {"auto"}
-        assert backend.resolve("group_attention", "auto") == "auto"
+        assert backend.resolve("tree_attention", "auto") == "auto"
         assert backend.resolve("gather_logps", "auto") == "cpp"
     assert backend.resolve("gather_logps", "auto") == "auto"
 
 
 def test_use_backend_applies_to_attention():
-    layout = group_attention.GroupLayout((2,), ((1, 1),))
+    layout = tree_attention.TreeLayout.groups((2,), ((1, 1),))
     query = torch.zeros(4, 1, 8)
     with use_backend("flash"):
-        with pytest.raises(NotImplementedError, match="no backend serves group_attention: flash: supports CUDA tensors, got "):
-            group_attention.group_attention(query, query, query, layout)
-        group_attention.group_attention(query, query, query, layout, backend="parts")
+        with pytest.raises(NotImplementedError, match="no backend serves tree_attention: flash: supports CUDA tensors, got "):
+            tree_attention.tree_attention(query, query, query, layout)
+        tree_attention.tree_attention(query, query, query, layout, backend="parts")
         gather_logps(torch.zeros(1, 4), torch.tensor([2]))
     with use_backend("torch"), pytest.raises(NotImplementedError, match="no backend serves varlen_attention: torch: "):
         varlen_attention(query, query, query, torch.tensor([0, 4]).int())
@@ -73,7 +73,7 @@ def test_unknown_names_raise_with_the_full_list():
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton, cuda; got 'flex'"):
         backend.resolve("gather_logps", "flex")
     with pytest.raises(ValueError, match="backend must be one of auto, parts, flash, flash4, flex; got 'cpp'"):
-        backend.resolve("group_attention", "cpp")
+        backend.resolve("tree_attention", "cpp")
 
 
 def test_every_backend_of_the_tables_has_a_module():

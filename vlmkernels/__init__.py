@@ -1,6 +1,8 @@
 """Kernels for reinforcement learning of vision-language models; see README.md."""
 
 from vlmkernels.backend import use_backend
+from vlmkernels.ops.causal_conv1d import causal_conv1d
+from vlmkernels.ops.gated_delta_rule import gated_delta_rule
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
@@ -10,6 +12,7 @@ from vlmkernels.ops.merge_image_features import merge_image_features, placeholde
 from vlmkernels.ops.mrope_positions import MropePositions, mrope_positions
 from vlmkernels.ops.pack_patches import PackedPatches, pack_patches
 from vlmkernels.ops.rotary import mrope_axes, rotary, rotary_table
+from vlmkernels.ops.tree_attention import TreeLayout, tree_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 from vlmkernels.ops.vision_layout import VisionLayout, vision_layout
 from vlmkernels.version import __version__
@@ -21,9 +24,12 @@ __all__ = [
     "LinearGRPOLossOutput",
     "MropePositions",
     "PackedPatches",
+    "TreeLayout",
     "VisionLayout",
     "VocabParallel",
     "__version__",
+    "causal_conv1d",
+    "gated_delta_rule",
     "gather_logps",
     "group_advantages",
     "grpo_loss",
@@ -36,6 +42,7 @@ __all__ = [
     "placeholder_positions",
     "rotary",
     "rotary_table",
+    "tree_attention",
     "use_backend",
     "varlen_attention",
     "vision_layout",

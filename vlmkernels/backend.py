@@ -1,9 +1,9 @@
 """The dispatcher: it selects the backend of an op that serves a call, and says why the others cannot.
 
 ``KERNELS`` and ``OTHERS`` list the backends of each op. A backend is a module with the op's functions and
-``unsupported(*tensors) -> str | None``, the only place that states the limits of the backend. If the caller names a backend, it
-serves the call, or the call raises ``NotImplementedError``: nothing falls back. ``"auto"`` selects the first backend, in the
-order of the table, that supports the tensors.
+``unsupported(*tensors, **settings) -> str | None``, the only place that states the limits of the backend. If the caller names a
+backend, it serves the call, or the call raises ``NotImplementedError``: nothing falls back. ``"auto"`` selects the first
+backend, in the order of the table, that supports the tensors.
 """
 
 import importlib
@@ -35,8 +35,8 @@ KERNELS = Backends(
 
 # All other ops.
 OTHERS = {
-    "group_attention": Backends(
-        modules={name: f"group_attention.{name}" for name in ("parts", "flash", "flash4", "flex")},
+    "tree_attention": Backends(
+        modules={name: f"tree_attention.{name}" for name in ("parts", "flash", "flash4", "flex")},
         order={"cpu": ("parts",), "cuda": ("flash", "flex")},
         otherwise=("flex",),
     ),
@@ -44,6 +44,11 @@ OTHERS = {
         modules={name: f"varlen_attention.{name}_varlen" for name in ("flash_attn", "flash4", "torch", "sdpa")},
         order={"cuda": ("flash_attn", "torch", "sdpa")},
         otherwise=("sdpa",),
+    ),
+    "gated_delta_rule": Backends(
+        modules={"reference": "gated_delta_rule.reference", "torch": "gated_delta_rule.chunks", "fla": "gated_delta_rule.fla"},
+        order={"cuda": ("fla", "torch")},
+        otherwise=("torch",),
     ),
     # linear_logps without logits (chunk_bytes=0).
     "linear_logps_fused": Backends(
@@ -96,7 +101,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Use backend ``name`` in a ``with`` block for every call that does not name a backend.
 
     The setting applies to the ops that have a backend of that name, and leaves the others alone: inside
-    ``use_backend("flex")``, ``group_attention`` uses "flex" and all other ops use what they used outside. The environment
+    ``use_backend("flex")``, ``tree_attention`` uses "flex" and all other ops use what they used outside. The environment
     variable ``VLMKERNELS_BACKEND`` sets the backend for a whole process; it may list several names, separated by commas.
 
     The setting is global, not per thread, because autograd runs backward passes on its own threads.
@@ -195,8 +200,8 @@ def load(op: str, name: str) -> Any:
     return module.Native(name) if name in NATIVE else module
 
 
-def why_not(op: str, name: str, *tensors: torch.Tensor) -> str | None:
-    """Return why backend ``name`` of ``op`` does not support these tensors; None if it does."""
+def why_not(op: str, name: str, *tensors: torch.Tensor, **settings: Any) -> str | None:
+    """Return why backend ``name`` of ``op`` does not support these tensors and settings; None if it does."""
     if module_name(op, name) is None:
         return "not implemented"
     reason = missing(name)
@@ -207,14 +212,14 @@ def why_not(op: str, name: str, *tensors: torch.Tensor) -> str | None:
         for tensor in tensors:
             if tensor.device.type != wanted:
                 return f"supports {wanted} tensors, got {tensor.device.type}"
-    limit: str | None = load(op, name).unsupported(*tensors)
+    limit: str | None = load(op, name).unsupported(*tensors, **settings)
     return limit
 
 
-def choose(op: str, name: str, *tensors: torch.Tensor) -> str:
+def choose(op: str, name: str, *tensors: torch.Tensor, **settings: Any) -> str:
     """Return the name of the backend that serves ``op`` on ``tensors``.
 
-    The device of the first tensor selects the order of "auto".
+    ``settings`` are passed to ``unsupported`` of the backends. The device of the first tensor selects the order of "auto".
 
     Raises:
         NotImplementedError: no backend supports the tensors; the message has the reason of each.
@@ -223,7 +228,7 @@ def choose(op: str, name: str, *tensors: torch.Tensor) -> str:
     candidates = row.order.get(tensors[0].device.type, row.otherwise) if name == "auto" else (name,)
     reasons = []
     for candidate in candidates:
-        reason = why_not(op, candidate, *tensors)
+        reason = why_not(op, candidate, *tensors, **settings)
         if reason is None:
             return candidate
         reasons.append(f"{candidate}: {reason}")

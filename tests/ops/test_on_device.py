@@ -14,9 +14,10 @@ from support.groups import EOS, LENGTH, PAD, amplified, completions_of, prompts_
 from support.training import Gradients, config, length_reward, train, vowel_reward
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
-from vlmkernels.models.attention import use_group_attention
-from vlmkernels.models.group import pack_groups, prompt_positions
+from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.image_features import accepts_image_features, encode_images
+from vlmkernels.models.packs import pack_groups
+from vlmkernels.models.positions import prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.decode import decode_groups
@@ -56,7 +57,7 @@ def test_greedy_decoding_equals_generate(model_and_prompts):
     inputs = prompts.repeat(3).inputs
     options = {"max_new_tokens": LENGTH, "do_sample": False, "eos_token_id": EOS, "pad_token_id": PAD}
     expected = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-    use_group_attention(model)
+    use_tree_attention(model)
     decoded = decode_groups(model, prompts, 3, Sampling(LENGTH, EOS, PAD, temperature=0))
     width = decoded.ids.shape[1]
     assert decoded.ids.device == expected.device
@@ -65,7 +66,7 @@ def test_greedy_decoding_equals_generate(model_and_prompts):
 
 def test_sampled_logps_are_those_of_the_model(model_and_prompts):
     model, prompts = model_and_prompts
-    use_group_attention(model)
+    use_tree_attention(model)
     torch.manual_seed(0)
     decoded = decode_groups(model, prompts, 4, Sampling(LENGTH, EOS, PAD, temperature=0.8, suppress_tokens=range(42, 60)))
     inputs = prompts.repeat(4).append(decoded.ids, decoded.mask.long()).inputs
@@ -85,8 +86,8 @@ def test_shared_prefixes_equal_copies(model_and_prompts):
     for shared in (False, True):
         model.zero_grad()
         if shared:
-            use_group_attention(model)
-            pack = pack_groups(prompts.inputs, prompt_positions(model, prompts.inputs), group, ids, mask)
+            use_tree_attention(model)
+            pack = pack_groups(prompts.inputs, prompt_positions(model, prompts.inputs), group, ids, mask, prompts.family)
             hidden = model.base_model(**pack.inputs, use_cache=False).last_hidden_state
             logps = linear_logps(hidden, model.lm_head.weight, pack.targets, rows=pack.rows)
         else:
@@ -103,7 +104,7 @@ def test_shared_prefixes_equal_copies(model_and_prompts):
 
 
 def test_features_stand_for_pixels(device):
-    model = use_group_attention(amplified(vlm())).to(device)
+    model = use_tree_attention(amplified(vlm())).to(device)
     if not accepts_image_features(model):
         pytest.skip(f"transformers {transformers.__version__} does not accept features in place of pixels")
     prompts = prompts_of((1, 0, 2), model).to(device)
@@ -113,7 +114,7 @@ def test_features_stand_for_pixels(device):
     positions = prompt_positions(model, prompts.inputs)
     results = []
     for batch in (prompts, encoded):
-        pack = pack_groups(batch.inputs, positions, group, ids, mask)
+        pack = pack_groups(batch.inputs, positions, group, ids, mask, batch.family)
         with torch.no_grad():
             results.append(model.base_model(**pack.inputs, use_cache=False).last_hidden_state[0, pack.rows])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)

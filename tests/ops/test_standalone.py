@@ -19,7 +19,7 @@ IMPORT = """
 import importlib, pkgutil
 import vlmkernels, vlmkernels.ops
 for module in pkgutil.walk_packages(vlmkernels.ops.__path__, "vlmkernels.ops."):
-    needs_triton = "triton" in module.name.rpartition(".")[2] or module.name.endswith("group_attention.merge")
+    needs_triton = "triton" in module.name.rpartition(".")[2] or module.name.endswith("tree_attention.merge")
     if not (needs_triton and sys.modules.get("triton", True) is None):
         importlib.import_module(module.name)
 """

@@ -62,7 +62,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
     Args:
         out: (N, H, D). The last axis of every argument is contiguous.
         lse: (H, N).
-        part: (R, H, D) in the dtype of ``out``.
+        part: (R, H, D).
         part_lse: (H, R).
         rows: (R,) integers without repeats.
     """

@@ -1,18 +1,20 @@
-"""Group attention on Hopper GPUs by FlashAttention-4, in the calls of flash.py."""
+"""Tree attention on Hopper GPUs by FlashAttention-4, in the calls of flash.py."""
 
 import torch
 
 from vlmkernels.backend import installed, why_not
 from vlmkernels.ops import flash4
-from vlmkernels.ops.group_attention import flash
-from vlmkernels.ops.group_attention.layout import GroupLayout
+from vlmkernels.ops.tree_attention import flash
+from vlmkernels.ops.tree_attention.layout import TreeLayout
 
 # The FLOPs of a forward pass from which "auto" selects this backend. With less work the kernels wait for Python, which launches
 # them more slowly than those of flash.py. Measured in training steps with 0.03 and 0.12 TFLOP (docs/shared-prefix.md).
 FASTER_FROM = 1.2e11
 
 
-def unsupported(query: torch.Tensor) -> str | None:
+def unsupported(query: torch.Tensor, layout: TreeLayout | None = None, window: int | None = None) -> str | None:
+    if window is not None:
+        return f"supports no windows that are shorter than a path, got a window of {window}"
     if query.shape[-1] not in flash4.WIDTHS:
         return f"supports head dimensions of {', '.join(map(str, flash4.WIDTHS))}, got {query.shape[-1]}"
     if not installed("triton"):
@@ -20,15 +22,15 @@ def unsupported(query: torch.Tensor) -> str | None:
     return flash4.unsupported(query)
 
 
-def is_faster(query: torch.Tensor, layout: GroupLayout) -> bool:
+def is_faster(query: torch.Tensor, layout: TreeLayout, window: int | None = None) -> bool:
     """Return whether "auto" selects this backend instead of "flash"."""
     if query.device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    is_large = 4 * layout.num_pairs * query.shape[1] * query.shape[2] >= FASTER_FROM
-    return is_large and why_not("group_attention", "flash4", query) is None
+    is_large = 4 * layout.num_pairs(window) * query.shape[1] * query.shape[2] >= FASTER_FROM
+    return is_large and why_not("tree_attention", "flash4", query, layout=layout, window=window) is None
 
 
-def _forward(query, key, value, queries: flash.Sequences, keys: flash.Sequences, causal: bool, scale: float):
+def _forward(query, key, value, queries: flash.Sequences, keys: flash.Sequences, causal: bool, window: None, scale: float):
     out, lse, *_ = flash4.module()._flash_attn_fwd(
         query,
         key,
@@ -44,7 +46,7 @@ def _forward(query, key, value, queries: flash.Sequences, keys: flash.Sequences,
     return out, lse
 
 
-def _backward(dout, query, key, value, out, lse, queries: flash.Sequences, keys: flash.Sequences, causal: bool, scale: float):
+def _backward(dout, query, key, value, out, lse, queries: flash.Sequences, keys: flash.Sequences, causal, window, scale):
     return flash4.module()._flash_attn_bwd(
         query,
         key,
@@ -65,5 +67,5 @@ def _backward(dout, query, key, value, out, lse, queries: flash.Sequences, keys:
 KERNELS = flash.Kernels(_forward, _backward)
 
 
-def run(query, key, value, layout, scale):
-    return flash.attend(query, key, value, layout, scale, KERNELS)
+def run(query, key, value, layout, window, scale):
+    return flash.attend(query, key, value, layout, window, scale, KERNELS)

@@ -1,5 +1,6 @@
-"""Attention of groups that share a prefix, against a mask over all tokens."""
+"""Attention of trees of segments, against a mask over all tokens."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -7,55 +8,82 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.budget import assert_within_budget
+from support.layouts import layouts
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels import backend as backends
 from vlmkernels.ops import flash4 as package
-from vlmkernels.ops.group_attention import GroupLayout, chosen_backend, flash, flash4, flex, group_attention
-from vlmkernels.ops.group_attention.merge import merge_
+from vlmkernels.ops.tree_attention import TreeLayout, chosen_backend, flash, flash4, flex, parts, tree_attention
+from vlmkernels.ops.tree_attention.merge import merge_
 
 pytestmark = pytest.mark.device
 
 LAYOUTS = {
-    "one group": GroupLayout((5,), ((3, 3, 3, 3),)),
-    "unequal": GroupLayout((7, 2, 4), ((3, 1, 6), (2, 2), (5,))),
-    "empty completions": GroupLayout((3, 4), ((0, 2, 0), (0, 0))),
-    "no completions": GroupLayout((6,), ((),)),
-    "long": GroupLayout((130,), ((40, 70),)),
-    "long, three groups": GroupLayout((300, 1, 128), ((40, 257), (0,), (128, 5, 64))),
-    "one token each": GroupLayout((1, 1), ((1, 1, 1), (1,))),
-    "nothing": GroupLayout((), ()),
+    "one group": TreeLayout.groups((5,), ((3, 3, 3, 3),)),
+    "unequal": TreeLayout.groups((7, 2, 4), ((3, 1, 6), (2, 2), (5,))),
+    "empty completions": TreeLayout.groups((3, 4), ((0, 2, 0), (0, 0))),
+    "no completions": TreeLayout.groups((6,), ((),)),
+    "long": TreeLayout.groups((130,), ((40, 70),)),
+    "long, three groups": TreeLayout.groups((300, 1, 128), ((40, 257), (0,), (128, 5, 64))),
+    "one token each": TreeLayout.groups((1, 1), ((1, 1, 1), (1,))),
+    "chain": TreeLayout((3, 4, 2, 5), (-1, 0, 1, 2)),
+    "forks": TreeLayout((4, 3, 0, 5, 2, 6, 3, 3), (-1, 0, 1, 2, 2, 1, 0, -1)),
+    "long forks": TreeLayout((140, 60, 130, 3, 257, 40), (-1, 0, 1, 1, 0, 4)),
+    "spans": TreeLayout((9, 5, 4, 7), (-1, 0, 0, -1), ((2, 6), (6, 8), (9, 14), (17, 18), (20, 25))),
+    "long spans": TreeLayout((300, 60, 70), (-1, 0, 0), ((10, 170), (180, 300), (370, 400))),
+    "linked spans": TreeLayout((12, 5, 9), (-1, 0, 0), ((1, 4), (4, 6), (8, 11), (12, 14), (20, 22), (23, 26)), linked=True),
+    "nothing": TreeLayout((), ()),
+}
+# (layout, window), by name; the windows are shorter than, as long as or longer than segments and paths.
+CASES = {name: (layout, None) for name, layout in LAYOUTS.items()} | {
+    f"{name}, window {window}": (LAYOUTS[name], window)
+    for name, windows in {
+        "one group": (2, 4, 8, 99),
+        "unequal": (3,),
+        "long, three groups": (64, 301),
+        "forks": (2, 5, 9),
+        "long forks": (100, 200),
+        "spans": (2, 3, 8),
+        "linked spans": (4,),
+        "long spans": (90,),
+    }.items()
+    for window in windows
 }
 
 
-def run(inputs, layout, weight, attention, forward_only):
+def run(inputs, case, weight, attention, forward_only):
     inputs = [x.detach().clone().requires_grad_(not forward_only) for x in inputs]
-    out = attention(*inputs, layout)
+    out = attention(*inputs, *case)
     if forward_only:
         return {"out": out}
     gradients = torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)
     return dict(zip(("out", "dquery", "dkey", "dvalue"), (out.detach(), *gradients), strict=True))
 
 
-def formula(query, key, value, layout, scale=0.3):
+def formula(query, key, value, layout, window=None, scale=0.3):
     """Attention by the scores of all pairs of tokens."""
     k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = torch.einsum("qhd,khd->hqk", query, k) * scale
-    scores = scores.masked_fill(~layout.mask().to(query.device), -torch.inf)
+    scores = scores.masked_fill(~layout.mask(window).to(query.device), -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
-def eager_formula(query, key, value, layout):
+def eager_formula(query, key, value, layout, window=None):
     """The formula of the docstring."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    mask = layout.mask().to(query.device)
+    mask = layout.mask(window).to(query.device)
     return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
 
 
-def skip_unless_supported(backend, query):
+def effective(layout, window):
+    """The window that backends get: None if it hides nothing."""
+    return None if window is None or window >= layout.longest_path else window
+
+
+def skip_unless_supported(backend, query, layout=None, window=None):
     try:
-        backends.choose("group_attention", backend, query)
+        backends.choose("tree_attention", backend, query, layout=layout, window=window)
     except NotImplementedError as error:
         pytest.skip(str(error))
 
@@ -67,31 +95,28 @@ def many_variants():
         yield
 
 
-@pytest.mark.parametrize("backend", backends.backends_of("group_attention").modules)
+@pytest.mark.parametrize("backend", backends.backends_of("tree_attention").modules)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("heads", [4, 2])
 def test_matches_fp64(device, backend, dtype, name, heads):
-    layout = LAYOUTS[name]
+    layout, window = case = CASES[name]
     rng, width = torch.Generator().manual_seed(0), 64 if backend == "flash4" else 16
     inputs = [torch.randn(layout.num_tokens, h, width, generator=rng).to(device, dtype) for h in (4, heads, heads)]
     weight = torch.randn(layout.num_tokens, 4, width, generator=rng).to(device)
-    skip_unless_supported(backend, inputs[0])
+    skip_unless_supported(backend, inputs[0], layout, window)
     forward_only = backend == "flex" and device == "cpu"
-    exact = run([x.double() for x in inputs], layout, weight.double(), formula, forward_only)
-    eager = run(inputs, layout, weight, eager_formula, forward_only)
+    exact = run([x.double() for x in inputs], case, weight.double(), formula, forward_only)
+    eager = run(inputs, case, weight, eager_formula, forward_only)
 
-    def ours(q, k, v, layout):
-        return group_attention(q, k, v, layout, scale=0.3, backend=backend)
-
-    actual = run(inputs, layout, weight, ours, forward_only)
+    actual = run(inputs, case, weight, with_scale(backend), forward_only)
     for what in exact:
         # FlexAttention in fp32 on a GPU was up to 1.05 times over the budget of one eps.
         size = 4 * exact[what].abs().max().item() if backend == "flex" and layout.num_tokens else None
         assert_within_budget(what, actual[what], eager[what], exact[what], scale=size)
 
 
-def reference_scores(query, key, queries, keys, causal, scale):
+def reference_scores(query, key, queries, keys, causal, window, scale):
     """(Hq, N, M) scores of packed sequences, -inf between different sequences."""
     length, length_k = queries.bounds.diff(), keys.bounds.diff()
     assert queries.bounds.dtype == keys.bounds.dtype == torch.int32
@@ -100,28 +125,34 @@ def reference_scores(query, key, queries, keys, causal, scale):
     assert min(length.min(), length_k.min()) > 0  # flash attention defines no log-sum-exp without keys
     sequence = [torch.arange(len(x)).repeat_interleave(x) for x in (length, length_k)]
     seen = sequence[0][:, None] == sequence[1]
+    # The last query of a sequence is at the place of its last key.
+    to_end = [x.bounds[1:].repeat_interleave(n) - torch.arange(sum(n)) for x, n in ((queries, length), (keys, length_k))]
+    distance = to_end[1] - to_end[0][:, None]
     if causal:
-        seen = seen.tril()
+        seen &= distance >= 0
+    if window is not None:
+        assert causal
+        seen &= distance < window
     scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)) * scale
     return scores.masked_fill(~seen, -torch.inf)
 
 
-def reference_forward(query, key, value, queries, keys, causal, scale):
+def reference_forward(query, key, value, queries, keys, causal, window, scale):
     """The results of torch's forward kernel, with the layout of its log-sum-exp, rounded once."""
     q, k, v = (x.double() for x in (query, key, value))
-    scores = reference_scores(q, k, queries, keys, causal, scale)
+    scores = reference_scores(q, k, queries, keys, causal, window, scale)
     out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(q.shape[1] // v.shape[1], 1))
     lse = scores.logsumexp(-1)
     return out.to(query.dtype).contiguous(), lse if query.dtype == torch.float64 else lse.float()
 
 
-def reference_backward(dout, query, key, value, out, lse, queries, keys, causal, scale):
+def reference_backward(dout, query, key, value, out, lse, queries, keys, causal, window, scale):
     """The results of torch's backward kernel from the given output and log-sum-exp, rounded once."""
     assert dout.is_contiguous()
     assert out.is_contiguous()
     assert lse.is_contiguous()
     q, k, v, do, o = (x.double() for x in (query, key, value, dout, out))
-    probabilities = (reference_scores(q, k, queries, keys, causal, scale) - lse.double().unsqueeze(-1)).exp()
+    probabilities = (reference_scores(q, k, queries, keys, causal, window, scale) - lse.double().unsqueeze(-1)).exp()
     k_expanded, v_expanded = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     inner = torch.einsum("qhd,khd->hqk", do, v_expanded) - (do * o).sum(-1).T.unsqueeze(-1)
     dscores = probabilities * inner * scale
@@ -131,9 +162,20 @@ def reference_backward(dout, query, key, value, out, lse, queries, keys, causal,
     return tuple(x.to(query.dtype) for x in gradients)
 
 
+def no_limits_but(module):
+    """Replace ``unsupported`` of a backend: only its rules about windows are left."""
+    reasons = module.unsupported
+
+    def unsupported(query, layout, window):
+        reason = reasons(query, layout, window)
+        return reason if reason is not None and "window" in reason else None
+
+    return unsupported
+
+
 def replace_kernels(patch):
     """Run flash.py with formulas instead of the kernels of torch."""
-    patch.setattr(flash, "unsupported", lambda query: None)
+    patch.setattr(flash, "unsupported", no_limits_but(flash))
     patch.setattr(flash, "KERNELS", flash.Kernels(reference_forward, reference_backward))
 
 
@@ -150,16 +192,16 @@ def replace_flash4_kernels(patch):
     def forward(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse):
         assert return_lse
         queries, keys = sequences(cu_seqlens_q, max_seqlen_q), sequences(cu_seqlens_k, max_seqlen_k)
-        return *reference_forward(q, k, v, queries, keys, causal, softmax_scale), None, None, None
+        return *reference_forward(q, k, v, queries, keys, causal, None, softmax_scale), None, None, None
 
     def backward(
         q, k, v, out, dout, lse, softmax_scale, causal, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic
     ):
         assert deterministic == torch.are_deterministic_algorithms_enabled()
         queries, keys = sequences(cu_seqlens_q, max_seqlen_q), sequences(cu_seqlens_k, max_seqlen_k)
-        return reference_backward(dout, q, k, v, out, lse, queries, keys, causal, softmax_scale)
+        return reference_backward(dout, q, k, v, out, lse, queries, keys, causal, None, softmax_scale)
 
-    patch.setattr(flash4, "unsupported", lambda query: None)
+    patch.setattr(flash4, "unsupported", no_limits_but(flash4))
     patch.setattr(package, "module", lambda: SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=backward))
 
 
@@ -168,56 +210,63 @@ REPLACED = {"flash": replace_kernels, "flash4": replace_flash4_kernels}
 
 
 def with_scale(backend):
-    return lambda q, k, v, layout: group_attention(q, k, v, layout, scale=0.3, backend=backend)
+    return lambda q, k, v, layout, window=None: tree_attention(q, k, v, layout, window=window, scale=0.3, backend=backend)
 
 
 @on_cpu
 @pytest.mark.parametrize("backend", REPLACED)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_with_reference_kernels(monkeypatch, backend, name, heads, heads_first):
     """The calls and their merge; only the merge is in fp32."""
     REPLACED[backend](monkeypatch)
-    layout = LAYOUTS[name]
+    layout, window = case = CASES[name]
+    skip_unless_supported(backend, torch.zeros(1, 1, 24), layout, effective(layout, window))
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 24, generator=rng, dtype=torch.float64) for h in (4, heads, heads)]
     if heads_first:
         inputs = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     weight = torch.randn(layout.num_tokens, 4, 24, generator=rng, dtype=torch.float64)
-    exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(backend)))
+    exact, actual = (run(inputs, case, weight, attention, False) for attention in (formula, with_scale(backend)))
     for what in exact:
         torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
 
 
 @on_cpu
 @pytest.mark.parametrize("backend", REPLACED)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_rounding(monkeypatch, backend, name, dtype):
     """Parts are rounded before they are merged or added."""
     REPLACED[backend](monkeypatch)
-    layout = LAYOUTS[name]
+    layout, window = case = CASES[name]
+    skip_unless_supported(backend, torch.zeros(1, 1, 16), layout, effective(layout, window))
     rng = torch.Generator().manual_seed(0)
     inputs = [torch.randn(layout.num_tokens, h, 16, generator=rng).to(dtype) for h in (4, 2, 2)]
     weight = torch.randn(layout.num_tokens, 4, 16, generator=rng)
-    exact = run([x.double() for x in inputs], layout, weight.double(), formula, False)
-    eager, actual = (run(inputs, layout, weight, attention, False) for attention in (eager_formula, with_scale(backend)))
+    exact = run([x.double() for x in inputs], case, weight.double(), formula, False)
+    eager, actual = (run(inputs, case, weight, attention, False) for attention in (eager_formula, with_scale(backend)))
     for what in exact:
         assert_within_budget(what, actual[what], eager[what], exact[what])
 
 
 @on_cpu
 @pytest.mark.parametrize("backend", REPLACED)
-@settings(max_examples=30, deadline=None)
-@given(groups=st.lists(st.tuples(st.integers(1, 19), st.lists(st.integers(0, 12), max_size=4)), min_size=1, max_size=5))
-def test_any_layout(backend, groups):
-    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts(st.integers(0, 19), spans=True), window=st.none() | st.integers(1, 40))
+def test_any_layout(backend, layout, window):
+    if effective(layout, window) is not None:
+        if backend == "flash4":
+            window = None
+        else:
+            layout = layout.causal()
+    case = layout, window
     inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
     weight = torch.randn_like(inputs[0])
     with pytest.MonkeyPatch.context() as patch:
         REPLACED[backend](patch)
-        exact, actual = (run(inputs, layout, weight, attention, False) for attention in (formula, with_scale(backend)))
+        exact, actual = (run(inputs, case, weight, attention, False) for attention in (formula, with_scale(backend)))
     for what in exact:
         torch.testing.assert_close(actual[what], exact[what], rtol=1e-5, atol=1e-5)
 
@@ -233,7 +282,7 @@ WIDTHS = {"flash": (8, 64, 96, 128, 256), "flash4": package.WIDTHS}
 @pytest.mark.parametrize("how", ["contiguous", "heads first", "sliced", "misaligned"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_strides_and_widths(backend, dtype, how, width):
-    layout = GroupLayout((300, 70), ((40, 257), (128, 5)))
+    layout = TreeLayout.groups((300, 70), ((40, 257), (128, 5)))
     skip_unless_supported(backend, torch.empty(1, 1, width, device="cuda", dtype=dtype))
     attention = with_scale(backend)
     rng = torch.Generator().manual_seed(0)
@@ -265,7 +314,7 @@ def test_strides_and_widths(backend, dtype, how, width):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash", "flash4"])
-@pytest.mark.parametrize("layout", [GroupLayout((133, 20), ((40, 7), (12, 5))), GroupLayout((256,), ((128, 128),))])
+@pytest.mark.parametrize("layout", [TreeLayout.groups((133, 20), ((40, 7), (12, 5))), TreeLayout.groups((256,), ((128, 128),))])
 def test_does_not_wait_for_the_device(backend, layout):
     flash._plan.cache_clear()
     q, k, v = (torch.randn(layout.num_tokens, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -273,7 +322,7 @@ def test_does_not_wait_for_the_device(backend, layout):
     weight = torch.randn_like(q)
     torch.cuda.set_sync_debug_mode("error")  # what waits raises
     try:
-        gradients = torch.autograd.grad(group_attention(q, k, v, layout, backend=backend), (q, k, v), weight)
+        gradients = torch.autograd.grad(tree_attention(q, k, v, layout, backend=backend), (q, k, v), weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -291,7 +340,7 @@ def test_flash_unsupported(device, dtype, width, reason):
     query = torch.zeros(4, 2, width, dtype=dtype, device=device)
     assert flash.unsupported(query) == (reason if device == "cuda" else "supports CUDA tensors, got cpu")
     if device == "cuda":
-        assert backends.choose("group_attention", "auto", query) == "flex"
+        assert backends.choose("tree_attention", "auto", query) == "flex"
 
 
 @on_cpu
@@ -313,7 +362,7 @@ def test_flash4_needs(monkeypatch, state, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.get("capability", (9, 0)))
     monkeypatch.setattr(package, "module", lambda: state.get("module"))
     assert flash4.unsupported(query) == reason
-    large, small = GroupLayout((4096,), ((1024,) * 8,)), GroupLayout((1024,), ((256,) * 8,))
+    large, small = TreeLayout.groups((4096,), ((1024,) * 8,)), TreeLayout.groups((1024,), ((256,) * 8,))
     assert flash4.is_faster(query, large) == (reason is None)
     assert not flash4.is_faster(query, small)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -322,20 +371,60 @@ def test_flash4_needs(monkeypatch, state, reason):
 
 @on_cpu
 def test_auto_selects_flash4_for_large_packs(monkeypatch):
-    monkeypatch.setattr(flash4, "is_faster", lambda query, layout: layout.num_tokens > 100)
-    monkeypatch.setattr(flash4, "unsupported", lambda query: None)
+    monkeypatch.setattr(flash4, "is_faster", lambda query, layout, window: layout.num_tokens > 100)
+    monkeypatch.setattr(flash4, "unsupported", lambda query, layout, window: None)
     query = torch.zeros(1, 2, 64)
-    large, small = GroupLayout((101,), ((),)), GroupLayout((100,), ((),))
+    large, small = TreeLayout.groups((101,), ((),)), TreeLayout.groups((100,), ((),))
     assert [chosen_backend(query, layout) for layout in (large, small)] == ["flash4", "parts"]
-    assert chosen_backend(query, large, "parts") == "parts"
+    assert chosen_backend(query, large, backend="parts") == "parts"
     with backends.use_backend("parts"):
         assert chosen_backend(query, large) == "parts"
 
 
-@given(st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 20), max_size=4)), max_size=4))
-def test_number_of_pairs(groups):
-    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
-    assert layout.num_pairs == int(layout.mask().sum())
+def mask_by_definition(layout, window):
+    """(N, N) bool, one pair of tokens after another."""
+    segment = [s for s, length in enumerate(layout.lengths) for _ in range(length)]
+    paths = [layout.path(s) for s in range(len(layout.lengths))]
+    before = [sum(layout.lengths[a] for a in path[:-1]) for path in paths]
+    position = [before[s] + k for s, length in enumerate(layout.lengths) for k in range(length)]
+    span = {token: first for first, last in layout.bidirectional for token in range(first, last)}
+    if layout.linked:
+        span = {token: segment[token] for token in span}
+    num = layout.num_tokens
+    mask = torch.zeros(num, num, dtype=torch.bool)
+    for i in range(num):
+        for j in range(num):
+            is_before = segment[j] in paths[segment[i]] and position[j] <= position[i]
+            is_seen = is_before or (i in span and span.get(j) == span[i])
+            mask[i, j] = is_seen and (window is None or position[i] - position[j] < window)
+    return mask
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(st.integers(0, 6), spans=True), st.none() | st.integers(1, 12))
+def test_mask_and_number_of_pairs(layout, window):
+    mask = mask_by_definition(layout, window)
+    assert torch.equal(layout.mask(window), mask)
+    assert layout.num_pairs(window) == int(mask.sum())
+    if not layout.bidirectional:
+        assert layout.causal() is layout
+    assert torch.equal(layout.causal().mask(window), mask.tril())
+
+
+@given(layouts())
+def test_properties_of_a_layout(layout):
+    """What is derived from lengths and parents, from the definition of each."""
+    segments = range(len(layout.lengths))
+    paths = [layout.path(s) for s in segments]
+    assert all(path[-1] == s and layout.parents[path[0]] == -1 for s, path in zip(segments, paths, strict=True))
+    assert all(layout.parents[b] == a for path in paths for a, b in pairwise(path))
+    assert layout.depths == tuple(len(path) - 1 for path in paths)
+    assert layout.offsets == tuple(sum(layout.lengths[a] for a in path[:-1]) for path in paths)
+    assert layout.longest_path == max((sum(layout.lengths[a] for a in path) for path in paths), default=0)
+    descendants = [[s for s in segments if a in paths[s]] for a in segments]
+    assert layout.ends == tuple(layout.starts[d[-1]] + layout.lengths[d[-1]] for d in descendants)
+    leaves = [s for s in segments if s not in layout.parents]
+    assert layout.num_paths == tuple(sum(leaf in d for leaf in leaves) for d in descendants)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -364,13 +453,13 @@ def test_merge(device, dtype, width):
 LENGTHS = st.integers(0, 70) | st.integers(100, 300) | st.sampled_from([127, 128, 129, 255, 256, 257, 384])
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(LENGTHS.filter(bool), st.lists(LENGTHS, max_size=4)), min_size=1, max_size=3))
-def test_block_mask_is_that_of_the_mask(groups):
-    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
-    mask, num = layout.mask(), layout.num_tokens
+@settings(max_examples=60, deadline=None)
+@given(layouts(LENGTHS, 6, spans=True).filter(lambda x: x.num_tokens), st.none() | st.integers(1, 500))
+def test_block_mask_is_that_of_the_mask(layout, window):
+    window = effective(layout, window)
+    mask, num = layout.mask(window), layout.num_tokens
     expected = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, num, num, device="cpu")
-    actual = flex._block_mask(layout, torch.device("cpu"))
+    actual = flex._block_mask(layout, window, torch.device("cpu"))
     assert actual.seq_lengths == expected.seq_lengths == (num, num)
     for direction in ("kv", "q", "full_kv", "full_q"):
         for what in ("num_blocks", "indices"):
@@ -381,27 +470,45 @@ def test_block_mask_is_that_of_the_mask(groups):
     assert torch.equal(actual.mask_mod(0, 0, i, j), mask)
 
 
-def test_gradcheck():
-    layout = GroupLayout((3, 2), ((2, 1), (0, 3)))
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradcheck(window):
+    layout = TreeLayout((3, 2, 1, 0, 3), (-1, 0, 1, 0, 3), ((0, 2), (3, 5)))
     inputs = [torch.randn(layout.num_tokens, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    assert torch.autograd.gradcheck(lambda *x: group_attention(*x, layout), inputs)
+    assert torch.autograd.gradcheck(lambda *x: tree_attention(*x, layout, window=window), inputs)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 6), max_size=4)), max_size=4), st.integers(0, 99))
-def test_each_completion_is_as_if_alone(groups, seed):
-    """The results of a completion equal those of causal attention over its prefix and itself."""
-    layout = GroupLayout(tuple(p for p, _ in groups), tuple(tuple(c) for _, c in groups))
+@settings(max_examples=40, deadline=None)
+@given(layouts(), st.none() | st.integers(1, 20), st.integers(0, 99))
+def test_each_path_is_as_if_alone(layout, window, seed):
+    """The results of a path equal those of causal attention over it."""
     rng = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(layout.num_tokens, 2, 8, generator=rng, dtype=torch.float64) for _ in range(3))
-    out = group_attention(q, k, v, layout)
-    for (begin, first, _), completions in zip(layout.groups, layout.completions, strict=True):
-        start = first
-        for length in completions:
-            path = torch.cat([torch.arange(begin, first), torch.arange(start, start + length)])
-            alone = formula(q[path], k[path], v[path], GroupLayout((len(path),), ((),)), 8**-0.5)
-            torch.testing.assert_close(out[path], alone)
-            start += length
+    out = tree_attention(q, k, v, layout, window=window)
+    for segment in range(len(layout.lengths)):
+        tokens = [torch.arange(layout.starts[s], layout.starts[s] + layout.lengths[s]) for s in layout.path(segment)]
+        path = torch.cat(tokens)
+        alone = formula(q[path], k[path], v[path], TreeLayout((len(path),), (-1,)), window, 8**-0.5)
+        torch.testing.assert_close(out[path], alone)
+
+
+@pytest.mark.parametrize("name", ["long forks", "long spans, window 90", "long, three groups, window 64"])
+def test_rows_of_masked_parts_are_bounded(monkeypatch, name):
+    """Masks hold at most ROWS queries, and the results do not depend on ROWS."""
+    layout, window = CASES[name]
+    inputs = [torch.randn(layout.num_tokens, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    exact = formula(*inputs, layout, window, 8**-0.5)
+    weight = torch.randn_like(exact)
+    for rows in (7, 64):
+        monkeypatch.setattr(parts, "ROWS", rows)
+        parts._plan.cache_clear()
+        masked = [part for group in parts._plan(layout, window) for part in group if part.band is not None]
+        assert all(part.queries[1] - part.queries[0] <= rows for part in masked)
+        assert bool(masked) == (window is not None)
+        actual = tree_attention(*inputs, layout, window=window)
+        torch.testing.assert_close(actual, exact)
+        gradients = [torch.autograd.grad(x, inputs, weight, retain_graph=True) for x in (actual, exact)]
+        torch.testing.assert_close(*gradients)
+    parts._plan.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -411,6 +518,7 @@ def test_each_completion_is_as_if_alone(groups, seed):
         ({"query": torch.zeros(5, 16)}, ValueError, r"query must be \(N, Hq, D\), got \(5, 16\)"),
         ({"key": torch.zeros(5, 3, 8)}, ValueError, "key must be .* Hkv a divisor of 2"),
         ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
+        ({"window": 0}, ValueError, "window must be None or >= 1, got 0"),
         ({"backend": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
         ({"backend": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
         ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, flash4, flex; got 'math'"),
@@ -419,17 +527,37 @@ def test_each_completion_is_as_if_alone(groups, seed):
 def test_bad_input(changes, error, message):
     inputs = {name: torch.zeros(5, 2, 8, requires_grad=True) for name in ("query", "key", "value")}
     with pytest.raises(error, match=message):
-        group_attention(**{**inputs, "layout": GroupLayout((3,), ((1, 1),))} | changes)
+        tree_attention(**{**inputs, "layout": TreeLayout.groups((3,), ((1, 1),))} | changes)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((3, 2), ((1,),)), "completions must be of 2 groups, got"),
-        (((0,), ((1,),)), "prefixes must hold at least one token each, got"),
-        (((3,), ((-1,),)), "completions must have lengths >= 0, got"),
+        (((3, 2), (-1,)), "parents must be one per segment, 2, got 1"),
+        (((3, -1), (-1, 0)), "lengths must be >= 0, got -1 for segment 1"),
+        (((3, 2), (1, -1)), "parents must be -1 or an earlier segment, got 1 for segment 0"),
+        (((3, 2), (-1, 1)), "parents must be -1 or an earlier segment, got 1 for segment 1"),
+        (((3, 2), (-1, -2)), "parents must be -1 or an earlier segment, got -2 for segment 1"),
+        (((1, 1, 1, 1), (-1, 0, 0, 1)), "parents must be in depth-first order, .* got 1 for segment 3, after"),
+        (((1, 1, 1), (-1, -1, 0)), "parents must be in depth-first order, .* got 0 for segment 2"),
+        (((3, 2), (-1, 0), ((1, 4),)), r"bidirectional must have spans within one segment each, got \(1, 4\), which is cut"),
+        (((3, 2), (-1, 0), ((4, 6),)), r"bidirectional must have spans within one segment each, got \(4, 6\), which is cut"),
+        (((3, 2), (-1, 0), ((1, 3), (2, 3))), r"bidirectional must be \(start, stop\) of disjoint spans in ascending order"),
+        (((3, 2), (-1, 0), ((2, 2),)), r"bidirectional must be \(start, stop\) of disjoint spans in ascending order"),
     ],
 )
 def test_bad_layout(arguments, message):
     with pytest.raises(ValueError, match=message):
-        GroupLayout(*arguments)
+        TreeLayout(*arguments)
+
+
+def test_bad_groups():
+    with pytest.raises(ValueError, match="completions must be of 2 groups, got 1"):
+        TreeLayout.groups((3, 2), ((1,),))
+
+
+def test_numbers_from_tensors():
+    """Lengths and parents may be lists or tensors; layouts with equal numbers are equal, and hashable."""
+    layout = TreeLayout(torch.tensor([3, 2]), [-1, 0], [[0, 2]])
+    assert layout == TreeLayout((3, 2), (-1, 0), ((0, 2),))
+    assert hash(layout) == hash(TreeLayout((3, 2), (-1, 0), ((0, 2),)))
