@@ -53,7 +53,14 @@ def test_packs_of_groups(paths):
     model = AutoModelForImageTextToText.from_pretrained(paths / "vlm", attn_implementation="vlmkernels").eval()
     prompts, group = encoded(), torch.tensor([0, 0, 1])
     ids = torch.arange(1, 10).view(3, 3)
-    pack = ours.pack_groups(prompts, ours.prompt_positions(model, prompts), group, ids, torch.ones(3, 3, dtype=torch.bool))
+    pack = ours.pack_groups(
+        prompts,
+        ours.prompt_positions(model, prompts),
+        group,
+        ids,
+        torch.ones(3, 3, dtype=torch.bool),
+        ours.family_of(model.config),
+    )
     with torch.no_grad():
         hidden = model.model(**pack.inputs, use_cache=False).last_hidden_state[0, pack.rows].view(3, 3, -1)
         for completion, owner in enumerate(group.tolist()):
@@ -192,7 +199,8 @@ def test_packed_sequences_with_images(paths):
         torch.testing.assert_close(model(**packed, use_cache=False).logits[0], expected, rtol=1e-4, atol=1e-4)
 
 
-PACKING = ("qwen", "glm")
+PACKING = ("qwen", "glm", "lfm3_vl", "kimi_k25", "ernie4_5", "hunyuan", "minicpm")
+PACKING += ("gemma4_unified",)  # has no tower, so nothing changes
 if Version(transformers.__version__) >= Version("5.20"):
     PACKING += ("pixtral", "mistral3")  # before 5.20 they use a mask instead
 
@@ -205,10 +213,10 @@ def test_one_implementation_for_the_whole_model(name):
     ids, mask = completions_of([3, 5] * len(batch), vocab=20)
     ids += tiny_families.token_id("a")
     results = []
-    pack = ours.pack_groups(batch.inputs, ours.prompt_positions(model, batch.inputs), group, ids, mask)
-    changes = [ours.use_group_attention, lambda m: m.set_attn_implementation("vlmkernels"), ours.use_varlen_vision]
-    if name == "text":
-        with pytest.raises(NotImplementedError, match="have a vision tower with a vision_config, got Qwen2ForCausalLM"):
+    pack = ours.pack_groups(batch.inputs, ours.prompt_positions(model, batch.inputs), group, ids, mask, batch.family)
+    changes = [ours.use_tree_attention, lambda m: m.set_attn_implementation("vlmkernels"), ours.use_varlen_vision]
+    if name in ("text", "qwen3_next"):
+        with pytest.raises(NotImplementedError, match="have a vision tower with a vision_config, got Qwen"):
             changes.pop()(model)
     for change in changes:
         change(model)
@@ -230,7 +238,7 @@ def test_undo(paths):
     inputs = encoded()
     with torch.no_grad():
         expected = model(**inputs).logits
-        ours.use_varlen_vision(ours.use_group_attention(model))
+        ours.use_varlen_vision(ours.use_tree_attention(model))
         assert model.config.text_config._attn_implementation == "vlmkernels"
         model.set_attn_implementation({"vision_config": "sdpa"})
         model.set_attn_implementation({"text_config": "sdpa"})

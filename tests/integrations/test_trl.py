@@ -24,7 +24,7 @@ from vlmkernels.integrations import trl as ours  # noqa: E402
 from vlmkernels.integrations.trl import patch_trl  # noqa: E402
 from vlmkernels.integrations.trl.features import FeatureCache  # noqa: E402
 from vlmkernels.models import families  # noqa: E402
-from vlmkernels.models.attention import use_group_attention  # noqa: E402
+from vlmkernels.models.attention import use_tree_attention  # noqa: E402
 from vlmkernels.models.image_features import accepts_image_features, encode_images  # noqa: E402
 from vlmkernels.models.loading import base_model, sampling_override  # noqa: E402
 
@@ -57,7 +57,7 @@ CASES = {
     "grpo": Case("qwen3_vl", ONE, {"loss_type": "grpo", "beta": 0.1, **SAMPLING}),
     "bnpo, LoRA": Case("llava", ONE, {"loss_type": "bnpo", "beta": 0.1}, lora=True),
     "dr_grpo": Case("smolvlm", ONE, {"loss_type": "dr_grpo", "delta": 1.5, "steps_per_generation": 2}),
-    "cispo": Case("gemma3", [[(28, 28)]], {"loss_type": "cispo", "beta": 0.1, "epsilon_high": 5.0}, shares=False),
+    "cispo": Case("gemma3", [[(28, 28)]], {"loss_type": "cispo", "beta": 0.1, "epsilon_high": 5.0}),
     "sapo": Case("internvl", ONE, {"loss_type": "sapo", "top_entropy_quantile": 0.6, "entropy_coef": 0.01, **UNGROUPED}),
     "vespo": Case("text", TEXT, {"loss_type": "vespo", "use_adaptive_entropy": True, "entropy_target": 5.56}),
     "luspo, LoRA": Case("text", TEXT, {"loss_type": "luspo", **SEQUENCE, "beta": 0.05}, lora=True),
@@ -65,7 +65,8 @@ CASES = {
     "gspo, evaluated": Case("text", TEXT, {"loss_type": "grpo", **SEQUENCE, "eval_strategy": "steps", "eval_steps": 5}),
     "masks": Case("text", TEXT, {"mask_truncated_completions": True, "off_policy_mask_threshold": 0.001, "beta": 0.1}),
     "fp32 head": Case("text", TEXT, {"cast_lm_head_to_fp32": True, "temperature": 0.7, "pad_to_multiple_of": 8}),
-    "experts": Case("moe", TEXT, {"router_aux_loss_coef": 0.1}, shares=False),
+    "experts": Case("moe", TEXT, {"router_aux_loss_coef": 0.1}),
+    "hybrid": Case("qwen3_5", ONE, {"beta": 0.1, "gradient_checkpointing": True}),
     "engine, tokens": Case("text", TEXT, {**VLLM, "vllm_importance_sampling_mode": "token_truncate"}),
     "engine, sequences": Case("text", TEXT, {**VLLM, "vllm_importance_sampling_mode": "sequence_mask"}),
     "rloo": Case("qwen2_5_vl", ONE, {"beta": 0.1, "gradient_accumulation_steps": 2, "min_p": 0.01}, trainer="RLOO"),
@@ -87,7 +88,7 @@ def assert_same(mine, theirs):
     for own, other in zip(mine.logs, theirs.logs, strict=True):
         assert own.keys() == other.keys()
         for name, value in other.items():
-            rel = 5e-4 if name == "grad_norm" else 5e-5  # rounding grows with the steps, by the version of torch
+            rel = 5e-4 if name == "grad_norm" else 1e-4  # rounding grows with the steps, by the version of torch
             assert own[name] == pytest.approx(value, rel=rel, abs=2e-6, nan_ok=True), (other["step"], name)
     for name, parameter in theirs.parameters.items():
         torch.testing.assert_close(mine.parameters[name], parameter, rtol=1e-5, atol=2e-6, msg=name)
@@ -288,15 +289,15 @@ def test_images_in_completions_disable_sharing(tmp_path):
     model_inputs |= {name: inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
     convert = functools.partial(trainer._scorer.micro_batch, trainer.model, model_inputs)
     width = inputs["completion_ids"].shape[1]
-    assert "group_layout" in convert(width, [1] * 8).batch.inputs
+    assert "tree_layout" in convert(width, [1] * 8).batch.inputs
     ids[3, -2] = trainer.model.config.image_token_id
-    assert "group_layout" not in convert(width, [1] * 8).batch.inputs
+    assert "tree_layout" not in convert(width, [1] * 8).batch.inputs
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "llava"])
 def test_features_of_several_calls(name):
     """Later calls add samples with and without images, and reuse the features of earlier ones."""
-    model, batch = use_group_attention(copy.deepcopy(tiny_families.case(name).model)), processed(name)
+    model, batch = use_tree_attention(copy.deepcopy(tiny_families.case(name).model)), processed(name)
     expected = encode_images(model, batch)
     cache = FeatureCache(model)
     first = batch.num_images.argmax().unsqueeze(0)
@@ -359,14 +360,12 @@ def test_warnings_and_errors(tmp_path, monkeypatch):
     def with_prefix(*args, **kwargs):
         return ours.GRPOTrainer(*args, share_prefix=True, **kwargs)
 
-    made("gemma3", [[(28, 28)]])
-    assert notices.pop().startswith("Prefix sharing disabled: Gemma3ForConditionalGeneration: ")
-    with pytest.raises(
-        ValueError, match=r"share_prefix must be 'auto' or False: Gemma3For.* image tokens attend in both directions"
-    ):
-        made("gemma3", [[(28, 28)]], with_prefix)
-    with pytest.raises(ValueError, match=r"share_prefix must be 'auto' or False: the router's loss .* router_aux_loss_coef=0"):
-        made("moe", TEXT, with_prefix, router_aux_loss_coef=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(families, "DECODERS", ())
+        made("gemma3", [[(28, 28)]])
+        assert notices.pop().startswith("Prefix sharing disabled: Gemma3ForConditionalGeneration: its decoder must be one of")
+        with pytest.raises(ValueError, match=r"share_prefix must be 'auto' or False: Gemma3For.* its decoder must be one of"):
+            made("gemma3", [[(28, 28)]], with_prefix)
     with pytest.raises(ValueError, match="share_prefix must be 'auto' or False: use_transformers_continuous_batching sets"):
         made("text", TEXT, with_prefix, use_transformers_continuous_batching=True)
     with pytest.raises(ValueError, match="importance_sampling_level must be one of the token level with loss_type = 'vespo'"):

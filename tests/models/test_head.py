@@ -4,8 +4,8 @@ import pytest
 import torch
 from support import tiny
 
-from vlmkernels.models.group import ScoringBatch
 from vlmkernels.models.head import call_in_head, output_head
+from vlmkernels.models.packs import ScoringBatch
 
 
 @pytest.mark.parametrize("calls", [0, 2])

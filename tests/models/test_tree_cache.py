@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmkernels.models.group_cache import GroupCache
+from vlmkernels.models.tree_cache import TreeCache
 
 HEADS, WIDTH = 2, 9
 
@@ -32,7 +32,7 @@ def test_no_operand_with_gaps_reaches_a_gemm(dtype, owners):
         return torch.randn(*shape, generator=rng).to(dtype)
 
     lengths, steps, slots = [5, 3], 3, len(owners)
-    cache = GroupCache(slots)
+    cache = TreeCache(slots)
     cache.begin([0, 1], lengths)
     prompt = [random(1, HEADS, sum(lengths), WIDTH) for _ in range(2)]
     cache.fill(0, *prompt)

@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmkernels.data.samples import encode, read_sample
-from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.families import family_of
-from vlmkernels.models.group import pack_groups, prompt_positions
+from vlmkernels.models.packs import pack_groups
+from vlmkernels.models.positions import prompt_positions
 from vlmkernels.models.vision import use_vision_ops
-from vlmkernels.ops.group_attention import GroupLayout
+from vlmkernels.ops.tree_attention import TreeLayout
 from vlmkernels.plan import ModelShape, plan
 from vlmkernels.plan.costs import StepCosts
 from vlmkernels.plan.layers import kind_of, saved_bytes
@@ -63,7 +64,7 @@ def test_tokens_equal_those_of_the_batch(name):
     ids = torch.ones(count, length, dtype=torch.int64)
     group = torch.arange(SMALL.prompts).repeat_interleave(SMALL.group_size)
     positions = prompt_positions(model, batch.inputs)
-    inputs = pack_groups(batch.inputs, positions, group, ids, ids.bool()).inputs
+    inputs = pack_groups(batch.inputs, positions, group, ids, ids.bool(), batch.family).inputs
     assert inputs["input_ids"].numel() == shared.passed
     rollout = Rollout(batch, group, ids, ids.bool(), torch.zeros(count, dtype=torch.bool))
     assert rollout.padded(torch.arange(count)).inputs["input_ids"].numel() == apart.passed
@@ -73,9 +74,9 @@ def test_tokens_equal_those_of_the_batch(name):
         assert len(packs) == found.packs
         sizes = [shared.prompt * len({group[k].item() for k in pack}) + length * len(pack) for pack in packs]
         assert sum(sizes) == found.passed
-    layout = inputs["group_layout"]
-    behind = sum(n * (first - begin) for begin, first, end in layout.groups for n in [end - first])
-    assert shared.pairs == sum(n**2 / 2 for n in layout.segments) + behind
+    layout = inputs["tree_layout"]
+    behind = sum(length * offset for length, offset in zip(layout.lengths, layout.offsets, strict=True))
+    assert shared.pairs == sum(n**2 / 2 for n in layout.lengths) + behind
 
 
 # Operations
@@ -180,7 +181,7 @@ def cost_of_layers(name: str, tower: bool, amp: bool, many: int, rows: int):
     model_class = type(MODELS[name]())
     model = model_class(model_class.config_class(**config))
     use_vision_ops(model, tiny.processor())
-    use_group_attention(model)
+    use_tree_attention(model)
     weights = {p.shape for p in model.parameters() if p.dim() > 1}
     kept = {}
 
@@ -198,10 +199,10 @@ def cost_of_layers(name: str, tower: bool, amp: bool, many: int, rows: int):
             hidden = model.model.visual(pixels, grid_thw=torch.tensor([[1, side, side]])).last_hidden_state
         else:
             ids = torch.full((1, rows), 7)
-            layout = GroupLayout((rows // 2,), ((rows // 4, rows // 4),))
+            layout = TreeLayout.groups((rows // 2,), ((rows // 4, rows // 4),))
             positions = torch.arange(rows).expand(3, 1, rows)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": positions}
-            hidden = model.model(**inputs, group_layout=layout, use_cache=False).last_hidden_state
+            hidden = model.model(**inputs, tree_layout=layout, use_cache=False).last_hidden_state
     with backward:
         hidden.float().sum().backward()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -8,9 +8,9 @@ from support import tiny, tiny_families
 from support.groups import EOS, LENGTH, MODELS, PAD, SHARING, amplified, processed, prompts_of
 from tokenizers import Tokenizer
 
-from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.families import media_token_ids, missing_token_ids
-from vlmkernels.models.group_cache import GroupCache
+from vlmkernels.models.tree_cache import TreeCache
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.decode import decode_groups
@@ -43,7 +43,7 @@ def test_greedy_equals_generate(name, images):
     model = amplified(MODELS[name]())
     prompts = prompts_of(images, model)
     expected = generated(model, prompts, 3)
-    use_group_attention(model)
+    use_tree_attention(model)
     patches = []
     if name != "qwen2":
         model.model.visual.register_forward_pre_hook(lambda module, args: patches.append(len(args[0])))
@@ -63,7 +63,7 @@ def test_every_family_equals_generate(name):
     previous = model.config.get_text_config()._attn_implementation
     expected = generated(model, batch, 2, max_new_tokens=4, suppress_tokens=EOS)
     try:
-        use_group_attention(model)
+        use_tree_attention(model)
         sampling = Sampling(4, EOS, PAD, temperature=0, suppress_tokens=EOS)
         assert_same_tokens(decode_groups(model, batch, 2, sampling, max_num_seqs=3), expected)
     finally:
@@ -84,7 +84,7 @@ def test_options_equal_those_of_generate(case):
     prompts = prompts_of((0, 0), model).select(torch.tensor([1, 1]))  # generate's penalty counts padding
     expected = generated(model, prompts, 2, **OPTIONS[case])
     assert not torch.equal(expected, generated(model, prompts, 2)[:, : expected.shape[1]]) or case == "one token"
-    use_group_attention(model)
+    use_tree_attention(model)
     sampling = Sampling(
         **{"max_new_tokens": LENGTH, "eos_token_id": EOS, "pad_token_id": PAD, "temperature": 0} | OPTIONS[case]
     )
@@ -98,7 +98,7 @@ def test_samples_do_not_depend_on_the_slots(options):
     """The tokens do not depend on the number of slots, and logps are those of the model at the temperature."""
     model = amplified(tiny.vlm())
     prompts = prompts_of((1, 0, 2), model)
-    use_group_attention(model)
+    use_tree_attention(model)
     options = {"suppress_tokens": media_token_ids(model.config, tiny.processor()), **options}
     results = []
     for slots in (None, 1, 5):
@@ -122,7 +122,7 @@ def test_mixed_precision(name):
     """Under autocast, rotary embeddings return queries and keys in fp32, while values are in bf16."""
     model = MODELS[name]()
     prompts = prompts_of((1, 0, 2) if name != "qwen2" else (0, 0), model)
-    use_group_attention(model)
+    use_tree_attention(model)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         decoded = decode_groups(model, prompts, 3, Sampling(LENGTH, EOS, PAD, suppress_tokens=range(40, 60)), max_num_seqs=4)
         inputs = prompts.repeat(3).append(decoded.ids, decoded.mask.long()).inputs
@@ -148,7 +148,7 @@ def test_scores_are_not_rounded(autocast):
         randn(1, heads, slots, width),
         randn(1, heads, slots, width),
     )
-    cache = GroupCache(slots)
+    cache = TreeCache(slots)
     cache.begin([0], [length])
     cache.fill(0, key, value)
     cache.arrange([0] * slots, [0] * slots, torch.device(device))

@@ -52,13 +52,13 @@ def config(tmp_path, cls=GRPOConfig, **kwargs):
     return cls(**{**defaults, **kwargs})
 
 
-def fixed_completions(num: int) -> list[list[int]]:
-    """Completions of 2 to 6 tokens; every other one ends with the end-of-sequence token."""
+def fixed_completions(num: int, first: int = 0, eos: int | None = None) -> list[list[int]]:
+    """Completions of 2 to 6 of the 30 tokens from ``first`` on; every other one ends with the end-of-sequence token."""
     generator = torch.Generator().manual_seed(1)
-    eos = tiny.tokenizer().eos_token_id
+    eos = tiny.tokenizer().eos_token_id if eos is None else eos
     out = []
     for index in range(num):
-        ids = torch.randint(0, 30, (2 + index % 5,), generator=generator).tolist()
+        ids = torch.randint(first, first + 30, (2 + index % 5,), generator=generator).tolist()
         out.append([*ids[:-1], eos] if index % 2 else ids)
     return out
 
@@ -66,12 +66,12 @@ def fixed_completions(num: int) -> list[list[int]]:
 class FixedGenerate(Engine):
     """Stands in for sampling: always the same completions."""
 
-    def __init__(self, trainer):
-        self.eos, self.pad = trainer.tokenizer.eos_token_id, trainer.tokenizer.pad_token_id
+    def __init__(self, trainer, first=0):
+        self.eos, self.pad, self.first = trainer.tokenizer.eos_token_id, trainer.tokenizer.pad_token_id, first
 
     def __call__(self, model, prompts, num_generations, temperature, samples=None):
         group = torch.arange(len(prompts.num_images)).repeat_interleave(num_generations)
-        completions = fixed_completions(len(group))
+        completions = fixed_completions(len(group), self.first, self.eos)
         width = max(map(len, completions))
         ids = torch.tensor([c + [self.pad] * (width - len(c)) for c in completions])
         mask = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in completions]).bool()

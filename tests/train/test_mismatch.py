@@ -11,7 +11,7 @@ from support.groups import amplified, prompts_of
 from support.training import FixedGenerate, Gradients, config, fixed_completions, length_reward, perturb, train, vowel_reward
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, grpo_loss
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.decode import decode_groups
@@ -69,7 +69,7 @@ OPTIONS = {
 def sampled(options: dict, length: int, count: int, uniform=None):
     """Return a model, a prompt and sampled completions."""
     model = amplified(tiny.text_model())
-    use_group_attention(model)
+    use_tree_attention(model)
     prompts = prompts_of((0,), model)
     sampling = Sampling(**{"max_new_tokens": length, "eos_token_id": [EOS], "pad_token_id": PAD, **options})
     torch.manual_seed(1)

@@ -22,9 +22,9 @@ from support.training import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmkernels.models.families import media_token_ids
-from vlmkernels.models.group import pad_completions
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
 from vlmkernels.models.image_features import use_image_features
+from vlmkernels.models.packs import pad_completions
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 

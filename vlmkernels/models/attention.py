@@ -1,18 +1,23 @@
 """The attention ops as values of ``attn_implementation`` in transformers.
 
 In every call of an attention layer, transformers looks up the attention function by the name in the layer's configuration. The
-functions below only set this name; they change no code and no weights.
+functions below set this name; they change no weights.
 """
+
+from functools import cache
 
 import torch
 import transformers
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vlmkernels.models.group_cache import GroupCache
+from vlmkernels.models.families import DECODERS, SPANS_BEYOND_WINDOWS, SPANS_IN_WINDOWS_ONLY, recurrent_layers
 from vlmkernels.models.image_features import use_image_features
-from vlmkernels.ops.group_attention import GroupLayout, group_attention
+from vlmkernels.models.linear_attention import undo_tree_layers, use_tree_layers
+from vlmkernels.models.tree_cache import TreeCache
+from vlmkernels.ops.tree_attention import TreeLayout, tree_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 
 NAME = "vlmkernels"
@@ -46,15 +51,15 @@ def use_varlen_vision(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Make ``model`` accept packs (see ``pack_groups``), and image features in place of pixels.
+def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Make ``model`` accept packs of trees (see ``pack_trees`` and ``pack_groups``), and image features in place of pixels.
 
-    Other inputs run as with "sdpa".
+    A pack is one sample without padding, with the keyword ``tree_layout``; ``attention_mask`` does not change the hidden states
+    of a pack. Other inputs run as with "sdpa".
 
-    Changes ``model`` in place: the attention implementation of its text configuration, and the hooks of
-    ``use_image_features``. To restore the attention implementation::
-
-        model.set_attn_implementation({"text_config": "sdpa"})  # "sdpa" for a text model
+    Changes ``model`` in place: the attention implementation of its text configuration, hooks of ``model.base_model``, and the
+    ``forward`` of recurrent layers (``vlmkernels.models.linear_attention``). ``undo_tree_attention`` undoes all of it except
+    the hooks of ``use_image_features``, which do nothing without its keywords.
 
     Args:
         model: a transformers model without adapters, for which ``prefix_sharing_unsupported`` returns None.
@@ -62,10 +67,49 @@ def use_group_attention(model: PreTrainedModel) -> PreTrainedModel:
     Returns:
         ``model``.
     """
+    _set_text_attention(model, NAME)
+    use_tree_layers(model.get_decoder())
+    if _prepare_pack not in model.base_model._forward_pre_hooks.values():
+        model.base_model.register_forward_pre_hook(_prepare_pack, with_kwargs=True)
+    return use_image_features(model)
+
+
+def undo_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo ``use_tree_attention`` in ``model``, in place, and return it. Its text attention is "sdpa" afterwards."""
+    _set_text_attention(model, "sdpa")
+    undo_tree_layers(model)
+    hooks = model.base_model._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _prepare_pack]:
+        del hooks[key], model.base_model._forward_pre_hooks_with_kwargs[key]
+    return model
+
+
+def _set_text_attention(model: PreTrainedModel, implementation: str) -> None:
     text = model.config.get_text_config()
     name = next((name for name in model.config.sub_configs if getattr(model.config, name) is text), None)
-    model.set_attn_implementation(NAME if name is None else {name: NAME})
-    return use_image_features(model)
+    model.set_attn_implementation(implementation if name is None else {name: implementation})
+
+
+@cache
+def _no_mask(device: torch.device) -> torch.Tensor:
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _prepare_pack(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Prepare the keywords of a pack; a forward pre-hook.
+
+    The attention mask is replaced by one with four axes: from another one the model would build a mask over all pairs of
+    tokens. Only its loss of the router reads the original mask.
+    """
+    if kwargs.get("tree_layout") is None and kwargs.get("tree_cache") is None:
+        return None
+    for name in ("use_cache", "cache", "past_key_values"):
+        if kwargs.get(name) not in (None, False):
+            raise ValueError(
+                f"{name} must be None or False with tree_layout: the states of a pack are not those of one sequence, got "
+                f"{type(kwargs[name]).__name__} (decode_groups keeps them in a TreeCache)"
+            )
+    return args, {**kwargs, "attention_mask": _no_mask(module.device), "use_cache": False}
 
 
 def _varlen_attention(
@@ -111,8 +155,8 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    group_layout: GroupLayout | None = None,
-    group_cache: GroupCache | None = None,
+    tree_layout: TreeLayout | None = None,
+    tree_cache: TreeCache | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -121,11 +165,11 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention, (B, T, Hq, D), with the signature of transformers' attention functions.
 
-    In causal layers the keywords of the model's forward pass choose the op:
+    In the layers of a decoder the keywords of the model's forward pass choose the op:
 
-    - ``group_layout``: a pack of groups. If ``group_cache`` is given too, the pack holds prompts only, and the cache stores
-      their keys and values.
-    - ``group_cache`` without ``group_layout``: one decoding step, with one token for each running completion.
+    - ``tree_layout``: a pack of trees. If ``tree_cache`` is given too, the pack holds prompts only, and the cache stores their
+      keys and values.
+    - ``tree_cache`` without ``tree_layout``: one decoding step, with one token for each running completion.
     - ``cu_seq_lens_q`` of transformers' FlashAttentionKwargs: packed sequences. They must not be longer than the sliding window
       of a layer that has one.
 
@@ -133,24 +177,41 @@ def _attention(
 
     Raises:
         NotImplementedError: the layer has attention sinks (GPT-OSS), which "sdpa" would ignore, or a setting that the ops do
-            not support.
+            not support; or the model has recurrent layers that ``use_tree_attention`` did not prepare.
     """
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError(f"{NAME} must run layers without attention sinks, got s_aux in {type(module).__name__}")
     settings = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, **kwargs}
-    causal = _is_causal(module, is_causal)
-    if not causal or (group_layout is None and group_cache is None and cu_seq_lens_q is None):
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    is_decoder = _is_causal(module, is_causal) or model_type in DECODERS
+    if not is_decoder or (tree_layout is None and tree_cache is None and cu_seq_lens_q is None):
+        count, length = query.shape[2], key.shape[2]
+        if attention_mask is None and is_decoder and 1 < count < length:
+            # The last tokens only (logits_to_keep, in layers of Gemma 4 with keys of other layers): sdpa would align the first.
+            attention_mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril_(length - count)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     query, key, value = _autocast(query, key, value)
-    if group_layout is None and group_cache is not None:
-        return group_cache.attend(module.layer_idx, query, key, value, scaling), None
-    if group_layout is None:
+    if tree_layout is None and tree_cache is None:
         return _varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **settings)
-    _check_unsupported(module, {**kwargs, "attention_mask": attention_mask, "dropout": dropout or None})
-    if group_cache is not None:
-        group_cache.fill(module.layer_idx, key, value)
-    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
-    return group_attention(*packed, group_layout, scale=scaling).unsqueeze(0), None
+    if recurrent_layers(module.config) and (attention_mask is None or attention_mask.numel() > 1):
+        raise NotImplementedError(f"{NAME} must run packs after use_tree_attention(model), got a {model_type} without it")
+    window = kwargs.pop("sliding_window", None)
+    _check_unsupported(module, {**kwargs, "dropout": dropout or None})
+    if tree_layout is None:
+        return tree_cache.attend(module.layer_idx, query, key, value, scaling, window), None
+    if tree_cache is not None:
+        tree_cache.fill(module.layer_idx, key, value)
+    if window is None and model_type in SPANS_IN_WINDOWS_ONLY:
+        tree_layout = tree_layout.causal()
+    longest = max((stop - start for start, stop in tree_layout.bidirectional), default=0)
+    if window is not None and window < longest and model_type in SPANS_BEYOND_WINDOWS:
+        raise NotImplementedError(
+            f"images must have at most as many tokens as the sliding window of a {model_type}, {window}, got {longest}"
+        )
+    # Multi-head latent attention (DeepSeek) has narrower values than keys.
+    narrower = query.shape[-1] - (width := value.shape[-1])
+    packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, pad(value, (0, narrower)) if narrower else value)]
+    return tree_attention(*packed, tree_layout, window=window, scale=scaling)[..., :width].unsqueeze(0), None
 
 
 def _exceeds_window(window: int | None, cu_seqlens: torch.Tensor, max_length: int | None) -> bool:

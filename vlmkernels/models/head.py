@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 
-from vlmkernels.models.group import ScoringBatch
+from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import linear_logps
 

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from vlmkernels.models.families import family_of
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import dropout_rates
+from vlmkernels.models.positions import POSITION_INPUTS
 
 _PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _REQUIREMENT = "mm_encoder_outputs, transformers >= 5.18"
@@ -34,6 +35,7 @@ class _Features(BaseModelOutputWithPooling):
     """A value of ``mm_encoder_outputs``. transformers >= 5.24 returns it as part of the model's output too."""
 
     deepstack_features: list | None = None
+    visual_indicator_features: torch.Tensor | None = None  # of the tokens that enclose images and tiles in Ovis2
 
 
 def accepts_image_features(model: PreTrainedModel) -> bool:
@@ -102,7 +104,7 @@ def encode_images(model: PreTrainedModel, prompts: ModelInputs) -> ModelInputs:
     found = len(features["image_features"])
     if found != tokens.sum():
         raise ValueError(f"image_features must be one per image token, {int(tokens.sum())}, got {found}")
-    replaced = {name for name in image_axes(prompts) if name != "image_grid_thw"}  # which position ids depend on
+    replaced = image_axes(prompts).keys() - {*POSITION_INPUTS}
     kept = {name: x for name, x in prompts.inputs.items() if name not in replaced}
     return replace(prompts, inputs=kept | features, rows=prompts.rows | {"image_token": tokens})
 
@@ -126,7 +128,8 @@ def deduplicate_images(prompts: ModelInputs) -> dict[str, torch.Tensor]:
 def image_axes(prompts: ModelInputs) -> dict[str, str]:
     """Return the axis of each input that describes images."""
     axes = {name: prompts.family.axis(name) for name in prompts.inputs}
-    return {name: axis for name, axis in axes.items() if axis in ("image", "image_patch", "tile", "stack", "illustrated")}
+    of_images = ("image", "image_patch", "tile", "crop", "stack", "illustrated", "image_token", "image_slice")
+    return {name: axis for name, axis in axes.items() if axis in of_images}
 
 
 def _accepts_encoder_outputs(module: torch.nn.Module) -> bool:
@@ -195,13 +198,23 @@ def _idle_features(module: torch.nn.Module, kind: str, inputs: dict) -> torch.Te
 def _given_features(module: torch.nn.Module, features: torch.Tensor, layers: torch.Tensor | None) -> _Features:
     """Return ``image_features`` and ``deepstack_features`` in the form that the model expects."""
     pooled = (features,) if family_of(module.config).features_in_list else features
-    return _Features(pooler_output=pooled, deepstack_features=None if layers is None else [(x,) for x in layers.unbind(1)])
+    deepstack = None if layers is None else [(x,) for x in layers.unbind(1)]
+    indicators = None
+    if (table := getattr(module, "visual_embeddings_table", None)) is not None:  # Ovis2: its last rows
+        first = table.num_embeddings - len(module.visual_indicator_token_ids)
+        indicators = table(torch.arange(first, table.num_embeddings, device=features.device))
+    return _Features(pooler_output=pooled, deepstack_features=deepstack, visual_indicator_features=indicators)
 
 
 def _repeated_features(encoded: ModelOutput, index: list[int]) -> _Features:
     """Return the features of the images in ``index``, which may contain an image several times."""
+
+    def repeat(parts: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return parts[index] if isinstance(parts, torch.Tensor) else tuple(parts[image] for image in index)
+
     layers = getattr(encoded, "deepstack_features", None)
     return _Features(
-        pooler_output=tuple(encoded.pooler_output[image] for image in index),
-        deepstack_features=None if layers is None else [tuple(layer[image] for image in index) for layer in layers],
+        pooler_output=repeat(encoded.pooler_output),
+        deepstack_features=None if layers is None else [repeat(layer) for layer in layers],
+        visual_indicator_features=getattr(encoded, "visual_indicator_features", None),
     )

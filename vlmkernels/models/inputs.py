@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vlmkernels.models.families import AXES, Family
+from vlmkernels.models.families import AXES, Family, Input
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class ModelInputs:
         batch = cls(inputs, _count_rows(inputs, family, num_images, num_videos), family)
         for name, value in inputs.items():
             axis = family.axis(name)
-            total = int(batch.rows[axis].sum())
-            if len(value) != total:
-                raise ValueError(f"{name} must have {total} rows, one for each of: {AXES[axis]}, got {len(value)}")
+            total, count = int(batch.rows[axis].sum()), len(_to_rows(value, family.spec(name)))
+            if count != total:
+                raise ValueError(f"{name} must have {total} rows, one for each of: {AXES[axis]}, got {count}")
             if axis == "stack" and not batch.has(axis):
-                raise ValueError(f"{name} must be absent where no sample has an image or video, got {len(value)} rows")
+                raise ValueError(f"{name} must be absent where no sample has an image or video, got {count} rows")
         return batch
 
     def __len__(self) -> int:
@@ -80,8 +80,13 @@ class ModelInputs:
         chosen = replace(self, inputs={}, rows=rows, image_keys=keys)
         index = {axis: _row_indices(counts, samples) for axis, counts in self.rows.items() if chosen.has(axis)}
         for name, tensor in self.inputs.items():
-            if (axis := self.family.axis(name)) in index:
-                chosen.inputs[name] = tensor[index[axis].to(tensor.device)]
+            if (axis := (spec := self.family.spec(name)).axis) in index:
+                chosen.inputs[name] = _from_rows(_to_rows(tensor, spec)[index[axis].to(tensor.device)], spec)
+                if target := spec.indexes:
+                    counts, picked = self.rows[self.family.axis(target)], rows[self.family.axis(target)]
+                    moved = (picked.cumsum(0) - picked) - (counts.cumsum(0) - counts)[samples]
+                    shift = moved.repeat_interleave(rows[axis]) * self.inputs[target].shape[1]
+                    chosen.inputs[name] = _shift_indices(chosen.inputs[name], shift)
         return chosen
 
     def originals(self) -> torch.Tensor:
@@ -90,7 +95,8 @@ class ModelInputs:
         Padding is ignored. On a GPU this waits for the device for each pair of samples with the same tokens.
         """
         ids = self.inputs["input_ids"].masked_fill(self.inputs["attention_mask"] == 0, -1).tolist()
-        parts = [self.inputs[name].split(self.rows[axis].tolist()) for name, axis in self._media_axes().items()]
+        rows = {name: _to_rows(self.inputs[name], self.family.spec(name)) for name in self._media_axes()}
+        parts = [rows[name].split(self.rows[axis].tolist()) for name, axis in self._media_axes().items()]
         return _first_equal(list(map(tuple, ids)), parts)
 
     def equal_images(self) -> torch.Tensor | None:
@@ -109,8 +115,9 @@ class ModelInputs:
         return _first_equal([part.shape for part in parts[0]], parts)
 
     def _media_axes(self) -> dict[str, str]:
-        """Return the axis of each input that does not have a value per token."""
-        return {name: axis for name in self.inputs if (axis := self.family.axis(name)) != "token"}
+        """Return the axis of each input that describes media. Indices, which depend on the batch, are left out."""
+        axes = {name: self.family.axis(name) for name in self.inputs if not self.family.spec(name).indexes}
+        return {name: axis for name, axis in axes.items() if axis != "token"}
 
     def select_images(self, name: str, images: torch.Tensor) -> torch.Tensor:
         """Return the rows of the input ``name`` that belong to the given images.
@@ -119,7 +126,7 @@ class ModelInputs:
             images: (n,) int64 on the CPU, indices of images.
         """
         tensor, axis = self.inputs[name], self.family.axis(name)
-        if axis not in ("image", "image_patch"):
+        if axis != "image" and not (axis == "image_patch" and "image_grid_thw" in self.inputs):
             raise ValueError(f"{name} must have rows that belong to one image each, got rows that count {AXES[axis]}")
         if axis == "image_patch":
             images = _row_indices(self.inputs["image_grid_thw"].cpu().prod(-1), images)
@@ -176,9 +183,18 @@ def concat(batches: list[ModelInputs], pad_token_id: int) -> ModelInputs:
     examples = {name: tensor for batch in batches for name, tensor in batch.inputs.items()}
     inputs = {}
     for name, like in examples.items():
-        inputs[name] = _join(name, [_input_or_empty(batch, name, like) for batch in batches], family, pad_token_id)
+        parts = [_input_or_empty(batch, name, like) for batch in batches]
+        if target := family.spec(name).indexes:
+            counts = torch.stack([batch.rows[family.axis(target)].sum() for batch in batches])
+            shifts = (counts.cumsum(0) - counts) * examples[target].shape[1]
+            parts = [_shift_indices(part, shift) for part, shift in zip(parts, shifts, strict=True)]
+        inputs[name] = _join(name, parts, family, pad_token_id)
     keys = [batch.image_keys for batch in batches]
     return ModelInputs(inputs, rows, family, None if any(key is None for key in keys) else torch.cat(keys))
+
+
+# The inputs that tell how many patches each image, video or slice has. A family has one of them.
+_PATCH_GRIDS = {"image_patch": ("image_grid_thw", "target_sizes"), "video_patch": ("video_grid_thw", "target_sizes_videos")}
 
 
 def _check_names(inputs: dict, family: Family, num_images: torch.Tensor, num_videos: torch.Tensor) -> None:
@@ -202,38 +218,69 @@ def _count_rows(
     rows = {"token": one, "stack": one, "image": num_images, "video": num_videos, "illustrated": num_images.clamp(max=1)}
     rows["image_token"] = torch.zeros_like(num_images)  # until features replace pixels
     axes = {spec.axis for spec in family.inputs.values()}
-    if "image_patch" in axes:
-        rows["image_patch"] = _count_patches(inputs, "image_grid_thw", num_images)
-        rows["video_patch"] = _count_patches(inputs, "video_grid_thw", num_videos)
+    if "image_token" in axes:
+        rows["image_token"] = _count_tokens(inputs, family.image_token_id)
     if "tile" in axes:
-        rows["tile"] = _count_tiles(inputs, family)
+        rows["tile"] = _count_by_tokens(inputs, "pixel_values", "spatial_shapes", family.image_token_id)
+    if "chunk" in axes:
+        rows["chunk"] = _count_by_tokens(inputs, "video_grid_thw", "video_grid_thw", family.video_token_id)
+    if "crop" in axes:
+        rows["crop"] = _count_parts(inputs, "image_num_crops", num_images)
+    if "frame" in axes:
+        sizes = next((name for name in ("num_frames_per_video", "video_grids") if name in inputs), None)
+        # Older versions of transformers, such as 5.17, stack the frames of a video of Gemma 4 in one row.
+        rows["frame"] = num_videos if sizes is None else _count_parts(inputs, sizes, num_videos)
+    if "image_slice" in axes:
+        rows["image_slice"] = _count_by_tokens(inputs, "target_sizes", "target_sizes", family.image_token_id)
+        rows["video_slice"] = _count_by_tokens(inputs, "target_sizes_videos", "target_sizes_videos", family.video_token_id)
+    for axis, grids in _PATCH_GRIDS.items():
+        if axis in axes:
+            grid = next(name for name in grids if name in family.inputs)
+            rows[axis] = _count_parts(inputs, grid, rows[family.axis(grid)])
     return rows
 
 
-def _count_patches(inputs: dict[str, torch.Tensor], grid: str, counts: torch.Tensor) -> torch.Tensor:
-    """Return the number of patches (B,) of each sample, from the input ``grid`` with one row per image or video."""
-    if grid not in inputs:
-        return torch.zeros_like(counts)
-    if len(inputs[grid]) != counts.sum():
-        raise ValueError(f"{grid} must have one row per image or video, {counts.sum()}, got {len(inputs[grid])}")
-    return _segment_sums(inputs[grid].cpu().prod(-1), counts)
+def _count_parts(inputs: dict[str, torch.Tensor], sizes: str, counts: torch.Tensor) -> torch.Tensor:
+    """Return the number of patches, crops or frames (B,) of each sample.
 
-
-def _count_tiles(inputs: dict[str, torch.Tensor], family: Family) -> torch.Tensor:
-    """Return the number of tiles (B,) of each sample.
-
-    Processors do not return this number, but every tile has the same number of image tokens.
+    Args:
+        sizes: the name of an input with a row per image or video: its grid of patches (time, height, width), or a number of
+            crops or frames, possibly followed by other numbers.
+        counts: (B,) int64, the number of these rows of each sample.
     """
-    tokens = (inputs["input_ids"] == family.image_token_id).sum(1).cpu()
-    total = len(inputs.get("pixel_values", ()))
-    per_tile = int(tokens.sum()) // max(total, 1)
-    tiles = tokens // max(per_tile, 1)
-    if int(tiles.sum()) != total or not torch.equal(tiles * per_tile, tokens):
+    if sizes not in inputs:
+        return torch.zeros_like(counts)
+    if len(inputs[sizes]) != counts.sum():
+        raise ValueError(f"{sizes} must have one row per image or video, {counts.sum()}, got {len(inputs[sizes])}")
+    values = inputs[sizes].cpu()
+    is_grid = any(sizes in grids for grids in _PATCH_GRIDS.values())
+    return _segment_sums(values.prod(-1) if is_grid else values.view(len(values), -1)[:, 0], counts)
+
+
+def _count_tokens(inputs: dict[str, torch.Tensor], token: int | None) -> torch.Tensor:
+    return (inputs["input_ids"] == token).sum(1).cpu()
+
+
+def _count_by_tokens(inputs: dict[str, torch.Tensor], name: str, shapes: str, token: int | None) -> torch.Tensor:
+    """Return the number of rows (B,) of the input ``name`` of each sample.
+
+    Processors do not return this number. But the numbers of tokens of the rows are in proportion to their height times width,
+    the last two columns of the input ``shapes``; in families without this input all rows have the same number of tokens.
+    """
+    tokens = _count_tokens(inputs, token)
+    total = len(inputs.get(name, ()))
+    sizes = inputs[shapes].cpu()[:, -2:].prod(-1) if shapes in inputs else torch.ones(total, dtype=torch.int64)
+    # Compare where rows and samples end as fractions of all rows and tokens, multiplied by both totals.
+    row_ends = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]) * tokens.sum()
+    sample_ends = tokens.cumsum(0) * sizes.sum()
+    last = torch.searchsorted(row_ends, sample_ends)
+    rows = last.diff(prepend=last.new_zeros(1))
+    if int(rows.sum()) != total or not torch.equal(row_ends[last], sample_ends):
         raise ValueError(
-            "pixel_values must have tiles with the same number of image tokens each, "
-            f"got {total} tiles for {tokens.tolist()} tokens"
+            f"{name} must have rows with the same number of tokens each, or in proportion to {shapes}, "
+            f"got {total} rows for {tokens.tolist()} tokens"
         )
-    return tiles
+    return rows
 
 
 def _segment_sums(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -249,6 +296,21 @@ def _row_indices(counts: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
     first = (counts.cumsum(0) - counts)[samples]
     within = torch.arange(int(picked.sum())) - (picked.cumsum(0) - picked).repeat_interleave(picked)
     return first.repeat_interleave(picked) + within
+
+
+def _shift_indices(values: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Add ``shift``, one per row of ``values`` or one for all, to the values that are not -1."""
+    return torch.where(values < 0, values, values + shift.to(values).view(-1, 1))
+
+
+def _to_rows(tensor: torch.Tensor, spec: Input) -> torch.Tensor:
+    """Return an input with its rows along the first axis. Patches side by side, (1, C, P, N * P), become (N, C, P, P)."""
+    return tensor[0].unflatten(-1, (-1, tensor.shape[2])).movedim(2, 0) if spec.side_by_side else tensor
+
+
+def _from_rows(rows: torch.Tensor, spec: Input) -> torch.Tensor:
+    """Undo ``_to_rows``."""
+    return rows.movedim(0, 2).flatten(2).unsqueeze(0) if spec.side_by_side else rows
 
 
 def _first_equal(keys: list[Hashable], parts: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
@@ -276,15 +338,18 @@ def _input_or_empty(batch: ModelInputs, name: str, like: torch.Tensor) -> torch.
     axis = batch.family.axis(name)
     if batch.has(axis):
         raise ValueError(f"inputs must have {name} in all batches or none, got {', '.join(batch.inputs)}")
-    return like.new_zeros(int(batch.rows[axis].sum()), *like.shape[1:])
+    spec = batch.family.spec(name)
+    return _from_rows(like.new_zeros(int(batch.rows[axis].sum()), *_to_rows(like, spec).shape[1:]), spec)
 
 
 def _join(name: str, parts: list[torch.Tensor], family: Family, pad_token_id: int) -> torch.Tensor:
-    """Concatenate parts along the first axis. Tokens are padded on the left, other axes that support padding at their end."""
+    """Concatenate parts along their rows. Tokens are padded on the left, other axes that support padding at their end."""
+    spec = family.spec(name)
+    if spec.side_by_side:
+        return torch.cat(parts, dim=-1)
     shapes = [tuple(part.shape[1:]) for part in parts]
     if len(set(shapes)) == 1:
         return torch.cat(parts)
-    spec = family.inputs[name]
     tokens = spec.axis == "token"
     for dim, sizes in enumerate(zip(*shapes, strict=True), 1):
         if len(set(sizes)) > 1 and dim not in spec.pads and not (tokens and dim == 1):

@@ -22,6 +22,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from vlmkernels.models.families import TEXT, family_of
+from vlmkernels.models.hunyuan import number_images_per_sample
 
 # Do not run code that comes with the weights unless the user enables it. If it is unset, transformers prompts at the terminal.
 _NO_REMOTE_CODE = {"trust_remote_code": False}
@@ -99,7 +100,7 @@ def load_model(path: str, model_init_kwargs: dict[str, Any] | None = None) -> Pr
     kwargs = {"dtype": torch.float32, **_NO_REMOTE_CODE, **(model_init_kwargs or {})}
     family = family_of(_from_pretrained(AutoConfig, path, **_shared_kwargs(kwargs)))
     auto = AutoModelForCausalLM if family is TEXT else AutoModelForImageTextToText
-    model = _from_pretrained(auto, path, **kwargs)
+    model = number_images_per_sample(_from_pretrained(auto, path, **kwargs))
     if is_deepspeed_zero3_enabled():
         # transformers records weight renamings here that it did not apply, and would revert them when it saves.
         vars(model).pop("_weight_conversions", None)

@@ -1,17 +1,16 @@
 """The op ``rotary`` in the attention of transformers models.
 
-The attention modules of transformers call ``apply_rotary_pos_emb`` and ``apply_rotary_pos_emb_vision``, globals of the Python
-module that defines their class. ``use_fused_rotary`` gives each attention module of one model a copy of its ``forward`` that
-calls the op instead. The classes and Python modules of transformers, and all other models, do not change.
+The attention modules of transformers call ``apply_rotary_pos_emb`` and ``apply_rotary_pos_emb_vision``. ``use_fused_rotary``
+lets the modules of one model call the op instead, as vlmkernels.models.forward_copies describes.
 """
 
 import inspect
 from collections.abc import Callable
-from types import CellType, FunctionType, MethodType
 
 import torch
 
 from vlmkernels.backend import use_backend
+from vlmkernels.models import forward_copies
 from vlmkernels.ops.rotary import rotary
 
 
@@ -35,11 +34,10 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
             calls neither, the function of this name computes something else, or the ``forward`` of an attention module has
             already been replaced.
     """
-    forwards: dict[type, FunctionType] = {}
-    chosen = []
+    checked, chosen = set(), []
     for module in model.modules():
         forward = type(module).forward
-        path = _path_to_rotary(forward)
+        path = forward_copies.calling(forward, _FUSED)
         if not path:
             if type(module).__name__.endswith("Attention") and "position_embeddings" in inspect.signature(forward).parameters:
                 raise NotImplementedError(
@@ -48,29 +46,23 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
                 )
             continue
         names = _FUSED.keys() & set(path[-1].__code__.co_names)
-        replaced = vars(module).get("forward")
-        if replaced is not None and replaced.__module__ != __name__:
-            raise NotImplementedError(f"model must have the forward of its classes, got another in {type(module).__name__}")
-        if type(module) not in forwards:
+        if type(module) not in checked:
             for name in names:
                 _check_same_function(name, path[-1].__globals__[name], type(module))
-            forwards[type(module)] = _with_globals(path, {name: _FUSED[name][0] for name in names})
-        chosen.append(module)
+            checked.add(type(module))
+        chosen.append((module, {name: _FUSED[name][0] for name in names}))
     if not chosen:
         raise NotImplementedError(
             f"model must have attention modules that call {' or '.join(_FUSED)}, got {type(model).__name__}"
         )
-    for module in chosen:
-        module.forward = MethodType(forwards[type(module)], module)
+    for module, functions in chosen:
+        forward_copies.replace(module, functions, __name__)
     return model
 
 
 def undo_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
     """Undo ``use_fused_rotary`` in ``model``, in place, and return it."""
-    for module in model.modules():
-        replaced = vars(module).get("forward")
-        if replaced is not None and replaced.__module__ == __name__:
-            del module.forward
+    forward_copies.restore(model, __name__)
     return model
 
 
@@ -119,42 +111,3 @@ def _check_same_function(name: str, original: Callable, owner: type) -> None:
         raise NotImplementedError(
             f"model must have attention whose {name} rotates the pairs (j, j + P), got another function in {owner.__name__}"
         )
-
-
-def _path_to_rotary(function: object, seen: tuple[FunctionType, ...] = ()) -> tuple[FunctionType, ...]:
-    """Return ``function``, a function in its closure, and so on to one that calls a function of ``_FUSED``; () if none does.
-
-    A decorator has the function that it wraps in its closure: transformers 5.24 decorates the ``forward`` of text attention.
-    """
-    if not isinstance(function, FunctionType) or function in seen:
-        return ()
-    seen = (*seen, function)
-    if _FUSED.keys() & set(function.__code__.co_names):
-        return seen
-    return next((path for cell in function.__closure__ or () if (path := _path_to_rotary(_content(cell), seen))), ())
-
-
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
-
-
-def _with_globals(path: tuple[FunctionType, ...], replaced: dict[str, object]) -> FunctionType:
-    """Return a copy of ``path[0]``, from ``_path_to_rotary``, in which some globals of ``path[-1]`` are replaced."""
-    function, *inner = path
-    scope, closure, wrapped = function.__globals__, function.__closure__, getattr(function, "__wrapped__", None)
-    if inner:
-        bound = _with_globals(path[1:], replaced)
-        closure = tuple(CellType(bound) if _content(cell) is inner[0] else cell for cell in closure or ())
-        wrapped = bound if wrapped is inner[0] else wrapped
-    else:
-        # torch.compile would find the globals of transformers again by __name__.
-        scope = {name: value for name, value in scope.items() if name != "__name__"} | replaced
-    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    copied.__module__ = __name__  # marks the copy for undo_fused_rotary
-    if wrapped is not None:
-        copied.__wrapped__ = wrapped
-    return copied

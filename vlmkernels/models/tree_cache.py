@@ -1,10 +1,13 @@
-"""The KV cache for decoding groups: each prompt is stored once, and each running completion has one slot."""
+"""The cache for decoding groups: each prompt is stored once, and each running completion has one slot."""
+
+from functools import lru_cache
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmkernels.ops.linear_logps.sweep import HALF, gemm_operand
+from vlmkernels.ops.tree_attention import TreeLayout
 
 # aten::bmm.dtype multiplies 16-bit operands with fp32 results, on CUDA only.
 _HAS_FP32_RESULTS = "dtype" in torch.ops.aten.bmm.overloads()
@@ -24,8 +27,13 @@ def on_device(device: torch.device, values: list) -> torch.Tensor:
     return torch.tensor(values).to(device, non_blocking=True)
 
 
-class GroupCache:
-    """Keys and values of A prompts, each stored once, and of the completions that are being decoded, one per slot.
+@lru_cache(maxsize=64)
+def _one_token_each(count: int) -> TreeLayout:
+    return TreeLayout((1,) * count, (-1,) * count)
+
+
+class TreeCache:
+    """Keys, values and states of A prompts, each stored once, and of the completions that are being decoded, one per slot.
 
     Per layer, the prompts' keys and values are (A, Hkv, P, D), and the slots' keys and values (S, Hkv, capacity, D).
     In a decoding step, each slot has one query, which attends to the slot's prompt and to the slot's own tokens:
@@ -35,8 +43,11 @@ class GroupCache:
     The scores with a prompt come from one product of its keys and the queries of all its completions, so the prompt is read
     once per group and token instead of once per completion and token.
 
+    Recurrent layers have a state per prompt, (A, ...), and one per slot, (S, ...), which starts as that of the slot's prompt.
+
     A decoder calls ``begin``, ``keep``, ``move`` and ``arrange`` between forward passes; within them the attention function in
-    ``vlmkernels.models.attention`` calls ``fill`` and ``attend``.
+    ``vlmkernels.models.attention`` calls ``fill`` and ``attend``, and the functions in ``vlmkernels.models.linear_attention``
+    call ``fill_states``, ``states`` and ``set_states``.
 
     Args:
         num_slots: S, the largest number of completions decoded at once.
@@ -50,6 +61,8 @@ class GroupCache:
         self.lengths: list[int] = []  # the number of tokens of each
         self._prefix: dict[int, list[torch.Tensor]] = {}  # layer -> keys and values of the prompts
         self._own: dict[int, list[torch.Tensor]] = {}  # layer -> keys and values of the slots
+        self._prefix_states: dict[tuple[int, str], torch.Tensor] = {}  # (layer, kind) -> states of the prompts
+        self._own_states: dict[tuple[int, str], torch.Tensor] = {}  # (layer, kind) -> states of the slots
         self._filling: list[int] = []  # the lengths of the prompts in the next forward pass
 
     # Prompts
@@ -70,6 +83,11 @@ class GroupCache:
                 new = torch.cat([pad(x, (0, 0, 0, longest - x.shape[2])) for x in (old, new)])
             stored[index] = new
 
+    def fill_states(self, layer: int, kind: str, states: torch.Tensor) -> None:
+        """Store the states, one per prompt, at the end of the prompts passed to ``begin``."""
+        old = self._prefix_states.get((layer, kind))
+        self._prefix_states[layer, kind] = states if old is None else torch.cat([old, states])
+
     def keep(self, prompts: set[int]) -> None:
         """Drop all other prompts."""
         chosen = [index for index, prompt in enumerate(self.prompts) if prompt in prompts]
@@ -77,6 +95,7 @@ class GroupCache:
         longest = max(self.lengths, default=0)
         for stored in self._prefix.values():
             stored[:] = [x[chosen, :, :longest].contiguous() for x in stored]
+        self._prefix_states = {key: states[chosen] for key, states in self._prefix_states.items()}
 
     # Slots
 
@@ -85,6 +104,8 @@ class GroupCache:
         for stored in self._own.values():
             for x in stored:
                 x[targets] = x[sources]
+        for states in self._own_states.values():
+            states[targets] = states[sources]
 
     def arrange(self, prompts: list[int], lengths: list[int], device: torch.device) -> None:
         """Prepare a decoding step.
@@ -109,13 +130,53 @@ class GroupCache:
         self._slots = torch.arange(len(owners), device=device)
         self._columns = on_device(device, lengths)  # where the next token of each slot is stored
         self._width = max(lengths) + 1
-        self._bias = None
         prompt_lengths = [self.lengths[owner] for owner in owners]
-        if not self._equal_lengths or min(prompt_lengths) < max(self.lengths):
-            in_prompt = torch.arange(max(self.lengths), device=device) < on_device(device, prompt_lengths).unsqueeze(1)
-            in_completion = torch.arange(self._width, device=device) <= self._columns.unsqueeze(1)
-            seen = torch.cat([in_prompt, in_completion], 1)
-            self._bias = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)[:, None, None]
+        self._longest = max(length + prompt for length, prompt in zip(lengths, prompt_lengths, strict=True)) + 1
+        self._equal_prompts = min(prompt_lengths) == max(self.lengths)
+        self._prompt_lengths = on_device(device, prompt_lengths)
+        self._biases: dict[int | None, torch.Tensor | None] = {}  # by window
+        new = [slot for slot, length in enumerate(lengths) if length == 0]  # slots whose state is that of their prompt
+        self._new = (on_device(device, new), on_device(device, [owners[slot] for slot in new])) if new else None
+
+    @property
+    def step_layout(self) -> TreeLayout:
+        """The layout of a decoding step: a sequence of one token per slot in use."""
+        return _one_token_each(len(self._slots))
+
+    def states(self, layer: int, kind: str) -> torch.Tensor:
+        """Return the states of the slots in use before a step."""
+        prompts = self._prefix_states[layer, kind]
+        stored = self._own_states.get((layer, kind))
+        if stored is None:
+            stored = self._own_states[layer, kind] = prompts.new_empty(self.num_slots, *prompts.shape[1:])
+        if self._new is not None:
+            slots, owners = self._new
+            stored[slots] = prompts[owners]
+        return stored[: len(self._slots)]
+
+    def set_states(self, layer: int, kind: str, states: torch.Tensor) -> None:
+        """Store the states of the slots in use after a step."""
+        self._own_states[layer, kind][: len(states)] = states
+
+    def _bias(self, window: int | None) -> torch.Tensor | None:
+        """Return what is added to the scores (slots, Hkv, R, P + width): -inf for tokens that a slot does not see."""
+        if window is not None and window >= self._longest:
+            window = None
+        if window not in self._biases:
+            self._biases[window] = self._make_bias(window)
+        return self._biases[window]
+
+    def _make_bias(self, window: int | None) -> torch.Tensor | None:
+        if window is None and self._equal_lengths and self._equal_prompts:
+            return None
+        prompts, columns = self._prompt_lengths.unsqueeze(1), self._columns.unsqueeze(1)
+        in_prompt = torch.arange(max(self.lengths), device=prompts.device)
+        in_completion = torch.arange(self._width, device=prompts.device)
+        seen = torch.cat([in_prompt < prompts, in_completion <= columns], 1)
+        if window is not None:
+            distance = torch.cat([prompts + columns - in_prompt, columns - in_completion], 1)
+            seen &= distance < window
+        return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
 
     def _by_prompt(self, x: torch.Tensor) -> torch.Tensor:
         """Group (slots, Hkv, R, W) by prompt: (A, Hkv, G R, W)."""
@@ -141,17 +202,26 @@ class GroupCache:
         return [x[:count, :, : self._width] for x in stored]
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        window: int | None = None,
     ) -> torch.Tensor:
-        """Append key and value (1, Hkv, slots, D) and attend with query (1, Hq, slots, D). Returns (1, slots, Hq, D)."""
+        """Append key and value (1, Hkv, slots, D) and attend with query (1, Hq, slots, D). Returns (1, slots, Hq, D).
+
+        ``window`` is the sliding window of the layer, as in ``tree_attention``.
+        """
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         q = query.unflatten(1, (key.shape[1], -1))
         prefix_key, prefix_value = self._prefix[layer]
         own_key, own_value = self._append(layer, (key, value))
         scores = torch.cat([self._by_slot(fp32_scores(self._by_prompt(q), prefix_key)), fp32_scores(q, own_key)], -1)
         scores *= query.shape[-1] ** -0.5 if scale is None else scale
-        if self._bias is not None:
-            scores += self._bias
+        if (bias := self._bias(window)) is not None:
+            scores += bias
         shares = scores.softmax(-1).split([prefix_key.shape[2], own_key.shape[2]], -1)
         on_prefix, on_own = (gemm_operand(x.to(q.dtype)) for x in shares)
         out = on_own @ own_value + self._by_slot(self._by_prompt(on_prefix) @ prefix_value)

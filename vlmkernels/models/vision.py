@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from vlmkernels.models.attention import use_varlen_vision
-from vlmkernels.models.families import family_of
 from vlmkernels.models.image_processor import FastImageProcessor
 from vlmkernels.models.patch_embed import fold_patch_embed, patch_embeds
 from vlmkernels.models.rotary import use_fused_rotary
@@ -32,11 +31,11 @@ def use_vision_ops(model: PreTrainedModel, processor: ProcessorMixin) -> dict[st
         Keyword arguments for calls of the processor, with which it returns still images as rows of uint8 pixels, each frame
         once. Empty if uint8 pixels are not supported.
     """
-    pixels = family_of(model.config).inputs.get("pixel_values")
-    if pixels is None or pixels.axis != "image_patch":
+    tower = getattr(model.base_model, "visual", None)
+    if tower is None:
         return {}
     use_varlen_vision(model)
-    use_fused_rotary(model.base_model.visual)
+    use_fused_rotary(tower)
     images = processor.image_processor
     fast = isinstance(images, FastImageProcessor) and images.do_rescale and images.do_normalize
     if not fast:

@@ -43,15 +43,15 @@ def _weights_rate(gemm: dict[int, float], clock: Clock) -> float:
 
 def _attention_rates(clock: Clock) -> tuple[float, float]:
     """Measure the FLOP/s of attention, forward and backward."""
-    from vlmkernels.ops.group_attention import GroupLayout
-    from vlmkernels.ops.group_attention.parts import run as attention
+    from vlmkernels.ops.tree_attention import TreeLayout
+    from vlmkernels.ops.tree_attention.parts import run as attention
 
     length, heads, width = 512, 4, 64
     q = torch.randn(length, heads, width, requires_grad=True)
-    layout, scale = GroupLayout((length,), ((),)), width**-0.5
+    layout, scale = TreeLayout.groups((length,), ((),)), width**-0.5
     dout, flops = torch.ones(length, heads, width), 2 * heads * width * length**2
-    forward = _time(lambda: attention(q, q, q, layout, scale), clock)
-    both = _time(lambda: torch.autograd.grad(attention(q, q, q, layout, scale), q, dout), clock)
+    forward = _time(lambda: attention(q, q, q, layout, None, scale), clock)
+    both = _time(lambda: torch.autograd.grad(attention(q, q, q, layout, None, scale), q, dout), clock)
     return flops / forward, 2.5 * flops / (both - forward)
 
 
@@ -66,21 +66,21 @@ class _NarrowDecoder:
     def __init__(self, layers: int):
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
-        from vlmkernels.models.attention import use_group_attention
+        from vlmkernels.models.attention import use_tree_attention
         from vlmkernels.models.families import TEXT
-        from vlmkernels.models.group import pack_groups
         from vlmkernels.models.inputs import ModelInputs
+        from vlmkernels.models.packs import pack_groups
 
         config = Qwen2Config(
             vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         with torch.random.fork_rng():
-            self.model = use_group_attention(Qwen2ForCausalLM(config).eval())
+            self.model = use_tree_attention(Qwen2ForCausalLM(config).eval())
         ids = torch.ones(1, 8, dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": ids}
         completions = torch.ones(2, 2, dtype=torch.int64)
-        self.pack = pack_groups(inputs, ids.cumsum(1) - 1, torch.tensor([0, 0]), completions, completions.bool()).inputs
+        self.pack = pack_groups(inputs, ids.cumsum(1) - 1, torch.tensor([0, 0]), completions, completions.bool(), TEXT).inputs
         self.prompts = ModelInputs.from_processor(inputs, TEXT, torch.tensor([0]), torch.tensor([0]))
 
     def forward(self) -> torch.Tensor:

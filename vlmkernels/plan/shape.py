@@ -228,17 +228,20 @@ def _product_weights(module: nn.Module) -> int:
 
 def _stack(layers: nn.ModuleList, config: "PreTrainedConfig") -> Stack:
     linear = sum(_product_weights(module) for module in layers.modules())
-    routed = _first(config, "num_experts_per_tok", default=1) / _first(config, "num_experts", "n_routed_experts", default=1)
+    chosen = _first(config, "num_experts_per_tok", "top_k_experts", default=1)
+    routed = chosen / _first(config, "num_experts", "n_routed_experts", default=1)
     linear += int(sum(p.numel() for p in layers.parameters() if p.dim() == 3) * routed)
     heads = _first(config, "num_attention_heads", "num_heads")
     width = config.hidden_size
+    # Where layers differ in the number and width of their heads, most of them have those of the first: five of six in Gemma 4.
+    first = config.per_layer_config[0] if getattr(config, "is_heterogeneous", False) else config
     return Stack(
         layers=len(layers),
         hidden=width,
         intermediate=config.intermediate_size,
         heads=heads,
-        kv_heads=_first(config, "num_key_value_heads", default=heads),
-        head_dim=_first(config, "head_dim", default=width // heads),
+        kv_heads=_first(first, "num_key_value_heads", default=heads),
+        head_dim=_first(first, "head_dim", default=width // heads),
         linear=linear,
         ports=sum(sum(module.weight.shape) for module in layers.modules() if isinstance(module, nn.Linear)),
         params=sum(p.numel() for p in layers.parameters()),
@@ -250,11 +253,12 @@ def _vision(tower: dict[str, nn.Module], config: "PreTrainedConfig") -> Vision:
     own = config.vision_config
     products = {name: _product_weights(module) for name, module in tower.items()}
     merger = sum(count for name, count in products.items() if _AFTER_MERGE.search(name))
-    width, heads = _first(own, "embed_dim", "hidden_size"), _first(own, "num_heads", "num_attention_heads")
-    if own.model_type == "qwen2_5_vl_vision" or not hasattr(own, "embed_dim"):
+    width, heads = _first(own, "embed_dim", "hidden_size"), _first(own, "num_heads", "num_attention_heads", default=1)
+    if own.model_type == "qwen2_5_vl_vision":
         width = own.hidden_size
+    width = width or own.mm_embed_dim  # Gemma 4 unified, which has no layers
     owners = {id(p): p for module in tower.values() for p in module.parameters()}
-    depth = _first(own, "depth", "num_hidden_layers")
+    depth = _first(own, "depth", "num_hidden_layers", default=0)
     stack = Stack(
         layers=depth,
         hidden=width,
@@ -268,9 +272,11 @@ def _vision(tower: dict[str, nn.Module], config: "PreTrainedConfig") -> Vision:
         params=sum(p.numel() for p in owners.values()),
     )
     any_size = {"image_patch"} & {x.axis for x in family_of(config).inputs.values()} or own.model_type == "pixtral"
-    side = None if any_size else own.image_size
+    side = None if any_size else _first(own, "image_size")
     side = side[0] if isinstance(side, (list, tuple)) else side
-    merge = _first(own, "spatial_merge_size", default=_first(config, "spatial_merge_size", "scale_factor", default=1))
+    merges = ("spatial_merge_size", "merge_kernel_size", "pooling_kernel_size")
+    merge = _first(own, *merges, default=_first(config, "spatial_merge_size", "scale_factor", "downsample_factor", default=1))
+    merge = merge[0] if isinstance(merge, (list, tuple)) else merge
     if ratio := _first(config, "downsample_ratio"):
         merge = round(1 / ratio)
     patch = own.patch_size[0] if isinstance(own.patch_size, (list, tuple)) else own.patch_size

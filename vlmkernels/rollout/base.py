@@ -13,10 +13,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlmkernels.data.samples import Sample, tokenizer_of
+from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.families import media_token_ids, missing_token_ids
-from vlmkernels.models.group import ScoringBatch, cut_packs, pack_groups, pad_completions, prompt_positions
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
+from vlmkernels.models.positions import prompt_positions
 
 
 class RolloutError(RuntimeError):
@@ -217,7 +219,8 @@ class Rollout:
         prompts = self.prompts.select(chosen)
         positions = prompt_positions(model, prompts.inputs)
         inputs = deduplicate_images(prompts) if accepts_image_features(model) else prompts.inputs
-        return pack_groups(inputs, positions, group, self.completion_ids[samples], self.completion_mask[samples])
+        ids, mask = self.completion_ids[samples], self.completion_mask[samples]
+        return pack_groups(inputs, positions, group, ids, mask, prompts.family)
 
 
 def pad_token_ids(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,11 +6,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vlmkernels.models.group import cut_packs, pack_groups, prompt_positions
-from vlmkernels.models.group_cache import GroupCache, on_device
+from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
+from vlmkernels.models.packs import pack_groups
+from vlmkernels.models.positions import prompt_positions
+from vlmkernels.models.tree_cache import TreeCache, on_device
 from vlmkernels.rollout.base import Sampling, pad_token_ids
 from vlmkernels.rollout.token_sampler import SampledTokens, TokenSampler, stops
 
@@ -103,7 +105,7 @@ class _Decoder:
         self.positions = prompt_positions(plain, prompts.inputs)
         other_axes = [axis for axis in range(self.positions.dim()) if axis != self.positions.dim() - 2]  # all but the prompts
         self.start_positions = (self.positions.amax(other_axes) + 1).tolist()  # position of the first completion token
-        self.cache = GroupCache(num_slots)
+        self.cache = TreeCache(num_slots)
         self.slots: list[int] = []  # the completion in each occupied slot
         self.first_logits: dict[int, torch.Tensor] = {}  # (V,) by prompt, for the first token of its completions
         # The cache ignores the mask. A mask with four axes keeps the model from building one, which would wait for the device.
@@ -152,11 +154,11 @@ class _Decoder:
         no_group = torch.empty(0, dtype=torch.int64)
         no_ids = no_group.view(0, 0).to(self.device)
         inputs = deduplicate_images(chosen) if self.deduplicates_images else chosen.inputs
-        pack = pack_groups(inputs, self.positions[..., prompts, :], no_group, no_ids, no_ids.bool())
-        layout = pack.inputs["group_layout"]
-        self.cache.begin(prompts, list(layout.prefixes))
-        last = torch.tensor([end - 1 for _, _, end in layout.groups], device=self.device)
-        logits = self.model(**pack.inputs, group_cache=self.cache, use_cache=False, logits_to_keep=last).logits[0]
+        pack = pack_groups(inputs, self.positions[..., prompts, :], no_group, no_ids, no_ids.bool(), chosen.family)
+        layout = pack.inputs["tree_layout"]
+        self.cache.begin(prompts, list(layout.lengths))
+        last = torch.tensor([end - 1 for end in layout.ends], device=self.device)
+        logits = self.model(**pack.inputs, tree_cache=self.cache, use_cache=False, logits_to_keep=last).logits[0]
         self.first_logits |= dict(zip(prompts, logits, strict=True))
 
     def _step(self) -> None:
@@ -174,7 +176,7 @@ class _Decoder:
             input_ids=ids,
             attention_mask=self.mask,
             position_ids=positions,
-            group_cache=self.cache,
+            tree_cache=self.cache,
             use_cache=False,
         ).logits[0]
         self._free_slots(self._sample(self.slots, logits))
@@ -211,7 +213,7 @@ def decode_groups(
     depend on ``uniform``, not on how many completions are decoded at the same time.
 
     Args:
-        model: a model that ``vlmkernels.models.attention.use_group_attention`` was called on; it may have adapters.
+        model: a model that ``vlmkernels.models.attention.use_tree_attention`` was called on; it may have adapters.
         prompts: P encoded prompts.
         num_generations: completions per prompt.
         sampling: how tokens are sampled, with ``eos_token_id`` and ``pad_token_id``, without ``generation_kwargs``.

@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from vlmkernels.data.samples import Sample, tokenizer_of
-from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.families import prefix_sharing_unsupported
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model, sampling_override
@@ -55,7 +55,7 @@ class Generate(Engine):
         reason = reason or sampling_override(model)
         self.shares_prefix = self.returns_logps = reason is None
         if self.shares_prefix:
-            use_group_attention(plain)
+            use_tree_attention(plain)
         else:
             logger.warning("Prefix sharing disabled in sampling, model.generate is used: %s", reason)
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from transformers import LogitsProcessor, MinPLogitsWarper, PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
-from vlmkernels.models.group_cache import on_device
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.tree_cache import on_device
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.rollout.base import Sampling
 

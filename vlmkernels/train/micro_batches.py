@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from vlmkernels.models.group import ScoringBatch
 from vlmkernels.models.head import completion_logps
+from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.parallel import max_over_ranks, requires_lockstep

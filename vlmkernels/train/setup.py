@@ -13,9 +13,10 @@ from transformers.utils import logging
 
 from vlmkernels.data.dataset import RowChecks, SampleDataset, check_dataset
 from vlmkernels.data.samples import Sample, SampleError, encode, read_sample, tokenizer_of
-from vlmkernels.models.attention import use_group_attention
+from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.families import TEXT, Family, family_of, prefix_sharing_unsupported
 from vlmkernels.models.head import logit_arguments, output_head
+from vlmkernels.models.hunyuan import number_images_per_sample
 from vlmkernels.models.image_features import accepts_image_features, feature_reuse_unsupported, use_image_features
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.models.inputs import ModelInputs
@@ -74,6 +75,8 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
     """
     if isinstance(model, str):
         model = load_model(model, args.model_init_kwargs)
+    else:
+        number_images_per_sample(base_model(model))
     if peft_config is not None:
         from peft import PeftConfig, get_peft_model
 
@@ -244,7 +247,7 @@ def _choose_prefix_sharing(model: PreTrainedModel, args: GRPOConfig) -> bool:
     if args.share_prefix is False or reason is not None:
         logger.warning("Prefix sharing disabled: %s", reason or "share_prefix is False")
         return False
-    use_group_attention(model)
+    use_tree_attention(model)
     logger.info("Prefix sharing enabled: each prompt and its images run once per group")
     return True
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from vlmkernels.models.group import ScoringBatch
+from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.rollout.base import Rollout
 
 NAMES = ("tokens_run", "tokens_if_unshared", "images_run", "images_if_unshared")
@@ -66,7 +66,7 @@ class TokenCounts:
             images = int(index.max()) + 1
         else:
             prompts = rollout.group[samples]
-            images = rollout.prompts.num_images[prompts.unique() if "group_layout" in batch.inputs else prompts].sum()
+            images = rollout.prompts.num_images[prompts.unique() if "tree_layout" in batch.inputs else prompts].sum()
         needed = samples[:0] if is_padding else samples
         self._add(batch.inputs["input_ids"].numel(), self._lengths[needed].sum(), images, self._images[needed].sum())
 

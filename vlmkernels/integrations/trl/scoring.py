@@ -14,11 +14,13 @@ from transformers.utils import logging
 from vlmkernels.integrations.trl.features import FeatureCache
 from vlmkernels.models import attention
 from vlmkernels.models.families import TEXT, family_of, missing_token_ids, prefix_sharing_unsupported
-from vlmkernels.models.group import ScoringBatch, pack_groups, pad_completions, prompt_positions
 from vlmkernels.models.head import call_in_head, logit_arguments, output_head
+from vlmkernels.models.hunyuan import number_images_per_sample
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, feature_reuse_unsupported
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
+from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
+from vlmkernels.models.positions import prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 
 logger = logging.get_logger(__name__)
@@ -76,8 +78,6 @@ def sharing_unsupported(model: PreTrainedModel, trainer: Any) -> str | None:
     chosen = model.config.get_text_config()._attn_implementation
     if chosen not in ("sdpa", "eager", attention.NAME):
         return f"attn_implementation must be 'sdpa', 'eager' or {attention.NAME!r}, got {chosen!r}"
-    if trainer.aux_loss_enabled:
-        return "the router's loss counts the tokens of every copy of a prompt; set router_aux_loss_coef=0 to disable it"
     if trainer.use_transformers_continuous_batching:
         return "use_transformers_continuous_batching sets its own attention implementation"
     return None
@@ -109,6 +109,9 @@ class Scorer:
         self._arguments = logit_arguments(model, output_head(model)) | {"temperature": trainer.temperature}
         self._fp32_head = getattr(trainer.args, "cast_lm_head_to_fp32", False)
         base = base_model(model)
+        models = [base] if trainer.ref_model is None else [base, base_model(self._unwrap(trainer.ref_model))]
+        for each in models:
+            number_images_per_sample(each)
         self.missing_tokens = missing_token_ids(base.config, trainer.processing_class)
         reason = sharing_unsupported(base, trainer)
         if options.share_prefix is True and reason is not None:
@@ -118,9 +121,8 @@ class Scorer:
         self.shares_prefix = bool(options.share_prefix) and reason is None
         if self.shares_prefix:
             self._family = family_of(base.config)
-            attention.use_group_attention(base)
-            if trainer.ref_model is not None:
-                attention.use_group_attention(base_model(self._unwrap(trainer.ref_model)))
+            for each in models:
+                attention.use_tree_attention(each)
             # FSDP2 gathers the vision tower only within a forward pass of the whole model.
             if self._family is not TEXT and feature_reuse_unsupported(base) is None and not trainer.is_fsdp_enabled:
                 self.features = FeatureCache(base)
@@ -176,14 +178,17 @@ class Scorer:
             order = torch.arange(len(completion_mask), device=completion_mask.device)
             return MicroBatch(pad_completions(inputs, completion_mask), order, completion_mask)
         axis = self._family.axis
-        prompts = {name: x[:, :-width] if axis(name) == "token" else x for name, x in inputs.items()}
+        options = {name: x for name, x in inputs.items() if not isinstance(x, torch.Tensor)}  # as output_router_logits
+        tensors = {name: x for name, x in inputs.items() if name not in options}
+        prompts = {name: x[:, :-width] if axis(name) == "token" else x for name, x in tensors.items()}
         base = base_model(self._unwrap(model))
         prompts, group = self.groups(base, prompts, num_images)
         order = group.argsort(stable=True)
         group, order = group[order], order.to(completion_mask.device)
         positions = prompt_positions(base, prompts.inputs)
         inputs = deduplicate_images(prompts) if accepts_image_features(base) else prompts.inputs
-        batch = pack_groups(inputs, positions, group, completion_ids[order], completion_mask[order])
+        batch = pack_groups(inputs, positions, group, completion_ids[order], completion_mask[order], self._family)
+        batch.inputs.update(options)
         return MicroBatch(batch, order, completion_mask[order])
 
     def groups(
