@@ -49,12 +49,12 @@ def make(name: str):
 
 def make_providers(name: str, model, prompts) -> dict:
     """Functions of a number of tokens that return the ids of the completions and (ours) their log-probabilities."""
-    from vlmkernels.models.attention import NAME, use_group_attention
+    from vlmkernels.models.attention import NAME, use_tree_attention
     from vlmkernels.rollout.base import Sampling
     from vlmkernels.rollout.decode import decode_groups
 
     generations = WORK[name]["generations"]
-    use_group_attention(model)
+    use_tree_attention(model)
     copies = prompts.repeat(generations).inputs
 
     def implementation(chosen: str) -> None:

@@ -1,10 +1,10 @@
-"""GRPO steps of Qwen2.5-VL with this trainer and with TRL's, on the same weights, prompts, images, lengths and rewards.
+"""GRPO steps with this trainer and with TRL's, on the same weights, prompts, images, lengths and rewards.
 
-``test_step`` measures whole steps of a small model on the CPU, including sampling. Every measurement runs in its own process,
+``test_step`` measures whole steps of small models on the CPU, including sampling. Every measurement runs in its own process,
 which gives it its own peak memory. The parts of a step are the times in calls of the models; the rest is the backward pass and
 the optimizer.
 
-``test_training`` measures steps on given completions, without sampling, for the models of step_models.py.
+``test_training`` measures steps on given completions, without sampling, for the models of Qwen2.5-VL in step_models.py.
 
     python bench/bench_step.py --model 0.5b      # test_training of one model: 0.5b, 3b or tiny; --tokens 1024
     python bench/bench_step.py --sweep           # writes bench/results/step-sweep-<device>.json and .png
@@ -91,7 +91,7 @@ def trl_trainer_class(patched: bool):
 def make_trainer(provider: str, setting: dict, steps: int) -> Trainer:
     """The trainer of one provider: "trl", "trl patched", "unshared" (no shared prefixes) or "vlmkernels"."""
     folder, processor = tempfile.mkdtemp(), make_processor(setting["side"])
-    model = make_model(**SIZES)
+    model = make_model(**SIZES, family=setting.get("family", "qwen2_5_vl"))
     model.save_pretrained(folder)
     model = type(model).from_pretrained(folder, dtype=torch.float32).to(harness.DEVICE)  # TRL loads the reference by this path
     images = [tiny.image(k, setting["side"], setting["side"]) for k in range(setting["prompts"])]
@@ -468,11 +468,12 @@ def test_training(benchmark, name, options):
 
 
 @pytest.mark.skipif(harness.GPU, reason="measured on the CPU; on a GPU, test_training")
-def test_step(benchmark):
+@pytest.mark.parametrize(("family", "title"), [("qwen2_5_vl", "step "), ("qwen3_5", "step Qwen3.5, ")])
+def test_step(benchmark, family, title):
     providers = {"vlmkernels": "vlmkernels", "vlmkernels, share_prefix off": "unshared"}
     if importlib.util.find_spec("trl"):
         providers["TRL GRPOTrainer"] = "trl"
-    results = {name: in_process(provider) for name, provider in providers.items()}
+    results = {name: in_process(provider, family=family) for name, provider in providers.items()}
     ours = results["vlmkernels"]["step"]
     rows = []
     for name, result in results.items():
@@ -480,8 +481,8 @@ def test_step(benchmark):
             "provider": name, "ms": 1e3 * result["step"], "rounds": STEPS, "ratio_to_ours": round(result["step"] / ours, 2),
             "peak_mib": result["peak_mib"], "parts": parts_of(result),
         })  # fmt: skip
-    title = ", ".join(f"{name} {value}" for name, value in SETTING.items())
-    harness.record(f"step {title}", rows)
+    title += ", ".join(f"{name} {value}" for name, value in SETTING.items())
+    harness.record(title, rows)
     benchmark.pedantic(lambda: None)  # measured above, in other processes
 
 

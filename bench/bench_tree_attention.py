@@ -8,12 +8,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels.ops.group_attention import GroupLayout, chosen_backend, group_attention
+from vlmkernels.ops.tree_attention import TreeLayout, chosen_backend, tree_attention
 
-EQUAL = GroupLayout((2048,), ((512,) * 8,))
-SHORT = GroupLayout((1300,), ((256,) * 8,))
-LONG = GroupLayout((2048,), ((1024,) * 8,))
-RAGGED = GroupLayout((2048, 1100), ((512, 301, 477, 96, 388, 512, 230, 411), (512, 150, 333, 512, 275, 64, 490, 366)))
+EQUAL = TreeLayout.groups((2048,), ((512,) * 8,))
+SHORT = TreeLayout.groups((1300,), ((256,) * 8,))
+LONG = TreeLayout.groups((2048,), ((1024,) * 8,))
+RAGGED = TreeLayout.groups((2048, 1100), ((512, 301, 477, 96, 388, 512, 230, 411), (512, 150, 333, 512, 275, 64, 490, 366)))
 # layout, query heads, key heads, head dimension, dtype
 CASES = {
     "P 1300, 8 x 256, 16 / 2 heads of 128": (SHORT, 16, 2, 128, torch.bfloat16),  # Qwen2.5-VL-3B
@@ -23,7 +23,7 @@ CASES = {
     "two groups, ragged, 16 / 4 heads of 128": (RAGGED, 16, 4, 128, torch.bfloat16),
 }
 if not harness.GPU:
-    CASES = {"P 256, 8 x 64, 4 heads of 64": (GroupLayout((256,), ((64,) * 8,)), 4, 4, 64, torch.float32)}
+    CASES = {"P 256, 8 x 64, 4 heads of 64": (TreeLayout.groups((256,), ((64,) * 8,)), 4, 4, 64, torch.float32)}
 
 
 def exact_results(inputs, weight, layout):
@@ -43,17 +43,25 @@ def exact_results(inputs, weight, layout):
     return results
 
 
-class Copies:
-    """A copy of its prefix before every completion: (copies, H, T, D), padded on the right."""
+def leaves(layout):
+    """The segments without descendants."""
+    return [segment for segment in range(len(layout.parents)) if segment not in layout.parents]
 
-    def __init__(self, layout):
-        paths, start = [], 0
-        for (begin, first, _), completions in zip(layout.groups, layout.completions, strict=True):
-            start = first
-            for length in completions:
-                paths.append((*range(begin, first), *range(start, start + length)))
-                start += length
-        width, seen = max(map(len, paths)), set()
+
+class Copies:
+    """A copy of its path for every leaf: (copies, H, T, D), padded on the right.
+
+    Args:
+        layout: the layout of the pack.
+        chosen: the leaves, by default all.
+        seen: the tokens of the pack that earlier copies have. Those of these copies are added.
+    """
+
+    def __init__(self, layout, chosen=None, seen=None):
+        spans = [range(start, start + length) for start, length in zip(layout.starts, layout.lengths, strict=True)]
+        chosen = leaves(layout) if chosen is None else chosen
+        paths = [[token for segment in layout.path(leaf) for token in spans[segment]] for leaf in chosen]
+        width, seen = max(map(len, paths)), set() if seen is None else seen
         self.index = torch.tensor([(*path, *[0] * (width - len(path))) for path in paths], device=harness.DEVICE)
         self.valid = torch.tensor([[1] * len(path) + [0] * (width - len(path)) for path in paths], device=harness.DEVICE).bool()
         once = [[row not in seen and not seen.add(row) for row in path] + [False] * (width - len(path)) for path in paths]
@@ -82,7 +90,7 @@ def differentiate(attention, inputs, weight, backward):
 
 @pytest.mark.parametrize("backward", [True, False], ids=["forward and backward", "forward"])
 @pytest.mark.parametrize("case", CASES)
-def test_group_attention(benchmark, case, backward):
+def test_tree_attention(benchmark, case, backward):
     layout, heads, key_heads, width, dtype = CASES[case]
     rng, num = torch.Generator().manual_seed(0), layout.num_tokens
     *inputs, weight = (
@@ -96,7 +104,7 @@ def test_group_attention(benchmark, case, backward):
     copied_weight = copies.make(weight, copies.once).contiguous()
 
     def ours(name):
-        attention = functools.partial(group_attention, layout=layout, backend=name)
+        attention = functools.partial(tree_attention, layout=layout, backend=name)
         return lambda: differentiate(attention, inputs, weight, backward)
 
     def on_copies(kernel):
@@ -114,7 +122,7 @@ def test_group_attention(benchmark, case, backward):
 
         return differentiate(attention, copied, copied_weight, backward)
 
-    names = harness.backends("group_attention", inputs[0], first=chosen_backend(inputs[0], layout))
+    names = harness.backends("tree_attention", inputs[0], first=chosen_backend(inputs[0], layout))
     providers = {f"vlmkernels {name}": ours(name) for name in names if harness.GPU or name != "flex"}  # forward only on the CPU
     if harness.GPU:
         providers["flash attention on copies"] = on_copies(SDPBackend.FLASH_ATTENTION)
@@ -132,6 +140,6 @@ def test_group_attention(benchmark, case, backward):
         assert max(errors) < 2e-2, f"{name} is wrong: relative errors {errors}"
         return ", ".join(f"{what} {error:.0e}" for what, error in zip(("out", "dq", "dk", "dv"), errors, strict=False))
 
-    flops = (12 if backward else 4) * layout.num_pairs * heads * width  # without the scores that the backward pass recomputes
-    title = f"group_attention {case}" + ("" if backward else ", no gradient")
+    flops = (12 if backward else 4) * layout.num_pairs() * heads * width  # without the scores that the backward pass recomputes
+    title = f"tree_attention {case}" + ("" if backward else ", no gradient")
     harness.compare(benchmark, harness.Case(title, providers, check, limit_s=10, flops=flops, late=["vlmkernels flex"]))

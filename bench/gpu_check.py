@@ -38,7 +38,7 @@ TESTS = (
     *(f"ops/test_{name}" for name in ("gather_logps", "gather_logps_cuda", "linear_logps", "linear_grpo_loss", "grpo_loss")),
     *(f"ops/test_{name}" for name in ("linear_logps_fused", "group_advantages", "rotary", "pack_patches")),
     "*",
-    *("ops/test_on_device", "ops/test_group_attention"),  # they compile FlexAttention
+    *("ops/test_on_device", "ops/test_tree_attention"),  # they compile FlexAttention
 )
 MAX_RERUNS = 5
 
@@ -55,7 +55,7 @@ BENCHES = {
         ("bench_linear.py", "stream", 30, 2),
     ],
     "system": [
-        ("bench_group_attention.py", "", 90, 2),
+        ("bench_tree_attention.py", "", 90, 2),
         ("bench_step.py", "test_training and 0.5b", 60, 5),
         ("bench_decode.py", "", 60, 5),
         ("bench_step.py", "test_training and 3b", 150, 5),

@@ -77,7 +77,7 @@ HEADLINES = {
     "linear_grpo_loss qwen3-vl-8b 8192 x 4096 x 151936": "head and GRPO loss, 8192 x 4096 x 151936, with gradients",
     "linear_grpo_loss qwen3-vl-8b 8192 x 4096 x 151936, frozen head": "the same, frozen head",
     "linear_logps qwen3-vl-8b 8192 x 4096 x 151936, no gradient": "log-probabilities and entropies from hidden states",
-    "group_attention P 2048, 8 x 512, 16 heads of 128": "attention, prefix of 2048, 8 completions of 512, with gradients",
+    "tree_attention P 2048, 8 x 512, 16 heads of 128": "attention, prefix of 2048, 8 completions of 512, with gradients",
     "training step 0.5b, 1 x 8 completions of 256 tokens, an image of 1225": "training step, 0.7 B, 8 completions, one image",
     "training step 3b, 1 x 8 completions of 256 tokens, an image of 1225": "training step, 3.8 B, 8 completions, one image",
 }
@@ -237,6 +237,40 @@ def suite() -> list[str]:
     return [*lines, "", f"{where}; {first['steps']} steps of GRPO; supervised start and GRPO: {times}."]
 
 
+def families() -> list[str]:
+    """Model types with the same properties in one row, from the tiny models of the tests and their real processors."""
+    from support import tiny_families
+
+    from vlmkernels.models.families import DECODERS, FAMILIES, prefix_sharing_unsupported
+
+    cases = [tiny_families.case(name).model for name in tiny_families.BUILDERS]
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for family in FAMILIES:
+        for model_type in family.model_types:
+            models = [model for model in cases if model.config.model_type == model_type]
+            media = "images, videos" if "video" in _axes(family) else "images"
+            shares = "; ".join(sorted({prefix_sharing_unsupported(model) or "yes" for model in models}))
+            rows.setdefault((media, ", ".join(_mixing(models, family)), shares), []).append(f"`{model_type}`")
+    columns = "model types", "media", "what connects tokens besides causal attention", "shares prefix"
+    head = [f"| {' | '.join(columns)} |", "| --- | --- | --- | --- |"]
+    lines = [f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in rows.items()]
+    text = ", ".join(f"`{name}`" for name in DECODERS if not name.endswith("_text"))
+    return [*head, *lines, "", f"Text models share their prefix too if they are of type {text}."]
+
+
+def _axes(family) -> set[str]:
+    kinds = {"video": "video", "video_patch": "video", "frame": "video", "chunk": "video", "video_slice": "video"}
+    return {kinds.get(spec.axis, spec.axis) for spec in family.inputs.values()}
+
+
+def _mixing(models: list, family) -> list[str]:
+    layers = {layer for m in models for layer in getattr(m.config.get_text_config(), "layer_types", None) or ()}
+    names = {"sliding_attention": "sliding windows", "linear_attention": "gated delta rule", "conv": "convolutions"}
+    mixing = [name for layer, name in names.items() if layer in layers]
+    spans = family.bidirectional
+    return mixing + ([] if spans is None else ["bidirectional prompt" if spans.values == (0,) else "bidirectional images"])
+
+
 def metrics() -> list[str]:
     from vlmkernels.record.metrics import markdown
 
@@ -246,6 +280,7 @@ def metrics() -> list[str]:
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
+    "families": families,
     "gpu": gpu,
     "gpu-tests": gpu_tests,
     "installs": installs,
