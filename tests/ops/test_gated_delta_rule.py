@@ -25,6 +25,7 @@ LAYOUTS = {
     "a group": TreeLayout.groups((70,), ((33, 5, 0, 64),)),
     "a deep tree": TreeLayout((3, 1, 0, 2, 37, 0, 7, 1, 1, 40, 0, 2), (-1, 0, 1, 2, 0, -1, 5, 6, 7, 8, -1, 10)),
     "one token each": TreeLayout((1,) * 5, (-1,) * 5),
+    "one token and an empty child": TreeLayout((1, 0), (-1, 0)),
     "one token per path": TreeLayout((0, 1, 1, 0, 1), (-1, 0, 0, -1, -1)),
     "empty paths": TreeLayout((0, 0, 3), (-1, 0, -1)),
 }
@@ -106,11 +107,12 @@ def run(rule, inputs, layout, used=("out", "state"), **settings):
     return {**{name: x.detach() for name, x in results.items()}, **{f"d{n}": x for n, x in zip(names, gradients, strict=True)}}
 
 
-def assert_close(actual, exact, tolerance):
-    """Each tensor within ``tolerance`` times the largest element."""
+def assert_close(actual, exact, tolerance, least=0.0):
+    """Each tensor within ``tolerance`` times the largest element, or times ``least`` if that is larger."""
     assert actual.keys() == exact.keys()
     for name, x in exact.items():
-        size = x.abs().max().item() if x.numel() else 0.0
+        assert actual[name].shape == x.shape, name
+        size = max(x.abs().max().item(), least) if x.numel() else 0.0
         error = (actual[name].to(x.dtype) - x).abs().max().item() if x.numel() else 0.0
         assert error <= tolerance * size, f"{name}: error {error:.1e} with values up to {size:.1e}"
 
@@ -151,12 +153,13 @@ def test_chunk_sizes(monkeypatch, device, name, heads, sizes):
 def test_matches_transformers(layout, with_state, heads):
     inputs = make(layout, heads, widths=(16, 12), dtype=torch.float32, with_state=with_state)
     theirs = run(lambda *x: on_paths(chunked, *x), inputs, layout)
-    assert_close(run(ours("torch"), inputs, layout), theirs, 1e-5)
+    # Where the exact gradient of g is 0, as at a first token without a state, that of transformers is rounding.
+    assert_close(run(ours("torch"), inputs, layout), theirs, 1e-5, least=0.1)
 
 
 @pytest.mark.parametrize("backend", backends.backends_of("gated_delta_rule").modules)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.num_tokens > 1])
 @pytest.mark.parametrize("decay", [0.01, 1.0, 8.0])
 def test_within_budget(device, need, backend, dtype, name, decay):
     """At most twice the error of the function of transformers on copies."""
@@ -407,6 +410,7 @@ def test_fla_unsupported(monkeypatch, fake_fla):
 
 
 def test_fla_needs_a_gpu():
+    assert backends.choose("gated_delta_rule", "auto", torch.zeros(4, 2, 64)) == "torch"
     with pytest.raises(NotImplementedError, match="no backend serves gated_delta_rule: fla: supports CUDA tensors, got cpu"):
         gated_delta_rule(*make(LAYOUTS["a group"])[:5], LAYOUTS["a group"], backend="fla")
 

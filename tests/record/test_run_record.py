@@ -46,6 +46,7 @@ def test_run_json(run):
     about = json.loads((run[1] / "run.json").read_text())
     assert (about["from_step"], about["max_steps"], about["processes"]) == (0, 4, 1)
     assert about["model"]["parameters"] == sum(p.numel() for p in tiny.vlm().parameters())
+    assert about["model"]["shares prefix"] is True
     assert about["versions"]["torch"] == torch.__version__.split("+")[0]
     assert {"beta", "num_iterations", "learning_rate"} < set(about["changed"])
     assert not {"temperature", "top_p", "hub_token", "accelerator_config", "report_to"} & set(about["changed"])

@@ -113,7 +113,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self._last_scored: tuple[Scored, torch.Tensor] | None = None  # with advantages, for log_completions
         self.metrics = MetricBuffer()
         self._step_time = 0.0
-        self._add_callbacks(run_details(*data, self.datasets.columns, self.rewards, model))
+        details = run_details(*data, self.datasets.columns, self.rewards, model)
+        details["model"]["shares prefix"] = self.prepared.shares_prefix
+        self._add_callbacks(details)
         set_seed(args.seed, device_specific=True)  # processes sample different completions
 
     def _add_callbacks(self, details: dict[str, Any]) -> None:
