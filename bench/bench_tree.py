@@ -222,7 +222,7 @@ def gradient_error(actual, expected) -> tuple[float, float]:
     return abs((loss.double() - exact) / exact).item(), max(errors.values())
 
 
-def compare_models(benchmark, title: str, model: PreTrainedModel, tree: Tree) -> None:
+def compare_models(benchmark, title: str, model: PreTrainedModel, tree: Tree, limit_s: float = 60.0) -> None:
     passes = Passes(model, tree)
     exact = passes.exact()
 
@@ -231,7 +231,8 @@ def compare_models(benchmark, title: str, model: PreTrainedModel, tree: Tree) ->
         assert max(loss, gradient) < TOLERANCE, f"{name} is wrong: relative errors {loss:.0e} and {gradient:.0e}"
         return f"loss {loss:.0e}, gradient {gradient:.0e}"
 
-    harness.compare(benchmark, harness.Case(title, {"vlmkernels": passes.pack, "copies": passes.copies}, check, limit_s=60))
+    providers = {"vlmkernels": passes.pack, "transformers, copies": passes.copies}
+    harness.compare(benchmark, harness.Case(title, providers, check, limit_s=limit_s))
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "gemma3"])
@@ -241,11 +242,11 @@ def test_group(benchmark, family):
     compare_models(benchmark, title, model_of(family), group(IMAGE_TOKENS + 13, [COMPLETION] * 8))
 
 
-@pytest.mark.parametrize("turns", [(2, 4, 6)], ids=str)
-def test_rollouts(benchmark, turns):
+def test_rollouts(benchmark):
     """8 rollouts of 6 turns, of an image with 14 tokens of text and an action each. All fork in two at three turns."""
-    title = f"tree Qwen2.5-VL, 8 rollouts of 6 turns with an image each, forks at turns {', '.join(map(str, turns))}"
-    compare_models(benchmark, title, model_of(), rollouts(6, halved(turns), IMAGE_TOKENS + 14, COMPLETION))
+    forked = (2, 4, 6)
+    title = f"tree Qwen2.5-VL, 8 rollouts of 6 turns with an image each, forks at turns {', '.join(map(str, forked))}"
+    compare_models(benchmark, title, model_of(), rollouts(6, halved(forked), IMAGE_TOKENS + 14, COMPLETION), limit_s=30)
 
 
 def attention_passes(tree: Tree) -> dict:
@@ -272,23 +273,23 @@ def model_passes(tree: Tree) -> dict:
 
 
 def sweep() -> None:
-    """Measure trees of ``forks`` with different depths and branchings."""
-    rows = []
-    for what, make, limit_s in (("attention", attention_passes, 2.0), ("model", model_passes, 4.0)):
+    """Measure trees of ``forks`` with different depths and branchings. The file is written after each of them."""
+    path = harness.RESULTS / f"tree-cost-{harness.slug(harness.device_name())}.json"
+    content = {"device": harness.device_name(), **harness.provenance(), "threads": torch.get_num_threads()}
+    content |= {"sizes": SIZES, "segment": SEGMENT, "rows": (rows := [])}
+    for what, make in (("attention", attention_passes), ("model", model_passes)):
         for branching in BRANCHINGS:
             for depth in DEPTHS:
                 tree = forks(depth, branching, SEGMENT)
                 copied = sum(tree.layout.offsets[leaf] + SEGMENT for leaf in leaves(tree.layout))
-                times, _, failed = harness.interleave(make(tree), limit_s)
+                times, _, failed = harness.interleave(make(tree), limit_s=2.0)
                 if failed:
                     raise RuntimeError(f"{what}, depth {depth}, branching {branching}: {failed}")
                 ms = {name: round(1e3 * statistics.median(of), 3) for name, of in times.items()}
                 row = {"what": what, "branching": branching, "depth": depth, "tokens": tree.layout.num_tokens}
                 rows.append({**row, "copied_tokens": copied, "ms": ms["vlmkernels"], "copies_ms": ms["copies"]})
                 print(rows[-1], flush=True)
-    path = harness.RESULTS / f"tree-cost-{harness.slug(harness.device_name())}.json"
-    content = {"device": harness.device_name(), **harness.provenance(), "sizes": SIZES, "segment": SEGMENT, "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+                path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

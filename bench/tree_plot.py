@@ -17,7 +17,7 @@ PLOT = RESULTS.parents[1] / "docs" / "tree-cost.svg"
 MEASURED = RESULTS / "tree-cost-amd-epyc-2-cores.json"
 COLORS = {2: "#2f81f7", 4: "#bc4c00", 8: "#2da44e"}
 PANELS = {"attention": "attention", "model": "whole model, with its head"}
-WIDTH, HEIGHT, LEFT, GAP, TOP, BOTTOM = 860, 400, 40, 50, 84, 350
+WIDTH, HEIGHT, LEFT, RIGHT, GAP, TOP, BOTTOM = 860, 400, 40, 12, 50, 84, 350
 
 
 def panel(rows: list[dict], x: float, width: float, heading: str, largest: int, deepest: int) -> list[str]:
@@ -48,8 +48,8 @@ def panel(rows: list[dict], x: float, width: float, heading: str, largest: int, 
 def svg() -> str:
     content = json.loads(MEASURED.read_text())
     rows = content["rows"]
-    largest = math.ceil(max(row["copies_ms"] / row["ms"] for row in rows))
-    deepest, width = max(row["depth"] for row in rows), (WIDTH - LEFT - GAP) / 2
+    largest = math.ceil(max(max(row["copies_ms"] / row["ms"], row["copied_tokens"] / row["tokens"]) for row in rows))
+    deepest, width = max(row["depth"] for row in rows), (WIDTH - LEFT - RIGHT - GAP) / 2
     title = f"Copies of every path: how many times as long as one pack of the tree ({content['device']})"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img"'
@@ -67,7 +67,7 @@ def svg() -> str:
     for number, (what, heading) in enumerate(PANELS.items()):
         chosen = [row for row in rows if row["what"] == what]
         left = LEFT + number * (width + GAP)
-        lines += panel(chosen, left, width - 8, heading, largest, deepest)
+        lines += panel(chosen, left, width, heading, largest, deepest)
         lines.append(text(left + width / 2, BOTTOM + 38, "depth of the tree", anchor="middle"))
     return "\n".join([*lines, "</svg>", ""])
 

@@ -392,8 +392,20 @@ def test_loss_mask_must_match_the_tokens():
     model = tiny_families.case("text").model
     with pytest.raises(ValueError, match=r"loss_mask must have the shape of input_ids, \(4, 10\), got \(4, 7\)"):
         pack_trees(model, text_segments(), [-1, 0, 1, 0], torch.zeros(4, 7, dtype=torch.bool))
-    with pytest.raises(TypeError, match=r"loss_mask must be bool, got torch\.int64"):
-        pack_trees(model, text_segments(), [-1, 0, 1, 0], torch.zeros(4, 10, dtype=torch.int64))
+    with pytest.raises(ValueError, match="loss_mask must hold only 0 and 1"):
+        pack_trees(model, text_segments(), [-1, 0, 1, 0], torch.full((4, 10), 2))
+    with pytest.raises(ValueError, match="segments must hold at least one segment, got none"):
+        pack_trees(model, text_segments().select(torch.tensor([], dtype=torch.int64)), [])
+
+
+def test_loss_mask_of_numbers():
+    model, segments, tree = tiny_families.case("text").model, text_segments(), [-1, 0, 1, 0]
+    mask = segments.inputs["attention_mask"].bool() & torch.tensor([[False], [True], [True], [False]])
+    expected = pack_trees(model, segments, tree, mask)
+    for given_mask in (mask.int(), mask.tolist()):
+        pack = pack_trees(model, segments, tree, given_mask)
+        assert torch.equal(pack.rows, expected.rows)
+        assert torch.equal(pack.targets, expected.targets)
 
 
 def cut_in_image(name):

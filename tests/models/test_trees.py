@@ -20,6 +20,8 @@ from vlmkernels.models.families import family_of, prefix_sharing_unsupported
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.packs import pack_trees
 from vlmkernels.ops.tree_attention import TreeLayout
+from vlmkernels.rollout.base import Sampling
+from vlmkernels.rollout.decode import decode_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # raised by processors with NumPy 2
 torch.set_num_threads(1)
@@ -234,14 +236,61 @@ def test_undone_and_repeated():
     assert not [hook for hook in model.base_model._forward_pre_hooks.values() if hook.__name__ == "_prepare_pack"]
 
 
-def test_recurrent_models_need_their_hooks():
-    """By name alone, the recurrent layers of a model would ignore the layout of a pack."""
-    model = copy.deepcopy(tiny_families.case("qwen3_5").model)
-    segments = segments_of("qwen3_5", [0, 0])
-    pack = pack_trees(model, segments, [-1, 0]).inputs
-    model.set_attn_implementation({"text_config": "vlmkernels"})
-    with pytest.raises(NotImplementedError, match=r"must run packs after use_tree_attention\(model\), got a qwen3_5_text"):
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "lfm2_vl"])
+@pytest.mark.parametrize("change", ["by name only", "another attention", "pickled"])
+def test_packs_need_a_prepared_model(tmp_path, name, change):
+    """Otherwise the model would ignore the layout of a pack."""
+    model = copy.deepcopy(tiny_families.case(name).model)
+    pack = pack_trees(model, segments_of(name, [0, 0]), [-1, 0]).inputs
+    if change == "by name only":
+        model.set_attn_implementation({"text_config": "vlmkernels"})
+        if name == "qwen2_5_vl":
+            return  # attention alone needs no more
+    else:
+        use_tree_attention(model)
         model(**pack)
+    if change == "another attention":
+        model.set_attn_implementation({"text_config": "sdpa"})
+    if change == "pickled":
+        torch.save(model, tmp_path / "model.pt")
+        model = torch.load(tmp_path / "model.pt", weights_only=False)
+        if name == "qwen2_5_vl":
+            model(**pack)
+            return
+    with pytest.raises(NotImplementedError, match="model must be prepared by use_tree_attention to run packs, got"):
+        decode_groups(model, segments_of(name, [0, 0]), 2, Sampling(max_new_tokens=2, eos_token_id=[2], pad_token_id=0))
+    if change != "by name only":
+        with pytest.raises(NotImplementedError, match="model must be prepared by use_tree_attention to run packs, got"):
+            model(**pack)
+
+
+def test_errors_of_use_tree_attention():
+    from peft import LoraConfig, get_peft_model
+
+    model = copy.deepcopy(tiny_families.case("qwen3_5").model)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear"))
+    with pytest.raises(TypeError, match="model must be a transformers model without adapters, got PeftModel"):
+        use_tree_attention(adapted)
+    use_tree_attention(model)
+    pack = pack_trees(model, segments_of("qwen3_5", [0, 0]), [-1, 0]).inputs
+    with pytest.raises(ValueError, match="position_ids must be given with tree_layout, as in the inputs of a pack, got None"):
+        model(**pack | {"position_ids": None})
+    with pytest.raises(ValueError, match="tree_layout must hold at least one token to run a model, got none"):
+        model(**pack | {"tree_layout": TreeLayout((), ())})
+    bounds = torch.tensor([0, 2, 3], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 2, "max_length_k": 2}
+    model = use_tree_attention(copy.deepcopy(tiny_families.case("lfm2_vl").model))
+    with pytest.raises(NotImplementedError, match="must run packed sequences without recurrent layers, got conv"):
+        model(input_ids=torch.tensor([[5, 6, 7]]), **packed)
+
+
+def test_other_replaced_forwards_are_a_reason():
+    """accelerate replaces forward functions, for example with a device_map."""
+    model = copy.deepcopy(tiny_families.case("qwen3_5").model)
+    layer = next(module for module in model.modules() if type(module).__name__ == "Qwen3_5GatedDeltaNet")
+    layer.forward = layer.forward
+    reason = "the forward of its Qwen3_5GatedDeltaNet has been replaced, for example by hooks of accelerate"
+    assert prefix_sharing_unsupported(model) == f"Qwen3_5ForConditionalGeneration: {reason}"
 
 
 @pytest.mark.parametrize("arguments", [{"use_cache": True}, {"past_key_values": DynamicCache()}], ids=["use_cache", "cache"])

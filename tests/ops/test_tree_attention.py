@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.budget import assert_within_budget
 from support.layouts import layouts
@@ -256,11 +256,8 @@ def test_rounding(monkeypatch, backend, name, dtype):
 @settings(max_examples=60, deadline=None)
 @given(layout=layouts(st.integers(0, 19), spans=True), window=st.none() | st.integers(1, 40))
 def test_any_layout(backend, layout, window):
-    if effective(layout, window) is not None:
-        if backend == "flash4":
-            window = None
-        else:
-            layout = layout.causal()
+    if effective(layout, window) is not None and backend == "flash4":
+        window = None
     case = layout, window
     inputs = [torch.randn(layout.num_tokens, h, 8, dtype=torch.float64) for h in (2, 1, 1)]
     weight = torch.randn_like(inputs[0])
@@ -411,6 +408,34 @@ def test_mask_and_number_of_pairs(layout, window):
     assert torch.equal(layout.causal().mask(window), mask.tril())
 
 
+@settings(max_examples=400, deadline=None)
+@example(TreeLayout((3, 2, 0, 1), (-1, 0, 0, 2)))  # an only child whose empty parent has a sibling
+@given(layouts(st.integers(0, 2), spans=True))
+def test_condensed_layout(layout):
+    """It has the same mask, and neither empty segments nor only children."""
+    condensed = layout.condensed
+    for window in (None, 3):
+        assert torch.equal(condensed.mask(window), layout.mask(window))
+    if not layout.linked:
+        assert all(condensed.lengths)
+        assert 1 not in [condensed.parents.count(segment) for segment in range(len(condensed.parents))]
+    else:
+        assert condensed is layout
+
+
+def test_a_chain_is_one_segment():
+    layout = TreeLayout((2, 0, 3, 1, 4), (-1, 0, 1, 2, 3))
+    assert layout.condensed == TreeLayout((10,), (-1,))
+
+
+@on_cpu
+@pytest.mark.parametrize("window", [None, 7])
+def test_many_spans_are_one_more_call(window):
+    """The number of calls depends on the depth of the trees, not on the number of images."""
+    layout = TreeLayout((60, 9, 9), (-1, 0, 0), tuple((3 * k, 3 * k + 3) for k in range(20)))
+    assert len(flash._plan(layout, window, torch.device("cpu"))) == (3 if window is None else 2)
+
+
 @given(layouts())
 def test_properties_of_a_layout(layout):
     """What is derived from lengths and parents, from the definition of each."""
@@ -470,6 +495,16 @@ def test_block_mask_is_that_of_the_mask(layout, window):
     assert torch.equal(actual.mask_mod(0, 0, i, j), mask)
 
 
+@on_cpu
+def test_queries_of_any_strides():
+    layout = LAYOUTS["forks"]
+    q, k, v = (torch.randn(layout.num_tokens, 8, 2, dtype=torch.float64).transpose(1, 2).requires_grad_() for _ in range(3))
+    weight = torch.randn(layout.num_tokens, 8, 2, dtype=torch.float64).transpose(1, 2)
+    exact, actual = formula(q, k, v, layout, None, 8**-0.5), tree_attention(q, k, v, layout)
+    torch.testing.assert_close(actual, exact)
+    torch.testing.assert_close(*(torch.autograd.grad(x, (q, k, v), weight, retain_graph=True) for x in (actual, exact)))
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_gradcheck(window):
     layout = TreeLayout((3, 2, 1, 0, 3), (-1, 0, 1, 0, 3), ((0, 2), (3, 5)))
@@ -502,7 +537,7 @@ def test_rows_of_masked_parts_are_bounded(monkeypatch, name):
         monkeypatch.setattr(parts, "ROWS", rows)
         parts._plan.cache_clear()
         masked = [part for group in parts._plan(layout, window) for part in group if part.band is not None]
-        assert all(part.queries[1] - part.queries[0] <= rows for part in masked)
+        assert all(part.queries.stop - part.queries.start <= rows for part in masked)
         assert bool(masked) == (window is not None)
         actual = tree_attention(*inputs, layout, window=window)
         torch.testing.assert_close(actual, exact)
@@ -518,7 +553,14 @@ def test_rows_of_masked_parts_are_bounded(monkeypatch, name):
         ({"query": torch.zeros(5, 16)}, ValueError, r"query must be \(N, Hq, D\), got \(5, 16\)"),
         ({"key": torch.zeros(5, 3, 8)}, ValueError, "key must be .* Hkv a divisor of 2"),
         ({"value": torch.zeros(5, 2, 8).bfloat16()}, TypeError, "value must have dtype float32, got bfloat16"),
-        ({"window": 0}, ValueError, "window must be None or >= 1, got 0"),
+        ({"window": 0}, ValueError, "window must be None or an integer >= 1, got 0"),
+        ({"window": 2.5}, ValueError, "window must be None or an integer >= 1, got 2.5"),
+        ({"scale": 0.0}, ValueError, "scale must be > 0, got 0.0"),
+        ({"layout": (5,)}, TypeError, "layout must be a TreeLayout, got tuple"),
+        ({"query": [[0.0]]}, TypeError, "query must be a tensor, got list"),
+        ({"query": torch.zeros(5, 2, 8, dtype=torch.int64)}, TypeError, "query must be floating point, got int64"),
+        ({"value": torch.zeros(5, 2, 4)}, ValueError, "key and value must have the width 8 of query, got 8, 4"),
+        ({"query": torch.zeros(5, 0, 8)}, ValueError, "query must have at least one head of width 1"),
         ({"backend": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
         ({"backend": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
         ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, flash4, flex; got 'math'"),
@@ -538,6 +580,7 @@ def test_bad_input(changes, error, message):
         (((3, 2), (1, -1)), "parents must be -1 or an earlier segment, got 1 for segment 0"),
         (((3, 2), (-1, 1)), "parents must be -1 or an earlier segment, got 1 for segment 1"),
         (((3, 2), (-1, -2)), "parents must be -1 or an earlier segment, got -2 for segment 1"),
+        (((2.7,), (-1,)), "cannot be interpreted as an integer"),
         (((1, 1, 1, 1), (-1, 0, 0, 1)), "parents must be in depth-first order, .* got 1 for segment 3, after"),
         (((1, 1, 1), (-1, -1, 0)), "parents must be in depth-first order, .* got 0 for segment 2"),
         (((3, 2), (-1, 0), ((1, 4),)), r"bidirectional must have spans within one segment each, got \(1, 4\), which is cut"),
@@ -547,7 +590,7 @@ def test_bad_input(changes, error, message):
     ],
 )
 def test_bad_layout(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         TreeLayout(*arguments)
 
 

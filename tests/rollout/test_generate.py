@@ -291,7 +291,7 @@ def test_an_id_without_a_token_may_end_completions():
 
 
 @pytest.mark.parametrize("reason", ["model", "options", "off"])
-def test_falls_back_to_generate_on_copies(reason, caplog):
+def test_falls_back_to_generate_on_copies(reason):
     model, kwargs = tiny.text_model(), {}
     if reason == "model":
         model.config.attention_dropout, said = 0.1, "attention_dropout must be 0, got 0.1"
@@ -299,12 +299,12 @@ def test_falls_back_to_generate_on_copies(reason, caplog):
         kwargs = {"num_beams": 2, "typical_p": 0.9}
         said = "generation_kwargs holds num_beams, typical_p"
     else:
-        said = "share_prefix is off"
+        said = "share_prefix is False"
     sampling = Sampling.from_kwargs(max_new_tokens=4, **kwargs)
     engine = Generate(model, tiny.tokenizer(), sampling, share_prefix=reason != "off")
     assert not engine.shares_prefix
     assert not engine.returns_logps
-    assert f"Prefix sharing disabled in sampling, model.generate is used: {said}" in caplog.text
+    assert engine.copies_reason == said
     rollout = engine(model, prompts_of((0, 0), model), 3, 1.0)
     assert rollout.completion_ids.shape[0] == 6
     assert rollout.logps is None
@@ -331,7 +331,7 @@ def test_bad_sampling(change, message):
 
 
 def test_bad_calls():
-    model = tiny.text_model()
+    model = use_tree_attention(tiny.text_model())
     prompts = prompts_of((0,), model)
     for times, sampling, slots, message in (
         (0, Sampling(2, EOS, PAD), None, "num_generations must be >= 1, got 0"),
@@ -345,7 +345,7 @@ def test_bad_calls():
 
 
 @pytest.mark.parametrize("where", ["instance", "class"])
-def test_a_model_with_a_generate_of_its_own_keeps_it(where, caplog):
+def test_a_model_with_a_generate_of_its_own_keeps_it(where):
     model, calls = tiny.vlm(), []
 
     def own(self, *args, **kwargs):
@@ -359,6 +359,6 @@ def test_a_model_with_a_generate_of_its_own_keeps_it(where, caplog):
         model.generate = own.__get__(model)
     engine = Generate(model, tiny.processor(), Sampling(LENGTH, EOS, PAD))
     assert not engine.shares_prefix
-    assert "generate" in caplog.text
+    assert "generate" in engine.copies_reason
     engine(model, prompts_of((1, 0), model), 2, 1.0)
     assert calls

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vlmkernels.models.families import DECODERS, SPANS_BEYOND_WINDOWS, SPANS_IN_WINDOWS_ONLY, recurrent_layers
 from vlmkernels.models.image_features import use_image_features
-from vlmkernels.models.linear_attention import undo_tree_layers, use_tree_layers
+from vlmkernels.models.linear_attention import undo_tree_layers, unprepared_layer, use_tree_layers
 from vlmkernels.models.tree_cache import TreeCache
 from vlmkernels.ops.tree_attention import TreeLayout, tree_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
@@ -67,6 +67,8 @@ def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
     Returns:
         ``model``.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers model without adapters, got {type(model).__name__}")
     _set_text_attention(model, NAME)
     use_tree_layers(model.get_decoder())
     if _prepare_pack not in model.base_model._forward_pre_hooks.values():
@@ -95,20 +97,38 @@ def _no_mask(device: torch.device) -> torch.Tensor:
     return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
+def check_tree_attention(model: PreTrainedModel) -> None:
+    """Raise NotImplementedError if ``model`` would run a pack of trees as one sequence.
+
+    That is so before ``use_tree_attention``, and after it for a model that was saved and loaded or got another attention.
+    """
+    config = model.config.get_text_config()
+    chosen = config._attn_implementation
+    layer = unprepared_layer(model.get_decoder()) if recurrent_layers(config) else None
+    if chosen != NAME or layer is not None or _prepare_pack not in model.base_model._forward_pre_hooks.values():
+        found = f"attn_implementation={chosen!r}" if layer is None else f"a {type(layer).__name__} that ignores trees"
+        raise NotImplementedError(f"model must be prepared by use_tree_attention to run packs, got {found}")
+
+
 def _prepare_pack(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Prepare the keywords of a pack; a forward pre-hook.
+    """Check and prepare the keywords of a pack; a forward pre-hook.
 
     The attention mask is replaced by one with four axes: from another one the model would build a mask over all pairs of
     tokens. Only its loss of the router reads the original mask.
     """
     if kwargs.get("tree_layout") is None and kwargs.get("tree_cache") is None:
         return None
+    check_tree_attention(module)
     for name in ("use_cache", "cache", "past_key_values"):
         if kwargs.get(name) not in (None, False):
             raise ValueError(
                 f"{name} must be None or False with tree_layout: the states of a pack are not those of one sequence, got "
                 f"{type(kwargs[name]).__name__} (decode_groups keeps them in a TreeCache)"
             )
+    if kwargs.get("tree_layout") is not None and not kwargs["tree_layout"].num_tokens:
+        raise ValueError("tree_layout must hold at least one token to run a model, got none")
+    if kwargs.get("position_ids") is None:
+        raise ValueError("position_ids must be given with tree_layout, as in the inputs of a pack, got None")
     return args, {**kwargs, "attention_mask": _no_mask(module.device), "use_cache": False}
 
 
@@ -177,7 +197,7 @@ def _attention(
 
     Raises:
         NotImplementedError: the layer has attention sinks (GPT-OSS), which "sdpa" would ignore, or a setting that the ops do
-            not support; or the model has recurrent layers that ``use_tree_attention`` did not prepare.
+            not support; or packed sequences would run through recurrent layers.
     """
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError(f"{NAME} must run layers without attention sinks, got s_aux in {type(module).__name__}")
@@ -192,9 +212,9 @@ def _attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     query, key, value = _autocast(query, key, value)
     if tree_layout is None and tree_cache is None:
+        if layers := recurrent_layers(module.config):
+            raise NotImplementedError(f"{NAME} must run packed sequences without recurrent layers, got {', '.join(layers)}")
         return _varlen_attention(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **settings)
-    if recurrent_layers(module.config) and (attention_mask is None or attention_mask.numel() > 1):
-        raise NotImplementedError(f"{NAME} must run packs after use_tree_attention(model), got a {model_type} without it")
     window = kwargs.pop("sliding_window", None)
     _check_unsupported(module, {**kwargs, "dropout": dropout or None})
     if tree_layout is None:

@@ -12,6 +12,8 @@ from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from vlmkernels.models import linear_attention
+
 # What the first axis of an input counts. Its rows are in the order of the samples, and in a sample in the order of the images.
 AXES = {
     "token": "samples; the second axis counts their tokens",
@@ -89,6 +91,8 @@ class Family:
         pack_inputs: the inputs with a value per token, besides tokens and mask, that the model needs in packs.
         first_position: the position id of the first token of a sequence.
         relative_positions: whether the position ids of an image change only by a shift with the tokens before it.
+        mixes_media: whether a batch may have both images and videos.
+        max_videos: how many videos a sample may have. None: any number.
         image_token_id, video_token_id: the ids of the image and video token in one model, set by ``family_of``.
     """
 
@@ -105,6 +109,8 @@ class Family:
     pack_inputs: tuple[str, ...] = ()
     first_position: int = 0
     relative_positions: bool = True
+    mixes_media: bool = True
+    max_videos: int | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
 
@@ -160,7 +166,14 @@ FAMILIES = (
     ),
     Family("qwen3_vl", ("qwen3_vl", "qwen3_vl_moe"), _GRIDS, _QWEN_TOKENS, frames_apart=True, image_tokens_per="image_patch"),
     Family("qwen3_5", ("qwen3_5", "qwen3_5_moe"), _GRIDS, _QWEN_TOKENS, image_tokens_per="image_patch"),
-    Family("glm4v", ("glm4v", "glm4v_moe", "glm46v"), _GRIDS, _ENCLOSED_TOKENS, image_tokens_per="image_patch"),
+    Family(
+        "glm4v",
+        ("glm4v", "glm4v_moe", "glm46v"),
+        _GRIDS,
+        _ENCLOSED_TOKENS,
+        image_tokens_per="image_patch",
+        mixes_media=False,  # one placeholder token for both
+    ),
     Family(
         "ernie4_5_vl_moe",
         ("ernie4_5_vl_moe",),
@@ -294,6 +307,8 @@ FAMILIES = (
         ("image_token_ids",),
         bidirectional=Bidirectional("mm_token_type_ids", (1,), linked=True),
         pack_inputs=("mm_token_type_ids",),
+        mixes_media=False,
+        max_videos=1,
     ),
 )
 
@@ -373,6 +388,8 @@ def prefix_sharing_unsupported(model_or_config: PreTrainedModel | PreTrainedConf
     config = model_or_config.config
     name = type(model_or_config).__name__
     if reason := _config_unsupported(config):
+        return f"{name}: {reason}"
+    if reason := linear_attention.unsupported(model_or_config.get_decoder()):
         return f"{name}: {reason}"
     # transformers' own models are tested; not all that support other attention functions say so (Qwen3.5).
     if not (model_or_config._supports_attention_backend or type(model_or_config).__module__.startswith("transformers.models.")):

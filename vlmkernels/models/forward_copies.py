@@ -41,19 +41,23 @@ def replace(module: torch.nn.Module, replaced: Mapping[str, object], owner: str)
     Raises:
         NotImplementedError: the module has a ``forward`` of its own that ``owner`` did not set.
     """
-    own = vars(module).get("forward")
-    if own is not None and own.__module__ != owner:
+    if "forward" in vars(module) and not is_replaced(module, owner):
         raise NotImplementedError(f"model must have the forward of its classes, got another in {type(module).__name__}")
     copied = _with_globals(calling(type(module).forward, replaced), replaced)
     copied.__module__ = owner  # marks the copy
     module.forward = MethodType(copied, module)
 
 
+def is_replaced(module: torch.nn.Module, owner: str) -> bool:
+    """Return whether ``replace`` was called on a module by ``owner``. Pickling loses it, ``copy.deepcopy`` does not."""
+    own = vars(module).get("forward")
+    return own is not None and own.__module__ == owner
+
+
 def restore(model: torch.nn.Module, owner: str) -> None:
     """Undo ``replace`` by ``owner`` in all modules of ``model``."""
     for module in model.modules():
-        own = vars(module).get("forward")
-        if own is not None and own.__module__ == owner:
+        if is_replaced(module, owner):
             del module.forward
 
 

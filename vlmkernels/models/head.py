@@ -12,7 +12,9 @@ from typing import Any, Literal, overload
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
 
+from vlmkernels.models.attention import check_tree_attention
 from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import linear_logps
@@ -139,6 +141,8 @@ def call_in_head(
         NotImplementedError: the model does not call its head exactly once, for example because it multiplies by the weight.
     """
     results: list[Any] = []
+    if "tree_layout" in batch.inputs:
+        check_tree_attention(next(module for module in model.modules() if isinstance(module, PreTrainedModel)))
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         results.append(function(hidden, head_weight(head), batch.targets, rows=batch.rows, bias=head.bias))

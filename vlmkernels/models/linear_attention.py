@@ -30,6 +30,22 @@ def use_tree_layers(decoder: torch.nn.Module) -> None:
             forward_copies.replace(module, functions, __name__)
 
 
+def unprepared_layer(decoder: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the first recurrent layer of a decoder if it is not prepared by ``use_tree_layers``, else None."""
+    layers = (module for module in decoder.modules() if forward_copies.calling(type(module).forward, _REPLACED))
+    first = next(layers, None)
+    return None if first is None or forward_copies.is_replaced(first, __name__) else first
+
+
+def unsupported(decoder: torch.nn.Module) -> str | None:
+    """Return why ``use_tree_layers`` does not support a decoder, or None if it does."""
+    for module in decoder.modules():
+        is_recurrent = bool(forward_copies.calling(type(module).forward, _REPLACED))
+        if is_recurrent and "forward" in vars(module) and not forward_copies.is_replaced(module, __name__):
+            return f"the forward of its {type(module).__name__} has been replaced, for example by hooks of accelerate"
+    return None
+
+
 def undo_tree_layers(model: torch.nn.Module) -> None:
     """Undo ``use_tree_layers`` in all layers of ``model``."""
     forward_copies.restore(model, __name__)

@@ -14,6 +14,7 @@ from vlmkernels.models.families import Family
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.positions import check_continuous, path_starts, segment_positions, unrolled_positions
+from vlmkernels.ops.arguments import as_indices, as_mask
 from vlmkernels.ops.tree_attention import TreeLayout
 
 
@@ -74,8 +75,8 @@ def pack_trees(
         segments: the model inputs of S segments of up to L tokens, padded on either side, in depth-first order: each segment is
             followed by its descendants. Segments may have no tokens.
         parents: for each segment the index of the segment that it continues, or -1 for the root of a tree.
-        loss_mask: (S, L) bool, the tokens to score. Default: the tokens of all segments that are not roots.
-        position_ids: (S, L) or (axes, S, L) int64, the position of each token in its path. Default: the positions that the
+        loss_mask: (S, L), bool or 0 and 1, the tokens to score. Default: the tokens of all segments that are not roots.
+        position_ids: (S, L) or (axes, S, L) integers, the position of each token in its path. Default: the positions that the
             model computes for copies of the paths. Checking given ones waits for the device.
 
     Returns:
@@ -83,17 +84,18 @@ def pack_trees(
 
     Raises:
         ValueError: a shape is wrong; ``parents`` are not those of trees in depth-first order; ``loss_mask`` contains padding or
-            the first token of a path, which nothing predicts; a segment has other image tokens than those of its images; an
-            image, or a span of tokens that attend in both directions, is cut by a segment; ``position_ids`` do not continue.
-        TypeError: ``loss_mask`` is not bool.
+            the first token of a path, which nothing predicts; a segment has other image tokens than those of its images, in
+            families in which the inputs tell their number; an image, or a span of tokens that attend in both directions, is
+            cut by a segment; ``position_ids`` do not continue.
+        TypeError: ``loss_mask`` or ``position_ids`` are no numbers of these kinds.
     """
     family, inputs = segments.family, segments.inputs
+    if not len(segments):
+        raise ValueError("segments must hold at least one segment, got none")
     ids = inputs["input_ids"]
-    loss_mask = _loss_mask(segments, parents) if loss_mask is None else loss_mask
+    loss_mask = _loss_mask(segments, parents) if loss_mask is None else as_mask("loss_mask", loss_mask, ids.device)
     if tuple(loss_mask.shape) != tuple(ids.shape):
         raise ValueError(f"loss_mask must have the shape of input_ids, {tuple(ids.shape)}, got {tuple(loss_mask.shape)}")
-    if loss_mask.dtype != torch.bool:
-        raise TypeError(f"loss_mask must be bool, got {loss_mask.dtype}")
     per_token = {name: x for name, x in inputs.items() if family.axis(name) == "token"}
     marks = {"loss": loss_mask.to(ids.device), **_vision_marks(segments)}
     count, width = ids.shape
@@ -115,6 +117,7 @@ def pack_trees(
     if position_ids is None:
         positions, advance = segment_positions(model, inputs)
         return tokens.pack(media, positions.flatten(-2), path_starts(tokens.layout, advance))
+    position_ids = as_indices("position_ids", position_ids, device=ids.device)
     if position_ids.dim() not in (2, 3) or tuple(position_ids.shape[-2:]) != tuple(ids.shape):
         wanted = f"the shape of input_ids, {tuple(ids.shape)}, or (axes, {count}, {width})"
         raise ValueError(f"position_ids must have {wanted}, got {tuple(position_ids.shape)}")

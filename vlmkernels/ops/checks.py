@@ -152,7 +152,9 @@ def require_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     """Check that ``query`` is (N, Hq, D), and ``key`` and ``value`` are (N, Hkv, D'), where Hkv divides Hq."""
     if query.dim() != 3:
         raise ValueError(f"query must be (N, Hq, D), got {tuple(query.shape)}")
-    num, heads, _ = query.shape
+    num, heads, width = query.shape
+    if not heads or not width:
+        raise ValueError(f"query must have at least one head of width 1, got {tuple(query.shape)}")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 3 or len(tensor) != num or heads % max(tensor.shape[1], 1):
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vlmkernels.models.attention import check_tree_attention
 from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
 from vlmkernels.models.inputs import ModelInputs
@@ -229,7 +230,8 @@ def decode_groups(
         See ``Decoded``.
 
     Raises:
-        ValueError: an argument is out of range, or a prompt has more than ``max_tokens``.
+        ValueError: an argument is out of range, there are no prompts, or a prompt has more than ``max_tokens``.
+        NotImplementedError: ``use_tree_attention`` was not called on the model.
 
     Source: https://arxiv.org/abs/2402.05099 for attention to a shared prompt.
     """
@@ -248,9 +250,12 @@ def decode_groups(
         raise ValueError("uniform must be None with as_generate, got a tensor")
     if as_generate and max_num_seqs is not None:
         raise ValueError(f"max_num_seqs must be None with as_generate, got {max_num_seqs}")
+    if not len(prompts):
+        raise ValueError("prompts must hold at least one prompt, got none")
     count = len(prompts) * num_generations
     if uniform is None and sampling.temperature > 0 and not as_generate:
         uniform = torch.rand(count, sampling.max_new_tokens, dtype=torch.float64)
+    check_tree_attention(base_model(model))
     vocab_size = model.config.get_text_config().vocab_size
     sampler = TokenSampler(sampling, prompts, num_generations, vocab_size, uniform)
     completions = _Completions(count, sampling, tokenizer)

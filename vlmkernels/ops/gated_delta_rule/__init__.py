@@ -90,7 +90,7 @@ def gated_delta_rule(
         return_state: also return the state after each segment.
         backend: one of
 
-            - "fla" (CUDA): flash-linear-attention, one call for all segments of one depth.
+            - "fla" (CUDA, bf16 and fp16): flash-linear-attention 0.5 or later, one call for all segments of one depth.
             - "torch": chunks of tokens by matrix products, all chunks with the same number of chunks before them in one batch.
             - "reference": one token after another, the oracle of the tests.
             - "auto": on CUDA "fla" if it is installed and supports the tensors, else "torch".

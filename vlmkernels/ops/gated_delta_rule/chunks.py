@@ -69,11 +69,12 @@ def _step(query, key, value, g, beta, initial, settings: _Settings):
     if not settings.return_state:
         return out, None
     state = state.unflatten(0, value.shape[:2])
-    if plan.ends[0] is None:  # each segment has a token
+    if len(state) == plan.num_segments:  # each segment has a token
         return out, state
     finals = state.new_empty(plan.num_segments, *state.shape[1:])
     for ends, states in zip(plan.ends, (initial, state), strict=True):
-        finals[ends.segments] = states[ends.states]
+        if ends is not None:
+            finals[ends.segments] = states[ends.states]
     return out, finals
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from vlmkernels.backend import choose, load, resolve
-from vlmkernels.ops.checks import require_heads
+from vlmkernels.ops.checks import dtype_name, require_heads, require_tensor
 from vlmkernels.ops.tree_attention import flash4
 from vlmkernels.ops.tree_attention.layout import TreeLayout
 
@@ -45,13 +45,12 @@ def tree_attention(
         layout: the segments and their parents, see ``TreeLayout``.
         window: sliding window. A token does not see tokens of its path that are ``window`` or more tokens before it; >= 1.
             Default: no window.
-        scale: multiplies the scores. Default 1 / sqrt(D).
+        scale: multiplies the scores; > 0. Default 1 / sqrt(D).
         backend: one of
 
             - "flash" (CUDA, bf16 and fp16): flash attention over all segments and, for each level of the trees, from
               descendants to their ancestor, merged by their log-sum-exp. With a window that is shorter than a path, each
-              segment attends to itself and a copy of the keys of its ancestors within the window, and the layout must not have
-              bidirectional spans.
+              segment attends to itself and a copy of up to ``window`` - 1 keys of its ancestors.
             - "flash4" (compute capability 9.0, bf16 and fp16, head dimensions of 64, 96, 128 and 256): the same with
               FlashAttention-4, the package flash-attn-4, without windows that are shorter than a path.
             - "parts" (CPU): the same as "flash" with torch's flash attention for the CPU, with windows and bidirectional spans.
@@ -64,17 +63,30 @@ def tree_attention(
         merged output and log-sum-exp.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device is wrong, ``window`` is less than 1, or ``backend`` is unknown.
+        ValueError, TypeError: a shape, dtype or device is wrong, ``window`` is less than 1, ``scale`` is not positive, or
+            ``backend`` is unknown.
         NotImplementedError: no backend, or not the named one, supports these tensors.
 
     Source: merging by the log-sum-exp, https://arxiv.org/abs/2402.05099.
     """
+    if not isinstance(layout, TreeLayout):
+        raise TypeError(f"layout must be a TreeLayout, got {type(layout).__name__}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        require_tensor(name, tensor)
+    if not query.is_floating_point():
+        raise TypeError(f"query must be floating point, got {dtype_name(query.dtype)}")
     num = query.shape[:1].numel()
     if num != layout.num_tokens:
         raise ValueError(f"query must hold the {layout.num_tokens} tokens of layout, got {num}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be None or >= 1, got {window}")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be None or an integer >= 1, got {window}")
     require_heads(query, key, value)
+    if value.shape[-1] != query.shape[-1] or key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key and value must have the width {query.shape[-1]} of query, got {key.shape[-1]}, {value.shape[-1]}"
+        )
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be > 0, got {scale}")
     if window is not None and window >= layout.longest_path:
         window = None  # it hides nothing
     attention = load("tree_attention", chosen_backend(query, layout, window, backend))

@@ -3,13 +3,15 @@
 The backend "flash" uses the kernels of torch (FlashAttention-2); flash4.py uses those of FlashAttention-4 in the same calls.
 
 Every call is one for packed sequences with cumulative lengths. The first computes the causal attention of all segments to
-themselves, and one per level of the trees the attention of all tokens that follow a piece of that level (pieces.py) to the
-piece. For a group, this is one call of its completions with its prefix. The tokens that follow one piece are a slice of the
-pack and are not copied; those that follow several are concatenated for the call. With bidirectional spans, the first call runs
-over the other pieces, and another, without causality, over the spans.
+themselves, and one per level of the trees the attention of all tokens that follow a segment of that level to the segment. For a
+group, this is one call of its completions with its prefix. Tokens that follow one segment are a slice of the pack and are not
+copied; those that follow several are concatenated for the call.
 
-If a sliding window is shorter than a path, there is one call instead: each segment is a sequence whose keys are a copy of the
-tokens of its path within the window, and its own.
+If a sliding window is shorter than a path, these calls are one: each segment is a sequence whose keys are a copy of the tokens
+of its path within the window, and its own.
+
+With bidirectional blocks, a last call computes the attention of their tokens to the later ones of their block: in reverse
+order, the queries before the last token and the keys after the first are causal.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,15 +24,13 @@ import torch
 from vlmkernels.backend import installed
 from vlmkernels.ops.checks import unless_half_on_cuda
 from vlmkernels.ops.tree_attention.layout import TreeLayout
-from vlmkernels.ops.tree_attention.pieces import linked_pieces, pieces
 
 Range = tuple[int, int]  # (start, stop) in tokens of the pack
+Tokens = tuple[Range, ...] | torch.Tensor  # ranges, or (n,) int64 indices
 
 
 def unsupported(query: torch.Tensor, layout: TreeLayout | None = None, window: int | None = None) -> str | None:
     width = query.shape[-1]
-    if window is not None and layout is not None and layout.bidirectional:
-        return f"supports windows without bidirectional spans, got a window of {window} and {len(layout.bidirectional)} spans"
     if reason := unless_half_on_cuda(query):
         return reason
     if width % 8 or width > 256:
@@ -61,52 +61,54 @@ class _Call(NamedTuple):
     """One call for packed sequences.
 
     Attributes:
-        queries, keys: the tokens, as ranges of the pack or, for copies, as (n,) int64 indices.
-        rows: (n,) int32, the tokens of the queries; None if the call is the first with these tokens, so that nothing is merged.
+        rows: (n,) int32, the tokens of the queries, if they are not one range.
+        merges: whether the results are merged into those of earlier calls. The first call has all tokens as queries.
     """
 
-    queries: tuple[Range, ...]
-    keys: tuple[Range, ...] | torch.Tensor
+    queries: Tokens
+    keys: Tokens
     query_sequences: Sequences
     key_sequences: Sequences
     is_causal: bool
+    window: int | None
     rows: torch.Tensor | None
+    merges: bool
 
 
 class _Draft(NamedTuple):
-    """A call before its arguments are copied to the device. Sequence i has the query range i and the key ranges i."""
+    """A call before its arguments are copied to the device: the tokens of each sequence, as ranges or as indices."""
 
-    queries: list[Range]
-    keys: list[list[Range]]
+    queries: list[list[Range] | torch.Tensor]
+    keys: list[list[Range] | torch.Tensor]
     is_causal: bool
-    is_first: bool
+    window: int | None = None
 
 
 def _drafts(layout: TreeLayout, window: int | None) -> list[_Draft]:
+    blocks, layout = layout.blocks, layout.condensed
+    segments = [s for s, length in enumerate(layout.lengths) if length]
+    stops = {s: layout.starts[s] + layout.lengths[s] for s in segments}
+    own = [[(layout.starts[s], stops[s])] for s in segments]
     if window is not None:
-        segments = [s for s, length in enumerate(layout.lengths) if length]
-        own = [(layout.starts[s], layout.starts[s] + layout.lengths[s]) for s in segments]
-        return [_Draft(own, [[*_tail(layout, s, window - 1), x] for s, x in zip(segments, own, strict=True)], True, True)]
-    drafts = []
-    all_pieces = pieces(layout)
-    for is_span in (False, True):
-        if own := [(piece.start, piece.stop) for piece in all_pieces if piece.is_span is is_span]:
-            drafts.append(_Draft(own, [[x] for x in own], not is_span, True))
-    followed = [piece for piece in all_pieces if piece.end > piece.stop]
-    for level in sorted({piece.level for piece in followed}):
-        chosen = [piece for piece in followed if piece.level == level]
-        queries = [(piece.stop, piece.end) for piece in chosen]
-        drafts.append(_Draft(queries, [[(piece.start, piece.stop)] for piece in chosen], False, False))
-    if linked := linked_pieces(layout):
-        queries = [(span.start, span.stop) for span, _ in linked]
-        drafts.append(_Draft(queries, [[(x.start, x.stop) for x in later] for _, later in linked], False, False))
+        keys = [[*_tail(layout, s, window - 1), *x] for s, x in zip(segments, own, strict=True)]
+        drafts = [_Draft(own, keys, True, window)]
+    else:
+        drafts = [_Draft(own, own, True)]
+        followed = [s for s in segments if layout.ends[s] > stops[s]]
+        for level in sorted({layout.depths[s] for s in followed}):
+            chosen = [s for s in followed if layout.depths[s] == level]
+            queries = [[(stops[s], layout.ends[s])] for s in chosen]
+            drafts.append(_Draft(queries, [[(layout.starts[s], stops[s])] for s in chosen], False))
+    reverse = [torch.cat([torch.arange(*span) for span in spans]).flip(0) for spans in blocks]
+    if reverse := [tokens for tokens in reverse if len(tokens) > 1]:
+        drafts.append(_Draft([x[1:] for x in reverse], [x[:-1] for x in reverse], True))
     return drafts
 
 
 def _tail(layout: TreeLayout, segment: int, count: int) -> list[Range]:
     """Return the last ``count`` tokens, or fewer, of the path before a segment."""
     ranges: list[Range] = []
-    for ancestor in reversed(layout.path(segment)[:-1]):
+    for ancestor in layout.path(segment)[-2::-1]:
         stop = layout.starts[ancestor] + layout.lengths[ancestor]
         start = max(layout.starts[ancestor], stop - count)
         count -= stop - start
@@ -115,33 +117,41 @@ def _tail(layout: TreeLayout, segment: int, count: int) -> list[Range]:
     return ranges
 
 
-def _indices(ranges: Sequence[Range]) -> torch.Tensor:
-    return torch.cat([torch.arange(0), *(torch.arange(*x) for x in ranges)])
+def _indices(tokens: list[Range] | torch.Tensor) -> torch.Tensor:
+    return tokens if isinstance(tokens, torch.Tensor) else torch.cat([torch.arange(*x) for x in tokens])
 
 
 @lru_cache(maxsize=16)  # all layers of a pass have the same layouts
 def _plan(layout: TreeLayout, window: int | None, device: torch.device) -> tuple[_Call, ...]:
     """Build the calls on the host and copy their arguments, as one tensor, without waiting for the device."""
-    drafts, parts = _drafts(layout, window), []
+    drafts, lengths = _drafts(layout, window), []
+    parts, contiguous = [], []
+    nothing = torch.arange(0)
     for draft in drafts:
-        lengths = [[b - a for a, b in draft.queries], [sum(b - a for a, b in ranges) for ranges in draft.keys]]
-        parts += [torch.tensor(list(accumulate(x, initial=0))) for x in lengths]
-        parts.append(torch.arange(0) if draft.is_first else _indices(draft.queries))
-        copied = any(len(ranges) > 1 for ranges in draft.keys)
-        parts.append(_indices([x for ranges in draft.keys for x in ranges]) if copied else torch.arange(0))
-    placed = iter(_upload(parts, device))
+        for sequences in (draft.queries, draft.keys):
+            sizes = [len(x) if isinstance(x, torch.Tensor) else sum(b - a for a, b in x) for x in sequences]
+            lengths.append(max(sizes))
+            is_ranges = all(not isinstance(x, torch.Tensor) and len(x) == 1 for x in sequences)
+            contiguous.append(_joined([x[0] for x in sequences]) if is_ranges else None)
+            parts.append(torch.tensor(list(accumulate(sizes, initial=0))))
+            # The rows of merged queries are needed if there are several ranges, indices of other tokens always.
+            is_one = is_ranges and (sequences is draft.keys or len(contiguous[-1]) == 1)
+            parts.append(nothing if is_one else torch.cat([_indices(x) for x in sequences]))
+    placed = _upload(parts, device)
     calls = []
-    for draft in drafts:
-        query_bounds, key_bounds, rows, indices = (next(placed) for _ in range(4))
-        flat = tuple(x for ranges in draft.keys for x in ranges)
+    for number, draft in enumerate(drafts):
+        query_bounds, rows, key_bounds, key_indices = placed[4 * number : 4 * number + 4]
+        queries, keys = contiguous[2 * number : 2 * number + 2]
         calls.append(
             _Call(
-                _joined(draft.queries),
-                indices.long() if len(indices) else _joined(flat),
-                Sequences(query_bounds, max(b - a for a, b in draft.queries)),
-                Sequences(key_bounds, max(sum(b - a for a, b in ranges) for ranges in draft.keys)),
+                rows.long() if queries is None else queries,
+                key_indices.long() if keys is None else keys,
+                Sequences(query_bounds, lengths[2 * number]),
+                Sequences(key_bounds, lengths[2 * number + 1]),
                 draft.is_causal,
-                None if draft.is_first else rows,
+                draft.window,
+                rows if len(rows) else None,
+                number > 0,
             )
         )
     return tuple(calls)
@@ -215,7 +225,7 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _gather(x: torch.Tensor, tokens: tuple[Range, ...] | torch.Tensor, dim: int = 0) -> torch.Tensor:
+def _gather(x: torch.Tensor, tokens: Tokens, dim: int = 0) -> torch.Tensor:
     """Return the tokens of ``x``; a view if they are one range."""
     if isinstance(tokens, torch.Tensor):
         return x.index_select(dim, tokens)
@@ -225,7 +235,7 @@ def _gather(x: torch.Tensor, tokens: tuple[Range, ...] | torch.Tensor, dim: int 
     return views[0] if len(views) == 1 else torch.cat(views, dim)
 
 
-def _scatter_add_(x: torch.Tensor, tokens: tuple[Range, ...] | torch.Tensor, part: torch.Tensor) -> None:
+def _scatter_add_(x: torch.Tensor, tokens: Tokens, part: torch.Tensor) -> None:
     """Add ``part`` to the tokens of ``x``."""
     if isinstance(tokens, torch.Tensor):
         x.index_add_(0, tokens, part)
@@ -241,25 +251,19 @@ class _Flash(torch.autograd.Function):
 
         plan = _plan(layout, window, query.device)
         query, key, value = aligned(query.contiguous()), aligned(key), aligned(value)
-        # Of several merges only the last may round.
-        dtype = torch.float32 if sum(call.rows is not None for call in plan) > 1 else query.dtype
-        out = lse = None
         for call in plan:
             q = _gather(query, call.queries)
             k, v = (_gather(x, call.keys) for x in (key, value))
-            part, part_lse = kernels.forward(q, k, v, *call[2:4], call.is_causal, window, scale)
-            if call.rows is not None:
+            part, part_lse = kernels.forward(q, k, v, *call[2:6], scale)
+            if not call.merges:
+                # Of several merges only the last may round.
+                out, lse = part.to(torch.float32) if len(plan) > 2 else part, part_lse
+            elif call.rows is not None:
                 merge_(out, lse, part, part_lse, call.rows)
-            elif call.queries == ((0, len(query)),):
-                out, lse = part.to(dtype), part_lse
             else:
-                if out is None:
-                    out = torch.empty_like(query, dtype=dtype)
-                    lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
-                _assign_(out, call.queries, part, 0)
-                _assign_(lse, call.queries, part_lse, 1)
+                merge_(_gather(out, call.queries), _gather(lse, call.queries, 1), part, part_lse)
         out = out.to(query.dtype)
-        ctx.plan, ctx.window, ctx.scale, ctx.kernels = plan, window, scale, kernels
+        ctx.plan, ctx.scale, ctx.kernels = plan, scale, kernels
         ctx.save_for_backward(query, key, value, out, lse)
         return out
 
@@ -274,22 +278,17 @@ class _Flash(torch.autograd.Function):
             inputs = [_gather(x, place) for x, place in zip((query, key, value), places, strict=True)]
             upstream, result = (_gather(x, call.queries) for x in (dout, out))
             part_lse = _gather(lse, call.queries, 1).contiguous()
-            arguments = (*call[2:4], call.is_causal, ctx.window, ctx.scale)
-            parts = ctx.kernels.backward(upstream, *inputs, result, part_lse, *arguments)
-            if gradients is None:
-                if call.queries == call.keys == ((0, len(out)),):  # the whole pack
-                    gradients = list(parts)
+            parts = ctx.kernels.backward(upstream, *inputs, result, part_lse, *call[2:6], ctx.scale)
+            if gradients is None:  # sums of more than two parts are rounded once
+                dtype = torch.float32 if len(ctx.plan) > 2 else query.dtype
+                if isinstance(call.keys, tuple):  # the whole pack
+                    gradients = [part.to(dtype) for part in parts]
                     continue
-                gradients = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+                inputs = query, key, value
+                gradients = [torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format) for x in inputs]
             for total, place, part in zip(gradients, places, parts, strict=True):
-                _scatter_add_(total, place, part)
-        return *gradients, None, None, None, None
-
-
-def _assign_(x: torch.Tensor, ranges: tuple[Range, ...], part: torch.Tensor, dim: int) -> None:
-    views = [x.narrow(dim, start, stop - start) for start, stop in ranges]
-    for view, values in zip(views, part.split([view.shape[dim] for view in views], dim), strict=True):
-        view.copy_(values)
+                _scatter_add_(total, place, part.to(dtype))
+        return *(x.to(query.dtype) for x in gradients), None, None, None, None
 
 
 def attend(query, key, value, layout, window, scale, kernels: Kernels):

@@ -3,16 +3,19 @@
 https://pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from vlmkernels.ops.tree_attention.layout import TreeLayout
-from vlmkernels.ops.tree_attention.pieces import linked_pieces, pieces
 
 BLOCK = 128
 PARTIAL, FULL = 1, 2
+Range = tuple[int, int]  # (start, stop) in tokens of the pack
 
 
 def unsupported(query: torch.Tensor, layout: TreeLayout | None = None, window: int | None = None) -> str | None:
@@ -32,48 +35,50 @@ def _compiled():
 def _block_kinds(layout: TreeLayout, window: int | None) -> torch.Tensor:
     """Return (blocks, blocks) int8 on the CPU: whether a block of queries sees a block of keys.
 
-    FULL: every query sees every key; 0: no query sees any key; PARTIAL: otherwise. It is computed from the pieces of the tree,
-    without the (N, N) mask.
+    FULL: every query sees every key; 0: no query sees any key; PARTIAL: otherwise. It is computed from the lengths, without the
+    (N, N) mask.
     """
+    spans_of = {span: spans for spans in layout.blocks for span in spans}
+    bounds = sorted({token for span in layout.bidirectional for token in span})
+    layout = layout.condensed
     num = layout.num_tokens
     blocks = -(-num // BLOCK)
     seen, full = torch.zeros(blocks, blocks, dtype=torch.bool), torch.ones(blocks, blocks, dtype=torch.bool)
     full[num // BLOCK :] = False  # the last block, if it is incomplete
 
-    def visible(segment: int, row: int, stop: int, ahead: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The keys before ``stop`` that token ``row`` of ``segment`` sees, and those ``ahead``, as joined ranges."""
+    def visible(segment: int, row: int, spans: Sequence[Range]) -> list[Range]:
+        """The keys that token ``row`` of ``segment``, in a block of ``spans``, sees, as joined ranges in ascending order."""
         room = num if window is None else window - 1  # keys before the token itself
-        ranges = [*ahead, (max(layout.starts[segment], row - room), stop)]
+        ranges = [(max(start, row + 1), stop) for start, stop in spans]
+        ranges.append((max(layout.starts[segment], row - room), row + 1))
         room -= row - layout.starts[segment]
         for ancestor in layout.path(segment)[-2::-1]:
             end = layout.starts[ancestor] + layout.lengths[ancestor]
             ranges.append((max(layout.starts[ancestor], end - max(room, 0)), end))
             room -= layout.lengths[ancestor]
-        joined: list[tuple[int, int]] = []
-        for start, end in sorted(ranges):
-            if joined and joined[-1][1] == start:
-                start = joined.pop()[0]
-            if start < end:
-                joined.append((start, end))
+        joined: list[Range] = []
+        for start, end in sorted(x for x in ranges if x[0] < x[1]):
+            joined.append((joined.pop()[0] if joined and joined[-1][1] == start else start, end))
         return joined
 
-    linked = {span: [(x.start, x.stop) for x in later] for span, later in linked_pieces(layout)}
-    for piece in pieces(layout):
-        ahead = linked.get(piece, [])
-        # Split the piece at the ends of blocks. The first row of each part sees the furthest back, the last the furthest ahead.
-        for low in (piece.start, *range(piece.start - piece.start % BLOCK + BLOCK, piece.stop, BLOCK)):
-            row, high = low // BLOCK, min(piece.stop, low - low % BLOCK + BLOCK)
+    for segment, (begin, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        end = begin + length
+        cuts = {begin, end, *range(begin - begin % BLOCK + BLOCK, end, BLOCK)} if length else set()
+        cuts.update(bounds[bisect_left(bounds, begin) : bisect_left(bounds, end)])
+        for low, high in pairwise(sorted(cuts)):
+            # All queries of the range see what its first and its last query see.
+            spans = next((spans_of[span] for span in layout.bidirectional if span[0] <= low < span[1]), ())
+            first, last = visible(segment, low, spans), visible(segment, high - 1, spans)
+            for start, stop in (*first, *last, (low, high)):
+                seen[low // BLOCK, start // BLOCK : -(-stop // BLOCK)] = True
             whole = torch.zeros(blocks, dtype=torch.bool)
-            for start, stop in visible(piece.segment, low, piece.stop if piece.is_span else high, ahead):
-                seen[row, start // BLOCK : -(-stop // BLOCK)] = True
-            by_first = visible(piece.segment, low, piece.stop if piece.is_span else low + 1, ahead)
-            for start, stop in _intersection(by_first, visible(piece.segment, high - 1, piece.stop, ahead)):
+            for start, stop in _intersection(first, last):
                 whole[-(-start // BLOCK) : max(stop // BLOCK, -(-start // BLOCK))] = True
-            full[row] &= whole
+            full[low // BLOCK] &= whole
     return seen.to(torch.int8) * PARTIAL + (seen & full)
 
 
-def _intersection(ranges: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _intersection(ranges: list[Range], others: list[Range]) -> list[Range]:
     both = ((max(a, c), min(b, d)) for a, b in ranges for c, d in others)
     return [(start, stop) for start, stop in both if start < stop]
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from operator import index
 
 import torch
 
@@ -25,6 +26,7 @@ class TreeLayout:
     Raises:
         ValueError: a length is negative, the parents are not those of trees in depth-first order, or a span is not within
             a segment.
+        TypeError: a number is no integer.
     """
 
     lengths: tuple[int, ...]
@@ -34,8 +36,8 @@ class TreeLayout:
 
     def __post_init__(self) -> None:
         for name in ("lengths", "parents"):
-            object.__setattr__(self, name, tuple(map(int, getattr(self, name))))
-        object.__setattr__(self, "bidirectional", tuple((int(a), int(b)) for a, b in self.bidirectional))
+            object.__setattr__(self, name, tuple(map(index, getattr(self, name))))
+        object.__setattr__(self, "bidirectional", tuple((index(a), index(b)) for a, b in self.bidirectional))
         if len(self.parents) != len(self.lengths):
             raise ValueError(f"parents must be one per segment, {len(self.lengths)}, got {len(self.parents)}")
         for segment, length in enumerate(self.lengths):
@@ -137,9 +139,10 @@ class TreeLayout:
         """
         position = torch.arange(self.num_tokens)
         position += self.per_token([o - s for o, s in zip(self.offsets, self.starts, strict=True)])
-        block, segments = torch.full_like(position, -1), self.per_token(range(len(self.lengths)))
-        for number, (start, stop) in enumerate(self.bidirectional):
-            block[start:stop] = segments[start] if self.linked else number
+        block = torch.full_like(position, -1)
+        for number, spans in enumerate(self.blocks):
+            for start, stop in spans:
+                block[start:stop] = number
         return torch.stack([self.per_token(self.ends), block, position]).to(torch.int32)
 
     def mask(self, window: int | None = None) -> torch.Tensor:
@@ -161,9 +164,44 @@ class TreeLayout:
         for length, offset in zip(self.lengths, self.offsets, strict=True):
             short = min(max(limit - offset, 0), length)  # the first tokens, which see their whole path
             pairs += short * offset + short * (short + 1) // 2 + (length - short) * limit
-        block = self.tokens[1]
-        sizes: list[int] = block[block >= 0].unique(return_counts=True)[1].tolist()
+        sizes = [sum(stop - start for start, stop in spans) for spans in self.blocks]
         return pairs + sum(size * (size - 1) // 2 for size in sizes)
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """The tokens that attend to each other in both directions, as (start, stop) of the spans of each block."""
+        owners = self.per_token(range(len(self.lengths))).tolist() if self.linked else []
+        blocks: dict[int, list[tuple[int, int]]] = {}
+        for number, (start, stop) in enumerate(self.bidirectional):
+            blocks.setdefault(owners[start] if self.linked else number, []).append((start, stop))
+        return tuple(map(tuple, blocks.values()))
+
+    @cached_property
+    def condensed(self) -> "TreeLayout":
+        """A layout with the same mask, in which empty segments are left out and only children are joined to their parents.
+
+        A layout with linked spans stays as it is, because spans are linked by segments.
+        """
+        if self.linked:
+            return self
+        children = [0] * len(self.parents)  # those with tokens in their subtree
+        for segment, parent in enumerate(self.parents):
+            if parent >= 0:
+                children[parent] += self.ends[segment] > self.starts[segment]
+        lengths: list[int] = []
+        parents: list[int] = []
+        place = {-1: -1}  # where the tokens of a segment are, or for an empty one those before it
+        ends_place = {-1: False}  # whether the place ends with the tokens of the segment
+        for segment, (length, parent) in enumerate(zip(self.lengths, self.parents, strict=True)):
+            place[segment], ends_place[segment] = place[parent], False
+            if ends_place[parent] and children[parent] == 1 and self.ends[segment] > self.starts[segment]:
+                lengths[place[segment]] += length
+                ends_place[segment] = True
+            elif length:
+                place[segment], ends_place[segment] = len(lengths), True
+                lengths.append(length)
+                parents.append(place[parent])
+        return TreeLayout(tuple(lengths), tuple(parents), self.bidirectional)
 
     def causal(self) -> "TreeLayout":
         """Return the layout without bidirectional spans."""
@@ -171,7 +209,7 @@ class TreeLayout:
 
     @cached_property
     def _causal(self) -> "TreeLayout":
-        return replace(self, bidirectional=())
+        return replace(self, bidirectional=(), linked=False)
 
 
 def _check_depth_first(parents: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ def merge_kernel(
     part_stride_h,
     part_lse_stride_h,
     D: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -32,7 +33,9 @@ def merge_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     valid = n < num_rows
     mask = valid[:, None] & (d < D)
-    row = tl.load(rows_ptr + n, mask=valid, other=0).to(tl.int64)
+    row = n.to(tl.int64)
+    if HAS_ROWS:
+        row = tl.load(rows_ptr + n, mask=valid, other=0).to(tl.int64)
     to_lse_ptr = lse_ptr + h * lse_stride_h + row
     lse = tl.load(to_lse_ptr, mask=valid, other=0).to(tl.float32)
     part_lse = tl.load(part_lse_ptr + h * part_lse_stride_h + n, mask=valid, other=0).to(tl.float32)
@@ -49,7 +52,9 @@ def merge_kernel(
     tl.store(to_lse_ptr, (largest + tl.log(total)).to(lse_ptr.dtype.element_ty), mask=valid)
 
 
-def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, rows: torch.Tensor) -> None:
+def merge_(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, rows: torch.Tensor | None = None
+) -> None:
     """Merge a part of an attention into ``rows`` of its output and log-sum-exp, in place.
 
     Equivalent to::
@@ -64,7 +69,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
         lse: (H, N).
         part: (R, H, D).
         part_lse: (H, R).
-        rows: (R,) integers without repeats.
+        rows: (R,) integers without repeats. Default: all rows, then R = N.
     """
     num_rows, heads, width = part.shape
     with torch.cuda.device_of(out):
@@ -80,6 +85,7 @@ def merge_(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: t
             *part.stride()[:2],
             part_lse.stride(0),
             D=width,
+            HAS_ROWS=rows is not None,
             BLOCK_N=BLOCK_N,
             BLOCK_D=triton.next_power_of_2(width),
             num_warps=NUM_WARPS,
