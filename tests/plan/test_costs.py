@@ -23,6 +23,7 @@ from vlmkernels.ops.tree_attention import TreeLayout
 from vlmkernels.plan import ModelShape, plan
 from vlmkernels.plan.costs import StepCosts
 from vlmkernels.plan.layers import kind_of, saved_bytes
+from vlmkernels.plan.mixers import Span
 from vlmkernels.plan.workload import StepTokens
 from vlmkernels.rollout.base import Rollout
 
@@ -93,12 +94,12 @@ def test_operations_equal_those_that_torch_counts(name):
     model.set_attn_implementation("eager")  # computes every pair, and does not recompute in the backward pass
     with FlopCounterMode(display=False) as forward:
         hidden = model.model(**batch.inputs).last_hidden_state
-    decoder = costs.decoder(2 * length, 2 * length**2, 1)
+    decoder = every_pair(costs.decoder([Span(2, 0, length)], 1))
     tower = costs.tower(t.patches, t.image_tokens, t.vision_pairs, 1)
     assert forward.get_total_flops() - rotary(forward) == pytest.approx(sum(w.gemm + w.attention for w in (decoder, tower)))
     with FlopCounterMode(display=False) as back:
         hidden.sum().backward()
-    decoder = costs.decoder(2 * length, 2 * length**2, 1, backward=True)
+    decoder = every_pair(costs.decoder([Span(2, 0, length)], 1, backward=True))
     tower = costs.tower(t.patches, t.image_tokens, t.vision_pairs, 1, backward=True)
     pixels = next(p for n, p in model.named_parameters() if "patch_embed.proj.weight" in n).numel() * t.patches * 2
     expected = (
@@ -115,6 +116,11 @@ def test_operations_equal_those_that_torch_counts(name):
     assert head.get_total_flops() + back.get_total_flops() == costs.scores(loss=True).gemm
 
 
+def every_pair(cost):
+    """Return the cost of attention that also computes the pairs which a causal mask removes."""
+    return replace(cost, attention=2 * cost.attention)
+
+
 def rotary(counter) -> int:
     """Return the operations of the outer products that make angles of positions, which the planner neglects."""
     return sum(
@@ -126,7 +132,8 @@ def test_lora_takes_half_of_the_backward_products():
     shape = ModelShape.from_config(tiny.vlm().config)
     full, lora = (StepCosts(shape, replace(SMALL, lora_r=r), CPU) for r in (0, 4))
     of_adapters = 4 * lora.adapters * 100
-    assert lora.decoder(100, 0, 1, backward=True).gemm - of_adapters == full.decoder(100, 0, 1, backward=True).gemm / 2
+    tokens = [Span(1, 0, 100)]
+    assert lora.decoder(tokens, 1, backward=True).gemm - of_adapters == full.decoder(tokens, 1, backward=True).gemm / 2
     assert (lora.scores(loss=True).gemm, full.scores(loss=True).gemm) == (
         4 * lora.scored * shape.head,
         6 * full.scored * shape.head,

@@ -27,7 +27,7 @@ def test_every_family_is_read_from_its_configuration(name):
     shape = ModelShape.from_config(case.model.config)
     assert shape.params == sum(p.numel() for p in case.model.parameters())
     assert shape.decoder.layers == case.model.config.get_text_config().num_hidden_layers
-    shared = replace(SMALL, images=int(shape.vision is not None), share_prefix=shape.unshared is None)
+    shared = replace(SMALL, images=int(shape.vision is not None), image_tokens=4, share_prefix=shape.unshared is None)
     assert 0 < plan(shape, shared, CPU).seconds < math.inf
 
 

@@ -3,6 +3,7 @@
 | module | purpose |
 | --- | --- |
 | ``shape`` | the sizes of a model, read from its configuration |
+| ``mixers`` | attention, windows and recurrences of the layers of a decoder, and pairs of tokens |
 | ``workload`` | the configuration of a step, and its numbers of tokens |
 | ``machine``, ``calibration`` | the rates of a device, from data sheets or measured on this CPU |
 | ``layers`` | bytes per token of a transformer layer |

@@ -2,15 +2,18 @@
 
 A decoder with W weights in its linear layers takes 2 W operations per token in a forward pass and 4 W in a backward pass (2 W
 with frozen weights). Attention takes 4 Q operations per pair of tokens that attend to each other, where Q is the number of
-heads times their width, and 10 Q in a backward pass. The head takes 2 H V operations per completion token for
+heads times their width, and 10 Q in a backward pass. The gated delta rule, with Hv states of size Dk x Dv, takes 8 Hv Dk Dv
+operations per token, and 20 Hv Dk Dv in a backward pass. The head takes 2 H V operations per completion token for
 log-probabilities, and 6 H V for the loss and its gradients (4 H V if the head is frozen), with hidden size H and vocabulary
 size V.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vlmkernels.plan.layers import FP32_BYTES, kind_of
 from vlmkernels.plan.machine import Cost, Machine
+from vlmkernels.plan.mixers import Mixer, Span
 from vlmkernels.plan.shape import ModelShape
 from vlmkernels.plan.workload import PRECISIONS, StepTokens, Workload
 
@@ -32,6 +35,8 @@ class StepCosts:
         trainable: number of trainable parameters.
         scored: completion tokens on one device.
         sharded: whether parameters are sharded over the devices.
+        tree_cache: whether ``TreeCache`` stores the keys and values of sampling: those of all tokens in all attention layers,
+            even of tokens outside of a window, which it masks.
     """
 
     def __init__(self, shape: ModelShape, work: Workload, machine: Machine):
@@ -45,17 +50,21 @@ class StepCosts:
         self.trainable = self.adapters or shape.params - shape.vision_params + vision_params
         self.scored = work.completions * work.completion_tokens
         self.sharded = work.parallel == "fsdp2" and work.gpus > 1
+        self.tree_cache = work.engine == "transformers" and work.share_prefix
 
-    def decoder(self, tokens: float, pairs: float, passes: int, backward: bool = False) -> Cost:
+    def decoder(self, spans: Sequence[Span], passes: int, backward: bool = False) -> Cost:
         """Return the cost of the decoder's layers.
 
         Args:
-            tokens: number of tokens.
-            pairs: number of pairs of tokens that attend to each other.
+            spans: the tokens.
             passes: number of passes that the tokens are split into.
             backward: the cost of the backward pass instead of the forward pass.
         """
-        stack = self.shape.decoder
+        stack, tokens = self.shape.decoder, sum(span.tokens for span in spans)
+        mixed = sum(
+            m.layers * (m.query_width * sum(span.pairs(m.window) for span in spans) + m.recurrence * tokens)
+            for m in stack.mixers
+        )
         times = (4 if self.full else 2) if backward else 2
         kind = kind_of(stack, tower=False)
         traffic = (kind.backward if backward else kind.forward).elements(stack)
@@ -63,7 +72,7 @@ class StepCosts:
         return Cost(
             gemm=times * stack.linear * tokens + (4 if backward else 2) * self.adapters * tokens,
             rows=tokens / passes,
-            attention=(10 if backward else 4) * stack.query_width * stack.layers * pairs,
+            attention=(10 if backward else 4) * mixed,
             weights=(2 if backward else 1) * self.bytes * stack.linear * passes,
             traffic=self.bytes * traffic * stack.layers * tokens + gradients,
             calls={"backward" if backward else "forward": stack.layers * passes},
@@ -106,14 +115,14 @@ class StepCosts:
     def forward(self, loss: bool = False) -> list[Cost]:
         """Return the costs of a forward pass over the batch that computes log-probabilities, or with ``loss`` the loss."""
         t = self.tokens
-        return [self.decoder(t.passed, t.pairs, t.packs), *self.images(), self.scores(loss)]
+        return [self.decoder(t.spans, t.packs), *self.images(), self.scores(loss)]
 
     def backward(self) -> list[Cost]:
         """Return the costs of the backward pass below the head, including recomputation under activation checkpointing."""
         t = self.tokens
-        costs = [self.decoder(t.passed, t.pairs, t.packs, backward=True), *self.images(backward=True)]
+        costs = [self.decoder(t.spans, t.packs, backward=True), *self.images(backward=True)]
         if self.work.checkpointing:
-            costs += [self.decoder(t.passed, t.pairs, t.packs), *self.images()]
+            costs += [self.decoder(t.spans, t.packs), *self.images()]
         if self.full:  # the gradient of the embedding is dense; if tied, it is added to the gradient of the head
             head = FP32_BYTES * self.shape.head
             costs.append(Cost(fresh=head, traffic=3 * head * self.shape.tied))
@@ -129,7 +138,7 @@ class StepCosts:
             groups, count = work.prompts / replicas, work.prompts * work.group_size / replicas
         copies = groups if work.share_prefix or work.engine != "transformers" else count
         prompt = self.tokens.prompt
-        parts = [self.decoder(copies * prompt, copies * prompt**2 / 2, 1)]
+        parts = [self.decoder([Span(copies, 0, prompt)], 1)]
         if self.tokens.patches:
             t = self.tokens
             share = copies * work.images / (t.patches / self.vision.patches(work.width, work.height))
@@ -140,23 +149,36 @@ class StepCosts:
         split = ("gemm", "attention", "weights", "traffic")
         return [replace(part, **{name: getattr(part, name) / ways for name in split}) for part in parts]
 
+    def kv_bytes(self, mixer: Mixer, tokens: float, sequences: float) -> float:
+        """Return the bytes of the keys and values in a layer that are stored for ``tokens`` in ``sequences``."""
+        latent = 0 if self.tree_cache else mixer.latent
+        return self.bytes * (latent or 2 * mixer.kv_width) * self._in_window(mixer, tokens, sequences)
+
+    def _in_window(self, mixer: Mixer, tokens: float, sequences: float) -> float:
+        return tokens if mixer.window is None or self.tree_cache else min(tokens, sequences * mixer.window)
+
     def _decoding(self, copies: float, count: float) -> Cost:
         """Return the cost of decoding ``count`` completions, with the keys and values of ``copies`` prompts."""
         work, stack, shape = self.work, self.shape.decoder, self.shape
         prompt, length = self.tokens.prompt, work.completion_tokens
         steps, held = length - 1, prompt + length / 2
         in_process = work.engine == "transformers"
-        keys = 2 * self.bytes * stack.kv_width * stack.layers * (copies * prompt + count * length / 2)
-        if copies == count:  # generate concatenates old and new keys at each step and repeats them for every query head
-            keys *= 3 + 2 * stack.heads / stack.kv_heads
-        scores = 8 * FP32_BYTES * stack.heads * stack.layers * count * held if in_process else 0
+        keys = scores = states = mixed = 0.0
+        for m in stack.mixers:
+            seen = self._in_window(m, count * held, count)
+            # generate concatenates old and new keys at each step and repeats them for every query head
+            repeats = 3 + 2 * m.heads / m.kv_heads if copies == count and m.heads else 1
+            keys += self.kv_bytes(m, copies * prompt + count * length / 2, count) * m.layers * repeats
+            scores += 8 * FP32_BYTES * m.heads * m.layers * seen if in_process else 0
+            states += 2 * FP32_BYTES * m.state * m.layers * count
+            mixed += m.layers * (m.query_width * seen + m.recurrence * count)
         layers = self.bytes * kind_of(stack, tower=False).forward.elements(stack) * stack.layers * count
         return Cost(
             gemm=2 * (stack.linear + shape.head) * count * steps,
             rows=count,
-            attention=4 * stack.query_width * stack.layers * count * held * steps,
+            attention=4 * mixed * steps,
             weights=self.bytes * (stack.linear + shape.head) * steps,
-            traffic=(keys + scores + DRAW * count * shape.vocab + layers) * steps,
+            traffic=(keys + scores + states + DRAW * count * shape.vocab + layers) * steps,
             calls={"decode": stack.layers * steps, "step": steps} if in_process else {"engine": steps},
         )
 

@@ -79,10 +79,14 @@ def _forward(costs: StepCosts) -> dict[str, float]:
 
 def _sampling(costs: StepCosts) -> dict[str, float]:
     """Return the bytes of the items in memory at the end of sampling."""
-    work, stack = costs.work, costs.shape.decoder
+    work, mixers = costs.work, costs.shape.decoder.mixers
     copies = work.local_prompts if work.share_prefix or work.engine == "vllm" else work.completions
-    held = copies * costs.tokens.prompt + costs.scored
-    items = {"keys and values": 2.0 * costs.bytes * stack.kv_width * stack.layers * held}
+    tokens, count = copies * costs.tokens.prompt + costs.scored, work.completions
+    own = [m for m in mixers if not m.reused or costs.tree_cache]
+    items = {
+        "keys and values": sum(m.layers * costs.kv_bytes(m, tokens, count) for m in own),
+        "recurrent states": FP32_BYTES * sum(m.state * m.layers for m in mixers) * (count + copies * costs.tree_cache),
+    }
     if work.engine == "transformers":
         items["gathered layers"] = costs.bytes * costs.shape.params if costs.sharded else 0.0
     return items

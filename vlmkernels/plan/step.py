@@ -68,7 +68,7 @@ class Plan:
     """The plan of a step for one training GPU.
 
     Attributes:
-        shape, work, machine: the arguments of ``plan``.
+        shape, work, machine: the arguments of ``plan``; the shape with the workload's ``image_tokens``.
         tokens: numbers of tokens on the GPU.
         phases: phases of the step, in order.
         memory: name of an item -> its bytes at peak memory.
@@ -139,6 +139,7 @@ def plan(shape: ModelShape, work: Workload, machine: Machine) -> Plan:
         raise ValueError(f"images must be 0 for a text model, got {work.images}")
     if work.share_prefix and shape.unshared:
         raise ValueError(f"share_prefix must be false for {shape.name}: {shape.unshared}, got true")
+    shape = shape.with_image_tokens(work.image_tokens if work.images else 0)
     costs = StepCosts(shape, work, machine)
     memory, moment = peak_memory(costs)
     phases = tuple(phase.timed(machine, _wire_seconds(phase, work, machine)) for phase in _phases(costs))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from vlmkernels.ops.checks import require_one_of
+from vlmkernels.plan.mixers import Span
 from vlmkernels.plan.shape import ModelShape
 
 ENGINES = ("transformers", "vllm", "server")
@@ -21,6 +22,7 @@ class Workload:
         completion_tokens: mean number of tokens per completion.
         images: images per prompt.
         width, height: size of each image in pixels.
+        image_tokens: tokens of each image; None = computed from its size. Models whose image processor chooses tiles need it.
         gpus: number of training GPUs.
         parallel: data parallelism of the training GPUs: "ddp" or "fsdp2".
         lora_r: rank of LoRA adapters on all linear layers of the decoder; 0 trains the whole model.
@@ -49,6 +51,7 @@ class Workload:
     images: int = 1
     width: int = 896
     height: int = 896
+    image_tokens: int | None = None
     gpus: int = 1
     parallel: str = "fsdp2"
     lora_r: int = 0
@@ -85,8 +88,9 @@ class Workload:
             require_one_of(name, getattr(self, name), PRECISIONS)
         if (self.engine == "server") != (self.server_gpus > 0):
             raise ValueError(f"server_gpus must be >= 1 with engine = server, else 0, got {self.server_gpus}")
-        if self.microbatch_tokens is not None and self.microbatch_tokens < 1:
-            raise ValueError(f"microbatch_tokens must be >= 1, got {self.microbatch_tokens}")
+        for name in ("microbatch_tokens", "image_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
 
     @property
     def frozen_vision(self) -> bool:
@@ -111,11 +115,12 @@ class StepTokens:
     Attributes:
         prompt: tokens of a prompt, including its image tokens.
         passed: tokens that run through the decoder in a pass.
-        pairs: pairs of tokens that attend to each other in a pass.
+        pairs: pairs of tokens that attend to each other in a pass, in a layer without a window.
         patches: image patches that run through the vision tower in a pass.
         image_tokens: tokens that the patches are merged into.
         vision_pairs: pairs of patches that attend to each other, summed over the layers of the vision tower.
         packs: number of forward passes (micro-batches) that a pass is split into.
+        spans: the passed tokens.
     """
 
     prompt: int
@@ -125,28 +130,36 @@ class StepTokens:
     image_tokens: int
     vision_pairs: float
     packs: int
+    spans: tuple[Span, ...]
 
     @classmethod
     def from_workload(cls, shape: ModelShape, work: Workload) -> "StepTokens":
-        """Count the tokens of a workload. Raises ValueError if ``microbatch_tokens`` is too small for one completion."""
+        """Count the tokens of a workload, for a shape with its ``image_tokens``.
+
+        Raises:
+            ValueError: ``microbatch_tokens`` is too small for one completion, or the number of tokens of an image is unknown.
+        """
         vision = shape.vision if work.images else None
         per_image = vision.image_tokens(work.width, work.height) if vision else 0
         prompt, length = work.prompt_tokens + work.images * per_image, work.completion_tokens
         copies = (
             work.local_prompts if work.share_prefix else work.completions
         )  # how often a pass runs the prompts and their images
-        passed, pairs, packs = _decoder_tokens(work, prompt, length)
+        runs, packs = _prompt_runs(work, prompt, length)
+        spans = Span(runs, 0, prompt), Span(work.completions, prompt, prompt + length)
+        passed = int(sum(span.tokens for span in spans))
+        pairs = sum(span.pairs() for span in spans)
         images = copies * work.images if vision else 0
         patches = vision.patches(work.width, work.height) if vision else 0
         vision_pairs = 0.0
         if vision:
             windowed = vision.stack.layers - vision.full_layers
             vision_pairs = images * patches * (vision.full_layers * patches + windowed * min(vision.window or 0, patches))
-        return cls(prompt, passed, pairs, images * patches, images * per_image, vision_pairs, packs)
+        return cls(prompt, passed, pairs, images * patches, images * per_image, vision_pairs, packs, spans)
 
 
-def _decoder_tokens(work: Workload, prompt: int, length: int) -> tuple[int, float, int]:
-    """Return ``passed``, ``pairs`` and ``packs`` of ``StepTokens``, for prompts and completions of these lengths."""
+def _prompt_runs(work: Workload, prompt: int, length: int) -> tuple[int, int]:
+    """Return how many prompts a pass runs, and its ``packs``, for prompts and completions of these lengths."""
     prompts, count, budget = work.local_prompts, work.completions, work.microbatch_tokens
     if budget is not None and budget < prompt + length:
         raise ValueError(
@@ -154,15 +167,11 @@ def _decoder_tokens(work: Workload, prompt: int, length: int) -> tuple[int, floa
             f"got {budget}"
         )
     if not work.share_prefix:
-        row = prompt + length
-        packs = 1 if budget is None else -(-count // (budget // row))
-        return count * row, count * row**2 / 2, packs
+        return count, 1 if budget is None else -(-count // (budget // (prompt + length)))
     group = prompt + work.group_size * length
-    pairs = prompts * prompt**2 / 2 + count * (prompt * length + length**2 / 2)
     if budget is None:
-        return prompts * group, pairs, 1
+        return prompts, 1
     if group <= budget:
-        return prompts * group, pairs, -(-prompts // (budget // group))
-    # If a group is split, each part repeats the prompt.
+        return prompts, -(-prompts // (budget // group))
     packs = prompts * -(-work.group_size // ((budget - prompt) // length))
-    return packs * prompt + count * length, pairs + (packs - prompts) * prompt**2 / 2, packs
+    return packs, packs  # if a group is split, each part repeats the prompt
