@@ -1,6 +1,7 @@
 """The pages of docs/: examples run, links and commands exist, and docs/data.md is true row by row."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import re
@@ -168,10 +169,10 @@ def test_walks_of_the_architecture():
         assert name.endswith("_kernel")
 
 
-def test_plot_is_current():
-    import plot
-
-    assert plot.PLOT.read_text() == plot.svg(), "run python bench/plot.py"
+@pytest.mark.parametrize("name", ["plot", "tree_plot"])
+def test_plot_is_current(name):
+    plot = importlib.import_module(name)
+    assert plot.PLOT.read_text() == plot.svg(), f"run python bench/{name}.py"
 
 
 def test_configuration_of_rewards(monkeypatch):

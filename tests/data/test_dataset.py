@@ -63,6 +63,31 @@ def test_bad_datasets():
         check_dataset([{"prompt": "?"}, {"prompt": "?", "videos": [[tiny.image(0)]]}], "train_dataset", without)
 
 
+@pytest.mark.parametrize("name", [name for name in ("glm4v_moe", "glm46v", "molmo2") if name in tiny_families.BUILDERS])
+def test_families_with_one_kind_of_media(name):
+    case = tiny_families.case(name)
+    family, frames = family_of(case.model.config), [tiny.image(1)] * 4
+    text, video = {"prompt": "?"}, {"prompt": f"{case.video}?", "videos": [frames]}
+    image = {"prompt": f"{case.image}?", "image": tiny.image(0)}
+    check = partial(check_dataset, processor=case.processor, checks=RowChecks(family=family))
+    assert check([text, image, image], "train_dataset")[0] == {"image"}
+    assert check([text, video, video], "train_dataset")[0] == {"video"}
+    message = f"samples must have only images or only videos for {family.name}, whose batches hold one kind, got images in "
+    with pytest.raises(ValueError, match=f"{message}train_dataset: sample 2 and videos in train_dataset: sample 1"):
+        check([text, video, image, video], "train_dataset")
+    bad = {}
+    assert check([image | video | {"prompt": case.image + case.video}, text], "train_dataset", bad=bad)[0] == set()
+    assert bad == {0: f"{message}train_dataset: sample 0 and videos in train_dataset: sample 0"}
+    with pytest.raises(ValueError, match=f"{message}sample 0 and videos in sample 1"):
+        encode([read_sample(row, index) for index, row in enumerate((image, video))], case.processor, family)
+    two = {"prompt": 2 * case.video, "videos": [frames, frames]}
+    if family.max_videos is None:
+        assert check([two], "train_dataset")[0] == {"video"}
+    else:
+        with pytest.raises(ValueError, match="train_dataset: sample 0: videos must be at most 1 for molmo2, got 2"):
+            check([two], "train_dataset")
+
+
 def test_huggingface_dataset_with_images():
     data = datasets.Dataset.from_list(tiny.rows(3, "one")).cast_column("image", datasets.Image())
     check_dataset(data, "train_dataset", tiny.processor())

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from support import tiny
+from support import tiny, tiny_families
 from support.engines import FunctionEngine
 from support.training import (
     FixedGenerate,
@@ -398,6 +398,34 @@ def test_constructor_errors(tmp_path):
     model.config.model_type = "kosmos-2"
     with pytest.raises(NotImplementedError, match=r"model_type must be one of qwen2_vl, .* or a text model, got 'kosmos-2'"):
         GRPOTrainer(model, ["cer"], config(tmp_path), tiny.rows(2), processing_class=tiny.processor())
+
+
+def test_kinds_of_media_are_checked_before_the_weights_are_loaded(tmp_path):
+    case = tiny_families.case("glm4v")
+    case.model.config.save_pretrained(tmp_path / "model")  # without weights
+    rows = [{"prompt": case.image, "image": tiny.image(0)}, {"prompt": case.video, "videos": [[tiny.image(1)] * 4]}]
+    message = "samples must have only images or only videos for glm4v, .* got images in train_dataset: sample 0 and videos in"
+    with pytest.raises(ValueError, match=message):
+        GRPOTrainer(str(tmp_path / "model"), length_reward, config(tmp_path), rows, processing_class=case.processor)
+
+
+ENABLED = "(each prompt and its images run once per group)"
+REPORTS = {
+    "both": ({}, f"enabled in training and sampling {ENABLED}"),
+    "none": ({"share_prefix": False}, "disabled in training and sampling (share_prefix is False)"),
+    "training": (
+        {"generation_kwargs": {"typical_p": 0.9}},
+        f"enabled in training {ENABLED}, disabled in sampling (generation_kwargs holds typical_p)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_prefix_sharing_is_reported_once(tmp_path, capsys, caplog, name):
+    options, expected = REPORTS[name]
+    run_ours(tmp_path, tiny.rows(2), fixed=False, **options)
+    lines = [*caplog.messages, *capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if "sharing" in line] == [f"Prefix sharing: {expected}"]
 
 
 def test_works_from_a_path_with_dropout_and_resumes_lora(tmp_path):

@@ -17,8 +17,18 @@ from transformers.utils import logging
 
 from vlmkernels.data.conversations import MEDIA_KEYS, map_media_values
 from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageLimits, scheme_of
-from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, SampleError, prompt_ids, read_sample, render, tokenizer_of
+from vlmkernels.data.samples import (
+    MEDIA_COLUMNS,
+    Sample,
+    SampleError,
+    check_media,
+    prompt_ids,
+    read_sample,
+    render,
+    tokenizer_of,
+)
 from vlmkernels.data.sizes import SizeCheck
+from vlmkernels.models.families import TEXT, Family
 from vlmkernels.ops.checks import did_you_mean
 
 logger = logging.get_logger(__name__)
@@ -189,11 +199,13 @@ class RowChecks:
         columns: called once with the names of all columns; raises ValueError if one is missing.
         row: called with each row and its name for error messages; raises ValueError or TypeError for a bad row.
         num_embeddings: number of rows of the model's input embedding; None leaves the ids of prompts unchecked.
+        family: the model's family, for ``check_media``: all rows may be in one batch. The default allows everything.
     """
 
     columns: Callable[[list[str]], None] | None = None
     row: Callable[[dict, str], None] | None = None
     num_embeddings: int | None = None
+    family: Family = TEXT
 
 
 def check_dataset(
@@ -230,7 +242,7 @@ def check_dataset(
     if hasattr(dataset, "column_names") or isinstance(dataset, (list, tuple)):  # known without much work, so checked first
         _check_columns(column_names(dataset), name, checks)
     ids, sizes = _IdCheck(processor, checks.num_embeddings), SizeCheck(processor)
-    kinds: set[str] = set()
+    first: dict[str, Sample] = {}  # with an image, with a video
     columns: dict[str, None] = {}
     for index, row, sample in _read_headers(dataset, name, limits):
         columns.update(dict.fromkeys(row if isinstance(row, dict) else ()))
@@ -238,6 +250,7 @@ def check_dataset(
             if isinstance(sample, Exception):
                 raise sample
             text = render(sample, processor, **(chat_template_kwargs or {}))
+            check_media([sample], checks.family)
             sizes(sample)
             ids(sample, text)
             if checks.row is not None:
@@ -247,11 +260,12 @@ def check_dataset(
                 raise
             bad[index] = str(error)
         else:
-            kinds |= {kind for kind, media in (("image", sample.images), ("video", sample.videos)) if media}
+            first = {kind: sample for kind, media in (("image", sample.images), ("video", sample.videos)) if media} | first
     if bad and len(bad) == len(dataset):
         raise ValueError(f"{name} must hold a sample that can be used, got none: {next(iter(bad.values()))}")
+    check_media([*first.values()], checks.family)
     _check_columns(list(columns), name, checks)
-    return kinds, list(columns)
+    return {*first}, list(columns)
 
 
 def _check_columns(columns: list[str], name: str, checks: RowChecks) -> None:

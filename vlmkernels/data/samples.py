@@ -297,6 +297,26 @@ def _video_arguments(samples: list[Sample]) -> dict[str, Any]:
     return {"videos": [video for video, _ in videos], "video_metadata": metadata, "do_sample_frames": False}
 
 
+def check_media(samples: list[Sample], family: Family) -> None:
+    """Check that the model supports the images and videos of samples in one batch.
+
+    Raises:
+        SampleError: a sample has more videos than the family allows.
+        ValueError: there are both images and videos, and the family allows only one kind in a batch.
+    """
+    for sample in samples:
+        if family.max_videos is not None and len(sample.videos) > family.max_videos:
+            raise SampleError(sample, f"videos must be at most {family.max_videos} for {family.name}, got {len(sample.videos)}")
+    if family.mixes_media:
+        return
+    images, videos = (next((s for s in samples if getattr(s, kind)), None) for kind in ("images", "videos"))
+    if images is not None and videos is not None:
+        raise ValueError(
+            f"samples must have only images or only videos for {family.name}, whose batches hold one kind, got images in "
+            f"{images.name} and videos in {videos.name}"
+        )
+
+
 # Errors that name their sample already, or that no sample is responsible for.
 _NOT_OF_A_SAMPLE = (SampleError, SecurityError, ImportError, MemoryError, torch.OutOfMemoryError)
 
@@ -322,7 +342,9 @@ def encode(
 
     Raises:
         SampleError: a sample cannot be encoded.
+        ValueError: see ``check_media``.
     """
+    check_media(samples, family)
 
     def encoded(some: list[Sample]) -> ModelInputs:
         return _encode(some, processor, family, chat_template_kwargs or {}, processor_arguments)

@@ -30,7 +30,7 @@ from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
 from vlmkernels.rollout.base import Rollout, Sampling
-from vlmkernels.rollout.generate import Generate
+from vlmkernels.rollout.generate import Generate, report_prefix_sharing
 from vlmkernels.rollout.score import Size, decode_completions, opens_think, resized_sizes
 
 GRAY = 128
@@ -302,6 +302,8 @@ class Predictor:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.engine = Generate(model, self.processor, decoding.sampling())
+        if self.engine.copies_reason is not None:
+            report_prefix_sharing({"sampling": self.engine.copies_reason})
         self.is_random = decoding.temperature > 0
         batched = self.engine.shares_prefix or not self.is_random
         self.samples_per_batch = max(1, decoding.batch_size // decoding.num_generations) if batched else 1

@@ -196,16 +196,23 @@ class Rollout:
         if max_tokens is None:
             return [chosen]
         prefixes = self.prompts.inputs["attention_mask"].sum(1).tolist()
-        group, lengths = self.group[samples].tolist(), self.completion_mask[samples].sum(1).tolist()
-        if shared:
-            return [chosen[pack] for pack in cut_packs(prefixes, group, lengths, max_tokens, hidden_size)]
-        prefix, length = max(prefixes[index] for index in group), max(lengths)
-        if prefix + length > max_tokens:
+        group, lengths = self.group.tolist(), self.completion_mask.sum(1).tolist()
+        sizes = [(prefixes[index], length) for index, length in zip(group, lengths, strict=True)]
+
+        def largest(rows: list[tuple[int, int]]) -> tuple[int, int]:  # copies are padded to the longest prompt and completion
+            return max(rows, key=sum) if shared else (max(prefix for prefix, _ in rows), max(length for _, length in rows))
+
+        needed = sum(largest(sizes[samples]))
+        if needed > max_tokens:
+            prefix, length = largest(sizes)  # of the whole generation batch: other parts may need more
             raise ValueError(
                 f"max_tokens_per_microbatch must be at least {prefix + length}, a prompt of {prefix} tokens and a completion "
                 f"of {length}, got {max_tokens}"
             )
-        return list(chosen.tensor_split(-(-len(chosen) // (max_tokens // (prefix + length)))))
+        if shared:
+            packs = cut_packs(prefixes, group[samples], lengths[samples], max_tokens, hidden_size)
+            return [chosen[pack] for pack in packs]
+        return list(chosen.tensor_split(-(-len(chosen) // (max_tokens // needed))))
 
     def padded(self, samples: torch.Tensor) -> ScoringBatch:
         """Return completions as padded rows, each after its own copy of the prompt, without columns that are all padding."""

@@ -18,12 +18,35 @@ from vlmkernels.rollout.token_sampler import stops
 logger = logging.get_logger(__name__)
 
 
+def report_prefix_sharing(reasons: dict[str, str | None]) -> None:
+    """Print which stages of a run share prefixes; log it as a warning if one does not.
+
+    Args:
+        reasons: by stage, such as "training", why each completion runs after a copy of its prompt, or None if it does not.
+    """
+    stages: dict[str | None, list[str]] = {}
+    for stage, reason in reasons.items():
+        stages.setdefault(reason, []).append(stage)
+    parts = []
+    for reason, names in stages.items():
+        state, note = ("disabled", reason) if reason else ("enabled", "each prompt and its images run once per group")
+        parts.append(f"{state} in {' and '.join(names)} ({note})")
+    message = f"Prefix sharing: {', '.join(parts)}"
+    if any(reasons.values()):
+        logger.warning(message)
+    else:
+        print(message, flush=True)
+
+
 class Generate(Engine):
     """Samples with the model itself.
 
     If the model and all options support it, ``decode_groups`` runs each prompt once for all its completions. Otherwise
-    ``model.generate`` runs on a copy of the prompt per completion, and a warning says why. The model's own generation config is
-    ignored, except for its end-of-sequence tokens.
+    ``model.generate`` runs on a copy of the prompt per completion. The model's own generation config is ignored, except for its
+    end-of-sequence tokens.
+
+    Attributes:
+        copies_reason: why ``model.generate`` is used, or None.
 
     Args:
         model, processor: the model, which may have adapters, and its processor or tokenizer.
@@ -49,15 +72,13 @@ class Generate(Engine):
         self.sampling = sampling.for_model(model, processor)
         self.max_num_seqs, self.max_tokens = max_num_seqs, max_tokens
         plain = base_model(model)
-        reason = prefix_sharing_unsupported(plain) if share_prefix else "share_prefix is off"
+        reason = prefix_sharing_unsupported(plain) if share_prefix else "share_prefix is False"
         if reason is None and sampling.generation_kwargs:
             reason = f"generation_kwargs holds {', '.join(sorted(sampling.generation_kwargs))}"
-        reason = reason or sampling_override(model)
-        self.shares_prefix = self.returns_logps = reason is None
+        self.copies_reason = reason or sampling_override(model)
+        self.shares_prefix = self.returns_logps = self.copies_reason is None
         if self.shares_prefix:
             use_tree_attention(plain)
-        else:
-            logger.warning("Prefix sharing disabled in sampling, model.generate is used: %s", reason)
 
     @torch.no_grad()
     def __call__(

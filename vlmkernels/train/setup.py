@@ -32,6 +32,7 @@ from vlmkernels.models.loading import (
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.rewards import Rewards
 from vlmkernels.rollout.base import Engine
+from vlmkernels.rollout.generate import Generate, report_prefix_sharing
 from vlmkernels.rollout.make import make_engine
 from vlmkernels.train import reference
 from vlmkernels.train.config import GRPOConfig
@@ -41,14 +42,14 @@ from vlmkernels.train.saving import check_saving
 logger = logging.get_logger(__name__)
 
 
-def load_processing(model: str | PreTrainedModel, processor: Any, args: GRPOConfig) -> tuple[Any, int]:
+def load_processing(model: str | PreTrainedModel, processor: Any, args: GRPOConfig) -> tuple[Any, Family, int]:
     """Load the processor or tokenizer of a model, unless it is given, and complete ``args`` for the model.
 
     The weights are not loaded, so that the datasets are checked before.
 
     Returns:
-        The processor, with a padding token and, if one is available, a fast image processor, and the number of rows of the
-        model's input embedding.
+        The processor, with a padding token and, if one is available, a fast image processor, the family of the model and the
+        number of rows of its input embedding.
     """
     is_path = isinstance(model, str)
     config = load_config(model, args.model_init_kwargs) if is_path else model.config
@@ -60,9 +61,10 @@ def load_processing(model: str | PreTrainedModel, processor: Any, args: GRPOConf
         if tokenizer.eos_token is None:
             raise ValueError("processing_class must have a pad_token or an eos_token, got neither")
         tokenizer.pad_token = tokenizer.eos_token
-    if family_of(config) is not TEXT and args.ddp_find_unused_parameters is None:
+    family = family_of(config)
+    if family is not TEXT and args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = True  # a micro-batch without images leaves the vision tower without gradients
-    return processor, embedding_rows(config if is_path else model)
+    return processor, family, embedding_rows(config if is_path else model)
 
 
 def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, args: GRPOConfig) -> PreTrainedModel:
@@ -136,14 +138,22 @@ class CheckedDatasets:
 
 
 def check_datasets(
-    train_dataset: Any, eval_dataset: Any, processor: Any, num_embeddings: int, rewards: Rewards, args: GRPOConfig
+    data: tuple[Any, Any], processor: Any, family: Family, num_embeddings: int, rewards: Rewards, args: GRPOConfig
 ) -> CheckedDatasets:
-    """Check every row of the datasets. ``num_embeddings`` is the number of rows of the model's input embedding.
+    """Check every row of the datasets.
+
+    Args:
+        data: the training and the evaluation dataset, or None, or a dict of evaluation datasets.
+        processor, family, num_embeddings: see ``load_processing``.
+        rewards: the reward functions.
+        args: the arguments of the run.
 
     Raises:
         ValueError, TypeError: a row cannot be used and ``on_bad_sample`` is "raise", a column that a reward function needs is
-            missing, or the training dataset has too few rows for one generation batch.
+            missing, a dataset mixes images and videos that the model cannot run in one batch, or the training dataset has too
+            few rows for one generation batch.
     """
+    train_dataset, eval_dataset = data
     media: set[str] = set()
     columns: dict[str, list[str]] = {}
     unusable: dict[str, dict[int, str]] = {}
@@ -162,7 +172,7 @@ def check_datasets(
             continue
         bad = unusable[name] = {}
         skipped = bad if args.on_bad_sample == "skip" else None
-        checks = RowChecks(partial(check_columns, name=name), check_row, num_embeddings)
+        checks = RowChecks(partial(check_columns, name=name), check_row, num_embeddings, family)
         kinds, columns[name] = check_dataset(
             dataset, name, processor, args.chat_template_kwargs, checks, bad=skipped, limits=args.image_limits()
         )
@@ -193,7 +203,7 @@ class PreparedPolicy:
         head: the language-model head, perhaps with LoRA.
         logit_arguments: see ``vlmkernels.models.head.logit_arguments``.
         processor_arguments: arguments of every call of the processor; see ``use_vision_ops``.
-        shares_prefix: whether the completions of a group run after one shared copy of their prompt.
+        copies_reason: why each completion of a group runs after its own copy of the prompt, or None if they share one.
         reuses_image_features: whether images are encoded once per generation batch. Needs shared prefixes and a frozen vision
             tower.
         idle_media: by kind, a small image or video on which a rank runs its vision tower if its micro-batch has none; see
@@ -205,9 +215,14 @@ class PreparedPolicy:
     head: torch.nn.Module
     logit_arguments: dict[str, float]
     processor_arguments: dict[str, dict]
-    shares_prefix: bool
+    copies_reason: str | None
     reuses_image_features: bool
     idle_media: dict[str, dict[str, torch.Tensor]] | None = None
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the completions of a group run after one shared copy of their prompt."""
+        return self.copies_reason is None
 
 
 def prepare_policy(
@@ -225,10 +240,10 @@ def prepare_policy(
     with gathered_zero3(model):
         arguments = logit_arguments(model, head)
     processor_arguments = use_vision_ops(plain, processor)
-    shares_prefix = _choose_prefix_sharing(plain, args)
-    reuses_features = shares_prefix and family is not TEXT and feature_reuse_unsupported(plain) is None
+    copies_reason = _choose_prefix_sharing(plain, args)
+    reuses_features = copies_reason is None and family is not TEXT and feature_reuse_unsupported(plain) is None
     use_image_features(plain)  # even if this run reuses no features, because a checkpoint's generation batch may hold some
-    policy = PreparedPolicy(plain, family, head, arguments, processor_arguments, shares_prefix, reuses_features)
+    policy = PreparedPolicy(plain, family, head, arguments, processor_arguments, copies_reason, reuses_features)
     kinds = media - {"image"} if reuses_features else media
     if not requires_lockstep(accelerator) or family is TEXT or not kinds:
         return policy
@@ -239,17 +254,16 @@ def prepare_policy(
     return replace(policy, idle_media=idle_media)
 
 
-def _choose_prefix_sharing(model: PreTrainedModel, args: GRPOConfig) -> bool:
-    """Return whether completions share their prompt, and log the choice with its reason."""
+def _choose_prefix_sharing(model: PreTrainedModel, args: GRPOConfig) -> str | None:
+    """Prepare the model for packs, or return why completions run after copies of their prompt."""
     reason = prefix_sharing_unsupported(model)
     if args.share_prefix is True and reason is not None:
         raise ValueError(f"share_prefix must be 'auto' or False: {reason}, got True")
-    if args.share_prefix is False or reason is not None:
-        logger.warning("Prefix sharing disabled: %s", reason or "share_prefix is False")
-        return False
-    use_tree_attention(model)
-    logger.info("Prefix sharing enabled: each prompt and its images run once per group")
-    return True
+    if args.share_prefix is False:
+        return "share_prefix is False"
+    if reason is None:
+        use_tree_attention(model)
+    return reason
 
 
 def _idle_sample(kind: str) -> Sample:
@@ -292,15 +306,20 @@ def load_reference(
     return prepare_reference(accelerator, copied), head
 
 
-def prepare_engine(model: PreTrainedModel, processor: Any, args: GRPOConfig, accelerator: Accelerator) -> Engine:
-    """Make the engine that ``args`` select and check that it supports the rollout correction; see ``make_engine``."""
+def prepare_engine(
+    model: PreTrainedModel, processor: Any, policy: PreparedPolicy, args: GRPOConfig, accelerator: Accelerator
+) -> Engine:
+    """Make the engine that ``args`` select and check that it supports the rollout correction; see ``make_engine``.
+
+    The main process reports whether training and sampling share prefixes.
+    """
     engine = make_engine(
         model,
         processor,
         args.sampling(),
         accelerator,
         vllm=args.vllm_config(),
-        share_prefix=args.share_prefix is not False,
+        share_prefix=policy.shares_prefix,
         max_num_seqs=args.max_num_seqs,
         max_tokens=args.max_tokens_per_microbatch,
     )
@@ -309,4 +328,7 @@ def prepare_engine(model: PreTrainedModel, processor: Any, args: GRPOConfig, acc
             "rollout_correction must be None with an engine that returns no log-probabilities, such as model.generate, "
             f"got {args.rollout_correction!r}"
         )
+    if accelerator.is_main_process:
+        sampling = {"sampling": policy.copies_reason or engine.copies_reason} if isinstance(engine, Generate) else {}
+        report_prefix_sharing({"training": policy.copies_reason, **sampling})
     return engine

@@ -87,11 +87,11 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.processes = Processes(args.ddp_timeout)
         set_seed(args.seed)  # adapters start from random weights
         with self.processes.stop_together("the set-up"):
-            processor, num_embeddings = setup.load_processing(model, processing_class, args)
+            processor, family, num_embeddings = setup.load_processing(model, processing_class, args)
             self.tokenizer = tokenizer_of(processor)
             self.rewards = Rewards(reward_funcs, args.reward_weights)
             data = train_dataset, eval_dataset
-            self.datasets = setup.check_datasets(*data, processor, num_embeddings, self.rewards, args)
+            self.datasets = setup.check_datasets(data, processor, family, num_embeddings, self.rewards, args)
             self.samples = self.datasets.samples(train_dataset, "train_dataset")
             model = setup.load_policy(model, processor, peft_config, args)
         super().__init__(
@@ -104,7 +104,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.prepared = setup.prepare_policy(model, processor, args, self.accelerator, self.datasets.media)
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
-        self.engine = setup.prepare_engine(model, processor, args, self.accelerator)
+        self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
         self.loss_config = args.loss_config()
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.micro_batches = MicroBatches(self.prepared, args, self.accelerator)

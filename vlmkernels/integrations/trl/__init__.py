@@ -27,10 +27,11 @@ import trl
 from transformers.utils import logging
 
 from vlmkernels.integrations.patch import Library, Patch
-from vlmkernels.integrations.trl.generation import grouped_generate
+from vlmkernels.integrations.trl.generation import grouped_generate, sampling_unsupported
 from vlmkernels.integrations.trl.scoring import Options, Scorer
 from vlmkernels.models.head import replaced_method
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.rollout.generate import report_prefix_sharing
 
 _LIBRARY = Library("vlmkernels.integrations.trl", "trl", ("1.16.",))
 
@@ -84,6 +85,14 @@ def _original(trainer: Any, name: str) -> Callable:
     return next(_ORIGINAL[cls][name] for cls in type(trainer).__mro__ if cls in _ORIGINAL)
 
 
+def _bind(method: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a call by their names. An error names the method, as that of the call would."""
+    try:
+        return inspect.signature(method).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"{method.__qualname__}() {error}") from None
+
+
 class _Trainer:
     """The methods that replace TRL's, in our subclasses or in TRL's own classes.
 
@@ -96,7 +105,7 @@ class _Trainer:
     def _construct(self, options: Options, args: tuple, kwargs: dict) -> None:
         _check_trl()
         original = _original(self, "__init__")
-        config = inspect.signature(original).bind(self, *args, **kwargs).arguments.get("args")
+        config = _bind(original, self, *args, **kwargs).get("args")
         if config is not None:
             if config.torch_compile:
                 raise ValueError(
@@ -114,6 +123,15 @@ class _Trainer:
             self.processing_class = with_fast_images(self.processing_class)
         self._scorer = Scorer(self, options)
         self._regroups = options.regroup and self._scorer.shares_prefix
+        reasons = {"training": self._scorer.copies_reason}
+        if not self._has_other_engine():
+            unsupported = sampling_unsupported(self, self.accelerator.unwrap_model(self.model))
+            reasons["sampling"] = self._scorer.sampling_reason = self._scorer.copies_reason or unsupported
+        if self.accelerator.is_main_process:
+            report_prefix_sharing(reasons)
+
+    def _has_other_engine(self) -> bool:
+        return self.use_vllm or self.use_transformers_continuous_batching
 
     def _make_loss_config(self, args: Any) -> None:
         if isinstance(self, trl.GRPOTrainer):  # TRL computes RLOO's objective, a few operations on (B,) tensors
@@ -124,7 +142,7 @@ class _Trainer:
         if scorer is None:
             logger.warning_once("A trainer built before patch_trl() runs TRL's own code")
             return original(self, model, *args, **kwargs)
-        given = inspect.signature(original).bind(self, model, *args, **kwargs).arguments
+        given = _bind(original, self, model, *args, **kwargs)
         score = partial(scorer.logps, model, return_entropy=given.get("compute_entropy", False))
         stub = scorer.model_stub(model, given["logits_to_keep"], given.get("num_images"), score)
         return original(self, stub, *args, **kwargs)
@@ -139,17 +157,12 @@ class _Trainer:
 
     def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
         original, scorer = _original(self, _GENERATE), self._scorer
-        other_engine = self.use_vllm or self.use_transformers_continuous_batching
-        if scorer is None or not scorer.shares_prefix or other_engine:
+        if scorer is None or not scorer.shares_prefix or self._has_other_engine():
             return original(self, prompt_ids, images, *args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        unsupported = None
-        if self.is_fsdp_enabled:
-            unsupported = "under FSDP2 every rank must run the model the same number of times"
-        elif isinstance(self, trl.GRPOTrainer) and self.tools:
-            unsupported = "with tools, prompts contain completions"
         num_images = None if images is None else [len(images_of_row or ()) for images_of_row in images]
-        with replaced_method(model, "generate", grouped_generate(scorer, model, num_images, unsupported)):
+        generate = grouped_generate(scorer, model, num_images, sampling_unsupported(self, model))
+        with replaced_method(model, "generate", generate):
             return original(self, prompt_ids, images, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
@@ -193,7 +206,7 @@ class RLOOTrainer(_Subclass, trl.RLOOTrainer):
     """
 
 
-_ADDED = ("_scorer", "_regroups", "_construct", "_make_loss_config")
+_ADDED = ("_scorer", "_regroups", "_construct", "_has_other_engine", "_make_loss_config")
 
 
 def _constructor(cls: type, options: Options) -> Callable[..., None]:
@@ -219,7 +232,7 @@ def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True, re
     Args:
         share_prefix: whether each prompt and its images run once for all completions. "auto": if the model supports it; else
             log a warning. True: raise an error if the model does not support it. False: run a copy for every completion, as TRL
-            does.
+            does. Sharing replaces the attention implementation of the language model.
         fast_images: use ``FastImageProcessor`` in place of ``Qwen2VLImageProcessor``.
         regroup: sort the rows of each optimizer step by prompt before they are split into micro-batches, so that more rows
             share a prompt. TRL shuffles them. Losses, gradients and parameters stay equal to TRL's; metrics that are means over

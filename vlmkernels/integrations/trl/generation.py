@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
@@ -55,21 +56,33 @@ def _sampling(config: GenerationConfig, model_config: GenerationConfig) -> Sampl
     return Sampling(**{name: value for name, value in given.items() if name in Sampling.names()})
 
 
+def sampling_unsupported(trainer: Any, model: torch.nn.Module) -> str | None:
+    """Return why a TRL trainer cannot sample with ``decode_groups``, or None if it can. ``model`` is its policy, unwrapped."""
+    if trainer.is_fsdp_enabled:
+        return "under FSDP2 every rank must run the model the same number of times"
+    if getattr(trainer, "tools", None):
+        return "with tools, prompts contain completions"
+    if reason := sampling_override(model):
+        return reason
+    sampling = _sampling(trainer.generation_config, model.generation_config)
+    return sampling if isinstance(sampling, str) else None
+
+
 def grouped_generate(
     scorer: Scorer, model: torch.nn.Module, num_images: list[int] | None, unsupported: str | None
 ) -> Callable[..., torch.Tensor]:
     """Return a function that replaces ``model.generate`` and runs each prompt once for all its completions.
 
-    If that is not possible, it calls ``model.generate`` and logs a warning with the reason.
+    If that is not possible, it calls ``model.generate``, and logs a warning with the reason unless it is
+    ``scorer.sampling_reason``, which the trainer has reported.
 
     Args:
         scorer: the scorer of the trainer.
         model: the policy.
         num_images: the number of images of each row, or None without images.
-        unsupported: a reason to call ``model.generate`` in any case, or None.
+        unsupported: from ``sampling_unsupported``.
     """
     generate = model.generate
-    unsupported = unsupported or sampling_override(model)
 
     def decode(*, generation_config: GenerationConfig, **inputs: torch.Tensor) -> torch.Tensor:
         generation_config = _suppress(scorer.missing_tokens, generation_config, model.generation_config)
@@ -80,7 +93,8 @@ def grouped_generate(
             if not torch.equal(group, torch.arange(len(sizes)).repeat_interleave(sizes[0])):
                 sampling = "the prompts of this rank do not have the same number of completions each"
         if isinstance(sampling, str):
-            logger.warning_once(f"Prefix sharing disabled in generation: {sampling}")
+            if sampling != scorer.sampling_reason:
+                logger.warning_once(f"Prefix sharing: disabled in sampling ({sampling})")
             return generate(**inputs, generation_config=generation_config)
         decoded = decode_groups(model, prompts, int(sizes[0]), sampling, as_generate=True)
         return torch.cat([inputs["input_ids"], decoded.ids], 1)

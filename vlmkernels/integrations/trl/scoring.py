@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from vlmkernels.integrations.trl.features import FeatureCache
 from vlmkernels.models import attention
@@ -22,8 +21,6 @@ from vlmkernels.models.loading import base_model
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class MicroBatch:
         return rows[self.order.argsort()]
 
 
-def sharing_unsupported(model: PreTrainedModel, trainer: Any) -> str | None:
+def _sharing_unsupported(model: PreTrainedModel, trainer: Any) -> str | None:
     """Return why completions cannot share a prompt in ``model`` under the settings of a TRL trainer, or None if they can."""
     try:
         reason = prefix_sharing_unsupported(model)
@@ -75,9 +72,6 @@ def sharing_unsupported(model: PreTrainedModel, trainer: Any) -> str | None:
         return f"{type(model).__name__}: {error}"
     if reason is not None:
         return reason
-    chosen = model.config.get_text_config()._attn_implementation
-    if chosen not in ("sdpa", "eager", attention.NAME):
-        return f"attn_implementation must be 'sdpa', 'eager' or {attention.NAME!r}, got {chosen!r}"
     if trainer.use_transformers_continuous_batching:
         return "use_transformers_continuous_batching sets its own attention implementation"
     return None
@@ -87,7 +81,8 @@ class Scorer:
     """Scores the models of one TRL trainer.
 
     Attributes:
-        shares_prefix: whether the completions of a group share one copy of their prompt.
+        copies_reason: why each completion of a group is scored after its own copy of the prompt, or None if they share one.
+        sampling_reason: the same for sampling with transformers. Set by the trainer.
         features: the image features of the policy, if its vision tower is frozen.
         missing_tokens: ids of the model's vocabulary without a token, which are not sampled.
 
@@ -101,6 +96,7 @@ class Scorer:
     """
 
     features: FeatureCache | None = None
+    sampling_reason: str | None = None
 
     def __init__(self, trainer: Any, options: Options) -> None:
         self._unwrap = trainer.accelerator.unwrap_model
@@ -113,12 +109,10 @@ class Scorer:
         for each in models:
             number_images_per_sample(each)
         self.missing_tokens = missing_token_ids(base.config, trainer.processing_class)
-        reason = sharing_unsupported(base, trainer)
+        reason = _sharing_unsupported(base, trainer)
         if options.share_prefix is True and reason is not None:
             raise ValueError(f"share_prefix must be 'auto' or False: {reason}, got True")
-        if options.share_prefix and reason is not None:
-            logger.warning_once(f"Prefix sharing disabled: {reason}")
-        self.shares_prefix = bool(options.share_prefix) and reason is None
+        self.copies_reason = reason if options.share_prefix else "share_prefix is False"
         if self.shares_prefix:
             self._family = family_of(base.config)
             for each in models:
@@ -126,6 +120,11 @@ class Scorer:
             # FSDP2 gathers the vision tower only within a forward pass of the whole model.
             if self._family is not TEXT and feature_reuse_unsupported(base) is None and not trainer.is_fsdp_enabled:
                 self.features = FeatureCache(base)
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether the completions of a group are scored after one shared copy of their prompt."""
+        return self.copies_reason is None
 
     def logps(
         self, model: torch.nn.Module, micro: MicroBatch, return_entropy: bool
