@@ -162,7 +162,10 @@ KERNELS = [
             {"INVERSE": True, "WIDTH": 256, "PAIRS": 32, "BLOCK_P": 32, "BLOCK_R": 256},  # a quarter of each head: Qwen3.5
         )
     ),
-    ("tree_attention.merge", "merge_kernel", MERGE_PARTS, {"D": 128, "BLOCK_N": 16, "BLOCK_D": 128}, 4),
+    *(
+        ("tree_attention.merge", "merge_kernel", MERGE_PARTS, {**rows, "D": 128, "BLOCK_N": 16, "BLOCK_D": 128}, 4)
+        for rows in ({"HAS_ROWS": True}, {"HAS_ROWS": False, "rows_ptr": None})
+    ),
 ]
 
 
