@@ -6,6 +6,8 @@ import torch
 
 # Makes cuBLAS deterministic; read when its first handle is created.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# TRL and peft would report their use from a thread, whose name lookups crash if a test changes the environment at that moment.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
