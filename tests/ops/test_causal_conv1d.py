@@ -189,9 +189,10 @@ def test_does_not_wait_for_the_device(name):
     torch.cuda.set_sync_debug_mode("error")
     try:
         out, state = ours(*inputs, LAYOUTS[name])
-        torch.autograd.grad((out, state), inputs, (torch.ones_like(out), torch.ones_like(state)))
+        gradients = torch.autograd.grad((out, state), inputs, (torch.ones_like(out), torch.ones_like(state)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize(
