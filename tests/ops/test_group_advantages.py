@@ -13,6 +13,7 @@ from vlmkernels import backend as backends
 from vlmkernels import group_advantages
 from vlmkernels.ops.group_advantages import BASELINES, SCALES
 from vlmkernels.ops.group_advantages.inputs import Inputs
+from vlmkernels.ops.group_advantages.turns import turn_advantages
 
 pytestmark = pytest.mark.device
 
@@ -251,3 +252,23 @@ def test_errors_name_argument_rule_and_value(case):
     args, options, error, message = ERRORS[case]
     with pytest.raises(error, match=message):
         group_advantages(*args, **options)
+
+
+def test_turn_advantages_compare_returns_of_the_same_turn():
+    """Against the definition, for two groups of three trajectories with one to three turns, and turns without a score."""
+    nan = math.nan
+    rewards = torch.tensor(
+        [[1, 0, 2], [0, 3, nan], [5, nan, nan], [1, nan, 1], [nan, nan, nan], [2, nan, 4]], dtype=torch.float64
+    )
+    actual = turn_advantages(rewards, 3)
+    expected = torch.zeros(6, 3, dtype=torch.float64)
+    for group in (0, 3):
+        for turn in range(3):
+            rows = [row for row in range(group, group + 3) if not rewards[row, turn:].isnan().all()]
+            returns = torch.stack([rewards[row, turn:].nansum() for row in rows])
+            if len(rows) > 1:
+                expected[rows, turn] = (returns - returns.mean()) / (returns.std() + 1e-4)
+    torch.testing.assert_close(actual, expected)
+    assert turn_advantages(rewards[:, :0], 3).shape == (6, 0)
+    with pytest.raises(ValueError, match=r"rewards must be \(N, T\), got \(6,\)"):
+        turn_advantages(rewards[:, 0], 3)

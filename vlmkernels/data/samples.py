@@ -12,6 +12,7 @@ Columns of a row:
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,6 +56,7 @@ class Sample:
         videos: the frames of each video, (T, 3, H, W) uint8.
         fps: frames per second of the videos.
         where: name of the row in error messages: the dataset, the index, the file and the line, as far as they are known.
+        tools: the JSON schemas of the tools that the model may call; the chat template writes them into the prompt.
     """
 
     index: int
@@ -64,6 +66,7 @@ class Sample:
     videos: list[torch.Tensor]
     fps: float
     where: str = ""
+    tools: Sequence[dict[str, Any]] = ()
 
     @property
     def name(self) -> str:
@@ -277,6 +280,8 @@ def _apply_chat_template(sample: Sample, processor: Any, takes_parts: bool, opti
     if not options.keys() & {"add_generation_prompt", "continue_final_message"}:
         end = {"add_generation_prompt": not sample.continues, "continue_final_message": sample.continues}
         options = {**options, **end}
+    if sample.tools:  # templates of some models describe the use of tools even for an empty list
+        options = {**options, "tools": list(sample.tools)}
     try:
         return processor.apply_chat_template(messages, tokenize=False, **options)
     except SecurityError:  # whatever the row

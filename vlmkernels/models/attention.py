@@ -188,7 +188,7 @@ def _attention(
     In the layers of a decoder the keywords of the model's forward pass choose the op:
 
     - ``tree_layout``: a pack of trees. If ``tree_cache`` is given too, the pack holds prompts only, and the cache stores their
-      keys and values.
+      keys and values; or it holds tokens that are appended to completions in the cache (``TreeCache.extend``).
     - ``tree_cache`` without ``tree_layout``: one decoding step, with one token for each running completion.
     - ``cu_seq_lens_q`` of transformers' FlashAttentionKwargs: packed sequences. They must not be longer than the sliding window
       of a layer that has one.
@@ -219,7 +219,7 @@ def _attention(
     _check_unsupported(module, {**kwargs, "dropout": dropout or None})
     if tree_layout is None:
         return tree_cache.attend(module.layer_idx, query, key, value, scaling, window), None
-    if tree_cache is not None:
+    if tree_cache is not None and not tree_cache.extends:
         tree_cache.fill(module.layer_idx, key, value)
     if window is None and model_type in SPANS_IN_WINDOWS_ONLY:
         tree_layout = tree_layout.causal()
@@ -228,6 +228,8 @@ def _attention(
         raise NotImplementedError(
             f"images must have at most as many tokens as the sliding window of a {model_type}, {window}, got {longest}"
         )
+    if tree_cache is not None and tree_cache.extends:
+        return tree_cache.attend_extension(module.layer_idx, query, key, value, scaling, tree_layout, window), None
     # Multi-head latent attention (DeepSeek) has narrower values than keys.
     narrower = query.shape[-1] - (width := value.shape[-1])
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, pad(value, (0, narrower)) if narrower else value)]

@@ -160,13 +160,26 @@ class ModelInputs:
             ids: (B, C) int64, the tokens.
             mask: (B, C), their attention mask.
         """
-        new = {"input_ids": ids, "attention_mask": mask}
-        inputs = dict(self.inputs)
+        return self._with_text(ids, mask, first=False)
+
+    def prepend(self, ids: torch.Tensor) -> "ModelInputs":
+        """Insert text tokens (B, C) int64 before the tokens of each sample, which must not be padded on the left."""
+        return self._with_text(ids, torch.ones_like(ids), first=True)
+
+    def _with_text(self, ids: torch.Tensor, mask: torch.Tensor, *, first: bool) -> "ModelInputs":
+        new, inputs = text_columns(ids, mask, self.family), dict(self.inputs)
         for name, tensor in self.inputs.items():
             if self.family.axis(name) == "token":
-                column = new.get(name, torch.full_like(ids, self.family.inputs[name].completion))
-                inputs[name] = torch.cat([tensor, column.to(tensor.dtype)], dim=1)
+                columns = [tensor, new[name].to(tensor.dtype)]
+                inputs[name] = torch.cat(columns[::-1] if first else columns, dim=1)
         return replace(self, inputs=inputs)
+
+
+def text_columns(ids: torch.Tensor, mask: torch.Tensor, family: Family) -> dict[str, torch.Tensor]:
+    """Return the inputs of text tokens (B, C) that have a value per token; ``mask`` (B, C) is their attention mask."""
+    new = {"input_ids": ids, "attention_mask": mask}
+    names = [name for name, spec in family.inputs.items() if spec.axis == "token"]
+    return {name: new[name] if name in new else torch.full_like(ids, family.inputs[name].completion) for name in names}
 
 
 def concat(batches: list[ModelInputs], pad_token_id: int) -> ModelInputs:

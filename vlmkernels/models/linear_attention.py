@@ -61,7 +61,7 @@ def _with_states(
     """Call ``op(layout, initial_state=..., return_state=...)`` in a pack, in a pack of prompts, or in a decoding step."""
     if cache is None:
         return op(layout, return_state=False)
-    if layout is not None:
+    if layout is not None and not cache.extends:
         out, states = op(layout, return_state=True)
         cache.fill_states(layer, kind, states)
         return out

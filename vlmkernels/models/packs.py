@@ -35,10 +35,10 @@ class ScoringBatch:
     targets: torch.Tensor
 
     def select(self, tokens: torch.Tensor) -> "ScoringBatch":
-        """Keep some of the scored tokens. The model inputs stay the same.
+        """Choose scored tokens. The model inputs stay the same.
 
         Args:
-            tokens: (N,) bool, the tokens to keep.
+            tokens: (N,) bool, the tokens to keep, or int64, their indices, in any order; they may repeat.
         """
         return replace(self, rows=self.rows[tokens], targets=self.targets[tokens])
 

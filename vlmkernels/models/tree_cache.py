@@ -1,9 +1,11 @@
 """The cache for decoding groups: each prompt is stored once, and each running completion has one slot."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from vlmkernels.ops.linear_logps.sweep import HALF, gemm_operand
@@ -32,6 +34,52 @@ def _one_token_each(count: int) -> TreeLayout:
     return TreeLayout((1,) * count, (-1,) * count)
 
 
+@dataclass
+class StoredCompletion:
+    """What a cache holds of one completion: by layer its keys and values, (Hkv, n, D), and its states. Empty at first."""
+
+    own: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    states: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+
+
+class _Extension:
+    """Completions to which the next forward pass appends several tokens each, and which of the stored tokens these see.
+
+    Args:
+        slots: the slots of the completions, contiguous.
+        owners: for each of them the index of its prompt.
+        prompt_lengths, lengths, added: for each of them the number of tokens of its prompt, those stored, and those to append.
+    """
+
+    def __init__(
+        self, slots: range, owners: list[int], prompt_lengths: list[int], lengths: list[int], added: list[int]
+    ) -> None:
+        self.slots, self.owners, self.added = slots, owners, added
+        self.prompt_lengths, self.lengths = prompt_lengths, lengths
+        self.layout = TreeLayout(tuple(added), (-1,) * len(added))
+        self._masks: dict[tuple, torch.Tensor] = {}
+
+    def mask(self, index: int, layout: TreeLayout, window: int | None, device: torch.device) -> torch.Tensor:
+        """Return what the new tokens of a completion see, (new, prompt + stored + new) bool.
+
+        Args:
+            layout: the layout of the new tokens of all completions, with bidirectional spans.
+            window: see ``tree_attention``.
+        """
+        key = index, layout.bidirectional, window
+        if key not in self._masks:
+            start, count = self.layout.starts[index], self.added[index]
+            before = self.prompt_lengths[index] + self.lengths[index]
+            query, position = torch.arange(before, before + count).unsqueeze(1), torch.arange(before + count)
+            block = layout.tokens[1, start : start + count]
+            mask = position <= query
+            mask[:, before:] |= (block.unsqueeze(1) == block) & (block >= 0)
+            if window is not None:
+                mask &= query - position < window
+            self._masks[key] = mask.to(device, non_blocking=True)
+        return self._masks[key]
+
+
 class TreeCache:
     """Keys, values and states of A prompts, each stored once, and of the completions that are being decoded, one per slot.
 
@@ -45,9 +93,13 @@ class TreeCache:
 
     Recurrent layers have a state per prompt, (A, ...), and one per slot, (S, ...), which starts as that of the slot's prompt.
 
-    A decoder calls ``begin``, ``keep``, ``move`` and ``arrange`` between forward passes; within them the attention function in
-    ``vlmkernels.models.attention`` calls ``fill`` and ``attend``, and the functions in ``vlmkernels.models.linear_attention``
-    call ``fill_states``, ``states`` and ``set_states``.
+    A completion whose turn has ended leaves its slot while its tools run (``take_out``). It comes back into any free slot
+    (``put_back``), and the next forward pass appends the results of the tools (``extend``).
+
+    A decoder calls ``begin``, ``keep``, ``move``, ``arrange``, ``take_out``, ``put_back`` and ``extend`` between forward
+    passes; within them the attention function in ``vlmkernels.models.attention`` calls ``fill``, ``attend`` and
+    ``attend_extension``, and the functions in ``vlmkernels.models.linear_attention`` call ``fill_states``, ``states`` and
+    ``set_states``.
 
     Args:
         num_slots: S, the largest number of completions decoded at once.
@@ -64,12 +116,14 @@ class TreeCache:
         self._prefix_states: dict[tuple[int, str], torch.Tensor] = {}  # (layer, kind) -> states of the prompts
         self._own_states: dict[tuple[int, str], torch.Tensor] = {}  # (layer, kind) -> states of the slots
         self._filling: list[int] = []  # the lengths of the prompts in the next forward pass
+        self._extension: _Extension | None = None
 
     # Prompts
 
     def begin(self, prompts: list[int], lengths: list[int]) -> None:
         """Set the prompts that the next forward pass will contain, one after another, and their lengths."""
         self.prompts, self.lengths, self._filling = self.prompts + prompts, self.lengths + lengths, lengths
+        self._extension = None
 
     def fill(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the keys and values, (1, Hkv, T, D), of the prompts passed to ``begin``."""
@@ -107,6 +161,39 @@ class TreeCache:
         for states in self._own_states.values():
             states[targets] = states[sources]
 
+    def take_out(self, slot: int, length: int) -> StoredCompletion:
+        """Copy the ``length`` tokens of the completion in a slot, which may then be used for another."""
+        if not length:
+            return StoredCompletion()
+        own = {layer: [x[slot, :, :length].clone() for x in stored] for layer, stored in self._own.items()}
+        return StoredCompletion(own, {key: states[slot].clone() for key, states in self._own_states.items()})
+
+    def put_back(self, slot: int, prompt: int, stored: StoredCompletion) -> None:
+        """Store a completion, from ``take_out``, in a slot."""
+        for layer, new in stored.own.items():
+            for x, tokens in zip(self._reserve(layer, new, new[0].shape[1]), new, strict=True):
+                x[slot, :, : tokens.shape[1]] = tokens
+        owner = self.prompts.index(prompt)
+        for key, prompts in self._prefix_states.items():
+            self._slot_states(key)[slot] = stored.states.get(key, prompts[owner])
+
+    def extend(self, slots: range, prompts: list[int], lengths: list[int], added: list[int]) -> None:
+        """Prepare a forward pass that appends several tokens to each of some completions, one completion after another.
+
+        Args:
+            slots: the slots of the completions.
+            prompts: the prompt of each.
+            lengths: the tokens that each of these slots holds so far.
+            added: the number of tokens to append to each.
+        """
+        owners = [self.prompts.index(prompt) for prompt in prompts]
+        self._extension = _Extension(slots, owners, [self.lengths[owner] for owner in owners], lengths, added)
+
+    @property
+    def extends(self) -> bool:
+        """Whether the next forward pass appends to completions (``extend``)."""
+        return self._extension is not None
+
     def arrange(self, prompts: list[int], lengths: list[int], device: torch.device) -> None:
         """Prepare a decoding step.
 
@@ -114,6 +201,7 @@ class TreeCache:
             prompts: the prompt of each slot in use.
             lengths: the tokens that each of these slots holds so far.
         """
+        self._extension = None
         index_of = {prompt: index for index, prompt in enumerate(self.prompts)}
         owners = [index_of[prompt] for prompt in prompts]  # the index of each slot's prompt
         members: list[list[int]] = [[] for _ in self.prompts]  # the slots of each prompt
@@ -140,23 +228,29 @@ class TreeCache:
 
     @property
     def step_layout(self) -> TreeLayout:
-        """The layout of a decoding step: a sequence of one token per slot in use."""
-        return _one_token_each(len(self._slots))
+        """The layout of a decoding step or of an extension: a sequence of new tokens per slot."""
+        return _one_token_each(len(self._slots)) if self._extension is None else self._extension.layout
 
     def states(self, layer: int, kind: str) -> torch.Tensor:
-        """Return the states of the slots in use before a step."""
-        prompts = self._prefix_states[layer, kind]
-        stored = self._own_states.get((layer, kind))
-        if stored is None:
-            stored = self._own_states[layer, kind] = prompts.new_empty(self.num_slots, *prompts.shape[1:])
+        """Return the states, before a step or an extension, of its slots."""
+        stored = self._slot_states((layer, kind))
+        if self._extension is not None:
+            return stored[self._extension.slots.start : self._extension.slots.stop]
         if self._new is not None:
             slots, owners = self._new
-            stored[slots] = prompts[owners]
+            stored[slots] = self._prefix_states[layer, kind][owners]
         return stored[: len(self._slots)]
 
     def set_states(self, layer: int, kind: str, states: torch.Tensor) -> None:
-        """Store the states of the slots in use after a step."""
-        self._own_states[layer, kind][: len(states)] = states
+        """Store the states, after a step or an extension, of its slots."""
+        first = 0 if self._extension is None else self._extension.slots.start
+        self._own_states[layer, kind][first : first + len(states)] = states
+
+    def _slot_states(self, key: tuple[int, str]) -> torch.Tensor:
+        if key not in self._own_states:
+            prompts = self._prefix_states[key]
+            self._own_states[key] = prompts.new_empty(self.num_slots, *prompts.shape[1:])
+        return self._own_states[key]
 
     def _bias(self, window: int | None) -> torch.Tensor | None:
         """Return what is added to the scores (slots, Hkv, R, P + width): -inf for tokens that a slot does not see."""
@@ -188,11 +282,22 @@ class TreeCache:
         x = x.unflatten(2, (self._group_size, -1)).transpose(1, 2).flatten(0, 1)
         return x if self._even_groups else x[self._places]
 
+    def _reserve(self, layer: int, like: Sequence[torch.Tensor], width: int) -> list[torch.Tensor]:
+        """Return the keys and values of the slots, (S, Hkv, capacity, D), with a capacity of at least ``width`` tokens.
+
+        Args:
+            like: keys and values (Hkv, n, D).
+        """
+        if layer not in self._own:
+            self._own[layer] = [x.new_empty(self.num_slots, x.shape[0], 0, x.shape[2]) for x in like]
+        stored = self._own[layer]
+        if (capacity := stored[0].shape[2]) < width:
+            stored[:] = [pad(x, (0, 0, 0, max(32, capacity, width - capacity))) for x in stored]
+        return stored
+
     def _append(self, layer: int, new: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
         """Append the keys and values (slots, Hkv, D) of a step, and return all that are stored, (slots, Hkv, width, D)."""
-        stored = self._own.setdefault(layer, [x.new_empty(self.num_slots, x.shape[1], 0, x.shape[2]) for x in new])
-        if stored[0].shape[2] < self._width:
-            stored[:] = [pad(x, (0, 0, 0, max(32, x.shape[2]))) for x in stored]
+        stored = self._reserve(layer, [x.transpose(0, 1) for x in new], self._width)
         count = len(new[0])
         for x, token in zip(stored, new, strict=True):
             if self._equal_lengths:
@@ -226,3 +331,42 @@ class TreeCache:
         on_prefix, on_own = (gemm_operand(x.to(q.dtype)) for x in shares)
         out = on_own @ own_value + self._by_slot(self._by_prompt(on_prefix) @ prefix_value)
         return out.flatten(1, 2).unsqueeze(0)
+
+    def attend_extension(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        layout: TreeLayout,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Append the keys and values (1, Hkv, T, D) of an extension and attend with query (1, Hq, T, D).
+
+        Args:
+            layout: the layout of the T tokens, one sequence per completion, with bidirectional spans.
+            window: the sliding window of the layer, as in ``tree_attention``.
+
+        Returns:
+            (1, T, Hq, D).
+        """
+        extension, outputs = self._extension, []
+        assert extension is not None
+        width = max(map(sum, zip(extension.lengths, extension.added, strict=True)))
+        own = self._reserve(layer, [key[0], value[0]], width)
+        parts = (x[0].split(extension.added, 1) for x in (query, key, value))
+        for index, (q, *new) in enumerate(zip(*parts, strict=True)):
+            slot, length = extension.slots[index], extension.lengths[index]
+            stop, prompt = length + extension.added[index], extension.prompt_lengths[index]
+            seen = []
+            for x, prefix, tokens in zip(own, self._prefix[layer], new, strict=True):
+                x[slot, :, length:stop] = tokens
+                seen.append(torch.cat([prefix[extension.owners[index], :, :prompt], x[slot, :, :stop]], 1).unsqueeze(0))
+            mask = extension.mask(index, layout, window, q.device)
+            outputs.append(
+                scaled_dot_product_attention(
+                    q.unsqueeze(0).contiguous(), *seen, attn_mask=mask, scale=scale, enable_gqa=len(q) != seen[0].shape[1]
+                )
+            )
+        return torch.cat(outputs, 2).transpose(1, 2)

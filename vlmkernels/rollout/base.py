@@ -7,7 +7,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -15,10 +16,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.families import media_token_ids, missing_token_ids
-from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
+from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
+from vlmkernels.models.trajectories import Turns, pack_turns, pad_turns
+
+if TYPE_CHECKING:
+    from vlmkernels.rollout.episodes import Episodes
 
 
 class RolloutError(RuntimeError):
@@ -162,6 +167,7 @@ class Rollout:
             vocabulary. NaN for tokens without a value; None if the engine returns no log-probabilities.
         log_kept_mass: (B, C) fp32, log of the total probability of the tokens that sampling did not exclude; see ``Decoded``.
             None if the engine does not return it.
+        turns: the segments of multi-turn completions, whose tokens include the results of tools. None without tools.
     """
 
     prompts: ModelInputs
@@ -171,6 +177,29 @@ class Rollout:
     truncated: torch.Tensor
     logps: torch.Tensor | None = None
     log_kept_mass: torch.Tensor | None = None
+    turns: Turns | None = None
+
+    @cached_property
+    def sampled_mask(self) -> torch.Tensor:
+        """The tokens that the model sampled, (B, C) bool: all of a completion but the results of tools."""
+        return self.completion_mask if self.turns is None else self.turns.sampled_mask(self.completion_mask)
+
+    def per_token(self, values: torch.Tensor) -> torch.Tensor:
+        """Return, for each token that the model sampled, the value of its turn, (B, C); 0 elsewhere.
+
+        Args:
+            values: (B, T), one value per turn of the model.
+        """
+        turns = self.turns
+        numbers = torch.zeros_like(self.completion_ids) if turns is None else turns.turn_numbers(self.completion_mask)
+        return values.gather(1, numbers).masked_fill(~self.sampled_mask, 0)
+
+    def with_image_features(self, model: PreTrainedModel) -> "Rollout":
+        """Replace the pixels of the prompts, and of the results of tools, by features; see ``encode_images``."""
+        turns = self.turns
+        if turns is not None:
+            turns = replace(turns, inputs=encode_images(model, turns.inputs))
+        return replace(self, prompts=encode_images(model, self.prompts), turns=turns)
 
     def token_ids(self) -> list[list[int]]:
         """Return the token ids of each completion, without padding."""
@@ -197,6 +226,9 @@ class Rollout:
             return [chosen]
         prefixes = self.prompts.inputs["attention_mask"].sum(1).tolist()
         group, lengths = self.group.tolist(), self.completion_mask.sum(1).tolist()
+        if shared and self.turns is not None:
+            parts = self.turns.cut(prefixes, group, chosen.tolist(), max_tokens, hidden_size)
+            return [torch.tensor(part) for part in parts]
         sizes = [(prefixes[index], length) for index, length in zip(group, lengths, strict=True)]
 
         def largest(rows: list[tuple[int, int]]) -> tuple[int, int]:  # copies are padded to the longest prompt and completion
@@ -216,12 +248,16 @@ class Rollout:
 
     def padded(self, samples: torch.Tensor) -> ScoringBatch:
         """Return completions as padded rows, each after its own copy of the prompt, without columns that are all padding."""
+        if self.turns is not None:
+            return pad_turns(self.prompts, self.group.tolist(), self.turns, samples.tolist())
         width = int(self.completion_mask[samples].any(0).sum())
         ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
         return pad_completions(self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, mask)
 
     def packed(self, samples: torch.Tensor, model: PreTrainedModel) -> ScoringBatch:
         """Return completions packed by group, after one shared prompt per group. ``model`` computes the position ids."""
+        if self.turns is not None:
+            return pack_turns(model, self.prompts, self.group.tolist(), self.turns, samples.tolist())
         chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
         prompts = self.prompts.select(chosen)
         positions = prompt_positions(model, prompts.inputs)
@@ -275,6 +311,7 @@ class Engine(ABC):
         num_generations: int,
         temperature: float,
         samples: list[Sample] | None = None,
+        episodes: "Episodes | None" = None,
     ) -> Rollout:
         """Sample completions.
 
@@ -284,6 +321,8 @@ class Engine(ABC):
             num_generations: completions per prompt.
             temperature: 0 is greedy decoding.
             samples: the P samples that ``prompts`` encodes. Only the vLLM engines need them.
+            episodes: the conversations of the completions with their tools. ``episodes.group`` then has the prompt of each
+                completion, and ``num_generations`` is not used. None: every completion is one turn.
 
         Returns:
             P * num_generations completions; those of a prompt are consecutive.

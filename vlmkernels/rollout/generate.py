@@ -1,6 +1,8 @@
 """The default engine: samples with the trainer's model."""
 
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -9,11 +11,16 @@ from transformers.utils import logging
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.families import prefix_sharing_unsupported
+from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model, sampling_override
+from vlmkernels.models.trajectories import join
 from vlmkernels.rollout.base import Engine, Rollout, Sampling
-from vlmkernels.rollout.decode import Decoded, decode_groups
+from vlmkernels.rollout.decode import Completions, Decoded, decode_groups, decode_trajectories
 from vlmkernels.rollout.token_sampler import stops
+
+if TYPE_CHECKING:
+    from vlmkernels.rollout.episodes import Episodes
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +54,8 @@ class Generate(Engine):
 
     Attributes:
         copies_reason: why ``model.generate`` is used, or None.
+        reuses_image_features: whether images that tools return are encoded once, so that rollouts have their features in place
+            of pixels; see ``encode_images``. False by default. Only with ``decode_groups``.
 
     Args:
         model, processor: the model, which may have adapters, and its processor or tokenizer.
@@ -77,6 +86,7 @@ class Generate(Engine):
             reason = f"generation_kwargs holds {', '.join(sorted(sampling.generation_kwargs))}"
         self.copies_reason = reason or sampling_override(model)
         self.shares_prefix = self.returns_logps = self.copies_reason is None
+        self.reuses_image_features = False
         if self.shares_prefix:
             use_tree_attention(plain)
 
@@ -88,27 +98,25 @@ class Generate(Engine):
         num_generations: int,
         temperature: float,
         samples: list[Sample] | None = None,
+        episodes: "Episodes | None" = None,
         *,
         uniform: torch.Tensor | None = None,
     ) -> Rollout:
         """See ``Engine``; ``samples`` is not used. ``uniform``: see ``decode_groups``; only with ``shares_prefix``."""
-        sampling = self.sampling.at(temperature)
-        if self.shares_prefix:
-            decoded = decode_groups(
-                model,
-                prompts,
-                num_generations,
-                sampling,
-                max_num_seqs=self.max_num_seqs,
-                max_tokens=self.max_tokens,
-                tokenizer=self.tokenizer,
-                uniform=uniform,
-            )
+        sampling, shared = self.sampling.at(temperature), self._shared_options()
+        if not self.shares_prefix and uniform is not None:
+            raise ValueError("uniform must be None if model.generate samples, got a tensor")
+        group = torch.arange(len(prompts)).repeat_interleave(num_generations) if episodes is None else episodes.group
+        if self.shares_prefix and episodes is None:
+            decoded = decode_groups(model, prompts, num_generations, sampling, uniform=uniform, **shared)
+        elif self.shares_prefix:
+            encode = partial(encode_images, base_model(model)) if self.reuses_image_features else None
+            decoded = decode_trajectories(model, prompts, episodes, sampling, uniform=uniform, encode=encode, **shared)
+        elif episodes is None:
+            ids, mask, truncated = self._generate(model, prompts.select(group).inputs, sampling)
+            decoded = Decoded(ids, mask, truncated)
         else:
-            if uniform is not None:
-                raise ValueError("uniform must be None if model.generate samples, got a tensor")
-            decoded = self._generate(model, prompts, num_generations, sampling)
-        group = torch.arange(len(prompts)).repeat_interleave(num_generations)
+            decoded = self._generate_turns(model, prompts, episodes, sampling)
         return Rollout(
             prompts,
             group,
@@ -117,7 +125,11 @@ class Generate(Engine):
             truncated=decoded.truncated,
             logps=decoded.logps,
             log_kept_mass=decoded.log_kept_mass,
+            turns=decoded.turns,
         )
+
+    def _shared_options(self) -> dict[str, Any]:
+        return {"max_num_seqs": self.max_num_seqs, "max_tokens": self.max_tokens, "tokenizer": self.tokenizer}
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         options = {name: getattr(sampling, name) for name in Sampling.names()} | dict(sampling.generation_kwargs)
@@ -129,8 +141,42 @@ class Generate(Engine):
             return GenerationConfig(**greedy, do_sample=False)
         return GenerationConfig(**options, do_sample=True)
 
-    def _generate(self, model: PreTrainedModel, prompts: ModelInputs, num_generations: int, sampling: Sampling) -> Decoded:
-        inputs = prompts.repeat(num_generations).inputs
+    def _generate_turns(
+        self, model: PreTrainedModel, prompts: ModelInputs, episodes: "Episodes", sampling: Sampling
+    ) -> Decoded:
+        """Sample turn by turn; every turn runs the prompt and all earlier turns again."""
+        group, device = episodes.group.tolist(), prompts.inputs["input_ids"].device
+        lengths = prompts.inputs["attention_mask"].sum(1).tolist()
+        completions, running = Completions(len(group), sampling, self.tokenizer), list(range(len(group)))
+        waiting: set[int] = set()
+        while running:
+            left = [sampling.max_new_tokens - len(completions.tokens[k]) for k in running]
+            paths = [completions.path(k, prompts.select(torch.tensor([group[k]]))) for k in running]
+            rows = join(paths, sampling.pad_token_id or 0)
+            ids, mask, truncated = self._generate(model, rows.inputs, replace(sampling, max_new_tokens=max(left)))
+            for row, (k, most) in enumerate(zip(running, left, strict=True)):
+                turn = ids[row][mask[row]].tolist()
+                cut = bool(truncated[row]) or len(turn) > most
+                completions.append_turn(k, turn[:most], truncated=cut)
+                if episodes.end_turn(k, turn[:most], not cut):
+                    waiting.add(k)
+            running = []
+            while waiting and not running:
+                for k, observation in episodes.ready(wait=True):
+                    waiting.remove(k)
+                    result = observation.inputs.to(device)
+                    if completions.has_room(k, result, lengths[group[k]], base_model(model)):
+                        completions.observe(k, result)
+                        running.append(k)
+                    else:
+                        episodes.refuse(k)
+                        completions.truncated[k] = True
+        return completions.decoded(prompts, with_turns=True)
+
+    def _generate(
+        self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], sampling: Sampling
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Call ``model.generate``. Returns the ids (B, C), their mask (B, C) and which completions did not end (B,)."""
         more = {"tokenizer": self.tokenizer} if sampling.stop_strings else {}
         plain = base_model(model)
         # generate takes values that our config leaves unset from the model's generation config.
@@ -149,4 +195,4 @@ class Generate(Engine):
         mask = ended.cumsum(1) - ended.int() == 0  # up to and with the token that ends the completion
         width = int(mask.any(0).sum())
         ids, mask, truncated = ids[:, :width], mask[:, :width], ~ended.any(1)
-        return Decoded(ids.masked_fill(~mask, sampling.pad_token_id), mask, truncated)
+        return ids.masked_fill(~mask, sampling.pad_token_id), mask, truncated

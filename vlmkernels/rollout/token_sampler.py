@@ -55,17 +55,17 @@ class TokenSampler:
     Args:
         sampling: how tokens are sampled. ``eos_token_id`` must be set.
         prompts: P prompts. The repetition penalty applies to their tokens too.
-        num_generations: completions per prompt; B = P * num_generations.
+        group: the prompt of each of the B completions.
         vocab_size: V. Larger token ids in ``sampling`` are ignored: a generation config may name tokens that the model lacks.
         uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU, one number for every token, so that the tokens of a completion
             do not depend on which completions share a step. None: draw from the device's random state as ``generate`` does.
     """
 
     def __init__(
-        self, sampling: Sampling, prompts: ModelInputs, num_generations: int, vocab_size: int, uniform: torch.Tensor | None
+        self, sampling: Sampling, prompts: ModelInputs, group: Sequence[int], vocab_size: int, uniform: torch.Tensor | None
     ) -> None:
-        self.sampling, self.prompts, self.num_generations, self.uniform = sampling, prompts, num_generations, uniform
-        self.count, self.device = len(prompts) * num_generations, prompts.inputs["input_ids"].device
+        self.sampling, self.prompts, self.group, self.uniform = sampling, prompts, group, uniform
+        self.count, self.device = len(group), prompts.inputs["input_ids"].device
         self.eos, self.suppressed = (
             torch.tensor([token for token in tokens if token < vocab_size], device=self.device, dtype=torch.int64)
             for tokens in (sampling.eos_token_id or (), sampling.suppress_tokens)
@@ -79,16 +79,19 @@ class TokenSampler:
         if sampling.min_p:
             self.warpers.append(MinPLogitsWarper(sampling.min_p))
 
-    def __call__(self, completions: list[int], lengths: list[int], logits: torch.Tensor) -> SampledTokens:
+    def __call__(
+        self, completions: list[int], lengths: list[int], logits: torch.Tensor, turn_lengths: list[int] | None = None
+    ) -> SampledTokens:
         """Sample one token for each of n completions.
 
         Args:
             completions: indices of the completions.
             lengths: number of tokens that each of them has so far.
             logits: (n, V) of the next tokens.
+            turn_lengths: number of tokens of the current turn of each, for ``min_new_tokens``. Default: ``lengths``.
         """
         temperature = self.sampling.temperature
-        scores = self._allowed(completions, lengths, logits.float())
+        scores = self._allowed(completions, lengths if turn_lengths is None else turn_lengths, logits.float())
         if temperature:
             scores = scores / temperature
             for warper in self.warpers:
@@ -104,6 +107,11 @@ class TokenSampler:
             self.seen[on_device(self.device, completions), ids] = True
         return SampledTokens(ids, logps, logps - sampling_logps)
 
+    def see(self, completion: int, ids: torch.Tensor) -> None:
+        """Apply the repetition penalty of a completion to the tokens ``ids`` (n,) of a tool's result too."""
+        if self.seen is not None:
+            self.seen[completion, ids] = True
+
     def _draw(self, completions: list[int], lengths: list[int], probabilities: torch.Tensor) -> torch.Tensor:
         if self.uniform is not None:
             return invert_cdf(probabilities, self.uniform[completions, lengths].to(self.device))
@@ -116,7 +124,7 @@ class TokenSampler:
         ids, mask = self.prompts.inputs["input_ids"], self.prompts.inputs["attention_mask"].bool()
         seen = torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=self.device)
         seen[mask.nonzero()[:, 0], ids[mask]] = True
-        return seen.repeat_interleave(self.num_generations, 0)
+        return seen[on_device(self.device, list(self.group))]
 
     def _allowed(self, completions: list[int], lengths: list[int], scores: torch.Tensor) -> torch.Tensor:
         """Return scores (n, V) with the repetition penalty applied, and -inf for tokens that must not be sampled."""

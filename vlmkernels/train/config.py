@@ -16,6 +16,7 @@ from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.config import PRESETS
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling
+from vlmkernels.tools.options import ToolOptions
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
@@ -50,7 +51,6 @@ TRL_FIELDS = {
     "entropy_coef_max": _ENTROPY,
     "entropy_coef_delta": _ENTROPY,
     "entropy_target": _ENTROPY,
-    "max_tool_calling_iterations": "there are no tool calls",
     "vllm_importance_sampling_correction": _CORRECTION,
     "vllm_importance_sampling_mode": _CORRECTION,
     "vllm_importance_sampling_clip_max": _CORRECTION,
@@ -85,6 +85,7 @@ class GRPOConfig(TrainingArguments):
       docs/mismatch.md.
     - vllm_server_base_url is the only address of a vLLM server. vllm_request_timeout, vllm_weights_dir and
       vllm_fingerprint_tolerance are new.
+    - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
       on_nonfinite, max_image_pixels, max_image_bytes and allow_image_urls are new.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
@@ -155,6 +156,13 @@ class GRPOConfig(TrainingArguments):
     vllm_gpu_memory_utilization: float = _field(0.3, "Fraction of the GPU's memory for vLLM if vllm_mode is 'colocate'.")
     vllm_max_model_length: int | None = _field(None, "Maximum tokens of a sequence in colocated vLLM; by default the model's.")
 
+    max_tool_calling_iterations: int | None = _field(
+        None, "Maximum number of turns whose tool calls are run; None for no limit."
+    )
+    tool_timeout: float | None = _field(60.0, "Seconds before a tool call fails; None for no limit.")
+    max_tool_images: int = _field(16, "Maximum number of images that a tool call may return.")
+    tool_format: str | None = _field(None, "How the model writes tool calls; by default found in the chat template.")
+
     beta: float = _field(0.0, "Weight of the KL term. Above 0 a reference model is needed; with LoRA it is not a copy.")
     use_bias_correction_kl: bool = _field(True, "Multiply the KL term by the ratio, which makes its gradient unbiased.")
     kl_estimator: str = _field("k3", "Estimator of the KL divergence: k1, k2 or k3.")
@@ -224,7 +232,7 @@ class GRPOConfig(TrainingArguments):
             self._check_vllm()
         self._derive_batches()
         self.loss_config()
-        self.image_limits()
+        self.tool_options()
 
     def _apply_preset(self) -> None:
         """Set the fields of the preset that have their default values."""
@@ -368,6 +376,16 @@ class GRPOConfig(TrainingArguments):
     def image_limits(self) -> ImageLimits:
         """Return the limits of images."""
         return ImageLimits(self.max_image_pixels, self.max_image_bytes, self.allow_image_urls)
+
+    def tool_options(self) -> ToolOptions:
+        """Return how tools are called."""
+        return ToolOptions(
+            max_tool_calling_iterations=self.max_tool_calling_iterations,
+            timeout=self.tool_timeout,
+            max_images=self.max_tool_images,
+            limits=self.image_limits(),
+            tool_format=self.tool_format,
+        )
 
     def loss_config(self) -> GRPOLossConfig:
         """Return the configuration of the loss. Fields with the same name have the same meaning; epsilon is epsilon_low."""

@@ -1,11 +1,12 @@
 """A generation batch with everything that training on it needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from vlmkernels.models.families import Family
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.trajectories import Turns
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
 
@@ -16,7 +17,7 @@ class Experience:
 
     Args:
         rollout: prompts and completions.
-        advantages: (B,).
+        advantages: (B,), or (B, C) per token if a reward function scores turns.
         loss_mask: (B, C) bool, the tokens that count in the loss.
         num_items: number of tokens that count in the loss, averaged over processes.
         old_logps: (B, C), log-probabilities under the policy that sampled; None if every micro-batch is on policy.
@@ -34,8 +35,10 @@ class Experience:
 
     def state_dict(self) -> dict:
         """Return the fields as tensors and numbers, for a checkpoint."""
-        rollout, prompts = vars(self.rollout).copy(), self.rollout.prompts
-        rollout["prompts"] = {"inputs": prompts.inputs, "rows": prompts.rows, "image_keys": prompts.image_keys}
+        rollout = {f.name: getattr(self.rollout, f.name) for f in fields(Rollout)}
+        rollout["prompts"] = _plain(self.rollout.prompts)
+        if (turns := self.rollout.turns) is not None:
+            rollout["turns"] = {"inputs": _plain(turns.inputs), "trajectory": turns.trajectory, "sampled": turns.sampled}
         return {**vars(self), "rollout": rollout}
 
     @classmethod
@@ -44,9 +47,11 @@ class Experience:
         state = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
         rollout = state.pop("rollout")
         prompts = ModelInputs(**rollout.pop("prompts"), family=family).to(device)
-        group = rollout.pop("group").cpu()
-        rollout = Rollout(prompts, group, **{name: None if x is None else x.to(device) for name, x in rollout.items()})
-        return cls(rollout, **state)
+        group, turns = rollout.pop("group").cpu(), rollout.pop("turns", None)
+        if turns is not None:
+            turns = Turns(ModelInputs(**turns.pop("inputs"), family=family).to(device), **turns)
+        values = {name: None if x is None else x.to(device) for name, x in rollout.items()}
+        return cls(Rollout(prompts, group, **values, turns=turns), **state)
 
     def check_arguments(self, args: GRPOConfig, checkpoint: str) -> None:
         """Check that a run with these arguments can continue the batch of a checkpoint.
@@ -74,3 +79,7 @@ class Experience:
                 f"{saved}: steps_per_generation * num_iterations must be at most gradient_accumulation_steps = {window}, "
                 f"because its batch has no old log-probabilities, got {uses}"
             )
+
+
+def _plain(inputs: ModelInputs) -> dict:
+    return {"inputs": inputs.inputs, "rows": inputs.rows, "image_keys": inputs.image_keys}

@@ -2,7 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from accelerate import Accelerator
@@ -13,10 +14,14 @@ from vlmkernels.ops.group_advantages import GroupAdvantages
 from vlmkernels.record.completions import CompletionRow, Groups
 from vlmkernels.record.phases import Phases
 from vlmkernels.record.summary import completion_metrics, reward_metrics
+from vlmkernels.record.turns import turn_rows
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.answers import text_of
+from vlmkernels.rollout import episodes
 from vlmkernels.rollout.base import Rollout
+from vlmkernels.rollout.episodes import Episode
 from vlmkernels.rollout.score import Scored
+from vlmkernels.tools.functions import Tools
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.token_counts import NAMES, TokenCounts
 
@@ -57,7 +62,7 @@ class EvaluatedCompletions:
 
     def add(self, rollout: Rollout, scores: Scores, mask: torch.Tensor) -> None:
         """Add the completions of a rollout that are selected by ``mask``, (N,) bool."""
-        lengths, truncated = rollout.completion_mask.sum(1).cpu(), rollout.truncated.cpu()
+        lengths, truncated = rollout.sampled_mask.sum(1).cpu(), rollout.truncated.cpu()
         self._parts.append((scores.select(mask), lengths[mask], truncated[mask]))
 
     def gather(self) -> tuple[Scores, torch.Tensor, torch.Tensor]:
@@ -84,6 +89,18 @@ def sampling_metrics(
     return reward_metrics(rewards, names, advantages) | completion_metrics(lengths, truncated) | scores.metrics(names)
 
 
+def tool_counts(rollout: Rollout, trajectories: Sequence[Episode], tools: Tools) -> torch.Tensor:
+    """Return what ``tool_metrics`` needs of each of B trajectories, (B, n) fp64; rows of several processes can be joined."""
+    tokens = torch.stack([rollout.sampled_mask.sum(1), rollout.completion_mask.sum(1)], 1)
+    return torch.cat([tokens.cpu().double(), episodes.counts(trajectories, tools)], 1)
+
+
+def tool_metrics(counts: torch.Tensor, tools: Tools) -> dict[str, float]:
+    """Compute the metrics of trajectories: those of ``vlmkernels.rollout.episodes``, and the share of the model's tokens."""
+    sampled, total = counts[:, :2].sum(0).tolist()
+    return {"tools/frac_sampled_tokens": sampled / total, **episodes.metrics(counts[:, 2:], tools)}
+
+
 def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dict[str, float]:
     """Compute the metrics of time and throughput since the last call, per optimizer step.
 
@@ -97,16 +114,22 @@ def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dic
     return metrics | {"tokens_per_second": metrics["tokens_run"] * steps / max(training, 1e-9)}
 
 
-def completion_groups(scored: Scored, advantages: torch.Tensor, rewards: Rewards, args: GRPOConfig) -> Groups:
+def completion_groups(
+    scored: Scored, advantages: torch.Tensor, rewards: Rewards, args: GRPOConfig, trained: torch.Tensor | None = None
+) -> Groups:
     """Return at most ``num_completions_to_print`` completions, as ``vlmkernels.record.completions`` stores them.
 
     Args:
         scored: N completions, ordered by group.
         advantages: (N,).
         rewards: the reward functions.
+        trained: (N,) bool, whether the loss counts any token of a completion. Default: all True.
     """
     columns = rewards.columns or ["answer"]  # a function that takes **kwargs does not say what it reads
-    values = scored.samples, scored.completions, scored.scores.rewards.tolist(), advantages.tolist()
+    is_trained = [True] * len(scored.samples) if trained is None else trained.tolist()
+    turn_rewards = [None] * len(scored.samples) if scored.scores.turns is None else scored.scores.turns.tolist()
+    rewards_and_advantages = scored.scores.rewards.tolist(), advantages.tolist()
+    values = scored.samples, scored.completions, *rewards_and_advantages, is_trained, turn_rewards
     rows = [
         CompletionRow(
             prompt=prompt_text(s.prompt),
@@ -115,7 +138,8 @@ def completion_groups(scored: Scored, advantages: torch.Tensor, rewards: Rewards
             rewards=dict(zip(rewards.names, r, strict=True)),
             advantage=a,
             references={name: f"{s.row[name]}"[:MAX_REFERENCE] for name in columns if s.row.get(name) is not None},
+            turns=[] if scored.episodes is None else turn_rows(c, trained=t, rewards=of_turns),
         )
-        for s, c, r, a in zip(*values, strict=True)
-    ][: args.num_completions_to_print]
+        for s, c, r, a, t, of_turns in islice(zip(*values, strict=True), args.num_completions_to_print)
+    ]
     return [rows[start : start + args.num_generations] for start in range(0, len(rows), args.num_generations)]

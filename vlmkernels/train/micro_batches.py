@@ -67,7 +67,7 @@ class MicroBatches:
         return batch
 
     def logps(self, model: torch.nn.Module, head: torch.nn.Module, rollout: Rollout, indices: Iterable[int]) -> torch.Tensor:
-        """Compute log-probabilities (B, C) of the completions; 0 outside the completions and in other micro-batches.
+        """Compute log-probabilities (B, C) of the sampled tokens; 0 at other tokens and in other micro-batches.
 
         Args:
             model: the policy or the reference, perhaps wrapped.
@@ -77,7 +77,7 @@ class MicroBatches:
         result = torch.zeros(rollout.completion_mask.shape, device=rollout.completion_mask.device)
         for split in (split for index in indices for split in self.splits(rollout, index)):
             logps = completion_logps(model, self.scoring_batch(rollout, split), head=head, **self.head_arguments)
-            mask = rollout.completion_mask[split.samples]
+            mask = rollout.sampled_mask[split.samples]
             result[split.samples] = result.new_zeros(mask.shape).masked_scatter_(mask, logps)
         return result
 

@@ -31,9 +31,12 @@ from vlmkernels.models.loading import (
 )
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.rewards import Rewards
+from vlmkernels.rewards.compose import environment_reward
+from vlmkernels.rollout.agent import Agent
 from vlmkernels.rollout.base import Engine
 from vlmkernels.rollout.generate import Generate, report_prefix_sharing
 from vlmkernels.rollout.make import make_engine
+from vlmkernels.tools.functions import Tools
 from vlmkernels.train import reference
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.parallel import gathered_zero3, prepare_head, prepare_reference, requires_lockstep
@@ -97,7 +100,46 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
     return model
 
 
+def make_agent(tools: Any, environment_factory: Any, args: GRPOConfig) -> Agent | None:
+    """Build the agent of ``tools`` and ``environment_factory``; None without either. Its workers are forked here."""
+    found = Tools(tools, environment_factory)
+    return Agent(found, args.tool_options()) if found else None
+
+
+def make_rewards(reward_funcs: Any, agent: Agent | None, args: GRPOConfig) -> Rewards:
+    """Build the rewards of ``reward_funcs`` and of the environments that have ``get_reward``."""
+    names = [] if agent is None else agent.tools.reward_names
+    if reward_funcs is None and not names:
+        raise ValueError("reward_funcs must be given without an environment that has get_reward, got None")
+    functions = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    return Rewards([*functions, *map(environment_reward, names)], args.reward_weights)
+
+
 # Datasets
+
+_PROMPT = [{"role": "user", "content": ""}]  # to which an environment that owns the data appends its observation
+
+
+def with_prompts(train_dataset: Any, agent: Agent | None, args: GRPOConfig) -> Any:
+    """Return the training dataset; with environments, rows without a prompt get an empty one, and there can be no dataset.
+
+    Raises:
+        ValueError: there is no dataset, and the environment of a row or the number of steps is not known.
+    """
+    if agent is None or not agent.tools.has_environments:
+        return train_dataset
+    if train_dataset is None:
+        if agent.tools.multi_environment:
+            raise ValueError("train_dataset must be given with several environments, to tell the one of each row, got None")
+        if args.max_steps <= 0:
+            raise ValueError(f"max_steps must be > 0 without train_dataset, got {args.max_steps}")
+        return [{"prompt": _PROMPT}] * (args.prompts_per_generation * args.world_size)
+    if hasattr(train_dataset, "add_column"):
+        missing = "prompt" not in train_dataset.column_names
+        return train_dataset.add_column("prompt", [_PROMPT] * len(train_dataset)) if missing else train_dataset
+    if isinstance(train_dataset, (list, tuple)) and any(isinstance(row, dict) and "prompt" not in row for row in train_dataset):
+        return [{"prompt": _PROMPT} | row if isinstance(row, dict) else row for row in train_dataset]
+    return train_dataset
 
 
 @dataclass(frozen=True)
@@ -328,6 +370,8 @@ def prepare_engine(
             "rollout_correction must be None with an engine that returns no log-probabilities, such as model.generate, "
             f"got {args.rollout_correction!r}"
         )
+    if isinstance(engine, Generate):
+        engine.reuses_image_features = policy.reuses_image_features
     if accelerator.is_main_process:
         sampling = {"sampling": policy.copies_reason or engine.copies_reason} if isinstance(engine, Generate) else {}
         report_prefix_sharing({"training": policy.copies_reason, **sampling})

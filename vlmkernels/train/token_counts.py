@@ -31,6 +31,8 @@ class TokenCounts:
             prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1).cpu()
             self._lengths = prompt_lengths[rollout.group] + rollout.completion_mask.sum(1).cpu()
             self._images = rollout.prompts.num_images[rollout.group]
+            if (turns := rollout.turns) is not None:
+                self._images = self._images.index_add(0, turns.trajectory, turns.inputs.num_images)
 
     def add_sampling(self, rollout: Rollout, *, shares_prefix: bool) -> None:
         """Count the sampling of a rollout.
@@ -43,6 +45,8 @@ class TokenCounts:
         if shares_prefix:
             tokens = prompts.inputs["attention_mask"].sum() + rollout.completion_mask.sum()
             images = prompts.num_images.sum() if keys is None else len(keys.unique())
+            if rollout.turns is not None:  # each result runs by itself
+                images = images + rollout.turns.inputs.num_images.sum()
         else:
             width = prompts.inputs["attention_mask"].shape[1] + rollout.completion_mask.shape[1]
             tokens, images = len(rollout.group) * width, self._images.sum()
@@ -64,6 +68,8 @@ class TokenCounts:
             images = 0
         elif index is not None:
             images = int(index.max()) + 1
+        elif rollout.turns is not None:
+            images = self._images[samples].sum()
         else:
             prompts = rollout.group[samples]
             images = rollout.prompts.num_images[prompts.unique() if "tree_layout" in batch.inputs else prompts].sum()

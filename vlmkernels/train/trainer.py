@@ -12,9 +12,8 @@ One generation batch serves ``steps_per_generation * num_iterations`` micro-batc
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,26 @@ from vlmkernels.models.head import completion_loss, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.loading import inference
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
+from vlmkernels.ops.group_advantages.turns import turn_advantages
 from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.record.callback import RunRecord
 from vlmkernels.record.phases import Phases, phase
 from vlmkernels.record.progress import RewardProgress
-from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.score import Scored, score_rollout
 from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
-from vlmkernels.train.logs import EvaluatedCompletions, MetricBuffer, completion_groups, sampling_metrics, step_metrics
+from vlmkernels.train.logs import (
+    EvaluatedCompletions,
+    MetricBuffer,
+    completion_groups,
+    sampling_metrics,
+    step_metrics,
+    tool_counts,
+    tool_metrics,
+)
 from vlmkernels.train.micro_batches import MicroBatches, Split
 from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.processes import Processes, describe_process
@@ -64,6 +71,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         processing_class: the processor or tokenizer of the model. By default it is loaded from the path of the model.
         callbacks, optimizers: see ``transformers.Trainer``.
         peft_config: configuration of adapters to train instead of the model's own weights.
+        tools, environment_factory: functions that the model may call while it writes a completion, and a function or class that
+            creates the environment of each completion, whose methods the model may call; see docs/tools.md.
 
     Attributes:
         engine: the rollout engine, which samples the completions.
@@ -74,7 +83,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: str | Callable | dict | list[str | Callable | dict],
+        reward_funcs: str | Callable | dict | list[str | Callable | dict] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -82,6 +91,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
+        tools: Sequence[Callable] | None = None,
+        environment_factory: Callable | Mapping[str, Callable] | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
         self.processes = Processes(args.ddp_timeout)
@@ -89,7 +100,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         with self.processes.stop_together("the set-up"):
             processor, family, num_embeddings = setup.load_processing(model, processing_class, args)
             self.tokenizer = tokenizer_of(processor)
-            self.rewards = Rewards(reward_funcs, args.reward_weights)
+            self.agent = setup.make_agent(tools, environment_factory, args)
+            self.rewards = setup.make_rewards(reward_funcs, self.agent, args)
+            train_dataset = setup.with_prompts(train_dataset, self.agent, args)
             data = train_dataset, eval_dataset
             self.datasets = setup.check_datasets(data, processor, family, num_embeddings, self.rewards, args)
             self.samples = self.datasets.samples(train_dataset, "train_dataset")
@@ -105,6 +118,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
         self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
+        if self.agent is not None:
+            options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
+            self.agent.prepare(processor, family, *options)
         self.loss_config = args.loss_config()
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.micro_batches = MicroBatches(self.prepared, args, self.accelerator)
@@ -171,18 +187,26 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         args, prepared = self.args, self.prepared
         with self.phases("data"):
             encode = partial(setup.encode_prompts, processor=self.processing_class, policy=prepared, args=args)
-            rows, prompts = dataset.encode(rows, encode)
-            samples = [sample for _, sample in rows]
+            if self.agent is None:
+                episodes, (rows, prompts) = None, dataset.encode(rows, encode)
+                prompt_samples = [sample for _, sample in rows]
+            else:
+                # The seed is of the CPU's random state, which a checkpoint restores.
+                seed = int(torch.randint(2**31, ()))
+                episodes = self.agent.episodes([sample for _, sample in rows], num_generations, seed)
+                prompt_samples = episodes.samples
+                prompts = encode(prompt_samples)
         with self.phases("generate"), self._gathered_policy():
             if prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
                 prompts = encode_images(prepared.model, prompts)
             self.metrics.add(self.engine.sync_weights(self.policy, self.state.global_step))
-            rollout = self.engine(self.policy, prompts, num_generations, temperature, samples)
+            tools = {} if episodes is None else {"episodes": episodes}
+            rollout = self.engine(self.policy, prompts, num_generations, temperature, prompt_samples, **tools)
             if prepared.reuses_image_features:
-                rollout = replace(rollout, prompts=encode_images(prepared.model, rollout.prompts))
+                rollout = rollout.with_image_features(prepared.model)
         with self.phases("reward"):
             options = {"columns": not args.remove_unused_columns, "trainer_state": self.state}
-            scored = score_rollout(self.rewards, samples, rollout, self.processing_class, **options)
+            scored = score_rollout(self.rewards, prompt_samples, rollout, self.processing_class, episodes, **options)
         return rows, rollout, scored
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
@@ -206,27 +230,37 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
         with self.phases("wait"):
             rewards = self.accelerator.gather(scored.scores.rewards.to(args.device))
-        result = self._advantages(rewards, args.num_generations)
+            outcomes = self.accelerator.gather(scored.scores.outcomes.to(args.device))
+        result = self._advantages(outcomes, args.num_generations)
         start = args.process_index * len(scored.samples)
         advantages = result.advantages[start : start + len(scored.samples)]
-        loss_mask = rollout.completion_mask
+        loss_mask = rollout.sampled_mask
         if args.mask_truncated_completions:
             loss_mask = loss_mask & ~rollout.truncated.unsqueeze(1)
         num_items = self.accelerator.reduce(loss_mask.sum().float(), "mean").item()
-        experience = Experience(rollout, advantages, loss_mask, max(num_items, 1.0))
+        per_token = advantages
+        if scored.scores.turns is not None:
+            of_turns = turn_advantages(scored.scores.turns, args.num_generations, scale=args.scale_rewards)
+            per_token = advantages.unsqueeze(1) + rollout.per_token(of_turns.to(args.device))
+        experience = Experience(rollout, per_token, loss_mask, max(num_items, 1.0))
         self._last_scored = scored, advantages
-        self._record_rollout(rollout, rewards, result, scored.scores)
+        self._record_rollout(rollout, rewards, result, scored)
         self._add_fixed_logps(experience)
         return experience
 
-    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, result: GroupAdvantages, scores: Scores) -> None:
-        """Add the metrics of a rollout. ``rewards`` and ``result`` cover all processes, ``scores`` only this one."""
-        lengths = self.accelerator.gather(rollout.completion_mask.sum(1))
+    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, result: GroupAdvantages, scored: Scored) -> None:
+        """Add the metrics of a rollout. ``rewards`` and ``result`` cover all processes, ``scored`` only this one."""
+        lengths = self.accelerator.gather(rollout.sampled_mask.sum(1))
         truncated = self.accelerator.gather(rollout.truncated)
         prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1)[rollout.group.to(lengths.device)]
         self.state.num_input_tokens_seen += int(lengths.sum() + self.accelerator.gather(prompt_lengths).sum())
         self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
-        self.metrics.add(sampling_metrics(rewards, result, lengths, truncated, scores, self.rewards.names))
+        self.metrics.add(sampling_metrics(rewards, result, lengths, truncated, scored.scores, self.rewards.names))
+        if self.agent is not None:
+            self.metrics.add(tool_metrics(self._gather_tool_counts(rollout, scored), self.agent.tools))
+
+    def _gather_tool_counts(self, rollout: Rollout, scored: Scored) -> torch.Tensor:
+        return self.accelerator.gather(tool_counts(rollout, scored.episodes, self.agent.tools).to(self.args.device)).cpu()
 
     # Log-probabilities and loss
 
@@ -331,7 +365,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         is_on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         old_logps = None if is_on_policy else experience.old_logps[samples]
         window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
-        batch = self.micro_batches.scoring_batch(rollout, split).select(loss_mask[rollout.completion_mask[samples]])
+        batch = self.micro_batches.scoring_batch(rollout, split).select(loss_mask[rollout.sampled_mask[samples]])
         threshold = None  # then the loss uses the quantile of this split's entropies
         if args.top_entropy_quantile < 1 and args.world_size > 1:
             threshold = partial(top_entropy_threshold, self.accelerator, args.top_entropy_quantile)

@@ -1,0 +1,83 @@
+"""What a run needs to sample with tools: the tools, their worker processes, and the model's format of calls and results."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vlmkernels.data.samples import Sample, tokenizer_of
+from vlmkernels.models.families import Family
+from vlmkernels.rollout.episodes import Episodes
+from vlmkernels.rollout.turns import TurnEncoder
+from vlmkernels.tools.calls import CallParser
+from vlmkernels.tools.functions import Tools
+from vlmkernels.tools.options import ToolOptions
+from vlmkernels.tools.pool import ToolPool
+
+
+class Agent:
+    """Starts the conversations of batches.
+
+    Args:
+        tools: the tools and environments.
+        options: how tools are called.
+
+    Attributes:
+        pool: the worker processes. They are forked when this object is built, so build it before a large model is loaded.
+    """
+
+    def __init__(self, tools: Tools, options: ToolOptions | None = None) -> None:
+        self.tools, self.options = tools, ToolOptions() if options is None else options
+        self.pool = ToolPool(
+            tools, timeout=self.options.timeout, max_images=self.options.max_images, limits=self.options.limits
+        )
+
+    def prepare(
+        self,
+        processor: Any,
+        family: Family,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        processor_arguments: dict[str, Any] | None = None,
+        end_tokens: Sequence[int] = (),
+    ) -> "Agent":
+        """Find out how the model writes calls and reads results. Call it before ``episodes``.
+
+        Args:
+            processor: the model's processor, or its tokenizer for a text model.
+            family: the model's family.
+            chat_template_kwargs: arguments of ``apply_chat_template``.
+            processor_arguments: further arguments of every call of the processor.
+            end_tokens: tokens that end a turn, as in ``Sampling.eos_token_id``. Default: that of the tokenizer.
+
+        Returns:
+            ``self``.
+
+        Raises:
+            ValueError: the chat template does not render tools or their results, or its format of calls is unknown.
+        """
+        self.encoder = TurnEncoder(processor, family, chat_template_kwargs, processor_arguments, end_tokens)
+        self.parser = CallParser(tokenizer_of(processor), processor.chat_template, tool_format=self.options.tool_format)
+        return self
+
+    def episodes(self, samples: Sequence[Sample], num_generations: int, seed: int | None = None) -> Episodes:
+        """Reset the environments and return the conversations of ``num_generations`` trajectories per sample.
+
+        Args:
+            samples: the samples.
+            num_generations: trajectories per sample.
+            seed: seeds Python's and NumPy's random numbers in each trajectory's worker, so that a resumed run repeats a batch.
+                None: not seeded.
+        """
+        self.pool.clear()  # trajectories of a batch that failed
+        return Episodes(
+            samples,
+            num_generations,
+            self.tools,
+            self.pool,
+            self.encoder,
+            self.parser,
+            max_iterations=self.options.max_tool_calling_iterations,
+            seed=seed,
+        )
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.pool.close()
