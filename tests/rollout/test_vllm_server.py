@@ -16,6 +16,7 @@ from vlmkernels.models.families import media_token_ids
 from vlmkernels.rollout.base import RolloutError
 from vlmkernels.rollout.vllm import engine as vllm_engine
 from vlmkernels.rollout.vllm import server as vllm_server
+from vlmkernels.rollout.vllm.requests import Prompt
 from vlmkernels.rollout.vllm.server import VLLMClient, VLLMServer
 from vlmkernels.rollout.vllm.weights import check_adapters
 from vlmkernels.train import GRPOConfig, GRPOTrainer
@@ -114,12 +115,12 @@ def test_logps_are_those_of_the_whole_vocabulary_at_the_temperature(fake, tmp_pa
     biased = logits.index_add(0, torch.tensor(engine.banned), torch.full((len(engine.banned),), -100.0))
     processed = (biased / temperature).log_softmax(-1)
     assert (processed - expected)[3] > 0.5
-    params = engine._params(2, temperature)
+    params = engine._params(temperature)
     assert params["logprobs"] == len(params["logprob_token_ids"]) == len(engine.banned) + 1
     returned = dict(enumerate(processed.tolist()))
     for token in (0, 3, 30):
         assert engine._logp(token, returned, temperature) == pytest.approx(expected[token].item(), abs=1e-5)
-    assert "logprobs" not in engine._params(2, 0)  # processed log-probabilities of greedy tokens are useless
+    assert "logprobs" not in engine._params(0)  # processed log-probabilities of greedy tokens are useless
 
 
 @pytest.mark.parametrize("limit", [64, 12])
@@ -136,7 +137,7 @@ def test_ids_without_a_token_are_banned(fake, tmp_path, monkeypatch, limit, capl
     missing = [*range(size, size + 10)]
     assert engine.banned == sorted([*media_token_ids(own.config, tiny.processor()), *missing])
     assert not {*engine.fingerprint.tokens} & {*engine.banned}
-    params = engine._params(2, temperature)
+    params = engine._params(temperature)
     assert params["logit_bias"] == dict.fromkeys(engine.banned, -100.0)
     counted = engine.banned if limit == 64 else media_token_ids(own.config, tiny.processor())
     assert params["logprob_token_ids"] == [*counted, 0]
@@ -151,9 +152,15 @@ def test_ids_without_a_token_are_banned(fake, tmp_path, monkeypatch, limit, capl
 def test_concurrency_is_limited(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm_server, "CONCURRENCY", 2)
     engine = engine_of(tmp_path, fake)
-    prompts = [vllm_engine.Prompt([0, 1, 2], [])] * 8
     fake.change["/inference/v1/generate"] = lambda answer, number: (time.sleep(0.02), answer)[1]
-    assert len(engine._replies(prompts, engine._params(2, 1.0))) == 8
+    replies = []
+    with engine._requests() as requests:
+        for number in range(8):
+            requests.send((number,), Prompt([0, 1, 2], []), engine._params(1.0) | {"n": 2})
+        while requests:
+            replies += requests.replies(None)
+    assert sorted(key for key, _ in replies) == [(number,) for number in range(8)]
+    assert all(len(reply.completions) == 2 for _, reply in replies)
     assert fake.max_concurrent == 2
 
 

@@ -1,9 +1,10 @@
-"""A server with the HTTP API of vLLM, whose replies tests can change."""
+"""A server with the HTTP API of vLLM, and a module like vLLM, whose replies tests can change."""
 
 import base64
 import io
 import json
 import threading
+import types
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,17 +19,19 @@ OK = {"message": "done"}
 class FakeVLLM:
     """Replies as vLLM 0.32 does. It samples from its own model, whose weights are updated through a folder.
 
+    ``script`` sets the answers to prompts. With ``is_greedy`` it samples greedily at any temperature.
     ``change[path](reply, number)`` may change the reply to the number-th request of a path, raise ``Status`` or sleep.
     """
 
-    def __init__(self, seed: int = 0):
-        self.model, self.processor = tiny.vlm(seed, tied=False), tiny.processor()
+    def __init__(self, seed: int = 0, model=None, processor=None):
+        self.model = tiny.vlm(seed, tied=False) if model is None else model
+        self.processor = tiny.processor() if processor is None else processor
         self.tokenizer, self.version, self.change, self.bodies = self.processor.tokenizer, "default", {}, []
         self.counts, self.concurrent, self.max_concurrent = Counter(), 0, 0
         self.lock = threading.Lock()
         self.rng = torch.Generator()  # a late reply must not use the random state of the next test
         self.config = {"dtype": "torch.float32", "logprobs_mode": "raw_logprobs", "max_model_len": 256, "max_logprobs": 20}
-        self.lora = None
+        self.lora, self.scripts, self.is_greedy = None, {}, False
         self.paths = ["/collective_rpc", "/update_weight_version", "/inference/v1/generate", "/v1/load_lora_adapter"]
         fake = self
 
@@ -104,33 +107,166 @@ class FakeVLLM:
         self.model = type(self.model).from_pretrained(body["kwargs"]["weights_path"])
         return {"results": [None]}
 
-    @torch.no_grad()
+    def script(self, token_ids: list[int], images: list[Image.Image], completions: list[list[int]]) -> None:
+        """Answer a prompt with ``completions``. A prompt without a script gets an error as soon as there is one."""
+        self.scripts[tuple(token_ids)] = images, completions
+
     def generate(self, body):
+        urls = [part["url"].partition(",")[2] for part in body.get("content_parts") or ()]
+        images = [Image.open(io.BytesIO(base64.b64decode(url))) for url in urls]
         with self.lock:
             self.bodies.append(body)
-            images = [part["url"].partition(",")[2] for part in body.get("content_parts") or ()]
-            images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in images]
-            text, params = self.tokenizer.decode(body["token_ids"]), body["sampling_params"]
-            inputs = self.processor(text=[text], **({"images": [images]} if images else {}), return_tensors="pt")
-            logits = self.model(**inputs).logits[0].float()
-            ids, logps = inputs["input_ids"][0], logits.log_softmax(-1)
-            prompt = [None, *({str(t): {"logprob": logps[i, t].item()}} for i, t in enumerate(ids[1:].tolist()))]
-            banned = torch.tensor([*map(int, params["logit_bias"])])
-            choices, allowed = [], logps[-1].exp().index_fill(0, banned, 0.0)
-            for index in range(params["n"]):
-                token = int(allowed.multinomial(1, generator=self.rng))
-                entry = {"token_id": token, "logprob": logps[-1, token].item()}
-                choices.append(
-                    {
-                        "index": index,
-                        "finish_reason": "stop" if index % 2 else "length",
-                        "token_ids": [token],
-                        "logprobs": {"content": [{**entry, "top_logprobs": [entry]}]} if "logprobs" in params else None,
-                        "weight_versions": [{"version": self.version, "start": 0, "end": 1}],
-                    }
-                )
-            prompt = prompt if "prompt_logprobs" in params else None
-            return {"choices": choices, "prompt_token_ids": ids.tolist(), "prompt_logprobs": prompt}
+            return self.complete(body["token_ids"], images, body["sampling_params"])
+
+    @torch.no_grad()
+    def complete(self, token_ids: list[int], images: list[Image.Image], params: dict) -> dict:
+        """Return the reply to a prompt, as JSON.
+
+        Sampled completions are one token, and every second one has ended. Those of a script, and greedy ones, end as in vLLM.
+        """
+        inputs = self._encode(token_ids, images)
+        ids = inputs["input_ids"][0].tolist()
+        logps = self.model(**inputs).logits[0].float().log_softmax(-1)
+        prompt = [None, *({str(t): {"logprob": logps[i, t].item()}} for i, t in enumerate(ids[1:]))]
+        banned = torch.tensor([*map(int, params["logit_bias"])])
+        is_greedy = self.is_greedy or params["temperature"] == 0
+        is_sampled = not (self.scripts or is_greedy) or "prompt_logprobs" in params
+        if is_sampled:
+            allowed = logps[-1].exp().index_fill(0, banned, 0.0)
+            completions = [[int(allowed.multinomial(1, generator=self.rng))] for _ in range(params["n"])]
+        elif self.scripts:
+            completions = self._scripted(token_ids, images, params)
+        else:
+            completions = [self._greedy(inputs, banned, params)] * params["n"]
+        choices = []
+        for index, tokens in enumerate(completions):
+            ended = index % 2 if is_sampled else tokens[-1] in params["stop_token_ids"]
+            entries = [{"token_id": t, "logprob": p} for t, p in zip(tokens, self._logps(inputs, tokens), strict=True)]
+            content = [{**entry, "top_logprobs": [entry]} for entry in entries]
+            choices.append(
+                {
+                    "index": index,
+                    "finish_reason": "stop" if ended else "length",
+                    "token_ids": tokens,
+                    "logprobs": {"content": content} if "logprobs" in params else None,
+                    "weight_versions": [{"version": self.version, "start": 0, "end": len(tokens)}],
+                }
+            )
+        prompt = prompt if "prompt_logprobs" in params else None
+        return {"choices": choices, "prompt_token_ids": ids, "prompt_logprobs": prompt}
+
+    def _scripted(self, token_ids: list[int], images: list[Image.Image], params: dict) -> list[list[int]]:
+        if tuple(token_ids) not in self.scripts:
+            raise Status(400, f"no script for {self.tokenizer.decode(token_ids)!r}")
+        expected, completions = self.scripts[tuple(token_ids)]
+        if [(x.mode, x.size, x.tobytes()) for x in images] != [(x.mode, x.size, x.tobytes()) for x in expected]:
+            raise Status(400, f"other images than scripted for {self.tokenizer.decode(token_ids)!r}")
+        if len(completions) != params["n"]:
+            raise Status(400, f"n must be {len(completions)}, got {params['n']}")
+        return [tokens[: params["max_tokens"]] for tokens in completions]
+
+    def _encode(self, token_ids: list[int], images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """Return the model inputs of a prompt with one placeholder per image."""
+        media, ids, sizes = {}, [], iter(())
+        if images:
+            media = dict(self.processor.image_processor(images=images, return_tensors="pt"))
+            sizes = iter((media["image_grid_thw"].prod(-1) // self.processor.image_processor.merge_size**2).tolist())
+        for token in token_ids:
+            ids += [token] * (next(sizes) if token == self.processor.image_token_id else 1)
+        assert next(sizes, None) is None, "more images than placeholders"
+        ids = torch.tensor([ids])
+        types = (ids == self.processor.image_token_id).int()
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types, **media}
+
+    def _extended(self, inputs: dict[str, torch.Tensor], tokens: list[int]) -> dict[str, torch.Tensor]:
+        more = torch.tensor([tokens], dtype=torch.int64)
+        added = {"input_ids": more, "attention_mask": torch.ones_like(more), "mm_token_type_ids": torch.zeros_like(more)}
+        return {name: torch.cat([x, added[name]], 1) if name in added else x for name, x in inputs.items()}
+
+    def _logps(self, inputs: dict[str, torch.Tensor], tokens: list[int]) -> list[float]:
+        """Return the log-probabilities of the tokens after the prompt."""
+        logps = self.model(**self._extended(inputs, tokens)).logits[0, -len(tokens) - 1 : -1].float().log_softmax(-1)
+        return logps.gather(1, torch.tensor(tokens).unsqueeze(1))[:, 0].tolist()
+
+    def _greedy(self, inputs: dict[str, torch.Tensor], banned: torch.Tensor, params: dict) -> list[int]:
+        tokens = []
+        while len(tokens) < params["max_tokens"] and not {*tokens} & {*params["stop_token_ids"]}:
+            logits = self.model(**self._extended(inputs, tokens)).logits[0, -1]
+            tokens.append(int(logits.index_fill(0, banned, -torch.inf).argmax()))
+        return tokens
+
+
+class FakeModule(types.ModuleType):
+    """A module like ``vllm``, whose ``LLM`` replies as a ``FakeVLLM`` does.
+
+    Attributes:
+        aborted: the ids of requests that were aborted.
+    """
+
+    def __init__(self, fake: FakeVLLM):
+        super().__init__("vllm")
+        self.SamplingParams, self.fake, self.aborted, self.waiting = dict, fake, [], {}
+        self.llm_engine = types.SimpleNamespace(step=self.step, abort_request=self.abort_request)
+        self.llm_engine.engine_core = types.SimpleNamespace(shutdown=lambda: None)
+        self.llm_engine.reset_encoder_cache = lambda: None
+        self.model_config = types.SimpleNamespace(max_model_len=fake.config["max_model_len"])
+
+    def LLM(self, folder, logprobs_mode, **options):
+        self.fake.config["logprobs_mode"] = logprobs_mode
+        return self
+
+    def collective_rpc(self, method, kwargs):
+        self.fake.collective_rpc({"method": method, "kwargs": kwargs})
+
+    def reset_prefix_cache(self):
+        return True
+
+    def update_weight_version(self, version):
+        self.fake.version = version
+
+    def enqueue(self, prompts, params, lora_request, use_tqdm):
+        [prompt] = prompts
+        number = self.fake.counts["enqueue"]
+        self.fake.counts["enqueue"] += 1
+        images = prompt.get("multi_modal_data", {}).get("image", [])
+        self.waiting[str(number)] = self.fake.complete(prompt["prompt_token_ids"], images, params)
+        return [f"{number}-0f0f0f0f"]
+
+    def step(self):
+        """Finish the request that was sent last, so that replies arrive in another order than requests."""
+        if "step" in self.fake.change:
+            self.fake.change["step"](None, len(self.waiting))
+        if not self.waiting:
+            raise RuntimeError("step was called without requests")
+        number, reply = self.waiting.popitem()
+        return [types.SimpleNamespace(finished=False), _request_output(number, reply)]
+
+    def abort_request(self, ids, internal):
+        assert internal
+        self.aborted += ids
+        self.waiting.clear()
+
+
+def _request_output(number: str, reply: dict) -> types.SimpleNamespace:
+    """Convert a reply to a ``vllm.RequestOutput``."""
+
+    def logps(entries):
+        return {int(token): types.SimpleNamespace(logprob=entry["logprob"]) for token, entry in entries.items()}
+
+    def output(choice):
+        content = choice["logprobs"] and choice["logprobs"]["content"]
+        versions = [types.SimpleNamespace(**span) for span in choice["weight_versions"]]
+        lists = content and [logps({entry["token_id"]: entry}) for entry in content]
+        return types.SimpleNamespace(**choice | {"logprobs": lists, "weight_versions": versions})
+
+    prompt = reply["prompt_logprobs"] and [entries and logps(entries) for entries in reply["prompt_logprobs"]]
+    return types.SimpleNamespace(
+        request_id=number,
+        finished=True,
+        outputs=[output(choice) for choice in reply["choices"]],
+        prompt_token_ids=reply["prompt_token_ids"],
+        prompt_logprobs=prompt,
+    )
 
 
 class Status(Exception):

@@ -1,10 +1,12 @@
 """Checks of arguments. Each raises an error that names the argument, the rule and the value, or returns nothing."""
 
 import difflib
+import importlib
 import math
 import numbers
 import re
 from collections.abc import Collection, Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -51,6 +53,26 @@ def did_you_mean(value: object, names: Iterable[str], meanings: dict[str, str] |
     spellings = {plain(name): name for name in names} | {plain(name): valid for name, valid in (meanings or {}).items()}
     near = difflib.get_close_matches(plain(str(value)), spellings, n=1)
     return f" (did you mean {spellings[near[0]]}?)" if near else ""
+
+
+def import_object(name: str, path: str) -> Any:
+    """Return the object at an import path "module:attribute", the value of the argument ``name``.
+
+    Raises:
+        ValueError: the module cannot be imported or lacks the attribute.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{name} must be importable, got {path!r}: {error}") from error
+    except Exception as error:  # raised by the code of the module
+        raise ValueError(f"{name} must be importable, got {path!r}: {type(error).__name__}: {error}") from error
+    try:
+        return reduce(getattr, attribute.split("."), found)
+    except AttributeError as error:
+        hint = did_you_mean(attribute, dir(found))
+        raise ValueError(f"{name} must be importable, got {path!r}: {error}{hint}") from error
 
 
 def require_one_of(name: str, value: object, rows: Collection[str], prefix: str = "") -> None:

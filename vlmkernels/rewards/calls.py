@@ -172,6 +172,31 @@ def to_number(entry: Entry, value: Any, where: str) -> float | BaseException:
     raise error
 
 
+def to_numbers(entry: Entry, value: Any, where: str, num_turns: int | None) -> float | BaseException | list[float]:
+    """Return the score of a completion, or the scores of its turns if the function returned a list for it.
+
+    Args:
+        entry, value, where: see ``to_number``.
+        num_turns: the number of turns; None if the function cannot score turns.
+
+    Returns:
+        See ``to_number``. Of several turns that cannot be scored, the first reason.
+
+    Raises:
+        RuntimeError, ValueError: see ``to_number``. The list has a wrong length.
+    """
+    if num_turns is None or not isinstance(value, (list, tuple)):
+        return to_number(entry, value, where)
+    if len(value) == num_turns:
+        numbers = [to_number(entry, number, f"turn {turn} of {where}") for turn, number in enumerate(value)]
+        errors = [number for number in numbers if isinstance(number, BaseException)]
+        return errors[0] if errors else [float(cast(float, number)) for number in numbers]
+    error = ValueError(f"reward {entry.name} must return one number per turn, {num_turns}, got {len(value)} for {where}")
+    if entry.on_error == "skip":
+        return error
+    raise error
+
+
 @contextmanager
 def warn_when_slow(name: str) -> Iterator[None]:
     """Log a warning with the name of the reward if the context has not ended after 1, 2, 4, ... minutes.

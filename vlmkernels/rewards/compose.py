@@ -13,22 +13,21 @@ and ``on_error`` are described in ``vlmkernels.rewards.calls.Entry``. All other 
 """
 
 import asyncio
-import importlib
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from vlmkernels.ops.checks import did_you_mean
+from vlmkernels.ops.checks import did_you_mean, import_object
 from vlmkernels.rewards.batch import Unparsed
 from vlmkernels.rewards.builtin import NAMES, PURE, build
-from vlmkernels.rewards.calls import Entry, call, call_async, to_number, warn_of_errors, warn_when_slow
+from vlmkernels.rewards.calls import Entry, call, call_async, to_numbers, warn_of_errors, warn_when_slow
 from vlmkernels.rewards.signature import (
     PROVIDED,
     SETTINGS,
@@ -91,17 +90,7 @@ def _imported(path: str) -> Any:
             f"reward must be an import path 'module:function' with the name of a module on sys.path, not a file, got {path!r} "
             f"(did you mean {stem}:{attribute}?)"
         )
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"reward must be importable, got {path!r}: {error}") from error
-    except Exception as error:  # raised by the code of the module
-        raise ValueError(f"reward must be importable, got {path!r}: {type(error).__name__}: {error}") from error
-    try:
-        return reduce(getattr, attribute.split("."), found)
-    except AttributeError as error:
-        hint = did_you_mean(attribute, dir(found))
-        raise ValueError(f"reward must be importable, got {path!r}: {error}{hint}") from error
+    return import_object("reward", path)
 
 
 def name_of(reward: Callable[..., Any]) -> str:
@@ -120,35 +109,77 @@ def to_entry(reward: RewardSpec) -> Entry:
     function = resolve(reward["name"], **{key: value for key, value in reward.items() if key not in SETTINGS})
     process = None
     if reward["name"] in PURE and reward.get("timeout") is not None:
-        sent = [name for name in PROVIDED if name not in ("images", "trainer_state")]
+        sent = [name for name in PROVIDED if name not in ("images", "trainer_state", "tool_images", "environments")]
         process = ProcessWorker(function, (*sent, *required_columns(function)))
     return Entry(function, reward.get("log_as") or name_of(function), process=process, **settings)
+
+
+def environment_reward(name: str) -> RewardFunction:
+    """Return a reward function with the rewards that environments of the class ``name`` give themselves (``get_reward``)."""
+
+    def reward(environment_rewards: list[dict[str, float]]) -> list[float | None]:
+        return [rewards.get(name) for rewards in environment_rewards]
+
+    reward.__name__ = name
+    return cast(RewardFunction, reward)
 
 
 class Scores(NamedTuple):
     """Rewards of N completions from R functions.
 
+    A function can score the turns of a trajectory instead of the whole. Its advantage is then computed by turn: the trajectory
+    has no outcome from this function.
+
     Attributes:
-        rewards: (N, R) fp32 on the CPU; NaN = not scored.
+        rewards: (N, R) fp32 on the CPU; NaN = not scored. The sum over the turns where the function scored turns.
         unparsed: (N, R) bool, True where the answer could not be parsed.
         failed: (N, R) bool, True where the function raised or exceeded its timeout.
         seconds: (R,) fp64, time that each function took.
+        scored_turns: (N, R) bool, True where the function scored turns; None if no function did.
+        turns: (N, T) fp32, the weighted sum over functions of the rewards of each turn; NaN where no function scored the turn,
+            and after the last turn of the trajectory. None if no function scored turns.
     """
 
     rewards: torch.Tensor
     unparsed: torch.Tensor
     failed: torch.Tensor
     seconds: torch.Tensor
+    scored_turns: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
+
+    @property
+    def outcomes(self) -> torch.Tensor:
+        """The rewards of whole completions, (N, R): NaN where the function scored turns."""
+        return self.rewards if self.scored_turns is None else self.rewards.masked_fill(self.scored_turns, torch.nan)
 
     @classmethod
     def cat(cls, parts: Sequence["Scores"]) -> "Scores":
         """Concatenate the scores of several batches and sum their ``seconds``."""
-        rewards, unparsed, failed, seconds = zip(*parts, strict=True)
-        return cls(torch.cat(rewards), torch.cat(unparsed), torch.cat(failed), torch.stack(seconds).sum(0))
+        rewards, unparsed, failed, seconds, *_ = zip(*parts, strict=True)
+        scored_turns = turns = None
+        if any(part.turns is not None for part in parts):
+            width = max(0 if part.turns is None else part.turns.shape[1] for part in parts)
+            scored_turns = torch.cat([torch.zeros_like(p.failed) if (s := p.scored_turns) is None else s for p in parts])
+            turns = torch.cat([_widened(part.rewards[:, :0] if part.turns is None else part.turns, width) for part in parts])
+        return cls(torch.cat(rewards), torch.cat(unparsed), torch.cat(failed), torch.stack(seconds).sum(0), scored_turns, turns)
 
     def select(self, completions: torch.Tensor) -> "Scores":
         """Return the scores of the completions with these indices or this mask. ``seconds`` still covers all completions."""
-        return Scores(self.rewards[completions], self.unparsed[completions], self.failed[completions], self.seconds)
+        rewards, unparsed, failed = self.rewards[completions], self.unparsed[completions], self.failed[completions]
+        scored_turns, turns = (None if x is None else x[completions] for x in (self.scored_turns, self.turns))
+        return Scores(rewards, unparsed, failed, self.seconds, scored_turns, turns)
+
+    def expand(self, completions: list[int], count: int) -> "Scores":
+        """Return scores of ``count`` completions: these for the given ones, in order; the others are not scored."""
+        place = torch.full((count,), len(completions))
+        place[completions] = torch.arange(len(completions))
+        rows = {"rewards": torch.nan, "unparsed": 0, "failed": 0, "scored_turns": 0, "turns": torch.nan}
+        values = {name: getattr(self, name) for name in rows}
+        expanded = {
+            name: None if x is None else torch.cat([x, x.new_full((1, x.shape[1]), rows[name])])[place]
+            for name, x in values.items()
+        }
+        return self._replace(**expanded)
 
     def metrics(self, names: list[str]) -> dict[str, float]:
         """Return the share of unparsed answers, the share of failed completions and the time in seconds of each function."""
@@ -156,6 +187,19 @@ class Scores(NamedTuple):
         return {
             f"rewards/{name}/{key}": v for key, values in rates.items() for name, v in zip(names, values.tolist(), strict=True)
         }
+
+
+def _widened(turns: torch.Tensor, width: int) -> torch.Tensor:
+    """Append turns without a reward, up to ``width``."""
+    return torch.nn.functional.pad(turns, (0, width - turns.shape[1]), value=torch.nan)
+
+
+def _to_float(score: float | BaseException | list[float]) -> float:
+    """Return the reward of a completion; NaN if it is not scored."""
+    if isinstance(score, list):
+        scored = [number for number in score if not math.isnan(number)]
+        return math.fsum(scored) if scored else math.nan
+    return math.nan if isinstance(score, BaseException) else score
 
 
 class Rewards:
@@ -167,6 +211,7 @@ class Rewards:
 
     Attributes:
         names: the names in the logs.
+        specs: the functions, names or dicts that were given.
         weights: (R,) fp32.
     """
 
@@ -178,6 +223,7 @@ class Rewards:
         rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [cast(RewardSpec, rewards)]
         if not rewards:
             raise ValueError("reward_funcs must have at least one function, got none")
+        self.specs = rewards
         self.entries = [to_entry(reward) for reward in rewards]
         self.names = [entry.name for entry in self.entries]
         if len(set(self.names)) < len(self.names):
@@ -236,25 +282,29 @@ class Rewards:
         threading.Thread(target=loop.run_forever, daemon=True).start()
         return loop
 
-    def __call__(self, num_completions: int, rows: list[int] | None = None, /, **arguments: Any) -> Scores:
+    def __call__(
+        self, num_completions: int, rows: list[int] | None = None, num_turns: list[int] | None = None, /, **arguments: Any
+    ) -> Scores:
         """Score completions. Coroutine functions run concurrently with each other and with the other functions.
 
         Args:
             num_completions: N.
             rows: index of each completion's sample in the dataset, for error messages.
+            num_turns: the number of turns of each completion, which functions can then score one by one. None: without tools.
             arguments: keyword arguments of the functions; see ``RewardFunction``.
 
         Raises:
             ImportError: a function needs a package that is not installed.
             RuntimeError: a function raised or exceeded its timeout, and its ``on_error`` is "raise".
-            ValueError: a function did not return one finite number or None per completion.
+            ValueError: a function did not return one finite number or None per completion, or per turn of a completion.
         """
         results = self._call(num_completions, arguments)
         values = [results[name][0] for name in self.names]
         seconds = [results[name][1] for name in self.names]
         places = [f"completion {i}" + ("" if rows is None else f" of sample {rows[i]}") for i in range(num_completions)]
+        counts = [None] * num_completions if num_turns is None else num_turns
         scores = [
-            [to_number(entry, value, place) for value, place in zip(column, places, strict=True)]
+            [to_numbers(entry, *of_completion) for of_completion in zip(column, places, counts, strict=True)]
             for entry, column in zip(self.entries, values, strict=True)
         ]
         for entry, column in zip(self.entries, scores, strict=True):
@@ -263,9 +313,23 @@ class Rewards:
         def are(kind: type) -> torch.Tensor:
             return torch.tensor([[isinstance(score, kind) for score in column] for column in scores]).T
 
-        numbers = [[math.nan if isinstance(score, BaseException) else score for score in column] for column in scores]
+        numbers = [[_to_float(score) for score in column] for column in scores]
         rewards = torch.tensor(numbers, dtype=torch.float32).T.contiguous()
-        return Scores(rewards, are(Unparsed), are(BaseException), torch.tensor(seconds, dtype=torch.float64))
+        result = Scores(rewards, are(Unparsed), are(BaseException), torch.tensor(seconds, dtype=torch.float64))
+        scored_turns = are(list)
+        if num_turns is None or not scored_turns.any():
+            return result
+        return result._replace(scored_turns=scored_turns, turns=self._weighted_turns(scores, num_turns))
+
+    def _weighted_turns(self, scores: list[list[Any]], num_turns: list[int]) -> torch.Tensor:
+        """Return the weighted sum over functions of the rewards of turns, see ``Scores``."""
+        total = torch.full((len(num_turns), max(num_turns)), torch.nan)
+        for weight, column in zip(self.weights, scores, strict=True):
+            for row, score in zip(total, column, strict=True):
+                if isinstance(score, list):
+                    own, turns = weight * torch.tensor(score, dtype=torch.float32), row[: len(score)]
+                    turns.copy_(torch.where(own.isnan(), turns, own + turns.nan_to_num()))
+        return total
 
     def _call(self, count: int, arguments: dict[str, Any]) -> dict[str, tuple[list[Any], float]]:
         """Call all functions. Returns, by name, the result of ``calls.call`` and the seconds that the function took."""

@@ -19,6 +19,7 @@ SETTINGS = ("name", "log_as", "weight", "timeout", "on_error")
 PROVIDED = (
     *("prompts", "completions", "completion_ids", "think_opened"),
     *("images", "image_sizes", "resized_sizes", "trainer_state"),
+    *("tool_images", "environments", "environment_rewards"),
 )
 
 
@@ -38,12 +39,19 @@ class RewardFunction(Protocol):
         prompts: the dataset's column ``prompt``: strings, or conversations (lists of messages with ``role`` and ``content``).
         completions: the decoded completions, without special tokens other than tags such as ``<think>`` and
             ``<|box_start|>``: strings if the prompts are strings, else conversations of one message,
-            ``[{"role": "assistant", "content": "..."}]``.
+            ``[{"role": "assistant", "content": "..."}]``. With tools, all messages of the trajectory: those of the assistant,
+            with ``tool_calls`` and ``reasoning_content`` where they have some, and those of tools,
+            ``{"role": "tool", "name": "...", "content": ...}``, whose content is a string, or a list of text and image parts.
         completion_ids: token ids of each completion, including the token that ended it.
         think_opened: whether the prompt of each completion ends with ``<think>``, as chat templates of models that always think
             do. The completion then begins within this element. None if unknown.
         images: the decoded images of each sample; an empty list for a sample without images.
         image_sizes: (width, height) in pixels of each image in the dataset.
+        tool_images: with tools, the images that they returned.
+        environments: with tools, the environment of each trajectory after its last turn: an object of its class with its
+            attributes; None without an environment, or if its process was lost.
+        environment_rewards: with tools, the reward of each trajectory's environment, by the name of the environment's class; an
+            empty dict if it has none.
         resized_sizes: (width, height) in pixels of each image after the processor has resized it. None for a sample whose model
             inputs do not contain the size.
         trainer_state: the state of the trainer, with ``global_step``. Not passed by ``vlmkernels eval``.
@@ -51,8 +59,9 @@ class RewardFunction(Protocol):
 
     Returns:
         One number per completion, as a list or a tensor (N,). None means "not scored": the completion gets no reward from this
-        function, as in a mixture of tasks. An exception instead of a number means that scoring this completion failed; see
-        ``on_error`` of ``vlmkernels.rewards.calls.Entry``.
+        function, as in a mixture of tasks. With tools, a completion can have a list instead, with one number or None per turn
+        of the model; see ``vlmkernels.rewards.Scores``. An exception instead of a number means that scoring this completion
+        failed; see ``on_error`` of ``vlmkernels.rewards.calls.Entry``.
     """
 
     def __call__(
@@ -66,8 +75,11 @@ class RewardFunction(Protocol):
         image_sizes: list[list[tuple[int, int]]],
         resized_sizes: list[list[tuple[int, int]] | None],
         trainer_state: "TrainerState",
+        tool_images: "list[list[Image]]",
+        environments: list[Any],
+        environment_rewards: list[dict[str, float]],
         **columns: list[Any],
-    ) -> Sequence[float | Exception | None] | torch.Tensor: ...
+    ) -> Sequence[float | list[float | None] | Exception | None] | torch.Tensor: ...
 
 
 def options_of(target: Callable[..., Any]) -> dict[str, object]:

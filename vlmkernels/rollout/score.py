@@ -1,31 +1,22 @@
 """Scoring completions: the one place that decodes them and calls reward functions, for training and for evaluation."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from vlmkernels.data.decoding import decode_completions
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.rewards import Rewards, Scores
-from vlmkernels.rewards.answers import THINK, ends_in_think, text_of
+from vlmkernels.rewards.answers import THINK, Messages, ends_in_think, text_of
 from vlmkernels.rewards.signature import PROVIDED
 from vlmkernels.rollout.base import Rollout
+from vlmkernels.rollout.episodes import Episode, Episodes
 
 Size = tuple[int, int]
 
-# Special tokens that are tags of an answer: <think>, </answer>, <box>, <|box_start|>, <|end_of_box|>, <loc0012>, ...
-_TAG = re.compile(
-    r"</?([a-z_]+|(?:loc|seg)\d+)>|<\|([a-z_]+)_(?:start|end)\|>|<\|(?:begin|start|end)_of_([a-z_]+)\|>", re.IGNORECASE
-)
-# Words in the names of other special tokens of these forms: <pad>, </s>, <|im_end|>, <end_of_turn>, <|vision_start|>, ...
-_CONTROL = {
-    *("s", "bos", "eos", "pad", "unk", "cls", "sep", "mask", "text", "sentence", "document", "sop", "eop", "eot", "eom"),
-    *("im", "turn", "utterance", "role", "message", "msg", "header", "user", "assistant", "system"),
-    *("image", "img", "boi", "eoi", "vision", "video", "audio", "media"),
-}
 _TAIL = 32  # tokens at the end of a prompt in which <think> is searched
 
 
@@ -35,13 +26,15 @@ class Scored:
 
     Args:
         samples: the sample of each completion.
-        completions: what the reward functions got: texts, or conversations of one message.
+        completions: what the reward functions got: texts, or conversations of one message, or with tools of all messages.
         scores: the scores of all reward functions.
+        episodes: the trajectories with tools; None without tools.
     """
 
     samples: list[Sample]
-    completions: list[str | list[dict[str, str]]]
+    completions: list[str | Messages]
     scores: Scores
+    episodes: list[Episode] | None = None
 
 
 def score(
@@ -52,6 +45,7 @@ def score(
     resized_sizes: Sequence[list[Size] | None],
     *,
     think_opened: Sequence[bool | None] | None = None,
+    episodes: Sequence[Episode] | None = None,
     columns: bool = True,
     **arguments: Any,
 ) -> Scored:
@@ -64,46 +58,69 @@ def score(
         completion_ids: token ids of each completion; an empty list if they are unknown.
         resized_sizes: (width, height) of the images of each completion's prompt as the model saw them; None if unknown.
         think_opened: see ``opens_think``. Default: unknown.
+        episodes: the trajectories of the completions, whose messages the reward functions get instead of ``texts``.
         columns: whether to pass the other columns of the dataset to the reward functions.
         arguments: further arguments of the reward functions, for example ``trainer_state``.
     """
-    completions: list[str | list[dict[str, str]]] = [
+    completions: list[str | Messages] = [
         text if isinstance(sample.prompt, str) else [{"role": "assistant", "content": text}]
         for sample, text in zip(samples, texts, strict=True)
     ]
+    if episodes is not None:
+        completions = [episode.messages for episode in episodes]
+    per_completion = {
+        "prompts": [sample.row["prompt"] for sample in samples],
+        "completions": completions,
+        "completion_ids": list(completion_ids),
+        "think_opened": [None] * len(samples) if think_opened is None else list(think_opened),
+        "images": [sample.images for sample in samples],
+        "image_sizes": [[image.size for image in sample.images] for sample in samples],
+        "resized_sizes": list(resized_sizes),
+    }
     if columns:
         names = {name for sample in samples for name in sample.row} - {"prompt", *PROVIDED}
-        arguments |= {name: [sample.row.get(name) for sample in samples] for name in sorted(names)}
-    scores = rewards(
-        len(samples),
-        [sample.index for sample in samples],
-        prompts=[sample.row["prompt"] for sample in samples],
-        completions=completions,
-        completion_ids=list(completion_ids),
-        think_opened=[None] * len(samples) if think_opened is None else list(think_opened),
-        images=[sample.images for sample in samples],
-        image_sizes=[[image.size for image in sample.images] for sample in samples],
-        resized_sizes=list(resized_sizes),
-        **arguments,
-    )
-    return Scored(list(samples), completions, scores)
+        per_completion |= {name: [sample.row.get(name) for sample in samples] for name in sorted(names)}
+    indices, num_turns, scored = [sample.index for sample in samples], None, list(range(len(samples)))
+    if episodes is not None:
+        num_turns = [episode.num_turns for episode in episodes]
+        per_completion["tool_images"] = [episode.images for episode in episodes]
+        per_completion["environments"] = [episode.environment for episode in episodes]
+        per_completion["environment_rewards"] = [episode.rewards for episode in episodes]
+        scored = [k for k, episode in enumerate(episodes) if episode.lost is None]
+    if len(scored) < len(samples):
+        per_completion = {name: [values[k] for k in scored] for name, values in per_completion.items()}
+        indices, num_turns = ([values[k] for k in scored] for values in (indices, num_turns))
+    scores = rewards(len(scored), indices, num_turns, **per_completion, **arguments)
+    if len(scored) < len(samples):
+        scores = scores.expand(scored, len(samples))
+    return Scored(list(samples), completions, scores, None if episodes is None else list(episodes))
 
 
 def score_rollout(
-    rewards: Rewards, samples: Sequence[Sample], rollout: Rollout, processor: Any, *, columns: bool = True, **arguments: Any
+    rewards: Rewards,
+    samples: Sequence[Sample],
+    rollout: Rollout,
+    processor: Any,
+    episodes: Episodes | None = None,
+    *,
+    columns: bool = True,
+    **arguments: Any,
 ) -> Scored:
     """Decode the completions of a rollout and call the reward functions on them.
 
     Args:
         rewards: the reward functions.
-        samples: the P samples that ``rollout.prompts`` encodes.
+        samples: the P samples that ``rollout.prompts`` encodes; with ``episodes``, theirs are used instead.
         rollout: P prompts and N completions.
         processor: the model's processor or tokenizer.
+        episodes: the conversations of the completions with their tools, which end here; None without tools.
         columns, arguments: see ``score``.
     """
+    samples = samples if episodes is None else episodes.samples
     ids, tokenizer = rollout.token_ids(), tokenizer_of(processor)
     sizes, group = resized_sizes(rollout.prompts, processor), rollout.group.tolist()
-    opened = opens_think(samples, rollout.prompts, tokenizer)
+    # A conversation has its reasoning between tags, or in a key of its own, whether or not the prompt has opened it.
+    opened = opens_think(samples, rollout.prompts, tokenizer) if episodes is None else [None] * len(samples)
     return score(
         rewards,
         samples=[samples[index] for index in group],
@@ -111,28 +128,10 @@ def score_rollout(
         completion_ids=ids,
         resized_sizes=[sizes[index] for index in group],
         think_opened=[opened[index] for index in group],
+        episodes=None if episodes is None else episodes.results(),
         columns=columns,
         **arguments,
     )
-
-
-def decode_completions(tokenizer: PreTrainedTokenizerBase, completion_ids: Sequence[Sequence[int]]) -> list[str]:
-    """Decode completions without special tokens, except for those that are tags of an answer.
-
-    ``skip_special_tokens=True``, as in TRL, would also remove ``<think>``, ``<answer>`` or ``<|box_start|>`` in tokenizers that
-    declare them as special tokens.
-    """
-    special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    hidden = {token for token, text in special.items() if not _is_tag(text)}
-    kept = [[token for token in ids if token not in hidden] for ids in completion_ids]
-    return tokenizer.batch_decode(kept, skip_special_tokens=False)
-
-
-def _is_tag(text: str) -> bool:
-    """Return whether the text of a special token is a tag of an answer."""
-    match = _TAG.fullmatch(text)
-    return match is not None and _CONTROL.isdisjoint(match[match.lastindex or 0].lower().split("_"))
 
 
 def opens_think(samples: Sequence[Sample], prompts: ModelInputs, tokenizer: PreTrainedTokenizerBase) -> list[bool]:

@@ -112,7 +112,10 @@ def make_rewards(reward_funcs: Any, agent: Agent | None, args: GRPOConfig) -> Re
     if reward_funcs is None and not names:
         raise ValueError("reward_funcs must be given without an environment that has get_reward, got None")
     functions = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    return Rewards([*functions, *map(environment_reward, names)], args.reward_weights)
+    weights = args.reward_weights
+    if weights is not None and len(weights) == len(functions):  # TRL's list has no weights of environments either
+        weights = [*weights, *[1.0] * len(names)]
+    return Rewards([*functions, *map(environment_reward, names)], weights)
 
 
 # Datasets

@@ -12,21 +12,24 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
 from support import tiny
+from support.observations import observation, result_text
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from vlmkernels.data.samples import encode, read_sample
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
 from vlmkernels.rollout.base import Engine, RolloutError
 from vlmkernels.rollout.vllm import engine as vllm_engine
 from vlmkernels.rollout.vllm.fingerprint import relative_difference
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
-BOUND = 1e-4  # absolute, of fp32 log-probabilities with equal weights; measured: 1.2e-5
+BOUND = 1e-4  # absolute, of fp32 log-probabilities with equal weights; measured: 1.6e-5
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -122,9 +125,9 @@ def watched(trainer):
         def __init__(self):
             self.sync_weights = engine.sync_weights
 
-        def __call__(self, model, prompts, num_generations, temperature, samples=None):
+        def __call__(self, model, prompts, num_generations, temperature, samples=None, episodes=None):
             start = time.perf_counter()
-            rollout = engine(model, prompts, num_generations, temperature, samples)
+            rollout = engine(model, prompts, num_generations, temperature, samples, episodes)
             seconds, head = time.perf_counter() - start, output_head(model)
             batch = rollout.padded(torch.arange(len(rollout.group)))
             options = {"head": head, "arguments": logit_arguments(model, head), "temperature": temperature}
@@ -151,6 +154,74 @@ def check(trainer, name: str, steps: int = 3) -> None:
     speed, sync = max(s for *_, s in trainer.rollouts), min(entry["vllm/sync_time"] for entry in logs)
     print(f"\n{name}: |logp| differ by {max(gaps):.1e} at most, fingerprints by {max(fingerprints):.1e}, ", end="")
     print(f"{speed:.0f} completions/s, {sync:.2f} s an update")
+
+
+class Results:
+    """Up to three results after the turns of each of 8 trajectories, whatever the model wrote, with 0 to 2 images each.
+
+    Attributes:
+        refused: trajectories for whose last result there was no room.
+    """
+
+    def __init__(self, family):
+        self.group, self.family, self.processor = torch.arange(2).repeat_interleave(4), family, tiny.processor()
+        self.num_turns, self.running, self.refused = [0] * 8, [], []
+
+    def end_turn(self, k, ids, ended):
+        self.num_turns[k] += 1
+        if not ended or self.num_turns[k] > k % 4:
+            return False
+        self.running.append(k)
+        return True
+
+    def ready(self, wait):
+        done, self.running = self.running, []
+        return [(k, self._result(10 * k + self.num_turns[k])) for k in done]
+
+    def refuse(self, k):
+        self.refused.append(k)
+
+    def _result(self, number):
+        images = [tiny.image(100 * n + number, width=28 * (1 + number % 3), height=56) for n in range(number % 3)]
+        return observation(result_text(f"result {number}", len(images)), images, self.processor, self.family)
+
+
+def check_trajectories(run, name: str, step: int) -> None:
+    """The log-probabilities of trajectories with results and images between their turns are the trainer's."""
+    engine, model, temperature = run.vllm, run.model.eval(), run.args.temperature
+    engine.sync_weights(model, step)
+    samples = [read_sample(row, index) for index, row in enumerate(tiny.rows(2, "several"))]
+    results = Results(engine.family)
+    ends = [token for token in range(40) if token % 3]  # turns of a random model are short
+    engine.sampling = replace(engine.sampling, max_new_tokens=250, eos_token_id=ends)
+    prompts, start = encode(samples, tiny.processor(), engine.family), time.perf_counter()
+    rollout = engine(model, prompts, 0, temperature, samples, results)
+    seconds = time.perf_counter() - start
+    assert results.num_turns == [1, 2, 3, 4] * 2
+    assert rollout.turns.inputs.num_images.sum() > 8
+    head = output_head(model)
+    options = {"head": head, "arguments": logit_arguments(model, head), "temperature": temperature}
+    with torch.no_grad():
+        expected = completion_logps(model, rollout.padded(torch.arange(8)), **options)
+    gap = float((rollout.logps[rollout.sampled_mask] - expected).abs().max())
+    assert gap < BOUND
+    print(f"\n{name}, 20 turns: |logp| of {len(expected)} tokens differ by {gap:.1e} at most, {seconds:.2f} s", end="")
+
+
+def check_cancelled_requests(run) -> None:
+    """Tools fail while vLLM samples other trajectories, which it then drops."""
+    samples, results = [read_sample(row, index) for index, row in enumerate(tiny.rows(2, "several"))], Results(run.vllm.family)
+    results.group, running = torch.tensor([0, 1, 1, 1, 1, 1, 1, 1]), []  # one first turn ends sooner than the last of seven
+
+    def fail(k, ids, ended):
+        running.append(unfinished())
+        raise RuntimeError("failed tool")
+
+    unfinished, results.end_turn = run.vllm.llm.llm_engine.has_unfinished_requests, fail
+    with pytest.raises(RuntimeError, match="failed tool"):
+        run.vllm(run.model, encode(samples, tiny.processor(), run.vllm.family), 0, run.args.temperature, samples, results)
+    print(f", requests were cancelled: {running}", end="")
+    assert not unfinished()
 
 
 def test_every_process_reports_a_missing_server(tmp_path):
@@ -204,6 +275,7 @@ def test_training_through_a_server(server, tmp_path, peft_config):
     before = run.vllm.fingerprint.logps(run.model)
     run.train()
     check(run, f"server, {'full' if peft_config is None else 'LoRA'}")
+    check_trajectories(run, f"server, {'full' if peft_config is None else 'LoRA'}", step=3)
     assert relative_difference(before, run.vllm.fingerprint.logps(run.model)) > 10 * BOUND
     left = sorted((tmp_path / "vllm-weights").iterdir())
     assert len(left) == (peft_config is not None)  # vLLM may load an adapter again
@@ -251,6 +323,8 @@ def test_training_with_vllm_in_the_process(tmp_path, peft_config):
         assert run.vllm.logprobs_mode == "processed_logprobs"
         run.train()
         check(run, f"colocate, {'full' if peft_config is None else 'LoRA'}")
+        check_trajectories(run, f"colocate, {'full' if peft_config is None else 'LoRA'}", step=3)
+        check_cancelled_requests(run)
     finally:
         run.vllm.close()
         gc.collect()

@@ -14,11 +14,23 @@ Messages = list[dict[str, Any]]  # a conversation: messages with ``role`` and ``
 
 
 def text_of(value: str | Messages) -> str:
-    """Return the text of a prompt or completion, given as a string or as a list of messages. Images are left out."""
+    """Return the text of a prompt or completion, given as a string or as a list of messages. Images are left out.
+
+    The text of a completion with tools is that of the last message of the assistant, so that rewards judge the final answer.
+    Reasoning that a message has in ``reasoning_content`` is put before its text, in a ``<think>`` element.
+    """
     if isinstance(value, str):
         return value
-    parts = (part for message in value for part in _parts(message.get("content") or ""))
-    return "".join(part.get("text") or "" for part in parts)
+    is_trajectory = bool(value) and value[0].get("role") == "assistant" and any(m.get("role") == "tool" for m in value)
+    if is_trajectory:
+        value = [message for message in value if message.get("role") == "assistant"][-1:]
+    return "".join(_text(message) for message in value)
+
+
+def _text(message: dict[str, Any]) -> str:
+    text = "".join(part.get("text") or "" for part in _parts(message.get("content") or ""))
+    reasoning = message.get("reasoning_content")
+    return f"{THINK}{reasoning}</think>{text}" if reasoning else text
 
 
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

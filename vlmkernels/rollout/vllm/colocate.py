@@ -1,8 +1,11 @@
 """Sampling with vLLM in the trainer's process, on its device."""
 
 import atexit
+import math
 import os
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from transformers import PreTrainedModel
 from vlmkernels.models.loading import base_model
 from vlmkernels.rollout.base import RolloutError, Sampling
 from vlmkernels.rollout.vllm.config import VLLMConfig, logprobs_modes
-from vlmkernels.rollout.vllm.engine import VLLM, Prompt, Reply, VLLMCompletion
+from vlmkernels.rollout.vllm.engine import VLLM
+from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, VLLMCompletion
 from vlmkernels.rollout.vllm.weights import lora_rank
 
 
@@ -57,7 +61,7 @@ class VLLMColocate(VLLM):
             disable_log_stats=True,
             **lora,
         )
-        self.vllm = vllm
+        self.vllm, self.max_length = vllm, self.llm.model_config.max_model_len
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -69,16 +73,8 @@ class VLLMColocate(VLLM):
                 if folder is not None:
                     shutil.rmtree(folder, ignore_errors=True)
 
-    def _replies(self, prompts: list[Prompt], params: dict[str, Any]) -> list[Reply]:
-        inputs = [
-            {"prompt_token_ids": p.token_ids, **({"multi_modal_data": {"image": p.images}} if p.images else {})}
-            for p in prompts
-        ]
-        try:
-            outputs = self.llm.generate(inputs, self.vllm.SamplingParams(**params), lora_request=self.lora, use_tqdm=False)
-        except Exception as error:
-            raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
-        return [_reply(output) for output in outputs]
+    def _requests(self) -> "ColocatedRequests":
+        return ColocatedRequests(self.llm, self.vllm.SamplingParams, self.lora)
 
     def _load(self, folder: Path, version: str) -> None:
         self.processor.save_pretrained(folder)
@@ -94,6 +90,51 @@ class VLLMColocate(VLLM):
             raise RolloutError("vLLM's prefix cache must be reset after an update of weights, but resetting it failed")
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.update_weight_version(version)
+
+
+class ColocatedRequests(Requests):
+    """Requests to ``vllm.LLM``, which advances only inside ``replies``: by one token of each completion in every step.
+
+    Args:
+        llm: a ``vllm.LLM``.
+        sampling_params: ``vllm.SamplingParams``.
+        lora: the adapter, as a ``LoRARequest``.
+    """
+
+    def __init__(self, llm: Any, sampling_params: type, lora: Any):
+        self.llm, self.sampling_params, self.lora = llm, sampling_params, lora
+        self.pending: dict[str, tuple[Key, str]] = {}  # by vLLM's id of the request, with the id that cancels it
+
+    def __exit__(self, *error: Any) -> None:
+        if self.pending:
+            with suppress(Exception):  # vLLM may have failed; the first error is raised
+                self.llm.llm_engine.abort_request([cancels for _, cancels in self.pending.values()], internal=True)
+
+    def __len__(self) -> int:
+        return len(self.pending)
+
+    def send(self, key: Key, prompt: Prompt, params: dict[str, Any]) -> None:
+        inputs: dict[str, Any] = {"prompt_token_ids": prompt.token_ids}
+        if prompt.images:
+            inputs["multi_modal_data"] = {"image": prompt.images}
+        params = self.sampling_params(**params)
+        try:
+            [cancels] = self.llm.enqueue([inputs], params, lora_request=self.lora, use_tqdm=False)
+        except Exception as error:
+            raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
+        self.pending[cancels.partition("-")[0]] = key, cancels  # vLLM appends a random suffix to the id in its outputs
+
+    def replies(self, timeout: float | None) -> list[tuple[Key, Reply]]:
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        finished: list[Any] = []
+        try:
+            while not finished:
+                finished = [output for output in self.llm.llm_engine.step() if output.finished]
+                if time.monotonic() > deadline:
+                    break
+        except Exception as error:
+            raise RolloutError(f"vLLM failed: {type(error).__name__}: {error}") from error
+        return [(self.pending.pop(output.request_id)[0], _reply(output)) for output in finished]
 
 
 def _reply(output: Any) -> Reply:

@@ -7,24 +7,30 @@ import time
 import uuid
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from transformers import PreTrainedModel
 
 from vlmkernels.data.samples import Sample, prompt_ids, render, tokenizer_of
 from vlmkernels.models.families import family_of, missing_token_ids
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.trajectories import Turns
 from vlmkernels.rollout.base import Engine, Rollout, RolloutError, Sampling, pad_token_ids
 from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling, logprobs_modes
 from vlmkernels.rollout.vllm.fingerprint import TOLERANCE, Fingerprint, relative_difference
 from vlmkernels.rollout.vllm.main_process import on_main_process
+from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, VLLMCompletion
+from vlmkernels.rollout.vllm.trajectory import Trajectory
 from vlmkernels.rollout.vllm.weights import active_adapter, check_adapters, save_weights
+
+if TYPE_CHECKING:
+    from vlmkernels.rollout.episodes import Episodes
 
 logger = logging.getLogger(__name__)
 
+POLL = 0.02  # seconds to wait for vLLM before looking for results of tools, while both run
 BAN = -100.0
 """Logit bias of banned tokens. exp(-100) is negligible, but the unbiased log-probability can still be recovered."""
 MAX_COUNTED = 64
@@ -33,48 +39,6 @@ MAX_COUNTED = 64
 
 class StaleWeights(RolloutError):
     """vLLM sampled with weights other than those of the last update."""
-
-
-class Prompt(NamedTuple):
-    """A prompt as it is sent to vLLM.
-
-    Attributes:
-        token_ids: tokens of the prompt, with one placeholder per image.
-        images: the images, in the order of their placeholders.
-    """
-
-    token_ids: list[int]
-    images: list[Image.Image]
-
-
-class VLLMCompletion(NamedTuple):
-    """A completion as vLLM returned it.
-
-    Attributes:
-        token_ids: the sampled tokens.
-        logps: for each position, log-probabilities by token id, among them the sampled token's. None if not requested.
-        ended: whether the completion ended; False if it was truncated.
-        version: version of the weights that sampled it; None if vLLM did not return it.
-    """
-
-    token_ids: list[int]
-    logps: list[dict[int, float]] | None
-    ended: bool
-    version: str | None
-
-
-class Reply(NamedTuple):
-    """vLLM's reply to one prompt.
-
-    Attributes:
-        token_ids: tokens of the prompt, with all placeholder tokens of each image.
-        completions: the completions.
-        prompt_logps: log-probabilities of the prompt's tokens except the first. None if not requested.
-    """
-
-    token_ids: list[int]
-    completions: list[VLLMCompletion]
-    prompt_logps: list[float] | None = None
 
 
 class VLLM(Engine):
@@ -95,6 +59,7 @@ class VLLM(Engine):
     returns_logps = True  # check_sampling ensures that they are at the training temperature
     dtype: torch.dtype  # dtype that vLLM runs in
     logprobs_mode: str  # vLLM's option of this name
+    max_length: int  # maximum number of tokens of a prompt and its completion in vLLM
 
     def __init__(
         self, model: PreTrainedModel, processor: Any, sampling: Sampling, config: VLLMConfig, accelerator: Accelerator
@@ -129,8 +94,8 @@ class VLLM(Engine):
         return counted
 
     @abstractmethod
-    def _replies(self, prompts: list[Prompt], params: dict[str, Any]) -> list[Reply]:
-        """Send prompts and return the reply to each. ``params`` are arguments of ``vllm.SamplingParams``."""
+    def _requests(self) -> Requests:
+        """Return an empty set of requests."""
 
     @abstractmethod
     def _load(self, folder: Path, version: str) -> None:
@@ -144,13 +109,11 @@ class VLLM(Engine):
             return temperature in (0, 1)
         return temperature > 0 and not self.sampling.is_restricted
 
-    def _params(self, num_generations: int, temperature: float) -> dict[str, Any]:
+    def _params(self, temperature: float) -> dict[str, Any]:
+        """Return the parameters that all requests have in common; ``_limited`` adds the others."""
         sampling = self.sampling
         params = {
-            "n": num_generations,
             "temperature": temperature,
-            "max_tokens": sampling.max_new_tokens,
-            "min_tokens": sampling.min_new_tokens,
             "repetition_penalty": sampling.repetition_penalty,
             "ignore_eos": True,  # vLLM's own end-of-sequence tokens; stop_token_ids replaces them
             "stop_token_ids": list(sampling.eos_token_id or ()),
@@ -189,14 +152,15 @@ class VLLM(Engine):
             prompts.append(Prompt(prompt_ids(sample, text, self.processor), sample.images))
         return prompts
 
-    def _check(self, reply: Reply, sample: Sample, expected: list[int], params: dict[str, Any]) -> None:
+    def _check(self, reply: Reply, name: str, expected: list[int], params: dict[str, Any]) -> None:
         """Raise unless vLLM tokenized the prompt as the trainer did and returned completions that can be trained on.
 
         Args:
+            name: name of the prompt in error messages.
             expected: the trainer's token ids of the prompt.
             params: sampling parameters of the request.
         """
-        who = f"sample {sample.index}: vLLM"
+        who = f"{name}: vLLM"
         if reply.token_ids != expected:
             pairs = enumerate(zip(reply.token_ids, expected, strict=False))
             first = next((i for i, (a, b) in pairs if a != b), min(len(reply.token_ids), len(expected)))
@@ -238,31 +202,94 @@ class VLLM(Engine):
         num_generations: int,
         temperature: float,
         samples: list[Sample] | None = None,
+        episodes: "Episodes | None" = None,
     ) -> Rollout:
         """See ``Engine``. Raises RolloutError if vLLM fails or a reply cannot be trained on."""
         if samples is None:
             raise ValueError("samples must be given to sample with vLLM, got None")
-        params = self._params(num_generations, temperature)
+        params = self._params(temperature)
+        group = torch.arange(len(samples)).repeat_interleave(num_generations) if episodes is None else episodes.group
         input_ids, attention_mask = (prompts.inputs[name].cpu() for name in ("input_ids", "attention_mask"))
-        expected = [row[keep].tolist() for row, keep in zip(input_ids, attention_mask.bool(), strict=True)]
-        replies = self._replies(self._prompts(samples), params)
-        for reply, sample, tokens in zip(replies, samples, expected, strict=True):
-            self._check(reply, sample, tokens, params)
-        completions = [completion for reply in replies for completion in reply.completions]
-        ids, mask = pad_token_ids([completion.token_ids for completion in completions], self.sampling.pad_token_id)
-        device, logps = prompts.inputs["input_ids"].device, None
+        tokens = [row[keep].tolist() for row, keep in zip(input_ids, attention_mask.bool(), strict=True)]
+        sent, budget = self._prompts(samples), self.sampling.max_new_tokens
+        trajectories = [Trajectory(samples[p].index, sent[p], tokens[p], len(tokens[p]), budget) for p in group.tolist()]
+        self._sample(trajectories, group.tolist(), params, episodes)
+        device, logps, turns = prompts.inputs["input_ids"].device, None, None
+        ids, mask = pad_token_ids([trajectory.completion_ids for trajectory in trajectories], self.sampling.pad_token_id)
         if "logprobs" in params:
             logps = torch.zeros(mask.shape)
-            pairs = [pair for c in completions for pair in zip(c.token_ids, c.logps, strict=True)]
-            logps[mask] = torch.tensor([self._logp(token, returned, temperature) for token, returned in pairs])
+            logps[mask] = torch.tensor([logp for trajectory in trajectories for logp in trajectory.logps])
+        if episodes is not None:
+            segments = [trajectory.segments for trajectory in trajectories]
+            turns = Turns.from_parts(segments, prompts.family, device, self.sampling.pad_token_id)
         return Rollout(
             prompts,
-            group=torch.arange(len(samples)).repeat_interleave(num_generations),
+            group=group,
             completion_ids=ids.to(device),
             completion_mask=mask.to(device),
-            truncated=torch.tensor([not completion.ended for completion in completions], device=device),
+            truncated=torch.tensor([trajectory.truncated for trajectory in trajectories], device=device),
             logps=None if logps is None else logps.to(device),
+            turns=turns,
         )
+
+    def _sample(
+        self, trajectories: list[Trajectory], group: list[int], params: dict[str, Any], episodes: "Episodes | None"
+    ) -> None:
+        """Sample trajectories to their end: with one request for the first turns of a prompt, and one for each further turn.
+
+        vLLM and the tools run at the same time. The first turns of a prompt arrive together; from then on, each trajectory
+        continues as soon as its own tools are done.
+
+        Args:
+            group: the prompt of each trajectory.
+            params: see ``_params``.
+        """
+        keys: dict[int, Key] = {}
+        for k, prompt in enumerate(group):
+            keys[prompt] = (*keys.get(prompt, ()), k)
+        waiting: set[int] = set()  # trajectories whose tools run
+        can_repeat = True
+        with self._requests() as requests:
+            for key in keys.values():
+                requests.send(key, trajectories[key[0]].prompt, self._limited(params, key, trajectories))
+            while requests or waiting:
+                for key, reply in requests.replies(POLL if waiting else None) if requests else ():
+                    self._check_turns(reply, trajectories[key[0]], self._limited(params, key, trajectories), can_repeat)
+                    can_repeat = episodes is None
+                    for k, completion in zip(key, reply.completions, strict=True):
+                        trajectories[k].add_turn(completion.token_ids, self._logps(completion, params), completion.ended)
+                        if episodes is not None and episodes.end_turn(k, completion.token_ids, completion.ended):
+                            waiting.add(k)
+                if episodes is not None and waiting:
+                    for k, observation in episodes.ready(wait=not requests):
+                        waiting.remove(k)
+                        if trajectories[k].add_result(observation, self.max_length):
+                            requests.send((k,), trajectories[k].prompt, self._limited(params, (k,), trajectories))
+                        else:
+                            episodes.refuse(k)
+
+    def _limited(self, params: dict[str, Any], key: Key, trajectories: list[Trajectory]) -> dict[str, Any]:
+        """Return the parameters of a request for the next turns of trajectories whose tokens are equal so far."""
+        room = trajectories[key[0]].room
+        return params | {"n": len(key), "max_tokens": room, "min_tokens": min(self.sampling.min_new_tokens, room)}
+
+    def _check_turns(self, reply: Reply, trajectory: Trajectory, params: dict[str, Any], can_repeat: bool) -> None:
+        """Check the reply to a request; see ``_check``. Without ``can_repeat``, StaleWeights becomes a final error."""
+        try:
+            self._check(reply, trajectory.name, trajectory.token_ids, params)
+        except StaleWeights as error:
+            if can_repeat:
+                raise
+            raise RolloutError(
+                f"{error}. The batch cannot be sampled again, because its tools may have run and may have had side effects"
+            ) from error
+
+    def _logps(self, completion: VLLMCompletion, params: dict[str, Any]) -> list[float]:
+        """Return the log-probabilities of the sampled tokens, or an empty list if they were not requested."""
+        if completion.logps is None or "logprobs" not in params:
+            return []
+        pairs = zip(completion.token_ids, completion.logps, strict=True)
+        return [self._logp(token, returned, params["temperature"]) for token, returned in pairs]
 
     # Weights
 
@@ -310,8 +337,11 @@ class VLLM(Engine):
         prompt = prompt._replace(token_ids=[*prompt.token_ids, *tokens])
         bias = dict.fromkeys(self.banned, BAN)
         params: dict[str, Any] = {"n": 1, "temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "logit_bias": bias}
-        [reply] = self._replies([prompt], params)
-        self._check(reply, sample, [*self.fingerprint.prompt.inputs["input_ids"][0].tolist(), *tokens], params)
+        with self._requests() as requests:
+            requests.send((), prompt, params)
+            [(_, reply)] = requests.replies(None)
+        expected = [*self.fingerprint.prompt.inputs["input_ids"][0].tolist(), *tokens]
+        self._check(reply, f"sample {sample.index}", expected, params)
         if reply.prompt_logps is None or len(reply.prompt_logps) < len(tokens):
             raise RolloutError(f"vLLM must return the log-probabilities of a prompt's tokens, got {reply.prompt_logps!r:.100}")
         return reply.prompt_logps[-len(tokens) :]

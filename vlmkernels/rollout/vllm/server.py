@@ -9,10 +9,10 @@ import io
 import json
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -24,9 +24,13 @@ from vlmkernels.http import CONNECTION_ERRORS, JSONClient, RequestError
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.rollout.base import Rollout, RolloutError, Sampling
 from vlmkernels.rollout.vllm.config import VLLMConfig, logprobs_modes
-from vlmkernels.rollout.vllm.engine import VLLM, Prompt, Reply, StaleWeights, VLLMCompletion
+from vlmkernels.rollout.vllm.engine import VLLM, StaleWeights
 from vlmkernels.rollout.vllm.main_process import on_main_process
+from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, VLLMCompletion
 from vlmkernels.rollout.vllm.weights import lora_rank
+
+if TYPE_CHECKING:
+    from vlmkernels.rollout.episodes import Episodes
 
 logger = logging.getLogger(__name__)
 
@@ -124,12 +128,56 @@ def _reply(content: Any) -> Reply:
         raise RolloutError(f"vLLM's reply must be that of /inference/v1/generate, got {content!r:.300} ({error!r})") from error
 
 
+class ServerRequests(Requests):
+    """Requests to a server, each in a thread, at most ``CONCURRENCY`` at the same time.
+
+    Args:
+        client: sends the requests.
+        model: the server's name of the model or adapter.
+    """
+
+    def __init__(self, client: VLLMClient, model: str):
+        self.client, self.model = client, model
+        self.executor = ThreadPoolExecutor(CONCURRENCY)
+        self.pending: dict[Future[Reply], Key] = {}
+        self.urls: dict[int, str] = {}  # by the id of the image, which trajectories keep alive
+
+    def __exit__(self, *error: Any) -> None:
+        self.executor.shutdown(wait=False, cancel_futures=True)
+
+    def __len__(self) -> int:
+        return len(self.pending)
+
+    def send(self, key: Key, prompt: Prompt, params: dict[str, Any]) -> None:
+        self.pending[self.executor.submit(self._request, prompt, params)] = key
+
+    def replies(self, timeout: float | None) -> list[tuple[Key, Reply]]:
+        done, _ = wait(self.pending, timeout, FIRST_COMPLETED)
+        return [(self.pending.pop(future), future.result()) for future in done]
+
+    def _request(self, prompt: Prompt, params: dict[str, Any]) -> Reply:
+        body = {
+            "model": self.model,
+            "token_ids": prompt.token_ids,
+            "content_parts": [{"type": "image_url", "url": self._url(image)} for image in prompt.images] or None,
+            "sampling_params": {**params, "output_kind": FINAL_ONLY},
+            "return_token_ids": True,
+        }
+        return _reply(self.client.request("/inference/v1/generate", body))
+
+    def _url(self, image: Image.Image) -> str:
+        if id(image) not in self.urls:
+            self.urls[id(image)] = png_url(image)
+        return self.urls[id(image)]
+
+
 class ServerInfo(NamedTuple):
-    """The name of the served model, the server's ``logprobs_mode``, and the dtype that it runs in."""
+    """The name of the served model, the server's ``logprobs_mode``, the dtype that it runs in, and its maximum length."""
 
     name: str
     logprobs_mode: str
     dtype: torch.dtype
+    max_length: int
 
 
 class VLLMServer(VLLM):
@@ -146,7 +194,8 @@ class VLLMServer(VLLM):
     ):
         super().__init__(model, processor, sampling, config, accelerator)
         self.client = VLLMClient(config.server_base_url, config.server_timeout, config.request_timeout)
-        self.name, self.logprobs_mode, self.dtype = on_main_process(accelerator, lambda: self._examine(model))
+        info = on_main_process(accelerator, lambda: self._examine(model))
+        self.name, self.logprobs_mode, self.dtype, self.max_length = info
 
     # Before training
 
@@ -158,8 +207,9 @@ class VLLMServer(VLLM):
         self._check_settings(settings, model)
         name = self.client.request("/v1/models")["data"][0]["id"]
         config = settings["model_config"]
-        info = ServerInfo(name, config["logprobs_mode"], getattr(torch, str(config["dtype"]).removeprefix("torch.")))
-        self.name, self.logprobs_mode, self.dtype = info  # which _compare uses
+        dtype = getattr(torch, str(config["dtype"]).removeprefix("torch."))
+        info = ServerInfo(name, config["logprobs_mode"], dtype, config["max_model_len"])
+        self.name, self.logprobs_mode, self.dtype, self.max_length = info  # which _compare uses
         # Loading the weights of another model would break the server, so compare before the first update.
         launched = self.client.request("/weight_info")["weight_version"] == "default"
         self.client.request("/resume", {})  # a run that was killed during an update left the server paused
@@ -212,24 +262,8 @@ class VLLMServer(VLLM):
 
     # Sampling
 
-    def _replies(self, prompts: list[Prompt], params: dict[str, Any]) -> list[Reply]:
-        model = ADAPTER if self.adapter and self.version else self.name
-
-        def send(prompt: Prompt) -> Reply:
-            body = {
-                "model": model,
-                "token_ids": prompt.token_ids,
-                "content_parts": [{"type": "image_url", "url": png_url(image)} for image in prompt.images] or None,
-                "sampling_params": {**params, "output_kind": FINAL_ONLY},
-                "return_token_ids": True,
-            }
-            return _reply(self.client.request("/inference/v1/generate", body))
-
-        executor = ThreadPoolExecutor(min(CONCURRENCY, len(prompts)))
-        try:
-            return list(executor.map(send, prompts))
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+    def _requests(self) -> ServerRequests:
+        return ServerRequests(self.client, ADAPTER if self.adapter and self.version else self.name)
 
     def __call__(
         self,
@@ -238,17 +272,18 @@ class VLLMServer(VLLM):
         num_generations: int,
         temperature: float,
         samples: list[Sample] | None = None,
+        episodes: "Episodes | None" = None,
     ) -> Rollout:
         """See ``VLLM``. If the server has other weights, update them and sample again, once; with several ranks, raise."""
         try:
-            return super().__call__(model, prompts, num_generations, temperature, samples)
+            return super().__call__(model, prompts, num_generations, temperature, samples, episodes)
         except StaleWeights as error:
             # An update is collective, and other ranks may have finished their requests.
             if self.accelerator.num_processes > 1 or self.step is None:
                 raise
             logger.warning("%s: updating its weights again", error)
             self.sync_weights(model, self.step, force=True)
-            return super().__call__(model, prompts, num_generations, temperature, samples)
+            return super().__call__(model, prompts, num_generations, temperature, samples, episodes)
 
     # Weights
 
