@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny
+from support import tiny, tool_models
 
 from vlmkernels.cli import main
 from vlmkernels.cli.evaluate import model_names, steps_of
@@ -135,6 +135,16 @@ def test_train_and_eval_lora(files, tmp_path):
         (["--rewards", "[cer]"], "argument --rewards: invalid json_list value: '.cer.'"),
         (["--rewards", '[{"name": "cer"}]', "--reward", "cer"], "--reward must not be used together with --rewards"),
         (["--rewards", '[{"name": "iou", "fram": "resized"}]'], "options of the reward iou must be among .*frame.*, got fram"),
+        (["--reward", "cer", "--tools", "nowhere:zoom"], "--tools: tool must be importable, got 'nowhere:zoom'"),
+        (
+            ["--reward", "cer", "--tools", "math:pi"],
+            "--tools: tool must be a function or a class, got 'math:pi', which is float",
+        ),
+        (
+            ["--environment", "a=support.tool_models:Microscope", "--environment", "support.tool_models:Microscope"],
+            "--environment: environment must be one import path, or NAME=path with distinct names, got a=support.*, support",
+        ),
+        (["--reward", "cer", "--max_tool_calling_iterations", "-1"], "max_tool_calling_iterations must be >= 0, got -1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -145,6 +155,54 @@ def test_user_errors_end_with_code_2_and_one_line(files, tmp_path, capsys, flags
     lines = capsys.readouterr().err.strip().splitlines()
     assert re.search(f"vlmkernels train: error: .*{message}", " ".join(lines))
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tools", "nowhere:zoom"], "--tools: tool must be importable, got 'nowhere:zoom'"),
+        (["--tools", "support.tool_models:zoom", "--tool_timeout", "0"], "--tools: timeout must be .*, got 0"),
+        (["--tools", "support.tool_models:zoom", "--hide", "grey"], "--hide must not be used with tools, which can return the"),
+        (["--tools", "support.tool_models:zoom"], "chat_template must write the tool_calls of the assistant"),
+        (["--environment", "support.tool_models:zoom"], "--tools: environment_factory must return an environment if called .*"),
+    ],
+)
+def test_bad_tools_end_eval_before_the_model_is_loaded(files, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        main(["eval", *arguments(files, "--output", str(tmp_path / "eval.json"), *flags)])
+    assert exit.value.code == 2
+    error = " ".join(capsys.readouterr().err.strip().splitlines())
+    assert re.search(f"vlmkernels eval: error: {message}", error)
+    assert "Loading weights" not in error
+    with pytest.raises(SystemExit):
+        main(["eval", "--predictions", "p.jsonl", "--dataset", str(files / "data.jsonl"), *flags])
+    assert "--tools and --environment need --model: saved predictions have been sampled" in capsys.readouterr().err
+
+
+def test_train_passes_tools_to_the_trainer(files, tmp_path, monkeypatch):
+    made = []
+
+    class Trainer:
+        def __init__(self, model, rewards, args, *data, **more):
+            made.append((rewards, args.max_tool_calling_iterations, args.tool_timeout, more))
+            raise NotImplementedError("this test only reads arguments")
+
+    monkeypatch.setattr("vlmkernels.train.GRPOTrainer", Trainer)
+    (tmp_path / "run.yaml").write_text("tools: support.tool_models:zoom\nmax_tool_calling_iterations: 3\ntool_timeout: 5\n")
+    names = ["--environment", "a=support.tool_models:Microscope", "--environment", "b=support.tool_models:Microscope"]
+    for flags in (
+        ["--config", str(tmp_path / "run.yaml"), "--reward", "cer"],
+        ["--environment", f"{Path(tool_models.__file__)}:Microscope"],  # which can own the rewards
+        [*names, "--tools", "support.tool_models:zoom", "--tools", "support.tool_models:describe"],
+    ):
+        with pytest.raises(SystemExit):
+            main(["train", *arguments(files, "--output_dir", str(tmp_path), *flags)])
+    Microscope = tool_models.Microscope
+    assert made[0] == (["cer"], 3, 5.0, {"peft_config": None, "tools": [tool_models.zoom], "environment_factory": None})
+    (rewards, limit, _, more) = made[1]
+    assert (rewards, limit, more["tools"], more["environment_factory"].__name__) == (None, None, [], "Microscope")
+    assert made[2][3]["tools"] == [tool_models.zoom, tool_models.describe]
+    assert made[2][3]["environment_factory"] == {"a": Microscope, "b": Microscope}
 
 
 def test_yaml_errors(tmp_path, capsys):

@@ -12,7 +12,8 @@ from support import tiny
 
 from vlmkernels.data.samples import read_sample
 from vlmkernels.evaluate.evaluation import Evaluation, Scoring
-from vlmkernels.evaluate.predictions import Decoding, Predictions, hide_images, predict
+from vlmkernels.evaluate.predictions import Predictions
+from vlmkernels.evaluate.sampling import Decoding, hide_images, predict
 
 torch.set_num_threads(1)
 

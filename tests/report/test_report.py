@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from support.recorded_runs import complete_run
 
 from vlmkernels import cli
 from vlmkernels.record.callback import json_line
+from vlmkernels.record.completions import CompletionRow, save_step
 from vlmkernels.record.metrics import PHASES
+from vlmkernels.record.turns import turn_rows
 from vlmkernels.report.curves import MAX_POINTS, Point, curve, thin
 from vlmkernels.report.run import read_lines
 
@@ -52,7 +55,7 @@ def page(folder, capsys) -> tuple[str, Parser]:
     parser.feed(output.read_text())
     assert parser.open == []
     assert all(value.startswith("data:image/") for value in parser.loads)
-    assert "url(" not in output.read_text()
+    assert not re.search(r"url\((?!&#x27;data:image/)", output.read_text())
     return output.read_text(), parser
 
 
@@ -92,6 +95,33 @@ def test_page_of_a_run_that_goes_on(run, tmp_path, capsys):
 
     (tmp_path / "metrics.jsonl").touch()
     assert "Nothing has been logged yet" in page(tmp_path, capsys)[0]
+
+
+def test_page_of_a_run_with_tools(tmp_path, capsys):
+    """It has the curves of tools, and all turns of trajectories, whose images it holds once per prompt."""
+    names = ("tools/call_frequency", "tools/zoom/calls", "tools/zoom/failures")
+    entries = [{"step": step, "loss": 1.0, **dict.fromkeys(names, step / 2)} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(map(json_line, entries)))
+    call = {"type": "function", "function": {"name": "zoom", "arguments": {"x": 3}}}
+    parts = [{"type": "text", "text": "a crop"}, {"type": "image", "image": Image.new("RGB", (8, 4), "red")}]
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "name": "zoom", "content": parts}]
+    rows = [
+        CompletionRow(
+            "what?", [], text, {"cer": 0.5}, 0.5, turns=turn_rows([*messages, {"role": "assistant", "content": text}])
+        )
+        for text in ("red", "blue")
+    ]
+    for step in (1, 2):
+        save_step(tmp_path / "completions", step, [rows])
+    text, _ = page(tmp_path, capsys)
+    section = text.split("<h2>Tools</h2>")[1].split("<h2>")[0]
+    shown, more = section.split("<summary>1 more</summary>")
+    assert [name in shown for name in names] == [True, True, False]
+    assert "share of the calls of one tool that failed" in more
+    assert "Other</h2>" not in text
+    assert text.count("2 turns · 1 call · 0 failures") == 4
+    assert text.count("<b>zoom</b> {&quot;x&quot;: 3}") == text.count("<pre>a crop</pre>") == 4
+    assert (text.count("data:image/"), text.count("background-image: var(--shot-0)")) == (2, 4)
 
 
 def test_page_warns_of_values_that_are_not_finite(tmp_path, capsys):

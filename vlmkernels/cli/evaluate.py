@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -14,22 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 from vlmkernels.cli.flags import (
     DATASET,
+    ENVIRONMENT,
     REWARD,
     REWARDS,
+    TOOL,
     Help,
     add_flag,
+    environment_factory,
     json_list,
     parse_arguments,
     require_given,
+    tool_functions,
     user_errors,
 )
 
 if TYPE_CHECKING:
     from vlmkernels.data.images import ImageLimits
     from vlmkernels.evaluate.evaluation import Comparison, Evaluation, EvaluationRows, Scoring
-    from vlmkernels.evaluate.predictions import Decoding, Predictions
+    from vlmkernels.evaluate.predictions import Predictions
+    from vlmkernels.evaluate.sampling import Decoding, ToolUse
     from vlmkernels.report.curves import Point
     from vlmkernels.rewards import Rewards
+    from vlmkernels.rollout.agent import Agent
 
 USAGE = """vlmkernels eval --model PATH --dataset PATH [--ARGUMENT VALUE ...]
        vlmkernels eval --predictions FILE --dataset PATH [--ARGUMENT VALUE ...]"""
@@ -49,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     from vlmkernels.evaluate.predictions import VIEWS
     from vlmkernels.evaluate.tasks import HARNESSES, TASKS
     from vlmkernels.rewards.boxes import FRAMES
+    from vlmkernels.tools.options import ToolOptions
 
     parser = argparse.ArgumentParser("vlmkernels eval", USAGE, "Measure a model's answers.", formatter_class=Help)
     model = "path of a model and its processor, or of adapters; repeat the flag to compare models, or checkpoints of a run"
@@ -88,6 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_flag(decoding, "batch_size", type=int, default=8, help="completions sampled together")
     add_flag(decoding, "seed", type=int, default=0, help="seed of sampling")
     add_flag(decoding, "hide", choices=VIEWS[1:], help="also evaluate with the image replaced by gray, or removed")
+    tools = parser.add_argument_group("tools")
+    add_flag(tools, "tools", action="append", default=[], help=TOOL)
+    add_flag(tools, "environment", action="append", default=[], help=ENVIRONMENT)
+    add_flag(tools, "max_tool_calling_iterations", type=int, help="maximum number of turns whose calls are run; by default all")
+    add_flag(tools, "tool_timeout", type=float, default=ToolOptions.timeout, help="seconds before a tool call fails")
+    add_flag(tools, "max_tool_images", type=int, default=ToolOptions.max_images, help="maximum number of images of a result")
+    add_flag(tools, "tool_format", help="how the model writes calls; by default found in the chat template")
     limits = parser.add_argument_group("limits of images")
     add_flag(limits, "max_image_pixels", type=int, default=ImageLimits.max_pixels, help="maximum number of pixels of an image")
     add_flag(limits, "max_image_bytes", type=int, default=ImageLimits.max_bytes, help="maximum size of an image file in bytes")
@@ -110,13 +125,21 @@ class EvaluationInputs:
     limits: "ImageLimits"
     rewards: "Rewards | None"
     curves: "dict[str, list[Point]]"
+    agent: "Agent | None" = None
+
+    @property
+    def tools(self) -> "ToolUse | None":
+        """The tools and the rewards that score their trajectories; None without tools."""
+        from vlmkernels.evaluate.sampling import ToolUse
+
+        return ToolUse(self.agent, self.rewards) if self.agent else None
 
     def evaluate(self, runs: "list[Predictions]") -> "Evaluation":
         """Compute the metrics of one or more runs of predictions."""
         from vlmkernels.evaluate.evaluation import Evaluation, reward_parts
 
         views = set.intersection(*(run.views for run in runs))
-        parts = {view: reward_parts(self.rewards, self.rows, runs, view) for view in views} if self.rewards else None
+        parts = {view: reward_parts(self.rewards, self.rows, runs, view) for view in views}
         return Evaluation(runs, self.rows, self.scoring, parts)
 
 
@@ -139,11 +162,11 @@ def load(path: str, split: str, count: int | None) -> Sequence[dict[str, Any]]:
 def read_inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> EvaluationInputs:
     """Read the dataset and the other inputs that the flags name. Invalid arguments end the program with exit code 2."""
     from vlmkernels.data.dataset import column_names
-    from vlmkernels.data.images import ImageLimits
     from vlmkernels.evaluate.evaluation import EvaluationRows, Scoring
-    from vlmkernels.evaluate.predictions import Decoding
     from vlmkernels.evaluate.report import curves_of_log
+    from vlmkernels.evaluate.sampling import Decoding
     from vlmkernels.rewards import Rewards
+    from vlmkernels.rewards.compose import environment_reward
 
     with user_errors(parser, "--dataset"):
         dataset = load(args.dataset, args.split, args.count)
@@ -152,6 +175,8 @@ def read_inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Ev
         vocabulary = json.loads(Path(args.vocabulary).read_text()) if args.vocabulary else None
     with user_errors(parser, "--log"):
         curves = curves_of_log(args.log) if args.log else {}
+    with user_errors(parser, "--tools"):
+        agent = build_agent(args)
     names = [*args.reward, *args.rewards]
     if "answer" in columns and "task" not in columns and args.task is None and "exact_match" not in names:
         names.insert(0, "exact_match")
@@ -160,20 +185,52 @@ def read_inputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Ev
         scoring = Scoring(**fields, metrics=tuple(args.metric), vocabulary=vocabulary)
         decoding_flags = ("num_generations", "temperature", "max_completion_length", "top_p", "top_k", "seed", "batch_size")
         decoding = Decoding(**{name: getattr(args, name) for name in decoding_flags})
+        if agent:
+            names += map(environment_reward, agent.tools.reward_names)
         rewards = Rewards(names) if names else None
         if rewards:
             rewards.check_columns(columns, "dataset")
-        limits = ImageLimits(args.max_image_pixels, args.max_image_bytes, args.allow_image_urls)
-        return EvaluationInputs(dataset, EvaluationRows(dataset, scoring, limits), scoring, decoding, limits, rewards, curves)
+        limits = image_limits(args)
+        rows = EvaluationRows(dataset, scoring, limits)
+        return EvaluationInputs(dataset, rows, scoring, decoding, limits, rewards, curves, agent)
+
+
+def image_limits(args: argparse.Namespace) -> "ImageLimits":
+    """Return the limits of images that the flags describe."""
+    from vlmkernels.data.images import ImageLimits
+
+    return ImageLimits(args.max_image_pixels, args.max_image_bytes, args.allow_image_urls)
+
+
+def build_agent(args: argparse.Namespace) -> "Agent | None":
+    """Return the agent of the tools that the flags name, or None without tools. Its workers start before a model is loaded."""
+    from vlmkernels.rollout.agent import Agent
+    from vlmkernels.tools.functions import Tools
+    from vlmkernels.tools.options import ToolOptions
+
+    if not args.tools and not args.environment:
+        return None
+    tools = Tools(tool_functions(args.tools), environment_factory(args.environment))
+    options = ToolOptions(
+        max_tool_calling_iterations=args.max_tool_calling_iterations,
+        timeout=args.tool_timeout,
+        max_images=args.max_tool_images,
+        limits=image_limits(args),
+        tool_format=args.tool_format,
+    )
+    return Agent(tools, options)
 
 
 def checked_processor(path: str, inputs: EvaluationInputs) -> Any:
-    """Return the processor of the model at ``path`` after a check of all rows with it. The weights are not loaded."""
+    """Return the processor of the model at ``path`` after a check of all rows and tools with it. The weights are not loaded."""
     from vlmkernels.data.dataset import RowChecks, check_dataset
+    from vlmkernels.models.families import family_of
     from vlmkernels.models.loading import embedding_rows, load_config, load_processor
 
     processor, checks = load_processor(path), RowChecks(num_embeddings=embedding_rows(load_config(path)))
     check_dataset(inputs.dataset, "dataset", processor, checks=checks, limits=inputs.limits)
+    if inputs.agent:
+        inputs.agent.prepare(processor, family_of(load_config(path)))
     return processor
 
 
@@ -187,11 +244,11 @@ def predict_to(
     """
     import torch
 
-    from vlmkernels.evaluate.predictions import predict, settings_of
+    from vlmkernels.evaluate.sampling import predict, settings_of
     from vlmkernels.models.loading import load_model
 
     model = load_model(path).to("cuda" if torch.cuda.is_available() else "cpu")
-    settings = json.dumps(settings_of(model, inputs.dataset, inputs.decoding), sort_keys=True)
+    settings = json.dumps(settings_of(model, inputs.dataset, inputs.decoding, inputs.tools), sort_keys=True)
     plain = re.sub(r"[^\w.-]+", "-", name).strip("-")
     file = output.with_name(f"{output.stem}-{plain}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.jsonl")
 
@@ -199,7 +256,7 @@ def predict_to(
         if sys.stderr.isatty():
             print(f"\r{name}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    return predict(model, processor, inputs.dataset, inputs.decoding, file, views, progress, inputs.limits)
+    return predict(model, processor, inputs.dataset, inputs.decoding, file, views, progress, inputs.limits, inputs.tools)
 
 
 def model_names(paths: list[str]) -> list[str]:
@@ -229,11 +286,12 @@ def evaluations(args: argparse.Namespace, inputs: EvaluationInputs) -> "dict[str
         return {", ".join(args.predictions): inputs.evaluate([Predictions.read(path) for path in args.predictions])}
     views = ("image", args.hide) if args.hide else ("image",)
     names = model_names(args.model)
-    processors = [checked_processor(path, inputs) for path in args.model]
-    return {
-        name: inputs.evaluate([predict_to(Path(args.output), path, name, processor, inputs, views)])
-        for name, path, processor in zip(names, args.model, processors, strict=True)
-    }
+    with closing(inputs.agent) if inputs.agent else nullcontext():
+        processors = [checked_processor(path, inputs) for path in args.model]
+        return {
+            name: inputs.evaluate([predict_to(Path(args.output), path, name, processor, inputs, views)])
+            for name, path, processor in zip(names, args.model, processors, strict=True)
+        }
 
 
 def compared(found: "dict[str, Evaluation]", baseline: "tuple[str, Evaluation] | None") -> "list[Comparison]":
@@ -285,8 +343,10 @@ def to_result(
 
     last = list(found.values())[-1]
     result = {"model": args.model[-1] if args.model else None, "dataset": args.dataset}
-    result |= summary(last, inputs.rewards.names if inputs.rewards else [])
+    result |= summary(last, list(last.rewards.get("image", {})))
     result |= {"predictions": [str(run.path) for run in last.runs], "match": args.match, "decoding": inputs.decoding.settings()}
+    if inputs.tools:
+        result["tools"] = inputs.tools.settings()
     result |= to_json(last)
     if args.baseline:
         result["difference"] = differences_to_json(comparisons[len(found) - 1].differences)
@@ -315,6 +375,10 @@ def main(argv: list[str]) -> int:
         same = [os.path.realpath(path) for path in paths]
         if repeated := next((path for path, real in zip(paths, same, strict=True) if same.count(real) > 1), None):
             parser.error(f"{flag} must be a different path each time, got {repeated} again")
+    if args.predictions and (args.tools or args.environment):
+        parser.error("--tools and --environment need --model: saved predictions have been sampled")
+    if args.hide and (args.tools or args.environment):
+        parser.error(f"--hide must not be used with tools, which can return the image, got {args.hide}")
     if args.samples < 0:
         parser.error(f"--samples must be >= 0, got {args.samples}")
     output = Path(args.output)

@@ -2,14 +2,20 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vlmkernels.ops.checks import did_you_mean
 
 DATASET = "a .jsonl or .parquet file, or a folder written by Dataset.save_to_disk"
 REWARD = "a built-in reward (exact_match, cer, iou, ...) or an import path module:function; repeat the flag for several"
+TOOL = "a function that the model may call: an import path module:function or file.py:function; repeat the flag for several"
+ENVIRONMENT = (
+    "a class or function that creates the environment of a completion, whose methods the model may call: an import path"
+    " module:function; or NAME=module:function, repeated, for those that the column 'environment' of the dataset names"
+)
 REWARDS = "rewards with weights and options, instead of --reward: a JSON list of {name, weight, ...}"
 
 
@@ -53,6 +59,44 @@ def json_list(text: str) -> list:
 def add_flag(parser: argparse._ActionsContainer, name: str, **options) -> None:
     """Add a flag with two spellings, ``--some_name`` and ``--some-name``, like transformers."""
     parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), dest=name, **options)
+
+
+def tool_functions(given: str | Sequence[str] | None) -> list[Callable[..., Any]]:
+    """Return the functions that the values of --tools name, as ``tools`` of the trainer.
+
+    Args:
+        given: values of the flag, or the value of a YAML file.
+
+    Raises:
+        TypeError, ValueError: a value cannot be imported.
+    """
+    from vlmkernels.tools.functions import load
+
+    return [load(path) for path in ([given] if isinstance(given, str) else given or ())]
+
+
+def environment_factory(given: str | Sequence[str] | None) -> Callable[..., Any] | dict[str, Callable[..., Any]] | None:
+    """Return what the values of --environment name, as ``environment_factory`` of the trainer.
+
+    Args:
+        given: values of the flag, or the value of a YAML file.
+
+    Raises:
+        TypeError, ValueError: a value cannot be imported, or there are several and one has no name.
+    """
+    from vlmkernels.tools.functions import load
+
+    if not given:
+        return None
+    given = [given] if isinstance(given, str) else given
+    named = [spec.partition("=") for spec in given]
+    if len(named) == 1 and not named[0][1]:
+        factory: Callable[..., Any] = load(given[0])
+        return factory
+    names = [name for name, _, _ in named]
+    if not all(path for _, _, path in named) or len(set(names)) < len(names):
+        raise ValueError(f"environment must be one import path, or NAME=path with distinct names, got {', '.join(given)}")
+    return {name: load(path) for name, _, path in named}
 
 
 def require_given(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:

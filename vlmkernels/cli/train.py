@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING
 
 from vlmkernels.cli.flags import (
     DATASET,
+    ENVIRONMENT,
     REWARD,
     REWARDS,
+    TOOL,
     Help,
     add_flag,
+    environment_factory,
     json_list,
     parse_arguments,
     read_yaml,
     require_given,
+    tool_functions,
     user_errors,
 )
 
@@ -76,6 +80,8 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     add_flag(own, "eval_split", default="test", help="the split of --eval_dataset, if it has several")
     add_flag(own, "reward", action="append", help=REWARD)
     add_flag(own, "rewards", type=json_list, help=f"{REWARDS}; in --config a list")
+    add_flag(own, "tools", action="append", help=f"{TOOL}; in --config a list")
+    add_flag(own, "environment", action="append", help=f"{ENVIRONMENT}; in --config a list")
     lora = parser.add_argument_group("LoRA")
     add_flag(lora, "lora_r", type=int, help="rank of the LoRA adapters; without it, all parameters of the model are trained")
     add_flag(lora, "lora_alpha", type=int, default=32, help="LoRA alpha; the adapters are scaled by lora_alpha / lora_r")
@@ -99,7 +105,7 @@ def main(argv: list[str]) -> int:
     if path := parser.parse_known_args(argv)[0].config:
         read_yaml(parser, path, TRL_FIELDS)
     args = parse_arguments(parser, argv, TRL_FIELDS)
-    require_given(parser, args, "model", "dataset", *([] if args.rewards else ["reward"]))
+    require_given(parser, args, "model", "dataset", *([] if args.rewards or args.environment else ["reward"]))
     if args.rewards and args.reward:
         parser.error("--reward must not be used together with --rewards")
     trainer, checkpoint = build_trainer(parser, args)
@@ -135,9 +141,14 @@ def build_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         eval_dataset = load_dataset(args.eval_dataset, args.eval_split) if args.eval_dataset else None
     with user_errors(parser, "--model"):
         processor = load_processor(args.model, config.model_init_kwargs)
+    with user_errors(parser, "--tools"):
+        tools = tool_functions(args.tools)
+    with user_errors(parser, "--environment"):
+        environments = environment_factory(args.environment)
     with user_errors(parser, more=(RolloutError,)):  # the trainer loads the model after it has checked the datasets
         data = dataset, eval_dataset, processor
-        trainer = GRPOTrainer(args.model, args.rewards or args.reward, config, *data, peft_config=lora_config(args))
+        more = {"peft_config": lora_config(args), "tools": tools, "environment_factory": environments}
+        trainer = GRPOTrainer(args.model, args.rewards or args.reward, config, *data, **more)
         if checkpoint:
             check_checkpoint(checkpoint, trainer.policy, config.world_size)
     return trainer, checkpoint

@@ -27,8 +27,8 @@ from vlmkernels.evaluate import shapes_and_digits as suite
 from vlmkernels.evaluate.digits import Scans
 from vlmkernels.evaluate.evaluation import ALL, Evaluation
 from vlmkernels.evaluate.page import Comparison, p_value, write_page
-from vlmkernels.evaluate.predictions import Decoding, predict
 from vlmkernels.evaluate.report import curves_of_log, to_json, to_markdown
+from vlmkernels.evaluate.sampling import Decoding, predict
 from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.models.families import family_of
 from vlmkernels.models.image_features import encode_images, use_image_features

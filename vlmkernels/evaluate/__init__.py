@@ -6,7 +6,8 @@
 
 | module | contents |
 | --- | --- |
-| ``predictions`` | sampled or saved completions; a killed run resumes where it stopped |
+| ``predictions`` | files of completions |
+| ``sampling`` | samples completions, with or without tools; a killed run resumes where it stopped |
 | ``tasks`` | the answers, references and metrics of each task; differences of other harnesses |
 | ``metrics``, ``vqa``, ``coco`` | the metrics by name |
 | ``statistics`` | bootstrap intervals, paired comparisons, pass@k, maj@k |
@@ -20,8 +21,9 @@ Requires the extra ``eval``.
 from vlmkernels.evaluate.evaluation import Comparison, Evaluation, Scoring, reward_parts
 from vlmkernels.evaluate.metrics import METRICS
 from vlmkernels.evaluate.page import write_page
-from vlmkernels.evaluate.predictions import Decoding, Predictions, predict
+from vlmkernels.evaluate.predictions import Predictions
 from vlmkernels.evaluate.report import to_json, to_markdown
+from vlmkernels.evaluate.sampling import Decoding, ToolUse, predict
 from vlmkernels.evaluate.tasks import HARNESSES, TASKS
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Evaluation",
     "Predictions",
     "Scoring",
+    "ToolUse",
     "predict",
     "reward_parts",
     "to_json",

@@ -12,8 +12,8 @@ import numpy as np
 from vlmkernels.data.dataset import column_names, row_name, with_columns
 from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
 from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, prompt_text, read_sample
-from vlmkernels.evaluate.metrics import REWARD, Answers, Metric
-from vlmkernels.evaluate.predictions import VIEWS, Predictions, concat_runs
+from vlmkernels.evaluate.metrics import REWARD, TURNS, Answers, Metric
+from vlmkernels.evaluate.predictions import VIEWS, Completion, Predictions, concat_runs
 from vlmkernels.evaluate.statistics import (
     REPLICATES,
     Bootstrap,
@@ -30,9 +30,11 @@ from vlmkernels.rewards import Rewards, Scores, Unparsed
 from vlmkernels.rewards.answers import THINK
 from vlmkernels.rewards.boxes import FRAMES
 from vlmkernels.rewards.builtin import to_frame
+from vlmkernels.rewards.signature import accepted
 from vlmkernels.rollout.score import score
 
 ALL = "all"  # the group of all samples
+OF_TRAJECTORIES = ("environments", "environment_rewards", "tool_images")  # arguments of rewards that no file of predictions has
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ class Evaluation:
         lengths, truncated = (
             np.array([[_or_nan(getattr(c, name)) for c in group] for group in completions]) for name in ("length", "truncated")
         )
+        turns = np.array([[[_or_nan(value) for value in c.counts] for c in group] for group in completions])
         return Answers(
             indices=indices,
             texts=[[c.text for c in group] for group in completions],
@@ -253,6 +256,7 @@ class Evaluation:
             prompts=[prompt_text(rows.rows[index]["prompt"]) for index in indices],
             lengths=lengths,
             truncated=truncated,
+            turns=turns,
             rewards={name: values[indices] for name, values in self.rewards.get(view, {}).items()},
             think_opened=[[c.think_opened for c in group] for group in completions],
         )
@@ -343,6 +347,7 @@ class Evaluation:
         unknown = {
             "mean_length": np.isnan(answers.lengths).all(),
             "truncation_rate": np.isnan(answers.truncated).all(),
+            **dict(zip(TURNS, np.isnan(answers.turns).all((0, 1)), strict=True)),
         }
         return {name: self.scoring.harness.metric(name) for name in names if not unknown.get(name, False)}
 
@@ -440,12 +445,14 @@ def _or_nan(value: float | None) -> float:
 
 
 def reward_parts(
-    rewards: Rewards, rows: EvaluationRows, runs: Sequence[Predictions], view: str = "image", batch_size: int = 256
+    rewards: Rewards | None, rows: EvaluationRows, runs: Sequence[Predictions], view: str = "image", batch_size: int = 256
 ) -> dict[str, np.ndarray]:
-    """Score predictions with reward functions.
+    """Score predictions with reward functions, except for rewards that the predictions hold.
+
+    The functions see the text of a completion; of a trajectory that is the last turn.
 
     Args:
-        rewards: the reward functions.
+        rewards: the reward functions. Default: none.
         rows: the dataset.
         runs: predictions; the completions of a sample are concatenated over all runs.
         view: the view of the predictions to score.
@@ -453,9 +460,23 @@ def reward_parts(
 
     Returns:
         Rewards (num_samples, num_generations) by name of the reward function; NaN if not scored.
+
+    Raises:
+        ValueError: a function needs what exists only while trajectories are sampled, and predictions do not hold its rewards.
     """
     completions, resized = concat_runs(runs, len(rows), view), runs[0].resized_sizes(len(rows))
-    parts = []
+    found = _held_rewards(completions)
+    missing = [spec for spec, name in zip(rewards.specs, rewards.names, strict=True) if name not in found] if rewards else []
+    if not missing:
+        return found
+    rewards, parts = Rewards(missing), []
+    for entry in rewards.entries:
+        named = accepted(entry.function, dict.fromkeys((*OF_TRAJECTORIES, "any_other_argument")))
+        if named and "any_other_argument" not in named:
+            raise ValueError(
+                f"reward {entry.name} needs {', '.join(named)}, which exist only while completions are sampled with tools, and"
+                f" {', '.join(str(run.path) for run in runs)} has no values of this reward"
+            )
     for start in range(0, len(rows), batch_size):
         indices = range(start, min(start + batch_size, len(rows)))
         samples = {index: rows.sample(index) for index in indices}
@@ -465,4 +486,11 @@ def reward_parts(
         opened = [c.think_opened for c in flat]
         parts.append(score(rewards, repeated, texts, ids, sizes, think_opened=opened).scores)
     values = Scores.cat(parts).rewards.double().numpy().reshape(len(rows), len(completions[0]), -1)
-    return {name: values[..., place] for place, name in enumerate(rewards.names)}
+    return found | {name: values[..., place] for place, name in enumerate(rewards.names)}
+
+
+def _held_rewards(completions: list[list[Completion]]) -> dict[str, np.ndarray]:
+    """Return the rewards that all predictions hold, by name, (num_samples, num_generations); NaN if not scored."""
+    names = completions[0][0].rewards or {}
+    held = [name for name in names if all(name in (c.rewards or {}) for group in completions for c in group)]
+    return {name: np.array([[_or_nan((c.rewards or {})[name]) for c in group] for group in completions]) for name in held}

@@ -29,6 +29,7 @@ class Answers:
         prompts: the prompts as text.
         lengths: (N, G) number of tokens of each completion; NaN if unknown.
         truncated: (N, G) 1 if a completion was truncated, else 0; NaN if unknown.
+        turns: (N, G, 3) numbers of turns, tool calls and failed calls of each completion, as in ``TURNS``; NaN if unknown.
         correct: (N, G) 1 if an answer is correct, else 0. None if the task does not grade answers as correct or wrong.
         rewards: (N, G) rewards by name; NaN if not scored.
         think_opened: whether the prompt of each completion ends with ``<think>``; None if unknown.
@@ -43,6 +44,7 @@ class Answers:
     prompts: list[str]
     lengths: np.ndarray
     truncated: np.ndarray
+    turns: np.ndarray
     correct: np.ndarray | None = None
     rewards: dict[str, np.ndarray] = field(default_factory=dict)
     think_opened: list[list[bool | None]] | None = None
@@ -256,6 +258,16 @@ class Metric:
     share: bool = True
 
 
+def _mean_turns(place: int) -> Callable[[Answers], Statistic]:
+    return lambda answers: mean_of(answers.turns[..., place])
+
+
+# Metrics of trajectories, in the order of the last axis of ``Answers.turns``.
+TURNS = {
+    "mean_turns": Metric(_mean_turns(0), "", "mean turns of the model per completion", 0, share=False),
+    "mean_tool_calls": Metric(_mean_turns(1), "", "mean tool calls per completion", 0, share=False),
+    "mean_tool_failures": Metric(_mean_turns(2), "", "mean failed tool calls per completion", -1, share=False),
+}
 METRICS: dict[str, Metric] = {
     "exact_match": Metric(_mean(text.exact_match), "text", "the answer equals the reference, letter by letter"),
     "accuracy": Metric(lambda answers: mean_of(answers.correct), "graded", "the answer is correct"),
@@ -286,6 +298,7 @@ METRICS: dict[str, Metric] = {
     "parse_failure_rate": Metric(_parse_failures, "", "no answer could be parsed", -1),
     "mean_length": Metric(lambda answers: mean_of(answers.lengths), "", "mean tokens per completion", 0, share=False),
     "truncation_rate": Metric(lambda answers: mean_of(answers.truncated), "", "share of truncated completions", -1),
+    **TURNS,
 }
 # Metrics with a number in their name.
 NUMBERED = {"acc@": ("IoU", float), "pass@": ("completions", int), "maj@": ("completions", int)}

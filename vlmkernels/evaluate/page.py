@@ -12,6 +12,7 @@ from vlmkernels.evaluate.statistics import Difference
 from vlmkernels.evaluate.tasks import COMMON, TASKS
 from vlmkernels.record.files import write_atomic
 from vlmkernels.record.html import document, picture, thumbnail
+from vlmkernels.record.turns import Shots, count, turns_html
 from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
 from vlmkernels.report.curves import Point, curve
 from vlmkernels.rewards.answers import Boxes, as_boxes
@@ -30,7 +31,7 @@ tbody th { text-align: left; padding-top: .9rem; font-size: 1rem; }
 .good { color: rgb(var(--good)); } .bad { color: rgb(var(--bad)); }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); }
 .card { border: 1px solid var(--line); border-radius: 10px; overflow: hidden; display: flex; flex-direction: column; }
-.card > div, .card > pre { padding: .5rem .8rem; } .card pre { background: var(--soft); }
+.card > div, .card > pre { padding: .5rem .8rem; } .card > pre { background: var(--soft); }
 .pictures { display: flex; gap: .5rem; flex-wrap: wrap; }
 .picture { position: relative; line-height: 0; } .picture img { image-rendering: pixelated; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; }
@@ -40,6 +41,7 @@ rect, circle.mark { fill: none; stroke-width: 2; vector-effect: non-scaling-stro
 .key.prediction { border-color: #c026d3; border-top-style: dashed; } .key.reference { border-color: rgb(46 160 67); }
 dl { margin: 0; padding: .5rem .8rem .7rem; display: grid; grid-template-columns: auto 1fr; gap: .1rem .8rem; }
 dt { opacity: .7; font-size: .85rem; } dd { margin: 0; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; }
+.card .turn { grid-template-columns: minmax(0, 1fr); }
 .wrong-only .card.correct, .card.off { display: none; }
 """
 SCRIPT = """
@@ -182,6 +184,7 @@ def _card(evaluation: Evaluation, group: str, place: int) -> str:
     correct = None if answers.correct is None else bool(answers.correct[place].all())
     reference = answers.references[place]
     rows = [] if reference is None else [("reference", escape(str(reference)), "")]
+    blocks, shots = [], Shots()
     for seed, completion in enumerate(answers.texts[place]):
         value = answers.values[place][seed]
         tone = "" if answers.correct is None else "good" if answers.correct[place, seed] else "bad"
@@ -192,14 +195,23 @@ def _card(evaluation: Evaluation, group: str, place: int) -> str:
             (escape(name), "not scored" if math.isnan(values[place, seed]) else f"{values[place, seed]:.3f}", "")
             for name, values in answers.rewards.items()
         ]
-    details = "".join(f'<dt>{name}</dt><dd class="{tone}">{text}</dd>' for name, text, tone in rows)
+        if (turns := evaluation.completions["image"][index][seed].turns) is not None:
+            blocks += [_details([*rows, ("trajectory", str(count(turns)), "")]), f"<div>{turns_html(turns, shots)}</div>"]
+            rows = []
+    blocks += [_details(rows)] if rows else []
     state = "" if correct is None else "correct" if correct else "wrong"
     images = _images_html(evaluation, index, task.answer, answers.values[place])
     title = f"<div><small>{escape(group)} · sample {index}{f' · {state}' if state else ''}</small></div>"
     return (
-        f'<div class="card {state}" data-group="{escape(group)}">{title}'
-        f"{f'<div>{images}</div>' if images else ''}<pre>{escape(answers.prompts[place])}</pre><dl>{details}</dl></div>"
+        f'<div class="card {state}" data-group="{escape(group)}"{shots.style()}>{title}'
+        f"{f'<div>{images}</div>' if images else ''}<pre>{escape(answers.prompts[place])}</pre>{''.join(blocks)}</div>"
     )
+
+
+def _details(rows: list[tuple[str, str, str]]) -> str:
+    """Return a list of names and texts, each with a CSS class."""
+    items = "".join(f'<dt>{name}</dt><dd class="{tone}">{text}</dd>' for name, text, tone in rows)
+    return f"<dl>{items}</dl>"
 
 
 def _chosen(evaluation: Evaluation, group: str, limit: int) -> list[int]:

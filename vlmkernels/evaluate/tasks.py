@@ -18,7 +18,7 @@ from vlmkernels.evaluate.vqa import PERIODS_APART, human_answers, normalize, vqa
 from vlmkernels.rewards import boxes, text
 from vlmkernels.rewards.answers import PARSERS, as_boxes, find_answer, parse_choice
 
-COMMON = ("parse_failure_rate", "format_rate", "mean_length", "truncation_rate")
+COMMON = ("parse_failure_rate", "format_rate", "mean_length", "truncation_rate", *m.TURNS)
 
 
 class Task(NamedTuple):

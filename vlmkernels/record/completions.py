@@ -8,6 +8,10 @@ Schema of ``completions/step-000012.json``:
 
 Images are thumbnails as data URIs. References are the columns of the dataset that the rewards need, as text. A reward or an
 advantage that is not finite is null. ``step-000012.html`` shows the same.
+
+A completion of several turns is a trajectory, which has the results of tools between the turns of the model. Its "text" is that
+of the last turn of the model, and it also has "turns"; their schema is in ``vlmkernels.record.turns``. The group has
+"tool_images": [[source, width, height, magnified], ...], the images of its results, each stored once.
 """
 
 import json
@@ -21,6 +25,7 @@ from PIL import Image
 
 from vlmkernels.record.files import write_atomic
 from vlmkernels.record.html import Thumbnail, document, picture, thumbnail
+from vlmkernels.record.turns import LEGEND, Shots, TurnRow, count, from_json, to_json, transcript, turns_html
 
 MAX_STEPS = 100  # kept of a run; when there are more, every second step is removed
 
@@ -30,8 +35,10 @@ class CompletionRow:
     """One completion.
 
     Args:
+        completion: the text; for a trajectory, that of the last turn of the model.
         rewards: the value of each reward function by its name, NaN = not scored.
         references: what the rewards compare with, by column of the dataset.
+        turns: the turns of a trajectory; empty for other completions.
     """
 
     prompt: str
@@ -40,6 +47,12 @@ class CompletionRow:
     rewards: dict[str, float]
     advantage: float
     references: dict[str, str] = field(default_factory=dict)
+    turns: list[TurnRow] = field(default_factory=list)
+
+    @property
+    def full_text(self) -> str:
+        """The completion, or all turns of a trajectory."""
+        return transcript(self.turns) if self.turns else self.completion
 
 
 Groups = list[list[CompletionRow]]  # groups of completions, each of one prompt
@@ -51,6 +64,8 @@ def _finite(value: float) -> float | None:
 
 def _group_content(rows: list[CompletionRow]) -> dict:
     """Return the JSON object of the completions of one prompt."""
+    places: dict[Thumbnail, int] = {}
+    turns = [to_json(_own_prompt(row, rows[0]) + row.turns, places) for row in rows]
     return {
         "prompt": rows[0].prompt,
         "images": [thumbnail(image) for image in rows[0].images],
@@ -60,10 +75,19 @@ def _group_content(rows: list[CompletionRow]) -> dict:
                 "text": row.completion,
                 "rewards": {name: _finite(value) for name, value in row.rewards.items()},
                 "advantage": _finite(row.advantage),
+                **({"turns": own} if own else {}),
             }
-            for row in rows
+            for row, own in zip(rows, turns, strict=True)
         ],
+        **({"tool_images": list(places)} if places else {}),
     }
+
+
+def _own_prompt(row: CompletionRow, first: CompletionRow) -> list[TurnRow]:
+    """Return the prompt of a trajectory if its group does not share it, because environments began differently."""
+    if not row.turns or (row.prompt, row.images) == (first.prompt, first.images):
+        return []
+    return [TurnRow("user", row.prompt, images=[thumbnail(image) for image in row.images])]
 
 
 def stored_steps(folder: Path) -> dict[int, Path]:
@@ -102,12 +126,19 @@ def load_step(path: Path) -> dict:
             group["images"] = [Thumbnail(*image) for image in group["images"]]
             if not all(image.source.startswith("data:image/") for image in group["images"]):
                 raise ValueError("the source of an image is not a data URI")
+            if "tool_images" in group:  # their sources become a part of CSS
+                group["tool_images"] = [Thumbnail.from_json(image) for image in group["tool_images"]]
             _ = group.setdefault("references", {}).items()  # absent in files of earlier versions
             for row in group["completions"]:
-                _ = row["text"], row["rewards"].items(), row["advantage"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                _ = row["text"], row["rewards"].items(), row["advantage"], from_json(*_stored_turns(row, group))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} must hold completions that the trainer stored, got {path} ({error!r})") from error
     return content
+
+
+def _stored_turns(row: dict, group: dict) -> tuple[list[dict], list[Thumbnail]]:
+    """Return the JSON objects of a completion's turns, and the images of its group that they name."""
+    return row.get("turns", []), group.get("tool_images", [])
 
 
 def _reward_text(value: float | None) -> str:
@@ -133,16 +164,24 @@ def _group_html(group: dict) -> str:
             rows.append(row)
             counts.append(1)
     head = "".join(f"<th>{escape(title)}</th>" for title in ("completion", *rows[0]["rewards"], "advantage"))
-    body = "".join(
-        f"<tr><td><pre>{escape(row['text'])}{f'<small> × {count}</small>' if count > 1 else ''}</pre></td>"
-        + "".join(f"<td>{_reward_text(value)}</td>" for value in row["rewards"].values())
-        + f"{_advantage_cell(row['advantage'])}</tr>"
-        for row, count in zip(rows, counts, strict=True)
-    )
+    shots = Shots()
+    body = "".join(_row_html(row, times, group, shots) for row, times in zip(rows, counts, strict=True))
     images = "".join(map(picture, group["images"]))
     known = "".join(f"<small>{escape(name)}: {escape(value)}</small>" for name, value in group["references"].items())
     top = f"<header>{images}<div><pre>{escape(group['prompt'])}</pre>{known}</div></header>"
-    return f"<section>{top}<table><tr>{head}</tr>{body}</table></section>"
+    return f"<section{shots.style()}>{top}<table><tr>{head}</tr>{body}</table></section>"
+
+
+def _row_html(row: dict, times: int, group: dict, shots: Shots) -> str:
+    """Return the row of a completion that occurs ``times`` times; a trajectory has a second row across the table."""
+    turns = from_json(*_stored_turns(row, group))
+    repeated = f"<small> × {times}</small>" if times > 1 else ""
+    cells = "".join(f"<td>{_reward_text(value)}</td>" for value in row["rewards"].values()) + _advantage_cell(row["advantage"])
+    if not turns:
+        return f"<tr><td><pre>{escape(row['text'])}{repeated}</pre></td>{cells}</tr>"
+    notes = [str(count(turns)), *([] if any(turn.trained for turn in turns) else ["not trained on"])]
+    whole = f'<tr class="whole"><td colspan="{2 + len(row["rewards"])}">{turns_html(turns, shots)}</td></tr>'
+    return f"<tr><td><small>{' · '.join(notes)}</small>{repeated}</td>{cells}</tr>{whole}"
 
 
 def step_html(content: dict, max_groups: int | None = None) -> str:
@@ -161,4 +200,5 @@ def step_html(content: dict, max_groups: int | None = None) -> str:
     shown = content["groups"][:max_groups]
     part = f"{len(shown)} of " if len(shown) < len(content["groups"]) else ""
     summary = f"{part}{len(content['groups'])} prompts, {len(rows)} completions; mean rewards: {', '.join(means)}"
-    return f'<p class="summary">{summary}</p>{"".join(map(_group_html, shown))}'
+    legend = LEGEND if any(row.get("turns") for row in rows) else ""
+    return f'<p class="summary">{summary}{legend}</p>{"".join(map(_group_html, shown))}'

@@ -3,12 +3,14 @@
 import base64
 import io
 import math
+import re
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 THUMBNAIL_SIDE = 192  # maximum number of pixels of the longer side
+_SOURCE = re.compile(r"data:image/[a-z]+;base64,[\w+/=]*", re.ASCII)
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8883; --soft: #8881; --good: 46 160 67; --bad: 218 54 51; }
@@ -32,6 +34,17 @@ td pre { min-width: 8rem; }
 .curves svg { width: 100%; height: auto; overflow: visible; } figure { margin: 0; }
 figcaption { font-size: .85rem; overflow-wrap: anywhere; } figcaption output { opacity: .7; }
 .wide { overflow-x: auto; }
+.turns { display: grid; gap: .45rem; } .whole td { border-top: 0; padding-top: 0; }
+.turn { display: grid; grid-template-columns: 5.5rem minmax(0, 1fr); gap: 0 .6rem; }
+.turn { border-left: 3px solid var(--line); padding-left: .6rem; }
+.turn small, .reasoning { opacity: .75; overflow-wrap: anywhere; } .turn > div { display: grid; gap: .25rem; }
+.trained, .legend { border-left: 3px solid #3b82f6; } .legend { margin-left: 1rem; padding-left: .35rem; }
+.error pre, .error small { color: rgb(var(--bad)); }
+.call { background: var(--soft); border: 1px solid var(--line); border-radius: 4px; padding: 0 .35rem; justify-self: start; }
+.shots { display: flex; flex-wrap: wrap; gap: .4rem; }
+.shot { border: 1px solid var(--line); border-radius: 4px; max-width: 100%; box-sizing: border-box; print-color-adjust: exact; }
+.shot { background: #fff center / 100% 100% no-repeat; } .shot.small { image-rendering: pixelated; }
+@media (max-width: 40rem) { .turn { grid-template-columns: minmax(0, 1fr); } }
 """
 
 
@@ -42,6 +55,18 @@ class Thumbnail(NamedTuple):
     width: int
     height: int
     magnified: bool
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Thumbnail":
+        """Read a stored thumbnail.
+
+        Raises:
+            ValueError, TypeError: the value is not a thumbnail, or its source is not a data URI, which a page must not load.
+        """
+        image = cls(*value)
+        if not _SOURCE.fullmatch(image.source) or not all(isinstance(side, int) for side in (image.width, image.height)):
+            raise ValueError(f"the source of an image must be a data URI, and its sides whole numbers, got {value!r:.80}")
+        return image
 
 
 def thumbnail(image: Image.Image) -> Thumbnail:

@@ -23,12 +23,15 @@ def _scaled_down(image: Image.Image) -> Image.Image:
 
 
 def _encodable(groups: Groups) -> Groups:
-    """Replace lone surrogates, which loggers cannot write, by their escapes."""
+    """Write each trajectory as one text, and replace lone surrogates, which loggers cannot write, by their escapes."""
 
     def escaped(text: str) -> str:
         return encoded(text).decode()
 
-    return [[replace(row, prompt=escaped(row.prompt), completion=escaped(row.completion)) for row in rows] for rows in groups]
+    return [
+        [replace(row, prompt=escaped(row.prompt), completion=escaped(row.full_text), turns=[]) for row in rows]
+        for rows in groups
+    ]
 
 
 def _table(step: int, groups: Groups, as_image: Callable) -> tuple[list[str], list[list]]:

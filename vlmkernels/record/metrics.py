@@ -37,7 +37,7 @@ PHASES = {
     "other": "everything else",
 }
 
-REWARDS, COMPLETIONS, POLICY, MISMATCH = "Rewards", "Completions", "Policy", "Training and rollout"
+REWARDS, COMPLETIONS, TOOLS, POLICY, MISMATCH = "Rewards", "Completions", "Tools", "Policy", "Training and rollout"
 OPTIMIZER, TIME, THROUGHPUT = "Optimizer", "Time", "Throughput"
 
 # fmt: off
@@ -61,6 +61,16 @@ SAMPLED = (
                  is_detail=True),
     LoggedMetric("completions/max_terminated_length", COMPLETIONS, "length of the longest completion that ended by itself",
                  is_detail=True),
+    LoggedMetric("tools/call_frequency", TOOLS, "tool calls per completion"),
+    LoggedMetric("tools/failure_frequency", TOOLS, "share of tool calls that failed"),
+    LoggedMetric("tools/turns/mean", TOOLS, "mean number of turns of the model"),
+    LoggedMetric("tools/turns/max", TOOLS, "largest number of turns of the model", is_detail=True),
+    LoggedMetric("tools/frac_sampled_tokens", TOOLS, "share of the tokens of completions that the model sampled"),
+    LoggedMetric("tools/seconds", TOOLS, "seconds that tools ran per completion", is_detail=True),
+    LoggedMetric("tools/refused", TOOLS, "share of completions that ended because a result did not fit"),
+    LoggedMetric("tools/lost_environments", TOOLS, "share of completions whose environment was lost; they are not scored"),
+    LoggedMetric("tools/*/calls", TOOLS, "calls of one tool per completion; unknown: calls of a tool that does not exist"),
+    LoggedMetric("tools/*/failures", TOOLS, "share of the calls of one tool that failed", is_detail=True),
 )
 METRICS = (
     *SAMPLED,

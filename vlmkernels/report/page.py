@@ -18,6 +18,7 @@ from vlmkernels.record.metrics import (
     REWARDS,
     THROUGHPUT,
     TIME,
+    TOOLS,
     describe,
     is_summary,
     order,
@@ -28,7 +29,7 @@ from vlmkernels.report.run import Run
 
 MAX_STEPS, MAX_GROUPS = 8, 8  # maximum numbers of steps in the section of samples, and of prompts per step
 EVALUATION, OTHER = "Evaluation", "Other"
-SECTIONS = (REWARDS, EVALUATION, COMPLETIONS, POLICY, MISMATCH, OPTIMIZER, THROUGHPUT, OTHER)
+SECTIONS = (REWARDS, EVALUATION, COMPLETIONS, TOOLS, POLICY, MISMATCH, OPTIMIZER, THROUGHPUT, OTHER)
 
 STYLE = """
 body { max-width: 78rem; }

@@ -5,7 +5,8 @@ completion's own keys and values, and the next turn follows. While tools run, ot
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmkernels.models.attention import check_tree_attention
 from vlmkernels.models.cut import cut_packs
-from vlmkernels.models.image_features import accepts_image_features, deduplicate_images
+from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
 from vlmkernels.models.packs import pack_groups, pack_trees
@@ -150,7 +151,7 @@ class Decoder:
 
     Attributes:
         episodes: the conversations with tools; None if every completion is one turn.
-        encode: what the model inputs of results go through, or None.
+        keeps_features: whether the results have image features in place of pixels in ``Decoded.turns``.
     """
 
     def __init__(
@@ -166,7 +167,8 @@ class Decoder:
         self.model, self.prompts, self.group, self.max_tokens = model, prompts, list(group), max_tokens
         self.sampler, self.completions = sampler, completions
         self.episodes: Episodes | None = None
-        self.encode: Callable[[ModelInputs], ModelInputs] | None = None
+        self.keeps_features = False
+        self.encoded: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}  # features by the keys of the images of a result
         self.device = prompts.inputs["input_ids"].device
         self.plain = base_model(model)
         self.deduplicates_images = accepts_image_features(self.plain)
@@ -302,8 +304,7 @@ class Decoder:
         for k, observation in self.episodes.ready(wait):
             prompt = self.cache.lengths[self.cache.prompts.index(self.group[k])]
             if self.completions.has_room(k, observation.inputs, prompt, self.plain):
-                result = observation.inputs.to(self.device)
-                self.resumed.append((k, result if self.encode is None else self.encode(result)))
+                self.resumed.append((k, observation.inputs.to(self.device)))
             else:
                 self.episodes.refuse(k)
                 self.completions.truncated[k] = True
@@ -322,7 +323,10 @@ class Decoder:
         stored = [len(self.completions.tokens[k]) - 1 for k in completions]
         for slot, k in enumerate(completions, first):
             self.cache.put_back(slot, self.group[k], self.stored.pop(k))
-        pack = self._extension(batch)
+        encoded = [(k, self._encoded(result)) for k, result in batch]
+        if self.keeps_features:
+            batch = encoded
+        pack = self._extension(batch, [result for _, result in encoded])
         self.cache.extend(
             range(first, first + len(batch)),
             [self.group[k] for k in completions],
@@ -337,10 +341,21 @@ class Decoder:
         ended = self._sample(completions, logits)
         self._free_slots([False] * first + ended)
 
-    def _extension(self, batch: list[tuple[int, ModelInputs]]) -> dict:
+    def _encoded(self, result: ModelInputs) -> ModelInputs:
+        """Return a result with image features in place of pixels. Equal images, as of a group's calls, are encoded once."""
+        if not (self.deduplicates_images and result.num_images.any()) or result.image_keys is None:
+            return result
+        key = tuple(result.image_keys.tolist())
+        if key not in self.encoded:
+            self.encoded[key] = encode_images(self.plain, result).inputs
+        per_token = {name: x for name, x in result.inputs.items() if result.family.axis(name) == "token"}
+        tokens = (result.inputs["input_ids"] == result.family.image_token_id).sum(1).cpu()
+        return replace(result, inputs=self.encoded[key] | per_token, rows=result.rows | {"image_token": tokens})
+
+    def _extension(self, batch: list[tuple[int, ModelInputs]], encoded: list[ModelInputs]) -> dict:
         """Return the model inputs of the last token of each completion, which has not run yet, and the result after it."""
         last = [torch.tensor([[self.completions.tokens[k][-1]]], device=self.device) for k, _ in batch]
-        segments = [result.prepend(token) for token, (_, result) in zip(last, batch, strict=True)]
+        segments = [result.prepend(token) for token, result in zip(last, encoded, strict=True)]
         joined = join(segments)
         if self.prompts.family.relative_positions:
             starts = torch.tensor([self.next_positions[k] - 1 for k, _ in batch], device=self.device)
@@ -434,7 +449,7 @@ def decode_trajectories(
     max_tokens: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     uniform: torch.Tensor | None = None,
-    encode: Callable[[ModelInputs], ModelInputs] | None = None,
+    keeps_features: bool = False,
 ) -> Decoded:
     """Sample completions of several turns: the results of the tools that a turn calls are appended, and the next turn follows.
 
@@ -449,7 +464,7 @@ def decode_trajectories(
             ``min_new_tokens`` and ``stop_strings`` apply to each turn.
         max_tokens: maximum number of tokens of prompts, or of results, in one forward pass. A result runs in one pass.
         uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU; see ``decode_groups``.
-        encode: what the model inputs of results go through, for example ``encode_images``. Default: nothing.
+        keeps_features: return results with image features in place of pixels; see ``encode_images``.
 
     Returns:
         See ``Decoded``, with ``turns``.
@@ -463,7 +478,7 @@ def decode_trajectories(
     decoder = make_decoder(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
-    decoder.episodes, decoder.encode = episodes, encode
+    decoder.episodes, decoder.keeps_features = episodes, keeps_features
     decoder.run()
     return decoder.completions.decoded(prompts, with_turns=True)
 

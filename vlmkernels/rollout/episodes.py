@@ -112,7 +112,7 @@ class Episodes:
         environments = [_environment_of(sample, tools) for sample in samples]
         self._conversations = [_Conversation(environments[row]) for row in self.rows]
         observations = pool.begin_all(
-            (key, environments[row], samples[row].row, None if seed is None else seed * len(self.rows) + key)
+            (key, environments[row], samples[row].row, _seed_of(seed, samples[row].index, key % num_generations))
             for key, row in enumerate(self.rows)
         )
         self.samples: list[Sample] = []
@@ -286,6 +286,11 @@ def _names(tools: Tools) -> list[str]:
     """Return the names of the tools of all environments, and ``UNKNOWN``."""
     environments: list[str | None] = list(tools.environments) or [None]
     return list(dict.fromkeys([*(name for e in environments for name in tools.names(e)), UNKNOWN]))
+
+
+def _seed_of(seed: int | None, index: int, generation: int) -> str | None:
+    """Return a seed that does not depend on the other samples of the batch."""
+    return None if seed is None else f"{seed} {index} {generation}"
 
 
 def _environment_of(sample: Sample, tools: Tools) -> str | None:

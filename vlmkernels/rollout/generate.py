@@ -1,7 +1,6 @@
 """The default engine: samples with the trainer's model."""
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +10,6 @@ from transformers.utils import logging
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.families import prefix_sharing_unsupported
-from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model, sampling_override
 from vlmkernels.models.trajectories import join
@@ -110,8 +108,8 @@ class Generate(Engine):
         if self.shares_prefix and episodes is None:
             decoded = decode_groups(model, prompts, num_generations, sampling, uniform=uniform, **shared)
         elif self.shares_prefix:
-            encode = partial(encode_images, base_model(model)) if self.reuses_image_features else None
-            decoded = decode_trajectories(model, prompts, episodes, sampling, uniform=uniform, encode=encode, **shared)
+            shared["keeps_features"] = self.reuses_image_features
+            decoded = decode_trajectories(model, prompts, episodes, sampling, uniform=uniform, **shared)
         elif episodes is None:
             ids, mask, truncated = self._generate(model, prompts.select(group).inputs, sampling)
             decoded = Decoded(ids, mask, truncated)

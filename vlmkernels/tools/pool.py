@@ -60,7 +60,7 @@ class Ended:
 @dataclass
 class _Trajectory:
     environment: str | None
-    seed: int | None
+    seed: int | str | None
     worker: "_PoolWorker | None" = None
     lost: str | None = None
     turn: int = 0
@@ -136,12 +136,14 @@ class ToolPool:
         self._queue: deque[_Task] = deque()
         self._finished: list[tuple[int, list[ToolResult]]] = []
 
-    def begin(self, key: int, environment: str | None, row: dict[str, Any], seed: int | None = None) -> str | list[Part] | None:
+    def begin(
+        self, key: int, environment: str | None, row: dict[str, Any], seed: int | str | None = None
+    ) -> str | list[Part] | None:
         """Begin one trajectory; see ``begin_all``. Returns the observation of the environment."""
         return self.begin_all([(key, environment, row, seed)])[0]
 
     def begin_all(
-        self, trajectories: Iterable[tuple[int, str | None, dict[str, Any], int | None]]
+        self, trajectories: Iterable[tuple[int, str | None, dict[str, Any], int | str | None]]
     ) -> list[str | list[Part] | None]:
         """Begin trajectories and reset their environments side by side.
 
@@ -413,7 +415,7 @@ class ToolPool:
                 logger.warning("%s of trajectory %d has run for %.0f s", task.running_names(), task.key, seconds)
 
 
-def _seed(seed: int | None, purpose: str) -> str | None:
+def _seed(seed: int | str | None, purpose: str) -> str | None:
     return None if seed is None else f"{seed} {purpose}"
 
 

@@ -115,21 +115,20 @@ def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dic
 
 
 def completion_groups(
-    scored: Scored, advantages: torch.Tensor, rewards: Rewards, args: GRPOConfig, trained: torch.Tensor | None = None
+    scored: Scored, advantages: torch.Tensor, trained: torch.Tensor, rewards: Rewards, args: GRPOConfig
 ) -> Groups:
     """Return at most ``num_completions_to_print`` completions, as ``vlmkernels.record.completions`` stores them.
 
     Args:
         scored: N completions, ordered by group.
         advantages: (N,).
+        trained: (N,) bool, whether the loss counts any token of a completion.
         rewards: the reward functions.
-        trained: (N,) bool, whether the loss counts any token of a completion. Default: all True.
     """
     columns = rewards.columns or ["answer"]  # a function that takes **kwargs does not say what it reads
-    is_trained = [True] * len(scored.samples) if trained is None else trained.tolist()
     turn_rewards = [None] * len(scored.samples) if scored.scores.turns is None else scored.scores.turns.tolist()
     rewards_and_advantages = scored.scores.rewards.tolist(), advantages.tolist()
-    values = scored.samples, scored.completions, *rewards_and_advantages, is_trained, turn_rewards
+    values = scored.samples, scored.completions, *rewards_and_advantages, trained.tolist(), turn_rewards
     rows = [
         CompletionRow(
             prompt=prompt_text(s.prompt),

@@ -126,7 +126,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.micro_batches = MicroBatches(self.prepared, args, self.accelerator)
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
         self._experience: Experience | None = None
-        self._last_scored: tuple[Scored, torch.Tensor] | None = None  # with advantages, for log_completions
+        # With advantages and whether the loss counts any of their tokens, for log_completions.
+        self._last_scored: tuple[Scored, torch.Tensor, torch.Tensor] | None = None
         self.metrics = MetricBuffer()
         self._step_time = 0.0
         details = run_details(*data, self.datasets.columns, self.rewards, model)
@@ -243,7 +244,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             of_turns = turn_advantages(scored.scores.turns, args.num_generations, scale=args.scale_rewards)
             per_token = advantages.unsqueeze(1) + rollout.per_token(of_turns.to(args.device))
         experience = Experience(rollout, per_token, loss_mask, max(num_items, 1.0))
-        self._last_scored = scored, advantages
+        self._last_scored = scored, advantages, loss_mask.any(1)
         self._record_rollout(rollout, rewards, result, scored)
         self._add_fixed_logps(experience)
         return experience
