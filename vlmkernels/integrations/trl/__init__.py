@@ -9,8 +9,9 @@ metrics equal TRL's up to rounding. What changes:
 
 - ``linear_logps`` computes log-probabilities and entropies, ``linear_grpo_loss`` the GRPO objective, without storing logits.
 - Rows of a micro-batch with the same prompt and images, in any order, share one copy of them in every pass of the policy, the
-  old policy and the reference model.
-- Generation with transformers runs each prompt once for all its completions, unless the model overrides ``generate``.
+  old policy and the reference model; with tools also of turns and results that they have in common.
+- Generation with transformers runs each prompt once for all its completions, and with tools each turn and result once, unless
+  the model overrides ``generate``.
 - A frozen vision tower encodes each image once per generation batch.
 - ``FastImageProcessor`` prepares the images, for models that it supports.
 
@@ -45,14 +46,16 @@ __all__ = ["GRPOTrainer", "RLOOTrainer", "patch_trl"]
 
 logger = logging.get_logger(__name__)
 
-_LOGPS, _LOSS, _GENERATE = "_get_per_token_logps_and_entropies", "_compute_loss", "_generate_single_turn"
+_LOGPS, _LOSS = "_get_per_token_logps_and_entropies", "_compute_loss"
+_GENERATE, _GENERATE_TURN = "_generate", "_generate_single_turn"
 _SAMPLE, _PREPARE = "_generate_and_score_completions", "_prepare_inputs"
 # The methods of TRL's trainers that are replaced, and the arguments that they must have.
 _REPLACED = {
     "__init__": ("model", "args"),
     _LOGPS: ("model", "input_ids", "attention_mask", "logits_to_keep", "compute_entropy", "compute_aux_loss", *MEDIA),
     _LOSS: ("model", "inputs"),
-    _GENERATE: ("prompt_ids", "images"),
+    _GENERATE: ("prompts",),
+    _GENERATE_TURN: ("prompt_ids", "images"),
     _SAMPLE: ("inputs",),
     _PREPARE: ("generation_batch",),
 }
@@ -155,8 +158,15 @@ class _Trainer:
             return _original(self, _LOSS)(self, model, inputs)
         return compute_loss(self, self._scorer, self._loss_config, _original(self, _LOGPS), model, inputs)
 
+    def _generate(self, prompts):
+        try:
+            return _original(self, _GENERATE)(self, prompts)
+        finally:
+            if self._scorer is not None:
+                self._scorer.sequences = None  # their keys and values are not needed any more
+
     def _generate_single_turn(self, prompt_ids, images, *args, **kwargs):
-        original, scorer = _original(self, _GENERATE), self._scorer
+        original, scorer = _original(self, _GENERATE_TURN), self._scorer
         if scorer is None or not scorer.shares_prefix or self._has_other_engine():
             return original(self, prompt_ids, images, *args, **kwargs)
         model = self.accelerator.unwrap_model(self.model_wrapped)

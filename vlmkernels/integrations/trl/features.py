@@ -4,12 +4,16 @@ from dataclasses import replace
 
 import torch
 
-from vlmkernels.models.image_features import encode_images
+from vlmkernels.integrations.trl.segments import single_images
+from vlmkernels.models.image_features import encode_images, image_axes
 from vlmkernels.models.inputs import ModelInputs, concat
+from vlmkernels.models.positions import POSITION_INPUTS
 
 
 class FeatureCache:
-    """Stores the distinct prompts since the last ``clear()``, with their pixels and with features in place of pixels.
+    """Stores the distinct images since the last ``clear()``, with their pixels and their features.
+
+    If the inputs do not tell which rows belong to an image, it stores samples.
 
     Args:
         model: the model without adapters, after ``use_image_features``. Call ``clear()`` when its vision tower changes.
@@ -20,16 +24,25 @@ class FeatureCache:
         self.clear()
 
     def clear(self) -> None:
-        """Drop all prompts."""
+        """Drop all images."""
         self._seen: ModelInputs | None = None
         self._encoded: ModelInputs | None = None
 
-    def encode(self, prompts: ModelInputs) -> ModelInputs:
-        """Return ``prompts`` with features in place of pixels."""
-        if "pixel_values" not in prompts.inputs:
-            return prompts
-        known = prompts if self._seen is None else concat([self._seen, prompts], pad_token_id=0)
-        num_seen = len(known) - len(prompts)
+    def encode(self, batch: ModelInputs) -> ModelInputs:
+        """Return ``batch`` with features in place of pixels."""
+        if "pixel_values" not in batch.inputs:
+            return batch
+        images = single_images(batch)
+        encoded = self._encode(batch if images is None else images).inputs
+        replaced = image_axes(batch).keys() - {*POSITION_INPUTS}
+        kept = {name: x for name, x in batch.inputs.items() if name not in replaced}
+        features = {name: encoded[name] for name in ("image_features", "deepstack_features") if name in encoded}
+        tokens = (batch.inputs["input_ids"] == batch.family.image_token_id).sum(1).cpu()
+        return replace(batch, inputs=kept | features, rows=batch.rows | {"image_token": tokens})
+
+    def _encode(self, samples: ModelInputs) -> ModelInputs:
+        known = samples if self._seen is None else concat([self._seen, samples], pad_token_id=0)
+        num_seen = len(known) - len(samples)
         original = known.originals()
         new = [index for index in range(num_seen, len(known)) if original[index] == index]
         if new:

@@ -1,7 +1,8 @@
-"""``grouped_generate``: replaces ``model.generate`` in TRL's trainers by ``decode_groups``, which runs each prompt once."""
+"""``grouped_generate``: replaces ``model.generate`` in TRL's trainers by a decoder that runs each prompt once."""
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from vlmkernels.integrations.trl.scoring import Scorer
+from vlmkernels.integrations.trl.sequences import Sequences
 from vlmkernels.models.loading import base_model, sampling_override
-from vlmkernels.rollout.base import Sampling
-from vlmkernels.rollout.decode import decode_groups
+from vlmkernels.rollout.base import Sampling, pad_token_ids
 
 logger = logging.get_logger(__name__)
 
@@ -57,11 +58,9 @@ def _sampling(config: GenerationConfig, model_config: GenerationConfig) -> Sampl
 
 
 def sampling_unsupported(trainer: Any, model: torch.nn.Module) -> str | None:
-    """Return why a TRL trainer cannot sample with ``decode_groups``, or None if it can. ``model`` is its policy, unwrapped."""
+    """Return why a TRL trainer must sample with ``model.generate``, or None. ``model`` is its policy, unwrapped."""
     if trainer.is_fsdp_enabled:
         return "under FSDP2 every rank must run the model the same number of times"
-    if getattr(trainer, "tools", None):
-        return "with tools, prompts contain completions"
     if reason := sampling_override(model):
         return reason
     sampling = _sampling(trainer.generation_config, model.generation_config)
@@ -87,16 +86,23 @@ def grouped_generate(
     def decode(*, generation_config: GenerationConfig, **inputs: torch.Tensor) -> torch.Tensor:
         generation_config = _suppress(scorer.missing_tokens, generation_config, model.generation_config)
         sampling = unsupported or _sampling(generation_config, model.generation_config)
-        if isinstance(sampling, Sampling):
-            prompts, group = scorer.groups(base_model(model), inputs, num_images)
-            sizes = group.bincount()
-            if not torch.equal(group, torch.arange(len(sizes)).repeat_interleave(sizes[0])):
-                sampling = "the prompts of this rank do not have the same number of completions each"
         if isinstance(sampling, str):
             if sampling != scorer.sampling_reason:
                 logger.warning_once(f"Prefix sharing: disabled in sampling ({sampling})")
             return generate(**inputs, generation_config=generation_config)
-        decoded = decode_groups(model, prompts, int(sizes[0]), sampling, as_generate=True)
-        return torch.cat([inputs["input_ids"], decoded.ids], 1)
+        base, tokens = base_model(model), None
+        if scorer.sequences is not None:
+            tokens = scorer.sequences.resume(scorer.rows(inputs, num_images), partial(scorer.encoded, base))
+            if tokens is None:
+                logger.warning_once(
+                    "Prefix sharing: earlier turns run again in sampling, because the prompts do not continue them"
+                )
+        if tokens is None:
+            prompts, group = scorer.groups(base, inputs, num_images)
+            sequences = Sequences(model, prompts, group.tolist(), sampling, keep=scorer.has_tools)
+            scorer.sequences = sequences if scorer.has_tools else None
+            tokens = sequences.begin()
+        ids, _ = pad_token_ids(tokens, sampling.pad_token_id)
+        return torch.cat([inputs["input_ids"], ids.to(inputs["input_ids"])], 1)
 
     return decode

@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from vlmkernels.integrations.trl.features import FeatureCache
+from vlmkernels.integrations.trl.segments import shared_rows, single_images, split_rows, tokens_per_image
 from vlmkernels.models import attention
 from vlmkernels.models.families import TEXT, family_of, missing_token_ids, prefix_sharing_unsupported
 from vlmkernels.models.head import call_in_head, logit_arguments, output_head
@@ -20,7 +22,15 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
+from vlmkernels.models.trajectories import Turns, pack_turns
 from vlmkernels.ops.linear_logps import linear_logps
+
+if TYPE_CHECKING:
+    from vlmkernels.integrations.trl.sequences import Sequences
+
+logger = logging.get_logger(__name__)
+
+UNKNOWN_IMAGES = "in which it is unknown which images belong to the completions"
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,8 @@ class Scorer:
         copies_reason: why each completion of a group is scored after its own copy of the prompt, or None if they share one.
         sampling_reason: the same for sampling with transformers. Set by the trainer.
         features: the image features of the policy, if its vision tower is frozen.
+        has_tools: whether completions have several turns, between which tools are called.
+        sequences: in sampling with tools, the completions whose next turns may follow.
         missing_tokens: ids of the model's vocabulary without a token, which are not sampled.
 
     Args:
@@ -97,12 +109,14 @@ class Scorer:
 
     features: FeatureCache | None = None
     sampling_reason: str | None = None
+    sequences: "Sequences | None" = None
 
     def __init__(self, trainer: Any, options: Options) -> None:
         self._unwrap = trainer.accelerator.unwrap_model
         self._autocast = trainer.accelerator.autocast
         model = self._unwrap(trainer.model)
         self._arguments = logit_arguments(model, output_head(model)) | {"temperature": trainer.temperature}
+        self.has_tools = bool(getattr(trainer, "tools", None))
         self._fp32_head = getattr(trainer.args, "cast_lm_head_to_fp32", False)
         base = base_model(model)
         models = [base] if trainer.ref_model is None else [base, base_model(self._unwrap(trainer.ref_model))]
@@ -172,36 +186,96 @@ class Scorer:
     ) -> MicroBatch:
         """Convert the model inputs from TRL, in which the last ``width`` tokens are completions."""
         completion_mask = inputs["attention_mask"][:, -width:].bool()
-        completion_ids = inputs["input_ids"][:, -width:]
-        if not self.shares_prefix or self._has_images(completion_ids):
-            order = torch.arange(len(completion_mask), device=completion_mask.device)
-            return MicroBatch(pad_completions(inputs, completion_mask), order, completion_mask)
-        axis = self._family.axis
         options = {name: x for name, x in inputs.items() if not isinstance(x, torch.Tensor)}  # as output_router_logits
         tensors = {name: x for name, x in inputs.items() if name not in options}
-        prompts = {name: x[:, :-width] if axis(name) == "token" else x for name, x in tensors.items()}
-        base = base_model(self._unwrap(model))
-        prompts, group = self.groups(base, prompts, num_images)
-        order = group.argsort(stable=True)
-        group, order = group[order], order.to(completion_mask.device)
-        positions = prompt_positions(base, prompts.inputs)
-        inputs = deduplicate_images(prompts) if accepts_image_features(base) else prompts.inputs
-        batch = pack_groups(inputs, positions, group, completion_ids[order], completion_mask[order], self._family)
+        packed = self._pack(base_model(self._unwrap(model)), tensors, width, num_images) if self.shares_prefix else None
+        if packed is None:
+            order = torch.arange(len(completion_mask), device=completion_mask.device)
+            return MicroBatch(pad_completions(inputs, completion_mask), order, completion_mask)
+        batch, order = packed
         batch.inputs.update(options)
+        order = order.to(completion_mask.device)
         return MicroBatch(batch, order, completion_mask[order])
+
+    def _pack(
+        self, base: torch.nn.Module, inputs: dict[str, torch.Tensor], width: int, num_images: list[int] | None
+    ) -> tuple[ScoringBatch, torch.Tensor] | None:
+        """Return a pack in which each prompt occurs once, and the row (B,) of each of its completions; or None."""
+        has_images = self._has_images(inputs["input_ids"][:, -width:])
+        packed = self._pack_turns(base, inputs, width, num_images) if self.has_tools or has_images else None
+        if packed is None and has_images:
+            logger.warning_once(f"Prefix sharing: disabled in training for micro-batches {UNKNOWN_IMAGES}")
+            return None
+        return self._pack_groups(base, inputs, width, num_images) if packed is None else packed
+
+    def _pack_groups(
+        self, base: torch.nn.Module, inputs: dict[str, torch.Tensor], width: int, num_images: list[int] | None
+    ) -> tuple[ScoringBatch, torch.Tensor]:
+        """Return a pack of completions without images. See ``_pack``."""
+        axis = self._family.axis
+        prompts = {name: x[:, :-width] if axis(name) == "token" else x for name, x in self._accepted(inputs).items()}
+        batch, group = self.groups(base, prompts, num_images)
+        order = group.argsort(stable=True)
+        ids, mask = (inputs[name][:, -width:][order.to(inputs[name].device)] for name in ("input_ids", "attention_mask"))
+        positions = prompt_positions(base, batch.inputs)
+        prompts = deduplicate_images(batch) if accepts_image_features(base) else batch.inputs
+        return pack_groups(prompts, positions, group[order], ids, mask.bool(), self._family), order
+
+    def _pack_turns(
+        self, base: torch.nn.Module, inputs: dict[str, torch.Tensor], width: int, num_images: list[int] | None
+    ) -> tuple[ScoringBatch, torch.Tensor] | None:
+        """Return a pack in which equal beginnings of the completions of a prompt occur once too. See ``_pack``.
+
+        It is None if it is unknown which images belong to the prompts.
+        """
+        rows = self.rows(inputs, num_images)
+        spans, length = self._family.bidirectional, inputs["input_ids"].shape[1]
+        if tokens_per_image(rows) is None or (spans is not None and spans.linked and self._has_images(inputs["input_ids"])):
+            return None
+        images = single_images(rows)
+        if images is None and rows.num_images.any():
+            return None
+        image_keys = torch.empty(0, dtype=torch.int64) if images is None else images.originals()
+        shared = shared_rows(rows, image_keys, length - width)
+        ends = (length - width + inputs["attention_mask"][:, -width:].sum(1)).tolist()
+        bounds = [[0, length - width, *cuts, end, length] for cuts, end in zip(shared.cuts, ends, strict=True)]
+        segments = split_rows(rows, bounds)
+        if segments is None:
+            return None
+        segments = self.encoded(base, replace(segments, image_keys=image_keys))
+        counts = torch.tensor([len(bound) - 1 for bound in bounds])
+        starts = counts.cumsum(0) - counts
+        first, group = shared.group.unique(return_inverse=True)
+        turns = torch.cat([torch.arange(start + 1, start + count - 1) for start, count in zip(starts, counts, strict=True)])
+        owners = torch.arange(len(counts)).repeat_interleave(counts - 2)
+        turns = Turns(segments.select(turns), owners, torch.ones(len(owners), dtype=torch.bool))
+        order = group.argsort(stable=True)
+        return pack_turns(base, segments.select(starts[first]), group.tolist(), turns, order.tolist()), order
 
     def groups(
         self, base: torch.nn.Module, inputs: dict[str, torch.Tensor], num_images: list[int] | None
     ) -> tuple[ModelInputs, torch.Tensor]:
         """Return the distinct prompts in model inputs, by first occurrence, and the index (B,) of each row's prompt."""
-        counts = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64) if num_images is None else torch.tensor(num_images)
-        prompts = ModelInputs.from_processor(inputs, self._family, counts)
+        prompts = self.rows(inputs, num_images)
         first, group = prompts.originals().unique(return_inverse=True)
-        prompts = prompts.select(first)
+        return self.encoded(base, prompts.select(first)), group
+
+    def rows(self, inputs: dict[str, torch.Tensor], num_images: list[int] | None) -> ModelInputs:
+        """Return model inputs as ``ModelInputs``."""
+        inputs = self._accepted(inputs)
+        counts = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64) if num_images is None else torch.tensor(num_images)
+        return ModelInputs.from_processor(inputs, self._family, counts)
+
+    def _accepted(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Drop the token types that TRL adds to inputs with images of tools also for models that do not accept any."""
+        return {name: x for name, x in inputs.items() if name != "token_type_ids" or name in self._family.inputs}
+
+    def encoded(self, base: torch.nn.Module, batch: ModelInputs) -> ModelInputs:
+        """Return model inputs with image features if the vision tower is frozen, and with the keys of equal images if not."""
         if self.features is not None and self.features.model is base:
             with self._autocast():
-                return self.features.encode(prompts), group
-        return replace(prompts, image_keys=prompts.equal_images()), group
+                return self.features.encode(batch)
+        return replace(batch, image_keys=batch.equal_images()) if batch.image_keys is None else batch
 
     def _has_images(self, completion_ids: torch.Tensor) -> bool:
         """Return whether a completion contains image tokens, as results of tools can."""
