@@ -9,12 +9,20 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from support.tool_models import tool_model
+
+from vlmkernels.demo.model import build_processor
+from vlmkernels.models.families import FAMILIES
+from vlmkernels.rollout.agent import Agent
+from vlmkernels.tools.formats import FORMATS, split
+from vlmkernels.tools.functions import Tools
 
 pytest.importorskip("sklearn")
 pytest.importorskip("trl")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+TOOLS = (ROOT / "docs" / "tools.md").read_text()  # the page of examples/zoom.py
 
 
 def run(*command, cwd: Path, **environment: str) -> str:
@@ -100,3 +108,130 @@ def test_full_recipe_has_valid_flags(folder):
     config = GRPOConfig(**{name: getattr(args, name) for name in names} | {"use_cpu": True, "bf16": False})
     assert config.prompts_per_generation == 8
     assert config.vllm_mode == "server"
+
+
+@pytest.fixture(scope="module")
+def zoom_folder(tmp_path_factory) -> Path:
+    """A tiny model that calls ``zoom`` in most completions, and four rows."""
+    folder = tmp_path_factory.mktemp("zoom")
+    made = tool_model("qwen2_5_vl")
+    made.model.save_pretrained(folder / "model")
+    made.processor.save_pretrained(folder / "model")
+    for k, row in enumerate(made.rows):
+        row["images"][0].save(folder / f"{k}.png")
+    rows = [{"prompt": row["prompt"], "image": f"{k}.png", "answer": f"saw {k}"} for k, row in enumerate(made.rows)]
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
+
+
+def zoom_script(folder: Path, name: str, *changes: tuple[str, str], **options) -> None:
+    """Write the example with other options and other changes."""
+    text = (EXAMPLES / "zoom.py").read_text()
+    options = {"max_completion_length": 150, "use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1} | options
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    for before, after in (('GRPOConfig("zoom", max_completion_length=2048', f'GRPOConfig("{name}"{arguments}'), *changes):
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    (folder / f"{name}.py").write_text(text)
+
+
+def run_zoom(folder: Path, name: str, **environment: str) -> str:
+    return run(sys.executable, f"{name}.py", "model", "train.jsonl", cwd=folder, **environment)
+
+
+@pytest.mark.parametrize("package", ["vlmkernels.train", "trl"])
+def test_zoom(zoom_folder, package):
+    """The same script with this trainer and with TRL's, which differ in one import. The tool is called, and its images seen."""
+    seen = "answers = [c"
+    spy = "print('images', sum(isinstance(m['content'], list) for c in completions for m in c))\n    answers = [c"
+    imported = "from vlmkernels.train import"
+    zoom_script(zoom_folder, "run", (imported, f"from {package} import"), (seen, spy), max_steps=4, save_strategy="no")
+    printed = run_zoom(zoom_folder, "run", TRL_EXPERIMENTAL_SILENCE="1")
+    images = [int(count) for count in re.findall(r"images (\d+)", printed)]
+    assert len(images) == 4
+    assert min(images) > 0
+    if package == "vlmkernels.train":
+        log = [json.loads(line) for line in (zoom_folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        succeeded = [8 * entry["tools/zoom/calls"] * (1 - entry["tools/zoom/failures"]) for entry in log[:4]]
+        assert all(round(count) >= shown for count, shown in zip(succeeded, images, strict=True))
+
+
+def test_a_run_that_is_killed_in_a_tool_resumes_with_the_same_batch(zoom_folder):
+    """Its metrics are those of a run without the kill, although the results of the tool have random numbers."""
+    draws = 'f"quarter {index}:"', "f\"quarter {__import__('random').random()}:\""
+    reward = "answers = [c", "trainer.state.global_step == 1 and os.environ.get('KILL') and open('kill', 'w')\n    answers = [c"
+    tool = "self.calls += 1", "os.path.exists('kill') and os.kill(trainer_pid, 9)\n        self.calls += 1"
+    start = "import sys\n", "import os\nimport sys\n\ntrainer_pid = os.getpid()\n"
+    resume = ".train()", ".train(resume_from_checkpoint=bool(os.environ.get('RESUME')))"
+    changes = (draws, reward, tool, start, resume)
+    for name in ("whole", "killed"):
+        zoom_script(zoom_folder, name, *changes, max_steps=4, save_steps=1, max_completion_length=300)
+    run_zoom(zoom_folder, "whole")
+    with pytest.raises(AssertionError):
+        run_zoom(zoom_folder, "killed", KILL="1")
+    assert (zoom_folder / "kill").exists()
+    assert max(int(path.name.split("-")[1]) for path in (zoom_folder / "killed").glob("checkpoint-*")) == 2
+    (zoom_folder / "kill").unlink()
+    run_zoom(zoom_folder, "killed", RESUME="1")
+
+    def log(name: str) -> list[dict]:
+        lines = (zoom_folder / name / "metrics.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in lines]
+        return [{k: v for k, v in entry.items() if not re.search("time|second", k)} for entry in entries if "loss" in entry]
+
+    whole, killed = log("whole"), log("killed")
+    assert [entry["step"] for entry in killed[-2:]] == [3, 4]
+    for actual, expected in zip(killed[-2:], whole[-2:], strict=True):  # tools end in another order, so that rounding differs
+        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert actual["tools/call_frequency"] > 0
+
+
+def test_the_page_of_tools_shows_the_example():
+    code = (EXAMPLES / "zoom.py").read_text()
+    assert f"```python\n{code}```" in TOOLS
+    assert len(code.splitlines()) <= 40
+
+
+def test_formats_of_the_page():
+    """The table names every format, in order, with a call that it reads."""
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| `(.+)` \|$", TOOLS, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == list(FORMATS)
+    for name, written in rows:
+        text, calls, _ = split(written.replace(r"\|", "|"), FORMATS[name], opened=False)
+        assert (text, calls) == ("", [("zoom", {"index": 1 if FORMATS[name].typed else "1"})]), name
+
+
+def test_the_chat_template_of_the_page():
+    """A model without tools in its template, such as Qwen2.5-VL, can call tools and see their images with it."""
+    (template,) = re.findall(r"```jinja\n(.*?)\n```", TOOLS, flags=re.DOTALL)
+    processor = build_processor()
+    processor.chat_template = template
+
+    def zoom(index: int) -> list:
+        """Look at a quarter of the image.
+
+        Args:
+            index: Which quarter.
+        """
+
+    tools = Tools([zoom])
+    agent = Agent(tools)
+    try:
+        agent.prepare(processor, next(family for family in FAMILIES if family.name == "qwen2_5_vl"))
+    finally:
+        agent.close()
+    assert agent.encoder.images_unsupported is None
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+    text = processor.apply_chat_template(messages, tools=tools.schemas(), tokenize=False, add_generation_prompt=True)
+    assert json.dumps(tools.schemas()[0]) in text
+    call = {"type": "function", "function": {"name": "zoom", "arguments": {"index": 1}}}
+    text = processor.apply_chat_template([{"role": "assistant", "content": "Hm.", "tool_calls": [call]}], tokenize=False)
+    turn = agent.parser(processor.tokenizer(text.split("assistant\n")[1])["input_ids"], tools.schemas())
+    assert turn.message() == {"role": "assistant", "content": "Hm.", "tool_calls": [call]}
+
+
+def test_the_tests_of_the_page_exist():
+    named = set(re.findall(r"`(test_\w+\.py)::(test_\w+)`", TOOLS))
+    assert len(named) > 15
+    sources = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {pair for pair in named if f"def {pair[1]}(" not in sources.get(pair[0], "")} == set()
