@@ -149,6 +149,7 @@ def test_rewards_get_the_messages_and_images_of_a_trajectory():
     result = scored(spy, episodes)
     assert seen["completions"] == [episode.messages for episode in episodes] == result.completions
     assert seen["tool_images"] == [episode.images for episode in episodes]
+    assert seen["sampled_ids"] == seen["completion_ids"] == [[1], [1]]
     assert seen["environments"] == [maze, None]
     assert seen["environment_rewards"] == [{}, {}]
     assert seen["images"] == [[], []]
@@ -157,7 +158,7 @@ def test_rewards_get_the_messages_and_images_of_a_trajectory():
 
 def test_without_tools_rewards_get_no_arguments_of_tools():
     def spy(completions, **kwargs):
-        assert kwargs.keys().isdisjoint({"tool_images", "environments", "environment_rewards"})
+        assert kwargs.keys().isdisjoint({"sampled_ids", "tool_images", "environments", "environment_rewards"})
         return [1.0] * len(completions)
 
     result = score(Rewards(spy), [read_sample({"prompt": "what?"}, 0)], ["5"], [[1]], [[]])
@@ -304,3 +305,17 @@ def test_trajectories_without_their_environment_are_not_scored():
     torch.testing.assert_close(scores.rewards, torch.tensor([[3.0, 3], [nan, nan], [5, 3]]), equal_nan=True)
     torch.testing.assert_close(scores.turns, torch.tensor([[1.0, 2], [nan, nan], [1, 2]]), equal_nan=True)
     torch.testing.assert_close(scores.outcomes, torch.tensor([[3.0, nan], [nan, nan], [5, nan]]), equal_nan=True)
+
+
+def test_lengths_and_repetitions_are_those_of_the_sampled_tokens():
+    """Results of tools, such as the equal tokens of an image, are neither long nor repetitive answers."""
+    episodes = [trajectory("look", "5")]
+    sample = read_sample({"prompt": [{"role": "user", "content": "what?"}], "answer": "5"}, 0)
+    rewards = Rewards(["repetition", {"name": "cosine_length", "correct": "exact_match", "max_length": 100}])
+    ids, sampled = [[1, 2, *[9] * 80, 3, 4]], [[1, 2, 3, 4]]
+    given = rewards, [sample], [""]
+    actual = score(*given, ids, [[]], episodes=episodes, sampled_ids=sampled).scores.rewards
+    expected = score(*given, sampled, [[]], episodes=episodes).scores.rewards
+    torch.testing.assert_close(actual, expected)
+    assert actual[0, 0] == 0
+    assert score(*given, ids, [[]], episodes=episodes).scores.rewards[0, 0] < -0.8

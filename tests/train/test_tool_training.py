@@ -51,7 +51,7 @@ CASES = {
     "qwen2_5_vl": {},
     "qwen3_vl": {},
     "qwen3_5": {},
-    "gemma3": {},
+    "lfm2_vl": {},
     "internvl": {},
     "text results": {"name": "qwen2_5_vl", "images": False},
     "copies of the prompt": {"name": "qwen2_5_vl", "share_prefix": False},

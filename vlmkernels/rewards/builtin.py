@@ -235,7 +235,7 @@ class CosineLength:
     def __call__(self, completion_ids: list[Sequence[int]], **columns: Any) -> list[float | None]:
         scores = self.correct(completion_ids=completion_ids, **columns)
         right = [None if s is None or math.isnan(s) else s >= self.threshold for s in scores]
-        return self.score([len(ids) for ids in completion_ids], right)
+        return self.score([len(ids) for ids in columns.get("sampled_ids", completion_ids)], right)
 
 
 def think_answer_format(
@@ -259,8 +259,8 @@ def soft_overlong(completion_ids: list[Sequence[int]], *, max_length: int, cache
 
 
 def repetition(completion_ids: list[Sequence[int]], *, ngram: int = 3, max_penalty: float = -1.0, **kwargs: Any) -> list[float]:
-    """``max_penalty`` times the share of token n-grams that repeat an earlier one."""
-    return length.repetition(completion_ids, ngram=ngram, max_penalty=max_penalty)
+    """``max_penalty`` times the share of token n-grams that repeat an earlier one. Results of tools do not count."""
+    return length.repetition(kwargs.get("sampled_ids", completion_ids), ngram=ngram, max_penalty=max_penalty)
 
 
 _TEXT = functools.partial(AnswerReward, refuse_copies=True)

@@ -19,7 +19,7 @@ SETTINGS = ("name", "log_as", "weight", "timeout", "on_error")
 PROVIDED = (
     *("prompts", "completions", "completion_ids", "think_opened"),
     *("images", "image_sizes", "resized_sizes", "trainer_state"),
-    *("tool_images", "environments", "environment_rewards"),
+    *("sampled_ids", "tool_images", "environments", "environment_rewards"),
 )
 
 
@@ -42,11 +42,12 @@ class RewardFunction(Protocol):
             ``[{"role": "assistant", "content": "..."}]``. With tools, all messages of the trajectory: those of the assistant,
             with ``tool_calls`` and ``reasoning_content`` where they have some, and those of tools,
             ``{"role": "tool", "name": "...", "content": ...}``, whose content is a string, or a list of text and image parts.
-        completion_ids: token ids of each completion, including the token that ended it.
+        completion_ids: token ids of each completion, including the token that ended it and the results of tools.
         think_opened: whether the prompt of each completion ends with ``<think>``, as chat templates of models that always think
             do. The completion then begins within this element. None if unknown.
         images: the decoded images of each sample; an empty list for a sample without images.
         image_sizes: (width, height) in pixels of each image in the dataset.
+        sampled_ids: with tools, the token ids that the model sampled: ``completion_ids`` without results.
         tool_images: with tools, the images that they returned.
         environments: with tools, the environment of each trajectory after its last turn: an object of its class with its
             attributes; None without an environment, or if its process was lost.
@@ -70,6 +71,7 @@ class RewardFunction(Protocol):
         prompts: list[str] | list[Messages],
         completions: list[str] | list[Messages],
         completion_ids: list[list[int]],
+        sampled_ids: list[list[int]],
         think_opened: list[bool | None],
         images: "list[list[Image]]",
         image_sizes: list[list[tuple[int, int]]],

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from vlmkernels.data.decoding import decode_completions
@@ -46,6 +47,7 @@ def score(
     *,
     think_opened: Sequence[bool | None] | None = None,
     episodes: Sequence[Episode] | None = None,
+    sampled_ids: Sequence[list[int]] | None = None,
     columns: bool = True,
     **arguments: Any,
 ) -> Scored:
@@ -59,6 +61,7 @@ def score(
         resized_sizes: (width, height) of the images of each completion's prompt as the model saw them; None if unknown.
         think_opened: see ``opens_think``. Default: unknown.
         episodes: the trajectories of the completions, whose messages the reward functions get instead of ``texts``.
+        sampled_ids: with ``episodes``, the tokens of ``completion_ids`` that the model sampled. Default: all.
         columns: whether to pass the other columns of the dataset to the reward functions.
         arguments: further arguments of the reward functions, for example ``trainer_state``.
     """
@@ -83,6 +86,7 @@ def score(
     indices, num_turns, scored = [sample.index for sample in samples], None, list(range(len(samples)))
     if episodes is not None:
         num_turns = [episode.num_turns for episode in episodes]
+        per_completion["sampled_ids"] = list(completion_ids if sampled_ids is None else sampled_ids)
         per_completion["tool_images"] = [episode.images for episode in episodes]
         per_completion["environments"] = [episode.environment for episode in episodes]
         per_completion["environment_rewards"] = [episode.rewards for episode in episodes]
@@ -90,7 +94,11 @@ def score(
     if len(scored) < len(samples):
         per_completion = {name: [values[k] for k in scored] for name, values in per_completion.items()}
         indices, num_turns = ([values[k] for k in scored] for values in (indices, num_turns))
-    scores = rewards(len(scored), indices, num_turns, **per_completion, **arguments)
+    if scored:
+        scores = rewards(len(scored), indices, num_turns, **per_completion, **arguments)
+    else:  # reward functions need not expect an empty batch
+        nothing = torch.zeros(0, len(rewards.names))
+        scores = Scores(nothing, nothing.bool(), nothing.bool(), torch.zeros(len(rewards.names), dtype=torch.float64))
     if len(scored) < len(samples):
         scores = scores.expand(scored, len(samples))
     return Scored(list(samples), completions, scores, None if episodes is None else list(episodes))
@@ -129,6 +137,7 @@ def score_rollout(
         resized_sizes=[sizes[index] for index in group],
         think_opened=[opened[index] for index in group],
         episodes=None if episodes is None else episodes.results(),
+        sampled_ids=None if episodes is None else rollout.sampled_ids(),
         columns=columns,
         **arguments,
     )
