@@ -276,4 +276,5 @@ def test_rows_of_scored_trajectories():
     assert first.turns == turn_rows(messages("red"), trained=True, rewards=[0.5, math.nan, 1.0])
     assert second.turns == turn_rows(messages("blue"))
     plain = score(Rewards("cer"), [sample] * 3, ["red"] * 3, [[]] * 3, [None] * 3)
-    assert [row.turns for row in completion_groups(plain, advantages, torch.ones(3, dtype=torch.bool), Rewards("cer"), args)[0]] == [[], []]
+    (rows,) = completion_groups(plain, advantages, torch.ones(3, dtype=torch.bool), Rewards("cer"), args)
+    assert [row.turns for row in rows] == [[], []]

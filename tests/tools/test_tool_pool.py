@@ -482,6 +482,19 @@ def test_the_seed_of_an_environment(make_pool):
     assert len({*drawn[0], *drawn[1]}) == 6
 
 
+def test_a_group_shares_the_seed_of_reset(make_pool):
+    """The calls have seeds of their own."""
+    pool = make_pool((), Slotted)
+    drawn = []
+    for calls in ("a", "b"):
+        pool.begin(0, None, {}, pool_module.Seeds("group", calls))
+        run(pool, ("draw", {}), ("draw", {}))
+        drawn.append(pool.end(0).state.drawn)
+    (of_reset, *first), (of_other_reset, *second) = drawn
+    assert of_reset == of_other_reset
+    assert len({*first, *second}) == 4
+
+
 def test_long_calls_are_logged(make_pool, monkeypatch, caplog):
     monkeypatch.setattr(pool_module, "WARN_AFTER_S", 0.1)
     pool = make_pool([act], timeout=None)

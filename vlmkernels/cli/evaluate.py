@@ -213,8 +213,8 @@ def build_agent(args: argparse.Namespace) -> "Agent | None":
     tools = Tools(tool_functions(args.tools), environment_factory(args.environment))
     options = ToolOptions(
         max_tool_calling_iterations=args.max_tool_calling_iterations,
-        timeout=args.tool_timeout,
-        max_images=args.max_tool_images,
+        tool_timeout=args.tool_timeout,
+        max_tool_images=args.max_tool_images,
         limits=image_limits(args),
         tool_format=args.tool_format,
     )

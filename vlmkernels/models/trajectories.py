@@ -83,6 +83,11 @@ class Turns:
             members[owner].append(segment)
         return members
 
+    @property
+    def num_turns(self) -> int:
+        """The largest number of turns of the model in a trajectory."""
+        return int(self.trajectory[self.sampled].bincount().max())
+
     @cached_property
     def first_equal(self) -> list[int]:
         """For each segment, the first segment with the same tokens and images."""
@@ -223,7 +228,8 @@ def pack_turns(
     uses = torch.zeros(len(tree.segments), dtype=torch.int64)
     for path, sample in zip(tree.paths, samples, strict=True):
         uses[[tree.segments.index(group[sample]), *path]] += 1
-    weights = pack.inputs["tree_layout"].per_token(uses.tolist())  # a trajectory may end where another goes on
+    # A loss of the router weights each token by the trajectories that contain it, some of which end at an inner node.
+    weights = pack.inputs["tree_layout"].per_token(uses.tolist())
     pack.inputs["attention_mask"] = weights.unsqueeze(0).to(pack.rows.device, non_blocking=True)
     # pack_trees scores all tokens that are not in prompts, node by node.
     num_prompts = len(prompts)

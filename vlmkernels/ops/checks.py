@@ -1,4 +1,4 @@
-"""Checks of arguments. Each raises an error that names the argument, the rule and the value, or returns nothing."""
+"""Checks of arguments. Each raises an error that names the argument, the rule and the value."""
 
 import difflib
 import importlib

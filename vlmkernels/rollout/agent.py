@@ -1,11 +1,11 @@
 """What a run needs to sample with tools: the tools, their worker processes, and the model's format of calls and results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.families import Family
-from vlmkernels.rollout.episodes import Episodes
+from vlmkernels.rollout.episodes import Episodes, environment_of
 from vlmkernels.rollout.turns import TurnEncoder
 from vlmkernels.tools.calls import CallParser
 from vlmkernels.tools.functions import Tools
@@ -27,7 +27,10 @@ class Agent:
     def __init__(self, tools: Tools, options: ToolOptions | None = None) -> None:
         self.tools, self.options = tools, ToolOptions() if options is None else options
         self.pool = ToolPool(
-            tools, timeout=self.options.timeout, max_images=self.options.max_images, limits=self.options.limits
+            tools,
+            timeout=self.options.tool_timeout,
+            max_images=self.options.max_tool_images,
+            limits=self.options.limits,
         )
 
     def prepare(
@@ -38,7 +41,7 @@ class Agent:
         processor_arguments: dict[str, Any] | None = None,
         end_tokens: Sequence[int] = (),
     ) -> "Agent":
-        """Find out how the model writes calls and reads results. Call it before ``episodes``.
+        """Detect the model's formats of tool calls and results. Call it before ``episodes``.
 
         Args:
             processor: the model's processor, or its tokenizer for a text model.
@@ -57,14 +60,29 @@ class Agent:
         self.parser = CallParser(tokenizer_of(processor), processor.chat_template, tool_format=self.options.tool_format)
         return self
 
+    def check_row(self, row: Mapping[str, Any], where: str) -> None:
+        """Check that the tools can be used with a row of a dataset.
+
+        Args:
+            row: the row.
+            where: name of the dataset and index of the row, for the error message.
+
+        Raises:
+            ValueError: the prompt is a string, or ``environment`` is not the name of an environment.
+        """
+        try:
+            environment_of(row, self.tools)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
     def episodes(self, samples: Sequence[Sample], num_generations: int, seed: int | None = None) -> Episodes:
         """Reset the environments and return the conversations of ``num_generations`` trajectories per sample.
 
         Args:
             samples: the samples.
             num_generations: trajectories per sample.
-            seed: seeds Python's and NumPy's random numbers in each trajectory's worker, so that a resumed run repeats a batch.
-                None: not seeded.
+            seed: seeds the random numbers of Python, NumPy and torch in each trajectory's worker, so that a resumed run repeats
+                a batch. None: not seeded.
         """
         self.pool.clear()  # trajectories of a batch that failed
         return Episodes(

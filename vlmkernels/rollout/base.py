@@ -20,7 +20,7 @@ from vlmkernels.models.image_features import accepts_image_features, deduplicate
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
-from vlmkernels.models.trajectories import Turns, pack_turns, pad_turns
+from vlmkernels.models.trajectories import Turns, join, pack_turns, pad_turns
 
 if TYPE_CHECKING:
     from vlmkernels.rollout.episodes import Episodes
@@ -162,7 +162,8 @@ class Rollout:
         group: (B,) int64 on the CPU, the prompt of each completion.
         completion_ids: (B, C) int64, right-padded.
         completion_mask: (B, C) bool, the tokens of each completion up to and with the token that ended it.
-        truncated: (B,) bool, whether a completion reached ``max_new_tokens`` without ending.
+        truncated: (B,) bool, whether a completion reached ``max_new_tokens`` without ending, or had no room for the results of
+            its tools.
         logps: (B, C) fp32, log-probabilities of the sampled tokens under the model at the temperature, over the whole
             vocabulary. NaN for tokens without a value; None if the engine returns no log-probabilities.
         log_kept_mass: (B, C) fp32, log of the total probability of the tokens that sampling did not exclude; see ``Decoded``.
@@ -188,23 +189,32 @@ class Rollout:
         """Return, for each token that the model sampled, the value of its turn, (B, C); 0 elsewhere.
 
         Args:
-            values: (B, T), one value per turn of the model.
+            values: (B, T), one value per turn of the model. Turns without a value have 0.
         """
         turns = self.turns
         numbers = torch.zeros_like(self.completion_ids) if turns is None else turns.turn_numbers(self.completion_mask)
+        missing = (1 if turns is None else turns.num_turns) - values.shape[1]
+        values = torch.nn.functional.pad(values, (0, max(missing, 0)))
         return values.gather(1, numbers).masked_fill(~self.sampled_mask, 0)
 
     def with_image_features(self, model: PreTrainedModel) -> "Rollout":
         """Replace the pixels of the prompts, and of the results of tools, by features; see ``encode_images``."""
         turns = self.turns
-        if turns is not None:
-            turns = replace(turns, inputs=encode_images(model, turns.inputs))
+        if turns is not None and "pixel_values" in turns.inputs.inputs:
+            # In parts with about as many images as the prompts have, because there are many more results than prompts.
+            number = -(-int(turns.inputs.num_images.sum()) // max(int(self.prompts.num_images.sum()), 16))
+            parts = torch.arange(len(turns.inputs)).tensor_split(number)
+            encoded = [encode_images(model, turns.inputs.select(part)) for part in parts]
+            turns = replace(turns, inputs=join(encoded))
         return replace(self, prompts=encode_images(model, self.prompts), turns=turns)
 
     def token_ids(self) -> list[list[int]]:
         """Return the token ids of each completion, without padding."""
-        rows = zip(self.completion_ids.cpu(), self.completion_mask.cpu(), strict=True)
-        return [ids[mask].tolist() for ids, mask in rows]
+        return _rows(self.completion_ids, self.completion_mask)
+
+    def sampled_ids(self) -> list[list[int]]:
+        """Return the token ids of each completion that the model sampled."""
+        return _rows(self.completion_ids, self.sampled_mask)
 
     def parts(self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int) -> list[torch.Tensor]:
         """Split completions into parts of at most ``max_tokens`` tokens, as ``packed`` (or ``padded``) lays them out.
@@ -266,6 +276,10 @@ class Rollout:
         return pack_groups(inputs, positions, group, ids, mask, prompts.family)
 
 
+def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+
+
 def pad_token_ids(rows: Sequence[Sequence[int]], pad_token_id: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return B rows of token ids as a right-padded tensor, (B, C) int64, and the mask of their tokens, (B, C) bool."""
     if pad_token_id is None:
@@ -281,10 +295,12 @@ class Engine(ABC):
     """Samples completions of prompts.
 
     Attributes:
+        sampling: how completions are sampled, with the tokens that end them.
         shares_prefix: whether the engine runs the trainer's model once per prompt for all its completions.
         returns_logps: whether rollouts have log-probabilities at the temperature of training, as a rollout correction needs.
     """
 
+    sampling: Sampling
     shares_prefix: bool = False
     returns_logps: bool = False
 
@@ -325,5 +341,5 @@ class Engine(ABC):
                 completion, and ``num_generations`` is not used. None: every completion is one turn.
 
         Returns:
-            P * num_generations completions; those of a prompt are consecutive.
+            P * num_generations completions, or one per trajectory of ``episodes``; those of a prompt are consecutive.
         """

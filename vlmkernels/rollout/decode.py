@@ -35,7 +35,7 @@ class Decoded(NamedTuple):
     Attributes:
         ids: (B, C) int64, right-padded.
         mask: (B, C) bool, the tokens of each completion up to and with the token that ended it.
-        truncated: (B,) bool, whether max_new_tokens ended the completion.
+        truncated: (B,) bool, whether max_new_tokens ended the completion, or the results of its tools did not fit.
         logps: (B, C) fp32, log-probabilities of the tokens under the model at the temperature (1 if greedy), over the whole
             vocabulary; 0 outside the mask and for results of tools. None if ``model.generate`` sampled the tokens.
         log_kept_mass: (B, C) fp32, log of the probability, under the model, of the tokens that could be sampled: all except
@@ -168,7 +168,7 @@ class Decoder:
         self.sampler, self.completions = sampler, completions
         self.episodes: Episodes | None = None
         self.keeps_features = False
-        self.encoded: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}  # features by the keys of the images of a result
+        self.encoded: dict[tuple[int, ...], ModelInputs] = {}  # results with features, by the keys of their images
         self.device = prompts.inputs["input_ids"].device
         self.plain = base_model(model)
         self.deduplicates_images = accepts_image_features(self.plain)
@@ -187,16 +187,16 @@ class Decoder:
 
     def run(self) -> None:
         """Decode until every completion has ended."""
-        while True:
-            is_idle = not (self.pending or self.slots or self.resumed)
-            if is_idle and not self.stored:
-                return
-            self._collect_results(wait=is_idle)
-            free = self.cache.num_slots - len(self.slots)
+        while self.pending or self.slots or self.stored:
+            slots = self.cache.num_slots
+            free = slots - len(self.slots)
+            # Completions that wait for tools keep their keys and values, so that there are at most as many as slots.
+            new = min(free, len(self.pending), 2 * slots - len(self.slots) - len(self.stored))
+            self._collect_results(wait=not (self.slots or self.resumed or new > 0))
             if self.resumed and free:
                 self._resume(free)
-            elif self.pending and free:
-                self._admit([self.pending.popleft() for _ in range(min(free, len(self.pending)))])
+            elif new > 0:
+                self._admit([self.pending.popleft() for _ in range(new)])
             elif self.slots:
                 self._step()
 
@@ -323,10 +323,11 @@ class Decoder:
         stored = [len(self.completions.tokens[k]) - 1 for k in completions]
         for slot, k in enumerate(completions, first):
             self.cache.put_back(slot, self.group[k], self.stored.pop(k))
-        encoded = [(k, self._encoded(result)) for k, result in batch]
+        results = [result for _, result in batch]
+        encoded = self._encode(results)
         if self.keeps_features:
-            batch = encoded
-        pack = self._extension(batch, [result for _, result in encoded])
+            results = encoded
+        pack = self._extension(completions, results, encoded)
         self.cache.extend(
             range(first, first + len(batch)),
             [self.group[k] for k in completions],
@@ -334,45 +335,57 @@ class Decoder:
             list(pack["tree_layout"].lengths),
         )
         logits = self._last_logits(pack)
-        for k, result in batch:
+        for k, result in zip(completions, results, strict=True):
             self.completions.observe(k, result)
             self.sampler.see(k, result.inputs["input_ids"][0])
         self.slots += completions
         ended = self._sample(completions, logits)
         self._free_slots([False] * first + ended)
 
-    def _encoded(self, result: ModelInputs) -> ModelInputs:
-        """Return a result with image features in place of pixels. Equal images, as of a group's calls, are encoded once."""
-        if not (self.deduplicates_images and result.num_images.any()) or result.image_keys is None:
-            return result
-        key = tuple(result.image_keys.tolist())
-        if key not in self.encoded:
-            self.encoded[key] = encode_images(self.plain, result).inputs
-        per_token = {name: x for name, x in result.inputs.items() if result.family.axis(name) == "token"}
-        tokens = (result.inputs["input_ids"] == result.family.image_token_id).sum(1).cpu()
-        return replace(result, inputs=self.encoded[key] | per_token, rows=result.rows | {"image_token": tokens})
+    def _encode(self, results: list[ModelInputs]) -> list[ModelInputs]:
+        """Return results with image features in place of pixels. Equal images, as of a group's calls, are encoded once."""
+        if not self.deduplicates_images:
+            return results
+        keys = [None if r.image_keys is None or not len(r.image_keys) else (*r.image_keys.tolist(),) for r in results]
+        new = {key: r for key, r in zip(keys, results, strict=True) if key is not None and key not in self.encoded}
+        if new:
+            encoded = encode_images(self.plain, join([*new.values()]))
+            for row, key in enumerate(new):
+                self.encoded[key] = encoded.select(torch.tensor([row]))
+        return [r if key is None else self._with_features(r, self.encoded[key]) for key, r in zip(keys, results, strict=True)]
 
-    def _extension(self, batch: list[tuple[int, ModelInputs]], encoded: list[ModelInputs]) -> dict:
-        """Return the model inputs of the last token of each completion, which has not run yet, and the result after it."""
-        last = [torch.tensor([[self.completions.tokens[k][-1]]], device=self.device) for k, _ in batch]
-        segments = [result.prepend(token) for token, result in zip(last, encoded, strict=True)]
-        joined = join(segments)
+    def _with_features(self, result: ModelInputs, encoded: ModelInputs) -> ModelInputs:
+        per_token = {name: x for name, x in result.inputs.items() if result.family.axis(name) == "token"}
+        media = {name: x for name, x in encoded.inputs.items() if name not in per_token}
+        return replace(result, inputs=media | per_token, rows=result.rows | {"image_token": encoded.rows["image_token"]})
+
+    def _extension(self, completions: list[int], results: list[ModelInputs], encoded: list[ModelInputs]) -> dict:
+        """Return the model inputs of the last token of each completion, which has not run yet, and the result after it.
+
+        Args:
+            results: the results as they are stored.
+            encoded: the results as they run.
+        """
+        last = [torch.tensor([[self.completions.tokens[k][-1]]], device=self.device) for k in completions]
+        joined = join([result.prepend(token) for token, result in zip(last, encoded, strict=True)])
         if self.prompts.family.relative_positions:
-            starts = torch.tensor([self.next_positions[k] - 1 for k, _ in batch], device=self.device)
+            starts = torch.tensor([self.next_positions[k] - 1 for k in completions], device=self.device)
             positions, advance = segment_positions(self.plain, joined.inputs)
             positions = positions - self.prompts.family.first_position + starts.unsqueeze(1)
             following = (starts + advance).tolist()
         else:
-            positions, following = self._unrolled_positions(batch, joined)
-        for (k, _), position in zip(batch, following, strict=True):
+            positions, following = self._unrolled_positions(completions, results, joined)
+        for k, position in zip(completions, following, strict=True):
             self.next_positions[k] = position
-        return pack_trees(self.plain, joined, [-1] * len(batch), position_ids=positions).inputs
+        return pack_trees(self.plain, joined, [-1] * len(completions), position_ids=positions).inputs
 
-    def _unrolled_positions(self, batch: list[tuple[int, ModelInputs]], joined: ModelInputs) -> tuple[torch.Tensor, list[int]]:
+    def _unrolled_positions(
+        self, completions: list[int], results: list[ModelInputs], joined: ModelInputs
+    ) -> tuple[torch.Tensor, list[int]]:
         """Return the positions of an extension, (axes, R, L), and of the tokens after it, from a copy of each whole path."""
         rows, following = [], []
         width = joined.inputs["input_ids"].shape[1]
-        for k, result in batch:
+        for k, result in zip(completions, results, strict=True):
             path = self.completions.path(k, self.prompts.select(torch.tensor([self.group[k]])))
             positions = prompt_positions(self.plain, chain([path, result]).inputs)
             following.append(int(positions.max()) + 1)

@@ -2,18 +2,19 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
+from vlmkernels.data.conversations import text_of_parts
 from vlmkernels.data.samples import Sample, SampleError
 from vlmkernels.rollout.turns import Observation, ResultError, TurnEncoder
 from vlmkernels.tools.calls import CallParser
 from vlmkernels.tools.functions import Tools
-from vlmkernels.tools.pool import UNKNOWN, ToolPool, ToolResult
+from vlmkernels.tools.pool import UNKNOWN, Seeds, ToolPool, ToolResult
 from vlmkernels.tools.results import Part, error_parts
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Episodes:
         environments = [_environment_of(sample, tools) for sample in samples]
         self._conversations = [_Conversation(environments[row]) for row in self.rows]
         observations = pool.begin_all(
-            (key, environments[row], samples[row].row, _seed_of(seed, samples[row].index, key % num_generations))
+            (key, environments[row], samples[row].row, _seeds(seed, samples[row].index, key % num_generations))
             for key, row in enumerate(self.rows)
         )
         self.samples: list[Sample] = []
@@ -169,6 +170,8 @@ class Episodes:
             wait: wait until there is at least one, if calls are running.
         """
         finished = [(self._trajectory_of[key], results) for key, results in self._pool.finished(wait)]
+        if wait and not finished:
+            raise RuntimeError("an engine must not wait for results when no calls run")
         return [(k, self._observe(self._conversations[k], results)) for k, results in finished]
 
     def refuse(self, k: int) -> None:
@@ -239,8 +242,8 @@ class Episodes:
         return failed
 
 
-def counts(episodes: Sequence[Episode], tools: Tools) -> torch.Tensor:
-    """Return what ``metrics`` needs of each of B episodes, (B, n) fp64. Rows of several processes can be concatenated."""
+def episode_counts(episodes: Sequence[Episode], tools: Tools) -> torch.Tensor:
+    """Return what ``episode_metrics`` needs of each of B episodes, (B, n) fp64; rows of several processes can be joined."""
     names = _names(tools)
     rows = [
         [
@@ -253,11 +256,11 @@ def counts(episodes: Sequence[Episode], tools: Tools) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(len(episodes), 4 + 2 * len(names))
 
 
-def metrics(counts: torch.Tensor, tools: Tools) -> dict[str, float]:
+def episode_metrics(counts: torch.Tensor, tools: Tools) -> dict[str, float]:
     """Compute the metrics of tools. ``tools/call_frequency`` and ``tools/failure_frequency`` are those of TRL.
 
     Args:
-        counts: see ``counts``.
+        counts: see ``episode_counts``.
         tools: the tools.
 
     Returns:
@@ -288,18 +291,25 @@ def _names(tools: Tools) -> list[str]:
     return list(dict.fromkeys([*(name for e in environments for name in tools.names(e)), UNKNOWN]))
 
 
-def _seed_of(seed: int | None, index: int, generation: int) -> str | None:
-    """Return a seed that does not depend on the other samples of the batch."""
-    return None if seed is None else f"{seed} {index} {generation}"
+def _seeds(seed: int | None, index: int, generation: int) -> Seeds | None:
+    """Return seeds that do not depend on the other samples of the batch."""
+    return None if seed is None else Seeds(f"{seed} {index}", f"{seed} {index} {generation}")
+
+
+def environment_of(row: Mapping[str, Any], tools: Tools) -> str | None:
+    """Return the name of the environment of a row of a dataset; None unless there are several.
+
+    Raises:
+        ValueError: the prompt is a string, or ``environment`` is not the name of an environment.
+    """
+    if isinstance(prompt := row["prompt"], str):
+        raise ValueError(f"prompt must be a conversation, as the model has tools, got the string {prompt!r:.80}")
+    return tools.environment_of(row)
 
 
 def _environment_of(sample: Sample, tools: Tools) -> str | None:
-    if isinstance(sample.prompt, str):
-        raise SampleError(
-            sample, f"prompt must be a conversation, as the model has tools, got the string {sample.prompt!r:.80}"
-        )
     try:
-        return tools.environment_of(sample.row)
+        return environment_of(sample.row, tools)
     except ValueError as error:
         raise SampleError(sample, error) from error
 
@@ -328,6 +338,8 @@ def _content_key(observation: str | list[Part] | None) -> Any:
 def _with_observation(sample: Sample, observation: str | list[Part] | None) -> Sample:
     """Append the observation of ``reset`` to the last message of a prompt, also in the row that reward functions see."""
     if not observation:
+        if len(sample.prompt) == 1 and not text_of_parts(sample.prompt[0]) and not (sample.images or sample.videos):
+            raise SampleError(sample, "reset must return the prompt of a row without a prompt, got nothing")
         return sample
     parts = [{"type": "text", "text": observation}] if isinstance(observation, str) else observation
     shown = [part if part["type"] == "text" else {"type": "image"} for part in parts]

@@ -159,7 +159,7 @@ class Generate(Engine):
                 if episodes.end_turn(k, turn[:most], not cut):
                     waiting.add(k)
             running = []
-            while waiting and not running:
+            while waiting:  # for all, as batches and their random numbers must not depend on how long tools take
                 for k, observation in episodes.ready(wait=True):
                     waiting.remove(k)
                     result = observation.inputs.to(device)
@@ -169,6 +169,7 @@ class Generate(Engine):
                     else:
                         episodes.refuse(k)
                         completions.truncated[k] = True
+            running.sort()
         return completions.decoded(prompts, with_turns=True)
 
     def _generate(

@@ -145,7 +145,7 @@ class TurnEncoder:
         return _sample([*_call(names[0]), *results], images)
 
     def _start(self, text: str, name: str) -> int:
-        """Return where, in a rendered conversation, that what follows the call of a tool begins."""
+        """Return the index in a rendered conversation at which the text after a tool call begins."""
         call = name + self._after_name
         place = text.find(call)
         if place < 0:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmkernels.data.images import ImageLimits
 from vlmkernels.tools.calls import MalformedCall, ToolCall
@@ -44,7 +44,7 @@ class ToolResult:
 
 @dataclass(frozen=True)
 class Ended:
-    """What a trajectory leaves.
+    """The outcome of a trajectory.
 
     Args:
         state: an object with the attributes of the environment, see ``restored``; None without an environment.
@@ -57,10 +57,17 @@ class Ended:
     lost: str | None = None
 
 
+class Seeds(NamedTuple):
+    """Seeds of random numbers: those of ``reset``, which a group shares so that it has one task, and those of the calls."""
+
+    reset: int | str
+    calls: int | str
+
+
 @dataclass
 class _Trajectory:
     environment: str | None
-    seed: int | str | None
+    seeds: Seeds | None
     worker: "_PoolWorker | None" = None
     lost: str | None = None
     turn: int = 0
@@ -137,19 +144,19 @@ class ToolPool:
         self._finished: list[tuple[int, list[ToolResult]]] = []
 
     def begin(
-        self, key: int, environment: str | None, row: dict[str, Any], seed: int | str | None = None
+        self, key: int, environment: str | None, row: dict[str, Any], seed: Seeds | int | str | None = None
     ) -> str | list[Part] | None:
         """Begin one trajectory; see ``begin_all``. Returns the observation of the environment."""
         return self.begin_all([(key, environment, row, seed)])[0]
 
     def begin_all(
-        self, trajectories: Iterable[tuple[int, str | None, dict[str, Any], int | str | None]]
+        self, trajectories: Iterable[tuple[int, str | None, dict[str, Any], Seeds | int | str | None]]
     ) -> list[str | list[Part] | None]:
         """Begin trajectories and reset their environments side by side.
 
         Args:
             trajectories: for each trajectory, a new key, the name of its environment, the row of the dataset, whose columns
-                are the arguments of ``reset``, and a seed of the random numbers of its tools, or None.
+                are the arguments of ``reset``, and the seeds of the random numbers of its tools, or one for both, or None.
 
         Returns:
             For each trajectory, the observation that ``reset`` returned: None, a text or content parts.
@@ -162,11 +169,13 @@ class ToolPool:
         for key, environment, row, seed in trajectories:
             if key in self._trajectories:
                 raise ValueError(f"key must not be that of a trajectory that has not ended, got {key}")
-            self._trajectories[key] = _Trajectory(environment, seed)
+            seeds = seed if seed is None or isinstance(seed, Seeds) else Seeds(seed, seed)
+            self._trajectories[key] = _Trajectory(environment, seeds)
             keys.append(key)
             if self._tools.environments:
                 hidden = {"environment"} if self._tools.multi_environment else set()
-                request = Reset(environment, {k: v for k, v in row.items() if k not in hidden}, _seed(seed, "reset"))
+                own = (None, None) if seeds is None else (f"{seeds.reset} reset", f"{seeds.calls} calls")
+                request = Reset(environment, {k: v for k, v in row.items() if k not in hidden}, *own)
                 tasks[key] = self._add(_Task(key, ["reset"], [None], request))
         done = self._results(tasks)
         for key, result in done.items():
@@ -196,7 +205,8 @@ class ToolPool:
                 reason = trajectory.lost
                 valid.append((index, call.name, call.arguments))
             results.append(None if reason is None else Done(index, reason, reason, 0.0))
-        seed = None if self._tools.environments else _seed(trajectory.seed, f"turn {trajectory.turn}")
+        is_seeded = trajectory.seeds is not None and not self._tools.environments  # with them, reset has seeded the calls
+        seed = f"{trajectory.seeds.calls} turn {trajectory.turn}" if is_seeded else None
         trajectory.turn += 1
         self._add(_Task(key, [call.name or UNKNOWN for call in calls], results, Turn(valid, seed)))
         self._advance(wait=False)
@@ -413,10 +423,6 @@ class ToolPool:
             elif seconds >= task.warn_after:
                 task.warn_after *= 2
                 logger.warning("%s of trajectory %d has run for %.0f s", task.running_names(), task.key, seconds)
-
-
-def _seed(seed: int | str | None, purpose: str) -> str | None:
-    return None if seed is None else f"{seed} {purpose}"
 
 
 def _tool_result(name: str, done: Done) -> ToolResult:

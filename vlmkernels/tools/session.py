@@ -60,11 +60,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Reset:
-    """Reset an environment, after constructing it the first time. The value is its observation: None, a text or parts."""
+    """Reset an environment, after constructing it the first time. The value is its observation: None, a text or parts.
+
+    ``seed`` is that of the reset, and ``seed_of_calls`` that of the calls after it.
+    """
 
     environment: str | None
     row: dict[str, Any]
     seed: str | None
+    seed_of_calls: str | None
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class Session:
                 self._start(0)
             set_seed(request.seed)
             report(self._observation(self._awaited(self._environment.reset(**request.row))))
+            set_seed(request.seed_of_calls)
 
     def _end(self, _: End) -> None:
         self._start(0)

@@ -381,8 +381,8 @@ class GRPOConfig(TrainingArguments):
         """Return how tools are called."""
         return ToolOptions(
             max_tool_calling_iterations=self.max_tool_calling_iterations,
-            timeout=self.tool_timeout,
-            max_images=self.max_tool_images,
+            tool_timeout=self.tool_timeout,
+            max_tool_images=self.max_tool_images,
             limits=self.image_limits(),
             tool_format=self.tool_format,
         )

@@ -17,9 +17,8 @@ from vlmkernels.record.summary import completion_metrics, reward_metrics
 from vlmkernels.record.turns import turn_rows
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.answers import text_of
-from vlmkernels.rollout import episodes
 from vlmkernels.rollout.base import Rollout
-from vlmkernels.rollout.episodes import Episode
+from vlmkernels.rollout.episodes import Episode, episode_counts, episode_metrics
 from vlmkernels.rollout.score import Scored
 from vlmkernels.tools.functions import Tools
 from vlmkernels.train.config import GRPOConfig
@@ -55,20 +54,27 @@ class MetricBuffer:
 
 
 class EvaluatedCompletions:
-    """Collects the scores and lengths of evaluated completions, and gathers them from all processes."""
+    """Collects the scores and lengths of evaluated completions, and gathers them from all processes.
 
-    def __init__(self) -> None:
-        self._parts: list[tuple[Scores, torch.Tensor, torch.Tensor]] = []
+    Args:
+        tools: the tools of the run, or None.
+    """
 
-    def add(self, rollout: Rollout, scores: Scores, mask: torch.Tensor) -> None:
+    def __init__(self, tools: Tools | None = None) -> None:
+        self._tools = tools
+        self._parts: list[tuple[Scores, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, rollout: Rollout, scored: Scored, mask: torch.Tensor) -> None:
         """Add the completions of a rollout that are selected by ``mask``, (N,) bool."""
         lengths, truncated = rollout.sampled_mask.sum(1).cpu(), rollout.truncated.cpu()
-        self._parts.append((scores.select(mask), lengths[mask], truncated[mask]))
+        counts = lengths[:, None] if scored.episodes is None else tool_counts(rollout, scored.episodes, self._tools)
+        self._parts.append((scored.scores.select(mask), lengths[mask], truncated[mask], counts[mask]))
 
-    def gather(self) -> tuple[Scores, torch.Tensor, torch.Tensor]:
-        """Return the scores, the lengths (N,) and ``truncated`` (N,) bool of the completions of all processes."""
-        scores, lengths, truncated = zip(*gather_object(self._parts), strict=True)
-        return Scores.cat(scores), torch.cat(lengths), torch.cat(truncated)
+    def gather(self) -> tuple[Scores, torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Return, for all processes, the scores, the lengths (N,), ``truncated`` (N,) bool, and the metrics of tools."""
+        scores, lengths, truncated, counts = zip(*gather_object(self._parts), strict=True)
+        metrics = {} if self._tools is None else tool_metrics(torch.cat(counts), self._tools)
+        return Scores.cat(scores), torch.cat(lengths), torch.cat(truncated), metrics
 
 
 def sampling_metrics(
@@ -92,13 +98,13 @@ def sampling_metrics(
 def tool_counts(rollout: Rollout, trajectories: Sequence[Episode], tools: Tools) -> torch.Tensor:
     """Return what ``tool_metrics`` needs of each of B trajectories, (B, n) fp64; rows of several processes can be joined."""
     tokens = torch.stack([rollout.sampled_mask.sum(1), rollout.completion_mask.sum(1)], 1)
-    return torch.cat([tokens.cpu().double(), episodes.counts(trajectories, tools)], 1)
+    return torch.cat([tokens.cpu().double(), episode_counts(trajectories, tools)], 1)
 
 
 def tool_metrics(counts: torch.Tensor, tools: Tools) -> dict[str, float]:
     """Compute the metrics of trajectories: those of ``vlmkernels.rollout.episodes``, and the share of the model's tokens."""
     sampled, total = counts[:, :2].sum(0).tolist()
-    return {"tools/frac_sampled_tokens": sampled / total, **episodes.metrics(counts[:, 2:], tools)}
+    return {"tools/frac_sampled_tokens": sampled / total, **episode_metrics(counts[:, 2:], tools)}
 
 
 def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dict[str, float]:

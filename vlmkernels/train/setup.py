@@ -123,26 +123,38 @@ def make_rewards(reward_funcs: Any, agent: Agent | None, args: GRPOConfig) -> Re
 _PROMPT = [{"role": "user", "content": ""}]  # to which an environment that owns the data appends its observation
 
 
-def with_prompts(train_dataset: Any, agent: Agent | None, args: GRPOConfig) -> Any:
-    """Return the training dataset; with environments, rows without a prompt get an empty one, and there can be no dataset.
+def with_prompts(train_dataset: Any, eval_dataset: Any, agent: Agent | None, args: GRPOConfig) -> tuple[Any, Any]:
+    """Return the datasets; with environments, rows without a prompt get an empty one, and there can be no training dataset.
 
     Raises:
-        ValueError: there is no dataset, and the environment of a row or the number of steps is not known.
+        ValueError: there is no training dataset, and the environment of a row or the number of steps is not known.
     """
     if agent is None or not agent.tools.has_environments:
-        return train_dataset
-    if train_dataset is None:
+        return train_dataset, eval_dataset
+    only_evaluates = eval_dataset is not None and (agent.tools.multi_environment or args.max_steps <= 0)
+    if train_dataset is None and not only_evaluates:
         if agent.tools.multi_environment:
-            raise ValueError("train_dataset must be given with several environments, to tell the one of each row, got None")
+            raise ValueError(
+                "train_dataset must be given with several environments: its column environment names that of each row, got None"
+            )
         if args.max_steps <= 0:
             raise ValueError(f"max_steps must be > 0 without train_dataset, got {args.max_steps}")
-        return [{"prompt": _PROMPT}] * (args.prompts_per_generation * args.world_size)
-    if hasattr(train_dataset, "add_column"):
-        missing = "prompt" not in train_dataset.column_names
-        return train_dataset.add_column("prompt", [_PROMPT] * len(train_dataset)) if missing else train_dataset
-    if isinstance(train_dataset, (list, tuple)) and any(isinstance(row, dict) and "prompt" not in row for row in train_dataset):
-        return [{"prompt": _PROMPT} | row if isinstance(row, dict) else row for row in train_dataset]
-    return train_dataset
+        train_dataset = [{"prompt": _PROMPT}] * (args.prompts_per_generation * args.world_size)
+    if isinstance(eval_dataset, dict):
+        eval_dataset = type(eval_dataset)({name: _with_prompt(dataset) for name, dataset in eval_dataset.items()})
+    else:
+        eval_dataset = _with_prompt(eval_dataset)
+    return _with_prompt(train_dataset), eval_dataset
+
+
+def _with_prompt(dataset: Any) -> Any:
+    """Return a dataset with an empty prompt in each row, if none has a prompt."""
+    if hasattr(dataset, "add_column"):
+        missing = "prompt" not in dataset.column_names
+        return dataset.add_column("prompt", [_PROMPT] * len(dataset)) if missing else dataset
+    if isinstance(dataset, (list, tuple)) and all(isinstance(row, dict) and "prompt" not in row for row in dataset):
+        return [{"prompt": _PROMPT} | row for row in dataset]
+    return dataset
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,7 @@ class CheckedDatasets:
     """The result of ``check_datasets``.
 
     Args:
-        media: the kinds of media in the training rows, of "image" and "video".
+        media: the kinds of media that training can have, of "image" and "video".
         columns: for each dataset, the union of the columns of its rows.
         unusable: for each dataset, the indices of its rows that cannot be used, with the reasons.
         args: the arguments of the run.
@@ -183,7 +195,13 @@ class CheckedDatasets:
 
 
 def check_datasets(
-    data: tuple[Any, Any], processor: Any, family: Family, num_embeddings: int, rewards: Rewards, args: GRPOConfig
+    data: tuple[Any, Any],
+    processor: Any,
+    family: Family,
+    num_embeddings: int,
+    rewards: Rewards,
+    agent: Agent | None,
+    args: GRPOConfig,
 ) -> CheckedDatasets:
     """Check every row of the datasets.
 
@@ -191,6 +209,7 @@ def check_datasets(
         data: the training and the evaluation dataset, or None, or a dict of evaluation datasets.
         processor, family, num_embeddings: see ``load_processing``.
         rewards: the reward functions.
+        agent: the tools, or None.
         args: the arguments of the run.
 
     Raises:
@@ -207,7 +226,12 @@ def check_datasets(
         datasets |= {f"eval_dataset[{key!r}]": dataset for key, dataset in eval_dataset.items()}
     else:
         datasets["eval_dataset"] = eval_dataset
-    check_row = None if args.remove_unused_columns else rewards.check_row
+
+    def check_row(row: dict[str, Any], where: str) -> None:
+        if agent is not None:
+            agent.check_row(row, where)
+        if not args.remove_unused_columns:
+            rewards.check_row(row, where)
 
     def check_columns(names: list[str], name: str) -> None:
         rewards.check_columns([] if args.remove_unused_columns else names, name)
@@ -222,7 +246,7 @@ def check_datasets(
             dataset, name, processor, args.chat_template_kwargs, checks, bad=skipped, limits=args.image_limits()
         )
         if name == "train_dataset":
-            media = kinds
+            media = kinds if agent is None or family is TEXT else kinds | {"image"}  # tools can return images
         if bad:
             reason = next(iter(bad.values()))
             message = "%s: %d of %d samples are not used (on_bad_sample='skip'); the first: %s"
@@ -277,7 +301,7 @@ def prepare_policy(
 
     Args:
         model: the policy, perhaps with adapters, before Trainer wraps it.
-        media: the kinds of media in the training rows.
+        media: the kinds of media that training can have.
     """
     plain, head = base_model(model), output_head(model)
     family = family_of(plain.config)

@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 
+from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.rollout.base import Rollout
 
@@ -45,8 +46,8 @@ class TokenCounts:
         if shares_prefix:
             tokens = prompts.inputs["attention_mask"].sum() + rollout.completion_mask.sum()
             images = prompts.num_images.sum() if keys is None else len(keys.unique())
-            if rollout.turns is not None:  # each result runs by itself
-                images = images + rollout.turns.inputs.num_images.sum()
+            if rollout.turns is not None:
+                images = images + _images_of_results(rollout.turns.inputs)
         else:
             width = prompts.inputs["attention_mask"].shape[1] + rollout.completion_mask.shape[1]
             tokens, images = len(rollout.group) * width, self._images.sum()
@@ -68,6 +69,9 @@ class TokenCounts:
             images = 0
         elif index is not None:
             images = int(index.max()) + 1
+        elif rollout.turns is not None and "tree_layout" in batch.inputs:  # equal beginnings run once
+            tree = rollout.turns.tree(len(rollout.prompts), rollout.group.tolist(), samples.tolist())
+            images = torch.cat([rollout.prompts.num_images, rollout.turns.inputs.num_images])[tree.segments].sum()
         elif rollout.turns is not None:
             images = self._images[samples].sum()
         else:
@@ -84,3 +88,10 @@ class TokenCounts:
         """Return the counts since the last call."""
         counts, self._counts = self._counts, Counter()
         return counts
+
+
+def _images_of_results(results: ModelInputs) -> int:
+    """Return how many images of results the vision tower ran in sampling: the images of equal results once."""
+    if results.image_keys is None:
+        return int(results.num_images.sum())
+    return sum(map(len, {tuple(keys.tolist()) for keys in results.image_keys.split(results.num_images.tolist())}))

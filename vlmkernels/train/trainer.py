@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -28,6 +28,7 @@ from vlmkernels.data.dataset import SampleDataset
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.head import completion_loss, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
+from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.group_advantages.turns import turn_advantages
@@ -35,7 +36,9 @@ from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.record.callback import RunRecord
 from vlmkernels.record.phases import Phases, phase
 from vlmkernels.record.progress import RewardProgress
+from vlmkernels.rewards import Scores
 from vlmkernels.rollout.base import Rollout
+from vlmkernels.rollout.episodes import Episodes
 from vlmkernels.rollout.score import Scored, score_rollout
 from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
 from vlmkernels.train.config import GRPOConfig
@@ -102,9 +105,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             self.tokenizer = tokenizer_of(processor)
             self.agent = setup.make_agent(tools, environment_factory, args)
             self.rewards = setup.make_rewards(reward_funcs, self.agent, args)
-            train_dataset = setup.with_prompts(train_dataset, self.agent, args)
-            data = train_dataset, eval_dataset
-            self.datasets = setup.check_datasets(data, processor, family, num_embeddings, self.rewards, args)
+            train_dataset, eval_dataset = data = setup.with_prompts(train_dataset, eval_dataset, self.agent, args)
+            self.datasets = setup.check_datasets(data, processor, family, num_embeddings, self.rewards, self.agent, args)
             self.samples = self.datasets.samples(train_dataset, "train_dataset")
             model = setup.load_policy(model, processor, peft_config, args)
         super().__init__(
@@ -194,9 +196,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             else:
                 # The seed is of the CPU's random state, which a checkpoint restores.
                 seed = int(torch.randint(2**31, ()))
-                episodes = self.agent.episodes([sample for _, sample in rows], num_generations, seed)
+
+                def begin(samples: list[Sample]) -> tuple[Episodes, ModelInputs]:
+                    episodes = self.agent.episodes(samples, num_generations, seed)
+                    return episodes, encode(episodes.samples)
+
+                rows, begun = dataset.encode(rows, begin)
+                episodes, prompts = begun
                 prompt_samples = episodes.samples
-                prompts = encode(prompt_samples)
         with self.phases("generate"), self._gathered_policy():
             if prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
                 prompts = encode_images(prepared.model, prompts)
@@ -240,17 +247,21 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             loss_mask = loss_mask & ~rollout.truncated.unsqueeze(1)
         num_items = self.accelerator.reduce(loss_mask.sum().float(), "mean").item()
         per_token = advantages
-        if scored.scores.turns is not None:
-            of_turns = turn_advantages(scored.scores.turns, args.num_generations, scale=args.scale_rewards)
-            per_token = advantages.unsqueeze(1) + rollout.per_token(of_turns.to(args.device))
+        if self.agent is not None and (turns := Scores.cat(gather_object([scored.scores])).turns) is not None:
+            of_turns = turn_advantages(turns, args.num_generations, scale=args.scale_rewards)
+            of_turns = of_turns[start : start + len(scored.samples)].to(args.device)
+            per_token = advantages.unsqueeze(1) + rollout.per_token(of_turns)
         experience = Experience(rollout, per_token, loss_mask, max(num_items, 1.0))
+        if per_token.dim() == 2:  # of turns: show the mean over the tokens in the loss
+            advantages = (per_token * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
         self._last_scored = scored, advantages, loss_mask.any(1)
-        self._record_rollout(rollout, rewards, result, scored)
+        self._record_rollout(rollout, rewards, scored)
         self._add_fixed_logps(experience)
         return experience
 
-    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, result: GroupAdvantages, scored: Scored) -> None:
-        """Add the metrics of a rollout. ``rewards`` and ``result`` cover all processes, ``scored`` only this one."""
+    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, scored: Scored) -> None:
+        """Add the metrics of a rollout. ``rewards`` cover all processes, ``scored`` only this one."""
+        result = self._advantages(rewards, self.args.num_generations)  # with the sums of rewards of turns
         lengths = self.accelerator.gather(rollout.sampled_mask.sum(1))
         truncated = self.accelerator.gather(rollout.truncated)
         prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1)[rollout.group.to(lengths.device)]
@@ -402,7 +413,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Sample and score the rows, without a loss. The metrics are named as in training, with a prefix."""
-        num_generations, completions = self.args.num_generations_eval, EvaluatedCompletions()
+        tools = None if self.agent is None else self.agent.tools
+        num_generations, completions = self.args.num_generations_eval, EvaluatedCompletions(tools)
         self.callback_handler.eval_dataloader = dataloader
         num_batches = parallel.max_over_ranks(self.accelerator, len(dataloader))
         with self.processes.stop_together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
@@ -411,14 +423,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
                 rows, rollout, scored = self._sample(dataloader.dataset, rows, *sampling)
                 # A sample that replaces an unusable row runs, so that ranks stay in lockstep, but it is not evaluated.
                 is_own = torch.tensor([sample.index == index for index, sample in rows])
-                completions.add(rollout, scored.scores, is_own.repeat_interleave(num_generations))
+                completions.add(rollout, scored, is_own.repeat_interleave(num_generations))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             for _ in range(num_batches - len(dataloader)):  # other ranks have more rows
                 with self._gathered_policy():
                     pass
-        scores, lengths, truncated = completions.gather()
+        scores, lengths, truncated, of_tools = completions.gather()
         result = self._advantages(scores.rewards, num_generations)
-        metrics = sampling_metrics(scores.rewards, result, lengths, truncated, scores, self.rewards.names)
+        metrics = sampling_metrics(scores.rewards, result, lengths, truncated, scores, self.rewards.names) | of_tools
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(lengths) // num_generations)
 
@@ -439,6 +451,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """See ``Trainer.train``. True resumes from the last complete checkpoint in ``args.output_dir``."""
         args, path = self.args, resume_from_checkpoint or None
+        if self.train_dataset is None:
+            raise ValueError("train_dataset must be given to train, got None")
         self._experience = None
         if path:
             # One process first: find_checkpoint may rename a folder.

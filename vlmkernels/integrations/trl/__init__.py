@@ -158,9 +158,9 @@ class _Trainer:
             return _original(self, _LOSS)(self, model, inputs)
         return compute_loss(self, self._scorer, self._loss_config, _original(self, _LOGPS), model, inputs)
 
-    def _generate(self, prompts):
+    def _generate(self, prompts, *args, **kwargs):
         try:
-            return _original(self, _GENERATE)(self, prompts)
+            return _original(self, _GENERATE)(self, prompts, *args, **kwargs)
         finally:
             if self._scorer is not None:
                 self._scorer.sequences = None  # their keys and values are not needed any more

@@ -37,6 +37,8 @@ class Sequences(Decoder):
         sampler = _RowSampler(sampling, prompts, group, vocab_size, None)
         super().__init__(model, prompts, group, len(group), None, sampler, _TurnCompletions(len(group), sampling))
         self.keeps = keep
+        ids = prompts.inputs["input_ids"].masked_fill(prompts.inputs["attention_mask"] == 0, -1)
+        self._is_ambiguous = keep and len(ids.unique(dim=0)) < len(prompts)
 
     @torch.no_grad()
     def begin(self) -> list[list[int]]:
@@ -49,11 +51,14 @@ class Sequences(Decoder):
 
         Args:
             rows: the left-padded prompts and completions, with results of tools at the end.
-            encode: what the model inputs of results go through.
+            encode: applied to the model inputs of results, for example to replace pixels by features.
 
         Returns:
-            The tokens, or None if ``rows`` do not continue the completions in their order.
+            The tokens, or None if ``rows`` do not continue the completions in their order, or if it is unknown which they
+            continue, because prompts differ only in their images.
         """
+        if self._is_ambiguous:
+            return None
         mask = rows.inputs["attention_mask"].bool()
         tokens = [ids[kept].tolist() for ids, kept in zip(rows.inputs["input_ids"], mask, strict=True)]
         candidates = iter(sorted(self.stored))
@@ -95,8 +100,8 @@ class Sequences(Decoder):
     def _continues(self, k: int) -> bool:
         return self.keeps and not self.completions.truncated[k]
 
-    def _encoded(self, result: ModelInputs) -> ModelInputs:
-        return result  # its image_keys, which are those of one call of resume, tell the pack which images are equal
+    def _encode(self, results: list[ModelInputs]) -> list[ModelInputs]:
+        return results  # their image_keys, which are those of one call of resume, tell the pack which images are equal
 
 
 class _TurnCompletions(Completions):
