@@ -382,7 +382,7 @@ def test_an_environment_owns_the_data(made, tmp_path, name):
     trainer.train()
     rollout, (scored, *_) = trainer._experience.rollout, trainer._last_scored
     levels = [episode.environment.level for episode in scored.episodes]
-    assert len(levels) == 8
+    assert len(levels) == 4
     assert len({*levels}) == len(rollout.prompts) == 1
     for k, sample in enumerate(scored.samples):
         (message,) = sample.prompt
@@ -394,7 +394,7 @@ def test_an_environment_owns_the_data(made, tmp_path, name):
     assert scored.scores.rewards[:, 0].tolist() == calls
     evaluated = [log for log in trainer.state.log_history if any(key.startswith("eval") for key in log)]
     prefix = "eval" if data is None else "eval_levels"
-    assert evaluated[0][f"{prefix}_rewards/Owner/mean"] == pytest.approx(evaluated[0][f"{prefix}_tools/call_frequency"])
+    assert evaluated[0][f"{prefix}_rewards/Owner/mean"] == pytest.approx(evaluated[0][f"{prefix}_tools/zoom/calls"])
 
 
 def test_a_mapping_of_environments(made, tmp_path):
