@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite test soak test-deepspeed test-versions test-vllm bench lint wheel gpu-check gpu-wheels clean
+.PHONY: setup demo demo-suite demo-tools test soak test-deepspeed test-versions test-vllm bench lint wheel gpu-check gpu-wheels clean
 setup: .venv/.installed
 
 # constraints.txt pins every package. CUDA code is compiled if nvcc is found. Trainers and harnesses with which tests compare are
@@ -19,6 +19,9 @@ demo: setup
 
 demo-suite: setup
 	$(BIN)/vlmkernels demo --suite --output demo-suite-output
+
+demo-tools: setup
+	$(BIN)/vlmkernels demo --tools --output demo-tools-output
 
 # One process per core, with one thread each: 9 minutes on two cores. tests/ops/test_cpu_isa.py runs kernels with two threads.
 WORKERS ?= 2
@@ -77,4 +80,4 @@ gpu-wheels:
 	PYTHON=$(PYTHON) HOPPER=$(HOPPER) sh bench/wheels.sh
 
 clean:
-	rm -rf .venv .venv-vllm .venv-versions build vlmkernels/*.so *.egg-info demo-output demo-suite-output
+	rm -rf .venv .venv-vllm .venv-versions build vlmkernels/*.so *.egg-info demo-output demo-suite-output demo-tools-output

@@ -1,8 +1,9 @@
 """GRPO steps with a tool that returns images: this trainer, TRL's, and TRL's with ``patch_trl()``, each in its own process.
 
-Two prompts with an image, eight trajectories each, of three turns; each of the first two calls a tool that returns an image.
-The model is random except for its embedding and head, which make every turn a chain of random words and a call with a random
-argument. So trajectories differ, and no two share more than their prompt.
+Two prompts with an image, eight trajectories each, of three turns; each of the first two zooms into one of nine regions, which
+is an image of the size of the first. The model is random except for its embedding and head, which make every turn a chain of
+random words and a call with a random argument. So no two trajectories share more than their prompt and images. With
+``--regions 10`` nearly all images differ.
 
 First, all take one step on the same trajectories (greedy decoding), and their losses and gradient norms must agree.
 
@@ -31,9 +32,10 @@ from transformers import TrainerCallback
 
 SETTING = {"prompts": 2, "generations": 8, "turns": 3, "side": 448}
 SIZES = {"width": 256, "layers": 6, "depth": 4, "vocab": 32000}
+REGIONS = 3  # rows and columns
 WORDS, CHOICES = 24, 4  # of a turn; between which each is chosen
 CALL, CLOSE = '<tool_call>\n{"name": "zoom", "arguments": {"index": ', "}}\n</tool_call>"
-STEPS = 3
+STEPS = 2
 PROVIDERS = {"vlmkernels": "vlmkernels", "TRL GRPOTrainer, patch_trl()": "trl patched", "TRL GRPOTrainer": "trl"}
 
 
@@ -42,19 +44,28 @@ def picture(index: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(index).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def zoom(index: int) -> list:
-    """Return a part of the image.
+class Magnifier:
+    """An environment whose tool shows a region of the prompt's image at the size of the whole."""
 
-    Args:
-        index: which part.
-    """
-    return [{"type": "image", "image": picture(index)}]
+    def reset(self, images: list, **row) -> None:
+        self.image = images[0]
+
+    def zoom(self, index: int) -> list:
+        """Return a region of the image.
+
+        Args:
+            index: which region, row by row.
+        """
+        row, column = divmod(index, REGIONS)
+        width, height = self.image.width // REGIONS, self.image.height // REGIONS
+        box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
+        return [{"type": "image", "image": self.image.crop(box).resize(self.image.size)}]
 
 
 def chain() -> list[list[str]]:
     """The tokens between which the model chooses, one place after another, from the header of its turn to its end."""
     words = [[f"w{place}.{choice} " for choice in range(CHOICES)] for place in range(WORDS)]
-    return [[HEADER], *words, [CALL], [str(index) for index in range(100, 200)], [CLOSE], [END]]
+    return [[HEADER], *words, [CALL], [str(index) for index in range(REGIONS**2)], [CLOSE], [END]]
 
 
 def make_agent_model():
@@ -88,7 +99,7 @@ def reward(completions, **_) -> list[float]:
     return [len(completion) + k * k % 7 / 3 for k, completion in enumerate(completions)]
 
 
-def make_trainer(provider: str, steps: int, greedy: bool):
+def make_trainer(provider: str, steps: int, greedy: bool, budget: int | None = None):
     model, processor = make_agent_model()
     size, turns = SETTING["generations"], SETTING["turns"]
     image_tokens = (SETTING["side"] // 28) ** 2
@@ -109,13 +120,15 @@ def make_trainer(provider: str, steps: int, greedy: bool):
         from vlmkernels.train import GRPOConfig as config_class
         from vlmkernels.train import GRPOTrainer as trainer_class
 
-        rows = rows * steps
-    return trainer_class(model, reward, config_class(**options), rows, processing_class=processor, tools=[zoom])
+        rows, options["max_tokens_per_microbatch"] = rows * steps, budget
+    return trainer_class(
+        model, reward, config_class(**options), rows, processing_class=processor, environment_factory=Magnifier
+    )
 
 
-def measure(provider: str, steps: int, greedy: bool) -> dict:
+def measure(provider: str, steps: int, greedy: bool, budget: int | None = None) -> dict:
     """Median seconds of a step and of its rollout, peak memory above the loaded model, and what the last step logged."""
-    trainer, clock = make_trainer(provider, steps + 1, greedy), Clock()
+    trainer, clock = make_trainer(provider, steps + 1, greedy, budget), Clock()
     if provider.startswith("trl"):
         clock.watch(trainer, "_generate", "rollout")
     else:
@@ -135,7 +148,8 @@ def measure(provider: str, steps: int, greedy: bool) -> dict:
     trainer.add_callback(Steps())
     trainer.train()
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    parts = {name: round(statistics.median(step[name] for step in measured[1:]), 3) for name in ("step", "rollout")}
+    timed = measured[1:] or measured  # the first warms up
+    parts = {name: round(statistics.median(step[name] for step in timed), 3) for name in ("step", "rollout")}
     parts["training"] = round(parts["step"] - parts["rollout"], 3)
     peak = {"peak_mib": round((peak_bytes() - before) / 2**20, 1), "grad_norm": log["grad_norm"]}
     kept = ("loss", "tools/call_frequency", "completions/mean_length")
@@ -143,7 +157,7 @@ def measure(provider: str, steps: int, greedy: bool) -> dict:
 
 
 def in_process(provider: str, *options: str) -> dict:
-    command = [sys.executable, __file__, "--provider", provider, *options]
+    command = [sys.executable, __file__, "--provider", provider, "--regions", str(REGIONS), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -151,7 +165,7 @@ def in_process(provider: str, *options: str) -> dict:
 
 def rows() -> list[dict]:
     """A row per provider, after all have taken the same step."""
-    checks = {name: in_process(provider, "--greedy", "--steps", "1") for name, provider in PROVIDERS.items()}
+    checks = {name: in_process(provider, "--greedy", "--steps", "0") for name, provider in PROVIDERS.items()}
     for name in ("loss", "grad_norm", "tools/call_frequency", "completions/mean_length"):
         values = [check[name] for check in checks.values()]
         assert values == pytest.approx([values[-1]] * len(values), rel=1e-3, abs=1e-5), (name, values)
@@ -180,8 +194,11 @@ if __name__ == "__main__":
     parser.add_argument("--provider")
     parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--regions", type=int, default=REGIONS, help="rows and columns of regions")
+    parser.add_argument("--budget", type=int, help="max_tokens_per_microbatch of this trainer")
     args = parser.parse_args()
+    REGIONS = args.regions
     if args.provider:
-        print(json.dumps(measure(args.provider, args.steps, args.greedy)))
+        print(json.dumps(measure(args.provider, args.steps, args.greedy, args.budget)))
     else:
         print("\n".join(harness.table(rows())))

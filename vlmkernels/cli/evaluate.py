@@ -101,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_flag(tools, "environment", action="append", default=[], help=ENVIRONMENT)
     add_flag(tools, "max_tool_calling_iterations", type=int, help="maximum number of turns whose calls are run; by default all")
     add_flag(tools, "tool_timeout", type=float, default=ToolOptions.timeout, help="seconds before a tool call fails")
-    add_flag(tools, "max_tool_images", type=int, default=ToolOptions.max_images, help="maximum number of images of a result")
+    add_flag(
+        tools, "max_tool_images", type=int, default=ToolOptions.max_tool_images, help="maximum number of images of a result"
+    )
     add_flag(tools, "tool_format", help="how the model writes calls; by default found in the chat template")
     limits = parser.add_argument_group("limits of images")
     add_flag(limits, "max_image_pixels", type=int, default=ImageLimits.max_pixels, help="maximum number of pixels of an image")

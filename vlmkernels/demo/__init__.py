@@ -8,4 +8,8 @@
 | ``warmup`` | train with supervision before GRPO |
 | ``images`` | measure the time spent on images |
 | ``report`` | draw the curves and write the page of samples |
+| ``zoom_run`` | run the demo with a tool |
+| ``zoom_task`` | the pages, and the environment whose tool zooms |
+| ``zoom_warmup`` | supervised training before it |
+| ``zoom_page`` | write its page |
 """

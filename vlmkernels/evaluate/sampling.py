@@ -133,7 +133,7 @@ class ToolUse:
         schemas = {str(name): tools.schemas(name) for name in [*tools.environments] or [None]}
         names = dict.fromkeys(schema["function"]["name"] for of_one in schemas.values() for schema in of_one)
         digest = hashlib.sha256(json.dumps(schemas, sort_keys=True).encode()).hexdigest()[:16]
-        limits = {name: getattr(options, name) for name in ("max_tool_calling_iterations", "max_images", "tool_format")}
+        limits = {name: getattr(options, name) for name in ("max_tool_calling_iterations", "max_tool_images", "tool_format")}
         rewards = json.loads(json.dumps(self.rewards.specs, default=name_of)) if self.rewards else []
         return {"tools": list(names), "schemas": digest, **limits, "rewards": rewards}
 
