@@ -161,7 +161,7 @@ def test_user_errors_end_with_code_2_and_one_line(files, tmp_path, capsys, flags
     ("flags", "message"),
     [
         (["--tools", "nowhere:zoom"], "--tools: tool must be importable, got 'nowhere:zoom'"),
-        (["--tools", "support.tool_models:zoom", "--tool_timeout", "0"], "--tools: timeout must be .*, got 0"),
+        (["--tools", "support.tool_models:zoom", "--tool_timeout", "0"], "--tools: tool_timeout must be .*, got 0"),
         (["--tools", "support.tool_models:zoom", "--hide", "grey"], "--hide must not be used with tools, which can return the"),
         (["--tools", "support.tool_models:zoom"], "chat_template must write the tool_calls of the assistant"),
         (["--environment", "support.tool_models:zoom"], "--tools: environment_factory must return an environment if called .*"),

@@ -156,36 +156,6 @@ def test_zoom(zoom_folder, package):
         assert all(round(count) >= shown for count, shown in zip(succeeded, images, strict=True))
 
 
-def test_a_run_that_is_killed_in_a_tool_resumes_with_the_same_batch(zoom_folder):
-    """Its metrics are those of a run without the kill, although the results of the tool have random numbers."""
-    draws = 'f"quarter {index}:"', "f\"quarter {__import__('random').random()}:\""
-    reward = "answers = [c", "trainer.state.global_step == 1 and os.environ.get('KILL') and open('kill', 'w')\n    answers = [c"
-    tool = "self.calls += 1", "os.path.exists('kill') and os.kill(trainer_pid, 9)\n        self.calls += 1"
-    start = "import sys\n", "import os\nimport sys\n\ntrainer_pid = os.getpid()\n"
-    resume = ".train()", ".train(resume_from_checkpoint=bool(os.environ.get('RESUME')))"
-    changes = (draws, reward, tool, start, resume)
-    for name in ("whole", "killed"):
-        zoom_script(zoom_folder, name, *changes, max_steps=4, save_steps=1, max_completion_length=300)
-    run_zoom(zoom_folder, "whole")
-    with pytest.raises(AssertionError):
-        run_zoom(zoom_folder, "killed", KILL="1")
-    assert (zoom_folder / "kill").exists()
-    assert max(int(path.name.split("-")[1]) for path in (zoom_folder / "killed").glob("checkpoint-*")) == 2
-    (zoom_folder / "kill").unlink()
-    run_zoom(zoom_folder, "killed", RESUME="1")
-
-    def log(name: str) -> list[dict]:
-        lines = (zoom_folder / name / "metrics.jsonl").read_text().splitlines()
-        entries = [json.loads(line) for line in lines]
-        return [{k: v for k, v in entry.items() if not re.search("time|second", k)} for entry in entries if "loss" in entry]
-
-    whole, killed = log("whole"), log("killed")
-    assert [entry["step"] for entry in killed[-2:]] == [3, 4]
-    for actual, expected in zip(killed[-2:], whole[-2:], strict=True):  # tools end in another order, so that rounding differs
-        assert actual == pytest.approx(expected, rel=1e-4, abs=1e-5)
-        assert actual["tools/call_frequency"] > 0
-
-
 def test_the_page_of_tools_shows_the_example():
     code = (EXAMPLES / "zoom.py").read_text()
     assert f"```python\n{code}```" in TOOLS

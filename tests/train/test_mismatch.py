@@ -127,7 +127,7 @@ def every_completion(options: dict, length: int):
     uniform = torch.cartesian_prod(*[grid] * length).view(-1, length)
     model, prompts, decoded = sampled(options, length, len(uniform), uniform)
     keys = {(*ids, *mask): row for row, (ids, mask) in enumerate(zip(decoded.ids.tolist(), decoded.mask.tolist(), strict=True))}
-    decoded = type(decoded)(*[x[list(keys.values())] for x in decoded])
+    decoded = type(decoded)(*[x[list(keys.values())] for x in decoded if x is not None])
     q = (decoded.logps - decoded.log_kept_mass).double().sum(1).exp()
     # The completions are all that can be sampled, because their probabilities add up to 1.
     assert q.sum().item() == pytest.approx(1, abs=1e-5)

@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flag(tools, "tools", action="append", default=[], help=TOOL)
     add_flag(tools, "environment", action="append", default=[], help=ENVIRONMENT)
     add_flag(tools, "max_tool_calling_iterations", type=int, help="maximum number of turns whose calls are run; by default all")
-    add_flag(tools, "tool_timeout", type=float, default=ToolOptions.timeout, help="seconds before a tool call fails")
+    add_flag(tools, "tool_timeout", type=float, default=ToolOptions.tool_timeout, help="seconds before a tool call fails")
     add_flag(
         tools, "max_tool_images", type=int, default=ToolOptions.max_tool_images, help="maximum number of images of a result"
     )
