@@ -12,23 +12,20 @@ First, all take one step on the same trajectories (greedy decoding), and their l
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import pairwise
 
 import harness
 import numpy as np
 import pytest
 import torch
-from bench_step import Clock, peak_bytes, trl_trainer_class
+from bench_step import Clock, StepTimes, peak_bytes, trl_trainer_class
 from PIL import Image
 from step_models import make_model, make_processor
 from support.paths import environment
 from support.tool_models import END, HEADER, RESPONSE, TEMPLATE
-from transformers import TrainerCallback
 
 SETTING = {"prompts": 2, "generations": 8, "turns": 3, "side": 448}
 SIZES = {"width": 256, "layers": 6, "depth": 4, "vocab": 32000}
@@ -133,27 +130,15 @@ def measure(provider: str, steps: int, greedy: bool, budget: int | None = None) 
         clock.watch(trainer, "_generate", "rollout")
     else:
         clock.watch(type(trainer.engine), "__call__", "rollout")
-    measured, before = [], peak_bytes()
-
-    class Steps(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.start = time.perf_counter()
-            clock.spent.clear()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if harness.GPU:
-                torch.cuda.synchronize()
-            measured.append({"step": time.perf_counter() - self.start, **clock.spent})
-
-    trainer.add_callback(Steps())
+    timer, before = StepTimes(clock), peak_bytes()
+    trainer.add_callback(timer)
     trainer.train()
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    timed = measured[1:] or measured  # the first warms up
-    parts = {name: round(statistics.median(step[name] for step in timed), 3) for name in ("step", "rollout")}
-    parts["training"] = round(parts["step"] - parts["rollout"], 3)
+    parts = timer.medians()
+    parts["training"] = parts["step"] - parts["rollout"]
     peak = {"peak_mib": round((peak_bytes() - before) / 2**20, 1), "grad_norm": log["grad_norm"]}
     kept = ("loss", "tools/call_frequency", "completions/mean_length")
-    return {**parts, **peak, **{name: log[name] for name in kept}}
+    return {**{name: round(value, 3) for name, value in parts.items()}, **peak, **{name: log[name] for name in kept}}
 
 
 def in_process(provider: str, *options: str) -> dict:

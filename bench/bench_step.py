@@ -73,6 +73,28 @@ class Clock:
         setattr(owner, attribute, timed)
 
 
+class StepTimes(TrainerCallback):
+    """Records the seconds of each step, and of the calls that a clock watches."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+        self.steps: list[dict[str, float]] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+        self.clock.spent.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if harness.GPU:
+            torch.cuda.synchronize()
+        self.steps.append({"step": time.perf_counter() - self.start, **self.clock.spent})
+
+    def medians(self) -> dict[str, float]:
+        """The median of each part. If there are several steps, the first is a warm-up."""
+        timed = self.steps[1:] or self.steps
+        return {name: statistics.median(step[name] for step in timed) for name in timed[-1]}
+
+
 def peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if harness.GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -130,21 +152,10 @@ def measure(provider: str, setting: dict) -> dict:
         clock.watch(type(trainer.engine), "__call__", "rollout")
     clock.watch(trainer.ref_model, "forward", "reference")
     clock.watch(trainer.model, "forward", "policy forward")
-    steps, before = [], peak_bytes()
-
-    class Steps(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.start = time.perf_counter()
-            clock.spent.clear()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if harness.GPU:
-                torch.cuda.synchronize()
-            steps.append({"step": time.perf_counter() - self.start, **clock.spent})
-
-    trainer.add_callback(Steps())
+    timer, before = StepTimes(clock), peak_bytes()
+    trainer.add_callback(timer)
     trainer.train()
-    parts = {name: statistics.median(step[name] for step in steps[1:]) for name in steps[-1]}
+    parts = timer.medians()
     parts["backward and rest"] = parts["step"] - sum(value for name, value in parts.items() if name != "step")
     whole = {"peak_mib": round((peak_bytes() - before) / 2**20, 1), "grad_norm": trainer.state.log_history[-2]["grad_norm"]}
     return {**{name: round(value, 3) for name, value in parts.items()}, **whole}

@@ -116,7 +116,7 @@ def test_hidden_images(tmp_path):
     assert none.images == []
     assert [part["type"] for part in none.prompt[0]["content"]] == ["text"]
     predictions = predict(
-        tiny.vlm(), tiny.processor(), rows, Decoding(max_completion_length=2), tmp_path / "p", ("image", "none")
+        tiny.vlm(), tiny.processor(), rows, Decoding(max_completion_length=2), tmp_path / "p", views=("image", "none")
     )
     assert {view for _, view in predictions.by_sample} == {"image", "none"}
     with pytest.raises(ValueError, match="sample 0: prompt must be a conversation to remove images from it"):

@@ -1,7 +1,9 @@
 """Evaluation with tools: trajectories in files of predictions, their metrics, rewards and pages, and the command line."""
 
 import json
+import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,34 @@ def sample_to():
     yield sample
     for agent in agents:
         agent.close()
+
+
+class Dice:
+    """An environment whose ``reset`` and tool draw random numbers."""
+
+    def reset(self, **row) -> str:
+        return f" {random.random()}"
+
+    def zoom(self, index: int) -> str:
+        """Roll.
+
+        Args:
+            index: which.
+        """
+        return f"{random.random()}"
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, Decoding(2, 1.0, 300, seed=3)], ids=["greedy", "sampled"])
+def test_random_tools_do_not_depend_on_the_batch_size(tmp_path, sample_to, decoding):
+    sizes = 1, 3, 8
+    found = [
+        sample_to(tmp_path / f"{size}.jsonl", replace(decoding, batch_size=size), tools=(), environment=Dice) for size in sizes
+    ]
+    assert found[0].by_sample == found[1].by_sample == found[2].by_sample
+    texts = {turn.text for (completion, *_) in found[0].by_sample.values() for turn in completion.turns if turn.role == "tool"}
+    assert len(texts) > 1
+    other = sample_to(tmp_path / "other.jsonl", replace(decoding, seed=9), tools=(), environment=Dice)
+    assert other.by_sample != found[0].by_sample
 
 
 def usual_turns(row: int, num_calls: int = 2) -> list[TurnRow]:
@@ -192,7 +222,7 @@ def test_bad_trajectories(tmp_path, change, message):
 def test_images_cannot_be_hidden_from_tools(tmp_path):
     case = tool_model()
     with pytest.raises(ValueError, match="views must be only 'image' with tools, which can return the image, got image, grey"):
-        predict(case.model, case.processor, rows(), GREEDY, tmp_path / "p", ("image", "grey"), tools=ToolUse(None))
+        predict(case.model, case.processor, rows(), GREEDY, tmp_path / "p", views=("image", "grey"), tools=ToolUse(None))
 
 
 def test_the_command_line(tmp_path, capsys):

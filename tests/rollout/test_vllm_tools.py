@@ -377,7 +377,7 @@ def test_other_weights_before_any_tool_has_run(case):
 
 
 def test_a_rank_of_several(case):
-    """It samples without the other ranks, whose trajectories may have more turns, and does not update weights alone."""
+    """It samples independently of the other ranks, whose trajectories may have more turns, and does not update weights."""
     case = case()
     case.engine.accelerator = SimpleNamespace(num_processes=2, is_main_process=False)  # which cannot communicate
     assert complete(case, case.sample())

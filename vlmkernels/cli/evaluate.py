@@ -258,7 +258,8 @@ def predict_to(
         if sys.stderr.isatty():
             print(f"\r{name}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    return predict(model, processor, inputs.dataset, inputs.decoding, file, views, progress, inputs.limits, inputs.tools)
+    options = {"views": views, "progress": progress, "limits": inputs.limits, "tools": inputs.tools}
+    return predict(model, processor, inputs.dataset, inputs.decoding, file, **options)
 
 
 def model_names(paths: list[str]) -> list[str]:

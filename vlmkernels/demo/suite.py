@@ -273,7 +273,7 @@ def measure(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> Ev
     path.unlink(missing_ok=True)
     decoding = Decoding(max_completion_length=ANSWER_TOKENS, batch_size=600)
     rows = suite.ShapesAndDigits("test")
-    return Evaluation(predict(model, processor, rows, decoding, path, ("image", "grey")), rows)
+    return Evaluation(predict(model, processor, rows, decoding, path, views=("image", "grey")), rows)
 
 
 def start_supervised(model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:

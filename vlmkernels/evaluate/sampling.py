@@ -142,8 +142,7 @@ class Predictor:
     """Samples the completions of a dataset's samples.
 
     The completions of a sample depend on the seed, its index and the view, but not on the batch size. Prompts are therefore
-    processed one by one if ``model.generate`` is used (see ``Generate``) and the temperature is not 0. Only the seeds of tools
-    that use random numbers depend on the batch.
+    processed one by one if ``model.generate`` is used (see ``Generate``) and the temperature is not 0.
 
     Args:
         model, processor: the model and its processor or tokenizer.
@@ -204,7 +203,8 @@ class Predictor:
         self, tools: ToolUse, samples: list[Sample], view: str
     ) -> tuple[dict[int, list[Completion]], dict[int, list[Size] | None]]:
         """Return what ``__call__`` returns, of trajectories."""
-        episodes = tools.agent.episodes(samples, self.decoding.num_generations, self._seed(samples[0], view))
+        # Episodes seeds tools by this number, the sample and the trajectory.
+        episodes = tools.agent.episodes(samples, self.decoding.num_generations, self.decoding.seed)
         prompts = encode(episodes.samples, self.processor, self.family)
         rollout = self._rollout(samples, view, prompts.to(self.model.device), episodes)
         ended, rewards, turn_rewards = self._scored(tools.rewards, episodes, rollout)
@@ -255,6 +255,7 @@ def predict(
     dataset: Any,
     decoding: Decoding,
     path: str | os.PathLike,
+    *,
     views: Sequence[str] = ("image",),
     progress: Callable[[int, int], None] | None = None,
     limits: ImageLimits = DEFAULT_LIMITS,

@@ -226,8 +226,8 @@ def pack_turns(
     tree = turns.tree(len(prompts), group, samples)
     pack = pack_trees(model, _select(prompts, turns, torch.tensor(tree.segments)), tree.parents)
     uses = torch.zeros(len(tree.segments), dtype=torch.int64)
-    for path, sample in zip(tree.paths, samples, strict=True):
-        uses[[tree.segments.index(group[sample]), *path]] += 1
+    for path in tree.paths:
+        uses[[tree.parents[path[0]], *path]] += 1
     # A loss of the router weights each token by the trajectories that contain it, some of which end at an inner node.
     weights = pack.inputs["tree_layout"].per_token(uses.tolist())
     pack.inputs["attention_mask"] = weights.unsqueeze(0).to(pack.rows.device, non_blocking=True)

@@ -183,7 +183,7 @@ class TreeCache:
         Args:
             slots: the slots of the completions.
             prompts: the prompt of each.
-            lengths: the tokens that each of these slots holds so far.
+            lengths: the number of tokens that each of these slots holds.
             added: the number of tokens to append to each.
         """
         owners = [self.prompts.index(prompt) for prompt in prompts]
@@ -199,7 +199,7 @@ class TreeCache:
 
         Args:
             prompts: the prompt of each slot in use.
-            lengths: the tokens that each of these slots holds so far.
+            lengths: the number of tokens that each of these slots holds.
         """
         self._extension = None
         index_of = {prompt: index for index, prompt in enumerate(self.prompts)}
