@@ -50,6 +50,11 @@ OTHERS = {
         order={"cuda": ("fla", "torch")},
         otherwise=("torch",),
     ),
+    "decode_image": Backends(
+        modules={"simplejpeg": "decode_image.simple_jpeg", "pillow": "decode_image.pillow"},
+        order={},
+        otherwise=("simplejpeg", "pillow"),
+    ),
     # linear_logps without logits (chunk_bytes=0).
     "linear_logps_fused": Backends(
         modules={"triton": "linear_logps.triton_fused"},

@@ -340,7 +340,7 @@ def image_errors():
         ValueError,
         r"images must be a list of images, or one .* got \(2, 3, 28",
     )
-    yield "not an image", [good, "x.png"], TypeError, r"images\[1\] must be a tensor, an array or a PIL image, got str"
+    yield "not an image", [good, 7], TypeError, r"images\[1\] must be a tensor, an array, a PIL image, bytes or a path, got int"
     rule = r"images\[1\] must be \(H, W, 3\) or \(3, H, W\), or frames .* of that, got "
     yield "one channel", [good, noise(28, 28, 1)], ValueError, rule + r"\(28, 28, 1\)"
     yield "gray", [good, noise(28, 28)], ValueError, rule + r"\(28, 28\)"

@@ -1,10 +1,6 @@
 """Opening images of untrusted datasets: their cost is known and limited before any pixel is decoded.
 
-An image in every form gives the same RGB pixels:
-
-- It is upright: the EXIF orientation is applied, as in ``datasets`` and in ``load_image`` of transformers.
-- What is transparent lies on white, as in the image processors of transformers >= 5.21.
-- Deep images are scaled to 8 bits: 16 bits by 1 / 257, and floats by 255 unless one exceeds 1; then they must be in [0, 255].
+An image in every form gives the same RGB pixels; ``vlmkernels.ops.decode_image.pixels`` has the rules.
 """
 
 import base64
@@ -13,19 +9,17 @@ import io
 import os
 import re
 import stat
-import struct
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-from vlmkernels.ops.pack_patches.images import on_white
+from vlmkernels.ops.decode_image import decode_image
+from vlmkernels.ops.decode_image.pixels import EXIF_ERRORS, FORMATS, MAX_PIXELS, orientation, scaled
 
-# Formats whose decoders read pixels only. PIL knows more formats, among them EPS, for which it runs Ghostscript.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # What ``open_image`` raises, and PIL when datasets opens an image. PIL raises SyntaxError for a broken PNG file.
 IMAGE_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
 FETCH_TIMEOUT = 30.0  # seconds to wait for each read from a remote server
@@ -46,7 +40,7 @@ class ImageLimits:
         ValueError: a limit is not positive, or max_pixels exceeds the limit at which PIL raises.
     """
 
-    max_pixels: int = 89_478_485
+    max_pixels: int = MAX_PIXELS
     max_bytes: int = 2**26
     allow_urls: bool = False
 
@@ -180,22 +174,11 @@ class ImageHeader:
 def read_header(image: Image.Image) -> ImageHeader:
     """Return the upright size of an image from ``open_image`` without decoding it."""
     is_unread_png = image.format == "PNG" and getattr(image, "png", None) is not None and "exif" not in image.info
-    orientation = _orientation_after_the_pixels(image) if is_unread_png else _orientation(image)
-    return ImageHeader(*(image.size[::-1] if orientation >= _FIRST_ON_ITS_SIDE else image.size))
+    found = _orientation_after_the_pixels(image) if is_unread_png else orientation(image)
+    return ImageHeader(*(image.size[::-1] if found >= _FIRST_ON_ITS_SIDE else image.size))
 
 
 _FIRST_ON_ITS_SIDE = 5  # EXIF orientations 5 to 8 exchange width and height
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation; 1, upright, if there is none or it is broken. PIL applies that of TIFF files itself."""
-    try:
-        return 1 if image.format == "TIFF" else int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _EXIF_ERRORS:
-        return 1
-
-
-_EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
 
 
 def _orientation_after_the_pixels(image: Any) -> int:
@@ -210,7 +193,7 @@ def _orientation_after_the_pixels(image: Any) -> int:
                 exif.load(file.read(length))
                 return int(exif.get(ExifTags.Base.Orientation, 1))
             file.seek(length + 4, os.SEEK_CUR)
-    except _EXIF_ERRORS:
+    except EXIF_ERRORS:
         pass
     finally:
         file.seek(start)
@@ -218,35 +201,12 @@ def _orientation_after_the_pixels(image: Any) -> int:
 
 
 def decoded(image: Image.Image) -> Image.Image:
-    """Return the RGB pixels of an image from ``open_image``; see the rules of the module.
+    """Return an image from ``open_image`` with its pixels decoded and converted to RGB.
 
     Raises:
         ValueError, OSError, SyntaxError: the file is broken, or the pixels of a deep image are out of range.
     """
-    image.load()
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    return on_white(_with_8_bits(image))
-
-
-def _with_8_bits(image: Image.Image) -> Image.Image:
-    if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_scaled(np.asarray(image)))
-    return image
-
-
-def _scaled(pixels: np.ndarray) -> np.ndarray:
-    """Scale integers of up to 16 bits, or floats, to uint8."""
-    low, high = (pixels.min(), pixels.max()) if pixels.size else (0, 0)
-    is_float = pixels.dtype.kind == "f"
-    limit = 255 if is_float else 65535
-    if not (low >= 0 and high <= limit):  # also for NaN
-        rule = "[0, 1] or [0, 255]" if is_float else "[0, 65535]"
-        raise ValueError(f"image must have pixels in {rule}, got {low} to {high}")
-    if is_float:
-        return np.rint(pixels * (255.0 if high <= 1 else 1.0)).astype(np.uint8)
-    is_deep = pixels.dtype.itemsize == 2 or high > 255  # 32-bit integers can hold 8 or 16 bits
-    return np.rint(pixels / 257.0 if is_deep else pixels).astype(np.uint8)
+    return decode_image(image)
 
 
 def _from_array(value: Any) -> Image.Image:
@@ -262,5 +222,5 @@ def _from_array(value: Any) -> Image.Image:
         raise ValueError(f"image must be {rule}, got {shape} of {pixels.dtype}")
     if pixels.dtype == bool:
         pixels = pixels * np.uint8(255)
-    pixels = pixels if pixels.dtype == np.uint8 else _scaled(pixels)
+    pixels = pixels if pixels.dtype == np.uint8 else scaled(pixels)
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))

@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import BatchFeature, Qwen2VLImageProcessor
 
 from vlmkernels.ops.pack_patches import pack_patches
-from vlmkernels.ops.pack_patches.images import is_opaque, rgb_from_pil
+from vlmkernels.ops.decode_image.pixels import is_opaque
+from vlmkernels.ops.pack_patches.images import rgb_from_pil
 
 Processor = TypeVar("Processor")
 

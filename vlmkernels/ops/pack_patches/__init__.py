@@ -4,7 +4,7 @@ Data is prepared outside of compiled graphs, so this is a function on a list of 
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ import torch
 
 from vlmkernels.backend import resolve, select
 from vlmkernels.ops.checks import require_device, require_dtype, require_one_of, require_positive
-from vlmkernels.ops.pack_patches.images import as_frames
+from vlmkernels.ops.decode_image import is_encoded
+from vlmkernels.ops.pack_patches.images import read_frames
 
 __all__ = ["PackedPatches", "pack_patches"]
 
@@ -98,6 +99,8 @@ def _as_list(images: Any) -> list[Any]:
     """Return the images as a list. One image may stand alone, but not frames: (N, H, W, 3) could also be N images."""
     if isinstance(images, (list, tuple)):
         return list(images)
+    if is_encoded(images):
+        return [images]
     shape = getattr(images, "shape", None)
     if shape is not None and len(shape) != 3:
         raise ValueError(f"images must be a list of images, or one image (H, W, 3) or (3, H, W), got {tuple(shape)}")
@@ -115,7 +118,9 @@ def pack_patches(
     temporal_patch_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     layout: str = "qwen2_vl",
+    resize: Callable[[int, int], tuple[int, int]] | None = None,
     out: torch.Tensor | None = None,
+    decoder: str = "auto",
     backend: str = "auto",
 ) -> PackedPatches:
     """Rescale and normalize images of any sizes, and split them into the rows that a vision tower reads, in one pass.
@@ -130,7 +135,9 @@ def pack_patches(
     Args:
         images: a list of n uint8 images (H, W, 3) or (3, H, W), or videos with a first axis T of frames; or one image. On the
             CPU they may also be NumPy arrays of these shapes, or PIL images, which are converted to RGB (transparency on white)
-            as in transformers. They may have any strides, and all must be on one device. H and W must be multiples of
+            as in transformers, or image files: their content as bytes, paths, or dicts ``{"bytes": ..., "path": ...}``. Files
+            are decoded to upright RGB in parallel, on torch's number of threads; see ``vlmkernels.ops.decode_image``. Tensors
+            may have any strides, and all must be on one device. H and W, after ``resize``, must be multiples of
             patch_size * merge_size. A shape that fits both orders is read as (3, H, W).
         patch_size: P: 14 for Qwen2-VL and Qwen2.5-VL, 16 for Qwen3-VL, SigLIP2 and Pixtral.
         mean, std: (3,), the mean and standard deviation of each channel of the rescaled pixels; None: only rescale.
@@ -142,16 +149,20 @@ def pack_patches(
             Rows of still images in uint8 with temporal_patch_size=1 have a quarter of the bytes of the default in bfloat16.
         layout: "qwen2_vl" (Qwen2-VL to Qwen3-VL: features 3, Tp, P, P), "siglip2_naflex" (raster order, features P, P, 3) or
             "pixtral" (raster order, features 3, P, P: the windows of the tower's convolution).
+        resize: returns the (height, width) to which an image of (height, width) is resized, for example ``smart_resize`` of
+            transformers; None: no resizing. Images are resized on the CPU by bicubic interpolation with antialiasing, as in the
+            processors, in parallel.
         out: a contiguous buffer of ``dtype`` with at least N rows: the first N rows are written and returned. One (pinned)
             buffer can serve all batches.
+        decoder: the decoder of image files: "simplejpeg", "pillow" or "auto"; see ``decode_image``.
         backend: see ``vlmkernels.backend``.
 
     Returns:
         ``PackedPatches``. Its rows are bitwise equal to the fp32 results of the transformers processors, rounded to ``dtype``.
 
     Raises:
-        ValueError, TypeError: an image is empty, does not have 3 channels of uint8, does not decode, or has sides that are not
-            such multiples (the error names its index and size); images are on several devices; a size, layout, mean, std or
+        ValueError, TypeError: an image is empty, does not have 3 channels of uint8, cannot be read or decoded, has more than
+            89,478,485 pixels as a file, or has sides that are not such multiples (the error names its index and size); images are on several devices; a size, layout, mean, std or
             ``out`` is wrong.
         NotImplementedError: the named backend does not support these images.
 
@@ -166,7 +177,7 @@ def pack_patches(
         raise ValueError(f"mean and std must both be given or both be None, got {mean} and {std}")
     require_positive("rescale", rescale)
     sizes = _sizes(layout, patch_size, merge_size=merge_size, temporal_patch_size=temporal_patch_size)
-    frames = [as_frames(image, f"images[{i}]") for i, image in enumerate(images)]
+    frames = read_frames(images, resize, decoder)
     device, multiple = frames[0].device, patch_size * sizes.merge_size
     # Python integers, because operations on small tensors would take longer than the kernel on a GPU. ``fields`` has the 9
     # fields of PatchImage in csrc/common/pack_patches.h for each image.

@@ -1,43 +1,31 @@
 """The inputs of the kernels: images as views (T, 3, H, W) of uint8 pixels, any strides, and the table that describes them."""
 
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vlmkernels.ops.checks import dtype_name
-
-# PIL's modes with more than 8 bits per channel: a conversion to RGB would clamp their values to 255.
-_DEEP_MODES = ("I", "F")
-
-
-def is_opaque(image: Any) -> bool:
-    """Return whether a PIL image has neither an alpha channel nor a transparent color."""
-    return not {"A", "a"}.intersection(image.getbands()) and "transparency" not in image.info
-
-
-def on_white(image: Any) -> Any:
-    """Convert a PIL image with 8 bits per channel to RGB, with transparency on white, as in transformers >= 5.21."""
-    from PIL import Image
-
-    if is_opaque(image):
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
+from vlmkernels.ops.decode_image import decode_image, is_encoded, map_on_threads, open_encoded
 
 def rgb_from_pil(image: Any, name: str) -> torch.Tensor:
-    """Convert a PIL image to RGB, (H, W, 3); see ``on_white``."""
+    """Convert a PIL image to RGB, (H, W, 3); see ``on_white``. The result can share memory with the image."""
     import numpy
     from PIL import Image
 
+    from vlmkernels.ops.decode_image.pixels import DEEP_MODES, RGBImage, is_opaque, on_white
+
     if not isinstance(image, Image.Image):
-        raise TypeError(f"{name} must be a tensor, an array or a PIL image, got {type(image).__name__}")
+        raise TypeError(f"{name} must be a tensor, an array, a PIL image, bytes or a path, got {type(image).__name__}")
+    pixels = image.pixels if isinstance(image, RGBImage) else None
+    if pixels is not None:
+        return torch.from_numpy(pixels)
     size = f"{image.height} x {image.width}"
-    if image.mode.startswith(_DEEP_MODES):
+    if image.mode.startswith(DEEP_MODES):
         raise TypeError(f"{name} must have 8 bits per channel, got mode {image.mode}, {size}")
     try:
-        return torch.from_numpy(numpy.array(on_white(image)))
+        return torch.from_numpy(numpy.array(image if image.mode == "RGB" and is_opaque(image) else on_white(image)))
     except (OSError, SyntaxError) as error:  # SyntaxError is what PIL raises for a broken PNG file
         raise ValueError(f"{name} must be a whole image, got {size} that does not decode: {error}") from error
 
@@ -67,6 +55,43 @@ def as_frames(image: Any, name: str) -> torch.Tensor:
         raise ValueError(f"{name} must have pixels, got {tuple(shape)}")
     frames: torch.Tensor = image if len(shape) == 4 else image.unsqueeze(0)
     return frames if shape[-3] == 3 else frames.movedim(-1, 1)
+
+
+def read_frames(
+    images: list[Any], resize: Callable[[int, int], tuple[int, int]] | None = None, decoder: str = "auto"
+) -> list[torch.Tensor]:
+    """Read, decode and resize images on torch's number of threads; see ``pack_patches``."""
+
+    def read(index: int) -> torch.Tensor:
+        image, name = images[index], f"images[{index}]"
+        frames = as_frames(_decoded(image, name, decoder) if is_encoded(image) else image, name)
+        return frames if resize is None else _resized(frames, name, resize)
+
+    if resize is None and all(isinstance(image, torch.Tensor) for image in images):
+        return list(map(read, range(len(images))))
+    return map_on_threads(read, range(len(images)))
+
+
+def _decoded(value: Any, name: str, decoder: str) -> Any:
+    try:
+        return decode_image(open_encoded(value, name), backend=decoder)
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError is what PIL raises for a broken PNG file
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        raise ValueError(f"{name} must be a whole image file: {error}") from error
+
+
+def _resized(frames: torch.Tensor, name: str, resize: Callable[[int, int], tuple[int, int]]) -> torch.Tensor:
+    height, width = frames.shape[-2:]
+    if frames.device.type != "cpu":  # torch resizes uint8 only on the CPU
+        raise ValueError(f"{name} must be on the CPU to be resized, got {frames.device}")
+    try:
+        size = resize(height, width)
+        if size == (height, width):
+            return frames
+        return torch.nn.functional.interpolate(frames, size, mode="bicubic", antialias=True)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} must have sides that can be resized, got {height} x {width}: {error}") from error
 
 
 def image_table(fields: "array[int]", device: torch.device) -> torch.Tensor:
