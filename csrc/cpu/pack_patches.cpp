@@ -5,6 +5,10 @@
 
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "memory.h"
 
 namespace vlmk::VLMK_ISA {
@@ -48,6 +52,35 @@ void look_up_pixels(const T* __restrict table, const uint8_t* __restrict line, i
     }
 }
 
+#if defined(__AVX2__)
+// Splits a patch of RGB pixels (channels last) into three planes, without a table: out[c * plane + y * kPatch + x].
+template <int kPatch>
+void split_channels(const uint8_t* __restrict line, int64_t stride_y, int64_t plane, uint8_t* __restrict out) {
+    static_assert(kPatch == 14 || kPatch == 16);
+    // A line has 3 kPatch <= 48 bytes: two registers, and a third one that ends with the line.
+    constexpr int kBytes = 3 * kPatch, kLast = kBytes - 16;
+    __m128i masks[3][3];
+    for (int c = 0; c < 3; ++c) {
+        alignas(16) int8_t from[3][16];
+        std::memset(from, -1, sizeof(from));  // -1 writes 0
+        for (int x = 0; x < kPatch; ++x) {
+            int at = 3 * x + c;
+            at < 16 ? from[0][x] = at : at < 32 ? from[1][x] = at - 16 : from[2][x] = at - kLast;
+        }
+        for (int i = 0; i < 3; ++i) masks[c][i] = _mm_load_si128(reinterpret_cast<const __m128i*>(from[i]));
+    }
+    for (int y = 0; y < kPatch; ++y, line += stride_y, out += kPatch) {
+        auto load = [&](int at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(line + at)); };
+        __m128i first = load(0), second = load(16), last = load(kLast);
+        for (int c = 0; c < 3; ++c) {
+            __m128i channel = _mm_or_si128(_mm_shuffle_epi8(first, masks[c][0]), _mm_shuffle_epi8(second, masks[c][1]));
+            channel = _mm_or_si128(channel, _mm_shuffle_epi8(last, masks[c][2]));
+            std::memcpy(out + c * plane, &channel, kPatch);
+        }
+    }
+}
+#endif
+
 template <class T, int kPatch>
 void pack_row(const PackPatches& p, int64_t row) {
     const int64_t size = kPatch > 0 ? kPatch : p.patch_size, planes = p.channels_last ? 1 : 3;
@@ -56,6 +89,16 @@ void pack_row(const PackPatches& p, int64_t row) {
     const Patch patch = patch_in_image(p, image, row);
     const T* table = static_cast<const T*>(p.table);
     T* out = static_cast<T*>(p.rows) + row * planes * p.temporal_patch_size * block;
+#if defined(__AVX2__)
+    if constexpr (sizeof(T) == 1 && kPatch > 0) {
+        if (planes == 3 && image.stride_x == 3 && image.stride_channel == 1) {
+            for (int64_t slot = 0; slot < p.temporal_patch_size; ++slot) {
+                split_channels<kPatch>(patch.pixels(slot), image.stride_y, p.temporal_patch_size * block, out + slot * block);
+            }
+            return;
+        }
+    }
+#endif
     for (int64_t plane = 0; plane < planes; ++plane) {
         for (int64_t slot = 0; slot < p.temporal_patch_size; ++slot, out += block) {
             const uint8_t* pixels = patch.pixels(slot) + plane * image.stride_channel;

@@ -6,16 +6,16 @@ A dataset is any sequence of rows with a length, for example a list of dicts or 
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from vlmkernels.data.conversations import MEDIA_KEYS, map_media_values
+from vlmkernels.data.conversations import MEDIA_KEYS, is_absent, map_media_values
 from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageLimits, scheme_of
 from vlmkernels.data.samples import (
     MEDIA_COLUMNS,
@@ -30,11 +30,13 @@ from vlmkernels.data.samples import (
 from vlmkernels.data.sizes import SizeCheck
 from vlmkernels.models.families import TEXT, Family
 from vlmkernels.ops.checks import did_you_mean
+from vlmkernels.ops.decode_image import map_on_threads
 
 logger = logging.get_logger(__name__)
 
 Encoded = TypeVar("Encoded")
 _READ_ROWS = 64  # rows that are checked together
+_IMAGE_COLUMNS = ("image", "images")
 _READERS = 8  # threads that read the headers of images
 
 
@@ -106,17 +108,27 @@ class SampleDataset(Dataset):
     ):
         self.dataset, self.name, self.limits, self.on_bad, self.bad = dataset, name, limits, on_bad, dict(bad or {})
         self.columns = list(columns)
+        # ``datasets`` would decode these columns one image after another, and before the limits are checked.
+        self.stored = undecoded(dataset, _IMAGE_COLUMNS)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _read(self, index: int) -> Sample:
-        where = row_name(self.dataset, index, self.name)
+    def _row(self, index: int) -> Any:
         try:
-            row = self.dataset[index]
-        except IMAGE_ERRORS as error:  # datasets decodes images here
-            raise ValueError(f"{where}: cannot be read: {error}") from error
-        return read_sample(with_columns(row, self.columns), index, limits=self.limits, where=where)
+            return self.stored[index]
+        except IMAGE_ERRORS as error:  # datasets decodes images of other columns here
+            return ValueError(f"{row_name(self.dataset, index, self.name)}: cannot be read: {error}")
+
+    def _sample(self, row: Any, index: int) -> Sample:
+        if isinstance(row, ValueError):
+            raise row
+        where = row_name(self.dataset, index, self.name)
+        sample = read_sample(with_columns(row, self.columns), index, limits=self.limits, where=where)
+        return sample if self.stored is self.dataset else _with_decoded_columns(sample)
+
+    def _read(self, index: int) -> Sample:
+        return self._sample(self._row(index), index)
 
     def _skip(self, index: int, error: Exception) -> None:
         self.bad[index] = str(error)
@@ -134,6 +146,27 @@ class SampleDataset(Dataset):
                     raise
                 self._skip(other, error)
         raise ValueError(f"{self.name} must have a sample that can be read, got {next(iter(self.bad.values()), 'no rows')}")
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[int, Sample]]:
+        """Return ``[self[index] for index in indices]``. Images are decoded in parallel, on torch's number of threads."""
+
+        def read(numbered: tuple[int, Any]) -> Sample | Exception:
+            try:
+                return self._sample(numbered[1], numbered[0])
+            except (ValueError, TypeError) as error:
+                return error
+
+        known = [index for index in indices if index not in self.bad]
+        found = dict(zip(known, map_on_threads(read, [(index, self._row(index)) for index in known]), strict=True))
+        rows = []
+        for index in indices:
+            sample = found.get(index)
+            if isinstance(sample, Exception) and index not in self.bad:
+                if self.on_bad == "raise":
+                    raise sample
+                self._skip(index, sample)
+            rows.append((index, sample) if isinstance(sample, Sample) else self[index])
+        return rows
 
     def encode(
         self, rows: list[tuple[int, Sample]], encode: Callable[[list[Sample]], Encoded]
@@ -157,6 +190,24 @@ class SampleDataset(Dataset):
                 rows = [self[index] if sample.index == error.index else (index, sample) for index, sample in rows]
 
 
+def read_samples(dataset: Any, indices: Sequence[int], limits: ImageLimits = DEFAULT_LIMITS) -> list[Sample]:
+    """Read samples; see ``read_sample``. Images are decoded in parallel, on torch's number of threads."""
+    rows = [(index, dataset[index]) for index in indices]
+    return map_on_threads(lambda r: read_sample(r[1], r[0], limits=limits, where=row_name(dataset, r[0])), rows)
+
+
+def _with_decoded_columns(sample: Sample) -> Sample:
+    """Return a sample whose row has decoded images in its columns, as a row of ``datasets`` has."""
+    row = dict(sample.row)
+    for name in _IMAGE_COLUMNS:
+        value = row.get(name)
+        if isinstance(value, list) and not all(map(is_absent, value)):
+            row[name] = list(sample.images)
+        elif isinstance(value, dict) and not is_absent(value):
+            (row[name],) = sample.images
+    return replace(sample, row=row)
+
+
 def with_columns(row: Any, columns: Iterable[str]) -> Any:
     """Return a row with None for each of the columns, other than the prompt, that it lacks."""
     return {name: None for name in columns if name != "prompt"} | row if isinstance(row, dict) else row
@@ -171,9 +222,14 @@ def column_names(dataset: Any) -> list[str]:
     return list(names)
 
 
-def undecoded(dataset: Any) -> Any:
-    """Return the dataset with images as stored bytes or paths, so that reading a row does not decode any pixels."""
-    if not hasattr(dataset, "cast_column"):
+def undecoded(dataset: Any, columns: Iterable[str] | None = None) -> Any:
+    """Return the dataset with images as stored bytes or paths, so that reading a row does not decode their pixels.
+
+    Args:
+        dataset: the rows.
+        columns: only these columns, unless the dataset has a format such as "torch", which needs pixels; None: all columns.
+    """
+    if not hasattr(dataset, "cast_column") or (columns is not None and dataset.format["type"] is not None):
         return dataset
     from datasets import Image as ImageFeature
     from datasets import List
@@ -186,7 +242,7 @@ def undecoded(dataset: Any) -> Any:
         return ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature
 
     for name, feature in dataset.features.items():
-        if (changed := stored(feature)) != feature:
+        if (columns is None or name in columns) and (changed := stored(feature)) != feature:
             dataset = dataset.cast_column(name, changed)
     return dataset
 

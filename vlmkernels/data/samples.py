@@ -11,12 +11,13 @@ Columns of a row:
 - All other columns are passed to the reward functions.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 from jinja2.exceptions import SecurityError
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
@@ -455,6 +456,7 @@ def prompt_ids(sample: Sample, text: str, processor: Any) -> list[int]:
 
 def _content_key(image: Image.Image) -> int:
     """Return a 64-bit hash of the image's pixels, size and mode."""
-    content = hashlib.blake2b(repr((image.mode, image.size, image.getpalette())).encode(), digest_size=8)
-    content.update(image.tobytes())
+    palette = image.getpalette() if image.mode.startswith("P") else None
+    content = xxhash.xxh3_64(repr((image.mode, image.size, palette)).encode())
+    content.update(np.ascontiguousarray(np.asarray(image)).data)
     return int.from_bytes(content.digest(), "little", signed=True)

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from vlmkernels.data.dataset import row_name
+from vlmkernels.data.dataset import read_samples
 from vlmkernels.data.decoding import decode_completions
 from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
-from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, encode, read_sample, tokenizer_of
+from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, encode, tokenizer_of
 from vlmkernels.evaluate.predictions import Completion, Predictions
 from vlmkernels.models.families import family_of
 from vlmkernels.models.image_processor import with_fast_images
@@ -287,7 +287,7 @@ def predict(
         indices = [index for name, index in missing if name == view]
         for start in range(0, len(indices), step):
             batch = indices[start : start + step]
-            samples = [read_sample(dataset[i], i, limits=limits, where=row_name(dataset, i)) for i in batch]
+            samples = read_samples(dataset, batch, limits)
             predictions.append(view, *predictor(samples, view))
             if progress:
                 progress(len(predictions.by_sample), total)

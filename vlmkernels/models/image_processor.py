@@ -2,7 +2,8 @@
 
 import copy
 import math
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeVar
 
@@ -10,9 +11,10 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, Qwen2VLImageProcessor
 
-from vlmkernels.ops.pack_patches import pack_patches
+from vlmkernels.ops.decode_image import is_encoded, map_on_threads
 from vlmkernels.ops.decode_image.pixels import is_opaque
-from vlmkernels.ops.pack_patches.images import rgb_from_pil
+from vlmkernels.ops.pack_patches import pack_patches
+from vlmkernels.ops.pack_patches.images import decode_file, rgb_from_pil
 
 Processor = TypeVar("Processor")
 
@@ -37,13 +39,36 @@ def _is_usual(options: dict[str, Any]) -> bool:
     return bool(mean.isfinite().all() and std.isfinite().all() and std.all())
 
 
+def _is_file(image: Any) -> bool:
+    """Return whether an image is a file. Other strings are URLs or base64."""
+    return os.path.isfile(image) if isinstance(image, str) else is_encoded(image)
+
+
+def _files(images: Any) -> Iterator[Any]:
+    """Yield the files of nested lists of images."""
+    if isinstance(images, (list, tuple)):
+        for image in images:
+            yield from _files(image)
+    elif _is_file(images):
+        yield images
+
+
+def _filled(images: Any, decoded: Iterator[Any]) -> Any:
+    """Replace each file of nested lists of images by the next decoded image."""
+    if isinstance(images, (list, tuple)):
+        return [_filled(image, decoded) for image in images]
+    return next(decoded) if _is_file(images) else images
+
+
 class FastImageProcessor(Qwen2VLImageProcessor):
     """A faster ``Qwen2VLImageProcessor`` with the same settings, the same call and bitwise equal ``pixel_values``::
 
         processor.image_processor = FastImageProcessor.from_pretrained(path)
 
-    PIL images are resized in parallel and in their own memory layout (channels last), and one pass over the pixels rescales,
-    normalizes and packs them. Errors name the index and the size of the image. The parent class handles images that are not
+    Images may also be files: their content as bytes, paths, or dicts ``{"bytes": ..., "path": ...}``, which are decoded to
+    upright RGB (see ``vlmkernels.ops.decode_image``). Images are decoded, converted and resized in parallel, on torch's number
+    of threads and in their own memory layout (channels last), and one pass over the pixels rescales, normalizes and packs them.
+    Errors name the index and the size of the image. The parent class handles images that are not
     uint8 RGB (floats, or gray images with ``do_convert_rgb=False``), PIL images with more than 8 bits per channel, settings
     that ``pack_patches`` refuses (``rescale_factor`` <= 0, a standard deviation of 0) and, with transformers < 5.21,
     transparent images.
@@ -55,9 +80,19 @@ class FastImageProcessor(Qwen2VLImageProcessor):
         """Return the settings under the name of the parent class."""
         return super().to_dict() | {"image_processor_type": Qwen2VLImageProcessor.__name__}
 
+    def fetch_images(self, images: Any) -> Any:
+        """Decode the images that are files; the parent class downloads URLs."""
+        files = list(_files(images))
+        decoded = map_on_threads(lambda k: decode_file(files[k], f"images[{k}]"), range(len(files)))
+        return super().fetch_images(_filled(images, iter(decoded)))
+
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[torch.Tensor]:
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
-        return [self.process_image(image, *args, name=f"images[{i}]", **kwargs) for i, image in enumerate(images)]
+
+        def convert(index: int) -> torch.Tensor:
+            return self.process_image(images[index], *args, name=f"images[{index}]", **kwargs)
+
+        return map_on_threads(convert, range(len(images)))
 
     def process_image(self, image: Any, *args: Any, name: str = "image", **kwargs: Any) -> torch.Tensor:
         """Convert an image to (3, H, W). For a PIL image the result is a view with the channels last in memory."""
@@ -80,8 +115,7 @@ class FastImageProcessor(Qwen2VLImageProcessor):
         if images[0].device.type != "cpu":
             return list(map(resize, range(len(images)), images))
         # On the CPU torchvision resizes an image on one core and releases the interpreter's lock.
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return list(pool.map(resize, range(len(images)), images))
+        return map_on_threads(lambda k: resize(k, images[k]), range(len(images)))
 
     def _preprocess(self, images: list[torch.Tensor], *, return_tensors: str | None = None, **options: Any) -> BatchFeature:
         if any(image.dtype != torch.uint8 or image.shape[0] != 3 for image in images) or not _is_usual(options):

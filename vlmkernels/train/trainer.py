@@ -230,7 +230,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         args = self.args
         with self.processes.stop_together(f"the completions of step {self.state.global_step}"), inference(self.policy):
             with self.phases("data"):
-                rows = [self.samples[index] for index in indices]
+                rows = self.samples.__getitems__(indices)
             rows, rollout, scored = self._sample(self.samples, rows, args.num_generations, args.temperature)
         if args.on_bad_sample == "skip":
             replaced = [sample.index != index for index, sample in rows]

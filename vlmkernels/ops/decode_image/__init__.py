@@ -20,7 +20,7 @@ Result = TypeVar("Result")
 
 
 def is_encoded(value: Any) -> bool:
-    """Return whether a value is the content of an image file, its path, or a dict with one of them, as ``datasets`` stores it."""
+    """Return whether a value is the content of a file, a path, or a dict with one of them as ``datasets`` stores it."""
     return isinstance(value, (bytes, bytearray, memoryview, str, os.PathLike, dict))
 
 
@@ -35,7 +35,7 @@ def open_encoded(value: Any, name: str) -> Any:
         ValueError: the file is not an image of one of ``FORMATS``, or has more than ``MAX_PIXELS`` pixels.
         OSError: the file cannot be read.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     from vlmkernels.ops.decode_image.pixels import FORMATS, MAX_PIXELS
 
@@ -45,7 +45,7 @@ def open_encoded(value: Any, name: str) -> Any:
         raise TypeError(f"{name} must have bytes or a path, got {type(value).__name__}")
     try:
         image = Image.open(value if isinstance(value, (str, os.PathLike)) else io.BytesIO(value), formats=FORMATS)
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} must be a {', '.join(FORMATS)} file that PIL can open: {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{name} must have at most {MAX_PIXELS} pixels, got {image.height} x {image.width}")

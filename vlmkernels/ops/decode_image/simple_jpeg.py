@@ -1,7 +1,8 @@
 """Decoding of JPEG images by the package simplejpeg.
 
-It includes libjpeg-turbo, as PIL does, and uses it with the same settings (the accurate DCT, fancy upsampling). The decoder runs
-without the interpreter's lock, so the images of a batch are decoded in parallel, and it writes RGB without PIL's fourth byte.
+It includes libjpeg-turbo, as PIL does, and uses it with the same settings (the accurate DCT, fancy upsampling). The decoder
+runs without the interpreter's lock, so that the images of a batch are decoded in parallel, and it writes RGB without PIL's
+fourth byte.
 """
 
 import io

@@ -162,9 +162,9 @@ def pack_patches(
 
     Raises:
         ValueError, TypeError: an image is empty, does not have 3 channels of uint8, cannot be read or decoded, has more than
-            89,478,485 pixels as a file, or has sides that are not such multiples (the error names its index and size); images are on several devices; a size, layout, mean, std or
-            ``out`` is wrong.
-        NotImplementedError: the named backend does not support these images.
+            89,478,485 pixels as a file, or has sides that are not such multiples (the error names its index and size); images
+            are on several devices; a size, layout, mean, std or ``out`` is wrong.
+        NotImplementedError: the named backend or decoder does not support these images.
 
     Source: the image processors of transformers for Qwen2-VL, SigLIP2 and Pixtral (https://github.com/huggingface/transformers).
     """

@@ -9,6 +9,7 @@ import torch
 from vlmkernels.ops.checks import dtype_name
 from vlmkernels.ops.decode_image import decode_image, is_encoded, map_on_threads, open_encoded
 
+
 def rgb_from_pil(image: Any, name: str) -> torch.Tensor:
     """Convert a PIL image to RGB, (H, W, 3); see ``on_white``. The result can share memory with the image."""
     import numpy
@@ -64,7 +65,7 @@ def read_frames(
 
     def read(index: int) -> torch.Tensor:
         image, name = images[index], f"images[{index}]"
-        frames = as_frames(_decoded(image, name, decoder) if is_encoded(image) else image, name)
+        frames = as_frames(decode_file(image, name, decoder) if is_encoded(image) else image, name)
         return frames if resize is None else _resized(frames, name, resize)
 
     if resize is None and all(isinstance(image, torch.Tensor) for image in images):
@@ -72,7 +73,12 @@ def read_frames(
     return map_on_threads(read, range(len(images)))
 
 
-def _decoded(value: Any, name: str, decoder: str) -> Any:
+def decode_file(value: Any, name: str, decoder: str = "auto") -> Any:
+    """Decode an image file to a PIL image in mode RGB; see ``open_encoded`` and ``decode_image``.
+
+    Raises:
+        ValueError: the file cannot be read or decoded.
+    """
     try:
         return decode_image(open_encoded(value, name), backend=decoder)
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError is what PIL raises for a broken PNG file
