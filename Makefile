@@ -11,7 +11,7 @@ setup: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python --upgrade \
-		--target .venv/peers kernels lmms-eval ms-swift verl
+		--target .venv/peers hf-processors-rs kernels lmms-eval ms-swift verl
 	touch $@
 
 demo: setup

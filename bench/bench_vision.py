@@ -1,12 +1,18 @@
 """Packing of patches, merging of features, positions, rotary embeddings and attention of images, compared with transformers."""
 
 import functools
+import importlib.util
+import io
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import harness
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2VLImageProcessor
@@ -17,11 +23,14 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from vlmkernels import merge_image_features, mrope_positions, pack_patches, placeholder_positions
+from vlmkernels import backend, merge_image_features, mrope_positions, pack_patches, placeholder_positions
+from vlmkernels.data.dataset import SampleDataset
 from vlmkernels.models.image_processor import FastImageProcessor
 from vlmkernels.models.rotary import fused_text_rotary, fused_vision_rotary
+from vlmkernels.ops.decode_image import map_on_threads
 from vlmkernels.ops.varlen_attention import varlen_attention
 
+PEERS = Path(sys.prefix) / "peers"  # see the Makefile
 NUM = 8
 SIZES = {"patch_size": 14, "mean": Qwen2VLImageProcessor.image_mean, "std": Qwen2VLImageProcessor.image_std}
 
@@ -114,6 +123,101 @@ def test_processor(benchmark):
     buffer = torch.empty_like(exact)
     floors = {"write the float32 rows": lambda: buffer.fill_(1.0)}
     compare_rows(benchmark, f"processor {NUM} x 1600 x 1200", providers, {torch.float32: exact}, floors)
+
+
+def jpeg_files(num, height, width):
+    """The contents of ``num`` JPEG files of quality 90: real photographs side by side, in the resolution of the camera."""
+    row = np.concatenate(load_sample_images().images, 1)
+    photo = np.tile(row, (-(-height // row.shape[0]), -(-width // row.shape[1]), 1))[:height, :width]
+    files = [io.BytesIO() for _ in range(num)]
+    for shift, file in enumerate(files):
+        Image.fromarray(np.roll(photo, 31 * shift, 0)).save(file, "JPEG", quality=90)
+    return [file.getvalue() for file in files]
+
+
+def hf_processors_rs(settings):
+    """The processor of hf-processors-rs, for encoded images; None if it is not installed."""
+    name = "hf_processors_rs"
+    if importlib.util.find_spec(name) is None and (PEERS / name).is_dir():
+        sys.path.append(str(PEERS))
+    if importlib.util.find_spec(name) is None:
+        return None
+    processor = importlib.import_module(name).AutoImageProcessor.from_dict(settings)
+    return lambda files: {"pixel_values": torch.from_numpy(processor(files)["pixel_values"])}
+
+
+# The limit of the number of pixels, and the size of the photographs.
+FILES = {
+    "not resized": (28 * 28 * 16384, 1344, 1344),
+    "resized to 980 x 980": (28 * 28 * 1280, 1344, 1344),
+}
+
+
+@on_cpu
+@pytest.mark.parametrize("case", FILES)
+def test_jpeg_files(benchmark, case):
+    """From the contents of JPEG files to the rows of patches."""
+    longest, height, width = FILES[case]
+    files = jpeg_files(NUM, height, width)
+    settings = {"size": {"shortest_edge": 56 * 56, "longest_edge": longest}}
+    fast, torchvision, pil = (p(**settings) for p in (FastImageProcessor, Qwen2VLImageProcessor, Qwen2VLImageProcessorPil))
+
+    def opened(processor):
+        return dict(processor([Image.open(io.BytesIO(file)) for file in files], return_tensors="pt"))
+
+    def by(decoder):
+        with backend.use_backend(decoder):
+            return dict(fast(files, return_tensors="pt"))
+
+    exact = opened(torchvision)["pixel_values"]
+    expected = {torch.float32: exact, torch.uint8: pixels_of(fast, files)}
+    providers = {"vlmkernels FastImageProcessor": lambda: by("auto"), "vlmkernels, uint8": lambda: pixels_of(fast, files)}
+    providers["vlmkernels, decoder pillow"] = lambda: by("pillow")
+    providers["transformers, torchvision"] = lambda: opened(torchvision)
+    providers["transformers, PIL"] = lambda: opened(pil)
+    if peer := hf_processors_rs(torchvision.to_dict()):
+        providers["hf-processors-rs"] = lambda: peer(files)
+    buffer = torch.empty_like(exact)
+    floors = {"write the float32 rows": lambda: buffer.fill_(1.0)}
+    if backend.installed("simplejpeg"):
+        import simplejpeg
+
+        floors["decode with simplejpeg"] = lambda: map_on_threads(
+            functools.partial(simplejpeg.decode_jpeg, colorspace="RGB"), files
+        )
+    compare_rows(benchmark, f"{NUM} JPEG files {height} x {width}, {case}", providers, expected, floors)
+
+
+def pixels_of(processor, images):
+    """Rows of uint8 pixels, each frame once, which models read after ``use_vision_ops``."""
+    options = {"do_rescale": False, "do_normalize": False, "temporal_patch_size": 1}
+    return processor(images, return_tensors="pt", **options)["pixel_values"]
+
+
+@on_cpu
+def test_rows_with_jpeg_files(benchmark):
+    """The images of 16 rows of a dataset, read as in training, to the rows of patches in uint8."""
+    files = jpeg_files(16, 1344, 1344)
+    dataset = SampleDataset([{"prompt": "?", "image": {"bytes": file, "path": None}} for file in files], "dataset")
+    processor = FastImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384})
+
+    def read_in_batches():
+        return pixels_of(processor, [sample.images[0] for _, sample in dataset.__getitems__(range(16))])
+
+    def read_one_by_one():
+        with backend.use_backend("pillow"):
+            return pixels_of(processor, [dataset[index][1].images[0] for index in range(16)])
+
+    def by_pil():
+        images = [ImageOps.exif_transpose(Image.open(io.BytesIO(file))).convert("RGB") for file in files]
+        return pixels_of(Qwen2VLImageProcessor(size=processor.size), images)
+
+    providers = {
+        "vlmkernels": read_in_batches,
+        "vlmkernels, one by one with PIL": read_one_by_one,
+        "PIL and transformers": by_pil,
+    }
+    compare_rows(benchmark, "16 rows with JPEG files 1344 x 1344", providers, {torch.uint8: by_pil()}, {})
 
 
 def test_mrope_positions(benchmark):

@@ -7,7 +7,10 @@ import torch
 
 from vlmkernels import backend
 
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "flash-attn", "peft", "accelerate", "vllm")
+PACKAGES = (
+    *("torch", "triton", "transformers", "trl", "liger-kernel", "flash-attn", "peft", "accelerate", "vllm"),
+    *("pillow", "simplejpeg"),
+)
 
 
 def version(package: str) -> str:

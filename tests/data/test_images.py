@@ -11,13 +11,14 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from datasets import List
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 from transformers.image_utils import load_image
 
-from vlmkernels.data.dataset import load_dataset
-from vlmkernels.data.images import decoded, open_image, read_header
-from vlmkernels.data.samples import read_sample, read_video
+from vlmkernels.data.dataset import SampleDataset, load_dataset
+from vlmkernels.data.images import ImageLimits, decoded, open_image, read_header
+from vlmkernels.data.samples import _content_key, read_sample, read_video
 from vlmkernels.models.image_processor import _composites_on_white
 
 torch.set_num_threads(1)
@@ -216,3 +217,63 @@ def test_two_filled_columns_are_refused():
         read_sample({"prompt": PROMPT, "image": photo(), "images": [photo()] * 2}, 4)
     with pytest.raises(ValueError, match=r"sample 4: images\[1\] cannot be read: image must be .*, got NoneType"):
         read_sample({"prompt": PROMPT, "images": [photo(), None]}, 4)
+
+
+def jpeg_rows(num=5):
+    images = [photo().rotate(90 * k, expand=True) for k in range(num)]
+    return [
+        {"prompt": PROMPT, "image": {"bytes": file_of(image, "jpeg", 1 + k), "path": None}} for k, image in enumerate(images)
+    ]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_rows_read_together_equal_rows_read_alone(num_threads):
+    rows = jpeg_rows()
+    rows[2]["image"] = {"bytes": rows[2]["image"]["bytes"][:-9], "path": None}
+    torch.set_num_threads(num_threads)
+    try:
+        for on_bad, indices in (("skip", [0, 4, 2, 1, 3]), ("raise", [0, 4, 1, 3])):
+            alone, together = (SampleDataset(rows, "train_dataset", on_bad=on_bad) for _ in range(2))
+            expected, found = [alone[index] for index in indices], together.__getitems__(indices)
+            assert [(index, sample.index) for index, sample in found] == [(index, sample.index) for index, sample in expected]
+            for (_, sample), (_, other) in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(sample.images[0]), np.asarray(other.images[0]))
+            assert together.bad == alone.bad
+            assert (2 in together.bad) == (on_bad == "skip")
+            again = together.__getitems__([3, 3])
+            assert [sample.index for _, sample in again] == [3, 3]
+        with pytest.raises(ValueError, match=r"train_dataset: sample 2: image cannot be read: .*runcated"):
+            together.__getitems__([0, 2])
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_columns_of_datasets_are_decoded_once_and_by_the_rules():
+    rows = jpeg_rows()
+    several = [{"prompt": PROMPT, "images": [row["image"], row["image"]]} for row in rows]
+    for column, feature, values in (("image", ImageFeature(), rows), ("images", List(ImageFeature()), several)):
+        mask = ImageFeature()
+        dataset = Dataset.from_list([{**row, "mask": row.get("image")} for row in values]).cast_column(column, feature)
+        dataset = dataset.cast_column("mask", mask) if column == "image" else dataset
+        samples = SampleDataset(dataset, "train_dataset")
+        for index, sample in samples.__getitems__(range(3)):
+            expected = read_sample(values[index], index).images
+            images = sample.row[column] if column == "images" else [sample.row[column]]
+            assert all(image is own for image, own in zip(images, sample.images, strict=True))
+            for image, other in zip(images, expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(image), np.asarray(other))
+            if column == "image":
+                assert isinstance(sample.row["mask"], Image.Image)
+    limited = SampleDataset(dataset, "train_dataset", limits=ImageLimits(max_pixels=1567))
+    with pytest.raises(ValueError, match=r"sample 0: images\[0\] cannot be read: image must have at most 1567 pixels"):
+        limited[0]
+    assert SampleDataset(dataset.with_format("numpy"), "train_dataset").stored.format["type"] == "numpy"
+
+
+def test_equal_pixels_have_equal_keys():
+    """Whether a sample's image is an array of decoded pixels or an image of PIL."""
+    image = decoded(open_image(file_of(photo(), "jpeg")))
+    plain = Image.fromarray(np.array(image))
+    keys = [_content_key(x) for x in (image, plain, image.copy(), plain.convert("L"), plain.transpose(0))]
+    assert keys[0] == keys[1] == keys[2]
+    assert len({*keys}) == 3

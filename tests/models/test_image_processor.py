@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from support import tiny
 
 transformers = pytest.importorskip("transformers")
@@ -170,6 +170,26 @@ def test_processor_equals_pack_patches():
     expected = processor(image, return_tensors="pt")["pixel_values"]
     packed = pack_patches([image], patch_size=14, mean=processor.image_mean, std=processor.image_std)
     assert torch.equal(packed.pixel_values, expected)
+
+
+def with_orientation(image, orientation):
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+def test_files_are_decoded_to_the_pixels_of_pil(tmp_path):
+    contents = [with_orientation(Image.fromarray(photo()), orientation) for orientation in (1, 6)]
+    upright = [ImageOps.exif_transpose(Image.open(io.BytesIO(content))) for content in contents]
+    expected = Qwen2VLImageProcessor(**QWEN2)(upright, return_tensors="pt")
+    path = tmp_path / "a.jpg"
+    path.write_bytes(contents[1])
+    for images in (contents, [[contents[0]], [path]], [contents[0], str(path)], [upright[0], {"bytes": None, "path": path}]):
+        check(FastImageProcessor(**QWEN2)(images, return_tensors="pt"), expected)
+    with pytest.raises(ValueError, match=r"images\[1\] must be a whole image file: .*runcated"):
+        FastImageProcessor(**QWEN2)([path, contents[0][:-9]], return_tensors="pt")
 
 
 def truncated():

@@ -43,8 +43,11 @@ def open_encoded(value: Any, name: str) -> Any:
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if not is_encoded(value) or isinstance(value, dict):
         raise TypeError(f"{name} must have bytes or a path, got {type(value).__name__}")
+    is_path = isinstance(value, (str, os.PathLike))
+    if is_path and not os.path.isfile(value):  # reading a pipe would block
+        raise ValueError(f"{name} must be an existing regular file, got {os.fspath(value):.200}")
     try:
-        image = Image.open(value if isinstance(value, (str, os.PathLike)) else io.BytesIO(value), formats=FORMATS)
+        image = Image.open(value if is_path else io.BytesIO(value), formats=FORMATS)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} must be a {', '.join(FORMATS)} file that PIL can open: {error}") from error
     if image.width * image.height > MAX_PIXELS:

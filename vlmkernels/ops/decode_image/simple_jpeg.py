@@ -9,12 +9,9 @@ import io
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, JpegImagePlugin
 
 from vlmkernels.backend import installed
-from vlmkernels.ops.decode_image.pixels import RGBImage, orientation
 
 # How PIL.ImageOps.exif_transpose makes an image upright, as a view of its pixels (H, W, 3).
 _UPRIGHT: dict[int, Any] = {
@@ -22,19 +19,23 @@ _UPRIGHT: dict[int, Any] = {
     3: lambda x: x[::-1, ::-1],
     4: lambda x: x[::-1],
     5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: np.rot90(x, -1),
+    6: lambda x: x[::-1].swapaxes(0, 1),
     7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
-    8: lambda x: np.rot90(x),
+    8: lambda x: x.swapaxes(0, 1)[::-1],
 }
 
 
-def unsupported(*tensors: torch.Tensor, image: Image.Image | None = None) -> str | None:
+def unsupported(*tensors: torch.Tensor, image: Any = None) -> str | None:
+    if not installed("PIL"):
+        return "pillow is not installed"
     if not installed("simplejpeg"):
         return "simplejpeg is not installed (the extra 'jpeg')"
     if not _equals_pillow():
         return "simplejpeg decodes to other pixels than PIL, which has another version or build of libjpeg"
     if image is None:
         return None
+    from PIL import JpegImagePlugin
+
     if not isinstance(image, JpegImagePlugin.JpegImageFile):
         return f"supports JPEG files, got {image.format or 'an image in memory'}"
     if image.mode not in ("L", "RGB"):
@@ -49,6 +50,9 @@ def unsupported(*tensors: torch.Tensor, image: Image.Image | None = None) -> str
 @cache
 def _equals_pillow() -> bool:
     """Return whether both decoders give the same pixels. They might not if PIL is built with another libjpeg."""
+    import numpy as np
+    from PIL import Image
+
     waves = np.add.outer(np.arange(43) ** 2, 5 * np.arange(61))[..., None] * np.array([1, 2, 3])
     image = Image.fromarray((waves % 256).astype(np.uint8))
     for options in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True, "quality": 50}):
@@ -60,8 +64,9 @@ def _equals_pillow() -> bool:
     return True
 
 
-def _pixels(content: Any, size: tuple[int, int]) -> np.ndarray:
+def _pixels(content: Any, size: tuple[int, int]) -> Any:
     """Decode to (H, W, 3). An error or a warning of libjpeg raises ValueError."""
+    import numpy as np
     import simplejpeg
 
     height, width = simplejpeg.decode_jpeg_header(content)[:2]
@@ -70,9 +75,9 @@ def _pixels(content: Any, size: tuple[int, int]) -> np.ndarray:
     return simplejpeg.decode_jpeg(content, "RGB", buffer=np.empty((height, width, 3), np.uint8))
 
 
-def _content(image: JpegImagePlugin.JpegImageFile) -> Any:
+def _content(image: Any) -> Any:
     """Return the bytes of the file that PIL has opened. PIL can still read it."""
-    file: Any = image.fp
+    file = image.fp
     if isinstance(file, io.BytesIO):
         return file.getbuffer()
     position = file.tell()
@@ -82,7 +87,11 @@ def _content(image: JpegImagePlugin.JpegImageFile) -> Any:
     return content
 
 
-def decode(image: JpegImagePlugin.JpegImageFile) -> Image.Image:
+def decode(image: Any) -> Any:
+    import numpy as np
+
+    from vlmkernels.ops.decode_image.pixels import RGBImage, orientation
+
     pixels = _pixels(_content(image), image.size)
     upright = _UPRIGHT.get(orientation(image))
     return RGBImage(pixels if upright is None else np.ascontiguousarray(upright(pixels)))
