@@ -185,7 +185,7 @@ def test_jpeg_files(benchmark, case):
         floors["decode with simplejpeg"] = lambda: map_on_threads(
             functools.partial(simplejpeg.decode_jpeg, colorspace="RGB"), files
         )
-    compare_rows(benchmark, f"{NUM} JPEG files {height} x {width}, {case}", providers, expected, floors)
+    compare_rows(benchmark, f"jpeg {NUM} files {height} x {width}, {case}", providers, expected, floors)
 
 
 def pixels_of(processor, images):
@@ -217,7 +217,7 @@ def test_rows_with_jpeg_files(benchmark):
         "vlmkernels, one by one with PIL": read_one_by_one,
         "PIL and transformers": by_pil,
     }
-    compare_rows(benchmark, "16 rows with JPEG files 1344 x 1344", providers, {torch.uint8: by_pil()}, {})
+    compare_rows(benchmark, "jpeg 16 rows of a dataset, 1344 x 1344", providers, {torch.uint8: by_pil()}, {})
 
 
 def test_mrope_positions(benchmark):

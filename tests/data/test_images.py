@@ -9,9 +9,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, List
 from datasets import Image as ImageFeature
-from datasets import List
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 from transformers.image_utils import load_image

@@ -201,7 +201,7 @@ def test_which_images_simplejpeg_supports(monkeypatch):
 @pytest.mark.parametrize("lack", ["package", "equal pixels"])
 def test_without_a_usable_simplejpeg_pil_decodes(monkeypatch, lack):
     if lack == "package":
-        monkeypatch.setattr(simple_jpeg, "installed", lambda name: False)
+        monkeypatch.setattr(simple_jpeg, "installed", lambda name: name != "simplejpeg")
         message = r"simplejpeg: simplejpeg is not installed \(the extra 'jpeg'\)"
     else:
         if not backends.installed("simplejpeg"):

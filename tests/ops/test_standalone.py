@@ -14,13 +14,15 @@ import sys
 sys.modules.update(dict.fromkeys({blocked}))
 """
 
-# Imports all modules of the ops, without those in Triton if triton is blocked.
+# Imports all modules of the ops, without those in Triton if triton is blocked, and without the rules for PIL images if PIL is.
 IMPORT = """
 import importlib, pkgutil
 import vlmkernels, vlmkernels.ops
 for module in pkgutil.walk_packages(vlmkernels.ops.__path__, "vlmkernels.ops."):
     needs_triton = "triton" in module.name.rpartition(".")[2] or module.name.endswith("tree_attention.merge")
-    if not (needs_triton and sys.modules.get("triton", True) is None):
+    needs_pil = module.name.endswith("decode_image.pixels")
+    needs = [name for name, is_needed in (("triton", needs_triton), ("PIL", needs_pil)) if is_needed]
+    if all(sys.modules.get(name, True) for name in needs):
         importlib.import_module(module.name)
 """
 
@@ -36,6 +38,11 @@ loss, metrics = vlmkernels.grpo_loss(logps, torch.tensor([1.0, 3.0]), num_items=
 loss.backward()
 torch.testing.assert_close(loss, torch.tensor(-2.0))
 torch.testing.assert_close(logps.grad, torch.tensor([[-0.125] * 4, [-0.375] * 4]))
+
+if sys.modules.get("PIL", True) is None:
+    from vlmkernels import backend
+    for name in ("simplejpeg", "pillow"):
+        assert backend.why_not("decode_image", name, torch.empty(0)) == "pillow is not installed"
 
 packed = vlmkernels.pack_patches([torch.zeros(3, 28, 56, dtype=torch.uint8)], patch_size=14, mean=None, std=None)
 assert packed.pixel_values.shape == (8, 3 * 2 * 14 * 14) and packed.image_grid_thw.tolist() == [[1, 2, 4]]
