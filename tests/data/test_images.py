@@ -247,6 +247,18 @@ def test_rows_read_together_equal_rows_read_alone(num_threads):
         torch.set_num_threads(1)
 
 
+def test_rows_with_the_same_opened_file():
+    torch.set_num_threads(2)
+    try:
+        opened = Image.open(io.BytesIO(file_of(photo(), "png", 6)))
+        samples = SampleDataset([{"prompt": PROMPT, "image": opened}] * 8, "train_dataset").__getitems__(range(8))
+    finally:
+        torch.set_num_threads(1)
+    expected = np.asarray(photo().transpose(Image.Transpose.ROTATE_270))
+    assert all(np.array_equal(np.asarray(sample.images[0]), expected) for _, sample in samples)
+    assert opened.getpixel((0, 0)) == photo().getpixel((0, 0))  # the caller's image is still open
+
+
 def test_columns_of_datasets_are_decoded_once_and_by_the_rules():
     rows = jpeg_rows()
     several = [{"prompt": PROMPT, "images": [row["image"], row["image"]]} for row in rows]

@@ -13,6 +13,7 @@ from vlmkernels import backend as backends
 from vlmkernels import pack_patches
 from vlmkernels.ops.decode_image import decode_image, map_on_threads, open_encoded, simple_jpeg
 from vlmkernels.ops.decode_image.pixels import RGBImage
+from vlmkernels.ops.pack_patches import images as image_inputs
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 OPTIONS = {"patch_size": 14, "mean": MEAN, "std": STD}
@@ -256,6 +257,16 @@ def test_threads_return_results_in_order_and_raise_the_first_error(threads):
     assert (threading.get_ident() in used) == (threads == 1)
     with pytest.raises(ZeroDivisionError):
         map_on_threads(lambda x: 1 / (x - 3), range(9))
+
+
+def test_an_image_in_several_places_is_decoded_once(threads, monkeypatch):
+    calls, convert = [], image_inputs.rgb_from_pil
+    monkeypatch.setattr(image_inputs, "rgb_from_pil", lambda image, name: calls.append(name) or convert(image, name))
+    one, other = encoded(photo(28, 56)), photo(28, 28)
+    opened = Image.open(io.BytesIO(one))
+    expected = pack_patches([by_pil(one), np.asarray(other), *[by_pil(one)] * 6], **OPTIONS).pixel_values
+    assert torch.equal(pack_patches([opened, other, *[opened] * 6], **OPTIONS).pixel_values, expected)
+    assert sorted(calls) == ["images[0]", "images[1]"]
 
 
 # ---- rows ----

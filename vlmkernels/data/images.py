@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -207,6 +208,21 @@ def decoded(image: Image.Image) -> Image.Image:
         ValueError, OSError, SyntaxError: the file is broken, or the pixels of a deep image are out of range.
     """
     return decode_image(image)
+
+
+def read_image(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Open and decode an image: ``decoded(open_image(value, limits))``. Several threads can call this function."""
+    image = open_image(value, limits)
+    if image is value:
+        with _given_images:
+            return decoded(image)
+    try:
+        return decoded(image)
+    finally:
+        image.close()
+
+
+_given_images = threading.Lock()  # several rows can have the same PIL image, which only one thread may decode
 
 
 def _from_array(value: Any) -> Image.Image:

@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from vlmkernels.data.conversations import is_absent, normalized, text_of_parts
-from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageHeader, ImageLimits, decoded, open_image, read_header
+from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageHeader, ImageLimits, open_image, read_header, read_image
 from vlmkernels.models.families import Family
 from vlmkernels.models.inputs import ModelInputs, concat
 from vlmkernels.ops.checks import require_positive
@@ -96,8 +96,7 @@ def _read_frame(value: Any, name: str, decode: bool, limits: ImageLimits) -> tor
     """Return a frame's pixels, (3, H, W) uint8; without ``decode`` on the device "meta"."""
     if not hasattr(value, "dtype"):  # neither an array nor a tensor
         try:
-            value = open_image(value, limits)
-            value = decoded(value) if decode else value
+            value = read_image(value, limits) if decode else open_image(value, limits)
         except IMAGE_ERRORS as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         if not decode:
@@ -225,8 +224,7 @@ def _read(row: dict[str, Any], index: int, decode: bool, limits: ImageLimits, wh
     images, column = [], media["image"][0]
     for position, value in enumerate(values["image"]):
         try:
-            image = open_image(value, limits)
-            images.append(decoded(image) if decode else read_header(image))
+            images.append(read_image(value, limits) if decode else read_header(open_image(value, limits)))
         except IMAGE_ERRORS as error:
             name = column if column == "image" else f"{column}[{position}]"
             raise ValueError(f"{name} cannot be read: {error}") from error

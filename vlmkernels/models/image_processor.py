@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, Qwen2VLImageProcessor
 
-from vlmkernels.ops.decode_image import is_encoded, map_on_threads
+from vlmkernels.ops.decode_image import is_encoded, map_distinct
 from vlmkernels.ops.decode_image.pixels import is_opaque
 from vlmkernels.ops.pack_patches import pack_patches
 from vlmkernels.ops.pack_patches.images import decode_file, rgb_from_pil
@@ -83,7 +83,7 @@ class FastImageProcessor(Qwen2VLImageProcessor):
     def fetch_images(self, images: Any) -> Any:
         """Decode the images that are files; the parent class downloads URLs."""
         files = list(_files(images))
-        decoded = map_on_threads(lambda k: decode_file(files[k], f"images[{k}]"), range(len(files)))
+        decoded = map_distinct(lambda k: decode_file(files[k], f"images[{k}]"), files)
         return super().fetch_images(_filled(images, iter(decoded)))
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[torch.Tensor]:
@@ -92,7 +92,7 @@ class FastImageProcessor(Qwen2VLImageProcessor):
         def convert(index: int) -> torch.Tensor:
             return self.process_image(images[index], *args, name=f"images[{index}]", **kwargs)
 
-        return map_on_threads(convert, range(len(images)))
+        return map_distinct(convert, images)
 
     def process_image(self, image: Any, *args: Any, name: str = "image", **kwargs: Any) -> torch.Tensor:
         """Convert an image to (3, H, W). For a PIL image the result is a view with the channels last in memory."""
@@ -115,7 +115,7 @@ class FastImageProcessor(Qwen2VLImageProcessor):
         if images[0].device.type != "cpu":
             return list(map(resize, range(len(images)), images))
         # On the CPU torchvision resizes an image on one core and releases the interpreter's lock.
-        return map_on_threads(lambda k: resize(k, images[k]), range(len(images)))
+        return map_distinct(lambda k: resize(k, images[k]), images)
 
     def _preprocess(self, images: list[torch.Tensor], *, return_tensors: str | None = None, **options: Any) -> BatchFeature:
         if any(image.dtype != torch.uint8 or image.shape[0] != 3 for image in images) or not _is_usual(options):

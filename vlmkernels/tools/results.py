@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from vlmkernels.data.conversations import KINDS, normalized
-from vlmkernels.data.images import IMAGE_ERRORS, ImageLimits, decoded, open_image
+from vlmkernels.data.images import IMAGE_ERRORS, ImageLimits, read_image
 
 MAX_CHARACTERS = 2**20  # of the text of one result; a tokenizer would need seconds for more
 
@@ -108,7 +108,7 @@ def _image(part: Part, name: str, limits: ImageLimits) -> Image.Image:
     if "image" not in part:
         raise ToolError(f"{name} must have an image, got only its type")
     try:
-        image = decoded(open_image(part["image"], limits))
+        image = read_image(part["image"], limits)
     except IMAGE_ERRORS as error:
         raise ToolError(f"{name} is not an image that can be used: {error}") from error
     image.info = {}  # the metadata of its file

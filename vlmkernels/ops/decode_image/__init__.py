@@ -5,7 +5,7 @@ The rules for pixels are in ``vlmkernels.ops.decode_image.pixels``; all decoders
 
 import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import torch
 
 from vlmkernels.backend import choose, load, resolve
 
-__all__ = ["decode_image", "map_on_threads", "open_encoded"]
+__all__ = ["decode_image", "map_distinct", "map_on_threads", "open_encoded"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -101,3 +101,16 @@ def map_on_threads(function: Callable[[Item], Result], items: Iterable[Item]) ->
         return list(map(function, items))
     with ThreadPoolExecutor(min(threads, len(items))) as pool:
         return list(pool.map(function, items))
+
+
+def map_distinct(function: Callable[[int], Result], values: Sequence[object]) -> list[Result]:
+    """Return ``[function(index) for index in range(len(values))]``, computed by ``map_on_threads``.
+
+    ``function`` is called once for each distinct object, with its first index: an object can be in a batch several times, and
+    PIL images must not be decoded by two threads.
+    """
+    first: dict[int, int] = {}
+    for index, value in enumerate(values):
+        first.setdefault(id(value), index)
+    results = dict(zip(first, map_on_threads(function, first.values()), strict=True))
+    return [results[id(value)] for value in values]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vlmkernels.ops.checks import dtype_name
-from vlmkernels.ops.decode_image import decode_image, is_encoded, map_on_threads, open_encoded
+from vlmkernels.ops.decode_image import decode_image, is_encoded, map_distinct, open_encoded
 
 
 def rgb_from_pil(image: Any, name: str) -> torch.Tensor:
@@ -70,7 +70,7 @@ def read_frames(
 
     if resize is None and all(isinstance(image, torch.Tensor) for image in images):
         return list(map(read, range(len(images))))
-    return map_on_threads(read, range(len(images)))
+    return map_distinct(read, images)
 
 
 def decode_file(value: Any, name: str, decoder: str = "auto") -> Any:
@@ -80,7 +80,8 @@ def decode_file(value: Any, name: str, decoder: str = "auto") -> Any:
         ValueError: the file cannot be read or decoded.
     """
     try:
-        return decode_image(open_encoded(value, name), backend=decoder)
+        with open_encoded(value, name) as image:
+            return decode_image(image, backend=decoder)
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError is what PIL raises for a broken PNG file
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
