@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from sklearn.datasets import load_sample_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2VLImageProcessor
@@ -24,7 +23,6 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 )
 
 from vlmkernels import backend, merge_image_features, mrope_positions, pack_patches, placeholder_positions
-from vlmkernels.data.dataset import SampleDataset
 from vlmkernels.models.image_processor import FastImageProcessor
 from vlmkernels.models.rotary import fused_text_rotary, fused_vision_rotary
 from vlmkernels.ops.decode_image import map_on_threads
@@ -127,7 +125,7 @@ def test_processor(benchmark):
 
 def jpeg_files(num, height, width):
     """The contents of ``num`` JPEG files of quality 90: real photographs side by side, in the resolution of the camera."""
-    row = np.concatenate(load_sample_images().images, 1)
+    row = np.concatenate(pytest.importorskip("sklearn.datasets").load_sample_images().images, 1)
     photo = np.tile(row, (-(-height // row.shape[0]), -(-width // row.shape[1]), 1))[:height, :width]
     files = [io.BytesIO() for _ in range(num)]
     for shift, file in enumerate(files):
@@ -197,6 +195,8 @@ def pixels_of(processor, images):
 @on_cpu
 def test_rows_with_jpeg_files(benchmark):
     """The images of 16 rows of a dataset, read as in training, to the rows of patches in uint8."""
+    from vlmkernels.data.dataset import SampleDataset
+
     files = jpeg_files(16, 1344, 1344)
     dataset = SampleDataset([{"prompt": "?", "image": {"bytes": file, "path": None}} for file in files], "dataset")
     processor = FastImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384})

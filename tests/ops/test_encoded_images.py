@@ -199,6 +199,19 @@ def test_which_images_simplejpeg_supports(monkeypatch):
         assert type(decode_image(Image.open(io.BytesIO(content)))) is Image.Image
 
 
+@needs_simplejpeg
+def test_a_named_decoder_never_falls_back():
+    good, png = encoded(photo(112, 112), quality=95), encoded(photo(28, 28), "PNG")
+    with pytest.raises(
+        NotImplementedError, match=r"images\[1\]: no backend serves decode_image: simplejpeg: supports JPEG files, got PNG"
+    ):
+        pack_patches([good, png], **OPTIONS, decoder="simplejpeg")
+    damaged = good[:-400] + bytes(200) + good[-200:]  # PIL decodes it
+    pack_patches([good, damaged], **OPTIONS)
+    with pytest.raises(ValueError, match=r"images\[1\] must be a whole image file: .*orrupt"):
+        pack_patches([good, damaged], **OPTIONS, decoder="simplejpeg")
+
+
 @pytest.mark.parametrize("lack", ["package", "equal pixels"])
 def test_without_a_usable_simplejpeg_pil_decodes(monkeypatch, lack):
     if lack == "package":
@@ -330,7 +343,7 @@ def errors():
     yield "folder", [good, "/"], {}, ValueError, r"images\[1\] must be an existing regular file, got /"
     yield "empty dict", [good, {"bytes": None}], {}, TypeError, r"images\[1\] must have bytes or a path, got NoneType"
     yield "sides", [good, encoded(photo(28, 42))], {}, ValueError, r"images\[1\] must have sides that are multiples of 28"
-    yield "decoder", [good], {"decoder": "cpp"}, ValueError, "backend must be one of auto, simplejpeg, pillow; got 'cpp'"
+    yield "decoder", [good], {"decoder": "cpp"}, ValueError, "^backend must be one of auto, simplejpeg, pillow; got 'cpp'"
 
     def refuse(height, width):
         raise ValueError("the ratio is too large")

@@ -75,14 +75,14 @@ def _pixels(content: Any, size: tuple[int, int]) -> Any:
     return simplejpeg.decode_jpeg(content, "RGB", buffer=np.empty((height, width, 3), np.uint8))
 
 
-def _content(image: Any) -> Any:
+def _content(image: Any) -> bytes:
     """Return the bytes of the file that PIL has opened. PIL can still read it."""
     file = image.fp
     if isinstance(file, io.BytesIO):
-        return file.getbuffer()
+        return file.getvalue()
     position = file.tell()
     file.seek(0)
-    content = file.read()
+    content: bytes = file.read()
     file.seek(position)
     return content
 

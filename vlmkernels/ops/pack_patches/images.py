@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vlmkernels.backend import resolve
 from vlmkernels.ops.checks import dtype_name
 from vlmkernels.ops.decode_image import decode_image, is_encoded, map_distinct, open_encoded
 
@@ -62,6 +63,7 @@ def read_frames(
     images: list[Any], resize: Callable[[int, int], tuple[int, int]] | None = None, decoder: str = "auto"
 ) -> list[torch.Tensor]:
     """Read, decode and resize images on torch's number of threads; see ``pack_patches``."""
+    decoder = resolve("decode_image", decoder)
 
     def read(index: int) -> torch.Tensor:
         image, name = images[index], f"images[{index}]"
@@ -78,10 +80,13 @@ def decode_file(value: Any, name: str, decoder: str = "auto") -> Any:
 
     Raises:
         ValueError: the file cannot be read or decoded.
+        NotImplementedError: the named decoder does not support the file.
     """
     try:
         with open_encoded(value, name) as image:
             return decode_image(image, backend=decoder)
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{name}: {error}") from error
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError is what PIL raises for a broken PNG file
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
