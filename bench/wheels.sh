@@ -8,7 +8,7 @@ python=${PYTHON:-python3}
 # Liger's Hopper kernel and FlashAttention-4 need the CUTLASS Python DSL, for CUDA 13.
 hopper="flash-attn-4 quack-kernels torch-c-dlpack-ext einops apache-tvm-ffi nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-base
     nvidia-cutlass-dsl-libs-core nvidia-cutlass-dsl-libs-cu13"
-packages="trl datasets dill multiprocess liger_kernel RapidFuzz math-verify latex2sympy2_extended kernels pycocotools"
+packages="trl datasets dill multiprocess xxhash simplejpeg liger_kernel RapidFuzz math-verify latex2sympy2_extended kernels pycocotools"
 platforms=""
 for tag in manylinux_2_28 manylinux_2_27 manylinux_2_24 manylinux_2_17 manylinux2014 manylinux1; do
     platforms="$platforms --platform ${tag}_x86_64"
