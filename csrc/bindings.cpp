@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("grpo_stats") = name_tuple(GrpoStat::kNames);
     m.attr("rotary_max_pairs") = kRotaryMaxPairs;
 
+    def_struct<DecodeAttention>(m);
     def_struct<GatherLogps>(m);
     def_struct<GroupAdvantages>(m);
     def_struct<GrpoVariant>(m);

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/decode_attention.h"
 #include "common/gather_logps.h"
 #include "common/group_advantages.h"
 #include "common/grpo_loss.h"
@@ -12,6 +13,7 @@
 #include "common/rotary.h"
 
 #define VLMK_OPS(OP)                      \
+    OP(decode_attention, DecodeAttention) \
     OP(gather_logps_fwd, GatherLogps)     \
     OP(gather_logps_bwd, GatherLogps)     \
     OP(group_advantages, GroupAdvantages) \

@@ -2,6 +2,7 @@
 
 from vlmkernels.backend import use_backend
 from vlmkernels.ops.causal_conv1d import causal_conv1d
+from vlmkernels.ops.decode_attention import KeyValues, decode_attention
 from vlmkernels.ops.gated_delta_rule import gated_delta_rule
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
@@ -21,6 +22,7 @@ __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
     "GroupAdvantages",
+    "KeyValues",
     "LinearGRPOLossOutput",
     "MropePositions",
     "PackedPatches",
@@ -29,6 +31,7 @@ __all__ = [
     "VocabParallel",
     "__version__",
     "causal_conv1d",
+    "decode_attention",
     "gated_delta_rule",
     "gather_logps",
     "group_advantages",
