@@ -11,6 +11,7 @@
 #include "common/linear_logps.h"
 #include "common/pack_patches.h"
 #include "common/rotary.h"
+#include "common/sample_logps.h"
 
 #define VLMK_OPS(OP)                      \
     OP(decode_attention, DecodeAttention) \
@@ -20,7 +21,8 @@
     OP(grpo_loss, GrpoLoss)               \
     OP(linear_logps, LinearLogps)         \
     OP(pack_patches, PackPatches)         \
-    OP(rotary, Rotary)
+    OP(rotary, Rotary)                    \
+    OP(sample_logps, SampleLogps)
 
 #define VLMK_DECLARE_CPU(NAME, PARAMS) void NAME(const PARAMS&, int threads);
 #define VLMK_DECLARE_CUDA(NAME, PARAMS) void NAME(const PARAMS&, int device, uintptr_t stream);

@@ -13,6 +13,7 @@ from vlmkernels.ops.merge_image_features import merge_image_features, placeholde
 from vlmkernels.ops.mrope_positions import MropePositions, mrope_positions
 from vlmkernels.ops.pack_patches import PackedPatches, pack_patches
 from vlmkernels.ops.rotary import mrope_axes, rotary, rotary_table
+from vlmkernels.ops.sample_logps import SampledTokens, sample_logps
 from vlmkernels.ops.tree_attention import TreeLayout, tree_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 from vlmkernels.ops.vision_layout import VisionLayout, vision_layout
@@ -26,6 +27,7 @@ __all__ = [
     "LinearGRPOLossOutput",
     "MropePositions",
     "PackedPatches",
+    "SampledTokens",
     "TreeLayout",
     "VisionLayout",
     "VocabParallel",
@@ -45,6 +47,7 @@ __all__ = [
     "placeholder_positions",
     "rotary",
     "rotary_table",
+    "sample_logps",
     "tree_attention",
     "use_backend",
     "varlen_attention",
