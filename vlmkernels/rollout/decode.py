@@ -502,8 +502,19 @@ def make_decoder(
         raise ValueError("tokenizer must be given with stop_strings, got None")
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt, got none")
+    if uniform is not None:
+        _check_uniform(uniform, (len(group), sampling.max_new_tokens))
     check_tree_attention(base_model(model))
     vocab_size = model.config.get_text_config().vocab_size
     sampler = TokenSampler(sampling, prompts, group, vocab_size, uniform)
     completions = Completions(len(group), sampling, tokenizer)
     return Decoder(model, prompts, group, min(max_num_seqs or len(group), len(group)), max_tokens, sampler, completions)
+
+
+def _check_uniform(uniform: torch.Tensor, shape: tuple[int, int]) -> None:
+    if uniform.shape != shape:
+        raise ValueError(f"uniform must be {shape}, one number per token, got {tuple(uniform.shape)}")
+    bad = ~((uniform >= 0) & (uniform < 1))
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(f"uniform must be in [0, 1), got {uniform[row, column].item()} at ({row}, {column})")
