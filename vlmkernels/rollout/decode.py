@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmkernels.models.attention import check_tree_attention
 from vlmkernels.models.cut import cut_packs
+from vlmkernels.models.few_rows import few_rows_linears
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
@@ -425,7 +426,8 @@ def decode_groups(
     decoder = make_decoder(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
-    decoder.run()
+    with few_rows_linears(model):
+        decoder.run()
     return decoder.decoded(with_turns=False)
 
 
@@ -470,7 +472,8 @@ def decode_trajectories(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
     decoder.episodes, decoder.keeps_features = episodes, keeps_features
-    decoder.run()
+    with few_rows_linears(model):
+        decoder.run()
     return decoder.decoded(with_turns=True)
 
 
