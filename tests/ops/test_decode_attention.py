@@ -1,7 +1,5 @@
 """decode_attention: every backend against attention of each slot over its own copy of its path, in fp64."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from support.budget import assert_within_budget
@@ -263,9 +261,11 @@ def test_grouped_once(need, device, backend):
     again, again_lse, levels = case.run(backend, where, KeyValues.grouped)
     assert torch.equal(out, again)
     assert torch.equal(lse, again_lse)
-    order, offsets = levels[1].order.tolist(), levels[1].offsets.tolist()
-    assert [order[a:b] for a, b in pairwise(offsets)] == [[1], [0], [2]]
-    assert levels[2].offsets.tolist() == [1, 2, 3]
+    assert levels[1].order.tolist() == [1, 0, 2]
+    assert levels[1].rank.tolist() == [0, 0, 0]
+    assert levels[2].rank.tolist() == [-1, 0, 0]
+    assert levels[0].order.tolist() == [1, 2, 0]
+    assert levels[0].rank.tolist() == [0, 1, 0]
     assert levels[3].order is None
 
 
