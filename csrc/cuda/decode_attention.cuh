@@ -26,7 +26,7 @@ constexpr int kDecodeWarps = kDecodeThreads / 32;
 constexpr int kDecodeKeys = 64;  // keys of a block
 constexpr int kDecodeStages = 3;
 constexpr int kDecodeWidth = kDecodeMaxWidth;
-constexpr int kDecodeResident = 3;  // blocks per multiprocessor: at most 168 registers per thread
+constexpr int kDecodeResident = 2;  // blocks per multiprocessor: at most 255 registers per thread
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kDecodeLowest =
     -3.4028234663852886e38f;  // the maximum starts at a finite value: -inf - lowest is -inf, not NaN
@@ -208,7 +208,7 @@ VLMK_DEVICE void decode_load(uint4* buffer, const DecodeTokens<T>& tokens, int f
     constexpr uint32_t kNaNs = 0x7fff7fffu;
     static_assert(kDecodeThreads % kVectors == 0);
     const int vector = threadIdx.x % kVectors, feature = vector * kVec<T>;
-#pragma unroll
+#pragma unroll 2
     for (int key = threadIdx.x / kVectors; key < kDecodeKeys; key += kDecodeThreads / kVectors) {
         uint4* to = buffer + decode_place<kVectors, kValues>(key, vector);
         const bool inside = first + key < end;
@@ -348,21 +348,23 @@ VLMK_DEVICE void decode_part(const DecodeArguments& a, const DecodeTile& tile, u
     const int part = static_cast<int>(a.p.part), padded = static_cast<int>(decode_row(a.p.value_width)) - 16;
     const auto keys = decode_tokens<T, false>(a, tile);
     const auto values = decode_tokens<T, true>(a, tile);
+    const int first_row = kRowWarps == 1 ? 0 : 16 * warp;
 
     DecodeSums<kWidth> sums;
-    DecodeRow rows[2];
+    bool active = false;
     uint4 query[kWidth / 32][2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        rows[r] = decode_row_of(a, tile, (kRowWarps == 1 ? 0 : 16 * warp) + g + 8 * r);
-        sums.begin[r] = rows[r].slot < 0 ? tile.held : decode_begin(a, tile.level, rows[r].slot);
-        const T* q = rows[r].slot < 0 ? nullptr
-                                      : static_cast<const T*>(a.p.query) + rows[r].slot * a.p.query_stride_slot +
-                                            rows[r].head * a.p.query_stride_head;
+        const DecodeRow row = decode_row_of(a, tile, first_row + g + 8 * r);
+        sums.begin[r] = row.slot < 0 ? tile.held : decode_begin(a, tile.level, row.slot);
+        active |= row.slot >= 0;
+        const T* q = row.slot < 0 ? nullptr
+                                  : static_cast<const T*>(a.p.query) + row.slot * a.p.query_stride_slot +
+                                        row.head * a.p.query_stride_head;
 #pragma unroll
         for (int x = 0; x < kWidth / 32; ++x) query[x][r] = decode_vector(q, 32 * x + 8 * t, keys.width);
     }
-    const bool active = __any_sync(kAllLanes, rows[0].slot >= 0 || rows[1].slot >= 0);
+    active = __any_sync(kAllLanes, active);
 
     // From the block of keys in which the first row begins. All warps find the same one.
     int start = tile.held;
@@ -420,8 +422,9 @@ VLMK_DEVICE void decode_part(const DecodeArguments& a, const DecodeTile& tile, u
     if constexpr (kRowWarps > 1) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            if (rows[r].slot < 0) continue;
-            float* row = decode_partial(a, tile, rows[r]);
+            const DecodeRow to = decode_row_of(a, tile, first_row + g + 8 * r);
+            if (to.slot < 0) continue;
+            float* row = decode_partial(a, tile, to);
             decode_store(sums, r, row, padded);
             if (t == 0) {
                 row[padded] = sums.m[r];
