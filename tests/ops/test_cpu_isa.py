@@ -9,7 +9,7 @@ import pytest
 
 from vlmkernels import backend
 
-OPS = ("gather_logps", "group_advantages", "grpo_loss", "linear_logps", "pack_patches", "rotary")
+OPS = ("decode_attention", "gather_logps", "group_advantages", "grpo_loss", "linear_logps", "pack_patches", "rotary")
 VALUES = "matches_fp64 or extreme or leading_strides or narrowed_in_place or sizes or any_strides or many_images"
 
 

@@ -1,9 +1,13 @@
 """decode_attention in Triton. A program reads a part of a segment once, for one key head and up to BLOCK_M rows.
 
-A row is a query head of a slot. The slots that read a segment are neighbors in ``order``; every T-th of them starts a tile. The
-grid follows the shapes of the buffers: programs without a tile, and parts beyond the length of their segment, end at once. A part
-gives (m, l, acc) of its rows: m = max s_j, l = sum 2^(s_j - m), acc = sum 2^(s_j - m) v_j, with s_j = q . k_j scale log2(e).
+A row is a query head of a slot. The slots that read a segment are neighbors in ``order``; every SLOTS-th of them starts a tile.
+The grid follows the shapes of the buffers: programs without a tile, and parts beyond the length of their segment, end at once.
+A part gives (m, norm, acc) of its rows, with s_j = q . k_j scale log2(e):
+
+m = max s_j, norm = sum 2^(s_j - m), acc = sum 2^(s_j - m) v_j. The result of a row merges its parts: acc / norm.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,10 +17,22 @@ from vlmkernels.ops.decode_attention.inputs import part_size
 from vlmkernels.ops.launch import unsupported_dtype
 from vlmkernels.ops.layout import unsupported_last_axis
 
-BLOCK_M = 64  # rows of a tile, at most; tl.dot needs 16 at least
-BLOCK_N = {2: 64, 4: 32}  # keys of a block, by the bytes of an element
 MAX_WIDTH = 256
+
+
+class Blocks(NamedTuple):
+    """The block sizes of ``decode_parts_kernel``. tl.dot needs 16 at least."""
+
+    rows: int  # of a tile, at most
+    keys: int
+    width: int  # features that a product sums over: products without tensor cores hold their operands in registers
+
+
+# By the bytes of an element. None has been tuned on a GPU; they fit in 96 KiB of shared memory.
+BLOCKS = {2: Blocks(64, 64, MAX_WIDTH), 4: Blocks(16, 16, 16)}
+WIDE = Blocks(32, 32, MAX_WIDTH)  # 16-bit heads of more than 128 features
 NUM_WARPS = 4
+NUM_STAGES = 2
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2E = 1.4426950408889634
@@ -66,12 +82,12 @@ def hidden_tokens(held_ptr, slot, mask, S, window, LEVEL: tl.constexpr, LEVELS: 
 
 
 @triton.jit
-def add_scores(s, m, l):
+def add_scores(s, m, norm):
     """The new maximum, the shares 2^(s - m), their sum and the factor of earlier sums."""
     top = tl.maximum(m, tl.max(s, 1))
     shares = tl.exp2(s - top[:, None])
     alpha = tl.exp2(m - top)
-    return top, shares, l * alpha + tl.sum(shares, 1), alpha
+    return top, shares, norm * alpha + tl.sum(shares, 1), alpha
 
 
 @triton.jit(do_not_specialize=["S", "N", "parts", "first_part", "num_pages", "window", "part_size"])
@@ -123,6 +139,7 @@ def decode_parts_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    CHUNK: tl.constexpr,  # of the features, for a product
 ):
     """Grid (S, Hkv cdiv(SHARED, HEADS), parts of the level)."""
     i = tl.program_id(0)
@@ -156,15 +173,14 @@ def decode_parts_kernel(
 
     d = tl.arange(0, BLOCK_D)
     c = tl.arange(0, BLOCK_DV)
-    q_ptr = query_ptr + slot.to(tl.int64)[:, None] * query_stride_s + head[:, None] * query_stride_h + d[None, :]
-    q = tl.load(q_ptr, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    q_row = query_ptr + slot.to(tl.int64) * query_stride_s + head * query_stride_h
+    q = tl.load(q_row[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
     base = segment.to(tl.int64) if table_ptr is None else 0
     k_ptr = key_ptr + base * key_stride_n + h * key_stride_h
     v_ptr = value_ptr + base * value_stride_n + h * value_stride_h
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    norm = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    q_operand = q.to(tl.float32) if WIDEN else q
     for at in range(start, end, BLOCK_N):
         j = at + tl.arange(0, BLOCK_N)
         inside = j < end
@@ -178,17 +194,27 @@ def decode_parts_kernel(
             page = tl.where(inside, page, 0).to(tl.int64)
             k_row = page * key_stride_n + (j % page_size).to(tl.int64) * key_stride_l
             v_row = page * value_stride_n + (j % page_size).to(tl.int64) * value_stride_l
-        k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
         v = tl.load(v_ptr + v_row[:, None] + c[None, :], mask=inside[:, None] & (c < DV)[None, :], other=0.0)
-        k_operand = k.to(tl.float32) if WIDEN else k
-        s = tl.dot(q_operand, k_operand, input_precision="ieee") * scale
+        s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for skipped in tl.static_range(0, BLOCK_D, CHUNK):
+            f = skipped + tl.arange(0, CHUNK)
+            k = tl.load(k_ptr + k_row[None, :] + f[:, None], mask=inside[None, :] & (f < D)[:, None], other=0.0)
+            if CHUNK == BLOCK_D:
+                x = q
+            else:
+                x = tl.load(q_row[:, None] + f[None, :], mask=valid[:, None] & (f < D)[None, :], other=0.0)
+            if WIDEN:
+                x = x.to(tl.float32)
+                k = k.to(tl.float32)
+            s = tl.dot(x, k, s, input_precision="ieee")
+        s *= scale
         seen = (j < end)[None, :]
         if WINDOW:
             seen = seen & (j[None, :] >= begin[:, None])
         if table_ptr is not None:
             s = tl.where(lost[None, :], float("nan"), s)
         s = tl.where(seen, s, -float("inf"))
-        m, shares, l, alpha = add_scores(s, m, l)
+        m, shares, norm, alpha = add_scores(s, m, norm)
         shares = shares.to(v.dtype)
         if WIDEN:
             shares = shares.to(tl.float32)
@@ -210,7 +236,7 @@ def decode_parts_kernel(
                 v_ptr += page.to(tl.int64) * value_stride_n
                 place = stored % page_size
                 s = tl.where(exists, s, float("nan"))
-            m, shares, l, alpha = add_scores(s, m, l)
+            m, shares, norm, alpha = add_scores(s, m, norm)
             acc = acc * alpha[:, None] + shares * v.to(tl.float32)[None, :]
             if tl.program_id(1) % head_tiles == 0:
                 tl.store(k_ptr + place.to(tl.int64) * key_stride_l + d, k, mask=(d < D) & exists)
@@ -219,7 +245,7 @@ def decode_parts_kernel(
     out = (slot.to(tl.int64) * tl.num_programs(1) // head_tiles * SHARED + head) * parts + first_part + part
     tl.store(acc_ptr + out[:, None] * DV + c[None, :], acc, mask=valid[:, None] & (c < DV)[None, :])
     tl.store(sums_ptr + 2 * out, m, mask=valid)
-    tl.store(sums_ptr + 2 * out + 1, l, mask=valid)
+    tl.store(sums_ptr + 2 * out + 1, norm, mask=valid)
 
 
 @triton.jit(do_not_specialize=["S", "parts", "window", "part_size"])
@@ -244,26 +270,26 @@ def decode_merge_kernel(
     slot = (row // heads).to(tl.int32)
     c = tl.arange(0, BLOCK_DV)
     m = LOWEST + tl.zeros((), tl.float32)
-    l = tl.zeros((), tl.float32)
+    norm = tl.zeros((), tl.float32)
     acc = tl.zeros((BLOCK_DV,), tl.float32)
     for level in tl.static_range(LEVELS):
         held = tl.load(held_ptr + level * S + slot)
         begin = 0
         if WINDOW:
             begin = hidden_tokens(held_ptr, slot, slot < S, S, window, level, LEVELS)
-        l = tl.where(held < 0, float("nan"), l)
+        norm = tl.where(held < 0, float("nan"), norm)
         for part in range(begin // part_size, tl.cdiv(held, part_size)):
             at = row * parts + level * (parts // LEVELS) + part
             other = tl.load(sums_ptr + 2 * at)
             top = tl.maximum(m, other)
             alpha = tl.exp2(m - top)
             share = tl.exp2(other - top)
-            l = l * alpha + tl.load(sums_ptr + 2 * at + 1) * share
+            norm = norm * alpha + tl.load(sums_ptr + 2 * at + 1) * share
             acc = acc * alpha + tl.load(acc_ptr + at * DV + c, mask=c < DV, other=0.0) * share
             m = top
-    total = tl.where(l == 0.0, 1.0, l)
+    total = tl.where(norm == 0.0, 1.0, norm)
     tl.store(out_ptr + row * DV + c, (acc / total).to(out_ptr.dtype.element_ty), mask=c < DV)
-    tl.store(lse_ptr + row, tl.where(l == 0.0, -float("inf"), (m + tl.log2(total)) * LN2))
+    tl.store(lse_ptr + row, tl.where(norm == 0.0, -float("inf"), (m + tl.log2(total)) * LN2))
 
 
 def fwd(query, key, value, levels, window, scale, out, lse):
@@ -276,7 +302,9 @@ def fwd(query, key, value, levels, window, scale, out, lse):
     acc = lse.new_empty(slots, heads, parts, value_width)
     sums = lse.new_empty(slots, heads, parts, 2)
     shared = heads // key_heads
-    few = min(shared, BLOCK_M)  # heads of a tile
+    block_d, block_dv = (max(16, triton.next_power_of_2(x)) for x in (width, value_width))
+    blocks = WIDE if query.element_size() == 2 and max(block_d, block_dv) > 128 else BLOCKS[query.element_size()]
+    few = min(shared, blocks.rows)  # heads of a tile
     with torch.cuda.device_of(query):
         for index, level in enumerate(levels):
             decode_lengths_kernel[(triton.cdiv(slots, 128),)](
@@ -296,7 +324,7 @@ def fwd(query, key, value, levels, window, scale, out, lse):
                 continue
             tiled = level.segment is not None and not appends
             level = level.grouped() if tiled else level
-            together = max(1, min(BLOCK_M // few, slots)) if tiled else 1
+            together = max(1, min(blocks.rows // few, slots)) if tiled else 1
             table = level.block_table
             decode_parts_kernel[(slots, key_heads * triton.cdiv(shared, few), level_parts)](
                 query,
@@ -336,10 +364,12 @@ def fwd(query, key, value, levels, window, scale, out, lse):
                 SLOTS=together,
                 WIDEN=INTERPRETED,
                 BLOCK_M=max(16, triton.next_power_of_2(few * together)),
-                BLOCK_N=BLOCK_N[query.element_size()],
-                BLOCK_D=max(16, triton.next_power_of_2(width)),
-                BLOCK_DV=max(16, triton.next_power_of_2(value_width)),
+                BLOCK_N=blocks.keys,
+                BLOCK_D=block_d,
+                CHUNK=min(blocks.width, block_d),
+                BLOCK_DV=block_dv,
                 num_warps=NUM_WARPS,
+                num_stages=NUM_STAGES,
             )
         decode_merge_kernel[(slots * heads,)](
             held,
