@@ -50,6 +50,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("kl_estimators") = name_tuple(names_of(KlEstimator{}));
     m.attr("grpo_columns") = name_tuple(GrpoColumn::kNames);
     m.attr("grpo_stats") = name_tuple(GrpoStat::kNames);
+    m.attr("decode_max_width") = kDecodeMaxWidth;
     m.attr("rotary_max_pairs") = kRotaryMaxPairs;
 
     def_struct<DecodeAttention>(m);
