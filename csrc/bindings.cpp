@@ -51,6 +51,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("grpo_columns") = name_tuple(GrpoColumn::kNames);
     m.attr("grpo_stats") = name_tuple(GrpoStat::kNames);
     m.attr("rotary_max_pairs") = kRotaryMaxPairs;
+    m.attr("token_block") = kTokenBlock;
 
     def_struct<GatherLogps>(m);
     def_struct<GroupAdvantages>(m);
