@@ -240,7 +240,7 @@ VLMK_DEVICE float greatest_with(double need, float low, float high, int last_bit
     }
     // The lower bits of a negative score are ones in its key.
     if (last_bit > 0 && !(key & 0x80000000u)) key |= (1u << last_bit) - 1;
-    return unordered(key < lowest ? lowest : key);
+    return unordered(min(max(key, lowest), ordered(high)));
 }
 
 // The filters' threshold.

