@@ -22,6 +22,7 @@ from vlmkernels.ops.grpo_loss.config import Scalars
 from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
 from vlmkernels.ops.linear_logps import triton_fused as linear_logps_fused
 from vlmkernels.ops.pack_patches.triton import BLOCK_F
+from vlmkernels.ops.sample_logps import triton as sample_logps
 
 # Types of arguments. "16" after a type says that the value is a multiple of 16, which Triton finds at run time.
 GATHER = {"N": "i32", "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16"}
@@ -124,6 +125,17 @@ FUSED_FORWARD = {
 }  # fmt: skip
 WITHOUT_LOGITS = {"step_weight": 1, "WIDEN": False, "TMA": False, "GROUP": linear_logps_fused.GROUP}
 LINEAR_MERGE = {**FUSED_FORWARD, **MERGE, "inverse": "fp32"}
+SAMPLE = {
+    "logits_ptr": "*bf16:16", "seen_ptr": "*i1:16", "banned_ptr": "*i1:16", "banned_rows_ptr": "*i64:16",
+    "sums_ptr": "*fp32:16", "uniform_ptr": "*fp64:16", "ids_ptr": "*i64:16", "logps_ptr": "*fp32:16",
+    "log_kept_mass_ptr": "*fp32:16", "entropy_ptr": "*fp32:16", "V": "i32:16", "stride": "i32:16", "seen_stride": "i32:16",
+    "num_banned": "i32", "blocks": "i32", "tiles": "i32", "penalty": "fp32", "inverse_penalty": "fp32", "temperature": "fp32",
+    "scale": "fp32", "top_k": "i64", "removable": "fp32", "min_p_distance": "fp32",
+}  # fmt: skip
+TOKENS = {"BLOCK": sample_logps.BLOCK.value, "TILE_BLOCKS": sample_logps.TILE_BLOCKS}
+EVERY_TOKEN = TOKENS | dict.fromkeys(("seen_ptr", "banned_ptr", "banned_rows_ptr"))
+GREEDY = TOKENS | {"FILTERED": False, "uniform_ptr": None}
+DRAW = {"ZERO_BITS": 0, "BLOCK_B": 256}
 
 
 def surrogate(name: str) -> dict:
@@ -193,6 +205,14 @@ KERNELS = [
             {"INVERSE": False, "WIDTH": 80, "PAIRS": 40, "BLOCK_P": 64, "BLOCK_R": 1},  # the vision towers of Qwen-VL
             {"INVERSE": True, "WIDTH": 256, "PAIRS": 32, "BLOCK_P": 32, "BLOCK_R": 256},  # a quarter of each head: Qwen3.5
         )
+    ),
+    *(
+        ("sample_logps", "sample_sums_kernel", SAMPLE, constants, sample_logps.SUMS_WARPS)
+        for constants in (TOKENS, EVERY_TOKEN)
+    ),
+    *(
+        ("sample_logps", "sample_draw_kernel", SAMPLE, constants | DRAW, sample_logps.DRAW_WARPS)
+        for constants in (TOKENS | {"FILTERED": True}, EVERY_TOKEN | {"FILTERED": False}, GREEDY)
     ),
     *(
         ("tree_attention.merge", "merge_kernel", MERGE_PARTS, {**rows, "D": 128, "BLOCK_N": 16, "BLOCK_D": 128}, 4)
