@@ -6,6 +6,7 @@ completion's own keys and values, and the next turn follows. While tools run, ot
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +21,7 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
 from vlmkernels.models.packs import pack_groups, pack_trees
 from vlmkernels.models.positions import prompt_positions, segment_positions
+from vlmkernels.models.router_replay import ExpertRecorder, RoutedExperts
 from vlmkernels.models.trajectories import Turns, chain, join, text_inputs
 from vlmkernels.models.tree_cache import StoredCompletion, TreeCache, on_device
 from vlmkernels.rollout.base import Sampling, pad_token_ids
@@ -43,6 +45,7 @@ class Decoded(NamedTuple):
             log-probability that a token was sampled with; with a repetition penalty, log_kept_mass is defined by this and is
             not the log of a probability. 0 where logps is 0; None if ``logps`` is None. See docs/mismatch.md.
         turns: the segments of completions with tools; None without tools.
+        routed_experts: the experts of each token, with ``record_experts``.
     """
 
     ids: torch.Tensor
@@ -51,6 +54,7 @@ class Decoded(NamedTuple):
     logps: torch.Tensor | None = None
     log_kept_mass: torch.Tensor | None = None
     turns: Turns | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 class Completions:
@@ -152,6 +156,7 @@ class Decoder:
     Attributes:
         episodes: the conversations with tools; None if every completion is one turn.
         keeps_features: whether the results have image features in place of pixels in ``Decoded.turns``.
+        experts: records the experts of each token; None if they are not recorded.
     """
 
     def __init__(
@@ -168,6 +173,7 @@ class Decoder:
         self.sampler, self.completions = sampler, completions
         self.episodes: Episodes | None = None
         self.keeps_features = False
+        self.experts: ExpertRecorder | None = None
         self.encoded: dict[tuple[int, ...], ModelInputs] = {}  # results with features, by the keys of their images
         self.device = prompts.inputs["input_ids"].device
         self.plain = base_model(model)
@@ -187,6 +193,10 @@ class Decoder:
 
     def run(self) -> None:
         """Decode until every completion has ended."""
+        with nullcontext() if self.experts is None else self.experts:
+            self._run()
+
+    def _run(self) -> None:
         while self.pending or self.slots or self.stored:
             slots = self.cache.num_slots
             free = slots - len(self.slots)
@@ -242,6 +252,8 @@ class Decoder:
         pack = pack_groups(inputs, self.positions[..., prompts, :], no_group, no_ids, no_ids.bool(), chosen.family)
         self.cache.begin(prompts, list(pack.inputs["tree_layout"].lengths))
         self.first_logits |= dict(zip(prompts, self._last_logits(pack.inputs), strict=True))
+        if self.experts is not None:
+            self.experts.add_prompts(prompts, self.experts.take())
 
     def _last_logits(self, inputs: dict) -> torch.Tensor:
         """Run a pack of sequences and return the logits (sequences, V) of the last token of each."""
@@ -269,6 +281,8 @@ class Decoder:
             tree_cache=self.cache,
             use_cache=False,
         ).logits[0]
+        if self.experts is not None:
+            self.experts.add_tokens(self.slots, [n - 1 for n in lengths], self.experts.take())
         self._free_slots(self._sample(self.slots, logits))
 
     def _free_slots(self, ended: list[bool]) -> None:
@@ -335,6 +349,10 @@ class Decoder:
             list(pack["tree_layout"].lengths),
         )
         logits = self._last_logits(pack)
+        if self.experts is not None:
+            counts = pack["tree_layout"].lengths
+            places = [(k, start + n) for k, start, count in zip(completions, stored, counts, strict=True) for n in range(count)]
+            self.experts.add_tokens([k for k, _ in places], [place for _, place in places], self.experts.take())
         for k, result in zip(completions, results, strict=True):
             self.completions.observe(k, result)
             self.sampler.see(k, result.inputs["input_ids"][0])
@@ -406,6 +424,7 @@ def decode_groups(
     tokenizer: PreTrainedTokenizerBase | None = None,
     as_generate: bool = False,
     uniform: torch.Tensor | None = None,
+    record_experts: bool = False,
 ) -> Decoded:
     """Sample completions as ``model.generate`` does on ``num_generations`` copies of each prompt.
 
@@ -425,6 +444,7 @@ def decode_groups(
             and ``uniform``.
         uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU, one random number per token. Default: from the CPU's random
             state.
+        record_experts: record the experts of each token; see ``vlmkernels.models.router_replay``.
 
     Returns:
         See ``Decoded``.
@@ -447,8 +467,7 @@ def decode_groups(
     decoder = make_decoder(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
-    decoder.run()
-    return decoder.completions.decoded(prompts, with_turns=False)
+    return _decode(decoder, with_turns=False, record_experts=record_experts)
 
 
 @torch.no_grad()
@@ -463,6 +482,7 @@ def decode_trajectories(
     tokenizer: PreTrainedTokenizerBase | None = None,
     uniform: torch.Tensor | None = None,
     keeps_features: bool = False,
+    record_experts: bool = False,
 ) -> Decoded:
     """Sample completions of several turns: the results of the tools that a turn calls are appended, and the next turn follows.
 
@@ -478,6 +498,7 @@ def decode_trajectories(
         max_tokens: maximum number of tokens of prompts, or of results, in one forward pass. A result runs in one pass.
         uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU; see ``decode_groups``.
         keeps_features: return results with image features in place of pixels; see ``encode_images``.
+        record_experts: see ``decode_groups``.
 
     Returns:
         See ``Decoded``, with ``turns``.
@@ -492,8 +513,17 @@ def decode_trajectories(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
     decoder.episodes, decoder.keeps_features = episodes, keeps_features
+    return _decode(decoder, with_turns=True, record_experts=record_experts)
+
+
+def _decode(decoder: Decoder, *, with_turns: bool, record_experts: bool) -> Decoded:
+    if record_experts:
+        decoder.experts = ExpertRecorder(decoder.model, decoder.prompts, len(decoder.group))
     decoder.run()
-    return decoder.completions.decoded(prompts, with_turns=True)
+    decoded = decoder.completions.decoded(decoder.prompts, with_turns=with_turns)
+    if decoder.experts is None:
+        return decoded
+    return decoded._replace(routed_experts=decoder.experts.routed(decoded.ids.shape[1]))
 
 
 def make_decoder(
