@@ -8,8 +8,8 @@ import torch
 import transformers
 from support import tiny, tiny_families
 from support.groups import PAD, processed
-from support.scripted_episodes import ScriptedEpisodes, sample_of
 from support.tiny_families import EXPERTS
+from support.trajectories import ScriptedEpisodes, sample_of
 from support.trees import segments_of
 
 from vlmkernels.models.attention import use_tree_attention
@@ -72,7 +72,7 @@ def logps_of(model, batch):
 
 def score(model, batch):
     """The log-probabilities of a batch and the experts that its tokens ran through, (T, M, K)."""
-    recorder = ExpertRecorder(model, ModelInputs(batch.inputs | {"attention_mask": torch.ones(1, 1)}, {}, None), 0)
+    recorder = ExpertRecorder(model, ModelInputs(batch.inputs | {"attention_mask": torch.ones(1, 1)}, {}, None), 0, 1)
     with recorder:
         return logps_of(model, batch).detach(), recorder.take()
 
@@ -230,9 +230,9 @@ def test_errors():
     with pytest.raises(NotImplementedError, match="model must support router replay: Qwen2ForCausalLM must have MoE layers"):
         use_router_replay(text)
     with pytest.raises(NotImplementedError, match="model must be prepared by use_router_replay to record experts"):
-        ExpertRecorder(text, processed("text"), 1)
+        ExpertRecorder(text, processed("text"), 1, 1)
     model = prepared("qwen3_vl_moe")
-    recorder = ExpertRecorder(model, processed("qwen3_vl_moe"), 1)
+    recorder = ExpertRecorder(model, processed("qwen3_vl_moe"), 1, 1)
     with pytest.raises(RuntimeError, match="a forward pass must have recorded experts, got none of MoE layer 0"):
         recorder.take()
     ids = torch.tensor([[60, 61]])

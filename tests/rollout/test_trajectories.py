@@ -1,49 +1,17 @@
 """Multi-turn decoding, packs and padded rows of trajectories, against runs of each trajectory by itself."""
 
-import copy
-import random
-
 import pytest
 import torch
-from support import tiny_families
 from support.double import InDouble
 from support.groups import PAD, SHARING, amplified
-from support.scripted_episodes import ScriptedEpisodes, sample_of
-from support.trees import segments_of
+from support.trajectories import ScriptedEpisodes, media_tokens, sample_of, setting, vocabulary_ends
 
 from vlmkernels.models.attention import undo_tree_attention, use_tree_attention
-from vlmkernels.models.families import family_of
 from vlmkernels.models.trajectories import Turns, chain, text_inputs
 from vlmkernels.rollout.base import Rollout, Sampling
 from vlmkernels.rollout.decode import decode_trajectories
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # raised by processors with NumPy 2
-
-
-def media_tokens(model):
-    ids = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
-    return [token for token in ids if token is not None]
-
-
-def setting(name, images=True):
-    """A model, two prompts, the trajectories' prompts and their results: of several turns, with images, and none."""
-    case = tiny_families.case(name)
-    count = len(case.samples)
-    spans = family_of(case.model.config).bidirectional
-    with_images = images and not (spans is not None and spans.linked)
-    chosen = [1, 0, *(range(count) if with_images else [0, 0])]
-    segments = segments_of(name, chosen)
-    if name.startswith("paligemma"):
-        segments.inputs["token_type_ids"][1] = 0
-    prompts = segments.select(torch.tensor([0, 1]))
-    results = [sample_of(segments, 2 + k) for k in range(len(chosen) - 2)]
-    group = [0, 0, 0, 1, 1]
-    return (
-        copy.deepcopy(case.model).eval(),
-        prompts,
-        group,
-        [[results[0], results[-1]], [results[-1]], [], [results[-1], results[0]], [results[0]]],
-    )
 
 
 def by_itself(model, prompt, results, sampling, ends):
@@ -68,12 +36,6 @@ def by_itself(model, prompt, results, sampling, ends):
             return parts, turn, logps
         if token in ends or length == sampling.max_new_tokens:
             return parts, turn, logps
-
-
-def vocabulary_ends(model):
-    """Half of the text tokens end a turn, so that turns of a random model are short."""
-    size = model.config.get_text_config().vocab_size
-    return [token for token in range(size) if random.Random(token).random() < 0.3]
 
 
 @pytest.mark.parametrize("name", SHARING)

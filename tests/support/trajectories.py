@@ -1,8 +1,13 @@
-"""Tools with given results, for decoding of several turns."""
+"""Trajectories with given results of tools."""
 
+import copy
 import random
 
 import torch
+
+from support import tiny_families
+from support.trees import segments_of
+from vlmkernels.models.families import family_of
 
 
 class Observation:
@@ -50,3 +55,35 @@ def sample_of(segments, index):
     per_token = [name for name in one.inputs if segments.family.axis(name) == "token"]
     one.inputs.update({name: one.inputs[name][:, mask] for name in per_token})
     return one
+
+
+def media_tokens(model):
+    ids = [getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")]
+    return [token for token in ids if token is not None]
+
+
+def setting(name, images=True):
+    """A model, two prompts, the trajectories' prompts and their results: of several turns, with images, and none."""
+    case = tiny_families.case(name)
+    count = len(case.samples)
+    spans = family_of(case.model.config).bidirectional
+    with_images = images and not (spans is not None and spans.linked)
+    chosen = [1, 0, *(range(count) if with_images else [0, 0])]
+    segments = segments_of(name, chosen)
+    if name.startswith("paligemma"):
+        segments.inputs["token_type_ids"][1] = 0
+    prompts = segments.select(torch.tensor([0, 1]))
+    results = [sample_of(segments, 2 + k) for k in range(len(chosen) - 2)]
+    group = [0, 0, 0, 1, 1]
+    return (
+        copy.deepcopy(case.model).eval(),
+        prompts,
+        group,
+        [[results[0], results[-1]], [results[-1]], [], [results[-1], results[0]], [results[0]]],
+    )
+
+
+def vocabulary_ends(model):
+    """Half of the text tokens end a turn, so that turns of a random model are short."""
+    size = model.config.get_text_config().vocab_size
+    return [token for token in range(size) if random.Random(token).random() < 0.3]
