@@ -17,6 +17,8 @@ from transformers.masking_utils import sdpa_mask
 from vlmkernels.models.families import DECODERS, SPANS_BEYOND_WINDOWS, SPANS_IN_WINDOWS_ONLY, recurrent_layers
 from vlmkernels.models.image_features import use_image_features
 from vlmkernels.models.linear_attention import undo_tree_layers, unprepared_layer, use_tree_layers
+from vlmkernels.models.norms import undo_fused_norms, use_fused_norms
+from vlmkernels.models.rotary import undo_fused_rotary, use_fused_rotary
 from vlmkernels.models.tree_cache import TreeCache
 from vlmkernels.ops.fixed_matmul import is_fixed
 from vlmkernels.ops.tree_attention import TreeLayout, tree_attention
@@ -58,11 +60,13 @@ def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Make ``model`` accept packs of trees (see ``pack_trees`` and ``pack_groups``), and image features in place of pixels.
 
     A pack is one sample without padding, with the keyword ``tree_layout``; ``attention_mask`` does not change the hidden states
-    of a pack. Other inputs run as with "sdpa".
+    of a pack. Other inputs run as with "sdpa". Layers that support it use the op ``rotary`` and, on a GPU, one kernel for a
+    norm (``use_fused_rotary``, ``use_fused_norms``): decoding is limited by the number of kernels, and training computes the
+    same.
 
     Changes ``model`` in place: the attention implementation of its text configuration, hooks of ``model.base_model``, and the
-    ``forward`` of recurrent layers (``vlmkernels.models.linear_attention``). ``undo_tree_attention`` undoes all of it except
-    the hooks of ``use_image_features``, which do nothing without its keywords.
+    ``forward`` of recurrent layers (``vlmkernels.models.linear_attention``), of attention layers and of norms of its decoder.
+    ``undo_tree_attention`` undoes all of it except the hooks of ``use_image_features``, which do nothing without its keywords.
 
     Args:
         model: a transformers model without adapters, for which ``prefix_sharing_unsupported`` returns None.
@@ -74,6 +78,7 @@ def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
         raise TypeError(f"model must be a transformers model without adapters, got {type(model).__name__}")
     _set_text_attention(model, NAME)
     use_tree_layers(model.get_decoder())
+    use_fused_norms(use_fused_rotary(model.get_decoder(), where_supported=True))
     if _prepare_pack not in model.base_model._forward_pre_hooks.values():
         model.base_model.register_forward_pre_hook(_prepare_pack, with_kwargs=True)
     return use_image_features(model)
@@ -83,6 +88,7 @@ def undo_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo ``use_tree_attention`` in ``model``, in place, and return it. Its text attention is "sdpa" afterwards."""
     _set_text_attention(model, "sdpa")
     undo_tree_layers(model)
+    undo_fused_norms(undo_fused_rotary(model.get_decoder()))
     hooks = model.base_model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _prepare_pack]:
         del hooks[key], model.base_model._forward_pre_hooks_with_kwargs[key]
