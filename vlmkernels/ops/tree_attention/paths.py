@@ -6,15 +6,16 @@ maximum m of a query's scores does not depend on the order, and hidden keys add 
 with the outer sums in ascending order, so that neither padding nor other segments change a bit. Products and sums are in fp32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import pad
 
+from vlmkernels.ops.decode_attention.inputs import KeyValues
 from vlmkernels.ops.fixed_matmul import fixed_matmul
 from vlmkernels.ops.tree_attention.layout import TreeLayout
 
-ROWS, KEYS = 64, 256
+ROWS, KEYS = 16, 256
 
 
 def unsupported(query: torch.Tensor, layout: TreeLayout | None = None, window: int | None = None) -> str | None:
@@ -67,6 +68,37 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: to
             result = result + _bmm(share, values[block])
         result = torch.where(total > 0, result / total, 0).unflatten(1, (-1, ROWS))  # (Hkv, R, ROWS, Dv)
         out[first : first + rows] = result.permute(2, 0, 1, 3).flatten(1, 2)[:rows].to(out.dtype)
+    return out
+
+
+def decode(
+    query: torch.Tensor,
+    levels: Sequence[KeyValues],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Compute ``decode_attention`` on the CPU with the bits that ``tree_attention`` returns for whole paths."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out = query.new_empty(*query.shape[:2], value.shape[-1])
+    for slot in range(len(query)):
+        paths: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for level in levels:
+            segment = slot if level.segment is None else int(level.segment[slot])
+            if segment < 0:
+                continue
+            length = int(level.lengths[segment])
+            if level is levels[-1]:
+                level.key[segment, :, length], level.value[segment, :, length] = key[slot], value[slot]
+                length += 1
+            for path, stored in zip(paths, (level.key, level.value), strict=True):
+                path.append(stored[segment, :, :length])
+        keys, values = (torch.cat(path, 1).transpose(0, 1) for path in paths)
+        seen = torch.ones(1, len(keys), dtype=torch.bool)
+        if window is not None:
+            seen[:, : max(len(keys) - window, 0)] = False
+        out[slot] = attend(query[slot : slot + 1], keys, values, seen, scale)[0]
     return out
 
 
