@@ -80,6 +80,6 @@ def _computes_rms_norm(kind: type, offset: int) -> bool:
         with torch.device("cpu"), torch.no_grad():
             norm = kind(8, eps=0.1)
             norm.weight.copy_(weight)
-            return _epsilon(norm) == 0.1 and torch.allclose(norm(x), rms_norm(x, (8,), weight + offset, 0.1))
+            return _epsilon(norm) == 0.1 and torch.allclose(norm(x).double(), rms_norm(x, (8,), weight + offset, 0.1).double())
     except (TypeError, AttributeError, RuntimeError, StopIteration):
         return False
