@@ -66,7 +66,7 @@ def test_empty(shape):
     [
         ({"x": torch.ones(3)}, ValueError, r"x must have two axes, got \(3,\)"),
         ({"weight": torch.ones(4, 2)}, ValueError, r"weight must have the shape of x, \(4, 3\), got \(4, 2\)"),
-        ({"weight": torch.ones(4, 3, dtype=torch.bfloat16)}, TypeError, "weight must be float32"),
+        ({"weight": torch.ones(4, 3, dtype=torch.bfloat16)}, TypeError, "weight must have dtype float32, got bfloat16"),
         ({"bias": torch.ones(3)}, ValueError, r"bias must have the shape of weight, \(4,\), got \(3,\)"),
         ({"backend": "triton"}, ValueError, "backend must be one of auto, cpp, torch"),
         ({"x": torch.ones(2, 3).half(), "weight": torch.ones(4, 3).half(), "backend": "cpp"}, NotImplementedError, "float32"),

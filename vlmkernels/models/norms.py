@@ -27,7 +27,8 @@ def use_fused_norms(model: torch.nn.Module) -> torch.nn.Module:
     replaced: dict[type, object] = {}
     for module in model.modules():
         kind = type(module)
-        if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module):
+        has_weight = isinstance(module._parameters.get("weight"), torch.nn.Parameter)  # Gemma 4 has norms without
+        if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module) or not has_weight:
             continue
         if kind not in replaced:
             replaced[kind] = next((f for f, offset in _FORWARDS.items() if _computes_rms_norm(kind, offset)), None)
