@@ -17,6 +17,7 @@ from triton.compiler import ASTSource
 
 from vlmkernels import backend
 from vlmkernels.ops.decode_attention import triton as decode_attention
+from vlmkernels.ops.fixed_matmul import triton as fixed_matmul
 from vlmkernels.ops.group_advantages.triton import BASELINES
 from vlmkernels.ops.grpo_loss.config import Scalars
 from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
@@ -60,6 +61,11 @@ ROTARY = {
     **{f"{x}_stride_{axis}": "i32:16" for x in ("query", "key") for axis in "bsh"},
     **{f"{x}_stride_{axis}": "i32" for x in ("cos", "sin") for axis in "bs"},
 }  # fmt: skip
+MATMUL = {
+    **dict.fromkeys(("a_ptr", "b_ptr", "bias_ptr", "out_ptr"), "*bf16:16"), "M": "i32", "N": "i32:16", "K": "i32:16",
+    "stride_a": "i32:16", "stride_b_k": "i32", "stride_b_n": "i32:16",
+}  # fmt: skip
+FIXED_BLOCKS = {f"BLOCK_{axis}": getattr(fixed_matmul, f"BLOCK_{axis}") for axis in "MNK"}
 MERGE_PARTS = {
     "out_ptr": "*bf16:16", "lse_ptr": "*fp32:16", "part_ptr": "*bf16:16", "part_lse_ptr": "*fp32:16", "rows_ptr": "*i32:16",
     "num_rows": "i32", "lse_stride_h": "i32", "part_lse_stride_h": "i32",
@@ -213,6 +219,10 @@ KERNELS = [
     *(
         ("sample_logps", "sample_draw_kernel", SAMPLE, constants | DRAW, sample_logps.DRAW_WARPS)
         for constants in (TOKENS | {"FILTERED": True}, EVERY_TOKEN | {"FILTERED": False}, GREEDY)
+    ),
+    *(
+        ("fixed_matmul", "fixed_matmul_kernel", {**MATMUL, **types}, {"UPCAST": False, **FIXED_BLOCKS}, 4)
+        for types in ({}, {name: MATMUL[name].replace("bf16", "fp32") for name in MATMUL if name.endswith("_ptr")})
     ),
     *(
         ("tree_attention.merge", "merge_kernel", MERGE_PARTS, {**rows, "D": 128, "BLOCK_N": 16, "BLOCK_D": 128}, 4)

@@ -5,6 +5,7 @@ functions below set this name; they change no weights.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import transformers
@@ -19,7 +20,9 @@ from vlmkernels.models.linear_attention import undo_tree_layers, unprepared_laye
 from vlmkernels.models.norms import undo_fused_norms, use_fused_norms
 from vlmkernels.models.rotary import undo_fused_rotary, use_fused_rotary
 from vlmkernels.models.tree_cache import TreeCache
+from vlmkernels.ops.fixed_matmul import is_fixed
 from vlmkernels.ops.tree_attention import TreeLayout, tree_attention
+from vlmkernels.ops.tree_attention.paths import Recomputed, attend
 from vlmkernels.ops.varlen_attention import varlen_attention
 
 NAME = "vlmkernels"
@@ -215,6 +218,8 @@ def _attention(
         if attention_mask is None and is_decoder and 1 < count < length:
             # The last tokens only (logits_to_keep, in layers of Gemma 4 with keys of other layers): sdpa would align the first.
             attention_mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril_(length - count)
+        if is_decoder and is_fixed():
+            return _fixed_attention(module, *_autocast(query, key, value), attention_mask, **settings), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     query, key, value = _autocast(query, key, value)
     if tree_layout is None and tree_cache is None:
@@ -240,6 +245,35 @@ def _attention(
     narrower = query.shape[-1] - (width := value.shape[-1])
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, pad(value, (0, narrower)) if narrower else value)]
     return tree_attention(*packed, tree_layout, window=window, scale=scaling)[..., :width].unsqueeze(0), None
+
+
+def _fixed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (B, Hq, T, D)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,  # (B or 1, 1, T, L), bool or added to the scores
+    **settings: Any,
+) -> torch.Tensor:
+    """Attention as by "sdpa", (B, T, Hq, D), but a row depends neither on other rows nor on its padding (``fixed_rows``)."""
+    count, length = query.shape[2], key.shape[2]
+    if mask is None:
+        seen = torch.ones(1, count, length, dtype=torch.bool).tril_(length - count)
+    else:
+        seen = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, :, :length].cpu()
+    scale = query.shape[-1] ** -0.5 if settings["scaling"] is None else settings["scaling"]
+
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for q, k, v, sees in zip(*(x.transpose(1, 2) for x in tensors), seen.expand(len(query), -1, -1), strict=True):
+            first = int(sees.any(0).int().argmax())  # tokens before it are padding
+            rows.append(attend(q, k[first:], v[first:], sees[:, first:], scale))
+        return torch.stack(rows)
+
+    def other(*tensors: torch.Tensor) -> torch.Tensor:
+        return sdpa_attention_forward(module, *tensors, attention_mask=mask, **settings)[0]
+
+    return Recomputed.apply(forward, other, query, key, value)
 
 
 def _exceeds_window(window: int | None, cu_seqlens: torch.Tensor, max_length: int | None) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels.ops.decode_attention import KeyValues, decode_attention
-from vlmkernels.ops.tree_attention import TreeLayout
+from vlmkernels.ops.fixed_matmul import is_fixed
+from vlmkernels.ops.tree_attention import TreeLayout, paths
 
 _SMALLEST = 32  # tokens
 _MULTIPLE = 64  # prompts have memory for a multiple of this number of tokens
@@ -328,6 +329,8 @@ class TreeCache:
         """
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
         levels = self._levels_of(layer, len(query))
+        if is_fixed() and query.device.type == "cpu":
+            return paths.decode(query, levels, key, value, window, scale).unsqueeze(0)
         return decode_attention(query, levels, key=key, value=value, window=window, scale=scale).unsqueeze(0)
 
     def attend_extension(
@@ -360,6 +363,11 @@ class TreeCache:
                 x[slot, :, length:stop] = tokens
                 seen.append(torch.cat([prefix[extension.rows[index], :, :prompt], x[slot, :, :stop]], 1).unsqueeze(0))
             mask = extension.mask(index, layout, window, q.device)
+            if is_fixed():
+                tokens_first = (x.squeeze(0).transpose(0, 1) for x in (q.unsqueeze(0), *seen))
+                factor = q.shape[-1] ** -0.5 if scale is None else scale
+                outputs.append(paths.attend(*tokens_first, mask.cpu(), factor).transpose(0, 1).unsqueeze(0))
+                continue
             outputs.append(
                 scaled_dot_product_attention(
                     q.unsqueeze(0).contiguous(), *seen, attn_mask=mask, scale=scale, enable_gqa=len(q) != seen[0].shape[1]

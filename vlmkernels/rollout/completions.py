@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns, chain, text_inputs
 from vlmkernels.rollout.base import Sampling, pad_token_ids
 from vlmkernels.rollout.token_sampler import stops
@@ -25,6 +26,7 @@ class Decoded(NamedTuple):
             log-probability that a token was sampled with; with a repetition penalty, log_kept_mass is defined by this and is
             not the log of a probability. 0 where logps is 0; None if ``logps`` is None. See docs/mismatch.md.
         turns: the segments of completions with tools; None without tools.
+        routed_experts: the experts of each token, with ``record_experts``.
     """
 
     ids: torch.Tensor
@@ -33,6 +35,7 @@ class Decoded(NamedTuple):
     logps: torch.Tensor | None = None
     log_kept_mass: torch.Tensor | None = None
     turns: Turns | None = None
+    routed_experts: RoutedExperts | None = None
 
 
 class Completions:

@@ -9,6 +9,7 @@ completion's own keys and values, and the next turn follows. While tools run, ot
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
 from vlmkernels.models.packs import pack_groups, pack_trees
 from vlmkernels.models.positions import prompt_positions, segment_positions
+from vlmkernels.models.router_replay import ExpertRecorder
 from vlmkernels.models.trajectories import chain, join
 from vlmkernels.models.tree_cache import StoredCompletion, TreeCache, on_device
 from vlmkernels.rollout.base import RolloutError, Sampling
@@ -56,6 +58,7 @@ class Decoder:
         keeps_features: whether the results have image features in place of pixels in ``Decoded.turns``.
         steps_per_check: the number of steps after which the host reads the sampled tokens.
         graphs: runs decoding steps as graphs; None: they run eagerly.
+        experts: records the experts of each token; None if they are not recorded.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Decoder:
         self.sampler, self.completions = sampler, completions
         self.episodes: Episodes | None = None
         self.keeps_features = False
+        self.experts: ExpertRecorder | None = None
         self.encoded: dict[tuple[int, ...], ModelInputs] = {}  # results with features, by the keys of their images
         self.device = prompts.inputs["input_ids"].device
         self.plain = base_model(model)
@@ -97,6 +101,10 @@ class Decoder:
 
     def run(self) -> None:
         """Decode until every completion has ended."""
+        with self.experts or nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         while self.pending or self.slots.occupied or self.stored:
             slots, occupied = self.cache.num_slots, len(self.slots.occupied)
             free = slots - occupied
@@ -112,7 +120,13 @@ class Decoder:
 
     def decoded(self, *, with_turns: bool) -> Decoded:
         """Return the completions."""
-        return self.completions.decoded(self.prompts, with_turns=with_turns, values=self.slots.values_of_completions())
+        decoded = self.completions.decoded(self.prompts, with_turns=with_turns, values=self.slots.values_of_completions())
+        experts = None if self.experts is None else self.experts.routed(decoded.ids.shape[1])
+        return decoded._replace(routed_experts=experts)
+
+    def record_experts(self) -> None:
+        """Record the experts of each token (``Decoded.routed_experts``)."""
+        self.experts = ExpertRecorder(self.model, self.prompts, len(self.group), self.completions.sampling.max_new_tokens)
 
     def _first_tokens(self, completions: list[int], logits: torch.Tensor) -> list[bool]:
         """Sample the first token of a turn of each of the completions and return which of the turns have ended."""
@@ -180,6 +194,8 @@ class Decoder:
         pack = pack_groups(inputs, self.positions[..., prompts, :], no_group, no_ids, no_ids.bool(), chosen.family)
         self.cache.begin(prompts, list(pack.inputs["tree_layout"].lengths))
         self.first_logits |= dict(zip(prompts, self._last_logits(pack.inputs), strict=True))
+        if self.experts is not None:
+            self.experts.add_prompts(prompts)
 
     def _last_logits(self, inputs: dict) -> torch.Tensor:
         """Run a pack of sequences and return the logits (sequences, V) of the last token of each."""
@@ -255,6 +271,8 @@ class Decoder:
         logits = self._features(
             input_ids=tokens.clamp(min=0).unsqueeze(0), attention_mask=self.mask, position_ids=position_ids, use_cache=False
         )
+        if self.experts is not None:
+            self.experts.add_tokens(torch.where(running, places - 1, self.slots.nowhere))
         sampled = self.sampler(logits, places, ends_from)
         self.slots.store(places, sampled)
         ended = (sampled.ids.unsqueeze(1) == self.eos).any(1) | (places == last)
@@ -314,6 +332,10 @@ class Decoder:
         pack = self._extension(completions, results, encoded)
         self.cache.extend(slots, [self.group[k] for k in completions], stored, list(pack["tree_layout"].lengths))
         logits = self._last_logits(pack)
+        if self.experts is not None:
+            starts = [k * self.slots.budget + length for k, length in zip(completions, stored, strict=True)]
+            parts = zip(starts, pack["tree_layout"].lengths, strict=True)
+            self.experts.add_tokens(torch.cat([torch.arange(start, start + n) for start, n in parts]).to(self.device))
         for k, result in zip(completions, results, strict=True):
             self.completions.observe(k, result)
             self.sampler.see(k, result.inputs["input_ids"][0])
@@ -385,6 +407,7 @@ def decode_groups(
     tokenizer: PreTrainedTokenizerBase | None = None,
     as_generate: bool = False,
     uniform: torch.Tensor | None = None,
+    record_experts: bool = False,
 ) -> Decoded:
     """Sample completions as ``model.generate`` does on ``num_generations`` copies of each prompt.
 
@@ -404,6 +427,7 @@ def decode_groups(
             and ``uniform``.
         uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU, one random number per token. Default: from the CPU's random
             state.
+        record_experts: record the experts of each token; see ``vlmkernels.models.router_replay``.
 
     Returns:
         See ``Decoded``.
@@ -426,6 +450,8 @@ def decode_groups(
     decoder = make_decoder(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
+    if record_experts:
+        decoder.record_experts()
     with few_rows_linears(model):
         decoder.run()
     return decoder.decoded(with_turns=False)
@@ -443,6 +469,7 @@ def decode_trajectories(
     tokenizer: PreTrainedTokenizerBase | None = None,
     uniform: torch.Tensor | None = None,
     keeps_features: bool = False,
+    record_experts: bool = False,
 ) -> Decoded:
     """Sample completions of several turns: the results of the tools that a turn calls are appended, and the next turn follows.
 
@@ -458,6 +485,7 @@ def decode_trajectories(
         max_tokens: maximum number of tokens of prompts, or of results, in one forward pass. A result runs in one pass.
         uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU; see ``decode_groups``.
         keeps_features: return results with image features in place of pixels; see ``encode_images``.
+        record_experts: see ``decode_groups``.
 
     Returns:
         See ``Decoded``, with ``turns``.
@@ -472,6 +500,8 @@ def decode_trajectories(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
     decoder.episodes, decoder.keeps_features = episodes, keeps_features
+    if record_experts:
+        decoder.record_experts()
     with few_rows_linears(model):
         decoder.run()
     return decoder.decoded(with_turns=True)
