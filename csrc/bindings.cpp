@@ -50,8 +50,12 @@ PYBIND11_MODULE(_C, m) {
     m.attr("kl_estimators") = name_tuple(names_of(KlEstimator{}));
     m.attr("grpo_columns") = name_tuple(GrpoColumn::kNames);
     m.attr("grpo_stats") = name_tuple(GrpoStat::kNames);
+    m.attr("decode_max_width") = kDecodeMaxWidth;
     m.attr("rotary_max_pairs") = kRotaryMaxPairs;
+    m.attr("token_block") = kTokenBlock;
 
+    def_struct<DecodeAttention>(m);
+    def_struct<FewRowsLinear>(m);
     def_struct<GatherLogps>(m);
     def_struct<GroupAdvantages>(m);
     def_struct<GrpoVariant>(m);
@@ -61,10 +65,12 @@ PYBIND11_MODULE(_C, m) {
     def_struct<RotaryHeads>(m);
     def_struct<RotaryTable>(m);
     def_struct<Rotary>(m);
+    def_struct<SampleLogps>(m);
 
     auto nogil = py::call_guard<py::gil_scoped_release>();
 #define VLMK_DEF_CPU(NAME, PARAMS) m.def(#NAME "_cpu", VLMK_CPU(NAME), nogil);
     VLMK_OPS(VLMK_DEF_CPU)
+    VLMK_CPU_OPS(VLMK_DEF_CPU)
 #ifdef VLMK_CUDA_ARCHS
     m.attr("cuda_architectures") = VLMK_CUDA_ARCHS;
 #define VLMK_DEF_CUDA(NAME, PARAMS) m.def(#NAME "_cuda", cuda::NAME, nogil);

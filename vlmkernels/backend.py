@@ -36,7 +36,7 @@ KERNELS = Backends(
 # All other ops.
 OTHERS = {
     "tree_attention": Backends(
-        modules={name: f"tree_attention.{name}" for name in ("parts", "flash", "flash4", "flex")},
+        modules={name: f"tree_attention.{name}" for name in ("parts", "flash", "flash4", "flex", "paths")},
         order={"cpu": ("parts",), "cuda": ("flash", "flex")},
         otherwise=("flex",),
     ),
@@ -54,6 +54,16 @@ OTHERS = {
         modules={"simplejpeg": "decode_image.simple_jpeg", "pillow": "decode_image.pillow"},
         order={},
         otherwise=("simplejpeg", "pillow"),
+    ),
+    "fixed_matmul": Backends(
+        modules={"tiles": "fixed_matmul.tiles", "triton": "fixed_matmul.triton"},
+        order={"cuda": ("triton", "tiles")},
+        otherwise=("tiles",),
+    ),
+    "few_rows_linear": Backends(
+        modules={"cpp": "few_rows_linear.native", "torch": "few_rows_linear.torch_linear"},
+        order={"cpu": ("cpp", "torch")},
+        otherwise=("torch",),
     ),
     # linear_logps without logits (chunk_bytes=0).
     "linear_logps_fused": Backends(

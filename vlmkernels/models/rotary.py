@@ -6,6 +6,7 @@ lets the modules of one model call the op instead, as vlmkernels.models.forward_
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -14,7 +15,7 @@ from vlmkernels.models import forward_copies
 from vlmkernels.ops.rotary import rotary
 
 
-def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
+def use_fused_rotary(model: torch.nn.Module, *, where_supported: bool = False) -> torch.nn.Module:
     """Rotate queries and keys in the attention modules of ``model`` with the op ``rotary``.
 
     The op replaces about ten passes over queries and keys, and in vision towers fp32 copies of them. Its results equal
@@ -25,6 +26,7 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
     Args:
         model: Qwen2-VL to Qwen3.5-VL, a text model such as Llama, or a part of a model. In GLM-4V, whose text model pairs other
             features, pass the vision tower.
+        where_supported: leave attention modules for which this raises NotImplementedError as they are.
 
     Returns:
         ``model``.
@@ -34,6 +36,12 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
             calls neither, the function of this name computes something else, or the ``forward`` of an attention module has
             already been replaced.
     """
+    if where_supported:
+        for module in model.modules():
+            if forward_copies.calling(type(module).forward, _FUSED):
+                with suppress(NotImplementedError):
+                    use_fused_rotary(module)
+        return model
     checked, chosen = set(), []
     for module in model.modules():
         forward = type(module).forward
@@ -46,6 +54,10 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
                 )
             continue
         names = _FUSED.keys() & set(path[-1].__code__.co_names)
+        if getattr(getattr(module, "config", None), "model_type", None) in _OTHER_TABLES:
+            raise NotImplementedError(
+                f"model must have cos and sin that hold every angle twice, got those of {type(module).__name__}"
+            )
         if type(module) not in checked:
             for name in names:
                 _check_same_function(name, path[-1].__globals__[name], type(module))
@@ -98,6 +110,9 @@ _FUSED = {
     "apply_rotary_pos_emb": (fused_text_rotary, (1, 2, 3, 8), (1, 3, 8)),
 }
 
+# Configurations of models whose text has other angles in the second half of cos and sin than in the first.
+_OTHER_TABLES = ("hunyuan_vl_text", "hunyuan_vl")
+
 
 def _check_same_function(name: str, original: Callable, owner: type) -> None:
     """Check that ``original`` and its replacement return the same: some models use this name for another function."""
@@ -105,9 +120,12 @@ def _check_same_function(name: str, original: Callable, owner: type) -> None:
     x, angles = torch.linspace(-1, 1, 48).view(heads), torch.linspace(0, 3, 12).view(*tokens[:-1], 4)
     tables = (torch.cat([t, t], -1) for t in (angles.cos(), angles.sin()))
     arguments = (x, x.flip(-1), *tables)
-    with use_backend("reference"):
-        results = zip(fused(*arguments), original(*arguments), strict=True)
-    if not all(torch.allclose(a, b, atol=1e-5) for a, b in results):
+    try:
+        with use_backend("reference"):
+            results = [*zip(fused(*arguments), original(*arguments), strict=True)]
+    except TypeError:  # another signature
+        results = []
+    if not results or not all(torch.allclose(a.double(), b.double(), atol=1e-5) for a, b in results):
         raise NotImplementedError(
             f"model must have attention whose {name} rotates the pairs (j, j + P), got another function in {owner.__name__}"
         )

@@ -20,6 +20,7 @@ from vlmkernels.models.image_features import accepts_image_features, deduplicate
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
+from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns, join, pack_turns, pad_turns
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ class Rollout:
         log_kept_mass: (B, C) fp32, log of the total probability of the tokens that sampling did not exclude; see ``Decoded``.
             None if the engine does not return it.
         turns: the segments of multi-turn completions, whose tokens include the results of tools. None without tools.
+        routed_experts: the experts of each token, which ``packed`` and ``padded`` pass on to the model; see
+            ``vlmkernels.models.router_replay``. None if routers choose in training too.
     """
 
     prompts: ModelInputs
@@ -179,6 +182,7 @@ class Rollout:
     logps: torch.Tensor | None = None
     log_kept_mass: torch.Tensor | None = None
     turns: Turns | None = None
+    routed_experts: RoutedExperts | None = None
 
     @cached_property
     def sampled_mask(self) -> torch.Tensor:
@@ -259,21 +263,71 @@ class Rollout:
     def padded(self, samples: torch.Tensor) -> ScoringBatch:
         """Return completions as padded rows, each after its own copy of the prompt, without columns that are all padding."""
         if self.turns is not None:
-            return pad_turns(self.prompts, self.group.tolist(), self.turns, samples.tolist())
+            batch = pad_turns(self.prompts, self.group.tolist(), self.turns, samples.tolist())
+            return batch if self.routed_experts is None else self._with_experts(batch, self._paths(samples.tolist()))
         width = int(self.completion_mask[samples].any(0).sum())
         ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
-        return pad_completions(self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, mask)
+        batch = pad_completions(self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, mask)
+        if self.routed_experts is None:
+            return batch
+        prompts, completions = self._places
+        places = torch.cat([prompts[self.group[samples]], completions[samples, :width]], 1)
+        return self._with_experts(batch, places[:, -batch.inputs["input_ids"].shape[1] :])
 
     def packed(self, samples: torch.Tensor, model: PreTrainedModel) -> ScoringBatch:
         """Return completions packed by group, after one shared prompt per group. ``model`` computes the position ids."""
         if self.turns is not None:
-            return pack_turns(model, self.prompts, self.group.tolist(), self.turns, samples.tolist())
+            batch = pack_turns(model, self.prompts, self.group.tolist(), self.turns, samples.tolist())
+            if self.routed_experts is None:
+                return batch
+            segments = self.turns.tree(len(self.prompts), self.group.tolist(), samples.tolist()).segments
+            return self._with_experts(batch, self._segments(segments))
         chosen, group = self.group[samples].unique_consecutive(return_inverse=True)
         prompts = self.prompts.select(chosen)
         positions = prompt_positions(model, prompts.inputs)
         inputs = deduplicate_images(prompts) if accepts_image_features(model) else prompts.inputs
         ids, mask = self.completion_ids[samples], self.completion_mask[samples]
-        return pack_groups(inputs, positions, group, ids, mask, prompts.family)
+        batch = pack_groups(inputs, positions, group, ids, mask, prompts.family)
+        if self.routed_experts is None:
+            return batch
+        parts = [
+            [prompt, *(len(self.prompts) + k for k in samples[self.group[samples] == prompt].tolist())]
+            for prompt in chosen.tolist()
+        ]
+        return self._with_experts(batch, self._segments([segment for part in parts for segment in part]))
+
+    # Routed experts. A place is the index of a token among those of all prompts and then of all completions, with padding.
+
+    @cached_property
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places of the tokens of the prompts, (P, L), and of the completions, (B, C)."""
+        prompts, completions = self.prompts.inputs["input_ids"].shape, self.completion_ids.shape
+        places = torch.arange(prompts.numel() + completions.numel()).split([prompts.numel(), completions.numel()])
+        return places[0].view(prompts), places[1].view(completions)
+
+    @cached_property
+    def _places_of_segments(self) -> list[torch.Tensor]:
+        """The places of the tokens of each prompt, and then of each completion, or of each segment of those with turns."""
+        prompts, completions = self._places
+        prompt_mask, mask = self.prompts.inputs["attention_mask"].bool().cpu(), self.completion_mask.cpu()
+        lengths = mask.sum(1).tolist() if self.turns is None else self.turns.lengths
+        return [*(row[kept] for row, kept in zip(prompts, prompt_mask, strict=True)), *completions[mask].split(lengths)]
+
+    def _segments(self, segments: list[int]) -> torch.Tensor:
+        """Return the places of the tokens of some segments, one after another, (1, T)."""
+        return torch.cat([self._places_of_segments[segment] for segment in segments]).unsqueeze(0)
+
+    def _paths(self, samples: list[int]) -> torch.Tensor:
+        """Return the places of trajectories after their prompts, right-padded with -1, (n, L)."""
+        assert self.turns is not None
+        group, count = self.group.tolist(), len(self.prompts)
+        paths = [self._segments([group[k], *(count + segment for segment in self.turns.members[k])])[0] for k in samples]
+        return torch.nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=-1)
+
+    def _with_experts(self, batch: ScoringBatch, places: torch.Tensor) -> ScoringBatch:
+        assert self.routed_experts is not None
+        batch.inputs["routed_experts"] = self.routed_experts.at(places)
+        return batch
 
 
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
@@ -298,11 +352,13 @@ class Engine(ABC):
         sampling: how completions are sampled, with the tokens that end them.
         shares_prefix: whether the engine runs the trainer's model once per prompt for all its completions.
         returns_logps: whether rollouts have log-probabilities at the temperature of training, as a rollout correction needs.
+        returns_experts: whether rollouts have the experts of each token, as router replay needs.
     """
 
     sampling: Sampling
     shares_prefix: bool = False
     returns_logps: bool = False
+    returns_experts: bool = False
 
     def sync_weights(self, model: PreTrainedModel, step: int) -> dict[str, float]:
         """Update the engine's weights to those of ``model`` and return metrics of the update.

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episodes
 from vlmkernels.rollout.score import Scored, score_rollout
 from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
+from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
@@ -134,6 +136,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self._step_time = 0.0
         details = run_details(*data, self.datasets.columns, self.rewards, model)
         details["model"]["shares prefix"] = self.prepared.shares_prefix
+        found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
+        if found is not None:
+            print(found, flush=True)
+            details["model"]["agreement of rollout and training"] = found._asdict()
         self._add_callbacks(details)
         set_seed(args.seed, device_specific=True)  # processes sample different completions
 
@@ -292,6 +298,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             model, as_reference = self.ref_model, nullcontext()
             if model is None:
                 model, as_reference = self.model_wrapped, reference.as_reference(self.policy)
+            rollout = replace(rollout, routed_experts=None)  # of the policy: the reference routes as it did in its training
             with self.phases("ref_logps"), inference(model), as_reference:
                 ref_logps = self.micro_batches.logps(model, self.ref_head, rollout, range(args.steps_per_generation))
             experience.ref_logps = ref_logps
