@@ -12,6 +12,7 @@ from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.families import prefix_sharing_unsupported
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model, sampling_override
+from vlmkernels.models.router_replay import use_router_replay
 from vlmkernels.models.trajectories import join
 from vlmkernels.rollout.base import Engine, Rollout, Sampling
 from vlmkernels.rollout.decode import Completions, Decoded, decode_groups, decode_trajectories
@@ -60,9 +61,12 @@ class Generate(Engine):
         sampling: how completions are sampled.
         share_prefix: whether to use ``decode_groups`` if it is supported. False selects ``model.generate``.
         max_num_seqs, max_tokens: see ``decode_groups``.
+        router_replay: record the experts of each token; see ``vlmkernels.models.router_replay``.
 
     Raises:
-        ValueError: there is no end-of-sequence token; see ``Sampling.for_model``.
+        ValueError: there is no end-of-sequence token; see ``Sampling.for_model``. Or ``router_replay`` is set and
+            ``model.generate`` would be used.
+        NotImplementedError: see ``use_router_replay``.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Generate(Engine):
         share_prefix: bool = True,
         max_num_seqs: int | None = None,
         max_tokens: int | None = None,
+        router_replay: bool = False,
     ):
         self.tokenizer = tokenizer_of(processor)
         self.sampling = sampling.for_model(model, processor)
@@ -85,8 +90,15 @@ class Generate(Engine):
         self.copies_reason = reason or sampling_override(model)
         self.shares_prefix = self.returns_logps = self.copies_reason is None
         self.reuses_image_features = False
+        if router_replay and not self.shares_prefix:
+            raise ValueError(
+                f"router_replay must be False with model.generate, which records no experts ({self.copies_reason}), got True"
+            )
+        self.returns_experts = router_replay
         if self.shares_prefix:
             use_tree_attention(plain)
+        if router_replay:
+            use_router_replay(plain)
 
     @torch.no_grad()
     def __call__(
@@ -124,10 +136,16 @@ class Generate(Engine):
             logps=decoded.logps,
             log_kept_mass=decoded.log_kept_mass,
             turns=decoded.turns,
+            routed_experts=decoded.routed_experts,
         )
 
     def _shared_options(self) -> dict[str, Any]:
-        return {"max_num_seqs": self.max_num_seqs, "max_tokens": self.max_tokens, "tokenizer": self.tokenizer}
+        return {
+            "max_num_seqs": self.max_num_seqs,
+            "max_tokens": self.max_tokens,
+            "tokenizer": self.tokenizer,
+            "record_experts": self.returns_experts,
+        }
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         options = {name: getattr(sampling, name) for name in Sampling.names()} | dict(sampling.generation_kwargs)

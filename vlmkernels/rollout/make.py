@@ -22,6 +22,7 @@ def make_engine(
     share_prefix: bool = True,
     max_num_seqs: int | None = None,
     max_tokens: int | None = None,
+    router_replay: bool = False,
 ) -> Engine:
     """Build the engine that samples with the model itself, or with vLLM if ``vllm`` is given. Every rank calls it.
 
@@ -30,7 +31,7 @@ def make_engine(
         sampling: how completions are sampled in training.
         accelerator: the trainer's; only its main process updates the weights of a vLLM server.
         vllm: options of the vLLM engines; ``vllm.mode`` selects one. None selects ``Generate``.
-        share_prefix, max_num_seqs, max_tokens: options of ``Generate``, ignored with ``vllm``.
+        share_prefix, max_num_seqs, max_tokens, router_replay: options of ``Generate``, ignored with ``vllm``.
 
     Raises:
         ValueError: the engine does not support an option.
@@ -38,6 +39,7 @@ def make_engine(
         RolloutError: the vLLM server cannot be reached or serves another model.
     """
     if vllm is None:
-        return Generate(model, processor, sampling, share_prefix=share_prefix, max_num_seqs=max_num_seqs, max_tokens=max_tokens)
+        options = {"max_num_seqs": max_num_seqs, "max_tokens": max_tokens, "router_replay": router_replay}
+        return Generate(model, processor, sampling, share_prefix=share_prefix, **options)
     engine = VLLMServer if vllm.mode == "server" else VLLMColocate
     return engine(model, processor, sampling, vllm, accelerator)

@@ -195,6 +195,9 @@ class GRPOConfig(TrainingArguments):
     rollout_policy: str = _field(
         "truncated", "Probabilities in the correction ratio: 'truncated' by top_p, top_k, min_p, or of the 'full' vocabulary."
     )
+    router_replay: bool = _field(
+        False, "Use the experts that routers chose in the rollout in training too. Only for mixtures of experts."
+    )
     off_policy_mask_threshold: float | None = _field(
         None, "Exclude completions with advantage < 0 and a mean of log(sampling / current policy) above this; default none."
     )

@@ -6,6 +6,7 @@ import torch
 
 from vlmkernels.models.families import Family
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
@@ -39,6 +40,8 @@ class Experience:
         rollout["prompts"] = _plain(self.rollout.prompts)
         if (turns := self.rollout.turns) is not None:
             rollout["turns"] = {"inputs": _plain(turns.inputs), "trajectory": turns.trajectory, "sampled": turns.sampled}
+        if (experts := self.rollout.routed_experts) is not None:
+            rollout["routed_experts"] = experts._asdict()
         return {**vars(self), "rollout": rollout}
 
     @classmethod
@@ -50,8 +53,10 @@ class Experience:
         group, turns = rollout.pop("group").cpu(), rollout.pop("turns", None)
         if turns is not None:
             turns = Turns(ModelInputs(**turns.pop("inputs"), family=family).to(device), **turns)
+        if (experts := rollout.pop("routed_experts", None)) is not None:
+            experts = RoutedExperts(**experts).to(device)
         values = {name: None if x is None else x.to(device) for name, x in rollout.items()}
-        return cls(Rollout(prompts, group, **values, turns=turns), **state)
+        return cls(Rollout(prompts, group, **values, turns=turns, routed_experts=experts), **state)
 
     def check_arguments(self, args: GRPOConfig, checkpoint: str) -> None:
         """Check that a run with these arguments can continue the batch of a checkpoint.
@@ -71,6 +76,11 @@ class Experience:
             raise ValueError(
                 f"{saved}: steps_per_generation * num_iterations must be greater than {self.uses}, the micro-batches "
                 f"trained on so far, got {uses}"
+            )
+        if args.router_replay != (self.rollout.routed_experts is not None):
+            raise ValueError(
+                f"{saved}: router_replay must be {not args.router_replay}, as when its batch was sampled, got "
+                f"{args.router_replay}"
             )
         if args.beta != 0 and self.ref_logps is None:
             raise ValueError(f"{saved}: beta must be 0, because its batch has no reference log-probabilities, got {args.beta}")

@@ -29,6 +29,7 @@ from vlmkernels.models.loading import (
     load_model,
     load_processor,
 )
+from vlmkernels.models.router_replay import use_router_replay
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.rewards import Rewards
 from vlmkernels.rewards.compose import environment_reward
@@ -310,6 +311,8 @@ def prepare_policy(
         arguments = logit_arguments(model, head)
     processor_arguments = use_vision_ops(plain, processor)
     copies_reason = _choose_prefix_sharing(plain, args)
+    if args.router_replay:
+        use_router_replay(plain)
     reuses_features = copies_reason is None and family is not TEXT and feature_reuse_unsupported(plain) is None
     use_image_features(plain)  # even if this run reuses no features, because a checkpoint's generation batch may hold some
     policy = PreparedPolicy(plain, family, head, arguments, processor_arguments, copies_reason, reuses_features)
@@ -391,7 +394,12 @@ def prepare_engine(
         share_prefix=policy.shares_prefix,
         max_num_seqs=args.max_num_seqs,
         max_tokens=args.max_tokens_per_microbatch,
+        router_replay=args.router_replay,
     )
+    if args.router_replay and not engine.returns_experts:
+        raise ValueError(
+            f"router_replay must be False with an engine that returns no experts, such as {type(engine).__name__}, got True"
+        )
     if args.rollout_correction is not None and not engine.returns_logps:
         raise ValueError(
             "rollout_correction must be None with an engine that returns no log-probabilities, such as model.generate, "

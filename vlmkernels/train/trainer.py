@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             model, as_reference = self.ref_model, nullcontext()
             if model is None:
                 model, as_reference = self.model_wrapped, reference.as_reference(self.policy)
+            rollout = replace(rollout, routed_experts=None)  # of the policy: the reference routes as it did in its training
             with self.phases("ref_logps"), inference(model), as_reference:
                 ref_logps = self.micro_batches.logps(model, self.ref_head, rollout, range(args.steps_per_generation))
             experience.ref_logps = ref_logps
