@@ -119,7 +119,9 @@ def test_logps_are_those_of_the_whole_vocabulary_at_the_temperature(fake, tmp_pa
     assert params["logprobs"] == len(params["logprob_token_ids"]) == len(engine.banned) + 1
     returned = dict(enumerate(processed.tolist()))
     for token in (0, 3, 30):
-        assert engine._logp(token, returned, temperature) == pytest.approx(expected[token].item(), abs=1e-5)
+        logp, sampling_logp = engine._logp(token, returned, temperature)
+        assert logp == pytest.approx(expected[token].item(), abs=1e-5)
+        assert sampling_logp == pytest.approx(processed[token].item(), abs=1e-5)
     assert "logprobs" not in engine._params(0)  # processed log-probabilities of greedy tokens are useless
 
 
@@ -146,7 +148,8 @@ def test_ids_without_a_token_are_banned(fake, tmp_path, monkeypatch, limit, capl
     biased = logits.index_add(0, torch.tensor(engine.banned), torch.full((len(engine.banned),), -100.0))
     returned = dict(enumerate((biased / temperature).log_softmax(-1).tolist()))
     whole = logits if limit == 64 else logits[:size]
-    assert engine._logp(3, returned, temperature) == pytest.approx((whole / temperature).log_softmax(-1)[3].item(), abs=1e-5)
+    expected = (whole / temperature).log_softmax(-1)[3].item()
+    assert engine._logp(3, returned, temperature)[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_concurrency_is_limited(fake, tmp_path, monkeypatch):
