@@ -363,7 +363,17 @@ def test_a_server_of_another_model(tmp_path):
             {"generation_kwargs": {"num_beams": 2}},
             "generation_kwargs must hold only options that vLLM supports with use_vllm, got num_beams",
         ),
-        ({"temperature": 0.7, "top_p": 0.9}, "temperature must be 1 with use_vllm and top_p, .*, got 0.7"),
+        (
+            {"temperature": 0.7, "top_p": 0.9, "rollout_correction": "token_mask", "rollout_policy": "full"},
+            "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, .*, got 0.7",
+        ),
+        ({"vllm_weight_transfer": "nccl"}, "vllm_weight_transfer must be one of auto, memory, folder, got 'nccl'"),
+        ({"rollout_engine": "vllm"}, "rollout_engine must be one of transformers, vllm_server, vllm_colocate, got 'vllm'"),
+        ({"rollout_engine": "transformers"}, "use_vllm must be False with rollout_engine='transformers', or None, got True"),
+        (
+            {"rollout_engine": "vllm_colocate"},
+            "vllm_mode must be 'colocate' with rollout_engine='vllm_colocate', .* got 'server'",
+        ),
         ({"max_num_seqs": 8}, r"max_num_seqs must be None with a vLLM server \(set its --max-num-seqs instead\), got 8"),
     ],
 )
@@ -409,8 +419,3 @@ def test_only_adapters_are_sent(fake, tmp_path):
     assert fake.counts["/collective_rpc"] == 0
     assert fake.bodies[-1]["model"] == "vlmkernels"
     assert [folder.name for folder in (tmp_path / "vllm-weights").iterdir()] == [run.engine.version]
-
-
-def test_videos_are_refused(fake, tmp_path):
-    with pytest.raises(ValueError, match=r"sample 1: videos must be absent with use_vllm"):
-        sampled(engine_of(tmp_path, fake), "videos")

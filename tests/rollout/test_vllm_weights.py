@@ -13,6 +13,7 @@ from support.vllm_engines import FakeRun
 
 from vlmkernels.rollout.base import RolloutError, Sampling
 from vlmkernels.rollout.vllm import transfer
+from vlmkernels.rollout.vllm.colocate import VLLMColocate
 from vlmkernels.rollout.vllm.config import VLLMConfig
 from vlmkernels.rollout.vllm.server import VLLMServer
 from vlmkernels.rollout.vllm.weights import checkpoint_tensors, save_weights
@@ -167,7 +168,10 @@ def test_through_a_folder(make, mode, capsys):
     ("backend", "obstacle"),
     [
         (None, "the server was started without --weight-transfer-config, whose backend must be ipc or nccl"),
-        ("sparse_nccl", "the server was started with 'sparse_nccl' as --weight-transfer-config, whose backend must be ipc or nccl"),
+        (
+            "sparse_nccl",
+            "the server was started with 'sparse_nccl' as --weight-transfer-config, whose backend must be ipc or nccl",
+        ),
         ("ipc", "the weights must be on a GPU to go to the server in memory, and are on cpu"),
     ],
 )
@@ -185,8 +189,9 @@ def test_vllm_in_another_process(make, monkeypatch, capsys):
     assert "weights, because VLLM_ENABLE_V1_MULTIPROCESSING runs vLLM in another process" in capsys.readouterr().out
 
 
-def test_adapters_need_a_folder(tmp_path):
+def test_adapters_need_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
     adapters = LoraConfig(r=2, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM")
-    model, config = get_peft_model(tiny.vlm(tied=False), adapters), VLLMConfig(tmp_path, "server", weight_transfer="memory")
-    with pytest.raises(ValueError, match="'auto' or 'folder' with LoRA adapters, which vLLM loads from a folder, got 'memory'"):
-        VLLMServer(model, tiny.processor(), Sampling(4), config, Accelerator(cpu=True))
+    model, config = get_peft_model(tiny.vlm(tied=False), adapters), VLLMConfig(tmp_path, weight_transfer="memory")
+    with pytest.raises(ValueError, match="'auto' or 'folder', because vLLM loads LoRA adapters from a folder, got 'memory'"):
+        VLLMColocate(model, tiny.processor(), Sampling(4), config, Accelerator(cpu=True))

@@ -22,8 +22,9 @@ OK = {"message": "done"}
 class FakeVLLM:
     """Replies as vLLM 0.32 does. It samples from its own model, whose weights are updated through a folder or in memory.
 
-    With ``num_experts``, it also returns experts, which depend on the token and its position (see ``experts_of``). ``script`` sets the answers to prompts. With ``is_greedy`` it samples greedily at any temperature.
-    ``change[path](reply, number)`` may change the reply to the number-th request of a path, raise ``Status`` or sleep.
+    With ``num_experts``, (L, K), it also returns experts, see ``experts_of``. ``script`` sets the answers to prompts. With
+    ``is_greedy`` it samples greedily at any temperature. ``change[path](reply, number)`` may change the reply to the number-th
+    request of a path, raise ``Status`` or sleep.
     """
 
     def __init__(self, seed: int = 0, model=None, processor=None):
@@ -242,7 +243,9 @@ class FakeVLLM:
         if videos:
             processed = processor.video_processor(
                 videos=[frames for frames, _ in videos],
-                video_metadata=[{"total_num_frames": len(x), "fps": fps, "frames_indices": [*range(len(x))]} for x, fps in videos],
+                video_metadata=[
+                    {"total_num_frames": len(x), "fps": fps, "frames_indices": [*range(len(x))]} for x, fps in videos
+                ],
                 do_sample_frames=False,
                 return_tensors="pt",
             )

@@ -47,7 +47,9 @@ class FakeRun:
         samples = [read_sample(row, index) for index, row in enumerate(rows)]
         self.engine.sync_weights(self.model, 0)
         temperature = self.engine.sampling.temperature if temperature is None else temperature
-        return self.engine(self.model, encode(samples, self.processor, self.engine.family), num_generations, temperature, samples)
+        return self.engine(
+            self.model, encode(samples, self.processor, self.engine.family), num_generations, temperature, samples
+        )
 
     def close(self) -> None:
         self.fake.http.shutdown()

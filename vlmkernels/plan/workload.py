@@ -32,8 +32,8 @@ class Workload:
         old: whether a separate pass computes the old log-probabilities, as for several optimizer steps per generation batch.
         checkpointing: whether activation checkpointing is used, which saves only the input of each layer.
         microbatch_tokens: maximum number of tokens per forward and backward pass; None = no limit.
-        engine: rollout engine: "transformers" or "vllm_colocate" on the training GPUs, or "vllm_server" on ``server_gpus`` other
-            GPUs.
+        engine: rollout engine: "transformers" or "vllm_colocate" on the training GPUs, or a "vllm_server" on ``server_gpus``
+            other GPUs.
         server_gpus: number of GPUs of the server.
         precision: precision of matrix products.
         weights: precision of the stored parameters. fp32 weights with bf16 products are mixed precision.

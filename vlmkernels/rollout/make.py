@@ -34,7 +34,9 @@ def engine_name(rollout_engine: str | None, use_vllm: bool | None, vllm_mode: st
     selected = {"use_vllm": is_vllm, "vllm_mode": rollout_engine.removeprefix("vllm_")}
     for name, value in given.items():
         if value is not None and value != selected[name]:
-            raise ValueError(f"{name} must be {selected[name]!r} with rollout_engine={rollout_engine!r}, or None, got {value!r}")
+            raise ValueError(
+                f"{name} must be {selected[name]!r} with rollout_engine={rollout_engine!r}, or None, got {value!r}"
+            )
     return rollout_engine
 
 

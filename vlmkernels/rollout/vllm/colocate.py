@@ -48,7 +48,9 @@ class VLLMColocate(VLLM):
         if config.routed_experts:
             options["enable_return_routed_experts"] = True
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a spawned engine would run the user's script again
-        self._choose_transfer(self._obstacle(), "in memory, in this process")
+        is_elsewhere = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0"
+        obstacle = "VLLM_ENABLE_V1_MULTIPROCESSING runs vLLM in another process" if is_elsewhere else None
+        self._choose_transfer(obstacle, "in memory, in this process")
         # vLLM computes buffers, such as those that normalize pixels, only if it loads a checkpoint: it always starts from one.
         # It loads the processor later, from the folder of its last checkpoint, so every such folder holds the processor.
         self.start = self.folder / f"{self.run}-start"
@@ -69,14 +71,6 @@ class VLLMColocate(VLLM):
         )
         self.vllm, self.max_length = vllm, self.llm.model_config.max_model_len
         atexit.register(self.close)
-
-    def _obstacle(self) -> str | None:
-        """Return why weights cannot go to vLLM in memory."""
-        if self.adapter:
-            return "vLLM loads LoRA adapters from a folder"
-        if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
-            return "VLLM_ENABLE_V1_MULTIPROCESSING runs vLLM in another process"
-        return None
 
     def close(self) -> None:
         """Stop vLLM, free its memory and remove the folders that it loaded weights from."""

@@ -98,7 +98,7 @@ def check_sampling(sampling: Sampling, policy: str | None = None) -> None:
         raise ValueError(f"generation_kwargs must hold only options that vLLM supports with use_vllm, got {unknown}")
     if not logprobs_modes(sampling, policy):
         raise ValueError(
-            "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, top_k, min_p, a "
-            "repetition penalty or min_new_tokens, because vLLM returns log-probabilities either before the temperature or after "
-            f"such limits, got {sampling.temperature}"
+            "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, top_k, min_p, "
+            "a repetition penalty or min_new_tokens, because vLLM returns log-probabilities either before the temperature or "
+            f"after such limits, got {sampling.temperature}"
         )

@@ -22,9 +22,9 @@ from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns
 from vlmkernels.rollout.base import Engine, Rollout, RolloutError, Sampling, pad_token_ids
 from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling, logprobs_modes
+from vlmkernels.rollout.vllm.experts import moe_layers, routed_experts
 from vlmkernels.rollout.vllm.fingerprint import TOLERANCE, Fingerprint, relative_difference
 from vlmkernels.rollout.vllm.main_process import on_main_process
-from vlmkernels.rollout.vllm.experts import moe_layers, routed_experts
 from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, Video, VLLMCompletion
 from vlmkernels.rollout.vllm.trajectory import Trajectory
 from vlmkernels.rollout.vllm.weights import active_adapter, check_adapters, checkpoint_tensors, save_weights
@@ -91,10 +91,6 @@ class VLLM(Engine):
         self.folder = Path(config.weights_dir).absolute()
         self.moe_layers = moe_layers(model) if config.routed_experts else []
         self.returns_experts = config.routed_experts
-        if config.weight_transfer == "memory" and self.adapter:
-            raise ValueError(
-                "vllm_weight_transfer must be 'auto' or 'folder' with LoRA adapters, which vLLM loads from a folder, got 'memory'"
-            )
 
     def _counted(self, model: PreTrainedModel, processor: Any) -> list[int]:
         """Return the banned tokens whose probability ``_logp`` adds to that of the tokens that can be sampled."""
@@ -127,10 +123,12 @@ class VLLM(Engine):
         """Choose how weights go to vLLM, and print it.
 
         Args:
-            obstacle: why they cannot go in memory, or None if they can.
+            obstacle: why they cannot go in memory, or None if they can. Adapters cannot.
             memory: how they go in memory.
         """
         choice = self.config.weight_transfer
+        if self.adapter:
+            obstacle = "vLLM loads LoRA adapters from a folder"
         if choice == "memory" and obstacle:
             raise ValueError(f"vllm_weight_transfer must be 'auto' or 'folder', because {obstacle}, got 'memory'")
         self.in_memory = choice != "folder" and obstacle is None

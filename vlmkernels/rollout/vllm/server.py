@@ -274,9 +274,7 @@ class VLLMServer(VLLM):
         """Choose how weights go to the server, and connect to it if they go in memory."""
         backend = (settings.get("weight_transfer_config") or {}).get("backend")
         obstacle = None
-        if self.adapter:
-            obstacle = "vLLM loads LoRA adapters from a folder"
-        elif backend not in BACKENDS:
+        if backend not in BACKENDS:
             given = f"with {backend!r} as" if backend else "without"
             obstacle = f"the server was started {given} --weight-transfer-config, whose backend must be {' or '.join(BACKENDS)}"
         elif model.device.type != "cuda":

@@ -83,8 +83,6 @@ class Trajectory:
     def _append(self, segment: list[int] | ModelInputs, sent: Prompt, token_ids: list[int]) -> None:
         # New lists: trajectories of a group begin with the same prompt, and a request may still hold the old ones.
         before = self.prompt
-        self.prompt = before._replace(
-            token_ids=[*before.token_ids, *sent.token_ids], images=[*before.images, *sent.images]
-        )
+        self.prompt = before._replace(token_ids=[*before.token_ids, *sent.token_ids], images=[*before.images, *sent.images])
         self.token_ids = [*self.token_ids, *token_ids]
         self.segments.append(segment)
