@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("grpo_stats") = name_tuple(GrpoStat::kNames);
     m.attr("rotary_max_pairs") = kRotaryMaxPairs;
 
+    def_struct<DecodeAttention>(m);
     def_struct<GatherLogps>(m);
     def_struct<GroupAdvantages>(m);
     def_struct<GrpoVariant>(m);
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
     def_struct<RotaryHeads>(m);
     def_struct<RotaryTable>(m);
     def_struct<Rotary>(m);
+    def_struct<SampleLogps>(m);
 
     auto nogil = py::call_guard<py::gil_scoped_release>();
 #define VLMK_DEF_CPU(NAME, PARAMS) m.def(#NAME "_cpu", VLMK_CPU(NAME), nogil);

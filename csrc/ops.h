@@ -4,21 +4,25 @@
 
 #include <cstdint>
 
+#include "common/decode_attention.h"
 #include "common/gather_logps.h"
 #include "common/group_advantages.h"
 #include "common/grpo_loss.h"
 #include "common/linear_logps.h"
 #include "common/pack_patches.h"
 #include "common/rotary.h"
+#include "common/sample_logps.h"
 
 #define VLMK_OPS(OP)                      \
+    OP(decode_attention, DecodeAttention) \
     OP(gather_logps_fwd, GatherLogps)     \
     OP(gather_logps_bwd, GatherLogps)     \
     OP(group_advantages, GroupAdvantages) \
     OP(grpo_loss, GrpoLoss)               \
     OP(linear_logps, LinearLogps)         \
     OP(pack_patches, PackPatches)         \
-    OP(rotary, Rotary)
+    OP(rotary, Rotary)                    \
+    OP(sample_logps, SampleLogps)
 
 #define VLMK_DECLARE_CPU(NAME, PARAMS) void NAME(const PARAMS&, int threads);
 #define VLMK_DECLARE_CUDA(NAME, PARAMS) void NAME(const PARAMS&, int device, uintptr_t stream);

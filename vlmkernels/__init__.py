@@ -2,6 +2,7 @@
 
 from vlmkernels.backend import use_backend
 from vlmkernels.ops.causal_conv1d import causal_conv1d
+from vlmkernels.ops.decode_attention import KeyValues, decode_attention
 from vlmkernels.ops.gated_delta_rule import gated_delta_rule
 from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
@@ -12,6 +13,7 @@ from vlmkernels.ops.merge_image_features import merge_image_features, placeholde
 from vlmkernels.ops.mrope_positions import MropePositions, mrope_positions
 from vlmkernels.ops.pack_patches import PackedPatches, pack_patches
 from vlmkernels.ops.rotary import mrope_axes, rotary, rotary_table
+from vlmkernels.ops.sample_logps import SampledTokens, sample_logps
 from vlmkernels.ops.tree_attention import TreeLayout, tree_attention
 from vlmkernels.ops.varlen_attention import varlen_attention
 from vlmkernels.ops.vision_layout import VisionLayout, vision_layout
@@ -21,14 +23,17 @@ __all__ = [
     "GRPOLossConfig",
     "GRPOLossOutput",
     "GroupAdvantages",
+    "KeyValues",
     "LinearGRPOLossOutput",
     "MropePositions",
     "PackedPatches",
+    "SampledTokens",
     "TreeLayout",
     "VisionLayout",
     "VocabParallel",
     "__version__",
     "causal_conv1d",
+    "decode_attention",
     "gated_delta_rule",
     "gather_logps",
     "group_advantages",
@@ -42,6 +47,7 @@ __all__ = [
     "placeholder_positions",
     "rotary",
     "rotary_table",
+    "sample_logps",
     "tree_attention",
     "use_backend",
     "varlen_attention",

@@ -36,7 +36,7 @@ KERNELS = Backends(
 # All other ops.
 OTHERS = {
     "tree_attention": Backends(
-        modules={name: f"tree_attention.{name}" for name in ("parts", "flash", "flash4", "flex")},
+        modules={name: f"tree_attention.{name}" for name in ("parts", "flash", "flash4", "flex", "paths")},
         order={"cpu": ("parts",), "cuda": ("flash", "flex")},
         otherwise=("flex",),
     ),
@@ -49,6 +49,11 @@ OTHERS = {
         modules={"reference": "gated_delta_rule.reference", "torch": "gated_delta_rule.chunks", "fla": "gated_delta_rule.fla"},
         order={"cuda": ("fla", "torch")},
         otherwise=("torch",),
+    ),
+    "fixed_matmul": Backends(
+        modules={"tiles": "fixed_matmul.tiles", "triton": "fixed_matmul.triton"},
+        order={"cuda": ("triton", "tiles")},
+        otherwise=("tiles",),
     ),
     # linear_logps without logits (chunk_bytes=0).
     "linear_logps_fused": Backends(

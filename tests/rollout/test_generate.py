@@ -15,7 +15,6 @@ from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.decode import decode_groups
 from vlmkernels.rollout.generate import Generate
-from vlmkernels.rollout.token_sampler import invert_cdf
 
 
 def generated(model, prompts, times, **options):
@@ -148,10 +147,10 @@ def test_scores_are_not_rounded(autocast):
         randn(1, heads, slots, width),
         randn(1, heads, slots, width),
     )
-    cache = TreeCache(slots)
+    cache = TreeCache(slots, device)
     cache.begin([0], [length])
     cache.fill(0, key, value)
-    cache.arrange([0] * slots, [0] * slots, torch.device(device))
+    cache.arrange([0] * slots, [0] * slots)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         actual = cache.attend(0, query, own_key, own_value, None)
 
@@ -163,23 +162,6 @@ def test_scores_are_not_rounded(autocast):
     assert scores.abs().max() > 30
     expected = (scores.softmax(-1) @ all_of(value, own_value)).squeeze(2)
     torch.testing.assert_close(actual[0].float(), expected, rtol=2**-6, atol=2**-6)
-
-
-def test_invert_cdf():
-    scores = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)) * 3
-    scores[:, ::7] = -torch.inf
-    scores[2, :] = -torch.inf
-    scores[2, 13] = 0.0
-    rows = scores.softmax(-1)
-    uniform = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
-    for row in rows:
-        drawn = invert_cdf(row.expand(len(uniform), -1), uniform)
-        shares = torch.bincount(drawn, minlength=50) / len(uniform)
-        torch.testing.assert_close(shares, row, rtol=0, atol=2e-5)
-        assert not shares[row == 0].any()
-    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)  # the smallest and the largest value of torch.rand
-    assert invert_cdf(rows[:1].expand(2, -1), ends).tolist() == [1, 48]
-    assert invert_cdf(rows[2:].expand(2, -1), ends).tolist() == [13, 13]
 
 
 def test_stop_strings():

@@ -5,6 +5,7 @@ functions below set this name; they change no weights.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import transformers
@@ -16,8 +17,12 @@ from transformers.masking_utils import sdpa_mask
 from vlmkernels.models.families import DECODERS, SPANS_BEYOND_WINDOWS, SPANS_IN_WINDOWS_ONLY, recurrent_layers
 from vlmkernels.models.image_features import use_image_features
 from vlmkernels.models.linear_attention import undo_tree_layers, unprepared_layer, use_tree_layers
+from vlmkernels.models.norms import undo_fused_norms, use_fused_norms
+from vlmkernels.models.rotary import undo_fused_rotary, use_fused_rotary
 from vlmkernels.models.tree_cache import TreeCache
+from vlmkernels.ops.fixed_matmul import is_fixed
 from vlmkernels.ops.tree_attention import TreeLayout, tree_attention
+from vlmkernels.ops.tree_attention.paths import Recomputed, attend
 from vlmkernels.ops.varlen_attention import varlen_attention
 
 NAME = "vlmkernels"
@@ -55,11 +60,13 @@ def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Make ``model`` accept packs of trees (see ``pack_trees`` and ``pack_groups``), and image features in place of pixels.
 
     A pack is one sample without padding, with the keyword ``tree_layout``; ``attention_mask`` does not change the hidden states
-    of a pack. Other inputs run as with "sdpa".
+    of a pack. Other inputs run as with "sdpa". Layers that support it use the op ``rotary`` and, on a GPU, one kernel for a
+    norm (``use_fused_rotary``, ``use_fused_norms``): decoding is limited by the number of kernels, and training computes the
+    same.
 
     Changes ``model`` in place: the attention implementation of its text configuration, hooks of ``model.base_model``, and the
-    ``forward`` of recurrent layers (``vlmkernels.models.linear_attention``). ``undo_tree_attention`` undoes all of it except
-    the hooks of ``use_image_features``, which do nothing without its keywords.
+    ``forward`` of recurrent layers (``vlmkernels.models.linear_attention``), of attention layers and of norms of its decoder.
+    ``undo_tree_attention`` undoes all of it except the hooks of ``use_image_features``, which do nothing without its keywords.
 
     Args:
         model: a transformers model without adapters, for which ``prefix_sharing_unsupported`` returns None.
@@ -71,6 +78,7 @@ def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
         raise TypeError(f"model must be a transformers model without adapters, got {type(model).__name__}")
     _set_text_attention(model, NAME)
     use_tree_layers(model.get_decoder())
+    use_fused_norms(use_fused_rotary(model.get_decoder(), where_supported=True))
     if _prepare_pack not in model.base_model._forward_pre_hooks.values():
         model.base_model.register_forward_pre_hook(_prepare_pack, with_kwargs=True)
     return use_image_features(model)
@@ -80,6 +88,7 @@ def undo_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
     """Undo ``use_tree_attention`` in ``model``, in place, and return it. Its text attention is "sdpa" afterwards."""
     _set_text_attention(model, "sdpa")
     undo_tree_layers(model)
+    undo_fused_norms(undo_fused_rotary(model.get_decoder()))
     hooks = model.base_model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _prepare_pack]:
         del hooks[key], model.base_model._forward_pre_hooks_with_kwargs[key]
@@ -209,6 +218,8 @@ def _attention(
         if attention_mask is None and is_decoder and 1 < count < length:
             # The last tokens only (logits_to_keep, in layers of Gemma 4 with keys of other layers): sdpa would align the first.
             attention_mask = torch.ones(count, length, dtype=torch.bool, device=query.device).tril_(length - count)
+        if is_decoder and is_fixed():
+            return _fixed_attention(module, *_autocast(query, key, value), attention_mask, **settings), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
     query, key, value = _autocast(query, key, value)
     if tree_layout is None and tree_cache is None:
@@ -234,6 +245,35 @@ def _attention(
     narrower = query.shape[-1] - (width := value.shape[-1])
     packed = [x.squeeze(0).transpose(0, 1) for x in (query, key, pad(value, (0, narrower)) if narrower else value)]
     return tree_attention(*packed, tree_layout, window=window, scale=scaling)[..., :width].unsqueeze(0), None
+
+
+def _fixed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (B, Hq, T, D)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,  # (B or 1, 1, T, L), bool or added to the scores
+    **settings: Any,
+) -> torch.Tensor:
+    """Attention as by "sdpa", (B, T, Hq, D), but a row depends neither on other rows nor on its padding (``fixed_rows``)."""
+    count, length = query.shape[2], key.shape[2]
+    if mask is None:
+        seen = torch.ones(1, count, length, dtype=torch.bool).tril_(length - count)
+    else:
+        seen = (mask if mask.dtype == torch.bool else mask >= 0)[:, 0, :, :length].cpu()
+    scale = query.shape[-1] ** -0.5 if settings["scaling"] is None else settings["scaling"]
+
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for q, k, v, sees in zip(*(x.transpose(1, 2) for x in tensors), seen.expand(len(query), -1, -1), strict=True):
+            first = int(sees.any(0).int().argmax())  # tokens before it are padding
+            rows.append(attend(q, k[first:], v[first:], sees[:, first:], scale))
+        return torch.stack(rows)
+
+    def other(*tensors: torch.Tensor) -> torch.Tensor:
+        return sdpa_attention_forward(module, *tensors, attention_mask=mask, **settings)[0]
+
+    return Recomputed.apply(forward, other, query, key, value)
 
 
 def _exceeds_window(window: int | None, cu_seqlens: torch.Tensor, max_length: int | None) -> bool:

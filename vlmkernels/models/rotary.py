@@ -6,6 +6,7 @@ lets the modules of one model call the op instead, as vlmkernels.models.forward_
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -14,7 +15,7 @@ from vlmkernels.models import forward_copies
 from vlmkernels.ops.rotary import rotary
 
 
-def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
+def use_fused_rotary(model: torch.nn.Module, *, where_supported: bool = False) -> torch.nn.Module:
     """Rotate queries and keys in the attention modules of ``model`` with the op ``rotary``.
 
     The op replaces about ten passes over queries and keys, and in vision towers fp32 copies of them. Its results equal
@@ -25,6 +26,7 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
     Args:
         model: Qwen2-VL to Qwen3.5-VL, a text model such as Llama, or a part of a model. In GLM-4V, whose text model pairs other
             features, pass the vision tower.
+        where_supported: leave attention modules for which this raises NotImplementedError as they are.
 
     Returns:
         ``model``.
@@ -34,6 +36,12 @@ def use_fused_rotary(model: torch.nn.Module) -> torch.nn.Module:
             calls neither, the function of this name computes something else, or the ``forward`` of an attention module has
             already been replaced.
     """
+    if where_supported:
+        for module in model.modules():
+            if forward_copies.calling(type(module).forward, _FUSED):
+                with suppress(NotImplementedError):
+                    use_fused_rotary(module)
+        return model
     checked, chosen = set(), []
     for module in model.modules():
         forward = type(module).forward

@@ -22,7 +22,6 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
@@ -292,38 +291,35 @@ _HOOKS = (_check_experts, _check_replayed, _take_experts, _divide)
 class ExpertRecorder:
     """Records the experts that a model chooses while it decodes completions.
 
-    Between ``start`` and ``stop`` the routers keep the experts of a forward pass for ``take``; the recorder assigns them to
-    the tokens of prompts and completions. It never waits for the device before ``routed``.
+    In a ``with`` block of the recorder, the routers keep the experts of a forward pass for ``take``; the recorder assigns them
+    to the tokens of prompts and completions. ``take`` and ``add_tokens`` do not wait for the device, and can be part of a CUDA
+    graph.
 
     Args:
         model: a model that ``use_router_replay`` was called on; it may have adapters.
         prompts: P prompts.
         num_completions: B.
+        budget: the maximum number of tokens of a completion. The place of token t of completion k is ``k * budget + t``.
     """
 
-    def __init__(self, model: torch.nn.Module, prompts: ModelInputs, num_completions: int) -> None:
+    def __init__(self, model: torch.nn.Module, prompts: ModelInputs, num_completions: int, budget: int) -> None:
         self._layers = _layers(base_model(model))
         if not self._layers:
             raise NotImplementedError("model must be prepared by use_router_replay to record experts, got one that is not")
-        self._mask = prompts.inputs["attention_mask"].bool()
-        self._count = num_completions
-        self._prompts: list[tuple[list[int], torch.Tensor]] = []
-        self._tokens: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def start(self) -> None:
-        for layer in self._layers:
-            layer.records = True
-
-    def stop(self) -> None:
-        for layer in self._layers:
-            layer.records, layer.chosen = False, None
+        self._mask, self._shape = prompts.inputs["attention_mask"].bool(), (num_completions, budget)
+        sizes, device = (len(self._layers), self._layers[0].top_k), self._mask.device
+        self.nowhere = num_completions * budget  # the place of tokens that are not recorded
+        self._prompts = torch.full((*self._mask.shape, *sizes), -1, dtype=torch.int16, device=device)
+        self._completions = torch.full((self.nowhere + 1, *sizes), -1, dtype=torch.int16, device=device)
 
     def __enter__(self) -> "ExpertRecorder":
-        self.start()
+        for layer in self._layers:
+            layer.records = True
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
+        for layer in self._layers:
+            layer.records, layer.chosen = False, None
 
     def take(self) -> torch.Tensor:
         """Return the experts of the last forward pass, (T, M, K) int16, for its tokens in the order of its input."""
@@ -334,43 +330,21 @@ class ExpertRecorder:
             chosen.append(layer.chosen)
         return torch.stack(chosen, 1).to(torch.int16)
 
-    def add_prompts(self, prompts: Sequence[int], experts: torch.Tensor) -> None:
-        """Store the experts, from ``take``, of a pack of whole prompts, one after another."""
-        self._prompts.append((list(prompts), experts))
+    def add_prompts(self, prompts: Sequence[int]) -> None:
+        """Store the experts of the last forward pass, of a pack of whole prompts one after another."""
+        experts = self.take()
+        lengths = self._mask[list(prompts)].sum(1).tolist()
+        for prompt, part in zip(prompts, experts.split(lengths), strict=True):
+            self._prompts[prompt, self._mask[prompt]] = part
 
-    def add_tokens(
-        self, completions: Sequence[int] | torch.Tensor, positions: Sequence[int] | torch.Tensor, experts: torch.Tensor
-    ) -> None:
-        """Store the experts, (T, M, K), of tokens of completions.
+    def add_tokens(self, places: torch.Tensor) -> None:
+        """Store the experts of the last forward pass, of tokens of completions.
 
         Args:
-            completions: (T,), the completion of each token. Tokens of negative ones are ignored.
-            positions: (T,), the index of the token in its completion.
-            experts: from ``take``.
+            places: (T,) int64 on the device, see ``ExpertRecorder``; ``nowhere`` for tokens to ignore.
         """
-        places = (torch.as_tensor(x, dtype=torch.int64) for x in (completions, positions))
-        self._tokens.append((*places, experts))
+        self._completions.index_copy_(0, places, self.take())
 
     def routed(self, width: int) -> RoutedExperts:
-        """Return all recorded experts.
-
-        Args:
-            width: C, the number of columns of the completions.
-        """
-        device, shape = self._mask.device, (len(self._layers), self._layers[0].top_k)
-        prompts = torch.full((*self._mask.shape, *shape), -1, dtype=torch.int16, device=device)
-        for rows, experts in self._prompts:
-            inside = torch.zeros_like(self._mask)
-            inside[rows] = self._mask[rows]
-            order = torch.tensor(rows, device=device).argsort()  # masks select rows in ascending order
-            parts = experts.split(self._mask[rows].sum(1).tolist())
-            prompts[inside] = torch.cat([parts[index] for index in order.tolist()])
-        completions = torch.full((self._count + 1, width + 1, *shape), -1, dtype=torch.int16, device=device)
-        if self._tokens:
-            rows_of, columns = (
-                torch.cat([x.to(device) for x in values]) for values in list(zip(*self._tokens, strict=True))[:2]
-            )
-            is_known = (rows_of >= 0) & (rows_of < self._count) & (columns < width)
-            rows_of, columns = (torch.where(is_known, x, last) for x, last in ((rows_of, self._count), (columns, width)))
-            completions[rows_of, columns] = torch.cat([experts.to(device) for *_, experts in self._tokens])
-        return RoutedExperts(prompts, pad(completions, (0, 0, 0, 0, 0, -1))[:-1].contiguous())
+        """Return the experts of all prompts and of the first ``width`` tokens of the completions."""
+        return RoutedExperts(self._prompts, self._completions[:-1].unflatten(0, self._shape)[:, :width].contiguous())

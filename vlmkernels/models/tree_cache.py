@@ -5,23 +5,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.functional import scaled_dot_product_attention
 
-from vlmkernels.ops.linear_logps.sweep import HALF, gemm_operand
-from vlmkernels.ops.tree_attention import TreeLayout
+from vlmkernels.ops.decode_attention import KeyValues, decode_attention
+from vlmkernels.ops.fixed_matmul import is_fixed
+from vlmkernels.ops.tree_attention import TreeLayout, paths
 
-# aten::bmm.dtype multiplies 16-bit operands with fp32 results, on CUDA only.
-_HAS_FP32_RESULTS = "dtype" in torch.ops.aten.bmm.overloads()
-
-
-def fp32_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return query (B, H, M, D) @ key (B, H, N, D)^T as (B, H, M, N) in fp32, without rounding to the dtype of the operands."""
-    if query.device.type == "cuda" and query.dtype in HALF and _HAS_FP32_RESULTS:
-        scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT, out_dtype=torch.float32)
-        return scores.unflatten(0, key.shape[:2])
-    with torch.autocast(query.device.type, enabled=False):
-        return gemm_operand(query.float()) @ gemm_operand(key.float()).mT
+_SMALLEST = 32  # tokens
+_MULTIPLE = 64  # prompts have memory for a multiple of this number of tokens
 
 
 def on_device(device: torch.device, values: list) -> torch.Tensor:
@@ -46,15 +37,15 @@ class _Extension:
     """Completions to which the next forward pass appends several tokens each, and which of the stored tokens these see.
 
     Args:
-        slots: the slots of the completions, contiguous.
-        owners: for each of them the index of its prompt.
+        slots: the slots of the completions.
+        rows: for each of them the row of its prompt.
         prompt_lengths, lengths, added: for each of them the number of tokens of its prompt, those stored, and those to append.
     """
 
     def __init__(
-        self, slots: range, owners: list[int], prompt_lengths: list[int], lengths: list[int], added: list[int]
+        self, slots: list[int], rows: list[int], prompt_lengths: list[int], lengths: list[int], added: list[int]
     ) -> None:
-        self.slots, self.owners, self.added = slots, owners, added
+        self.slots, self.rows, self.added = slots, rows, added
         self.prompt_lengths, self.lengths = prompt_lengths, lengths
         self.layout = TreeLayout(tuple(added), (-1,) * len(added))
         self._masks: dict[tuple, torch.Tensor] = {}
@@ -80,86 +71,159 @@ class _Extension:
         return self._masks[key]
 
 
+def _enlarged(x: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Return a copy of x with a greater shape."""
+    new = x.new_zeros(shape)
+    new[tuple(map(slice, x.shape))] = x
+    return new
+
+
 class TreeCache:
     """Keys, values and states of A prompts, each stored once, and of the completions that are being decoded, one per slot.
 
-    Per layer, the prompts' keys and values are (A, Hkv, P, D), and the slots' keys and values (S, Hkv, capacity, D).
-    In a decoding step, each slot has one query, which attends to the slot's prompt and to the slot's own tokens:
+    Per layer, the prompts' keys and values are (A, Hkv, P, D), and the slots' keys and values (S, Hkv, capacity, D). In a
+    decoding step, each slot has one query, which attends to the slot's prompt and to the slot's own tokens with one call of
+    ``decode_attention``, which reads each prompt once for all its completions.
 
-        softmax([q K_prompt | q K_own]) [V_prompt; V_own]
-
-    The scores with a prompt come from one product of its keys and the queries of all its completions, so the prompt is read
-    once per group and token instead of once per completion and token.
+    These buffers and the device's copies of lengths and membership stay where they are, so that a step can be captured as a
+    CUDA graph: between steps, a prompt takes the row of one that is not needed any more, and a completion the slot of one that
+    has ended. ``version`` changes when a buffer is replaced by a larger one. Slots have memory for 32, 64, 128, ... tokens.
 
     Recurrent layers have a state per prompt, (A, ...), and one per slot, (S, ...), which starts as that of the slot's prompt.
 
     A completion whose turn has ended leaves its slot while its tools run (``take_out``). It comes back into any free slot
     (``put_back``), and the next forward pass appends the results of the tools (``extend``).
 
-    A decoder calls ``begin``, ``keep``, ``move``, ``arrange``, ``take_out``, ``put_back`` and ``extend`` between forward
-    passes; within them the attention function in ``vlmkernels.models.attention`` calls ``fill``, ``attend`` and
-    ``attend_extension``, and the functions in ``vlmkernels.models.linear_attention`` call ``fill_states``, ``states`` and
-    ``set_states``.
+    A decoder calls ``reserve``, ``begin``, ``keep``, ``move``, ``arrange``, ``take_out``, ``put_back`` and ``extend`` between
+    forward passes, and ``advance`` after each step. Within forward passes the attention function in
+    ``vlmkernels.models.attention`` calls ``fill``, ``attend`` and ``attend_extension``, and the functions in
+    ``vlmkernels.models.linear_attention`` call ``fill_states``, ``states`` and ``set_states``.
 
     Args:
         num_slots: S, the largest number of completions decoded at once.
+        device: where the buffers are.
+        max_tokens: the largest number of tokens of a completion that are stored. Default: no limit.
+        max_prompt_tokens: the length of the longest prompt, if it is known. Shorter ones have memory for as many tokens.
 
     Source: https://arxiv.org/abs/2402.05099.
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.prompts: list[int] = []  # the stored prompts, in order
-        self.lengths: list[int] = []  # the number of tokens of each
+    def __init__(
+        self,
+        num_slots: int,
+        device: torch.device | str,
+        max_tokens: int | None = None,
+        max_prompt_tokens: int = 0,
+    ) -> None:
+        self.num_slots, self.device, self.max_tokens = num_slots, torch.device(device), max_tokens
+        self.version = 0
+        self.prompts: dict[int, int] = {}  # the stored prompts, and the number of tokens of each
+        self._rows: dict[int, int] = {}  # prompt -> row of the buffers
+        self._num_rows, self._prompt_capacity = 0, -(-max_prompt_tokens // _MULTIPLE) * _MULTIPLE
+        self.capacity = 0  # of a slot, in tokens
         self._prefix: dict[int, list[torch.Tensor]] = {}  # layer -> keys and values of the prompts
         self._own: dict[int, list[torch.Tensor]] = {}  # layer -> keys and values of the slots
         self._prefix_states: dict[tuple[int, str], torch.Tensor] = {}  # (layer, kind) -> states of the prompts
         self._own_states: dict[tuple[int, str], torch.Tensor] = {}  # (layer, kind) -> states of the slots
-        self._filling: list[int] = []  # the lengths of the prompts in the next forward pass
+        self._filling: list[int] = []  # the prompts in the next forward pass
         self._extension: _Extension | None = None
+        # For each slot the row of its prompt, or -1, and its number of tokens.
+        self._slots = torch.stack([torch.full((num_slots,), -1), torch.zeros(num_slots)]).int().to(self.device)
+        self._width = 0  # slots in a step
+        self._row_lengths = torch.empty(0, dtype=torch.int32, device=self.device)
+        self._groups: tuple[torch.Tensor, ...] = ()  # which slots read a row: order and offsets of KeyValues
+        self._levels: dict[tuple[int, int], list[KeyValues]] = {}  # (layer, slots)
+
+    # Memory
+
+    def reserve(self, count: int, longest: int = 0) -> None:
+        """Make room for ``count`` more prompts of up to ``longest`` tokens. ``begin`` does so if it is necessary."""
+        rows = len(self.prompts) + count
+        if rows > self._num_rows:
+            rows = max(rows, self._num_rows + self._num_rows // 2)
+        capacity = max(self._prompt_capacity, -(-longest // _MULTIPLE) * _MULTIPLE)
+        rows = max(rows, self._num_rows)
+        if (rows, capacity) == (self._num_rows, self._prompt_capacity):
+            return
+        self._num_rows, self._prompt_capacity = rows, capacity
+        for stored in self._prefix.values():
+            stored[:] = [_enlarged(x, rows, x.shape[1], capacity, x.shape[3]) for x in stored]
+        self._prefix_states = {key: _enlarged(x, rows, *x.shape[1:]) for key, x in self._prefix_states.items()}
+        self._row_lengths = _enlarged(self._row_lengths, rows)
+        self._groups = tuple(torch.zeros(n, dtype=torch.int32, device=self.device) for n in (self.num_slots, rows + 1))
+        self._changed()
+
+    def _reserve_own(self, tokens: int) -> None:
+        """Make room for ``tokens`` tokens in every slot."""
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise ValueError(f"lengths must leave room in slots for {self.max_tokens} tokens, got {tokens} with the next ones")
+        if tokens > self.capacity or len(self._own) < len(self._prefix):
+            capacity = max(_SMALLEST, 1 << (tokens - 1).bit_length(), self.capacity)
+            self.capacity = capacity if self.max_tokens is None else max(min(capacity, self.max_tokens), self.capacity)
+            for layer, prefix in self._prefix.items():
+                old = self._own.get(layer, [x[:0, :, :0] for x in prefix])
+                self._own[layer] = [_enlarged(x, self.num_slots, x.shape[1], self.capacity, x.shape[3]) for x in old]
+            self._changed()
+        for key, prompts in self._prefix_states.items():
+            if key not in self._own_states:
+                self._own_states[key] = prompts.new_empty(self.num_slots, *prompts.shape[1:])
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._levels.clear()
 
     # Prompts
 
     def begin(self, prompts: list[int], lengths: list[int]) -> None:
         """Set the prompts that the next forward pass will contain, one after another, and their lengths."""
-        self.prompts, self.lengths, self._filling = self.prompts + prompts, self.lengths + lengths, lengths
-        self._extension = None
+        self.reserve(len(prompts), max(lengths, default=0))
+        free = [row for row in range(self._num_rows) if row not in self._rows.values()]
+        self._rows |= dict(zip(prompts, free, strict=False))
+        self.prompts |= dict(zip(prompts, lengths, strict=True))
+        self._filling, self._extension = prompts, None
+        by_row = {self._rows[prompt]: length for prompt, length in self.prompts.items()}
+        self._row_lengths.copy_(torch.tensor([by_row.get(row, 0) for row in range(self._num_rows)]))
 
     def fill(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the keys and values, (1, Hkv, T, D), of the prompts passed to ``begin``."""
-        stored = self._prefix.setdefault(layer, [key.new_empty(0, 1, 0, 1)] * 2)
-        for index, packed in enumerate((key, value)):
-            parts = packed[0].transpose(0, 1).split(self._filling)
-            new = pad_sequence(parts, batch_first=True).transpose(1, 2).contiguous()
-            old = stored[index]
-            if len(old):
-                longest = max(old.shape[2], new.shape[2])
-                new = torch.cat([pad(x, (0, 0, 0, longest - x.shape[2])) for x in (old, new)])
-            stored[index] = new
+        if layer not in self._prefix:
+            shape = self._num_rows, key.shape[1], self._prompt_capacity
+            self._prefix[layer] = [x.new_empty(*shape, x.shape[3]) for x in (key, value)]
+        lengths = [self.prompts[prompt] for prompt in self._filling]
+        for stored, packed in zip(self._prefix[layer], (key, value), strict=True):
+            for prompt, new in zip(self._filling, packed[0].split(lengths, 1), strict=True):
+                stored[self._rows[prompt], :, : new.shape[1]] = new
 
     def fill_states(self, layer: int, kind: str, states: torch.Tensor) -> None:
         """Store the states, one per prompt, at the end of the prompts passed to ``begin``."""
-        old = self._prefix_states.get((layer, kind))
-        self._prefix_states[layer, kind] = states if old is None else torch.cat([old, states])
+        if (layer, kind) not in self._prefix_states:
+            self._prefix_states[layer, kind] = states.new_empty(self._num_rows, *states.shape[1:])
+        rows = [self._rows[prompt] for prompt in self._filling]
+        self._prefix_states[layer, kind][on_device(self.device, rows)] = states
 
     def keep(self, prompts: set[int]) -> None:
-        """Drop all other prompts."""
-        chosen = [index for index, prompt in enumerate(self.prompts) if prompt in prompts]
-        self.prompts, self.lengths = ([x[index] for index in chosen] for x in (self.prompts, self.lengths))
-        longest = max(self.lengths, default=0)
-        for stored in self._prefix.values():
-            stored[:] = [x[chosen, :, :longest].contiguous() for x in stored]
-        self._prefix_states = {key: states[chosen] for key, states in self._prefix_states.items()}
+        """Drop all other prompts: others can take their rows."""
+        for stored in (self.prompts, self._rows):
+            for prompt in stored.keys() - prompts:
+                del stored[prompt]
+
+    def _row(self, prompt: int) -> int:
+        if prompt not in self._rows:
+            raise ValueError(f"prompts must be stored, got {prompt} with {sorted(self.prompts)}")
+        return self._rows[prompt]
 
     # Slots
 
     def move(self, sources: list[int], targets: list[int]) -> None:
         """Copy completions from the slots ``sources`` to the slots ``targets``."""
-        for stored in self._own.values():
-            for x in stored:
-                x[targets] = x[sources]
-        for states in self._own_states.values():
-            states[targets] = states[sources]
+        indices = on_device(self.device, sources), on_device(self.device, targets)
+        for x in (*(x for stored in self._own.values() for x in stored), *self._own_states.values()):
+            x[indices[1]] = x[indices[0]]
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether there are states."""
+        return bool(self._prefix_states)
 
     def take_out(self, slot: int, length: int) -> StoredCompletion:
         """Copy the ``length`` tokens of the completion in a slot, which may then be used for another."""
@@ -170,14 +234,15 @@ class TreeCache:
 
     def put_back(self, slot: int, prompt: int, stored: StoredCompletion) -> None:
         """Store a completion, from ``take_out``, in a slot."""
+        row, length = self._row(prompt), max((x[0].shape[1] for x in stored.own.values()), default=0)
+        self._reserve_own(length)
         for layer, new in stored.own.items():
-            for x, tokens in zip(self._reserve(layer, new, new[0].shape[1]), new, strict=True):
-                x[slot, :, : tokens.shape[1]] = tokens
-        owner = self.prompts.index(prompt)
+            for x, tokens in zip(self._own[layer], new, strict=True):
+                x[slot, :, :length] = tokens
         for key, prompts in self._prefix_states.items():
-            self._slot_states(key)[slot] = stored.states.get(key, prompts[owner])
+            self._own_states[key][slot] = stored.states.get(key, prompts[row])
 
-    def extend(self, slots: range, prompts: list[int], lengths: list[int], added: list[int]) -> None:
+    def extend(self, slots: list[int], prompts: list[int], lengths: list[int], added: list[int]) -> None:
         """Prepare a forward pass that appends several tokens to each of some completions, one completion after another.
 
         Args:
@@ -186,125 +251,68 @@ class TreeCache:
             lengths: the number of tokens that each of these slots holds.
             added: the number of tokens to append to each.
         """
-        owners = [self.prompts.index(prompt) for prompt in prompts]
-        self._extension = _Extension(slots, owners, [self.lengths[owner] for owner in owners], lengths, added)
+        rows, prompt_lengths = [self._row(prompt) for prompt in prompts], [self.prompts[prompt] for prompt in prompts]
+        self._reserve_own(max(map(sum, zip(lengths, added, strict=True))))
+        self._extension = _Extension(slots, rows, prompt_lengths, lengths, added)
 
     @property
     def extends(self) -> bool:
         """Whether the next forward pass appends to completions (``extend``)."""
         return self._extension is not None
 
-    def arrange(self, prompts: list[int], lengths: list[int], device: torch.device) -> None:
-        """Prepare a decoding step.
+    def arrange(self, prompts: Sequence[int | None], lengths: Sequence[int], steps: int = 1) -> None:
+        """Prepare decoding steps, until the slots change.
 
         Args:
-            prompts: the prompt of each slot in use.
+            prompts: the prompt of each of the first slots; None for a slot that is not in use, whose results have no meaning.
             lengths: the number of tokens that each of these slots holds.
+            steps: the number of tokens to append to each until the next call.
         """
-        self._extension = None
-        index_of = {prompt: index for index, prompt in enumerate(self.prompts)}
-        owners = [index_of[prompt] for prompt in prompts]  # the index of each slot's prompt
-        members: list[list[int]] = [[] for _ in self.prompts]  # the slots of each prompt
-        for slot, owner in enumerate(owners):
-            members[owner].append(slot)
-        self._group_size = max(map(len, members))
-        # If every prompt has the same number of completions, one after another, grouping them is a view.
-        self._even_groups = owners == [index for index in range(len(members)) for _ in range(self._group_size)]
-        if not self._even_groups:
-            self._members = on_device(device, [m + [0] * (self._group_size - len(m)) for m in members])
-            place = {slot: index * self._group_size + k for index, m in enumerate(members) for k, slot in enumerate(m)}
-            self._places = on_device(device, [place[slot] for slot in range(len(owners))])
-        self._equal_lengths = len(set(lengths)) == 1
-        self._slots = torch.arange(len(owners), device=device)
-        self._columns = on_device(device, lengths)  # where the next token of each slot is stored
-        self._width = max(lengths) + 1
-        prompt_lengths = [self.lengths[owner] for owner in owners]
-        self._longest = max(length + prompt for length, prompt in zip(lengths, prompt_lengths, strict=True)) + 1
-        self._equal_prompts = min(prompt_lengths) == max(self.lengths)
-        self._prompt_lengths = on_device(device, prompt_lengths)
-        self._biases: dict[int | None, torch.Tensor | None] = {}  # by window
-        new = [slot for slot, length in enumerate(lengths) if length == 0]  # slots whose state is that of their prompt
-        self._new = (on_device(device, new), on_device(device, [owners[slot] for slot in new])) if new else None
+        if len(prompts) > self.num_slots:
+            raise ValueError(f"prompts must be those of at most {self.num_slots} slots, got {len(prompts)}")
+        self._extension, self._width = None, len(prompts)
+        rows = [-1 if prompt is None else self._row(prompt) for prompt in prompts]
+        self._reserve_own(max(lengths, default=0) + steps)
+        self._slots[:, : self._width].copy_(torch.tensor([rows, list(lengths)], dtype=torch.int32), non_blocking=True)
+        if self.device.type != "cpu" and self._width:
+            level = KeyValues(*next(iter(self._prefix.values())), self._row_lengths, self._slots[0, : self._width]).grouped()
+            self._groups[0][: self._width], self._groups[1][:] = level.order, level.offsets
+        new = [slot for slot, (row, length) in enumerate(zip(rows, lengths, strict=True)) if row >= 0 and length == 0]
+        if new and self._own_states:
+            targets, sources = on_device(self.device, new), on_device(self.device, [rows[slot] for slot in new])
+            for key, states in self._own_states.items():
+                states[targets] = self._prefix_states[key][sources]
+
+    def advance(self, appended: torch.Tensor) -> None:
+        """Count the tokens of a step: ``appended`` is (slots,) bool, those that stay."""
+        self._slots[1, : len(appended)] += appended
 
     @property
     def step_layout(self) -> TreeLayout:
         """The layout of a decoding step or of an extension: a sequence of new tokens per slot."""
-        return _one_token_each(len(self._slots)) if self._extension is None else self._extension.layout
+        return _one_token_each(self._width) if self._extension is None else self._extension.layout
 
     def states(self, layer: int, kind: str) -> torch.Tensor:
         """Return the states, before a step or an extension, of its slots."""
-        stored = self._slot_states((layer, kind))
-        if self._extension is not None:
-            return stored[self._extension.slots.start : self._extension.slots.stop]
-        if self._new is not None:
-            slots, owners = self._new
-            stored[slots] = self._prefix_states[layer, kind][owners]
-        return stored[: len(self._slots)]
+        stored = self._own_states[layer, kind]
+        return stored[: self._width] if self._extension is None else stored[self._extension.slots]
 
     def set_states(self, layer: int, kind: str, states: torch.Tensor) -> None:
         """Store the states, after a step or an extension, of its slots."""
-        first = 0 if self._extension is None else self._extension.slots.start
-        self._own_states[layer, kind][first : first + len(states)] = states
+        stored = self._own_states[layer, kind]
+        stored[slice(self._width) if self._extension is None else self._extension.slots] = states
 
-    def _slot_states(self, key: tuple[int, str]) -> torch.Tensor:
-        if key not in self._own_states:
-            prompts = self._prefix_states[key]
-            self._own_states[key] = prompts.new_empty(self.num_slots, *prompts.shape[1:])
-        return self._own_states[key]
-
-    def _bias(self, window: int | None) -> torch.Tensor | None:
-        """Return what is added to the scores (slots, Hkv, R, P + width): -inf for tokens that a slot does not see."""
-        if window is not None and window >= self._longest:
-            window = None
-        if window not in self._biases:
-            self._biases[window] = self._make_bias(window)
-        return self._biases[window]
-
-    def _make_bias(self, window: int | None) -> torch.Tensor | None:
-        if window is None and self._equal_lengths and self._equal_prompts:
-            return None
-        prompts, columns = self._prompt_lengths.unsqueeze(1), self._columns.unsqueeze(1)
-        in_prompt = torch.arange(max(self.lengths), device=prompts.device)
-        in_completion = torch.arange(self._width, device=prompts.device)
-        seen = torch.cat([in_prompt < prompts, in_completion <= columns], 1)
-        if window is not None:
-            distance = torch.cat([prompts + columns - in_prompt, columns - in_completion], 1)
-            seen &= distance < window
-        return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None, None]
-
-    def _by_prompt(self, x: torch.Tensor) -> torch.Tensor:
-        """Group (slots, Hkv, R, W) by prompt: (A, Hkv, G R, W)."""
-        x = x.unflatten(0, (-1, self._group_size)) if self._even_groups else x[self._members]
-        return x.transpose(1, 2).flatten(2, 3)
-
-    def _by_slot(self, x: torch.Tensor) -> torch.Tensor:
-        """Invert ``_by_prompt``."""
-        x = x.unflatten(2, (self._group_size, -1)).transpose(1, 2).flatten(0, 1)
-        return x if self._even_groups else x[self._places]
-
-    def _reserve(self, layer: int, like: Sequence[torch.Tensor], width: int) -> list[torch.Tensor]:
-        """Return the keys and values of the slots, (S, Hkv, capacity, D), with a capacity of at least ``width`` tokens.
-
-        Args:
-            like: keys and values (Hkv, n, D).
-        """
-        if layer not in self._own:
-            self._own[layer] = [x.new_empty(self.num_slots, x.shape[0], 0, x.shape[2]) for x in like]
-        stored = self._own[layer]
-        if (capacity := stored[0].shape[2]) < width:
-            stored[:] = [pad(x, (0, 0, 0, max(32, capacity, width - capacity))) for x in stored]
-        return stored
-
-    def _append(self, layer: int, new: tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-        """Append the keys and values (slots, Hkv, D) of a step, and return all that are stored, (slots, Hkv, width, D)."""
-        stored = self._reserve(layer, [x.transpose(0, 1) for x in new], self._width)
-        count = len(new[0])
-        for x, token in zip(stored, new, strict=True):
-            if self._equal_lengths:
-                x[:count, :, self._width - 1] = token
-            else:
-                x[self._slots, :, self._columns] = token
-        return [x[:count, :, : self._width] for x in stored]
+    def _levels_of(self, layer: int, count: int) -> list[KeyValues]:
+        """The levels that the first ``count`` slots read in a layer."""
+        if (layer, count) not in self._levels:
+            rows, lengths = self._slots[:, :count]
+            order, offsets = (None, None) if self.device.type == "cpu" else (self._groups[0][:count], self._groups[1])
+            own = (x[:count] for x in self._own[layer])
+            self._levels[layer, count] = [
+                KeyValues(*self._prefix[layer], self._row_lengths, rows, order=order, offsets=offsets),
+                KeyValues(*own, lengths),
+            ]
+        return self._levels[layer, count]
 
     def attend(
         self,
@@ -320,17 +328,10 @@ class TreeCache:
         ``window`` is the sliding window of the layer, as in ``tree_attention``.
         """
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        q = query.unflatten(1, (key.shape[1], -1))
-        prefix_key, prefix_value = self._prefix[layer]
-        own_key, own_value = self._append(layer, (key, value))
-        scores = torch.cat([self._by_slot(fp32_scores(self._by_prompt(q), prefix_key)), fp32_scores(q, own_key)], -1)
-        scores *= query.shape[-1] ** -0.5 if scale is None else scale
-        if (bias := self._bias(window)) is not None:
-            scores += bias
-        shares = scores.softmax(-1).split([prefix_key.shape[2], own_key.shape[2]], -1)
-        on_prefix, on_own = (gemm_operand(x.to(q.dtype)) for x in shares)
-        out = on_own @ own_value + self._by_slot(self._by_prompt(on_prefix) @ prefix_value)
-        return out.flatten(1, 2).unsqueeze(0)
+        levels = self._levels_of(layer, len(query))
+        if is_fixed() and query.device.type == "cpu":
+            return paths.decode(query, levels, key, value, window, scale).unsqueeze(0)
+        return decode_attention(query, levels, key=key, value=value, window=window, scale=scale).unsqueeze(0)
 
     def attend_extension(
         self,
@@ -353,17 +354,20 @@ class TreeCache:
         """
         extension, outputs = self._extension, []
         assert extension is not None
-        width = max(map(sum, zip(extension.lengths, extension.added, strict=True)))
-        own = self._reserve(layer, [key[0], value[0]], width)
         parts = (x[0].split(extension.added, 1) for x in (query, key, value))
         for index, (q, *new) in enumerate(zip(*parts, strict=True)):
             slot, length = extension.slots[index], extension.lengths[index]
             stop, prompt = length + extension.added[index], extension.prompt_lengths[index]
             seen = []
-            for x, prefix, tokens in zip(own, self._prefix[layer], new, strict=True):
+            for x, prefix, tokens in zip(self._own[layer], self._prefix[layer], new, strict=True):
                 x[slot, :, length:stop] = tokens
-                seen.append(torch.cat([prefix[extension.owners[index], :, :prompt], x[slot, :, :stop]], 1).unsqueeze(0))
+                seen.append(torch.cat([prefix[extension.rows[index], :, :prompt], x[slot, :, :stop]], 1).unsqueeze(0))
             mask = extension.mask(index, layout, window, q.device)
+            if is_fixed():
+                tokens_first = (x.squeeze(0).transpose(0, 1) for x in (q.unsqueeze(0), *seen))
+                factor = q.shape[-1] ** -0.5 if scale is None else scale
+                outputs.append(paths.attend(*tokens_first, mask.cpu(), factor).transpose(0, 1).unsqueeze(0))
+                continue
             outputs.append(
                 scaled_dot_product_attention(
                     q.unsqueeze(0).contiguous(), *seen, attn_mask=mask, scale=scale, enable_gqa=len(q) != seen[0].shape[1]

@@ -1,5 +1,8 @@
 """Decoding the completions of groups: each prompt runs once, and its keys and values serve all its completions.
 
+The completions are decoded in slots. A decoding step is a function of the contents of device buffers (``Slots``) only, so that
+on a GPU it runs as a CUDA graph, and the host reads the sampled tokens only every few steps.
+
 A completion can have several turns (``decode_trajectories``): after a turn that calls tools, their results are appended to the
 completion's own keys and values, and the next turn follows. While tools run, other completions use the slot.
 """
@@ -8,7 +11,8 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
@@ -21,126 +25,21 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
 from vlmkernels.models.packs import pack_groups, pack_trees
 from vlmkernels.models.positions import prompt_positions, segment_positions
-from vlmkernels.models.router_replay import ExpertRecorder, RoutedExperts
-from vlmkernels.models.trajectories import Turns, chain, join, text_inputs
+from vlmkernels.models.router_replay import ExpertRecorder
+from vlmkernels.models.trajectories import chain, join
 from vlmkernels.models.tree_cache import StoredCompletion, TreeCache, on_device
-from vlmkernels.rollout.base import Sampling, pad_token_ids
-from vlmkernels.rollout.token_sampler import SampledTokens, TokenSampler, stops
+from vlmkernels.rollout.base import RolloutError, Sampling
+from vlmkernels.rollout.completions import Completions, Decoded
+from vlmkernels.rollout.slots import Slots
+from vlmkernels.rollout.step_graphs import step_graphs
+from vlmkernels.rollout.token_sampler import TokenSampler
 
 if TYPE_CHECKING:
     from vlmkernels.rollout.episodes import Episodes
 
 
-class Decoded(NamedTuple):
-    """B completions of up to C tokens; those of a prompt are consecutive.
-
-    Attributes:
-        ids: (B, C) int64, right-padded.
-        mask: (B, C) bool, the tokens of each completion up to and with the token that ended it.
-        truncated: (B,) bool, whether max_new_tokens ended the completion, or the results of its tools did not fit.
-        logps: (B, C) fp32, log-probabilities of the tokens under the model at the temperature (1 if greedy), over the whole
-            vocabulary; 0 outside the mask and for results of tools. None if ``model.generate`` sampled the tokens.
-        log_kept_mass: (B, C) fp32, log of the probability, under the model, of the tokens that could be sampled: all except
-            those that top_k, top_p, min_p, suppress_tokens and min_new_tokens exclude. ``logps - log_kept_mass`` is the
-            log-probability that a token was sampled with; with a repetition penalty, log_kept_mass is defined by this and is
-            not the log of a probability. 0 where logps is 0; None if ``logps`` is None. See docs/mismatch.md.
-        turns: the segments of completions with tools; None without tools.
-        routed_experts: the experts of each token, with ``record_experts``.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    truncated: torch.Tensor
-    logps: torch.Tensor | None = None
-    log_kept_mass: torch.Tensor | None = None
-    turns: Turns | None = None
-    routed_experts: RoutedExperts | None = None
-
-
-class Completions:
-    """The tokens of B completions and their log-probabilities, which stay on the device until all have ended.
-
-    Attributes:
-        tokens: the tokens of each completion so far, with the results of tools.
-        parts: the segments of each completion; the last one is the current turn of the model.
-    """
-
-    def __init__(self, count: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.sampling, self.tokenizer = sampling, tokenizer
-        self.tokens: list[list[int]] = [[] for _ in range(count)]
-        self.parts: list[list[list[int] | ModelInputs]] = [[[]] for _ in range(count)]
-        self.truncated = [True] * count
-        self._logps: list[torch.Tensor] = []  # (2, n) per step: logps and log_kept_mass of n tokens
-        self._places: list[tuple[list[int], list[int]]] = []  # per step: the n completions, and where in them the tokens are
-
-    def lengths(self, completions: list[int]) -> list[int]:
-        return [len(self.tokens[k]) for k in completions]
-
-    def turn(self, k: int) -> list[int]:
-        """Return the tokens of the current turn of a completion."""
-        turn = self.parts[k][-1]
-        assert isinstance(turn, list)
-        return turn
-
-    def append(self, completions: list[int], sampled: SampledTokens) -> list[bool]:
-        """Append a token to each of the completions and return which of their turns have ended."""
-        self._logps.append(torch.stack([sampled.logps, sampled.log_kept_mass]))
-        self._places.append((completions.copy(), self.lengths(completions)))
-        ended, eos = [], self.sampling.eos_token_id or ()
-        for k, token in zip(completions, sampled.ids.tolist(), strict=True):
-            self.tokens[k].append(token)
-            self.turn(k).append(token)
-            stopped = token in eos or stops(self.turn(k), self.sampling.stop_strings, self.tokenizer)
-            self.truncated[k] = not stopped
-            ended.append(stopped or len(self.tokens[k]) == self.sampling.max_new_tokens)
-        return ended
-
-    def append_turn(self, k: int, ids: list[int], *, truncated: bool) -> None:
-        """Append the tokens of a whole turn, without log-probabilities."""
-        self.tokens[k] += ids
-        self.turn(k).extend(ids)
-        self.truncated[k] = truncated
-
-    def observe(self, k: int, result: ModelInputs) -> None:
-        """Append the result of tools to a completion and begin its next turn."""
-        self.tokens[k] += result.inputs["input_ids"][0].tolist()
-        self.parts[k] += [result, []]
-
-    def path(self, k: int, prompt: ModelInputs) -> ModelInputs:
-        """Return the prompt of a completion and its tokens so far as one sample."""
-        parts = [part for part in self.parts[k] if not isinstance(part, list) or part]
-        device, pad_token_id = prompt.inputs["input_ids"].device, self.sampling.pad_token_id or 0
-        turns = [text_inputs([p], prompt.family, device, pad_token_id) if isinstance(p, list) else p for p in parts]
-        return chain([prompt.trim(), *turns])
-
-    def has_room(self, k: int, result: ModelInputs, prompt_length: int, model: PreTrainedModel) -> bool:
-        """Return whether a completion has room for a result and one more token, in the budget and in the model's context."""
-        length = len(self.tokens[k]) + result.inputs["input_ids"].shape[1]
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return length < self.sampling.max_new_tokens and (context is None or prompt_length + length < context)
-
-    def decoded(self, prompts: ModelInputs, *, with_turns: bool) -> Decoded:
-        device = prompts.inputs["input_ids"].device
-        pad_token_id = self.sampling.pad_token_id
-        ids, mask = pad_token_ids(self.tokens, pad_token_id)
-        logps: Sequence[torch.Tensor | None] = (None, None)
-        if self._logps:
-            logps = torch.zeros(2, *ids.shape, device=device)
-            places = [[x for places in self._places for x in places[axis]] for axis in (0, 1)]
-            rows, columns = torch.tensor(places, device=device)
-            logps[:, rows, columns] = torch.cat(self._logps, 1)
-        turns = None
-        if with_turns:
-            assert pad_token_id is not None
-            turns = Turns.from_parts(self.parts, prompts.family, device, pad_token_id)
-        return Decoded(
-            ids.to(device),
-            mask.to(device),
-            torch.tensor(self.truncated, device=device),
-            logps=logps[0],
-            log_kept_mass=logps[1],
-            turns=turns,
-        )
+# On a GPU, the host reads the sampled tokens after this many steps. A completion that has ended keeps its slot until then.
+GPU_STEPS = 8
 
 
 class Decoder:
@@ -156,6 +55,8 @@ class Decoder:
     Attributes:
         episodes: the conversations with tools; None if every completion is one turn.
         keeps_features: whether the results have image features in place of pixels in ``Decoded.turns``.
+        steps_per_check: the number of steps after which the host reads the sampled tokens.
+        graphs: runs decoding steps as graphs; None: they run eagerly.
         experts: records the experts of each token; None if they are not recorded.
     """
 
@@ -182,55 +83,95 @@ class Decoder:
         other_axes = [axis for axis in range(self.positions.dim()) if axis != self.positions.dim() - 2]  # all but the prompts
         starts = (self.positions.amax(other_axes) + 1).tolist()
         self.next_positions = [starts[prompt] for prompt in self.group]  # position of the next token to sample
-        self.cache = TreeCache(num_slots)
+        sampling = completions.sampling
+        self.eos = on_device(self.device, list(sampling.eos_token_id or ()) or [-1])
+        longest = int(prompts.inputs["attention_mask"].sum(1).max())
+        self.cache = TreeCache(num_slots, self.device, sampling.max_new_tokens, longest)
+        self.slots = Slots(num_slots, len(self.group), sampling.max_new_tokens, self.device)
         self.pending = deque(range(len(self.group)))  # completions that have not begun
-        self.slots: list[int] = []  # the completion in each occupied slot
         self.stored: dict[int, StoredCompletion] = {}  # completions that wait for tools or for a slot
         self.resumed: deque[tuple[int, ModelInputs]] = deque()  # completions whose tools have finished, and the results
         self.first_logits: dict[int, torch.Tensor] = {}  # (V,) by prompt, for the first token of its completions
         # The cache ignores the mask. A mask with four axes keeps the model from building one, which would wait for the device.
         self.mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        self.graphs = step_graphs(model, self.device)
+        every_step = sampling.stop_strings or (sampling.temperature and sampler.uniform is None)
+        self.steps_per_check = GPU_STEPS if self.device.type == "cuda" and not every_step else 1
 
     def run(self) -> None:
         """Decode until every completion has ended."""
-        with nullcontext() if self.experts is None else self.experts:
+        with self.experts or nullcontext():
             self._run()
 
     def _run(self) -> None:
-        while self.pending or self.slots or self.stored:
-            slots = self.cache.num_slots
-            free = slots - len(self.slots)
+        while self.pending or self.slots.occupied or self.stored:
+            slots, occupied = self.cache.num_slots, len(self.slots.occupied)
+            free = slots - occupied
             # Completions that wait for tools keep their keys and values, so that there are at most as many as slots.
-            new = min(free, len(self.pending), 2 * slots - len(self.slots) - len(self.stored))
-            self._collect_results(wait=not (self.slots or self.resumed or new > 0))
+            new = min(free, len(self.pending), 2 * slots - occupied - len(self.stored))
+            self._collect_results(wait=not (occupied or self.resumed or new > 0))
             if self.resumed and free:
                 self._resume(free)
             elif new > 0:
                 self._admit([self.pending.popleft() for _ in range(new)])
-            elif self.slots:
-                self._step()
+            elif occupied:
+                self._decode()
 
-    def _sample(self, completions: list[int], logits: torch.Tensor) -> list[bool]:
-        """Sample the next token of each of the completions and return which of their turns have ended."""
-        turns = [len(self.completions.turn(k)) for k in completions]
-        sampled = self.sampler(completions, self.completions.lengths(completions), logits, turns)
-        for k in completions:
-            self.next_positions[k] += 1
-        return self.completions.append(completions, sampled)
+    def decoded(self, *, with_turns: bool) -> Decoded:
+        """Return the completions."""
+        decoded = self.completions.decoded(self.prompts, with_turns=with_turns, values=self.slots.values_of_completions())
+        experts = None if self.experts is None else self.experts.routed(decoded.ids.shape[1])
+        return decoded._replace(routed_experts=experts)
+
+    def record_experts(self) -> None:
+        """Record the experts of each token (``Decoded.routed_experts``)."""
+        self.experts = ExpertRecorder(self.model, self.prompts, len(self.group), self.completions.sampling.max_new_tokens)
+
+    def _first_tokens(self, completions: list[int], logits: torch.Tensor) -> list[bool]:
+        """Sample the first token of a turn of each of the completions and return which of the turns have ended."""
+        budget = self.completions.sampling.max_new_tokens
+        places = on_device(self.device, [k * budget + len(self.completions.tokens[k]) for k in completions])
+        sampled = self.sampler(logits, places, on_device(self.device, [self._ends_from(k) for k in completions]))
+        self.slots.store(places, sampled)
+        return [self._append(k, token) for k, token in zip(completions, sampled.ids.tolist(), strict=True)]
+
+    def _append(self, k: int, token: int) -> bool:
+        """Append a sampled token to a completion and return whether its turn has ended."""
+        if token < 0:
+            problem = "its logits are NaN or infinite" if token == -1 else "no token is left, because all others are excluded"
+            number = len(self.completions.tokens[k])
+            raise RolloutError(f"token {number} of completion {k} of prompt {self.group[k]} cannot be sampled: {problem}")
+        self.next_positions[k] += 1
+        return self.completions.append(k, token)
+
+    def _ends_from(self, k: int) -> int:
+        """Return the place (``TokenSampler``) from which a completion may end."""
+        sampling, length = self.completions.sampling, len(self.completions.tokens[k])
+        return k * sampling.max_new_tokens + length - len(self.completions.turn(k)) + sampling.min_new_tokens
 
     # Prompts
 
     def _admit(self, completions: list[int]) -> None:
         """Sample the first tokens of new completions and put those that have not ended into free slots."""
-        new = sorted({self.group[k] for k in completions} - self.first_logits.keys())
+        prompts = {self.group[k] for k in completions}
+        new = sorted(prompts - self.first_logits.keys())
+        if new:
+            self._drop_prompts(prompts)
+            self.cache.reserve(len(new))
         for part in self._split_prompts(new):
             self._prefill(part)
         logits = torch.stack([self.first_logits[self.group[k]] for k in completions])
-        for k, ended in zip(completions, self._sample(completions, logits), strict=True):
+        for k, ended in zip(completions, self._first_tokens(completions, logits), strict=True):
             if not ended:
-                self.slots.append(k)
+                self.slots.put(k)
             elif self._continues(k):
                 self.stored[k] = StoredCompletion()
+
+    def _drop_prompts(self, needed: set[int]) -> None:
+        """Let others take the memory of prompts that no completion needs any more, besides those in ``needed``."""
+        needed = needed | {self.group[k] for k in (*self.slots.occupied, *self.stored, *self.pending)}
+        self.cache.keep(needed)
+        self.first_logits = {prompt: logits for prompt, logits in self.first_logits.items() if prompt in needed}
 
     def _split_prompts(self, prompts: list[int]) -> list[list[int]]:
         """Split prompts into parts of at most ``max_tokens`` tokens."""
@@ -253,51 +194,96 @@ class Decoder:
         self.cache.begin(prompts, list(pack.inputs["tree_layout"].lengths))
         self.first_logits |= dict(zip(prompts, self._last_logits(pack.inputs), strict=True))
         if self.experts is not None:
-            self.experts.add_prompts(prompts, self.experts.take())
+            self.experts.add_prompts(prompts)
 
     def _last_logits(self, inputs: dict) -> torch.Tensor:
         """Run a pack of sequences and return the logits (sequences, V) of the last token of each."""
         last = torch.tensor([end - 1 for end in inputs["tree_layout"].ends], device=self.device)
-        logits: torch.Tensor = self.model(**inputs, tree_cache=self.cache, use_cache=False, logits_to_keep=last).logits[0]
-        return logits
+        return self._features(**inputs, use_cache=False, logits_to_keep=last)
 
     # Decoding
 
-    def _step(self) -> None:
-        """Run one token of each occupied slot through the model and sample the next."""
-        lengths, prompts = self.completions.lengths(self.slots), [self.group[k] for k in self.slots]
-        needed = {*prompts, *(self.group[k] for k in (*self.stored, *self.pending))}
-        if 2 * len(needed) <= len(self.cache.prompts):
-            self.cache.keep(needed)
-        self.cache.arrange(prompts, [n - 1 for n in lengths], self.device)
-        ids = on_device(self.device, [[self.completions.tokens[k][-1] for k in self.slots]])
-        positions = on_device(self.device, [[self.next_positions[k] - 1 for k in self.slots]])
-        if self.positions.dim() == 3:
-            positions = positions.expand(len(self.positions), 1, -1)
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            tree_cache=self.cache,
-            use_cache=False,
-        ).logits[0]
-        if self.experts is not None:
-            self.experts.add_tokens(self.slots, [n - 1 for n in lengths], self.experts.take())
-        self._free_slots(self._sample(self.slots, logits))
+    def _decode(self) -> None:
+        """Run some steps of all occupied slots, and free those whose turns have ended."""
+        occupied, budget = self.slots.occupied, self.completions.sampling.max_new_tokens
+        lengths = {k: len(self.completions.tokens[k]) for k in occupied}
+        steps = min(self.steps_per_check, budget - min(lengths.values()))
+        if self.episodes is not None and self.cache.is_recurrent:
+            steps = 1  # further steps would change the states of a completion that continues after its tools
+        if self._moves():
+            self.slots.changed = True
+        if self.slots.changed or max(lengths.values()) - 1 + steps > self.cache.capacity:
+            self._arrange(steps)
+        sampled = [self._run_step() for _ in range(steps)]
+        rows = torch.stack(sampled).tolist() if steps > 1 else [sampled[0].tolist()]
+        for slot, k in enumerate(self.slots.completions[: self.slots.width]):
+            if k is not None and any(self._append(k, row[slot]) for row in rows):
+                self._end_turn(slot, k)
 
-    def _free_slots(self, ended: list[bool]) -> None:
-        """Drop the completions that have ended and move others into their slots, so that occupied slots stay contiguous."""
-        for slot, (k, end) in enumerate(zip(self.slots, ended, strict=True)):
-            if end and self._continues(k):
-                self.stored[k] = self.cache.take_out(slot, len(self.completions.tokens[k]) - 1)
-        alive = len(ended) - sum(ended)
-        free = [slot for slot in range(alive) if ended[slot]]
-        moved = [slot for slot in range(alive, len(ended)) if not ended[slot]]
-        if free:
-            self.cache.move(moved, free)
-        for source, target in zip(moved, free, strict=True):
-            self.slots[target] = self.slots[source]
-        del self.slots[alive:]
+    def _end_turn(self, slot: int, k: int) -> None:
+        """Free the slot of a completion whose turn has ended."""
+        if self._continues(k):
+            self.stored[k] = self.cache.take_out(slot, len(self.completions.tokens[k]) - 1)
+        self.slots.free(slot)
+
+    def _moves(self) -> bool:
+        """Move completions to the first slots if fewer slots are enough for a step."""
+        sources, targets = self.slots.compact()
+        if sources:
+            self.cache.move(sources, targets)
+        return bool(sources)
+
+    def _arrange(self, steps: int) -> None:
+        """Copy the state of the slots to the device."""
+        budget, rows, prompts, lengths = self.completions.sampling.max_new_tokens, [], [], []
+        for k in self.slots.arranged():
+            if k is None:
+                rows.append(self.slots.no_completion)
+                prompts.append(None)
+                lengths.append(0)
+            else:
+                tokens = self.completions.tokens[k]
+                place = k * budget + len(tokens)
+                rows.append((tokens[-1], place, self.next_positions[k] - 1, (k + 1) * budget - 1, self._ends_from(k)))
+                prompts.append(self.group[k])
+                lengths.append(len(tokens) - 1)
+        self.slots.upload(rows)
+        self.cache.arrange(prompts, lengths, steps)
+
+    def _run_step(self) -> torch.Tensor:
+        """Run a step and return the sampled tokens (slots,)."""
+        width = self.slots.width
+        step = partial(self._step, width)
+        if self.graphs is None:
+            step()
+        else:
+            self.graphs(width, self.cache.version, step)
+        return self.slots.state[0, :width].clone() if self.steps_per_check > 1 else self.slots.state[0, :width]
+
+    def _step(self, width: int) -> None:
+        """Run one token of each of the first slots through the model and sample the next: a function of device buffers only."""
+        tokens, places, positions, last, ends_from = self.slots.state[:, :width]
+        running = places < self.slots.nowhere
+        position_ids = positions.unsqueeze(0)
+        if self.positions.dim() == 3:
+            position_ids = position_ids.expand(len(self.positions), 1, -1)
+        logits = self._features(
+            input_ids=tokens.clamp(min=0).unsqueeze(0), attention_mask=self.mask, position_ids=position_ids, use_cache=False
+        )
+        if self.experts is not None:
+            self.experts.add_tokens(torch.where(running, places - 1, self.slots.nowhere))
+        sampled = self.sampler(logits, places, ends_from)
+        self.slots.store(places, sampled)
+        ended = (sampled.ids.unsqueeze(1) == self.eos).any(1) | (places == last)
+        self.cache.advance(running)
+        positions += running
+        tokens.copy_(sampled.ids)
+        places.copy_(torch.where(running & ~ended, places + 1, self.slots.nowhere))
+
+    def _features(self, **inputs: Any) -> torch.Tensor:
+        """Run the model and return its logits (n, V)."""
+        logits: torch.Tensor = self.model(**inputs, tree_cache=self.cache).logits[0]
+        return logits
 
     # Results of tools
 
@@ -316,8 +302,8 @@ class Decoder:
         if self.episodes is None or not self.stored:
             return
         for k, observation in self.episodes.ready(wait):
-            prompt = self.cache.lengths[self.cache.prompts.index(self.group[k])]
-            if self.completions.has_room(k, observation.inputs, prompt, self.plain):
+            prompt_length = self.cache.prompts[self.group[k]]
+            if self.completions.has_room(k, observation.inputs, prompt_length, self.plain):
                 self.resumed.append((k, observation.inputs.to(self.device)))
             else:
                 self.episodes.refuse(k)
@@ -333,32 +319,28 @@ class Decoder:
             if batch and self.max_tokens is not None and total > self.max_tokens:
                 break
             batch.append(self.resumed.popleft())
-        first, completions = len(self.slots), [k for k, _ in batch]
+        completions = [k for k, _ in batch]
         stored = [len(self.completions.tokens[k]) - 1 for k in completions]
-        for slot, k in enumerate(completions, first):
+        slots = [self.slots.put(k) for k in completions]
+        for slot, k in zip(slots, completions, strict=True):
             self.cache.put_back(slot, self.group[k], self.stored.pop(k))
         results = [result for _, result in batch]
         encoded = self._encode(results)
         if self.keeps_features:
             results = encoded
         pack = self._extension(completions, results, encoded)
-        self.cache.extend(
-            range(first, first + len(batch)),
-            [self.group[k] for k in completions],
-            stored,
-            list(pack["tree_layout"].lengths),
-        )
+        self.cache.extend(slots, [self.group[k] for k in completions], stored, list(pack["tree_layout"].lengths))
         logits = self._last_logits(pack)
         if self.experts is not None:
-            counts = pack["tree_layout"].lengths
-            places = [(k, start + n) for k, start, count in zip(completions, stored, counts, strict=True) for n in range(count)]
-            self.experts.add_tokens([k for k, _ in places], [place for _, place in places], self.experts.take())
+            starts = [k * self.slots.budget + length for k, length in zip(completions, stored, strict=True)]
+            parts = zip(starts, pack["tree_layout"].lengths, strict=True)
+            self.experts.add_tokens(torch.cat([torch.arange(start, start + n) for start, n in parts]).to(self.device))
         for k, result in zip(completions, results, strict=True):
             self.completions.observe(k, result)
             self.sampler.see(k, result.inputs["input_ids"][0])
-        self.slots += completions
-        ended = self._sample(completions, logits)
-        self._free_slots([False] * first + ended)
+        for slot, k, ended in zip(slots, completions, self._first_tokens(completions, logits), strict=True):
+            if ended:
+                self._end_turn(slot, k)
 
     def _encode(self, results: list[ModelInputs]) -> list[ModelInputs]:
         """Return results with image features in place of pixels. Equal images, as of a group's calls, are encoded once."""
@@ -467,7 +449,10 @@ def decode_groups(
     decoder = make_decoder(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
-    return _decode(decoder, with_turns=False, record_experts=record_experts)
+    if record_experts:
+        decoder.record_experts()
+    decoder.run()
+    return decoder.decoded(with_turns=False)
 
 
 @torch.no_grad()
@@ -513,17 +498,10 @@ def decode_trajectories(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
     decoder.episodes, decoder.keeps_features = episodes, keeps_features
-    return _decode(decoder, with_turns=True, record_experts=record_experts)
-
-
-def _decode(decoder: Decoder, *, with_turns: bool, record_experts: bool) -> Decoded:
     if record_experts:
-        decoder.experts = ExpertRecorder(decoder.model, decoder.prompts, len(decoder.group))
+        decoder.record_experts()
     decoder.run()
-    decoded = decoder.completions.decoded(decoder.prompts, with_turns=with_turns)
-    if decoder.experts is None:
-        return decoded
-    return decoded._replace(routed_experts=decoder.experts.routed(decoded.ids.shape[1]))
+    return decoder.decoded(with_turns=True)
 
 
 def make_decoder(
@@ -554,8 +532,19 @@ def make_decoder(
         raise ValueError("tokenizer must be given with stop_strings, got None")
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt, got none")
+    if uniform is not None:
+        _check_uniform(uniform, (len(group), sampling.max_new_tokens))
     check_tree_attention(base_model(model))
     vocab_size = model.config.get_text_config().vocab_size
     sampler = TokenSampler(sampling, prompts, group, vocab_size, uniform)
     completions = Completions(len(group), sampling, tokenizer)
     return Decoder(model, prompts, group, min(max_num_seqs or len(group), len(group)), max_tokens, sampler, completions)
+
+
+def _check_uniform(uniform: torch.Tensor, shape: tuple[int, int]) -> None:
+    if uniform.shape != shape:
+        raise ValueError(f"uniform must be {shape}, one number per token, got {tuple(uniform.shape)}")
+    bad = ~((uniform >= 0) & (uniform < 1))
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(f"uniform must be in [0, 1), got {uniform[row, column].item()} at ({row}, {column})")

@@ -1,7 +1,7 @@
-"""Sampling the next tokens of completions from logits."""
+"""Sampling the next tokens of completions from logits, or from hidden states."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor, MinPLogitsWarper, PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
@@ -9,24 +9,8 @@ from transformers import LogitsProcessor, MinPLogitsWarper, PreTrainedTokenizerB
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.tree_cache import on_device
 from vlmkernels.ops.gather_logps import gather_logps
+from vlmkernels.ops.sample_logps import SampledTokens, sample_logps
 from vlmkernels.rollout.base import Sampling
-
-
-def invert_cdf(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Sample from categorical distributions by inverting their cumulative distribution functions.
-
-    Args:
-        probabilities: (n, V), need not be normalized.
-        uniform: (n,) fp64 in [0, 1).
-
-    Returns:
-        (n,) int64 indices, never one of probability 0.
-    """
-    sums = probabilities.cumsum(-1, dtype=torch.float64)  # in fp32, small probabilities would be lost
-    total = sums[:, -1:]
-    below = torch.minimum(uniform.unsqueeze(1) * total, total.nextafter(total - 1))
-    # The first index with a greater sum. An index of probability 0 has the sum of the index before it, so it is never first.
-    return torch.searchsorted(sums, below, right=True).squeeze(1)
 
 
 def stops(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> bool:
@@ -41,101 +25,116 @@ def stops(tokens: list[int], stop_strings: Sequence[str], tokenizer: PreTrainedT
     return any(stop in text for stop in stop_strings)
 
 
-class SampledTokens(NamedTuple):
-    """n sampled tokens: ``ids``, (n,) int64; ``logps`` and ``log_kept_mass``, (n,) fp32, as in ``Decoded``."""
-
-    ids: torch.Tensor
-    logps: torch.Tensor
-    log_kept_mass: torch.Tensor
-
-
 class TokenSampler:
-    """Samples the next tokens of completions.
+    """Samples the next tokens of completions. Calls do not wait for the device.
+
+    The place of a token in the B completions of up to C = max_new_tokens tokens is the index ``completion * C + index``. A slot
+    without a completion has the place B * C.
 
     Args:
         sampling: how tokens are sampled. ``eos_token_id`` must be set.
         prompts: P prompts. The repetition penalty applies to their tokens too.
         group: the prompt of each of the B completions.
         vocab_size: V. Larger token ids in ``sampling`` are ignored: a generation config may name tokens that the model lacks.
-        uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU, one number for every token, so that the tokens of a completion
-            do not depend on which completions share a step. None: draw from the device's random state as ``generate`` does.
+        uniform: (B, C) fp64 in [0, 1), one number for every token, so that the tokens of a completion do not depend on which
+            completions share a step. None: draw from the device's random state as ``generate`` does.
     """
 
     def __init__(
         self, sampling: Sampling, prompts: ModelInputs, group: Sequence[int], vocab_size: int, uniform: torch.Tensor | None
     ) -> None:
-        self.sampling, self.prompts, self.group, self.uniform = sampling, prompts, group, uniform
-        self.count, self.device = len(group), prompts.inputs["input_ids"].device
-        self.eos, self.suppressed = (
-            torch.tensor([token for token in tokens if token < vocab_size], device=self.device, dtype=torch.int64)
-            for tokens in (sampling.eos_token_id or (), sampling.suppress_tokens)
-        )
-        self.seen = self._tokens_of_prompts(vocab_size) if sampling.repetition_penalty != 1 else None
+        self.sampling, self.count, self.vocab_size = sampling, len(group), vocab_size
+        self.device = prompts.inputs["input_ids"].device
+        self.uniform = None
+        if uniform is not None:
+            self.uniform = torch.cat([uniform.flatten(), uniform.new_full((1,), 0.5)]).to(self.device)
+        self.options: dict[str, Any] = {}
         self.warpers: list[LogitsProcessor] = []
-        if sampling.top_k:
-            self.warpers.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(sampling.top_p))
-        if sampling.min_p:
-            self.warpers.append(MinPLogitsWarper(sampling.min_p))
+        if sampling.temperature:
+            self.options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+            if self.uniform is None:
+                self.warpers = _warpers(sampling)
+        self.seen = self._tokens_of_prompts(prompts, group) if sampling.repetition_penalty != 1 else None
+        # Tokens that must not be sampled: before min_new_tokens, and after.
+        suppressed, ends = (
+            torch.tensor([token for token in tokens if token < vocab_size], dtype=torch.int64)
+            for tokens in (sampling.suppress_tokens, sampling.eos_token_id or ())
+        )
+        self.banned = None
+        if len(suppressed) or sampling.min_new_tokens:
+            banned = torch.zeros(2, vocab_size, dtype=torch.bool)
+            banned[:, suppressed] = True
+            banned[0, ends] = True
+            self.banned = (banned if sampling.min_new_tokens else banned[1]).to(self.device)
 
-    def __call__(
-        self, completions: list[int], lengths: list[int], logits: torch.Tensor, turn_lengths: list[int] | None = None
-    ) -> SampledTokens:
-        """Sample one token for each of n completions.
+    def __call__(self, logits: torch.Tensor, places: torch.Tensor, ends_from: torch.Tensor) -> SampledTokens:
+        """Sample n tokens.
 
         Args:
-            completions: indices of the completions.
-            lengths: number of tokens that each of them has so far.
-            logits: (n, V) of the next tokens.
-            turn_lengths: number of tokens of the current turn of each, for ``min_new_tokens``. Default: ``lengths``.
+            logits: (n, V) of the tokens.
+            places: (n,) int64, the places of the tokens.
+            ends_from: (n,) int64, the places from which the completions may end (``min_new_tokens`` of a turn).
         """
-        temperature = self.sampling.temperature
-        scores = self._allowed(completions, lengths if turn_lengths is None else turn_lengths, logits.float())
-        if temperature:
-            scores = scores / temperature
-            for warper in self.warpers:
-                scores = warper(None, scores)
-            probabilities = scores.softmax(-1)
-            ids = self._draw(completions, lengths, probabilities)
-            sampling_logps = probabilities.gather(1, ids.unsqueeze(1)).squeeze(1).log()
-        else:
-            ids = scores.argmax(-1)
-            sampling_logps = torch.zeros(len(ids), device=self.device)
-        logps = gather_logps(logits, ids, temperature=temperature or 1.0)
+        options = dict(self.options)
+        if self.banned is not None:
+            options["banned"] = self.banned
+            if self.banned.dim() == 2:
+                options["banned_rows"] = (places >= ends_from).long()
         if self.seen is not None:
-            self.seen[on_device(self.device, completions), ids] = True
-        return SampledTokens(ids, logps, logps - sampling_logps)
+            completions = places // self.sampling.max_new_tokens
+            options |= {"seen": self.seen[completions], "repetition_penalty": self.sampling.repetition_penalty}
+        if self.sampling.temperature and self.uniform is None:
+            sampled = self._as_generate(logits, places, options)
+        else:
+            sampled = sample_logps(logits, None if self.uniform is None else self.uniform[places], **options)
+        if self.seen is not None:
+            self.seen.view(-1).index_fill_(0, completions * self.vocab_size + sampled.ids.clamp(min=0), True)
+        return sampled
 
     def see(self, completion: int, ids: torch.Tensor) -> None:
         """Apply the repetition penalty of a completion to the tokens ``ids`` (n,) of a tool's result too."""
         if self.seen is not None:
             self.seen[completion, ids] = True
 
-    def _draw(self, completions: list[int], lengths: list[int], probabilities: torch.Tensor) -> torch.Tensor:
-        if self.uniform is not None:
-            return invert_cdf(probabilities, self.uniform[completions, lengths].to(self.device))
-        # The same draws as torch.multinomial in generate, which has a row for every completion, whether it has ended or not.
-        noise = probabilities.new_empty(self.count, probabilities.shape[1]).exponential_()
-        return (probabilities / noise[completions]).argmax(-1)
+    def _as_generate(self, logits: torch.Tensor, places: torch.Tensor, options: dict[str, Any]) -> SampledTokens:
+        """Sample with transformers' warpers and the draws of torch.multinomial in ``generate``.
 
-    def _tokens_of_prompts(self, vocab_size: int) -> torch.Tensor:
-        """Return (B, V) bool, which tokens occur in the prompt of each completion."""
-        ids, mask = self.prompts.inputs["input_ids"], self.prompts.inputs["attention_mask"].bool()
-        seen = torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=self.device)
-        seen[mask.nonzero()[:, 0], ids[mask]] = True
-        return seen[on_device(self.device, list(self.group))]
-
-    def _allowed(self, completions: list[int], lengths: list[int], scores: torch.Tensor) -> torch.Tensor:
-        """Return scores (n, V) with the repetition penalty applied, and -inf for tokens that must not be sampled."""
+        It draws a row for every completion, whether it has ended or not.
+        """
+        scores, temperature = logits.float(), self.sampling.temperature
         if self.seen is not None:
             penalty = self.sampling.repetition_penalty
-            seen = self.seen[on_device(self.device, completions)]
-            scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-        if len(self.suppressed):
-            scores = scores.index_fill(1, self.suppressed, -torch.inf)
-        early = [row for row, length in enumerate(lengths) if length < self.sampling.min_new_tokens]
-        if early:
-            scores = scores.clone()
-            scores[on_device(self.device, early).unsqueeze(1), self.eos] = -torch.inf
-        return scores
+            scores = torch.where(options["seen"], torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+        if self.banned is not None:
+            banned = self.banned[options["banned_rows"]] if self.banned.dim() == 2 else self.banned
+            scores = scores.masked_fill(banned, -torch.inf)
+        scores = scores / temperature
+        for warper in self.warpers:
+            scores = warper(None, scores)
+        probabilities = scores.softmax(-1)
+        noise = probabilities.new_empty(self.count, probabilities.shape[1]).exponential_()
+        rows = (places // self.sampling.max_new_tokens).clamp(max=self.count - 1)
+        ids = (probabilities / noise[rows]).argmax(-1)
+        logps, entropy = gather_logps(logits, ids, temperature=temperature, return_entropy=True)
+        log_kept_mass = logps - probabilities.gather(1, ids.unsqueeze(1)).squeeze(1).log()
+        empty = (scores == -torch.inf).all(-1)
+        ids = ids.masked_fill(log_kept_mass.isnan(), -1).masked_fill(empty, -2)
+        return SampledTokens(ids, logps, log_kept_mass, entropy)
+
+    def _tokens_of_prompts(self, prompts: ModelInputs, group: Sequence[int]) -> torch.Tensor:
+        """Return (B + 1, V) bool, which tokens occur in the prompt of each completion. The last row is of no completion."""
+        ids, mask = prompts.inputs["input_ids"], prompts.inputs["attention_mask"].bool()
+        seen = torch.zeros(len(ids) + 1, self.vocab_size, dtype=torch.bool, device=self.device)
+        seen[mask.nonzero()[:, 0], ids[mask]] = True
+        return seen[on_device(self.device, [*group, len(ids)])]
+
+
+def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    warpers: list[LogitsProcessor] = []
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return warpers

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vlmkernels.ops.fixed_matmul import fixed_matmul, is_fixed
+
 HALF = (torch.bfloat16, torch.float16)
 # aten::mm.dtype_out, which only CUDA has: fp32 results of 16-bit operands.
 HAS_FP32_RESULTS = "dtype_out" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
@@ -180,6 +182,8 @@ class Sweep:
     def logits(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write hidden @ weight.T + bias to ``out``."""
         weight, bias = self.head.weight.t(), self.head.bias
+        if is_fixed():
+            return out.copy_(fixed_matmul(hidden, weight, bias=bias, out_dtype=out.dtype))
         if bias is None or out.dtype == hidden.dtype:
             return _mm(hidden, weight, out.dtype, out=out, add=bias)
         return _mm(hidden, weight, out.dtype, out=out).add_(bias)

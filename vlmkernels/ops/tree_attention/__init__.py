@@ -4,6 +4,7 @@ import torch
 
 from vlmkernels.backend import choose, load, resolve
 from vlmkernels.ops.checks import dtype_name, require_heads, require_tensor
+from vlmkernels.ops.fixed_matmul import is_fixed
 from vlmkernels.ops.tree_attention import flash4
 from vlmkernels.ops.tree_attention.layout import TreeLayout
 
@@ -13,6 +14,8 @@ __all__ = ["TreeLayout", "tree_attention"]
 def chosen_backend(query: torch.Tensor, layout: TreeLayout, window: int | None = None, backend: str = "auto") -> str:
     """Return the name of the backend that serves a call of ``tree_attention``."""
     name = resolve("tree_attention", backend)
+    if is_fixed():
+        return "paths" if name == "auto" else name
     if name == "auto" and flash4.is_faster(query, layout, window):
         name = "flash4"
     return choose("tree_attention", name, query, layout=layout, window=window)
@@ -55,6 +58,8 @@ def tree_attention(
               FlashAttention-4, the package flash-attn-4, without windows that are shorter than a path.
             - "parts" (CPU): the same as "flash" with torch's flash attention for the CPU, with windows and bidirectional spans.
             - "flex": FlexAttention with a block mask.
+            - "paths": products of fixed sizes over the keys of each path. The result of a token does not depend on other
+              tokens than those that it sees, bit for bit. Used by "auto" within ``fixed_rows``.
             - "auto": "parts" on the CPU. On CUDA "flash4" if it supports the tensors and the pack is so large that a training
               step is faster, else "flash" if it supports the tensors, else "flex". "flex" on other devices.
 
