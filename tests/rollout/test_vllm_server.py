@@ -167,6 +167,24 @@ def test_concurrency_is_limited(fake, tmp_path, monkeypatch):
     assert fake.max_concurrent == 2
 
 
+def test_correction_of_truncated_sampling(fake, tmp_path):
+    """At a temperature and with top_k: the mean ratio is the probability that the trainer's policy gives the kept tokens."""
+    fake.config["logprobs_mode"] = "processed_logprobs"
+    correction = {"rollout_correction": "token_truncate", "rollout_clip_max": None}
+    run = trainer(tmp_path, fake, temperature=0.7, top_k=3, max_steps=1, **correction)
+    run.train()
+    rollout, mask = run._experience.rollout, run._experience.rollout.completion_mask
+    batch = rollout.padded(torch.arange(len(mask)))
+    run.model.load_state_dict(tiny.vlm(tied=False).state_dict())  # the weights of the first step
+    with torch.no_grad():
+        logits = run.model(**batch.inputs).logits.flatten(0, 1)[batch.rows].double() / 0.7
+    allowed = logits.index_fill(1, torch.tensor(run.engine.banned), -torch.inf)
+    kept = allowed.masked_fill(allowed < allowed.topk(3).values[:, -1:], -torch.inf).logsumexp(-1) - logits.logsumexp(-1)
+    [log] = [entry for entry in run.state.log_history if "vllm/fingerprint" in entry]
+    assert log["sampling/importance_sampling_ratio/raw_mean"] == pytest.approx(kept.exp().mean().item(), rel=1e-4)
+    assert log["sampling/scored_ratio"] == 1
+
+
 def test_evaluation_is_greedy_and_without_logps(fake, tmp_path):
     run = trainer(tmp_path, fake, eval_temperature=0)
     run.eval_dataset = tiny.rows(2)
@@ -367,6 +385,8 @@ def test_a_server_of_another_model(tmp_path):
             {"temperature": 0.7, "top_p": 0.9, "rollout_correction": "token_mask", "rollout_policy": "full"},
             "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, .*, got 0.7",
         ),
+        ({"temperature": 3.0}, "temperature must be at most 2 with use_vllm, got 3.0"),
+        ({"eval_temperature": 2.5}, "eval_temperature must be at most 2 with use_vllm, got 2.5"),
         ({"vllm_weight_transfer": "nccl"}, "vllm_weight_transfer must be one of auto, memory, folder, got 'nccl'"),
         ({"rollout_engine": "vllm"}, "rollout_engine must be one of transformers, vllm_server, vllm_colocate, got 'vllm'"),
         ({"rollout_engine": "transformers"}, "use_vllm must be False with rollout_engine='transformers', or None, got True"),

@@ -1,5 +1,8 @@
 """How weights go to vLLM: in memory, in one process, by CUDA IPC and by NCCL, or through a folder."""
 
+import base64
+import multiprocessing
+import pickle
 import sys
 import types
 
@@ -10,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from support import tiny, tiny_families
 from support.vllm_engines import FakeRun
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from vlmkernels.rollout.base import RolloutError, Sampling
 from vlmkernels.rollout.vllm import transfer
@@ -134,6 +138,33 @@ def test_by_nccl(make, ipc, monkeypatch, capsys):
     run.engine.sync_weights(run.model, 0)
     assert has_weights_of(run.fake, run.model)
     assert run.fake.counts["/init_weight_transfer_engine"] == 1
+
+
+def _load(connection, update):
+    """Rebuild tensors on a GPU from their handles, as vLLM's worker does, and send copies of them on the CPU."""
+    handles = pickle.loads(base64.b64decode(update["ipc_handles_pickled"]))
+    tensors = [rebuild_cuda_tensor(*arguments[:6], 0, *arguments[7:]) for handle in handles for arguments in handle.values()]
+    connection.send(dict(zip(update["names"], (x.cpu().numpy() for x in tensors), strict=True)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_another_process_reads_the_memory_of_the_gpu():
+    model, context = tiny.vlm(tied=False).to("cuda"), multiprocessing.get_context("spawn")
+    own, other = context.Pipe()
+
+    def request(path, body):
+        if path == "/update_weights":
+            process = context.Process(target=_load, args=(other, body["update_info"]))
+            process.start()
+            received.update(own.recv())
+            process.join()
+
+    received = {}
+    transfer.CUDAIPC(request).send(checkpoint_tensors(model, torch.float32))
+    expected = dict(checkpoint_tensors(model, torch.float32))
+    assert received.keys() == expected.keys()
+    assert all(torch.equal(torch.from_numpy(received[name]), x.cpu()) for name, x in expected.items())
 
 
 def test_weights_on_the_cpu_are_not_sent_by_cuda_ipc():

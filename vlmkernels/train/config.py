@@ -16,7 +16,7 @@ from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.config import PRESETS
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.make import engine_name
-from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling
+from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sampling
 from vlmkernels.tools.options import ToolOptions
 
 ON_FAULT = ("raise", "skip")
@@ -319,6 +319,8 @@ class GRPOConfig(TrainingArguments):
     def _check_vllm(self) -> None:
         config = self.vllm_config()
         check_sampling(self.sampling(), config.policy)
+        if self.eval_temperature > MAX_TEMPERATURE:
+            raise ValueError(f"eval_temperature must be at most {MAX_TEMPERATURE:g} with use_vllm, got {self.eval_temperature}")
         if self.vllm_mode == "colocate" and self.world_size > 1:
             raise ValueError(f"vllm_mode must be 'server' on several processes, got 'colocate' on {self.world_size}")
 

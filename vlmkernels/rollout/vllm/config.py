@@ -11,6 +11,7 @@ from vlmkernels.rollout.base import Sampling
 
 MODES = ("server", "colocate")
 WEIGHT_TRANSFERS = ("auto", "memory", "folder")
+MAX_TEMPERATURE = 2.0  # of vLLM
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,8 @@ def check_sampling(sampling: Sampling, policy: str | None = None) -> None:
     if sampling.generation_kwargs:
         unknown = ", ".join(sorted(sampling.generation_kwargs))
         raise ValueError(f"generation_kwargs must hold only options that vLLM supports with use_vllm, got {unknown}")
+    if sampling.temperature > MAX_TEMPERATURE:
+        raise ValueError(f"temperature must be at most {MAX_TEMPERATURE:g} with use_vllm, got {sampling.temperature}")
     if not logprobs_modes(sampling, policy):
         raise ValueError(
             "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, top_k, min_p, "
