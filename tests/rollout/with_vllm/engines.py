@@ -20,13 +20,17 @@ import torch
 from peft import LoraConfig
 from support import tiny
 from support.observations import observation, result_text
+from torch.multiprocessing.reductions import rebuild_tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vlmkernels.data.samples import encode, read_sample
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
 from vlmkernels.rollout.base import Engine, RolloutError
 from vlmkernels.rollout.vllm import engine as vllm_engine
+from vlmkernels.rollout.vllm import transfer
 from vlmkernels.rollout.vllm.fingerprint import relative_difference
+from vlmkernels.rollout.vllm.server import VLLMClient
+from vlmkernels.rollout.vllm.weights import checkpoint_tensors
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
 BOUND = 1e-4  # absolute, of fp32 log-probabilities with equal weights; measured: 1.6e-5
@@ -75,7 +79,8 @@ class Server:
         options += " --enable-scale-out --enable-lora --max-lora-rank 8"
         log = (self.folder / "server.log").open("ab")
         videos = ["--media-io-kwargs", '{"video": {"num_frames": -1, "fps": 2}}']
-        command = [*module, "--model", str(self.folder), *options.split(), *videos]
+        transfer = ["--weight-transfer-config", '{"backend": "ipc"}']  # which needs GPUs; weights go through a folder
+        command = [*module, "--model", str(self.folder), *options.split(), *videos, *transfer]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def kill(self) -> None:
@@ -285,6 +290,52 @@ def check_cancelled_requests(run) -> None:
     assert not unfinished()
 
 
+def test_vllm_takes_handles_of_tensors(monkeypatch):
+    """vLLM's class for the body of /update_weights reads what is sent by CUDA IPC, here with tensors of the CPU."""
+    from vllm.distributed.weight_transfer import ipc_engine
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setattr(transfer, "_gpu_id", lambda tensor: "GPU-0")
+    sent, model = {}, small_vlm()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        transfer.CUDAIPC(sent.__setitem__).send(checkpoint_tensors(model, torch.float32))
+    ipc_engine.IPCWeightTransferInitInfo(**sent["/init_weight_transfer_engine"]["init_info"])
+    info = ipc_engine.IPCWeightTransferUpdateInfo(**sent["/update_weights"]["update_info"])
+    expected = dict(checkpoint_tensors(model, torch.float32))
+    assert info.names == [*expected]
+    for handle, x in zip(info.ipc_handles, expected.values(), strict=True):
+        assert torch.equal(rebuild_tensor(*handle["GPU-0"]), x)
+
+
+def test_vllms_trainer_sends_weights_by_nccl(monkeypatch):
+    """vLLM's side of the transfer in the trainer, without NCCL: it reads the weights and sends requests."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    engine, received, requests = nccl_engine.NCCLTrainerWeightTransferEngine, {}, []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: None)
+    monkeypatch.setattr(engine, "_broadcast", lambda self, source, meta: received.update(source))
+
+    def request(path, body):
+        requests.append((path, body))
+        return {"world_size": 4}
+
+    model = small_vlm()
+    sent = transfer.NCCL(request, "http://127.0.0.1:8000")
+    for _ in range(2):
+        sent.send(checkpoint_tensors(model, torch.bfloat16))
+        expected = dict(checkpoint_tensors(model, torch.bfloat16))
+        assert received.keys() == expected.keys()
+        assert all(torch.equal(x, received[name]) for name, x in expected.items())
+        received.clear()
+    bodies = dict(requests)
+    assert bodies["/init_weight_transfer_engine"]["init_info"]["world_size"] == 5
+    info = nccl_engine.NCCLWeightTransferUpdateInfo(**bodies["/update_weights"]["update_info"])
+    assert (info.names, {*info.dtype_names}) == ([*expected], {"bfloat16"})
+    update = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+    assert [path for path, _ in requests] == ["/get_world_size", "/init_weight_transfer_engine", *update, *update]
+
+
 def test_every_process_reports_a_missing_server(tmp_path):
     """The main process contacts the server; all processes raise its error."""
     script = (
@@ -316,8 +367,12 @@ def test_a_server_of_another_model_is_refused(server, tmp_path):
     with pytest.raises(RolloutError, match=r"disagree before training \(is .* the same model\?\)"):
         trainer(tmp_path, small_vlm(seed=1), vllm_mode="server", vllm_server_base_url=server.url)
     options = {"vllm_mode": "server", "vllm_server_base_url": server.url}
+    settings = VLLMClient(server.url, 60, 60).request("/server_info?config_format=json")["vllm_config"]
+    assert settings["weight_transfer_config"]["backend"] == "ipc"
+    assert settings["model_config"]["return_sampling_mask"] is False
+    assert settings["aux_output_config"]["enable_return_routed_experts"] is False
     with pytest.raises(
-        ValueError, match="vllm_weight_transfer must be 'auto' or 'folder', because the server was started without"
+        ValueError, match="vllm_weight_transfer must be 'auto' or 'folder', because the weights must be on a GPU"
     ):
         trainer(tmp_path, vllm_weight_transfer="memory", **options)
     with pytest.raises(ValueError, match=r"started with --max-num-seqs 64 or more, got 32"):
