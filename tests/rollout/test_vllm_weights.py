@@ -214,8 +214,7 @@ def test_what_is_in_the_way_is_named(make, backend, obstacle, capsys):
 
 
 def test_vllm_in_another_process(make, monkeypatch, capsys):
-    monkeypatch.setattr("os.environ", {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
-    monkeypatch.setattr(monkeypatch, "delenv", lambda *args, **kwargs: None)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     make("colocate")
     assert "weights, because VLLM_ENABLE_V1_MULTIPROCESSING runs vLLM in another process" in capsys.readouterr().out
 

@@ -37,7 +37,6 @@ class FakeRun:
         self.module = FakeModule(self.fake)
         monkeypatch.setitem(sys.modules, "vllm", self.module)
         monkeypatch.setattr(server, "BACKOFF", 0.01)
-        monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
         config = VLLMConfig(folder, mode, server_base_url=self.fake.url, server_timeout=5, request_timeout=5, **(vllm or {}))
         options = Sampling(**{"max_new_tokens": 4, **sampling})
         self.engine = ENGINES[mode](self.model, self.processor, options, config, Accelerator(cpu=True))

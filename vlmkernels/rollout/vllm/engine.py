@@ -98,7 +98,7 @@ class VLLM(Engine):
             return self.banned
         missing = {*missing_token_ids(model.config, processor)}
         counted = [token for token in self.banned if token not in missing]
-        if "raw_logprobs" not in logprobs_modes(self.sampling, self.config.policy):
+        if "raw_logprobs" not in logprobs_modes(self.sampling, self.config.policy) and not self.sampling.is_restricted:
             text = "log-probabilities from vLLM take the probability of the %d ids without a token as 0: more than %d"
             logger.warning(text, len(self.banned) - len(counted), MAX_COUNTED)
         return counted
