@@ -5,7 +5,7 @@ of completions that equal those of ``generate``, and the difference of log-proba
 prompts and completions. Useful bytes of a step: the weights of the language model, and the keys and values, where those of a
 prompt count once.
 
-    python bench/bench_decode.py --model 3b      # 0.5b; tiny
+    python bench/bench_decode.py --model 3b      # 0.5b; small, the model and the work of bench_step.py; tiny
 """
 
 import argparse
@@ -19,11 +19,12 @@ import time
 import harness
 import pytest
 import torch
-from step_models import make_processor, random_model
+from step_models import SIZES, make_model, make_processor, random_model
 from support import tiny
 
 WORK = {
     "tiny": {"prompts": 2, "generations": 3, "tokens": 12, "side": 56},
+    "small": {"prompts": 2, "generations": 8, "tokens": 64, "side": 448},
     "0.5b": {"prompts": 8, "generations": 8, "tokens": 32, "side": 448},
     "3b": {"prompts": 8, "generations": 8, "tokens": 32, "side": 448},
 }
@@ -38,7 +39,8 @@ def make(name: str):
     from vlmkernels.models.families import family_of
 
     work = WORK[name]
-    model, processor = random_model(name).eval(), make_processor(work["side"])
+    model = (make_model(**SIZES) if name == "small" else random_model(name)).eval()
+    processor = make_processor(work["side"])
     model.generation_config.eos_token_id = None  # every completion has all its tokens
     samples = []
     for k in range(work["prompts"]):
@@ -162,7 +164,7 @@ def profile(run, layers: int) -> dict:
     return found | {"kernels_per_layer": round(found["gpu_kernels"] / layers, 1)}
 
 
-@pytest.mark.parametrize("name", ["3b"] if harness.GPU else ["tiny"])
+@pytest.mark.parametrize("name", ["3b"] if harness.GPU else ["tiny", "small"])
 def test_decode(benchmark, name):
     rows = measure(name)
     benchmark.pedantic(lambda: None)
@@ -173,7 +175,7 @@ def test_decode(benchmark, name):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", choices=WORK, default="3b" if harness.GPU else "tiny")
+    parser.add_argument("--model", choices=WORK, default="3b" if harness.GPU else "small")
     found = measure(parser.parse_args().model)
     print(*harness.table(found), sep="\n")
     print(json.dumps(found))

@@ -33,7 +33,7 @@ from unittest import mock
 import harness
 import pytest
 import torch
-from step_models import MODELS, make_model, make_processor, random_model
+from step_models import MODELS, SIZES, make_model, make_processor, random_model
 from support import tiny
 from support.paths import environment
 from torch.autograd import DeviceType
@@ -43,7 +43,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 SETTING = {"prompts": 2, "generations": 8, "tokens": 64, "side": 448}
 STEPS = 3
 NO_PARTS = ("step", "peak_mib", "grad_norm")  # entries of a result that are not parts of a step
-SIZES = {"width": 256, "layers": 6, "depth": 4, "vocab": 32000}
 
 
 class Clock:

@@ -36,6 +36,8 @@ MODELS = {
     },
 }  # fmt: skip
 
+SIZES = {"width": 256, "layers": 6, "depth": 4, "vocab": 32000}  # of make_model, for steps with sampling on the CPU
+
 
 def _config(text: dict, vision: dict) -> Qwen2_5_VLConfig:
     config = tiny.vlm().config.to_dict()

@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("rotary_max_pairs") = kRotaryMaxPairs;
 
     def_struct<DecodeAttention>(m);
+    def_struct<FewRowsLinear>(m);
     def_struct<GatherLogps>(m);
     def_struct<GroupAdvantages>(m);
     def_struct<GrpoVariant>(m);
@@ -67,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
     auto nogil = py::call_guard<py::gil_scoped_release>();
 #define VLMK_DEF_CPU(NAME, PARAMS) m.def(#NAME "_cpu", VLMK_CPU(NAME), nogil);
     VLMK_OPS(VLMK_DEF_CPU)
+    VLMK_CPU_OPS(VLMK_DEF_CPU)
 #ifdef VLMK_CUDA_ARCHS
     m.attr("cuda_architectures") = VLMK_CUDA_ARCHS;
 #define VLMK_DEF_CUDA(NAME, PARAMS) m.def(#NAME "_cuda", cuda::NAME, nogil);

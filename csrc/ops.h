@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/decode_attention.h"
+#include "common/few_rows_linear.h"
 #include "common/gather_logps.h"
 #include "common/group_advantages.h"
 #include "common/grpo_loss.h"
@@ -24,18 +25,24 @@
     OP(rotary, Rotary)                    \
     OP(sample_logps, SampleLogps)
 
+// Ops that only the CPU has.
+#define VLMK_CPU_OPS(OP) OP(few_rows_linear, FewRowsLinear)
+
 #define VLMK_DECLARE_CPU(NAME, PARAMS) void NAME(const PARAMS&, int threads);
 #define VLMK_DECLARE_CUDA(NAME, PARAMS) void NAME(const PARAMS&, int device, uintptr_t stream);
 
 namespace vlmk::baseline {
 VLMK_OPS(VLMK_DECLARE_CPU)
-}
+VLMK_CPU_OPS(VLMK_DECLARE_CPU)
+}  // namespace vlmk::baseline
 namespace vlmk::avx2 {
 VLMK_OPS(VLMK_DECLARE_CPU)
-}
+VLMK_CPU_OPS(VLMK_DECLARE_CPU)
+}  // namespace vlmk::avx2
 namespace vlmk::avx512 {
 VLMK_OPS(VLMK_DECLARE_CPU)
-}
+VLMK_CPU_OPS(VLMK_DECLARE_CPU)
+}  // namespace vlmk::avx512
 namespace vlmk::cuda {
 VLMK_OPS(VLMK_DECLARE_CUDA)
 }

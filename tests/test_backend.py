@@ -67,7 +67,7 @@ def test_use_backend_applies_to_attention():
 
 def test_unknown_names_raise_with_the_full_list():
     every = ", ".join(("auto", *backend.ALL_NAMES))
-    assert every.startswith("auto, reference, cpp, triton, cuda, parts, flash, flash4, flex, flash_attn, ")
+    assert every.startswith("auto, reference, cpp, triton, cuda, parts, flash, flash4, flex, paths, flash_attn, ")
     with pytest.raises(ValueError, match=f"backend must be one of {every}; got 'fast'"), use_backend("fast"):
         pass
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton, cuda; got 'flex'"):

@@ -55,6 +55,11 @@ OTHERS = {
         order={"cuda": ("triton", "tiles")},
         otherwise=("tiles",),
     ),
+    "few_rows_linear": Backends(
+        modules={"cpp": "few_rows_linear.native", "torch": "few_rows_linear.torch_linear"},
+        order={"cpu": ("cpp", "torch")},
+        otherwise=("torch",),
+    ),
     # linear_logps without logits (chunk_bytes=0).
     "linear_logps_fused": Backends(
         modules={"triton": "linear_logps.triton_fused"},

@@ -20,7 +20,7 @@ from vlmkernels.models.packs import pack_groups
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 from vlmkernels.rollout.base import Sampling
-from vlmkernels.rollout.decode import decode_groups
+from vlmkernels.rollout.decode import decode_groups, make_decoder
 from vlmkernels.train import GRPOTrainer
 
 pytestmark = pytest.mark.device
@@ -74,6 +74,31 @@ def test_sampled_logps_are_those_of_the_model(model_and_prompts):
         logits = model(**inputs).logits[:, -decoded.ids.shape[1] - 1 : -1]
     expected = (logits / 0.8).log_softmax(-1).gather(-1, decoded.ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(decoded.logps, torch.where(decoded.mask, expected, 0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_equal_eager_steps(model_and_prompts):
+    """With slots that are used again. The number of steps between two readings of the tokens has no effect either."""
+    model, prompts = model_and_prompts
+    use_tree_attention(model)
+    group = [k // 4 for k in range(4 * len(prompts))]
+    sampling = Sampling(40, EOS, PAD, suppress_tokens=range(42, 60))
+    uniform = torch.rand(len(group), 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    results = []
+    for graphs in (True, False):
+        decoder = make_decoder(model, prompts, group, sampling, max_num_seqs=5, uniform=uniform)
+        if graphs:
+            assert decoder.steps_per_check > 1
+        else:
+            decoder.graphs, decoder.steps_per_check = None, 1
+        decoder.run()
+        assert decoder.graphs is None or decoder.graphs.reason is None
+        results.append(decoder.decoded(with_turns=False))
+    actual, expected = results
+    assert torch.equal(actual.ids, expected.ids)
+    assert torch.equal(actual.mask, expected.mask)
+    torch.testing.assert_close(actual.logps, expected.logps, rtol=1e-4, atol=1e-4)
 
 
 def test_shared_prefixes_equal_copies(model_and_prompts):

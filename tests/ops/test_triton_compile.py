@@ -1,6 +1,7 @@
 """Every Triton kernel compiles for the supported GPUs, without spills, and two blocks of 8 warps fit on a multiprocessor.
 
-The exception is linear_logps_fused, a GEMM whose accumulators fill the registers: one block fits.
+The exceptions are GEMMs, whose accumulators fill the registers: one block of linear_logps_fused fits, and three of the 4 warps
+of fixed_matmul.
 """
 
 import json
@@ -15,6 +16,7 @@ import pytest
 TESTS = Path(__file__).parents[1]
 MAX_REGISTERS = 128
 GEMM = "linear_logps_fused_kernel"
+GEMMS = (GEMM, "fixed_matmul_kernel")
 MAX_SHARED = {80: 163, 86: 99, 90: 227, 100: 227}  # KiB, of the CUDA C++ programming guide's table of compute capabilities
 
 pytest.importorskip("triton")
@@ -37,7 +39,7 @@ def test_nothing_is_spilled(compiled):
 
 
 def test_registers(compiled):
-    over = [row for row in compiled if row["REG"] > MAX_REGISTERS and row["kernel"] != GEMM]
+    over = [row for row in compiled if row["REG"] > MAX_REGISTERS and row["kernel"] not in GEMMS]
     assert not over
 
 

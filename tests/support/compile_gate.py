@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vlmkernels import backend
+from vlmkernels.ops.fixed_matmul import triton as fixed_matmul
 from vlmkernels.ops.group_advantages.triton import BASELINES
 from vlmkernels.ops.grpo_loss.config import Scalars
 from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
@@ -58,6 +59,11 @@ ROTARY = {
     **{f"{x}_stride_{axis}": "i32:16" for x in ("query", "key") for axis in "bsh"},
     **{f"{x}_stride_{axis}": "i32" for x in ("cos", "sin") for axis in "bs"},
 }  # fmt: skip
+MATMUL = {
+    **dict.fromkeys(("a_ptr", "b_ptr", "bias_ptr", "out_ptr"), "*bf16:16"), "M": "i32", "N": "i32:16", "K": "i32:16",
+    "stride_a": "i32:16", "stride_b_k": "i32", "stride_b_n": "i32:16",
+}  # fmt: skip
+FIXED_BLOCKS = {f"BLOCK_{axis}": getattr(fixed_matmul, f"BLOCK_{axis}") for axis in "MNK"}
 MERGE_PARTS = {
     "out_ptr": "*bf16:16", "lse_ptr": "*fp32:16", "part_ptr": "*bf16:16", "part_lse_ptr": "*fp32:16", "rows_ptr": "*i32:16",
     "num_rows": "i32", "lse_stride_h": "i32", "part_lse_stride_h": "i32",
@@ -161,6 +167,10 @@ KERNELS = [
             {"INVERSE": False, "WIDTH": 80, "PAIRS": 40, "BLOCK_P": 64, "BLOCK_R": 1},  # the vision towers of Qwen-VL
             {"INVERSE": True, "WIDTH": 256, "PAIRS": 32, "BLOCK_P": 32, "BLOCK_R": 256},  # a quarter of each head: Qwen3.5
         )
+    ),
+    *(
+        ("fixed_matmul", "fixed_matmul_kernel", {**MATMUL, **types}, {"UPCAST": False, **FIXED_BLOCKS}, 4)
+        for types in ({}, {name: MATMUL[name].replace("bf16", "fp32") for name in MATMUL if name.endswith("_ptr")})
     ),
     *(
         ("tree_attention.merge", "merge_kernel", MERGE_PARTS, {**rows, "D": 128, "BLOCK_N": 16, "BLOCK_D": 128}, 4)

@@ -7,23 +7,23 @@ fixed sizes. ``Deterministic`` sees the operations of PyTorch below autograd (``
 per model, and leaves backward passes as they are.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmkernels.models.attention import VARLEN, use_tree_attention
 from vlmkernels.models.families import prefix_sharing_unsupported, recurrent_layers
 from vlmkernels.models.positions import prompt_positions
-from vlmkernels.ops.fixed_matmul import fixed_matmul, fixed_rows
+from vlmkernels.ops.fixed_matmul import fixed_matmul, fixed_rows, is_fixed
 
 aten = torch.ops.aten
 PIECE = 2**15  # elements of a tensor that one thread computes, in vectors: PyTorch does not split smaller ones
 VECTORS = 64  # elements; a multiple of all sizes of vectors
-
-_attribute = "deterministic_hooks"
 
 
 def use_deterministic(model: PreTrainedModel) -> PreTrainedModel:
@@ -46,27 +46,47 @@ def use_deterministic(model: PreTrainedModel) -> PreTrainedModel:
     """
     if reason := deterministic_unsupported(model):
         raise NotImplementedError(f"model must support the deterministic mode: {reason}")
-    if not hasattr(model, _attribute):
+    if not is_deterministic(model):
         use_tree_attention(model)
-        modes: list[Deterministic] = []
-
-        def before(module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            modes.append(Deterministic().__enter__())
-            return args, _with_positions(module, kwargs)
-
-        def after(*_: Any) -> None:
-            modes.pop().__exit__(None, None, None)
-
-        hooks = model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after, always_call=True)
-        setattr(model, _attribute, hooks)
+        model.register_forward_pre_hook(_add_positions, with_kwargs=True)
+        for module in _scopes(model):
+            module.register_forward_pre_hook(_enter)
+            module.register_forward_hook(_leave, always_call=True)
     return model
 
 
 def undo_deterministic(model: PreTrainedModel) -> PreTrainedModel:
     """Remove the hooks of ``use_deterministic`` from ``model``, in place, and return it."""
-    for hook in vars(model).pop(_attribute, ()):
-        hook.remove()
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_enter, _leave, _add_positions)]:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
     return model
+
+
+def is_deterministic(model: PreTrainedModel) -> bool:
+    """Return whether ``use_deterministic`` was called on ``model``."""
+    return _enter in model._forward_pre_hooks.values()
+
+
+def _scopes(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the modules that run in the mode: the model, and the parts of layers that gradient checkpointing runs again."""
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    return [model, *(part for layer in layers for part in layer.children())]
+
+
+_stack = threading.local()  # .modes: for each module that is running the mode that it entered, or None if it was active
+
+
+def _enter(module: torch.nn.Module, args: tuple) -> None:
+    vars(_stack).setdefault("modes", []).append(None if is_fixed() else Deterministic().__enter__())
+
+
+def _leave(module: torch.nn.Module, args: tuple, output: Any) -> None:
+    if (mode := _stack.modes.pop()) is not None:
+        mode.__exit__(None, None, None)
 
 
 def deterministic_unsupported(model: PreTrainedModel) -> str | None:
@@ -84,14 +104,14 @@ def deterministic_unsupported(model: PreTrainedModel) -> str | None:
     return prefix_sharing_unsupported(model)
 
 
-def _with_positions(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _add_positions(model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
     """Add position ids that do not count padding, where the model would count it: rotary embeddings round differently then."""
     mask, is_pack = kwargs.get("attention_mask"), kwargs.get("tree_layout") is not None or kwargs.get("tree_cache") is not None
     if is_pack or mask is None or mask.dim() != 2 or kwargs.get("position_ids") is not None:
-        return kwargs
+        return None
     if hasattr(model.base_model, "get_rope_index"):
-        return kwargs
-    return kwargs | {"position_ids": prompt_positions(model, {"attention_mask": mask})}
+        return None
+    return args, kwargs | {"position_ids": prompt_positions(model, {"attention_mask": mask})}
 
 
 class Deterministic(TorchDispatchMode):

@@ -27,7 +27,8 @@ def use_fused_norms(model: torch.nn.Module) -> torch.nn.Module:
     replaced: dict[type, object] = {}
     for module in model.modules():
         kind = type(module)
-        if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module):
+        has_weight = isinstance(module._parameters.get("weight"), torch.nn.Parameter)  # Gemma 4 has norms without
+        if not kind.__name__.endswith("RMSNorm") or "forward" in vars(module) or not has_weight:
             continue
         if kind not in replaced:
             replaced[kind] = next((f for f, offset in _FORWARDS.items() if _computes_rms_norm(kind, offset)), None)
@@ -80,6 +81,6 @@ def _computes_rms_norm(kind: type, offset: int) -> bool:
         with torch.device("cpu"), torch.no_grad():
             norm = kind(8, eps=0.1)
             norm.weight.copy_(weight)
-            return _epsilon(norm) == 0.1 and torch.allclose(norm(x), rms_norm(x, (8,), weight + offset, 0.1))
+            return _epsilon(norm) == 0.1 and torch.allclose(norm(x).double(), rms_norm(x, (8,), weight + offset, 0.1).double())
     except (TypeError, AttributeError, RuntimeError, StopIteration):
         return False

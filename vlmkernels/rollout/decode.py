@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vlmkernels.models.attention import check_tree_attention
 from vlmkernels.models.cut import cut_packs
+from vlmkernels.models.few_rows import few_rows_linears
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
@@ -451,7 +452,8 @@ def decode_groups(
     )
     if record_experts:
         decoder.record_experts()
-    decoder.run()
+    with few_rows_linears(model):
+        decoder.run()
     return decoder.decoded(with_turns=False)
 
 
@@ -500,7 +502,8 @@ def decode_trajectories(
     decoder.episodes, decoder.keeps_features = episodes, keeps_features
     if record_experts:
         decoder.record_experts()
-    decoder.run()
+    with few_rows_linears(model):
+        decoder.run()
     return decoder.decoded(with_turns=True)
 
 

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.attention import use_tree_attention
+from vlmkernels.models.deterministic import use_deterministic
 from vlmkernels.models.families import prefix_sharing_unsupported
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model, sampling_override
@@ -62,11 +63,13 @@ class Generate(Engine):
         share_prefix: whether to use ``decode_groups`` if it is supported. False selects ``model.generate``.
         max_num_seqs, max_tokens: see ``decode_groups``.
         router_replay: record the experts of each token; see ``vlmkernels.models.router_replay``.
+        deterministic: let tokens and log-probabilities not depend on ``max_num_seqs``, ``max_tokens`` and other prompts, bit
+            for bit; see ``vlmkernels.models.deterministic``.
 
     Raises:
-        ValueError: there is no end-of-sequence token; see ``Sampling.for_model``. Or ``router_replay`` is set and
-            ``model.generate`` would be used.
-        NotImplementedError: see ``use_router_replay``.
+        ValueError: there is no end-of-sequence token; see ``Sampling.for_model``. Or ``router_replay`` or
+            ``deterministic`` is set and ``model.generate`` would be used.
+        NotImplementedError: see ``use_router_replay`` and ``use_deterministic``.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Generate(Engine):
         max_num_seqs: int | None = None,
         max_tokens: int | None = None,
         router_replay: bool = False,
+        deterministic: bool = False,
     ):
         self.tokenizer = tokenizer_of(processor)
         self.sampling = sampling.for_model(model, processor)
@@ -94,11 +98,15 @@ class Generate(Engine):
             raise ValueError(
                 f"router_replay must be False with model.generate, which records no experts ({self.copies_reason}), got True"
             )
+        if deterministic and not self.shares_prefix:
+            raise ValueError(f"deterministic must be False with model.generate ({self.copies_reason}), got True")
         self.returns_experts = router_replay
         if self.shares_prefix:
             use_tree_attention(plain)
         if router_replay:
             use_router_replay(plain)
+        if deterministic:
+            use_deterministic(plain)
 
     @torch.no_grad()
     def __call__(

@@ -51,6 +51,7 @@ def make_engine(
     max_num_seqs: int | None = None,
     max_tokens: int | None = None,
     router_replay: bool = False,
+    deterministic: bool = False,
 ) -> Engine:
     """Build the engine that samples with the model itself, or with vLLM if ``vllm`` is given. Every rank calls it.
 
@@ -59,7 +60,7 @@ def make_engine(
         sampling: how completions are sampled in training.
         accelerator: the trainer's; only its main process updates the weights of a vLLM server.
         vllm: options of the vLLM engines; ``vllm.mode`` selects one. None selects ``Generate``.
-        share_prefix, max_num_seqs, max_tokens, router_replay: options of ``Generate``, ignored with ``vllm``.
+        share_prefix, max_num_seqs, max_tokens, router_replay, deterministic: options of ``Generate``, ignored with ``vllm``.
 
     Raises:
         ValueError: the engine does not support an option.
@@ -67,7 +68,8 @@ def make_engine(
         RolloutError: the vLLM server cannot be reached or serves another model.
     """
     if vllm is None:
-        options = {"max_num_seqs": max_num_seqs, "max_tokens": max_tokens, "router_replay": router_replay}
+        options = {"max_num_seqs": max_num_seqs, "max_tokens": max_tokens}
+        options |= {"router_replay": router_replay, "deterministic": deterministic}
         return Generate(model, processor, sampling, share_prefix=share_prefix, **options)
     engine = VLLMServer if vllm.mode == "server" else VLLMColocate
     return engine(model, processor, sampling, vllm, accelerator)

@@ -89,7 +89,7 @@ class GRPOConfig(TrainingArguments):
       and vllm_fingerprint_tolerance are new.
     - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
-      on_nonfinite, max_image_pixels, max_image_bytes and allow_image_urls are new.
+      on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic and router_replay are new.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -207,6 +207,9 @@ class GRPOConfig(TrainingArguments):
     rollout_policy: str = _field(
         "truncated", "Probabilities in the correction ratio: 'truncated' by top_p, top_k, min_p, or of the 'full' vocabulary."
     )
+    deterministic: bool = _field(
+        False, "Let log-probabilities not depend on the batch, bit for bit; slower. See docs/mismatch.md."
+    )
     router_replay: bool = _field(
         False, "Use the experts that routers chose in the rollout in training too. Only for mixtures of experts."
     )
@@ -317,6 +320,8 @@ class GRPOConfig(TrainingArguments):
             )
 
     def _check_vllm(self) -> None:
+        if self.deterministic:
+            raise ValueError("deterministic must be False with use_vllm, whose log-probabilities depend on batches, got True")
         config = self.vllm_config()
         check_sampling(self.sampling(), config.policy)
         if self.eval_temperature > MAX_TEMPERATURE:

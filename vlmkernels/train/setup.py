@@ -14,6 +14,7 @@ from transformers.utils import logging
 from vlmkernels.data.dataset import RowChecks, SampleDataset, check_dataset
 from vlmkernels.data.samples import Sample, SampleError, encode, read_sample, tokenizer_of
 from vlmkernels.models.attention import use_tree_attention
+from vlmkernels.models.deterministic import use_deterministic
 from vlmkernels.models.families import TEXT, Family, family_of, prefix_sharing_unsupported
 from vlmkernels.models.head import logit_arguments, output_head
 from vlmkernels.models.hunyuan import number_images_per_sample
@@ -313,6 +314,8 @@ def prepare_policy(
     copies_reason = _choose_prefix_sharing(plain, args)
     if args.router_replay:
         use_router_replay(plain)
+    if args.deterministic:
+        use_deterministic(plain)
     reuses_features = copies_reason is None and family is not TEXT and feature_reuse_unsupported(plain) is None
     use_image_features(plain)  # even if this run reuses no features, because a checkpoint's generation batch may hold some
     policy = PreparedPolicy(plain, family, head, arguments, processor_arguments, copies_reason, reuses_features)
@@ -395,6 +398,7 @@ def prepare_engine(
         max_num_seqs=args.max_num_seqs,
         max_tokens=args.max_tokens_per_microbatch,
         router_replay=args.router_replay,
+        deterministic=args.deterministic,
     )
     if args.router_replay and not engine.returns_experts:
         raise ValueError(

@@ -42,6 +42,7 @@ from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episodes
 from vlmkernels.rollout.score import Scored, score_rollout
 from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
+from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
@@ -135,6 +136,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self._step_time = 0.0
         details = run_details(*data, self.datasets.columns, self.rewards, model)
         details["model"]["shares prefix"] = self.prepared.shares_prefix
+        found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
+        if found is not None:
+            print(found, flush=True)
+            details["model"]["agreement of rollout and training"] = found._asdict()
         self._add_callbacks(details)
         set_seed(args.seed, device_specific=True)  # processes sample different completions
 

@@ -1,0 +1,37 @@
+"""The linear layers of a model in decoding steps on the CPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+from torch.nn.functional import linear
+
+from vlmkernels.ops.dispatch import needs_dispatcher
+from vlmkernels.ops.few_rows_linear import few_rows_linear
+
+_MOST = 64  # rows; with more, the matrix products of torch are as fast
+
+
+@contextmanager
+def few_rows_linears(model: torch.nn.Module) -> Iterator[None]:
+    """Compute fp32 linear layers on the CPU with the op ``few_rows_linear`` where they have few rows, in a ``with`` block.
+
+    Results are equal up to rounding. The ``forward`` of the layers is replaced meanwhile, unless it has been replaced before.
+    """
+    chosen = [module for module in model.modules() if type(module) is torch.nn.Linear and "forward" not in vars(module)]
+    chosen = [module for module in chosen if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
+    for module in chosen:
+        module.forward = MethodType(_forward, module)
+    try:
+        yield
+    finally:
+        for module in chosen:
+            del module.forward
+
+
+def _forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    few = x.numel() <= _MOST * self.in_features and x.dtype == torch.float32
+    if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or needs_dispatcher(x, self.weight, self.bias):
+        return linear(x, self.weight, self.bias)
+    return few_rows_linear(x.reshape(-1, self.in_features), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
