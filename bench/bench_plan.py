@@ -237,10 +237,11 @@ def scale() -> None:
         print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
         for gpus in (1, 8, 64, 512):
             for lora in (0, 32):
-                for engine in ("transformers", "server"):
+                for engine in ("transformers", "vllm_server"):
+                    server = max(1, gpus // 4) * (engine == "vllm_server")
                     work = Workload(
                         prompts=8 * gpus, gpus=gpus, reference=True, checkpointing=True, microbatch_tokens=16384, lora_r=lora,
-                        weights="bf16" if lora else "fp32", engine=engine, server_gpus=max(1, gpus // 4) * (engine == "server"),
+                        weights="bf16" if lora else "fp32", engine=engine, server_gpus=server,
                     )  # fmt: skip
                     found = plan(shape, work, machine)
                     alone = replace(machine, link=1e30, network=1e30)

@@ -23,7 +23,7 @@ trap 'kill $server 2>/dev/null || true' EXIT
 arguments=(
     --model "$MODEL" --dataset "$DATASET" --output_dir "${OUTPUT:-full-run}"
     --reward exact_match --reward think_answer_format
-    --use_vllm true --vllm_mode server --vllm_server_base_url http://127.0.0.1:8000 --vllm_weights_dir /dev/shm/vlmkernels-weights
+    --rollout_engine vllm_server --vllm_server_base_url http://127.0.0.1:8000 --vllm_weights_dir /dev/shm/vlmkernels-weights
 
     # 56 prompts x 8 completions per step: 8 prompts on each training GPU, in splits of at most 16,384 tokens.
     --num_generations 8

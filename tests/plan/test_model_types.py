@@ -193,7 +193,7 @@ def test_windows_save_operations_and_memory():
     sizes = {**ROWS, "vocab_size": 100, "intermediate_size": 64, "sliding_window": 32}
     windowed = ModelShape.from_config(tf.Qwen2Config(**sizes, use_sliding_window=True, max_window_layers=2))
     full = ModelShape.from_config(tf.Qwen2Config(**sizes, use_sliding_window=False))
-    work = replace(SMALL, images=0, prompt_tokens=100, completion_tokens=20, engine="vllm")
+    work = replace(SMALL, images=0, prompt_tokens=100, completion_tokens=20, engine="vllm_colocate")
     spans = StepTokens.from_workload(windowed, work).spans
     saved = sum(span.pairs() - span.pairs(32) for span in spans)
     found, other = (plan(shape, work, CPU).phase("forward and loss").flops for shape in (windowed, full))

@@ -55,7 +55,7 @@ def test_what_a_choice_changes(seven):
     frozen = plan(seven, replace(base, freeze_vision=True), h100)
     assert frozen.phase("forward and loss").flops < found.phase("forward and loss").flops
     assert frozen.phase("sampling").flops == found.phase("sampling").flops
-    server = plan(seven, replace(base, engine="server", server_gpus=2), h100)
+    server = plan(seven, replace(base, engine="vllm_server", server_gpus=2), h100)
     assert server.phase("sampling").wire == 2 * seven.params
     assert plan(seven, replace(base, reward_seconds=3.0), h100).seconds == pytest.approx(found.seconds + 3)
     big = plan(seven, replace(base, prompts=512, gpus=512), h100)

@@ -119,7 +119,9 @@ def test_logps_are_those_of_the_whole_vocabulary_at_the_temperature(fake, tmp_pa
     assert params["logprobs"] == len(params["logprob_token_ids"]) == len(engine.banned) + 1
     returned = dict(enumerate(processed.tolist()))
     for token in (0, 3, 30):
-        assert engine._logp(token, returned, temperature) == pytest.approx(expected[token].item(), abs=1e-5)
+        logp, sampling_logp = engine._logp(token, returned, temperature)
+        assert logp == pytest.approx(expected[token].item(), abs=1e-5)
+        assert sampling_logp == pytest.approx(processed[token].item(), abs=1e-5)
     assert "logprobs" not in engine._params(0)  # processed log-probabilities of greedy tokens are useless
 
 
@@ -146,7 +148,8 @@ def test_ids_without_a_token_are_banned(fake, tmp_path, monkeypatch, limit, capl
     biased = logits.index_add(0, torch.tensor(engine.banned), torch.full((len(engine.banned),), -100.0))
     returned = dict(enumerate((biased / temperature).log_softmax(-1).tolist()))
     whole = logits if limit == 64 else logits[:size]
-    assert engine._logp(3, returned, temperature) == pytest.approx((whole / temperature).log_softmax(-1)[3].item(), abs=1e-5)
+    expected = (whole / temperature).log_softmax(-1)[3].item()
+    assert engine._logp(3, returned, temperature)[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_concurrency_is_limited(fake, tmp_path, monkeypatch):
@@ -162,6 +165,24 @@ def test_concurrency_is_limited(fake, tmp_path, monkeypatch):
     assert sorted(key for key, _ in replies) == [(number,) for number in range(8)]
     assert all(len(reply.completions) == 2 for _, reply in replies)
     assert fake.max_concurrent == 2
+
+
+def test_correction_of_truncated_sampling(fake, tmp_path):
+    """At a temperature and with top_k: the mean ratio is the probability that the trainer's policy gives the kept tokens."""
+    fake.config["logprobs_mode"] = "processed_logprobs"
+    correction = {"rollout_correction": "token_truncate", "rollout_clip_max": None}
+    run = trainer(tmp_path, fake, temperature=0.7, top_k=3, max_steps=1, **correction)
+    run.train()
+    rollout, mask = run._experience.rollout, run._experience.rollout.completion_mask
+    batch = rollout.padded(torch.arange(len(mask)))
+    run.model.load_state_dict(tiny.vlm(tied=False).state_dict())  # the weights of the first step
+    with torch.no_grad():
+        logits = run.model(**batch.inputs).logits.flatten(0, 1)[batch.rows].double() / 0.7
+    allowed = logits.index_fill(1, torch.tensor(run.engine.banned), -torch.inf)
+    kept = allowed.masked_fill(allowed < allowed.topk(3).values[:, -1:], -torch.inf).logsumexp(-1) - logits.logsumexp(-1)
+    [log] = [entry for entry in run.state.log_history if "vllm/fingerprint" in entry]
+    assert log["sampling/importance_sampling_ratio/raw_mean"] == pytest.approx(kept.exp().mean().item(), rel=1e-4)
+    assert log["sampling/scored_ratio"] == 1
 
 
 def test_evaluation_is_greedy_and_without_logps(fake, tmp_path):
@@ -360,7 +381,19 @@ def test_a_server_of_another_model(tmp_path):
             {"generation_kwargs": {"num_beams": 2}},
             "generation_kwargs must hold only options that vLLM supports with use_vllm, got num_beams",
         ),
-        ({"temperature": 0.7, "top_p": 0.9}, "temperature must be 1 with use_vllm and top_p, .*, got 0.7"),
+        (
+            {"temperature": 0.7, "top_p": 0.9, "rollout_correction": "token_mask", "rollout_policy": "full"},
+            "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, .*, got 0.7",
+        ),
+        ({"temperature": 3.0}, "temperature must be at most 2 with use_vllm, got 3.0"),
+        ({"eval_temperature": 2.5}, "eval_temperature must be at most 2 with use_vllm, got 2.5"),
+        ({"vllm_weight_transfer": "nccl"}, "vllm_weight_transfer must be one of auto, memory, folder, got 'nccl'"),
+        ({"rollout_engine": "vllm"}, "rollout_engine must be one of transformers, vllm_server, vllm_colocate, got 'vllm'"),
+        ({"rollout_engine": "transformers"}, "use_vllm must be False with rollout_engine='transformers', or None, got True"),
+        (
+            {"rollout_engine": "vllm_colocate"},
+            "vllm_mode must be 'colocate' with rollout_engine='vllm_colocate', .* got 'server'",
+        ),
         ({"max_num_seqs": 8}, r"max_num_seqs must be None with a vLLM server \(set its --max-num-seqs instead\), got 8"),
     ],
 )
@@ -406,8 +439,3 @@ def test_only_adapters_are_sent(fake, tmp_path):
     assert fake.counts["/collective_rpc"] == 0
     assert fake.bodies[-1]["model"] == "vlmkernels"
     assert [folder.name for folder in (tmp_path / "vllm-weights").iterdir()] == [run.engine.version]
-
-
-def test_videos_are_refused(fake, tmp_path):
-    with pytest.raises(ValueError, match=r"sample 1: videos must be absent with use_vllm"):
-        sampled(engine_of(tmp_path, fake), "videos")

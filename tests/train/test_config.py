@@ -48,6 +48,30 @@ def test_fields_override_their_preset(tmp_path):
         config(tmp_path, preset="gsppo")
 
 
+@pytest.mark.parametrize(
+    ("options", "engine"),
+    [
+        ({}, "transformers"),
+        ({"vllm_mode": "server"}, "transformers"),
+        ({"use_vllm": True}, "vllm_colocate"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_server"),
+        ({"rollout_engine": "vllm_server"}, "vllm_server"),
+        ({"rollout_engine": "vllm_colocate", "use_vllm": True}, "vllm_colocate"),
+        ({"rollout_engine": "transformers", "use_vllm": False, "vllm_mode": "server"}, "transformers"),
+    ],
+)
+def test_names_of_the_engine(tmp_path, options, engine):
+    """``use_vllm`` and ``vllm_mode`` are synonyms; all three fields then say the same, so that a copy is equal."""
+    args = config(tmp_path, **options)
+    again = config(tmp_path, **{name: getattr(args, name) for name in ("rollout_engine", "use_vllm", "vllm_mode")})
+    for found in (args, again):
+        assert found.rollout_engine == engine
+        assert found.use_vllm == (engine != "transformers")
+        assert (found.vllm_config() is None) == (engine == "transformers")
+        if found.use_vllm:
+            assert f"vllm_{found.vllm_mode}" == engine
+
+
 def test_long_prompts_are_named_or_skipped(tmp_path):
     """The length counts the tokens of images; prompts are never cut."""
     data = tiny.rows(4, "one")

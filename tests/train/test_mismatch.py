@@ -379,6 +379,29 @@ def test_weights_of_long_completions(tmp_path):
     assert results[0] < 0.9
 
 
+def test_log_probabilities_of_sampling_without_those_of_the_vocabulary(tmp_path):
+    """What vLLM returns for truncated sampling at a temperature: the same correction; the difference is not known."""
+    options = {"top_p": 0.9, "rollout_correction": "token_truncate"}
+    trainer, *_ = run(tmp_path, **options)
+    rollout, mask = trainer._experience.rollout, trainer._experience.loss_mask
+    alone = replace(rollout, logps=None, log_kept_mass=None, sampling_logps=rollout.logps - rollout.log_kept_mass)
+    everything, old, found = torch.arange(len(mask)), rollout.logps.nan_to_num() - 0.1, []
+    for each in (rollout, alone):
+        trainer.mismatch.add(each, everything, mask, old)
+        found.append(trainer.mismatch.flush(trainer.accelerator))
+    torch.testing.assert_close(*(trainer.mismatch.rollout_logps(each, everything) for each in (rollout, alone)), equal_nan=True)
+    unknown = {"sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"}
+    kept = {"sampling/kept_mass/mean", "sampling/kept_mass/min"}
+    assert found[0].keys() - found[1].keys() == kept
+    for name, value in found[1].items():
+        assert value == (None if name in unknown else pytest.approx(found[0][name]))
+    trainer.mismatch.policy = "full"
+    with pytest.raises(
+        ValueError, match="rollout_policy must be 'truncated' with an engine that does not return log-probabilities"
+    ):
+        trainer.mismatch.rollout_logps(alone, everything)
+
+
 def test_off_policy_mask_uses_the_log_probabilities_of_the_engine(tmp_path):
     """The mean log-ratio of the sampling policy to the policy uses the engine's log-probabilities over the full vocabulary."""
     drift = {"off_policy_mask_threshold": 0.05}

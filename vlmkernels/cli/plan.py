@@ -109,7 +109,7 @@ def _describe_workload(found: Plan) -> list[str]:
     tower = f", {_params(shape.vision_params)} of them in its vision tower" if shape.vision else ""
     trained = f"LoRA of rank {work.lora_r}" if work.lora_r else "all but the tower" if work.frozen_vision else "all parameters"
     devices = f"{work.gpus} x {machine.name}" + (f" ({work.parallel})" if work.gpus > 1 else "")
-    server = f" on {work.server_gpus} other GPUs" if work.engine == "server" else ""
+    server = f" on {work.server_gpus} other GPUs" if work.engine == "vllm_server" else ""
     unshared = Workload(**asdict(work) | {"share_prefix": False, "microbatch_tokens": None})
     unshared_tokens = StepTokens.from_workload(shape, unshared).passed
     of_images = work.images * shape.vision.image_tokens(work.width, work.height) if shape.vision else 0

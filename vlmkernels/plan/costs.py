@@ -132,7 +132,7 @@ class StepCosts:
         """Return the costs of sampling on one sampling device: the prefill of the prompts, then the decoding steps."""
         work, ways = self.work, 1
         groups, count = float(work.local_prompts), float(work.completions)
-        if work.engine == "server":
+        if work.engine == "vllm_server":
             ways = self.server_ways
             replicas = work.server_gpus // ways
             groups, count = work.prompts / replicas, work.prompts * work.group_size / replicas

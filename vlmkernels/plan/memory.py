@@ -8,7 +8,7 @@ from vlmkernels.plan.workload import PRECISIONS
 def peak_memory(costs: StepCosts) -> tuple[dict[str, float], str]:
     """Return the bytes of each item at peak memory, and when memory peaks: "forward pass", "optimizer" or "sampling"."""
     moments = {"forward pass": _forward(costs), "optimizer": {"gradients": _gradients(costs)}}
-    if costs.work.engine != "server":
+    if costs.work.engine != "vllm_server":
         moments["sampling"] = _sampling(costs)
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     items = _always(costs) | moments[moment]
@@ -32,7 +32,7 @@ def _always(costs: StepCosts) -> dict[str, float]:
         "adapters": FP32_BYTES * costs.adapters / shards,
         "reference": weight * shape.params / shards if work.reference and costs.full else 0.0,
         "optimizer": 2 * _gradients(costs),
-        "engine's weights": 2.0 * shape.params if work.engine == "vllm" else 0.0,
+        "engine's weights": 2.0 * shape.params if work.engine == "vllm_colocate" else 0.0,
         "reserve": costs.machine.reserve,
     }
 
@@ -80,7 +80,7 @@ def _forward(costs: StepCosts) -> dict[str, float]:
 def _sampling(costs: StepCosts) -> dict[str, float]:
     """Return the bytes of the items in memory at the end of sampling."""
     work, mixers = costs.work, costs.shape.decoder.mixers
-    copies = work.local_prompts if work.share_prefix or work.engine == "vllm" else work.completions
+    copies = work.local_prompts if work.share_prefix or work.engine == "vllm_colocate" else work.completions
     tokens, count = copies * costs.tokens.prompt + costs.scored, work.completions
     own = [m for m in mixers if not m.reused or costs.tree_cache]
     items = {

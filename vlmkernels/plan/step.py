@@ -102,7 +102,7 @@ def _phases(costs: StepCosts) -> list[Phase]:
     work, t = costs.work, costs.tokens
     gathered = costs.bytes * costs.shape.params if costs.sharded else 0.0  # bytes of all weights, gathered
     to_server = 2.0 * (costs.adapters or costs.shape.params)  # in bf16
-    synced = to_server if work.engine == "server" else gathered
+    synced = to_server if work.engine == "vllm_server" else gathered
     phases = [Phase("sampling", tuple(costs.sampling()), costs.scored + work.local_prompts * t.prompt, synced)]
     phases.append(Phase("rewards", extra=work.reward_seconds))
     for name, wanted in (("old log-probs", work.old), ("reference log-probs", work.reference)):
@@ -120,7 +120,7 @@ def _phases(costs: StepCosts) -> list[Phase]:
 
 
 def _wire_seconds(phase: Phase, work: Workload, machine: Machine) -> float:
-    if phase.name == "sampling" and work.engine == "server":
+    if phase.name == "sampling" and work.engine == "vllm_server":
         return phase.wire / machine.network
     return machine.collective(phase.wire, work.gpus)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from vlmkernels.ops.checks import require_one_of
 from vlmkernels.plan.mixers import Span
 from vlmkernels.plan.shape import ModelShape
+from vlmkernels.rollout.make import ENGINES
 
-ENGINES = ("transformers", "vllm", "server")
 PARALLEL = ("ddp", "fsdp2")
 PRECISIONS = {"bf16": 2, "fp32": 4}
 
@@ -32,7 +32,8 @@ class Workload:
         old: whether a separate pass computes the old log-probabilities, as for several optimizer steps per generation batch.
         checkpointing: whether activation checkpointing is used, which saves only the input of each layer.
         microbatch_tokens: maximum number of tokens per forward and backward pass; None = no limit.
-        engine: rollout engine: "transformers" or "vllm" on the training GPUs, or a vLLM "server" on ``server_gpus`` other GPUs.
+        engine: rollout engine: "transformers" or "vllm_colocate" on the training GPUs, or a "vllm_server" on ``server_gpus``
+            other GPUs.
         server_gpus: number of GPUs of the server.
         precision: precision of matrix products.
         weights: precision of the stored parameters. fp32 weights with bf16 products are mixed precision.
@@ -86,8 +87,8 @@ class Workload:
         require_one_of("parallel", self.parallel, PARALLEL)
         for name in ("precision", "weights"):
             require_one_of(name, getattr(self, name), PRECISIONS)
-        if (self.engine == "server") != (self.server_gpus > 0):
-            raise ValueError(f"server_gpus must be >= 1 with engine = server, else 0, got {self.server_gpus}")
+        if (self.engine == "vllm_server") != (self.server_gpus > 0):
+            raise ValueError(f"server_gpus must be >= 1 with engine = vllm_server, else 0, got {self.server_gpus}")
         for name in ("microbatch_tokens", "image_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")

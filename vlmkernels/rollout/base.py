@@ -166,12 +166,14 @@ class Rollout:
         truncated: (B,) bool, whether a completion reached ``max_new_tokens`` without ending, or had no room for the results of
             its tools.
         logps: (B, C) fp32, log-probabilities of the sampled tokens under the model at the temperature, over the whole
-            vocabulary. NaN for tokens without a value; None if the engine returns no log-probabilities.
+            vocabulary. NaN for tokens without a value; None if the engine does not return them.
         log_kept_mass: (B, C) fp32, log of the total probability of the tokens that sampling did not exclude; see ``Decoded``.
             None if the engine does not return it.
         turns: the segments of multi-turn completions, whose tokens include the results of tools. None without tools.
         routed_experts: the experts of each token, which ``packed`` and ``padded`` pass on to the model; see
             ``vlmkernels.models.router_replay``. None if routers choose in training too.
+        sampling_logps: (B, C) fp32, log-probabilities with which the tokens were sampled, from an engine that returns them
+            alone. None: they are ``logps - log_kept_mass``, if the engine returns both.
     """
 
     prompts: ModelInputs
@@ -183,6 +185,7 @@ class Rollout:
     log_kept_mass: torch.Tensor | None = None
     turns: Turns | None = None
     routed_experts: RoutedExperts | None = None
+    sampling_logps: torch.Tensor | None = None
 
     @cached_property
     def sampled_mask(self) -> torch.Tensor:
@@ -351,7 +354,7 @@ class Engine(ABC):
     Attributes:
         sampling: how completions are sampled, with the tokens that end them.
         shares_prefix: whether the engine runs the trainer's model once per prompt for all its completions.
-        returns_logps: whether rollouts have log-probabilities at the temperature of training, as a rollout correction needs.
+        returns_logps: whether rollouts have the log-probabilities that a rollout correction needs.
         returns_experts: whether rollouts have the experts of each token, as router replay needs.
     """
 

@@ -1,15 +1,43 @@
-"""Builds the rollout engine of a run."""
+"""The rollout engines by name, and what builds the engine of a run."""
 
 from typing import Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from vlmkernels.ops.checks import require_one_of
 from vlmkernels.rollout.base import Engine, Sampling
 from vlmkernels.rollout.generate import Generate
 from vlmkernels.rollout.vllm.colocate import VLLMColocate
-from vlmkernels.rollout.vllm.config import VLLMConfig
+from vlmkernels.rollout.vllm.config import MODES, VLLMConfig
 from vlmkernels.rollout.vllm.server import VLLMServer
+
+ENGINES = ("transformers", *(f"vllm_{mode}" for mode in MODES))
+"""Names of the engines: the trainer's own model, a vLLM server, and vLLM in the process."""
+
+
+def engine_name(rollout_engine: str | None, use_vllm: bool | None, vllm_mode: str | None) -> str:
+    """Return the name of the engine that the options of ``GRPOConfig`` with these names select.
+
+    ``use_vllm`` and ``vllm_mode`` are TRL's names. Each option may be None.
+
+    Raises:
+        ValueError: there is no engine of the name, or the options select different engines.
+    """
+    if vllm_mode is not None:
+        require_one_of("vllm_mode", vllm_mode, MODES)
+    if rollout_engine is None:
+        return f"vllm_{vllm_mode or 'colocate'}" if use_vllm else "transformers"
+    require_one_of("rollout_engine", rollout_engine, ENGINES)
+    is_vllm = rollout_engine != "transformers"
+    given = {"use_vllm": use_vllm, "vllm_mode": vllm_mode if is_vllm else None}
+    selected = {"use_vllm": is_vllm, "vllm_mode": rollout_engine.removeprefix("vllm_")}
+    for name, value in given.items():
+        if value is not None and value != selected[name]:
+            raise ValueError(
+                f"{name} must be {selected[name]!r} with rollout_engine={rollout_engine!r}, or None, got {value!r}"
+            )
+    return rollout_engine
 
 
 def make_engine(

@@ -15,7 +15,8 @@ from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.config import PRESETS
 from vlmkernels.rollout.base import Sampling
-from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling
+from vlmkernels.rollout.make import engine_name
+from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sampling
 from vlmkernels.tools.options import ToolOptions
 
 ON_FAULT = ("raise", "skip")
@@ -40,7 +41,7 @@ TRL_FIELDS = {
     "vllm_guided_decoding_regex": "completions are sampled without a grammar",
     "vllm_server_host": _SERVER,
     "vllm_server_port": _SERVER,
-    "vllm_group_port": "weights are sent as files in vllm_weights_dir",
+    "vllm_group_port": "a free port is chosen where weights go to the server by NCCL",
     "vllm_max_model_len": "use vllm_max_model_length",
     "multi_objective_aggregation": "rewards are summed with reward_weights, then normalized",
     "sync_ref_model": _REFERENCE,
@@ -83,8 +84,9 @@ class GRPOConfig(TrainingArguments):
     - num_completions_to_print is 64; None stores all completions.
     - The rollout_* fields replace vllm_importance_sampling_* and work with every engine. They are off by default; see
       docs/mismatch.md.
-    - vllm_server_base_url is the only address of a vLLM server. vllm_request_timeout, vllm_weights_dir and
-      vllm_fingerprint_tolerance are new.
+    - rollout_engine names the engine; use_vllm and vllm_mode are synonyms for it, and their defaults follow from it.
+    - vllm_server_base_url is the only address of a vLLM server. vllm_request_timeout, vllm_weight_transfer, vllm_weights_dir
+      and vllm_fingerprint_tolerance are new.
     - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
       on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic and router_replay are new.
@@ -143,12 +145,22 @@ class GRPOConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of apply_chat_template.")
 
-    use_vllm: bool = _field(False, "Sample completions with vLLM.")
-    vllm_mode: str = _field("colocate", "'server' for a separate vLLM server, 'colocate' for vLLM in the trainer's process.")
+    rollout_engine: str | None = _field(
+        None, "What samples completions: 'transformers' (the default: the trainer's model), 'vllm_server' or 'vllm_colocate'."
+    )
+    use_vllm: bool | None = _field(None, "Sample completions with vLLM; by default as rollout_engine says.")
+    vllm_mode: str | None = _field(
+        None, "'server' for a separate vLLM server, 'colocate' (the default) for vLLM in the trainer's process."
+    )
     vllm_server_base_url: str = _field("http://127.0.0.1:8000", "URL of the vLLM server.")
     vllm_server_timeout: float = _field(240.0, "Seconds to wait for the vLLM server to start or to restart.")
     vllm_request_timeout: float = _field(600.0, "Seconds before a request to the vLLM server, or a weight sync, fails.")
-    vllm_weights_dir: str | None = _field(None, "Folder for weights sent to vLLM; by default vllm-weights in output_dir.")
+    vllm_weight_transfer: str = _field(
+        "auto", "How weights go to vLLM: in 'memory', through a 'folder', or 'auto', in memory where it is possible."
+    )
+    vllm_weights_dir: str | None = _field(
+        None, "Folder for weights that do not go to vLLM in memory; by default vllm-weights in output_dir."
+    )
     vllm_fingerprint_tolerance: float | None = _field(
         None,
         "Maximum relative error of vLLM's log-probabilities of a fixed prompt after a weight sync; default by dtype.",
@@ -227,6 +239,9 @@ class GRPOConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
         self._apply_preset()
+        self.rollout_engine = engine_name(self.rollout_engine, self.use_vllm, self.vllm_mode)
+        self.use_vllm = self.rollout_engine != "transformers"
+        self.vllm_mode = self.rollout_engine.removeprefix("vllm_") if self.use_vllm else self.vllm_mode or "colocate"
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self.share_prefix = {"true": True, "false": False}.get(str(self.share_prefix).lower(), self.share_prefix)
         self.num_generations_eval = self.num_generations_eval or self.num_generations
@@ -296,11 +311,6 @@ class GRPOConfig(TrainingArguments):
         require_one_of("rollout_policy", self.rollout_policy, ROLLOUT_POLICIES)
         if self.rollout_correction is None or self.rollout_policy == "full":
             return
-        if self.use_vllm:
-            raise ValueError(
-                "rollout_policy must be 'full' with rollout_correction and use_vllm, because vLLM does not return the kept "
-                f"probability mass, got {self.rollout_policy!r}"
-            )
         multiplies = self.rollout_correction.startswith("sequence") and self.rollout_sequence_ratio == "sum"
         if multiplies and self.sampling().truncates:
             raise ValueError(
@@ -312,8 +322,10 @@ class GRPOConfig(TrainingArguments):
     def _check_vllm(self) -> None:
         if self.deterministic:
             raise ValueError("deterministic must be False with use_vllm, whose log-probabilities depend on batches, got True")
-        self.vllm_config()
-        check_sampling(self.sampling())
+        config = self.vllm_config()
+        check_sampling(self.sampling(), config.policy)
+        if self.eval_temperature > MAX_TEMPERATURE:
+            raise ValueError(f"eval_temperature must be at most {MAX_TEMPERATURE:g} with use_vllm, got {self.eval_temperature}")
         if self.vllm_mode == "colocate" and self.world_size > 1:
             raise ValueError(f"vllm_mode must be 'server' on several processes, got 'colocate' on {self.world_size}")
 
@@ -379,6 +391,8 @@ class GRPOConfig(TrainingArguments):
             seed=self.seed,
             num_generations=max(self.num_generations, self.num_generations_eval),
             chat_template_kwargs=self.chat_template_kwargs or {},
+            policy=None if self.rollout_correction is None else self.rollout_policy,
+            routed_experts=self.router_replay,
         )
 
     def image_limits(self) -> ImageLimits:

@@ -19,6 +19,7 @@ _sum, _max, _min, _logsumexp = (partial(f, dim=0) for f in (torch.sum, torch.ama
 COLUMNS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tokens": _sum,  # in the loss
     "scored": _sum,  # tokens in the loss with a log-probability of the engine
+    "compared": _sum,  # those of them with one over the whole vocabulary
     "difference": _sum,
     "max_difference": _max,
     "units": _sum,  # correction ratios: one per token with a log-probability, or one per sequence
@@ -39,7 +40,8 @@ class Mismatch:
     Args:
         config: the configuration of the loss.
         policy: the distribution that the rollout correction assumes completions were sampled from. "truncated": what top_p,
-            top_k, min_p and banned tokens left, ``logps - log_kept_mass``. "full": the whole vocabulary, ``logps``.
+            top_k, min_p and banned tokens left, ``sampling_logps`` or ``logps - log_kept_mass``. "full": the whole
+            vocabulary, ``logps``.
     """
 
     def __init__(self, config: GRPOLossConfig, policy: str) -> None:
@@ -47,16 +49,30 @@ class Mismatch:
         self._measurements: list[torch.Tensor] = []
 
     def _sampling_logps(self, rollout: Rollout, samples: torch.Tensor) -> torch.Tensor:
-        """Return the log-probabilities (B, C) that the correction assumes the tokens were sampled with."""
-        logps = rollout.logps[samples]
-        if self.policy == "full" or self.config.rollout_correction is None:
-            return logps
+        """Return the log-probabilities (B, C) that the correction assumes the tokens were sampled with.
+
+        Without a correction, those of the whole vocabulary if the engine returns them.
+        """
+        logps, correction = rollout.logps, self.config.rollout_correction
+        if logps is not None and (self.policy == "full" or correction is None):
+            return logps[samples]
+        if rollout.sampling_logps is not None and (self.policy != "full" or correction is None):
+            return rollout.sampling_logps[samples]
+        if logps is None:
+            raise ValueError(
+                "rollout_policy must be 'truncated' with an engine that does not return log-probabilities of the whole "
+                f"vocabulary, got {self.policy!r}"
+            )
         if rollout.log_kept_mass is None:
             raise ValueError(
                 "rollout_policy must be 'full' with an engine that does not return the kept probability mass, "
                 f"got {self.policy!r}"
             )
-        return logps - rollout.log_kept_mass[samples]
+        return logps[samples] - rollout.log_kept_mass[samples]
+
+    @staticmethod
+    def _is_scored(rollout: Rollout) -> bool:
+        return rollout.logps is not None or rollout.sampling_logps is not None
 
     def rollout_logps(self, rollout: Rollout, samples: torch.Tensor) -> torch.Tensor | None:
         """Return the argument ``rollout_logps`` (B, C) of ``grpo_loss``, or None if the loss does not use it.
@@ -68,12 +84,12 @@ class Mismatch:
             ValueError: the correction needs values that the engine does not return.
         """
         correction = self.config.rollout_correction
-        if correction is not None and rollout.logps is None:
+        if correction is not None and not self._is_scored(rollout):
             raise ValueError(
                 f"rollout_correction must be None with an engine that returns no log-probabilities, got {correction!r}"
             )
         is_used = correction is not None or self.config.off_policy_mask_threshold is not None
-        return self._sampling_logps(rollout, samples) if is_used and rollout.logps is not None else None
+        return self._sampling_logps(rollout, samples) if is_used and self._is_scored(rollout) else None
 
     def add(self, rollout: Rollout, samples: torch.Tensor, loss_mask: torch.Tensor, old_logps: torch.Tensor) -> None:
         """Measure some completions. Does not synchronize the device.
@@ -83,11 +99,13 @@ class Mismatch:
             loss_mask: (B, C) bool, the tokens that count in the loss.
             old_logps: (B, C), log-probabilities under the trainer's policy before the first optimizer step on the batch.
         """
-        if rollout.logps is None:
+        if not self._is_scored(rollout):
             return
-        scored = loss_mask & ~rollout.logps[samples].isnan()
-        difference = torch.where(scored, old_logps - rollout.logps[samples], 0).abs()
-        log_ratios = old_logps - self._sampling_logps(rollout, samples)
+        logps = old_logps.new_full((), torch.nan) if rollout.logps is None else rollout.logps[samples]
+        sampling_logps = self._sampling_logps(rollout, samples)
+        compared = loss_mask & ~logps.isnan()
+        difference = torch.where(compared, old_logps - logps, 0).abs()
+        log_ratios = old_logps - sampling_logps
         has_ratio = loss_mask & ~log_ratios.isnan()
         log_ratios = torch.where(has_ratio, log_ratios, 0)
         sequences, log_weights = loss_mask.any(1), log_ratios.sum(1)
@@ -103,7 +121,8 @@ class Mismatch:
         has_kept = loss_mask & ~log_kept.isnan()
         values = {
             "tokens": loss_mask.sum(),
-            "scored": scored.sum(),
+            "scored": (loss_mask & ~(sampling_logps if rollout.logps is None else logps).isnan()).sum(),
+            "compared": compared.sum(),
             "difference": difference.sum(),
             "max_difference": difference.max(),
             "units": units.sum(),
@@ -145,8 +164,8 @@ def metrics(total: dict[str, float], config: GRPOLossConfig) -> dict[str, float 
     if is_scored and sequences:
         sample_size = min(math.exp(2 * total["log_weight"] - total["log_squared_weight"]) / sequences, 1.0)
     result = {
-        "sampling_logp_difference/mean": mean("difference", "scored"),
-        "sampling_logp_difference/max": total["max_difference"] if is_scored else None,
+        "sampling_logp_difference/mean": mean("difference", "compared"),
+        "sampling_logp_difference/max": total["max_difference"] if total["compared"] else None,
         "scored_ratio": mean("scored", "tokens"),
         "effective_sample_size": sample_size,
         "importance_sampling_ratio/raw_mean": mean("ratio", "units") if is_scored else None,

@@ -20,13 +20,17 @@ import torch
 from peft import LoraConfig
 from support import tiny
 from support.observations import observation, result_text
+from torch.multiprocessing.reductions import rebuild_tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vlmkernels.data.samples import encode, read_sample
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
 from vlmkernels.rollout.base import Engine, RolloutError
 from vlmkernels.rollout.vllm import engine as vllm_engine
+from vlmkernels.rollout.vllm import transfer
 from vlmkernels.rollout.vllm.fingerprint import relative_difference
+from vlmkernels.rollout.vllm.server import VLLMClient
+from vlmkernels.rollout.vllm.weights import checkpoint_tensors
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
 BOUND = 1e-4  # absolute, of fp32 log-probabilities with equal weights; measured: 1.6e-5
@@ -74,7 +78,9 @@ class Server:
         options = f"--host 127.0.0.1 --port {self.port} --dtype float32 --max-model-len 512 --max-num-seqs 32 --enforce-eager"
         options += " --enable-scale-out --enable-lora --max-lora-rank 8"
         log = (self.folder / "server.log").open("ab")
-        command = [*module, "--model", str(self.folder), *options.split()]
+        videos = ["--media-io-kwargs", '{"video": {"num_frames": -1, "fps": 2}}']
+        transfer = ["--weight-transfer-config", '{"backend": "ipc"}']  # which needs GPUs; weights go through a folder
+        command = [*module, "--model", str(self.folder), *options.split(), *videos, *transfer]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
     def kill(self) -> None:
@@ -208,6 +214,66 @@ def check_trajectories(run, name: str, step: int) -> None:
     print(f"\n{name}, 20 turns: |logp| of {len(expected)} tokens differ by {gap:.1e} at most, {seconds:.2f} s", end="")
 
 
+def samples_with_videos() -> list:
+    """An image; a video of 3 frames; two videos and two images."""
+    rows = tiny.rows(3, "videos")
+    rows[2]["videos"].append([tiny.image(50 + k, height=56) for k in range(2)])
+    rows[2]["images"].append(tiny.image(60, width=56))
+    return [read_sample(row, index) for index, row in enumerate(rows)]
+
+
+def check_videos(run, name: str, step: int) -> None:
+    """vLLM encodes videos, alone and between images, into the trainer's tokens, and computes its log-probabilities."""
+    engine, model, temperature = run.vllm, run.model.eval(), run.args.temperature
+    engine.sync_weights(model, step)
+    engine.sampling = replace(engine.sampling, max_new_tokens=8, eos_token_id=[tiny.tokenizer().eos_token_id])
+    samples, head = samples_with_videos(), output_head(model)
+    prompts = encode(samples, tiny.processor(), engine.family)
+    rollout = engine(model, prompts, 2, temperature, samples)
+    options = {"head": head, "arguments": logit_arguments(model, head), "temperature": temperature}
+    with torch.no_grad():
+        expected = completion_logps(model, rollout.padded(torch.arange(6)), **options)
+    gap = float((rollout.logps[rollout.completion_mask] - expected).abs().max())
+    assert gap < BOUND
+    print(f"\n{name}, 3 videos and 3 images: |logp| of {len(expected)} tokens differ by {gap:.1e} at most", end="")
+
+
+def check_truncated_sampling(run, name: str) -> None:
+    """The log-probabilities with which tokens were sampled, under top_k and top_p at a temperature, are the trainer's."""
+    engine, model, temperature = run.vllm, run.model.eval(), 2.0  # the highest: the trained model has more likely tokens
+    engine.sampling = replace(engine.sampling, top_k=12, top_p=0.9)
+    samples = [read_sample(row, index) for index, row in enumerate(tiny.rows(2, "several"))]
+    rollout = engine(model, encode(samples, tiny.processor(), engine.family), 16, temperature, samples)
+    assert rollout.logps is None
+    batch = rollout.padded(torch.arange(32))
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits.flatten(0, 1)[batch.rows].double() / temperature
+    logits[:, engine.banned] = -torch.inf
+    logits[logits < logits.topk(12).values[:, -1:]] = -torch.inf
+    ordered, order = logits.softmax(-1).sort(-1, descending=True)
+    excluded = (ordered.cumsum(-1) - ordered >= 0.9).gather(1, order.argsort(-1))  # the tokens before reach top_p
+    expected = logits.masked_fill(excluded, -torch.inf).log_softmax(-1).gather(1, batch.targets.unsqueeze(1))[:, 0]
+    gap = float((rollout.sampling_logps[rollout.completion_mask] - expected).abs().max())
+    assert gap < BOUND
+    assert expected.min() < -0.5
+    print(f"\n{name}, top_k 12, top_p 0.9: log q of {len(expected)} tokens differ by {gap:.1e} at most", end="")
+
+
+def check_both_transfers(run, name: str, step: int) -> None:
+    """Weights arrive in memory and through a folder; prints the seconds of an update without the comparison after it."""
+    engine, seconds = run.vllm, {True: [], False: []}
+    compare, engine._compare = engine._compare, lambda model, when: 0.0
+    for number in range(10):
+        engine.in_memory = number % 2 == 0
+        with torch.no_grad():
+            run.model.get_output_embeddings().weight.mul_(1.01)
+        seconds[engine.in_memory].append(engine.sync_weights(run.model, step + number)["vllm/sync_time"])
+        assert compare(run.model, "after an update") < BOUND
+    engine.in_memory, engine._compare = True, compare
+    memory, folder = (min(seconds[key]) for key in (True, False))
+    print(f"\n{name}: {1000 * memory:.1f} ms an update in memory, {1000 * folder:.1f} ms through a folder", end="")
+
+
 def check_cancelled_requests(run) -> None:
     """Tools fail while vLLM samples other trajectories, which it then drops."""
     samples, results = [read_sample(row, index) for index, row in enumerate(tiny.rows(2, "several"))], Results(run.vllm.family)
@@ -222,6 +288,52 @@ def check_cancelled_requests(run) -> None:
         run.vllm(run.model, encode(samples, tiny.processor(), run.vllm.family), 0, run.args.temperature, samples, results)
     print(f", requests were cancelled: {running}", end="")
     assert not unfinished()
+
+
+def test_vllm_takes_handles_of_tensors(monkeypatch):
+    """vLLM's class for the body of /update_weights reads what is sent by CUDA IPC, here with tensors of the CPU."""
+    from vllm.distributed.weight_transfer import ipc_engine
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setattr(transfer, "_gpu_id", lambda tensor: "GPU-0")
+    sent, model = {}, small_vlm()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        transfer.CUDAIPC(sent.__setitem__).send(checkpoint_tensors(model, torch.float32))
+    ipc_engine.IPCWeightTransferInitInfo(**sent["/init_weight_transfer_engine"]["init_info"])
+    info = ipc_engine.IPCWeightTransferUpdateInfo(**sent["/update_weights"]["update_info"])
+    expected = dict(checkpoint_tensors(model, torch.float32))
+    assert info.names == [*expected]
+    for handle, x in zip(info.ipc_handles, expected.values(), strict=True):
+        assert torch.equal(rebuild_tensor(*handle["GPU-0"]), x)
+
+
+def test_vllms_trainer_sends_weights_by_nccl(monkeypatch):
+    """vLLM's side of the transfer in the trainer, without NCCL: it reads the weights and sends requests."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    engine, received, requests = nccl_engine.NCCLTrainerWeightTransferEngine, {}, []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: None)
+    monkeypatch.setattr(engine, "_broadcast", lambda self, source, meta: received.update(source))
+
+    def request(path, body):
+        requests.append((path, body))
+        return {"world_size": 4}
+
+    model = small_vlm()
+    sent = transfer.NCCL(request, "http://127.0.0.1:8000")
+    for _ in range(2):
+        sent.send(checkpoint_tensors(model, torch.bfloat16))
+        expected = dict(checkpoint_tensors(model, torch.bfloat16))
+        assert received.keys() == expected.keys()
+        assert all(torch.equal(x, received[name]) for name, x in expected.items())
+        received.clear()
+    bodies = dict(requests)
+    assert bodies["/init_weight_transfer_engine"]["init_info"]["world_size"] == 5
+    info = nccl_engine.NCCLWeightTransferUpdateInfo(**bodies["/update_weights"]["update_info"])
+    assert (info.names, {*info.dtype_names}) == ([*expected], {"bfloat16"})
+    update = ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+    assert [path for path, _ in requests] == ["/get_world_size", "/init_weight_transfer_engine", *update, *update]
 
 
 def test_every_process_reports_a_missing_server(tmp_path):
@@ -255,6 +367,14 @@ def test_a_server_of_another_model_is_refused(server, tmp_path):
     with pytest.raises(RolloutError, match=r"disagree before training \(is .* the same model\?\)"):
         trainer(tmp_path, small_vlm(seed=1), vllm_mode="server", vllm_server_base_url=server.url)
     options = {"vllm_mode": "server", "vllm_server_base_url": server.url}
+    settings = VLLMClient(server.url, 60, 60).request("/server_info?config_format=json")["vllm_config"]
+    assert settings["weight_transfer_config"]["backend"] == "ipc"
+    assert settings["model_config"]["return_sampling_mask"] is False
+    assert settings["aux_output_config"]["enable_return_routed_experts"] is False
+    with pytest.raises(
+        ValueError, match=r"vllm_weight_transfer must be .*, because the weights must be on a GPU .* got 'memory'"
+    ):
+        trainer(tmp_path, vllm_weight_transfer="memory", **options)
     with pytest.raises(ValueError, match=r"started with --max-num-seqs 64 or more, got 32"):
         trainer(tmp_path, num_generations=64, per_device_train_batch_size=64, **options)
     with pytest.raises(ValueError, match=r"started with --logprobs-mode processed_logprobs, got raw_logprobs"):
@@ -276,6 +396,7 @@ def test_training_through_a_server(server, tmp_path, peft_config):
     run.train()
     check(run, f"server, {'full' if peft_config is None else 'LoRA'}")
     check_trajectories(run, f"server, {'full' if peft_config is None else 'LoRA'}", step=3)
+    check_videos(run, f"server, {'full' if peft_config is None else 'LoRA'}", step=3)
     assert relative_difference(before, run.vllm.fingerprint.logps(run.model)) > 10 * BOUND
     left = sorted((tmp_path / "vllm-weights").iterdir())
     assert len(left) == (peft_config is not None)  # vLLM may load an adapter again
@@ -308,8 +429,8 @@ def test_a_server_that_is_killed_and_comes_back_gets_the_weights_again(server, t
 
     run.engine.sync_weights = interrupted
     version = []
-    load = engine._load
-    engine._load = lambda folder, name: (version.append(name), load(folder, name))
+    update = engine._update
+    engine._update = lambda load, name: (version.append(name), update(load, name))
     run.train()
     check(run, "server, killed", steps=2)
     assert [name.partition("-")[2] for name in version] == ["0", "1", "1"]
@@ -325,6 +446,11 @@ def test_training_with_vllm_in_the_process(tmp_path, peft_config):
         check(run, f"colocate, {'full' if peft_config is None else 'LoRA'}")
         check_trajectories(run, f"colocate, {'full' if peft_config is None else 'LoRA'}", step=3)
         check_cancelled_requests(run)
+        check_videos(run, f"colocate, {'full' if peft_config is None else 'LoRA'}", step=3)
+        check_truncated_sampling(run, f"colocate, {'full' if peft_config is None else 'LoRA'}")
+        assert run.vllm.in_memory == (peft_config is None)
+        if run.vllm.in_memory:
+            check_both_transfers(run, "colocate", step=4)
     finally:
         run.vllm.close()
         gc.collect()

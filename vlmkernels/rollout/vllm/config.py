@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
-from vlmkernels.ops.checks import require_positive
+from vlmkernels.ops.checks import require_one_of, require_positive
 from vlmkernels.rollout.base import Sampling
 
 MODES = ("server", "colocate")
+WEIGHT_TRANSFERS = ("auto", "memory", "folder")
+MAX_TEMPERATURE = 2.0  # of vLLM
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,12 @@ class VLLMConfig:
     """Options of the vLLM engines. Error messages use the names in ``GRPOConfig``, most of which have the prefix ``vllm_``.
 
     Args:
-        weights_dir: folder that weight updates go through. vLLM must see it under the same path.
+        weights_dir: folder of weights that do not go to vLLM in memory. vLLM must see it under the same path.
         mode: "server" for a vLLM server, "colocate" for vLLM in this process.
         server_base_url: URL of the server.
         server_timeout: seconds to wait until the server is healthy.
         request_timeout: seconds for each request to the server.
+        weight_transfer: how weights go to vLLM: in "memory", through a "folder", or "auto", in memory where it is possible.
         fingerprint_tolerance: largest relative difference between vLLM's and the trainer's log-probabilities of a fixed
             prompt after a weight update. Default: 1e-4 if vLLM runs in fp32, otherwise 0.02.
         gpu_memory_utilization: fraction of the GPU's memory that colocated vLLM may use.
@@ -31,6 +34,9 @@ class VLLMConfig:
         seed: seed of colocated vLLM.
         num_generations: largest number of completions per prompt that a call requests. A server must allow as many.
         chat_template_kwargs: arguments of ``apply_chat_template``.
+        policy: the distribution whose log-probabilities the rollout correction needs: "full", of the whole vocabulary, or
+            "truncated", those with which the tokens were sampled. None: there is no correction.
+        routed_experts: whether rollouts have the experts of each token.
 
     Raises:
         ValueError: a value is out of range.
@@ -41,6 +47,7 @@ class VLLMConfig:
     server_base_url: str = "http://127.0.0.1:8000"
     server_timeout: float = 240.0
     request_timeout: float = 600.0
+    weight_transfer: str = "auto"
     fingerprint_tolerance: float | None = None
     gpu_memory_utilization: float = 0.3
     max_model_length: int | None = None
@@ -49,10 +56,13 @@ class VLLMConfig:
     seed: int = 0
     num_generations: int = 1
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    policy: str | None = None
+    routed_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"vllm_mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        require_one_of("vllm_weight_transfer", self.weight_transfer, WEIGHT_TRANSFERS)
         if not self.server_base_url.startswith(("http://", "https://")):
             raise ValueError(f"vllm_server_base_url must begin with http:// or https://, got {self.server_base_url!r}")
         require_positive("vllm_server_timeout", self.server_timeout)
@@ -67,23 +77,31 @@ class VLLMConfig:
             )
 
 
-def logprobs_modes(sampling: Sampling) -> list[str]:
-    """Return the values of vLLM's ``logprobs_mode`` that give log-probabilities of the whole vocabulary at the temperature.
+def logprobs_modes(sampling: Sampling, policy: str | None = None) -> list[str]:
+    """Return the values of vLLM's ``logprobs_mode`` with which a run can sample, the preferred one first.
 
-    Raw log-probabilities are at temperature 1. Processed log-probabilities are at the sampling temperature, but are those of
-    the distribution that top_p, top_k and similar options leave. The preferred mode comes first.
+    Raw log-probabilities are those of the whole vocabulary at temperature 1. Processed log-probabilities are those with which
+    tokens are sampled; where nothing but the temperature and a bias changes them, those of the whole vocabulary follow.
+
+    Args:
+        sampling: how completions are sampled.
+        policy: see ``VLLMConfig``.
     """
-    modes = {"raw_logprobs": sampling.temperature == 1, "processed_logprobs": not sampling.is_restricted}
-    return [mode for mode, usable in modes.items() if usable]
+    raw = sampling.temperature == 1 and policy != "truncated"
+    processed = policy != "full" or not sampling.is_restricted
+    return [mode for mode, usable in {"raw_logprobs": raw, "processed_logprobs": processed}.items() if usable]
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError if vLLM does not support ``sampling``, or cannot return its log-probabilities."""
+def check_sampling(sampling: Sampling, policy: str | None = None) -> None:
+    """Raise ValueError if vLLM does not support ``sampling``, or cannot return the log-probabilities of ``policy``."""
     if sampling.generation_kwargs:
         unknown = ", ".join(sorted(sampling.generation_kwargs))
         raise ValueError(f"generation_kwargs must hold only options that vLLM supports with use_vllm, got {unknown}")
-    if not logprobs_modes(sampling):
+    if sampling.temperature > MAX_TEMPERATURE:
+        raise ValueError(f"temperature must be at most {MAX_TEMPERATURE:g} with use_vllm, got {sampling.temperature}")
+    if not logprobs_modes(sampling, policy):
         raise ValueError(
-            "temperature must be 1 with use_vllm and top_p, top_k, min_p, a repetition penalty or min_new_tokens, because vLLM "
-            f"returns log-probabilities either before the temperature or after such limits, got {sampling.temperature}"
+            "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, top_k, min_p, "
+            "a repetition penalty or min_new_tokens, because vLLM returns log-probabilities either before the temperature or "
+            f"after such limits, got {sampling.temperature}"
         )

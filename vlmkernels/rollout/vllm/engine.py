@@ -6,6 +6,8 @@ import shutil
 import time
 import uuid
 from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +18,16 @@ from transformers import PreTrainedModel
 from vlmkernels.data.samples import Sample, prompt_ids, render, tokenizer_of
 from vlmkernels.models.families import family_of, missing_token_ids
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns
 from vlmkernels.rollout.base import Engine, Rollout, RolloutError, Sampling, pad_token_ids
 from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling, logprobs_modes
+from vlmkernels.rollout.vllm.experts import moe_layers, routed_experts
 from vlmkernels.rollout.vllm.fingerprint import TOLERANCE, Fingerprint, relative_difference
 from vlmkernels.rollout.vllm.main_process import on_main_process
-from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, VLLMCompletion
+from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, Video, VLLMCompletion
 from vlmkernels.rollout.vllm.trajectory import Trajectory
-from vlmkernels.rollout.vllm.weights import active_adapter, check_adapters, save_weights
+from vlmkernels.rollout.vllm.weights import active_adapter, check_adapters, checkpoint_tensors, save_weights
 
 if TYPE_CHECKING:
     from vlmkernels.rollout.episodes import Episodes
@@ -33,6 +37,8 @@ logger = logging.getLogger(__name__)
 POLL = 0.02  # seconds to wait for vLLM before looking for results of tools, while both run
 BAN = -100.0
 """Logit bias of banned tokens. exp(-100) is negligible, but the unbiased log-probability can still be recovered."""
+GREEDY = {"temperature": 1.0, "top_k": 1}
+"""Greedy sampling by a vLLM that returns sampling masks, which refuses a temperature of 0."""
 MAX_COUNTED = 64
 """Largest number of banned tokens whose log-probabilities are requested for every sampled token."""
 
@@ -56,15 +62,17 @@ class VLLM(Engine):
         ValueError: vLLM does not support the sampling or the adapters.
     """
 
-    returns_logps = True  # check_sampling ensures that they are at the training temperature
+    returns_logps = True  # check_sampling ensures that they are those of the rollout correction
+    in_memory: bool  # whether weights go to vLLM in memory, not through a folder
     dtype: torch.dtype  # dtype that vLLM runs in
     logprobs_mode: str  # vLLM's option of this name
     max_length: int  # maximum number of tokens of a prompt and its completion in vLLM
+    returns_mask: bool = False  # whether vLLM returns the tokens that sampling did not exclude
 
     def __init__(
         self, model: PreTrainedModel, processor: Any, sampling: Sampling, config: VLLMConfig, accelerator: Accelerator
     ):
-        check_sampling(sampling)
+        check_sampling(sampling, config.policy)
         check_adapters(model)
         self.processor, self.config, self.accelerator = processor, config, accelerator
         self.sampling = sampling.for_model(model, processor)
@@ -81,6 +89,8 @@ class VLLM(Engine):
         self.keeps_folder = self.adapter is not None  # vLLM may evict an adapter from memory and load it again
         self.in_use: Path | None = None
         self.folder = Path(config.weights_dir).absolute()
+        self.moe_layers = moe_layers(model) if config.routed_experts else []
+        self.returns_experts = config.routed_experts
 
     def _counted(self, model: PreTrainedModel, processor: Any) -> list[int]:
         """Return the banned tokens whose probability ``_logp`` adds to that of the tokens that can be sampled."""
@@ -88,7 +98,7 @@ class VLLM(Engine):
             return self.banned
         missing = {*missing_token_ids(model.config, processor)}
         counted = [token for token in self.banned if token not in missing]
-        if "raw_logprobs" not in logprobs_modes(self.sampling):
+        if "raw_logprobs" not in logprobs_modes(self.sampling, self.config.policy) and not self.sampling.is_restricted:
             text = "log-probabilities from vLLM take the probability of the %d ids without a token as 0: more than %d"
             logger.warning(text, len(self.banned) - len(counted), MAX_COUNTED)
         return counted
@@ -98,16 +108,44 @@ class VLLM(Engine):
         """Return an empty set of requests."""
 
     @abstractmethod
-    def _load(self, folder: Path, version: str) -> None:
-        """Load the weights in ``folder``, drop all caches of the old weights and set the version of the weights."""
+    def _load_folder(self, folder: Path) -> None:
+        """Load the weights in ``folder``."""
+
+    @abstractmethod
+    def _load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the tensors of a checkpoint."""
+
+    @abstractmethod
+    def _update(self, load: Callable[[], None], version: str) -> None:
+        """Call ``load``, drop all caches of the old weights and set the version of the weights."""
+
+    def _choose_transfer(self, obstacle: str | None, memory: str) -> None:
+        """Choose how weights go to vLLM, and print it.
+
+        Args:
+            obstacle: why they cannot go in memory, or None if they can. Adapters cannot.
+            memory: how they go in memory.
+        """
+        choice = self.config.weight_transfer
+        if self.adapter:
+            obstacle = "vLLM loads LoRA adapters from a folder"
+        if choice == "memory" and obstacle:
+            raise ValueError(f"vllm_weight_transfer must be 'auto' or 'folder', because {obstacle}, got 'memory'")
+        self.in_memory = choice != "folder" and obstacle is None
+        reason = f", because {obstacle}" if choice == "auto" and obstacle else ""
+        how = memory if self.in_memory else f"through the folder {self.folder}{reason}"
+        print(f"Weights go to vLLM {how}", flush=True)
 
     # Sampling
 
     def _has_logps(self, temperature: float) -> bool:
-        """Whether vLLM can return log-probabilities of the whole vocabulary at the temperature."""
-        if self.logprobs_mode == "raw_logprobs":
-            return temperature in (0, 1)
-        return temperature > 0 and not self.sampling.is_restricted
+        """Whether vLLM can return log-probabilities at the temperature."""
+        return temperature in (0, 1) if self.logprobs_mode == "raw_logprobs" else temperature > 0
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether vLLM's log-probabilities are those with which tokens are sampled, and give none of the whole vocabulary."""
+        return self.logprobs_mode == "processed_logprobs" and self.sampling.is_restricted
 
     def _params(self, temperature: float) -> dict[str, Any]:
         """Return the parameters that all requests have in common; ``_limited`` adds the others."""
@@ -123,34 +161,40 @@ class VLLM(Engine):
         }
         if temperature:
             params |= {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p or 0.0}
+        elif self.returns_mask:
+            params |= GREEDY
         if self._has_logps(temperature):
             params["logprobs"] = 0
-            if self.logprobs_mode == "processed_logprobs":
+            if self.logprobs_mode == "processed_logprobs" and not self._is_exact:
                 params |= {"logprobs": len(self.returned_ids), "logprob_token_ids": self.returned_ids}
         return params
 
-    def _logp(self, token: int, returned_logps: dict[int, float], temperature: float) -> float:
-        """Return the log-probability of the sampled token over the whole vocabulary at the temperature.
+    def _logp(self, token: int, returned_logps: dict[int, float], temperature: float) -> tuple[float, float]:
+        """Return the log-probability of the sampled token over the whole vocabulary at the temperature, and that with which it
+        was sampled; NaN for one that is not known.
 
         Processed log-probabilities are those of the biased logits: l' = l - log(1 - b), with b the probability of all banned
         tokens. The log-probabilities of the banned tokens give b: b / (1 - b) = sum exp(l'_k - BAN / temperature). The sum is
         over ``counted``: if there are many ids without a token, they are left out, and their probability counts as 0.
         """
+        logp = returned_logps[token]
         if self.logprobs_mode == "raw_logprobs":
-            return returned_logps[token]
-        return returned_logps[token] - math.log1p(sum(math.exp(returned_logps[k] - BAN / temperature) for k in self.counted))
+            return logp, math.nan
+        if self._is_exact:
+            return math.nan, logp
+        return logp - math.log1p(sum(math.exp(returned_logps[k] - BAN / temperature) for k in self.counted)), logp
 
     def _prompts(self, samples: list[Sample]) -> list[Prompt]:
         prompts = []
         for sample in samples:
-            if sample.videos:
-                raise ValueError(
-                    f"sample {sample.index}: videos must be absent with use_vllm, which has no lossless way to send them, got "
-                    f"{len(sample.videos)}"
-                )
             text = render(sample, self.processor, **self.config.chat_template_kwargs)
-            prompts.append(Prompt(prompt_ids(sample, text, self.processor), sample.images))
+            videos = [Video(frames, sample.fps) for frames in sample.videos]
+            self._check_videos(videos, sample.name)
+            prompts.append(Prompt(prompt_ids(sample, text, self.processor), sample.images, videos))
         return prompts
+
+    def _check_videos(self, videos: list[Video], name: str) -> None:
+        """Raise ValueError if vLLM would sample from other frames or at another frame rate."""
 
     def _check(self, reply: Reply, name: str, expected: list[int], params: dict[str, Any]) -> None:
         """Raise unless vLLM tokenized the prompt as the trainer did and returned completions that can be trained on.
@@ -182,6 +226,10 @@ class VLLM(Engine):
             raise RolloutError(f"{who} must not sample the banned tokens {self.banned!s:.200}, got {banned}")
         if "logprobs" in params and not self._logps_complete(ids, logps, "logprob_token_ids" in params):
             raise RolloutError(f"{who} must return a finite log-probability of every sampled token, got {logps!r:.200}")
+        if self.returns_mask and not _contains(completion.sampling_mask, ids):
+            raise RolloutError(
+                f"{who} must return a sampling mask with every sampled token, got {completion.sampling_mask!r:.200} for {ids}"
+            )
         if self.version is not None and completion.version not in (None, self.version):
             raise StaleWeights(
                 f"{who} sampled with weights {completion.version!r}, not {self.version!r}: it was restarted, or "
@@ -214,11 +262,16 @@ class VLLM(Engine):
         sent, budget = self._prompts(samples), self.sampling.max_new_tokens
         trajectories = [Trajectory(samples[p].index, sent[p], tokens[p], len(tokens[p]), budget) for p in group.tolist()]
         self._sample(trajectories, group.tolist(), params, episodes)
-        device, logps, turns = prompts.inputs["input_ids"].device, None, None
+        device, logps, turns = prompts.inputs["input_ids"].device, {}, None
         ids, mask = pad_token_ids([trajectory.completion_ids for trajectory in trajectories], self.sampling.pad_token_id)
         if "logprobs" in params:
-            logps = torch.zeros(mask.shape)
-            logps[mask] = torch.tensor([logp for trajectory in trajectories for logp in trajectory.logps])
+            values = torch.zeros(*mask.shape, 2)
+            values[mask] = torch.tensor([pair for trajectory in trajectories for pair in trajectory.logps])
+            full, sampling = values.to(device).unbind(-1)
+            if self.logprobs_mode == "raw_logprobs":
+                logps = {"logps": full}
+            else:
+                logps = {"sampling_logps": sampling} if self._is_exact else {"logps": full, "log_kept_mass": full - sampling}
         if episodes is not None:
             segments = [trajectory.segments for trajectory in trajectories]
             turns = Turns.from_parts(segments, prompts.family, device, self.sampling.pad_token_id)
@@ -228,9 +281,24 @@ class VLLM(Engine):
             completion_ids=ids.to(device),
             completion_mask=mask.to(device),
             truncated=torch.tensor([trajectory.truncated for trajectory in trajectories], device=device),
-            logps=None if logps is None else logps.to(device),
             turns=turns,
+            routed_experts=self._experts(prompts, group, trajectories, mask) if self.returns_experts else None,
+            **logps,
         )
+
+    def _experts(
+        self, prompts: ModelInputs, group: torch.Tensor, trajectories: list[Trajectory], mask: torch.Tensor
+    ) -> RoutedExperts:
+        experts = [trajectory.experts for trajectory in trajectories]
+        for trajectory, found in zip(trajectories, experts, strict=True):
+            shape = None if found is None else found.shape
+            expected = len(trajectory.token_ids) - 1
+            if shape is None or len(shape) != 3 or shape[0] != expected or shape[1] <= max(self.moe_layers):
+                raise RolloutError(
+                    f"{trajectory.name}: vLLM must return the experts of {expected} tokens and of at least "
+                    f"{1 + max(self.moe_layers)} layers, got {'none' if shape is None else f'the shape {shape}'}"
+                )
+        return routed_experts(prompts, group.tolist(), mask, experts, self.moe_layers)
 
     def _sample(
         self, trajectories: list[Trajectory], group: list[int], params: dict[str, Any], episodes: "Episodes | None"
@@ -258,6 +326,7 @@ class VLLM(Engine):
                     can_repeat = episodes is None
                     for k, completion in zip(key, reply.completions, strict=True):
                         trajectories[k].add_turn(completion.token_ids, self._logps(completion, params), completion.ended)
+                        trajectories[k].experts = completion.experts  # of all tokens so far
                         if episodes is not None and episodes.end_turn(k, completion.token_ids, completion.ended):
                             waiting.add(k)
                 if episodes is not None and waiting:
@@ -284,8 +353,8 @@ class VLLM(Engine):
                 f"{error}. The batch cannot be sampled again, because its tools may have run and may have had side effects"
             ) from error
 
-    def _logps(self, completion: VLLMCompletion, params: dict[str, Any]) -> list[float]:
-        """Return the log-probabilities of the sampled tokens, or an empty list if they were not requested."""
+    def _logps(self, completion: VLLMCompletion, params: dict[str, Any]) -> list[tuple[float, float]]:
+        """Return both log-probabilities of each sampled token (see ``_logp``), or [] if they were not requested."""
         if completion.logps is None or "logprobs" not in params:
             return []
         pairs = zip(completion.token_ids, completion.logps, strict=True)
@@ -303,18 +372,24 @@ class VLLM(Engine):
 
     def _push(self, model: PreTrainedModel, step: int) -> tuple[str, dict[str, float]]:
         start, version = time.perf_counter(), f"{self.run}-{step}"
+        if self.in_memory:
+            self._update(partial(self._load_tensors, checkpoint_tensors(model, self.dtype)), version)
+        else:
+            self._push_folder(model, version)
+        self.version, seconds = version, time.perf_counter() - start
+        difference = self._compare(model, "after its weights were updated")
+        return version, {"vllm/sync_time": seconds, "vllm/fingerprint": difference}
+
+    def _push_folder(self, model: PreTrainedModel, version: str) -> None:
         folder, before = self.folder / version, self.in_use
         try:
-            self._load(save_weights(model, folder, self.dtype), version)
+            self._update(partial(self._load_folder, save_weights(model, folder, self.dtype)), version)
             self.in_use, unused = (folder, before) if self.keeps_folder else (None, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         if unused not in (None, self.in_use):
             shutil.rmtree(unused, ignore_errors=True)
-        self.version, seconds = version, time.perf_counter() - start
-        difference = self._compare(model, "after its weights were updated")
-        return version, {"vllm/sync_time": seconds, "vllm/fingerprint": difference}
 
     def _compare(self, model: PreTrainedModel, when: str) -> float:
         """Return the difference between vLLM's and the trainer's fingerprints; raise if it exceeds the tolerance."""
@@ -337,6 +412,8 @@ class VLLM(Engine):
         prompt = prompt._replace(token_ids=[*prompt.token_ids, *tokens])
         bias = dict.fromkeys(self.banned, BAN)
         params: dict[str, Any] = {"n": 1, "temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "logit_bias": bias}
+        if self.returns_mask:
+            params |= GREEDY
         with self._requests() as requests:
             requests.send((), prompt, params)
             [(_, reply)] = requests.replies(None)
@@ -345,3 +422,10 @@ class VLLM(Engine):
         if reply.prompt_logps is None or len(reply.prompt_logps) < len(tokens):
             raise RolloutError(f"vLLM must return the log-probabilities of a prompt's tokens, got {reply.prompt_logps!r:.100}")
         return reply.prompt_logps[-len(tokens) :]
+
+
+def _contains(masks: list[list[int]] | None, token_ids: list[int]) -> bool:
+    """Whether there is one mask per token, and each has its token."""
+    if masks is None or len(masks) != len(token_ids):
+        return False
+    return all(token in mask for token, mask in zip(token_ids, masks, strict=True))

@@ -3,19 +3,30 @@
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image
+
+
+class Video(NamedTuple):
+    """The frames of a video, (T, 3, H, W) uint8, and how many of them there are per second."""
+
+    frames: torch.Tensor
+    fps: float
 
 
 class Prompt(NamedTuple):
     """A prompt as it is sent to vLLM.
 
     Attributes:
-        token_ids: tokens of the prompt, with one placeholder per image.
+        token_ids: tokens of the prompt, with one placeholder per image and video.
         images: the images, in the order of their placeholders.
+        videos: the videos, in the order of theirs.
     """
 
     token_ids: list[int]
     images: list[Image.Image]
+    videos: list[Video] = []  # noqa: RUF012 (no caller changes it)
 
 
 class VLLMCompletion(NamedTuple):
@@ -26,12 +37,17 @@ class VLLMCompletion(NamedTuple):
         logps: for each position, log-probabilities by token id, among them the sampled token's. None if not requested.
         ended: whether the completion ended; False if it was truncated.
         version: version of the weights that sampled it; None if vLLM did not return it.
+        sampling_mask: for each position, the tokens that sampling did not exclude. None if vLLM did not return them.
+        experts: (T, L, K) integers, the experts that each of L layers chose for each token of the prompt and the completion
+            except the last; layers without experts count too. None if vLLM did not return them.
     """
 
     token_ids: list[int]
     logps: list[dict[int, float]] | None
     ended: bool
     version: str | None
+    sampling_mask: list[list[int]] | None = None
+    experts: np.ndarray | None = None
 
 
 class Reply(NamedTuple):

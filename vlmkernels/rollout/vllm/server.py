@@ -9,11 +9,13 @@ import io
 import json
 import logging
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -26,7 +28,8 @@ from vlmkernels.rollout.base import Rollout, RolloutError, Sampling
 from vlmkernels.rollout.vllm.config import VLLMConfig, logprobs_modes
 from vlmkernels.rollout.vllm.engine import VLLM, StaleWeights
 from vlmkernels.rollout.vllm.main_process import on_main_process
-from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, VLLMCompletion
+from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, Video, VLLMCompletion
+from vlmkernels.rollout.vllm.transfer import BACKENDS, WeightTransfer, server_transfer
 from vlmkernels.rollout.vllm.weights import lora_rank
 
 if TYPE_CHECKING:
@@ -105,6 +108,15 @@ def png_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def video_url(video: Video) -> str:
+    """Return a data URL of the frames of a video: lossless PNG images, although its type says "video/jpeg".
+
+    This type, of a list of images, is the only one from which vLLM takes all frames, and it reads images of any format.
+    """
+    frames = [png_url(Image.fromarray(frame)) for frame in video.frames.permute(0, 2, 3, 1).cpu().numpy()]
+    return "data:video/jpeg;base64," + ",".join(frame.partition(",")[2] for frame in frames)
+
+
 def _completion(choice: dict[str, Any]) -> VLLMCompletion:
     logps = choice.get("logprobs")
     if logps is not None:
@@ -112,7 +124,15 @@ def _completion(choice: dict[str, Any]) -> VLLMCompletion:
         logps = [{int(x["token_id"]): float(x["logprob"]) for x in entries} for entries in content]
     versions = dict.fromkeys(span["version"] for span in choice.get("weight_versions") or [])
     ids = [int(token) for token in choice["token_ids"]]
-    return VLLMCompletion(ids, logps, choice["finish_reason"] == "stop", " then ".join(versions) or None)
+    experts = choice.get("routed_experts")
+    return VLLMCompletion(
+        ids,
+        logps,
+        choice["finish_reason"] == "stop",
+        " then ".join(versions) or None,
+        choice.get("sampling_mask"),
+        None if experts is None else np.load(io.BytesIO(base64.b64decode(experts)), allow_pickle=False),
+    )
 
 
 def _reply(content: Any) -> Reply:
@@ -140,7 +160,7 @@ class ServerRequests(Requests):
         self.client, self.model = client, model
         self.executor = ThreadPoolExecutor(CONCURRENCY)
         self.pending: dict[Future[Reply], Key] = {}
-        self.urls: dict[int, str] = {}  # by the id of the image, which trajectories keep alive
+        self.urls: dict[int, str] = {}  # by the id of the image or the frames, which trajectories keep alive
 
     def __exit__(self, *error: Any) -> None:
         self.executor.shutdown(wait=False, cancel_futures=True)
@@ -159,25 +179,41 @@ class ServerRequests(Requests):
         body = {
             "model": self.model,
             "token_ids": prompt.token_ids,
-            "content_parts": [{"type": "image_url", "url": self._url(image)} for image in prompt.images] or None,
+            "content_parts": [
+                *({"type": "image_url", "url": self._url(image, png_url, image)} for image in prompt.images),
+                *({"type": "video_url", "url": self._url(video.frames, video_url, video)} for video in prompt.videos),
+            ]
+            or None,
             "sampling_params": {**params, "output_kind": FINAL_ONLY},
             "return_token_ids": True,
         }
         return _reply(self.client.request("/inference/v1/generate", body))
 
-    def _url(self, image: Image.Image) -> str:
-        if id(image) not in self.urls:
-            self.urls[id(image)] = png_url(image)
-        return self.urls[id(image)]
+    def _url(self, key: object, encode: Callable[[Any], str], value: Any) -> str:
+        if id(key) not in self.urls:
+            self.urls[id(key)] = encode(value)
+        return self.urls[id(key)]
 
 
 class ServerInfo(NamedTuple):
-    """The name of the served model, the server's ``logprobs_mode``, the dtype that it runs in, and its maximum length."""
+    """Settings of a server.
+
+    Attributes:
+        name: name of the served model.
+        logprobs_mode, returns_mask: its options --logprobs-mode and --return-sampling-mask.
+        dtype: the dtype that it runs in.
+        max_length: maximum number of tokens of a prompt and its completion.
+        num_frames, fps: its options for videos: it cuts a video after ``num_frames`` frames unless that is negative, and takes
+            every video as one of ``fps`` frames per second.
+    """
 
     name: str
     logprobs_mode: str
+    returns_mask: bool
     dtype: torch.dtype
     max_length: int
+    num_frames: int
+    fps: float
 
 
 class VLLMServer(VLLM):
@@ -195,9 +231,13 @@ class VLLMServer(VLLM):
         super().__init__(model, processor, sampling, config, accelerator)
         self.client = VLLMClient(config.server_base_url, config.server_timeout, config.request_timeout)
         info = on_main_process(accelerator, lambda: self._examine(model))
-        self.name, self.logprobs_mode, self.dtype, self.max_length = info
+        self._set(info)
 
     # Before training
+
+    def _set(self, info: ServerInfo) -> None:
+        self.info, self.name, self.logprobs_mode = info, info.name, info.logprobs_mode
+        self.returns_mask, self.dtype, self.max_length = info.returns_mask, info.dtype, info.max_length
 
     def _examine(self, model: PreTrainedModel) -> ServerInfo:
         """Check that the server can serve the run, and return its settings."""
@@ -208,8 +248,17 @@ class VLLMServer(VLLM):
         name = self.client.request("/v1/models")["data"][0]["id"]
         config = settings["model_config"]
         dtype = getattr(torch, str(config["dtype"]).removeprefix("torch."))
-        info = ServerInfo(name, config["logprobs_mode"], dtype, config["max_model_len"])
-        self.name, self.logprobs_mode, self.dtype, self.max_length = info  # which _compare uses
+        video = ((config.get("multimodal_config") or {}).get("media_io_kwargs") or {}).get("video", {})
+        info = ServerInfo(
+            name,
+            config["logprobs_mode"],
+            bool(config.get("return_sampling_mask")),
+            dtype,
+            config["max_model_len"],
+            num_frames=video.get("num_frames", 32),  # vLLM's defaults
+            fps=video.get("fps", 1.0),
+        )
+        self._set(info)  # which _compare uses
         # Loading the weights of another model would break the server, so compare before the first update.
         launched = self.client.request("/weight_info")["weight_version"] == "default"
         self.client.request("/resume", {})  # a run that was killed during an update left the server paused
@@ -218,7 +267,21 @@ class VLLMServer(VLLM):
                 self._compare(model, f"before training (is {name} the same model?)")
         else:
             self._fingerprint_logps()
+        self._prepare_transfer(settings, model)
         return info
+
+    def _prepare_transfer(self, settings: dict[str, Any], model: PreTrainedModel) -> None:
+        """Choose how weights go to the server, and connect to it if they go in memory."""
+        backend = (settings.get("weight_transfer_config") or {}).get("backend")
+        obstacle = None
+        if backend not in BACKENDS:
+            given = f"with {backend!r} as" if backend else "without"
+            obstacle = f"the server was started {given} --weight-transfer-config, whose backend must be {' or '.join(BACKENDS)}"
+        elif model.device.type != "cuda":
+            obstacle = f"the weights must be on a GPU to go to the server in memory, and are on {model.device.type}"
+        self._choose_transfer(obstacle, "in memory, by " + {"ipc": "CUDA IPC", "nccl": "NCCL"}.get(backend, ""))
+        if self.in_memory:
+            self.transfer: WeightTransfer = server_transfer(backend, self.client.request, self.client.base_url)
 
     def _check_endpoints(self) -> None:
         reply = self.client.request("/openapi.json")
@@ -236,11 +299,16 @@ class VLLMServer(VLLM):
                 raise self._unusable(f"be started with {option}", f"no {path}")
 
     def _check_settings(self, settings: dict[str, Any], model: PreTrainedModel) -> None:
-        config, mode, modes = settings["model_config"], settings["model_config"]["logprobs_mode"], logprobs_modes(self.sampling)
+        config, mode = settings["model_config"], settings["model_config"]["logprobs_mode"]
+        modes = logprobs_modes(self.sampling, self.config.policy)
         if mode not in modes:
             raise self._unusable(f"be started with --logprobs-mode {modes[0]}", mode)
+        if config.get("return_sampling_mask") and self.sampling.top_k < 1:
+            raise self._unusable("be started without --return-sampling-mask, or top_k must be > 0", self.sampling.top_k)
+        if self.moe_layers and not (settings.get("aux_output_config") or {}).get("enable_return_routed_experts"):
+            raise self._unusable("be started with --enable-return-routed-experts for router_replay", "no experts")
         returned = len(self.returned_ids)
-        if mode == "processed_logprobs" and returned > config["max_logprobs"]:
+        if mode == "processed_logprobs" and not self.sampling.is_restricted and returned > config["max_logprobs"]:
             raise self._unusable(f"be started with --max-logprobs {returned}", config["max_logprobs"])
         slots, number = settings["scheduler_config"]["max_num_seqs"], self.config.num_generations
         if number > slots:
@@ -261,6 +329,16 @@ class VLLMServer(VLLM):
         )
 
     # Sampling
+
+    def _check_videos(self, videos: list[Video], name: str) -> None:
+        limit, fps = self.info.num_frames, self.info.fps
+        for video in videos:
+            if 0 <= limit < len(video.frames) or video.fps != fps:
+                raise self._unusable(
+                    f"""be started with --media-io-kwargs '{{"video": {{"num_frames": -1, "fps": {video.fps:g}}}}}' for the """
+                    f"{len(video.frames)} frames of {name}",
+                    f"num_frames {limit} and fps {fps:g}",
+                )
 
     def _requests(self) -> ServerRequests:
         return ServerRequests(self.client, ADAPTER if self.adapter and self.version else self.name)
@@ -287,14 +365,21 @@ class VLLMServer(VLLM):
 
     # Weights
 
-    def _load(self, folder: Path, version: str) -> None:
+    def _load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.transfer.send(tensors)
+
+    def _load_folder(self, folder: Path) -> None:
+        if self.adapter:
+            adapter = {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True}
+            self.client.request("/v1/load_lora_adapter", adapter)
+        else:
+            self.client.request("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+
+    def _update(self, load: Callable[[], None], version: str) -> None:
         request = self.client.request
         request("/pause?mode=abort", {})  # requests that timed out here may still run on the server
         try:
-            if self.adapter:
-                request("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(folder), "load_inplace": True})
-            else:
-                request("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+            load()
             # The caches hold keys, values and image features of the old weights.
             reset = request("/reset_prefix_cache", {})
             if not isinstance(reset, dict) or not reset.get("success"):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.rollout.vllm.requests import Prompt
 
@@ -23,7 +25,9 @@ class Trajectory:
 
     Attributes:
         segments: the token ids of each turn, and the model inputs of each result.
-        logps: the log-probabilities of the tokens after the prompt; 0 for those of tools. Incomplete without log-probabilities.
+        logps: the log-probabilities of the tokens after the prompt, and those with which they were sampled; 0 for those of
+            tools. Incomplete without log-probabilities.
+        experts: the experts of all tokens but the last, see ``VLLMCompletion``. None if vLLM did not return them.
         truncated: whether the last turn did not end, or there was no room for the result of its calls.
     """
 
@@ -33,8 +37,9 @@ class Trajectory:
     prompt_length: int
     max_new_tokens: int
     segments: list[list[int] | ModelInputs] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
+    logps: list[tuple[float, float]] = field(default_factory=list)
     truncated: bool = False
+    experts: np.ndarray | None = None
 
     @property
     def name(self) -> str:
@@ -52,7 +57,7 @@ class Trajectory:
         """The number of tokens that may follow."""
         return self.prompt_length + self.max_new_tokens - len(self.token_ids)
 
-    def add_turn(self, token_ids: list[int], logps: list[float], ended: bool) -> None:
+    def add_turn(self, token_ids: list[int], logps: list[tuple[float, float]], ended: bool) -> None:
         """Append a turn of the model."""
         self._append(token_ids, Prompt(token_ids, []), token_ids)
         self.logps += logps
@@ -72,11 +77,12 @@ class Trajectory:
         self.truncated = len(token_ids) >= min(self.room, max_length - len(self.token_ids))
         if not self.truncated:
             self._append(observation.inputs, Prompt(observation.prompt_ids, observation.images), token_ids)
-            self.logps += [0.0] * len(token_ids)
+            self.logps += [(0.0, 0.0)] * len(token_ids)
         return not self.truncated
 
     def _append(self, segment: list[int] | ModelInputs, sent: Prompt, token_ids: list[int]) -> None:
         # New lists: trajectories of a group begin with the same prompt, and a request may still hold the old ones.
-        self.prompt = Prompt([*self.prompt.token_ids, *sent.token_ids], [*self.prompt.images, *sent.images])
+        before = self.prompt
+        self.prompt = before._replace(token_ids=[*before.token_ids, *sent.token_ids], images=[*before.images, *sent.images])
         self.token_ids = [*self.token_ids, *token_ids]
         self.segments.append(segment)

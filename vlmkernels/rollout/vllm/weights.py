@@ -1,10 +1,12 @@
-"""Writing the weights that vLLM loads, and checks of adapters."""
+"""The weights that vLLM loads, in memory or in a folder, and checks of adapters."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 
 def active_adapter(model: PreTrainedModel) -> str | None:
@@ -46,8 +48,8 @@ def check_adapters(model: PreTrainedModel) -> None:
         )
 
 
-def state_on_cpu(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return copies of the parameters and persistent buffers on the CPU, floating-point ones in ``dtype``.
+def _state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the parameters and persistent buffers, tied ones once.
 
     ``state_dict()`` is not used, because under FSDP2 it shards the parameters again that were gathered for sampling.
     """
@@ -57,7 +59,19 @@ def state_on_cpu(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.
             name: x for name, x in module._buffers.items() if x is not None and name not in module._non_persistent_buffers_set
         }
         tensors |= {f"{prefix}.{name}" if prefix else name: x for name, x in buffers.items()}
-    return {name: x.detach().to("cpu", dtype if x.is_floating_point() else None) for name, x in tensors.items()}
+    return {name: x.detach() for name, x in tensors.items()}
+
+
+def checkpoint_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the names and tensors that ``save_pretrained`` would write, on the device of the model.
+
+    Floating-point tensors are converted to ``dtype`` when they are yielded, so that only those that the reader keeps are in
+    memory. A tensor that has the dtype already is not copied.
+    """
+    ignored = {*(model._keys_to_ignore_on_save or ())}
+    tensors = {name: x for name, x in _state(model).items() if name not in ignored}
+    for name, x in revert_weight_conversion(model, tensors).items():
+        yield name, (x.to(dtype) if x.is_floating_point() else x).contiguous()
 
 
 def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Path:
@@ -65,7 +79,8 @@ def save_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     adapter = active_adapter(model)
     if adapter is None:
-        model.save_pretrained(folder, state_dict=state_on_cpu(model, dtype))
+        state = {name: x.to("cpu", dtype if x.is_floating_point() else None) for name, x in _state(model).items()}
+        model.save_pretrained(folder, state_dict=state)
         return folder
     tensors = {name: x.detach().cpu() for name, x in model.named_parameters() if "lora_" in name}
     model.save_pretrained(folder, selected_adapters=[adapter], state_dict=tensors)
