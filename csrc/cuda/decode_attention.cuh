@@ -120,21 +120,39 @@ VLMK_DEVICE bool decode_tile(const DecodeArguments& a, DecodeTile& tile) {
     return tile.held > tile.part * static_cast<int>(a.p.part);
 }
 
-// The tokens of a tile's segment and key head in the keys (or the values) of its level.
-template <class T>
+// The tokens of a tile's segment and key head in the keys, or the values, of its level.
+template <class T, bool kValues>
 struct DecodeTokens {
+    const DecodeLevel& level;
     T* first;
     const int32_t* pages;
     const T* fresh;  // the new token, which the buffers may not have yet
-    int appended, page_size, num_pages, width;
-    int64_t stride_page, stride_token;
+    int appended, width;
+
+    VLMK_DEVICE DecodeTokens(const DecodeArguments& a, const DecodeTile& tile)
+        : level(a.levels[tile.level]), fresh(nullptr), appended(tile.appended) {
+        const DecodeAttention& p = a.p;
+        first = static_cast<T*>(kValues ? level.value : level.key);
+        first += tile.key_head * (kValues ? level.value_stride_head : level.key_stride_head);
+        if (level.table == nullptr) first += tile.segment * stride_n();
+        pages = level.table == nullptr ? nullptr : level.table + tile.segment * level.table_stride;
+        if (appended >= 0 && kValues) {  // the slot is tile.first
+            fresh = static_cast<const T*>(p.new_value) + tile.first * p.value_stride_slot + tile.key_head * p.value_stride_head;
+        } else if (appended >= 0) {
+            fresh = static_cast<const T*>(p.new_key) + tile.first * p.key_stride_slot + tile.key_head * p.key_stride_head;
+        }
+        width = static_cast<int>(kValues ? p.value_width : p.width);
+    }
+
+    VLMK_DEVICE int64_t stride_n() const { return kValues ? level.value_stride_n : level.key_stride_n; }
+    VLMK_DEVICE int64_t stride_token() const { return kValues ? level.value_stride_token : level.key_stride_token; }
 
     // The address of a token in the buffers; null: on a page that does not exist.
     VLMK_DEVICE T* stored(int j) const {
-        if (pages == nullptr) return first + j * stride_token;
-        const int page = pages[j / page_size];
-        if (page < 0 || page >= num_pages) return nullptr;
-        return first + page * stride_page + j % page_size * stride_token;
+        if (pages == nullptr) return first + j * stride_token();
+        const int size = static_cast<int>(level.page_size), page = pages[j / size];
+        if (page < 0 || page >= level.num_pages) return nullptr;
+        return first + page * stride_n() + j % size * stride_token();
     }
     VLMK_DEVICE const T* read(int j) const {
         const T* at = stored(j);
@@ -142,36 +160,9 @@ struct DecodeTokens {
     }
 };
 
-template <class T, bool kValues>
-VLMK_DEVICE DecodeTokens<T> decode_tokens(const DecodeArguments& a, const DecodeTile& tile) {
-    const DecodeAttention& p = a.p;
-    const DecodeLevel& level = a.levels[tile.level];
-    const int64_t stride_n = kValues ? level.value_stride_n : level.key_stride_n;
-    const int64_t stride_head = kValues ? level.value_stride_head : level.key_stride_head;
-    const bool paged = level.table != nullptr;
-    DecodeTokens<T> tokens;
-    tokens.first = static_cast<T*>(kValues ? level.value : level.key) + tile.key_head * stride_head +
-                   (paged ? 0 : tile.segment * stride_n);
-    tokens.pages = paged ? level.table + tile.segment * level.table_stride : nullptr;
-    tokens.appended = tile.appended;
-    tokens.fresh = nullptr;
-    if (tile.appended >= 0) {  // the slot is tile.first
-        tokens.fresh =
-            kValues
-                ? static_cast<const T*>(p.new_value) + tile.first * p.value_stride_slot + tile.key_head * p.value_stride_head
-                : static_cast<const T*>(p.new_key) + tile.first * p.key_stride_slot + tile.key_head * p.key_stride_head;
-    }
-    tokens.page_size = static_cast<int>(level.page_size);
-    tokens.num_pages = static_cast<int>(level.num_pages);
-    tokens.width = static_cast<int>(kValues ? p.value_width : p.width);
-    tokens.stride_page = stride_n;
-    tokens.stride_token = kValues ? level.value_stride_token : level.key_stride_token;
-    return tokens;
-}
-
 // Writes the new token into the buffers.
-template <class T>
-VLMK_DEVICE void decode_append(const DecodeArguments& a, const DecodeTile& tile, const DecodeTokens<T>& tokens) {
+template <class T, bool kValues>
+VLMK_DEVICE void decode_append(const DecodeArguments& a, const DecodeTile& tile, const DecodeTokens<T, kValues>& tokens) {
     const bool mine = tile.appended >= 0 && tile.appended / static_cast<int>(a.p.part) == tile.part;
     if (!mine || tile.head % (a.p.query_heads / a.p.key_heads) != 0) return;
     T* to = tokens.stored(tile.appended);
@@ -203,12 +194,12 @@ VLMK_DEVICE int decode_place(int key, int vector) {
 
 // Starts to fill a buffer with the tokens [first, first + kDecodeKeys): 0 from `end` on and beyond the width. A key on a page
 // that does not exist is NaN, so that its score is.
-template <int kVectors, bool kValues, class T>
-VLMK_DEVICE void decode_load(uint4* buffer, const DecodeTokens<T>& tokens, int first, int end) {
+template <int kVectors, class T, bool kValues>
+VLMK_DEVICE void decode_load(uint4* buffer, const DecodeTokens<T, kValues>& tokens, int first, int end) {
     constexpr uint32_t kNaNs = 0x7fff7fffu;
     static_assert(kDecodeThreads % kVectors == 0);
     const int vector = threadIdx.x % kVectors, feature = vector * kVec<T>;
-#pragma unroll 2
+#pragma unroll 1
     for (int key = threadIdx.x / kVectors; key < kDecodeKeys; key += kDecodeThreads / kVectors) {
         uint4* to = buffer + decode_place<kVectors, kValues>(key, vector);
         const bool inside = first + key < end;
@@ -346,8 +337,8 @@ VLMK_DEVICE void decode_part(const DecodeArguments& a, const DecodeTile& tile, u
     constexpr int kVectors = kWidth / 8, kBuffer = kDecodeKeys * kVectors, kKeys = kDecodeKeys * kRowWarps / kDecodeWarps;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int part = static_cast<int>(a.p.part), padded = static_cast<int>(decode_row(a.p.value_width)) - 16;
-    const auto keys = decode_tokens<T, false>(a, tile);
-    const auto values = decode_tokens<T, true>(a, tile);
+    const DecodeTokens<T, false> keys(a, tile);
+    const DecodeTokens<T, true> values(a, tile);
     const int first_row = kRowWarps == 1 ? 0 : 16 * warp;
 
     DecodeSums<kWidth> sums;
@@ -383,9 +374,9 @@ VLMK_DEVICE void decode_part(const DecodeArguments& a, const DecodeTile& tile, u
         const int first = start + step / 2 * kDecodeKeys;
         if (step < 2 * blocks) {
             if (step % 2 == 0) {
-                decode_load<kVectors, false>(buffer, keys, first, end);
+                decode_load<kVectors>(buffer, keys, first, end);
             } else {
-                decode_load<kVectors, true>(buffer, values, first, end);
+                decode_load<kVectors>(buffer, values, first, end);
             }
         }
         commit_copies();
@@ -481,8 +472,8 @@ VLMK_DEVICE void decode_part_fp32(const DecodeArguments& a, const DecodeTile& ti
     constexpr int kRows = kDecodeFloatRows / kDecodeWarps;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int part = static_cast<int>(a.p.part), padded = static_cast<int>(decode_row(a.p.value_width)) - 16;
-    const auto keys = decode_tokens<float, false>(a, tile);
-    const auto values = decode_tokens<float, true>(a, tile);
+    const DecodeTokens<float, false> keys(a, tile);
+    const DecodeTokens<float, true> values(a, tile);
     DecodeRow rows[kRows];
     const float* query[kRows];
     int begin[kRows], start = tile.held;

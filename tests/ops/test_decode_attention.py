@@ -199,7 +199,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
-@pytest.mark.parametrize(("dtype", "layout"), zip([torch.float32, *DTYPES[:2]], LAYOUTS, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "layout"), [*zip([torch.float32, *DTYPES[:2]], LAYOUTS, strict=True)], ids=str)
 def test_any_strides(need, device, nan_filled, backend, dtype, layout):
     """Buffers are neither copied nor written outside."""
     case = Case([(12, [12, 9]), (6, [1, 5, 0])], [[0, 1, 1], None], (4, 2, 16, 16), dtype)
