@@ -37,6 +37,7 @@ BUDGETS = {"correct": 240, "fast": 390, "why": 120, "system": 460}  # 20 minutes
 TESTS = (
     *(f"ops/test_{name}" for name in ("gather_logps", "gather_logps_cuda", "linear_logps", "linear_grpo_loss", "grpo_loss")),
     *(f"ops/test_{name}" for name in ("linear_logps_fused", "group_advantages", "rotary", "pack_patches")),
+    *(f"ops/test_{name}" for name in ("sample_logps", "linear_sample_logps")),
     "*",
     *("ops/test_on_device", "ops/test_tree_attention"),  # they compile FlexAttention
 )
@@ -48,6 +49,7 @@ BENCHES = {
         ("bench_gather_logps.py", "8192", 40, 2),
         ("bench_linear.py", "test_linear and 8b", 75, 2),
         ("bench_grpo_loss.py", "64x512 or advantages", 60, 2),
+        ("bench_sample.py", "bfloat16", 60, 1),
         ("bench_vision.py", "pack_patches_on_device", 45, 2),
         ("bench_linear.py", "test_forward and 8b and 8192", 30, 2),
         ("bench_vision.py", "rotary or mrope or merge or varlen", 75, 2),
@@ -70,11 +72,21 @@ PROFILES = [
     ("gather", "cuda", "gather_logps_bwd_kernel"),
     ("linear_rows", "cuda", "linear_logps_kernel"),
     ("gather", "triton", "gather_logps_bwd_kernel"),
+    ("sample", "cuda", "sample_draw_kernel"),
 ]
 # compute-sanitizer: its tools for the CUDA kernels (tests/sanitizer), and the cases of kernel_cases.py whose Triton kernels run
 # under memcheck.
 TOOLS = ("memcheck", "racecheck", "initcheck")
-SANITIZED = ("misaligned_rows", "linear_rows", "linear_grpo", "grpo_loss", "group_advantages", "rotary", "pack_patches")
+SANITIZED = (
+    "misaligned_rows",
+    "linear_rows",
+    "linear_grpo",
+    "grpo_loss",
+    "group_advantages",
+    "rotary",
+    "pack_patches",
+    "sample",
+)
 
 
 class Stage:
