@@ -36,7 +36,8 @@ BUDGETS = {"correct": 240, "fast": 450, "why": 120, "system": 460}  # 21 minutes
 # Test files of tests/ in the order in which they start; "*" stands for all others.
 TESTS = (
     *(f"ops/test_{name}" for name in ("gather_logps", "gather_logps_cuda", "linear_logps", "linear_grpo_loss", "grpo_loss")),
-    *(f"ops/test_{name}" for name in ("decode_attention", "linear_logps_fused", "group_advantages", "rotary", "pack_patches")),
+    *(f"ops/test_{name}" for name in ("decode_attention", "sample_logps", "linear_sample_logps", "linear_logps_fused")),
+    *(f"ops/test_{name}" for name in ("group_advantages", "rotary", "pack_patches")),
     "*",
     *("ops/test_on_device", "ops/test_tree_attention"),  # they compile FlexAttention
 )
@@ -48,6 +49,7 @@ BENCHES = {
         ("bench_gather_logps.py", "8192", 40, 2),
         ("bench_linear.py", "test_linear and 8b", 75, 2),
         ("bench_grpo_loss.py", "64x512 or advantages", 60, 2),
+        ("bench_sample.py", "bfloat16", 60, 1),
         ("bench_vision.py", "pack_patches_on_device", 45, 2),
         ("bench_decode_attention.py", "", 60, 2),
         ("bench_linear.py", "test_forward and 8b and 8192", 30, 2),
@@ -72,12 +74,13 @@ PROFILES = [
     ("linear_rows", "cuda", "linear_logps_kernel"),
     ("gather", "triton", "gather_logps_bwd_kernel"),
     ("decode_attention", "cuda", "decode_parts_kernel"),
+    ("sample", "cuda", "sample_draw_kernel"),
 ]
 # compute-sanitizer: its tools for the CUDA kernels (tests/sanitizer), and the cases of kernel_cases.py whose Triton kernels run
 # under memcheck.
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SANITIZED = ("misaligned_rows", "linear_rows", "linear_grpo", "grpo_loss", "group_advantages", "rotary", "pack_patches")
-SANITIZED += ("decode_attention",)
+SANITIZED += ("decode_attention", "sample")
 
 
 class Stage:

@@ -61,6 +61,23 @@ def misaligned_rows(backend: str, large: bool) -> list[torch.Tensor]:
 
 
 @case
+def sample(backend: str, large: bool) -> list[torch.Tensor]:
+    """sample_logps with all filters, a table of banned tokens and a penalty, and greedy, on misaligned rows."""
+    num, vocab = (64, 151936) if large else (5, 5003)
+    results = []
+    for dtype, offset in ((torch.bfloat16, 0), (torch.float32, 1)):
+        logits = randn(offset + num * vocab, dtype=dtype)[offset:].view(num, vocab)
+        uniform = torch.rand(num, dtype=torch.float64, device=DEVICE)
+        masks = torch.rand(num, vocab, device=DEVICE) < 0.1
+        table = torch.arange(num, device=DEVICE)
+        options = {"seen": masks, "repetition_penalty": 1.2, "banned": masks, "banned_rows": table, "backend": backend}
+        results += vk.sample_logps(logits, uniform, top_k=50, top_p=0.9, min_p=0.01, **options)
+        results += vk.sample_logps(logits, uniform, top_p=0.95, backend=backend)
+        results += vk.sample_logps(logits, None, backend=backend)
+    return results
+
+
+@case
 def linear_rows(backend: str, large: bool) -> list[torch.Tensor]:
     """linear_logps, forward and backward: the 16-bit gradient overwrites the fp32 logits."""
     num, vocab, width = (2048, 151936, 2048) if large else (21, 1003, 33)

@@ -119,62 +119,149 @@ Block add_block(const Row& row, int64_t start, int64_t end, float scale, Total& 
     }
 }
 
-// A token that can pass the filters.
-struct Candidate {
-    float score;
-    int32_t id;
-};
-
 // Unsigned integers in the order of the floats. -0 equals 0.
 uint32_t ordered(float x) {
     uint32_t bits = bit_cast<uint32_t>(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
+float unordered(uint32_t key) { return bit_cast<float>(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
+
+// The tokens that can pass the filters, in the order of their ids. The arrays have room for whole vectors.
+struct Candidates {
+    int64_t count = 0;
+    std::vector<float> scores;
+    std::vector<int32_t> ids;
+    std::vector<float> weights;  // e, 0 in the rest of the last vector
+
+    void reserve(int64_t most) {
+        if (static_cast<int64_t>(scores.size()) >= most + kLanes) return;
+        scores.resize(most + kLanes);
+        ids.resize(most + kLanes);
+        weights.resize(most + kLanes);
+    }
+
+    // Appends the tokens from v on whose scores are at least `bound`.
+    void append(f32 s, int64_t v, float bound) {
+#if defined(__AVX512F__)
+        __mmask16 chosen = _mm512_cmp_ps_mask(bit_cast<__m512>(s), _mm512_set1_ps(bound), _CMP_GE_OQ);
+        __m512i lanes = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(v)),
+                                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+        _mm512_storeu_ps(&scores[count], _mm512_maskz_compress_ps(chosen, bit_cast<__m512>(s)));
+        _mm512_storeu_si512(&ids[count], _mm512_maskz_compress_epi32(chosen, lanes));
+        count += __builtin_popcount(chosen);
+#else
+        for (int i = 0; i < kLanes; ++i) {
+            scores[count] = s[i];
+            ids[count] = static_cast<int32_t>(v + i);
+            count += s[i] >= bound;
+        }
+#endif
+    }
+
+    template <class Condition>
+    void keep(Condition condition) {
+        int64_t kept = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            float score = scores[i];
+            ids[kept] = ids[i];
+            scores[kept] = score;
+            kept += condition(score);
+        }
+        count = kept;
+    }
+};
+
 // What a thread keeps from row to row.
 struct Workspace {
     std::vector<Block> blocks;
     std::vector<float> tops;
-    std::vector<Candidate> candidates;
-    std::vector<float> weights;
-    std::vector<double> histogram;
+    Candidates candidates;
+    std::vector<uint32_t> keys;
+    std::vector<float> key_weights;
+    std::vector<double> sums;
 };
+
+// The sum of n weights, a whole number of vectors, and in `sums` the sum of each vector.
+double sum_weights(const float* weights, int64_t n, std::vector<double>& sums) {
+    using f64 = double __attribute__((vector_size(128)));
+    sums.resize((n + kLanes - 1) / kLanes);
+    double total = 0;
+    for (size_t i = 0; i < sums.size(); ++i) {
+        f64 x = __builtin_convertvector(load(weights + i * kLanes), f64);
+        for (int half = kLanes / 2; half > 0; half /= 2) {
+            for (int lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
+        }
+        sums[i] = x[0];
+        total += x[0];
+    }
+    return total;
+}
+
+// The last of the weights > 0 for which the sum of those before it is at most `below`. `sums` as from sum_weights.
+int64_t find_sum(const float* weights, const std::vector<double>& sums, double below) {
+    size_t vector = 0;
+    double sum = 0, before = 0;
+    for (size_t i = 0; i < sums.size() && sum <= below; ++i) {
+        if (sums[i] > 0) {
+            vector = i;
+            before = sum;
+        }
+        sum += sums[i];
+    }
+    int64_t found = 0;
+    for (size_t i = vector * kLanes; i < (vector + 1) * kLanes; ++i) {
+        if (weights[i] > 0 && before <= below) found = i;
+        before += weights[i];
+    }
+    return found;
+}
 
 struct Selected {
     float score;
     double below;  // the weight of smaller scores
 };
 
-// The smallest score for which `below` and the weights of scores up to it add up to more than `limit`; the greatest score if
-// they do not. Radix selection: each pass fixes eleven bits of the score. weight(i) is that of candidate i; there is at least
-// one.
-template <class Weight>
-Selected select(Workspace& work, Weight weight, double below, double limit) {
+// The smallest score for which `start`, at most `limit`, and the weights of scores up to it add up to more than `limit`; the
+// greatest score if they do not. Radix selection: each pass fixes eleven bits of the scores. There is at least one candidate.
+template <bool kMass>
+Selected select(Workspace& work, double start, double limit) {
     constexpr int kShifts[] = {21, 10, 0}, kBits[] = {11, 11, 10};
-    uint32_t prefix = 0, fixed = 0;  // the bits in `fixed` are known
-    std::vector<double>& histogram = work.histogram;
+    const Candidates& from = work.candidates;
+    int64_t count = from.count;
+    work.keys.resize(std::max<size_t>(work.keys.size(), count));
+    work.key_weights.resize(work.keys.size());
+    uint32_t greatest = 0, prefix = 0;
+    double below = start;
+    for (int64_t i = 0; i < count; ++i) {
+        work.keys[i] = ordered(from.scores[i]);
+        work.key_weights[i] = kMass ? from.weights[i] : 1.0f;
+        greatest = std::max(greatest, work.keys[i]);
+    }
     for (int pass = 0; pass < 3; ++pass) {
         uint32_t mask = (1u << kBits[pass]) - 1;
-        histogram.assign(mask + 1, -1.0);  // -1: no candidate
-        for (size_t i = 0; i < work.candidates.size(); ++i) {
-            uint32_t key = ordered(work.candidates[i].score);
-            if ((key & fixed) != prefix) continue;
-            double& sum = histogram[key >> kShifts[pass] & mask];
-            sum = std::max(sum, 0.0) + weight(i);
-        }
-        uint32_t digit = 0;
-        double sum = below;
-        for (uint32_t d = 0; d <= mask; ++d) {
-            if (histogram[d] < 0) continue;
-            digit = d;
-            below = sum;
-            sum += histogram[d];
-            if (sum > limit) break;
+        auto digit_of = [&](uint32_t key) { return key >> kShifts[pass] & mask; };
+        double histogram[2048] = {};
+        for (int64_t i = 0; i < count; ++i) histogram[digit_of(work.keys[i])] += work.key_weights[i];
+        uint32_t digit = 0, last = mask;
+        while (digit < last && !(below + histogram[digit] > limit)) below += histogram[digit++];
+        if (!(below + histogram[digit] > limit)) {
+            float top = unordered(greatest);
+            below = start;
+            for (int64_t i = 0; i < from.count; ++i) below += from.scores[i] < top ? (kMass ? from.weights[i] : 1.0f) : 0.0f;
+            return {top, below};
         }
         prefix |= digit << kShifts[pass];
-        fixed |= mask << kShifts[pass];
+        int64_t kept = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            uint32_t key = work.keys[i];
+            work.keys[kept] = key;
+            work.key_weights[kept] = work.key_weights[i];
+            kept += digit_of(key) == digit;
+        }
+        count = kept;
     }
-    return {bit_cast<float>(prefix & 0x80000000u ? prefix & 0x7fffffffu : ~prefix), below};
+    return {unordered(prefix), below};
 }
 
 // A row and what the first pass found in it.
@@ -234,73 +321,40 @@ struct Row {
     int64_t draw_within(int64_t block, double u) const {
         float e[kTokenBlock];
         int64_t begin = block * kTokenBlock, count = block_end(block) - begin;
-        double sums[kTokenBlock / kLanes];  // of vectors
-        double total = 0;
-        for (int64_t i = 0; i < count; i += kLanes) {
-            store(e + i, exponents(scores.at_most(begin + i, count - i)));
-            double sum = 0;
-            for (int lane = 0; lane < kLanes; ++lane) sum += e[i + lane];
-            sums[i / kLanes] = sum;
-            total += sum;
-        }
-        double below = u * total, sum = 0;
-        int64_t id = 0;
-        for (int64_t i = 0; i < count && sum <= below; i += kLanes) {
-            if (i + kLanes < count && sum + sums[i / kLanes] <= below) {
-                for (int lane = 0; lane < kLanes; ++lane) id = e[i + lane] > 0 ? i + lane : id;
-                sum += sums[i / kLanes];
-                continue;
-            }
-            for (int64_t j = i; j < std::min(i + kLanes, count) && sum <= below; ++j) {
-                if (e[j] > 0) id = j;
-                sum += e[j];
-            }
-        }
-        return begin + id;
+        for (int64_t i = 0; i < count; i += kLanes) store(e + i, exponents(scores.at_most(begin + i, count - i)));
+        double total = sum_weights(e, count, work.sums);
+        return begin + find_sum(e, work.sums, u * total);
     }
 
     // Draws from the tokens that pass the filters.
     int64_t draw_filtered(double u) {
-        auto& list = work.candidates;
+        Candidates& list = work.candidates;
         collect();
-        weigh();
-        double total = 0;
-        bool by_top_k = p.top_k > 0 && p.top_k < static_cast<int64_t>(list.size());
-        if (by_top_k) {
-            float kth = select(work, [](size_t) { return 1.0; }, 0, static_cast<double>(list.size() - p.top_k)).score;
-            keep([&](Candidate c) { return c.score >= kth; });
-            weigh();
+        if (p.top_k > 0 && p.top_k < list.count) {
+            float kth = select<false>(work, 0, static_cast<double>(list.count - p.top_k)).score;
+            list.keep([&](float score) { return score >= kth; });
         }
-        for (float e : work.weights) total += e;
+        double total = weigh();
         float least = top + p.min_p_distance;
         int64_t ties = p.vocab;
         if (p.removable > 0) {
             // Without top_k, the list lacks tokens that top_p or min_p removes.
             double all = p.top_k > 0 ? total : allowed.s * std::exp2((double{allowed.m} - top) * scale);
-            double limit = p.removable * all;
-            Selected found = select(work, [&](size_t i) { return work.weights[i]; }, std::max(all - total, 0.0), limit);
+            double limit = p.removable * all, start = std::max(all - total, 0.0);
+            Selected found = start <= limit ? select<true>(work, start, limit) : Selected{kMinusInfinity, 0};
             if (found.score >= least) {
                 least = found.score;
-                ties = std::count_if(list.begin(), list.end(), [&](Candidate c) { return c.score == least; });
+                ties = std::count(list.scores.begin(), list.scores.begin() + list.count, least);
                 double removed = (limit - found.below) / exponents(splat(least))[0];  // infinite if e is 0
                 ties -= static_cast<int64_t>(std::min(std::max(removed, 0.0), ties - 1.0));
             }
         }
-        keep([&](Candidate c) { return c.score > least || (c.score == least && ties-- > 0); });
-        weigh();
-        total = 0;
-        for (float e : work.weights) total += e;
-        kept = total;
-        double below = u * total, sum = 0;
-        int64_t id = 0;
-        for (size_t i = 0; i < list.size() && sum <= below; ++i) {
-            if (work.weights[i] > 0) id = list[i].id;
-            sum += work.weights[i];
-        }
-        return id;
+        list.keep([&](float score) { return score > least || (score == least && ties-- > 0); });
+        kept = weigh();
+        return list.ids[find_sum(list.weights.data(), work.sums, u * kept)];
     }
 
-    // Copies the tokens that can pass the filters to the list, in the order of their ids.
+    // Copies the tokens that can pass the filters to the list.
     void collect() {
         int64_t blocks = work.blocks.size();
         float bound = std::numeric_limits<float>::lowest();
@@ -318,42 +372,22 @@ struct Row {
                 bound = std::max(bound, static_cast<float>(top + (all - 0.01) / scale));
             }
         }
-        auto& list = work.candidates;
-        list.clear();
+        work.candidates.count = 0;
+        work.candidates.reserve(p.vocab);
         for (int64_t b = 0; b < blocks; ++b) {
             if (work.blocks[b].top < bound) continue;
             int64_t end = block_end(b);
-            for (int64_t v = b * kTokenBlock; v < end; v += kLanes) {
-                f32 s = scores.at_most(v, end - v);
-                if (hmax(s) < bound) continue;
-                for (int i = 0; i < kLanes; ++i) {
-                    if (s[i] >= bound) list.push_back({s[i], static_cast<int32_t>(v + i)});
-                }
-            }
+            for (int64_t v = b * kTokenBlock; v < end; v += kLanes)
+                work.candidates.append(scores.at_most(v, end - v), v, bound);
         }
     }
 
-    template <class Condition>
-    void keep(Condition condition) {
-        auto& list = work.candidates;
-        size_t count = 0;
-        for (Candidate c : list) {
-            if (condition(c)) list[count++] = c;
-        }
-        list.resize(count);
-    }
-
-    // Computes e of the candidates.
-    void weigh() {
-        size_t count = work.candidates.size();
-        work.weights.resize(count);
-        for (size_t i = 0; i < count; i += kLanes) {
-            f32 s = splat(kMinusInfinity);
-            size_t lanes = std::min<size_t>(kLanes, count - i);
-            for (size_t j = 0; j < lanes; ++j) s[j] = work.candidates[i + j].score;
-            f32 e = exponents(s);
-            for (size_t j = 0; j < lanes; ++j) work.weights[i + j] = e[j];
-        }
+    // Computes e of the candidates and returns their sum.
+    double weigh() const {
+        Candidates& list = work.candidates;
+        std::fill(&list.scores[list.count], &list.scores[list.count] + kLanes, kMinusInfinity);
+        for (int64_t i = 0; i < list.count; i += kLanes) store(&list.weights[i], exponents(load(&list.scores[i])));
+        return sum_weights(list.weights.data(), list.count, work.sums);
     }
 };
 
