@@ -98,7 +98,7 @@ VLMK_DEVICE bool decode_tile(const DecodeArguments& a, DecodeTile& tile) {
     const bool appends = decode_appends(a.p, l), shared = level.order != nullptr && !appends;
     const int parts = a.first_part[l + 1] - a.first_part[l], rest = (block - a.first_block[l]) / parts;
     const int tiles = static_cast<int>(a.p.key_heads) * a.head_tiles,
-              all_heads = static_cast<int>(a.p.query_heads / a.p.key_heads);
+              all_heads = static_cast<int>(a.p.query_heads) / static_cast<int>(a.p.key_heads);
     const int head_tile = rest % tiles % a.head_tiles;
     tile.level = l;
     tile.part = (block - a.first_block[l]) % parts;
@@ -164,7 +164,7 @@ struct DecodeTokens {
 template <class T, bool kValues>
 VLMK_DEVICE void decode_append(const DecodeArguments& a, const DecodeTile& tile, const DecodeTokens<T, kValues>& tokens) {
     const bool mine = tile.appended >= 0 && tile.appended / static_cast<int>(tokens.level.part) == tile.part;
-    if (!mine || tile.head % (a.p.query_heads / a.p.key_heads) != 0) return;
+    if (!mine || tile.head != tile.key_head * (static_cast<int>(a.p.query_heads) / static_cast<int>(a.p.key_heads))) return;
     T* to = tokens.stored(tile.appended);
     if (to == nullptr) return;
     for (int d = threadIdx.x; d < tokens.width; d += kDecodeThreads) to[d] = tokens.fresh[d];
@@ -571,7 +571,7 @@ template <class T>
 __global__ void __launch_bounds__(kDecodeThreads) decode_merge_kernel(const __grid_constant__ DecodeArguments a) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kDecodeWarps + threadIdx.x / 32;
     if (index >= a.p.slots * a.p.query_heads) return;
-    const int lane = threadIdx.x % 32, slot = static_cast<int>(index / a.p.query_heads);
+    const int lane = threadIdx.x % 32, slot = static_cast<int>(index) / static_cast<int>(a.p.query_heads);
     const int64_t width = decode_row(a.p.value_width), padded = width - 16;
     const float* partial = a.p.partial + index * a.first_part[a.p.num_levels] * width;
     float m = kDecodeLowest, l = 0, sum[kDecodeWidth / 32] = {};

@@ -62,11 +62,12 @@ class KeyValues(NamedTuple):
 def part_size(level: KeyValues, blocks: int = 0, least: int = 512) -> int:
     """Return the number of tokens of the parts into which kernels split the segments of a level.
 
-    It depends only on the shape of the buffers, so that the result of a slot depends neither on what they hold nor on other slots.
+    It depends only on the shape of the buffers, so that the result of a slot depends neither on what they hold nor on the other
+    slots.
 
     Args:
-        blocks: the parts of all segments and key heads that fill a GPU. Segments are not split further, because every part costs
-            the memory traffic of its results. Default: all parts have ``least`` tokens.
+        blocks: the parts of all segments and key heads that fill a GPU. Segments are not split further, because the results of
+            every part cost memory traffic. Default: parts have ``least`` tokens.
         least: a multiple of 64.
     """
     parts = -(-blocks // max(level.num_segments * level.key.shape[1], 1)) if blocks else MAX_PARTS
