@@ -33,8 +33,9 @@ struct DecodeLevel {
     int64_t value_stride_n;
     int64_t value_stride_head;
     int64_t value_stride_token;
+    int64_t part;  // tokens of a part, a multiple of 64; it depends only on the shapes of the buffers
 };
-static_assert(sizeof(DecodeLevel) == 18 * sizeof(int64_t));
+static_assert(sizeof(DecodeLevel) == 19 * sizeof(int64_t));
 
 struct DecodeAttention {
     VLMK_STRUCT(DecodeAttention);
@@ -58,15 +59,12 @@ struct DecodeAttention {
     VLMK_FIELD(int64_t, key_stride_head);
     VLMK_FIELD(int64_t, value_stride_slot);
     VLMK_FIELD(int64_t, value_stride_head);
-    VLMK_FIELD(int64_t, part);    // tokens of a part, a multiple of 64
     VLMK_FIELD(int64_t, window);  // a slot sees so many tokens; 0: all
     VLMK_FIELD(float, scale);     // of the scores, times log2(e)
 };
 
 // The number of parts of the segments of a level.
-VLMK_HD int64_t decode_parts(const DecodeAttention& p, const DecodeLevel& level) {
-    return (level.capacity + p.part - 1) / p.part;
-}
+VLMK_HD int64_t decode_parts(const DecodeLevel& level) { return (level.capacity + level.part - 1) / level.part; }
 
 // The floats of a partial result: acc, padded, then m and l.
 VLMK_HD int64_t decode_row(int64_t value_width) { return (value_width + 31) / 32 * 32 + 16; }

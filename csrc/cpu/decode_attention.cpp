@@ -316,14 +316,15 @@ struct Call {
         members.resize(p.num_levels * p.slots);
         for (int64_t l = 0; l < p.num_levels; ++l) {
             first_part.push_back(parts);
-            parts += decode_parts(p, p.levels[l]);
+            parts += decode_parts(p.levels[l]);
             add_groups(l);
         }
         int64_t shared = p.query_heads / p.key_heads;
         for (const Group& group : groups) {
             most_rows = std::max(most_rows, group.size * shared);
             products += static_cast<double>(group.range.end - group.range.begin) * group.size * p.query_heads;
-            for (int64_t part = group.range.begin / p.part; part * p.part < group.range.end; ++part) {
+            const int64_t tokens = p.levels[group.level].part;
+            for (int64_t part = group.range.begin / tokens; part * tokens < group.range.end; ++part) {
                 for (int64_t head = 0; head < p.key_heads; ++head) tasks.push_back({&group, head, part});
             }
         }
@@ -407,8 +408,8 @@ void run_task(const Call& call, const Task& task, Buffers& b) {
     const Group& group = *task.group;
     const DecodeLevel& level = p.levels[group.level];
     const int64_t shared = p.query_heads / p.key_heads, num_rows = group.size * shared, tiles = (num_rows + kRows - 1) / kRows;
-    const int64_t part_begin = task.part * p.part;
-    const int64_t end = std::min(part_begin + p.part, group.range.end);
+    const int64_t part_begin = task.part * level.part;
+    const int64_t end = std::min(part_begin + level.part, group.range.end);
     const int64_t begin = std::max(part_begin, group.range.begin / kKeys * kKeys);
     for (int64_t r = 0; r < num_rows; ++r) {
         int64_t slot = group.members[r / shared], head = task.head * shared + r % shared;
@@ -475,7 +476,8 @@ void merge(const Call& call, int64_t slot, int64_t head) {
         for (int64_t l = 0; l < p.num_levels; ++l) {
             DecodeRange range = call.ranges[l * p.slots + slot];
             if (range.begin >= range.end) continue;
-            for (int64_t part = range.begin / p.part; part * p.part < range.end; ++part) {
+            const int64_t tokens = p.levels[l].part;
+            for (int64_t part = range.begin / tokens; part * tokens < range.end; ++part) {
                 f(call.partial(slot, head, call.first_part[l] + part));
             }
         }

@@ -13,7 +13,7 @@ DecodeArguments arguments(const DecodeAttention& p, int tile_rows) {
     a.tile_slots = static_cast<int32_t>(std::min<int64_t>(tile_rows / a.tile_heads, p.slots));
     for (int64_t l = 0; l < p.num_levels; ++l) {
         const DecodeLevel& level = a.levels[l] = p.levels[l];
-        const int64_t parts = level.num_segments == 0 ? 0 : decode_parts(p, level);
+        const int64_t parts = level.num_segments == 0 ? 0 : decode_parts(level);
         const int64_t blocks = a.first_block[l] + p.slots * p.key_heads * a.head_tiles * parts;
         if (blocks > std::numeric_limits<int32_t>::max() || level.capacity > std::numeric_limits<int32_t>::max() / 2) {
             throw std::runtime_error(

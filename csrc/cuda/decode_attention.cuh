@@ -98,7 +98,7 @@ VLMK_DEVICE bool decode_tile(const DecodeArguments& a, DecodeTile& tile) {
     const bool appends = decode_appends(a.p, l), shared = level.order != nullptr && !appends;
     const int parts = a.first_part[l + 1] - a.first_part[l], rest = (block - a.first_block[l]) / parts;
     const int tiles = static_cast<int>(a.p.key_heads) * a.head_tiles,
-              all_heads = static_cast<int>(a.p.query_heads / a.p.key_heads);
+              all_heads = static_cast<int>(a.p.query_heads) / static_cast<int>(a.p.key_heads);
     const int head_tile = rest % tiles % a.head_tiles;
     tile.level = l;
     tile.part = (block - a.first_block[l]) % parts;
@@ -117,7 +117,7 @@ VLMK_DEVICE bool decode_tile(const DecodeArguments& a, DecodeTile& tile) {
     tile.segment = decode_segment(level, slot);
     tile.held = decode_held(a, l, slot);
     tile.appended = appends ? tile.held - 1 : -1;
-    return tile.held > tile.part * static_cast<int>(a.p.part);
+    return tile.held > tile.part * static_cast<int>(level.part);
 }
 
 // The tokens of a tile's segment and key head in the keys, or the values, of its level.
@@ -163,8 +163,8 @@ struct DecodeTokens {
 // Writes the new token into the buffers.
 template <class T, bool kValues>
 VLMK_DEVICE void decode_append(const DecodeArguments& a, const DecodeTile& tile, const DecodeTokens<T, kValues>& tokens) {
-    const bool mine = tile.appended >= 0 && tile.appended / static_cast<int>(a.p.part) == tile.part;
-    if (!mine || tile.head % (a.p.query_heads / a.p.key_heads) != 0) return;
+    const bool mine = tile.appended >= 0 && tile.appended / static_cast<int>(tokens.level.part) == tile.part;
+    if (!mine || tile.head != tile.key_head * (static_cast<int>(a.p.query_heads) / static_cast<int>(a.p.key_heads))) return;
     T* to = tokens.stored(tile.appended);
     if (to == nullptr) return;
     for (int d = threadIdx.x; d < tokens.width; d += kDecodeThreads) to[d] = tokens.fresh[d];
@@ -336,7 +336,7 @@ template <class T, int kWidth, int kRowWarps>
 VLMK_DEVICE void decode_part(const DecodeArguments& a, const DecodeTile& tile, uint4* ring) {
     constexpr int kVectors = kWidth / 8, kBuffer = kDecodeKeys * kVectors, kKeys = kDecodeKeys * kRowWarps / kDecodeWarps;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int part = static_cast<int>(a.p.part), padded = static_cast<int>(decode_row(a.p.value_width)) - 16;
+    const int part = static_cast<int>(a.levels[tile.level].part), padded = static_cast<int>(decode_row(a.p.value_width)) - 16;
     const DecodeTokens<T, false> keys(a, tile);
     const DecodeTokens<T, true> values(a, tile);
     const int first_row = kRowWarps == 1 ? 0 : 16 * warp;
@@ -471,7 +471,7 @@ constexpr int kDecodeFloatRows = 16;  // of a tile, four per warp
 VLMK_DEVICE void decode_part_fp32(const DecodeArguments& a, const DecodeTile& tile) {
     constexpr int kRows = kDecodeFloatRows / kDecodeWarps;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int part = static_cast<int>(a.p.part), padded = static_cast<int>(decode_row(a.p.value_width)) - 16;
+    const int part = static_cast<int>(a.levels[tile.level].part), padded = static_cast<int>(decode_row(a.p.value_width)) - 16;
     const DecodeTokens<float, false> keys(a, tile);
     const DecodeTokens<float, true> values(a, tile);
     DecodeRow rows[kRows];
@@ -571,7 +571,7 @@ template <class T>
 __global__ void __launch_bounds__(kDecodeThreads) decode_merge_kernel(const __grid_constant__ DecodeArguments a) {
     const int64_t index = static_cast<int64_t>(blockIdx.x) * kDecodeWarps + threadIdx.x / 32;
     if (index >= a.p.slots * a.p.query_heads) return;
-    const int lane = threadIdx.x % 32, slot = static_cast<int>(index / a.p.query_heads), part = static_cast<int>(a.p.part);
+    const int lane = threadIdx.x % 32, slot = static_cast<int>(index) / static_cast<int>(a.p.query_heads);
     const int64_t width = decode_row(a.p.value_width), padded = width - 16;
     const float* partial = a.p.partial + index * a.first_part[a.p.num_levels] * width;
     float m = kDecodeLowest, l = 0, sum[kDecodeWidth / 32] = {};
@@ -579,6 +579,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_merge_kernel(const __gr
         const int held = decode_held(a, level, slot);
         if (held < 0) l = kNaN;
         if (held <= 0) continue;
+        const int part = static_cast<int>(a.levels[level].part);
         for (int i = decode_begin(a, level, slot) / part; i * part < held; ++i) {
             const float* row = partial + (a.first_part[level] + i) * width;
             const float top = fmaxf(m, row[padded]), alpha = exp2_approx(m - top), weight = exp2_approx(row[padded] - top);

@@ -106,7 +106,7 @@ def instructions(cubin: Path) -> dict[str, list[str]]:
     tool = shutil.which("cuobjdump") or triton.knobs.nvidia.cuobjdump.path
     sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     return {
-        text.partition("\n")[0].strip(): re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+        text.partition("\n")[0].strip(): re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
         for text in re.split(r"Function : ", sass)[1:]
     }
 

@@ -241,6 +241,7 @@ void decode(int64_t width, int64_t offset, bool paged, int64_t window) {
         level.page_size = length;
         level.num_pages = num;
         level.capacity = length;
+        level.part = 64;
     };
     DecodeLevel levels[2]{};
     tokens(levels[0], paged ? 2 * kPages : 2, paged ? kPage : kPage * kPages);
@@ -268,7 +269,6 @@ void decode(int64_t width, int64_t offset, bool paged, int64_t window) {
     p.new_value = random<T>(offset + kSlots * kKeyHeads * width) + offset;
     p.out = empty<T>(kSlots * kHeads * width);
     p.lse = empty<float>(kSlots * kHeads);
-    p.part = 64;
     p.partial = empty<float>(kSlots * kHeads * 4 * decode_row(width));
     p.slots = kSlots;
     p.query_heads = kHeads;

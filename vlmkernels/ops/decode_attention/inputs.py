@@ -8,8 +8,7 @@ import torch
 from vlmkernels.ops.arguments import as_indices
 from vlmkernels.ops.checks import require_device, require_dtype, require_shape, require_tensor
 
-PART = 512
-MAX_PARTS = 32
+MAX_PARTS = 32  # of a segment
 MAX_LEVELS = 8  # kDecodeMaxLevels of csrc/common/decode_attention.h
 
 
@@ -60,13 +59,19 @@ class KeyValues(NamedTuple):
         return self._replace(order=order.int(), rank=torch.where(exists, rank, -1).int())
 
 
-def part_size(levels: Sequence[KeyValues]) -> int:
-    """Return the number of tokens of the parts into which kernels split segments.
+def part_size(level: KeyValues, blocks: int = 0, least: int = 512) -> int:
+    """Return the number of tokens of the parts into which kernels split the segments of a level.
 
-    It depends only on the shapes of the buffers, so that the result of a slot does not depend on what the buffers hold.
+    It depends only on the shape of the buffers, so that the result of a slot depends neither on what they hold nor on the other
+    slots.
+
+    Args:
+        blocks: the parts of all segments and key heads that fill a GPU. Segments are not split further, because the results of
+            every part cost memory traffic. Default: parts have ``least`` tokens.
+        least: a multiple of 64.
     """
-    longest = max(level.capacity for level in levels)
-    return PART * max(1, -(-longest // (PART * MAX_PARTS)))
+    parts = -(-blocks // max(level.num_segments * level.key.shape[1], 1)) if blocks else MAX_PARTS
+    return max(least, -(-level.capacity // (min(parts, MAX_PARTS) * 64)) * 64)
 
 
 def as_level(index: int, level: KeyValues, query: torch.Tensor, like: KeyValues | None) -> KeyValues:

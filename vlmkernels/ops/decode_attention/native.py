@@ -9,9 +9,11 @@ from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 from vlmkernels.ops.layout import unsupported_last_axis
 
 LOG2E = 1.4426950408889634
+# Arguments of part_size. On an H100 two blocks run on each of 132 multiprocessors.
+SPLIT = {"cpp": (), "cuda": (256, 256)}
 
 
-def level_fields(level):
+def level_fields(level, part):
     """The members of a DecodeLevel."""
     key, value, table = level.key, level.value, level.block_table
     return (
@@ -25,6 +27,7 @@ def level_fields(level):
         0 if table is None else table.stride(0),
         *key.stride()[:3],
         *value.stride()[:3],
+        part,
     )
 
 
@@ -49,10 +52,10 @@ class Native(Launcher):
             levels = [level.grouped() for level in levels]
         slots, heads, width = query.shape
         key_heads, value_width = levels[0].key.shape[1], out.shape[2]
-        part = part_size(levels)
-        parts = sum((level.capacity + part - 1) // part for level in levels)
+        sizes = [part_size(level, *SPLIT[self.name]) for level in levels]
+        parts = sum((level.capacity + part - 1) // part for level, part in zip(levels, sizes, strict=True))
         partial = torch.empty(slots * heads * parts * ((value_width + 31) // 32 * 32 + 16), device=query.device)
-        fields = array("q", [x for level in levels for x in level_fields(level)])
+        fields = array("q", [x for row in zip(levels, sizes, strict=True) for x in level_fields(*row)])
         new = {} if key is None else {
             "new_key": key.data_ptr(), "key_stride_slot": key.stride(0), "key_stride_head": key.stride(1),
             "new_value": value.data_ptr(), "value_stride_slot": value.stride(0), "value_stride_head": value.stride(1),
@@ -72,7 +75,6 @@ class Native(Launcher):
             key_heads=key_heads,
             width=width,
             value_width=value_width,
-            part=part,
             window=window or 0,
             scale=scale * LOG2E,
             **new,

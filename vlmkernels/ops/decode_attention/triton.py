@@ -295,7 +295,7 @@ def decode_merge_kernel(
 def fwd(query, key, value, levels, window, scale, out, lse):
     slots, heads, width = query.shape
     value_width, key_heads = out.shape[2], levels[0].key.shape[1]
-    part = part_size(levels)
+    part = max(map(part_size, levels))
     most_parts = max(triton.cdiv(level.capacity, part) for level in levels)
     parts = len(levels) * most_parts
     held = torch.empty(len(levels), slots, dtype=torch.int32, device=query.device)
