@@ -36,7 +36,7 @@ struct ScoredRow {
     const T* x;
     const bool* seen;
     const bool* banned;
-    float penalty;
+    float penalty, inverse;  // inverse = 1 / penalty
     uint32_t vocab;
     bool valid;  // whether banned_rows is in range
 
@@ -45,6 +45,7 @@ struct ScoredRow {
           seen(p.seen == nullptr ? nullptr : p.seen + n * p.seen_stride),
           banned(p.banned),
           penalty(p.repetition_penalty),
+          inverse(1.0f / p.repetition_penalty),
           vocab(static_cast<uint32_t>(p.vocab)),
           valid(true) {
         if (p.banned_rows == nullptr) return;
@@ -53,8 +54,13 @@ struct ScoredRow {
         banned = valid ? banned + table * p.vocab : nullptr;
     }
 
+    // logit / penalty, rounded correctly. The slow path of a division is a call, which needs stack memory.
+    VLMK_DEVICE float divided(float logit) const {
+        float quotient = logit * inverse;
+        return fmaf(fmaf(-quotient, penalty, logit), inverse, quotient);
+    }
     VLMK_DEVICE float score(float logit, bool is_seen, bool is_banned) const {
-        if (is_seen) logit = logit < 0.0f ? logit * penalty : logit / penalty;
+        if (is_seen) logit = logit < 0.0f ? logit * penalty : divided(logit);
         return is_banned ? -kInfinity : logit;
     }
     VLMK_DEVICE float score_at(uint32_t v) const {
@@ -128,7 +134,7 @@ VLMK_DEVICE float exp2_or_zero(float y) { return y < kLeastExponent ? 0.0f : exp
 
 // Grid: (ceil(N * blocks_of(p) / kWarps),), one warp per block of tokens.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4) sample_sums_kernel(const __grid_constant__ SampleLogps p, float scale) {
+__global__ void __launch_bounds__(kThreads, 3) sample_sums_kernel(const __grid_constant__ SampleLogps p, float scale) {
     int64_t blocks = blocks_of(p), index = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (index >= p.num_rows * blocks) return;
     int64_t n = index / blocks;

@@ -305,6 +305,35 @@ void pack(int64_t patch, int64_t slots, int64_t offset) {
     expect_finite("pack_patches", static_cast<const float*>(p.rows), p.num_rows * features);
 }
 
+// T: float, or uint16_t for bf16. `offset` elements lie before the first row.
+template <class T>
+void sample(int64_t num, int64_t vocab, int64_t offset, bool filtered) {
+    SampleLogps p{};
+    p.logits = random<T>(offset + num * vocab) + offset;
+    p.dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
+    p.num_rows = num;
+    p.vocab = p.stride = p.seen_stride = vocab;
+    std::vector<double> draws(num);
+    for (double& u : draws) u = uniform();
+    p.uniform = on_device(draws);
+    p.seen = random_mask(num * vocab);
+    p.banned = random_mask(2 * vocab);
+    p.banned_rows = targets(num, 2);
+    p.num_banned = 2;
+    p.temperature = 0.7f;
+    p.repetition_penalty = 1.2f;
+    p.top_k = filtered ? 40 : 0;
+    p.removable = filtered ? 0.1f : 0.0f;
+    p.min_p_distance = filtered ? -3.0f : -INFINITY;
+    p.ids = empty<int64_t>(num);
+    p.logps = empty<float>(num);
+    p.log_kept_mass = empty<float>(num);
+    p.entropy = empty<float>(num);
+    p.workspace = empty<float>(6 * num * ((vocab + kTokenBlock - 1) / kTokenBlock));
+    cuda::sample_logps(p, 0, 0);
+    expect_finite("sample_logps", p.log_kept_mass, num);
+}
+
 }  // namespace
 
 int main() {
@@ -335,6 +364,11 @@ int main() {
     }
     for (int64_t patch : {14, 16, 6}) {
         for (int64_t offset : {0, 1}) pack(patch, patch == 6 ? 3 : 1 + offset, offset);
+    }
+    for (bool filtered : {false, true}) {
+        sample<uint16_t>(5, 5003, 1, filtered);
+        sample<uint16_t>(2, 40960, 0, filtered);
+        sample<float>(5, 5003, 1, filtered);
     }
     std::printf(failures ? "%d failures\n" : "every result is finite\n", failures);
     return failures > 0;
