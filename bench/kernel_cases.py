@@ -115,6 +115,29 @@ def rotary(backend: str, large: bool) -> list[torch.Tensor]:
 
 
 @case
+def decode_attention(backend: str, large: bool) -> list[torch.Tensor]:
+    """Groups with an even and an uneven number of slots, pages, windows, heads that are not aligned, all dtypes."""
+    P, G, num, capacity = (2048, 8, 16, 256) if large else (70, 3, 2, 9)
+    results = []
+    for dtype, width in ((torch.bfloat16, 128), (torch.bfloat16, 40), (torch.float16, 64), (torch.float32, 128)):
+        slots = num * G - 1
+        query, key, value = (randn(slots, heads, width, dtype=dtype) for heads in (8, 2, 2))
+        segment = (torch.arange(slots, device=DEVICE) // G).int()
+        shared = (randn(num, 2, P, width, dtype=dtype) for _ in range(2))
+        prompts = vk.KeyValues(*shared, torch.full((num,), P - 1, device=DEVICE).int(), segment).grouped()
+        own = (randn(slots, 2, capacity, width, dtype=dtype) for _ in range(2))
+        lengths = torch.randint(capacity, (slots,), device=DEVICE).int()
+        table = torch.randperm(2 * num, device=DEVICE).view(num, 2).int()
+        paged = prompts._replace(key=prompts.key.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1), block_table=table)
+        paged = paged._replace(value=prompts.value.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1))
+        last = vk.KeyValues(*own, lengths)
+        for level, window in ((prompts, None), (paged, None), (prompts, 20)):
+            levels = [level, last]
+            results += vk.decode_attention(query, levels, key=key, value=value, window=window, return_lse=True, backend=backend)
+    return results
+
+
+@case
 def pack_patches(backend: str, large: bool) -> list[torch.Tensor]:
     """Images of different sizes and strides, and patches with an odd number of values."""
     results = []

@@ -50,7 +50,9 @@ PYBIND11_MODULE(_C, m) {
     m.attr("kl_estimators") = name_tuple(names_of(KlEstimator{}));
     m.attr("grpo_columns") = name_tuple(GrpoColumn::kNames);
     m.attr("grpo_stats") = name_tuple(GrpoStat::kNames);
+    m.attr("decode_max_width") = kDecodeMaxWidth;
     m.attr("rotary_max_pairs") = kRotaryMaxPairs;
+    m.attr("token_block") = kTokenBlock;
 
     def_struct<DecodeAttention>(m);
     def_struct<FewRowsLinear>(m);

@@ -9,6 +9,7 @@ from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import VocabParallel, linear_logps
+from vlmkernels.ops.linear_sample_logps import linear_sample_logps
 from vlmkernels.ops.merge_image_features import merge_image_features, placeholder_positions
 from vlmkernels.ops.mrope_positions import MropePositions, mrope_positions
 from vlmkernels.ops.pack_patches import PackedPatches, pack_patches
@@ -40,6 +41,7 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_logps",
+    "linear_sample_logps",
     "merge_image_features",
     "mrope_axes",
     "mrope_positions",

@@ -11,6 +11,7 @@
 namespace vlmk {
 
 constexpr int kDecodeMaxLevels = 8;
+constexpr int64_t kDecodeMaxWidth = 128;  // CUDA: limited by the registers of a thread
 
 // One level, as level_fields() of native.py describes it. Strides are in elements. The last axis is contiguous.
 struct DecodeLevel {
@@ -19,8 +20,8 @@ struct DecodeLevel {
     const int32_t* lengths;  // (N,)
     const int32_t* segment;  // (S,), -1: none; null: slot s reads segment s
     const int32_t* table;    // (N, max_pages); null: not paged
-    const int32_t* order;  // (S,) and (N + 1,): segment n is read by the slots order[offsets[n]] to order[offsets[n + 1] - 1];
-    const int32_t* offsets;  // null without `segment`, and on the CPU
+    const int32_t* order;    // (S,): the slots sorted by segment; null without `segment`, and on the CPU
+    const int32_t* rank;     // (S,): order[i] is the rank[i]-th slot of its segment; -1: it reads none
     int64_t num_segments;    // N
     int64_t capacity;        // of a segment, in tokens
     int64_t page_size;
@@ -57,14 +58,15 @@ struct DecodeAttention {
     VLMK_FIELD(int64_t, key_stride_head);
     VLMK_FIELD(int64_t, value_stride_slot);
     VLMK_FIELD(int64_t, value_stride_head);
+    VLMK_FIELD(int64_t, part);    // tokens of a part, a multiple of 64
     VLMK_FIELD(int64_t, window);  // a slot sees so many tokens; 0: all
     VLMK_FIELD(float, scale);     // of the scores, times log2(e)
 };
 
-constexpr int64_t kDecodePart = 512;  // tokens that a part holds at most
-
-// The number of parts of the segments of a level. It depends only on the shape of the buffers.
-VLMK_HD int64_t decode_parts(const DecodeLevel& level) { return (level.capacity + kDecodePart - 1) / kDecodePart; }
+// The number of parts of the segments of a level.
+VLMK_HD int64_t decode_parts(const DecodeAttention& p, const DecodeLevel& level) {
+    return (level.capacity + p.part - 1) / p.part;
+}
 
 // The floats of a partial result: acc, padded, then m and l.
 VLMK_HD int64_t decode_row(int64_t value_width) { return (value_width + 31) / 32 * 32 + 16; }

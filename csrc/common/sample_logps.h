@@ -43,6 +43,8 @@ struct SampleLogps {
     VLMK_FIELD(float*, logps);  // (N,), like the next two
     VLMK_FIELD(float*, log_kept_mass);
     VLMK_FIELD(float*, entropy);
+
+    VLMK_FIELD(float*, workspace);  // CUDA: (N, ceil(V / kTokenBlock), 6)
 };
 
 }  // namespace vlmk

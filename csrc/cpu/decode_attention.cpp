@@ -147,13 +147,16 @@ template <class T>
 void pack_keys(const Tokens<T>& keys, int64_t first, int64_t count, int64_t width, float* panel) {
     for (int64_t j = 0; j < kPanel; j += kLanes) {
         const T* rows[kLanes];
+        const bool complete = j + kLanes <= count;
         for (int i = 0; i < kLanes; ++i) rows[i] = j + i < count ? keys[first + j + i] : nullptr;
         for (int64_t d = 0; d < width; d += kLanes) {
             f32 x[kLanes];
-            for (int i = 0; i < kLanes; ++i) {
-                x[i] = rows[i] == nullptr    ? f32{}
-                       : d + kLanes <= width ? load(rows[i] + d)
-                                             : load_tail(rows[i] + d, width - d, 0.0f);
+            if (complete && d + kLanes <= width) {
+                for (int i = 0; i < kLanes; ++i) x[i] = load(rows[i] + d);
+            } else {
+                for (int i = 0; i < kLanes; ++i) {
+                    x[i] = rows[i] == nullptr ? f32{} : load_tail(rows[i] + d, std::min<int64_t>(width - d, kLanes), 0.0f);
+                }
             }
             transpose(x);
             for (int i = 0; i < kLanes; ++i) store(panel + (d + i) * kPanel + j, x[i]);
@@ -161,11 +164,53 @@ void pack_keys(const Tokens<T>& keys, int64_t first, int64_t count, int64_t widt
     }
 }
 
+// Cache lines that the tiles prefetch one by one while they compute: a burst would wait for memory.
+class Ahead {
+  public:
+    // Lists the tokens [first, first + count), to be prefetched in `steps` steps. With few rows per token it is not worth it.
+    template <class T>
+    void list(const Tokens<T>& tokens, int64_t first, int64_t count, int64_t width, int64_t steps, bool worth) {
+        const int64_t bytes = width * sizeof(T), size = worth ? count * ((bytes + 63) / 64) : 0;
+        if (static_cast<int64_t>(lines_.size()) < size) lines_.resize(size);
+        next_ = end_ = lines_.data();
+        for (int64_t j = first; end_ < next_ + size; ++j) {
+            const char* row = reinterpret_cast<const char*>(tokens[j]);
+            for (int64_t at = 0; at < bytes; at += 64) *end_++ = row + at;
+        }
+        twice_ = size > steps;
+    }
+
+    // The lines of a tile, in registers.
+    class Cursor {
+      public:
+        explicit Cursor(Ahead& ahead) : ahead_(ahead), next_(ahead.next_), end_(ahead.end_), twice_(ahead.twice_) {}
+        ~Cursor() { ahead_.next_ = next_; }
+        void step() {
+            if (next_ < end_) __builtin_prefetch(*next_++);
+            if (twice_ && next_ < end_) __builtin_prefetch(*next_++);
+        }
+
+      private:
+        Ahead& ahead_;
+        const char** next_;
+        const char** const end_;
+        const bool twice_;
+    };
+
+  private:
+    std::vector<const char*> lines_;
+    const char** next_ = nullptr;
+    const char** end_ = nullptr;
+    bool twice_ = false;
+};
+
 // scores[r * kKeys + j] = scale sum_d q[d * kRows + r] panel[d * kPanel + j].
 template <int kCount>
-void score_tile(const float* q, const float* panel, int64_t width, float scale, float* scores) {
+void score_tile(const float* q, const float* panel, int64_t width, float scale, float* scores, Ahead& lines) {
+    Ahead::Cursor ahead(lines);
     f32 sum[kCount][2] = {};
     for (int64_t d = 0; d < width; ++d) {
+        ahead.step();
         f32 first = load(panel + d * kPanel), second = load(panel + d * kPanel + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kCount; ++r) {
@@ -184,7 +229,8 @@ void score_tile(const float* q, const float* panel, int64_t width, float scale, 
 // rows[r][c] = alpha[r] rows[r][c] + sum_j shares[r * kKeys + j] values[j][c], for the kPanel columns c from `column` on.
 template <int kCount>
 void value_tile(const float* shares, const float* alpha, const float* const* values, int64_t count, int64_t column,
-                float* const* rows) {
+                float* const* rows, Ahead& lines) {
+    Ahead::Cursor ahead(lines);
     f32 sum[kCount][2];
 #pragma GCC unroll 8
     for (int r = 0; r < kCount; ++r) {
@@ -192,6 +238,7 @@ void value_tile(const float* shares, const float* alpha, const float* const* val
         sum[r][1] = load(rows[r] + column + kLanes) * alpha[r];
     }
     for (int64_t j = 0; j < count; ++j) {
+        ahead.step();
         f32 first = load(values[j] + column), second = load(values[j] + column + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kCount; ++r) {
@@ -269,14 +316,14 @@ struct Call {
         members.resize(p.num_levels * p.slots);
         for (int64_t l = 0; l < p.num_levels; ++l) {
             first_part.push_back(parts);
-            parts += decode_parts(p.levels[l]);
+            parts += decode_parts(p, p.levels[l]);
             add_groups(l);
         }
         int64_t shared = p.query_heads / p.key_heads;
         for (const Group& group : groups) {
             most_rows = std::max(most_rows, group.size * shared);
             products += static_cast<double>(group.range.end - group.range.begin) * group.size * p.query_heads;
-            for (int64_t part = group.range.begin / kDecodePart; part * kDecodePart < group.range.end; ++part) {
+            for (int64_t part = group.range.begin / p.part; part * p.part < group.range.end; ++part) {
                 for (int64_t head = 0; head < p.key_heads; ++head) tasks.push_back({&group, head, part});
             }
         }
@@ -331,6 +378,7 @@ struct Buffers {
     std::vector<float> alpha;
     std::vector<float*> rows;
     std::vector<DecodeRange> ranges;
+    Ahead ahead;
 
     Buffers(const DecodeAttention& p, int64_t most_rows)
         : width(round_up(p.width, kLanes)),
@@ -345,10 +393,12 @@ struct Buffers {
 };
 
 template <class T>
-void read_query(const DecodeAttention& p, int64_t slot, int64_t head, int64_t width, float* q) {
+void read_query(const DecodeAttention& p, int64_t slot, int64_t head, float* q) {
     const T* x = static_cast<const T*>(p.query) + slot * p.query_stride_slot + head * p.query_stride_head;
-    for (int64_t d = 0; d < p.width; ++d) q[d * kRows] = load_one(x + d);
-    for (int64_t d = p.width; d < width; ++d) q[d * kRows] = 0.0f;
+    for (int64_t d = 0; d < p.width; d += kLanes) {
+        f32 part = d + kLanes <= p.width ? load(x + d) : load_tail(x + d, p.width - d, 0.0f);
+        for (int i = 0; i < kLanes; ++i) q[(d + i) * kRows] = part[i];
+    }
 }
 
 template <class T>
@@ -356,9 +406,9 @@ void run_task(const Call& call, const Task& task, Buffers& b) {
     const DecodeAttention& p = call.p;
     const Group& group = *task.group;
     const DecodeLevel& level = p.levels[group.level];
-    const int64_t shared = p.query_heads / p.key_heads, num_rows = group.size * shared;
-    const int64_t part_begin = task.part * kDecodePart;
-    const int64_t end = std::min(part_begin + kDecodePart, group.range.end);
+    const int64_t shared = p.query_heads / p.key_heads, num_rows = group.size * shared, tiles = (num_rows + kRows - 1) / kRows;
+    const int64_t part_begin = task.part * p.part;
+    const int64_t end = std::min(part_begin + p.part, group.range.end);
     const int64_t begin = std::max(part_begin, group.range.begin / kKeys * kKeys);
     for (int64_t r = 0; r < num_rows; ++r) {
         int64_t slot = group.members[r / shared], head = task.head * shared + r % shared;
@@ -367,19 +417,20 @@ void run_task(const Call& call, const Task& task, Buffers& b) {
         row[b.value_width] = kLowest;
         row[b.value_width + 1] = 0.0f;
         b.ranges[r] = call.ranges[group.level * p.slots + slot];
-        read_query<T>(p, slot, head, b.width, b.query.get() + r / kRows * kRows * b.width + r % kRows);
+        read_query<T>(p, slot, head, b.query.get() + r / kRows * kRows * b.width + r % kRows);
     }
     const Tokens<T> keys = keys_of<T>(level, group.segment, task.head), values = values_of<T>(level, group.segment, task.head);
     const bool in_place = std::is_same_v<T, float> && p.value_width % kPanel == 0;
     for (int64_t first = begin; first < end; first += kKeys) {
         const int64_t count = std::min(kKeys, end - first);
+        b.ahead.list(values, first, count, p.value_width, tiles * round_up(count, kPanel) / kPanel * b.width, num_rows >= 8);
         for (int64_t j = 0; j < kKeys; j += kPanel) {
             if (j >= count) break;
             pack_keys(keys, first + j, count - j, p.width, b.panel.get());
             for (int64_t r = 0; r < num_rows; r += kRows) {
                 const float* q = b.query.get() + r * b.width;
                 with_rows(num_rows - r, [&](auto rows) {
-                    score_tile<rows()>(q, b.panel.get(), b.width, p.scale, b.scores.get() + r * kKeys + j);
+                    score_tile<rows()>(q, b.panel.get(), b.width, p.scale, b.scores.get() + r * kKeys + j, b.ahead);
                 });
             }
         }
@@ -395,6 +446,8 @@ void run_task(const Call& call, const Task& task, Buffers& b) {
             if (c < p.value_width) store(copy + c, load_tail(value + c, p.value_width - c, 0.0f)), c += kLanes;
             if (c < b.value_width) store(copy + c, f32{});
         }
+        b.ahead.list(keys, first + count, std::min(kKeys, end - first - count), p.width, tiles * b.value_width / kPanel * count,
+                     num_rows >= 8);
         for (int64_t r = 0; r < num_rows; r += kRows) {
             float* scores = b.scores.get() + r * kKeys;
             const int64_t tile = std::min<int64_t>(kRows, num_rows - r);
@@ -407,7 +460,7 @@ void run_task(const Call& call, const Task& task, Buffers& b) {
             }
             with_rows(tile, [&](auto rows) {
                 for (int64_t c = 0; c < b.value_width; c += kPanel) {
-                    value_tile<rows()>(scores, b.alpha.data() + r, addresses, count, c, b.rows.data() + r);
+                    value_tile<rows()>(scores, b.alpha.data() + r, addresses, count, c, b.rows.data() + r, b.ahead);
                 }
             });
         }
@@ -422,7 +475,7 @@ void merge(const Call& call, int64_t slot, int64_t head) {
         for (int64_t l = 0; l < p.num_levels; ++l) {
             DecodeRange range = call.ranges[l * p.slots + slot];
             if (range.begin >= range.end) continue;
-            for (int64_t part = range.begin / kDecodePart; part * kDecodePart < range.end; ++part) {
+            for (int64_t part = range.begin / p.part; part * p.part < range.end; ++part) {
                 f(call.partial(slot, head, call.first_part[l] + part));
             }
         }

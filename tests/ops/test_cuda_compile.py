@@ -17,7 +17,7 @@ ARCHS = ["80", "90a", "100a"]
 
 # 65536 registers / (48 x 256 threads) = 5 blocks per multiprocessor, the launch bounds of the two large kernels.
 MAX_REGISTERS = {"gather_logps_fwd_kernel": 48, "gather_logps_bwd_kernel": 48, "gather_logps_merge_kernel": 40}
-# 65536 registers / (4 x 256, 2 x 512 or 1 x 1024 threads).
+# 65536 registers / (4 x 256, 2 x 512 or 1 x 1024 threads); of sample_draw_kernel, 2 x 256.
 MAX_REGISTERS |= {
     "linear_logps_kernel": 64,
     "pack_patches_kernel": 64,
@@ -26,7 +26,12 @@ MAX_REGISTERS |= {
     "grpo_loss_finish_kernel": 64,
     "group_advantages_kernel": 64,
     "rotary_kernel": 64,
+    "decode_merge_kernel": 64,
+    "sample_sums_kernel": 64,
+    "sample_draw_kernel": 128,
 }
+# 65536 registers / (2 x 128 threads): the sums of a tile of 64 rows are in registers.
+MAX_REGISTERS |= {"decode_parts_kernel": 255}
 
 NVCC = shutil.which("nvcc", path=f"{os.environ['CUDA_HOME']}/bin" if "CUDA_HOME" in os.environ else None)
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH nor in CUDA_HOME/bin")
@@ -95,21 +100,43 @@ def test_registers(entries):
     assert not [row for row in entries if row["registers"] > MAX_REGISTERS[row["kernel"]]]
 
 
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """The instructions of each function of a cubin."""
+    triton = pytest.importorskip("triton")
+    tool = shutil.which("cuobjdump") or triton.knobs.nvidia.cuobjdump.path
+    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    return {
+        text.partition("\n")[0].strip(): re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+        for text in re.split(r"Function : ", sass)[1:]
+    }
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_decode_attention_uses_tensor_cores(compiled, arch):
+    """16-bit products are HMMA, and keys and values are copied to shared memory and read from it by vectors of 16 bytes."""
+    cubin, _ = compiled["decode_attention", arch]
+    found = 0
+    for name, names in instructions(cubin).items():
+        if "decode_parts" not in name or not re.search(r"\db?f16", name):
+            continue
+        found += 1
+        assert [i for i in names if i.startswith("HMMA.16816.F32")], name
+        assert [i for i in names if i.startswith("LDGSTS") and i.endswith(".128")], name
+        assert [i for i in names if i == "LDS.128"], name
+        assert not [i for i in names if i.startswith(("LDL", "STL"))], name
+    assert found == 4  # two formats, two widths
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gather_logps_has_four_vectors_in_flight(compiled, arch):
     """The loop over a row issues four 16-byte loads, with only address arithmetic between them."""
-    triton = pytest.importorskip("triton")
-    tool = shutil.which("cuobjdump") or triton.knobs.nvidia.cuobjdump.path
     cubin, _ = compiled["gather_logps", arch]
-    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    functions = re.split(r"Function : ", sass)[1:]
-    large = [text for text in functions if re.match(r"\w*(fwd|bwd)_kernel", text)]
+    large = {name: found for name, found in instructions(cubin).items() if re.match(r"\w*(fwd|bwd)_kernel", name)}
     assert len(large) == 12  # three dtypes, with and without entropy
-    for text in large:
-        instructions = re.findall(r"/\*[0-9a-f]{4}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
-        memory = [i for i in instructions if i.startswith(("LDG", "STG", "MUFU.EX2", "BAR", "BRA", "LDL", "STL"))]
+    for name, found in large.items():
+        memory = [i for i in found if i.startswith(("LDG", "STG", "MUFU.EX2", "BAR", "BRA", "LDL", "STL"))]
         assert not [i for i in memory if i.startswith(("LDL", "STL"))]
         batches = re.findall(r"(?:LDG\S*\.128 ?){4}", " ".join(memory))
-        assert batches, text[:200]
-        if "bwd_kernel" in text[:100]:
+        assert batches, name
+        if "bwd_kernel" in name:
             assert any(i.startswith("STG") and i.endswith(".128") for i in memory)

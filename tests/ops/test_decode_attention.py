@@ -1,6 +1,6 @@
 """decode_attention: every backend against attention of each slot over its own copy of its path, in fp64."""
 
-from itertools import pairwise
+from itertools import product
 
 import pytest
 import torch
@@ -122,11 +122,10 @@ def check(case, backend, device, change=lambda level: level):
             assert torch.equal(x.nan_to_num(), y.nan_to_num())
 
 
-GROUPS = [0, 0, 1, 0, 1, 2, 1, 0]  # slots in no order; segment 3 has none
-FAMILY = [[3, -1, 2, 2, 0, 1, -1, 3], GROUPS]
+GROUPS = [0, 2, 1, 0, 1]  # slots in no order; segment 3 has none
 
 CASES = {
-    "groups": ([(40, [40, 7, 33, 5]), (9, [3, 0, 8, 1, 2, 8, 4, 0])], [GROUPS, None], (4, 2, 16, 16)),
+    "groups": ([(40, [40, 7, 33, 5]), (9, [3, 0, 8, 1, 8])], [GROUPS, None], (4, 2, 16, 16)),
     "several blocks and parts": ([(1100, [1100, 513]), (70, [64, 69])], [[1, 0], None], (2, 1, 8, 8)),
     "depth 4": (
         [(20, [17, 20, 3]), (6, [0, 6, 5]), (300, [280, 0]), (5, [4, 0, 1])],
@@ -138,13 +137,12 @@ CASES = {
     "only the new token": ([(4, [0, 0, 0])], [None], (3, 1, 16, 16)),
     "values of another width": ([(70, [70, 66]), (9, [3, 8, 0])], [[0, 1, 1], None], (8, 1, 72, 40)),
     "wide heads": ([(70, [70]), (9, [3, 8])], [[0, 0], None], (2, 1, 256, 256)),
-    "many rows": ([(80, [75]), (9, [3] * 20)], [[0] * 20, None], (7, 1, 16, 16)),
+    "many rows": ([(80, [75]), (9, [3] * 11)], [[0] * 11, None], (7, 1, 16, 16)),
 }
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "name"), [*product(DTYPES[:2], CASES), (torch.float16, "groups")], ids=str)
 def test_matches_fp64(need, device, nan_filled, backend, dtype, name):
     case = Case(*CASES[name], dtype)
     need("decode_attention", backend, case.query.to(place(backend, device)), *case.levels[0][:2])
@@ -152,9 +150,9 @@ def test_matches_fp64(need, device, nan_filled, backend, dtype, name):
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
-@pytest.mark.parametrize("window", [1, 6, 30, 70, 1000])
+@pytest.mark.parametrize("window", [1, 6, 30, 70])
 def test_window(need, device, nan_filled, backend, window):
-    sizes = [(64 + 40, [104, 7, 33, 5]), (9, [3, 0, 8, 1, 2, 8, 4, 0])]
+    sizes = [(104, [104, 7, 33, 5]), (9, [3, 0, 8, 1, 8])]
     case = Case(sizes, [GROUPS, None], (4, 2, 16, 16), window=window)
     need("decode_attention", backend, case.query)
     check(case, backend, device)
@@ -164,7 +162,7 @@ def test_window(need, device, nan_filled, backend, window):
 @pytest.mark.parametrize("paged", [(0,), (1,), (0, 1)], ids=["prompts", "own tokens", "both"])
 @pytest.mark.parametrize("window", [None, 11])
 def test_pages(need, device, nan_filled, backend, paged, window):
-    sizes = [(40, [40, 7, 33, 5]), (12, [3, 0, 8, 1, 2, 8, 4, 11])]
+    sizes = [(40, [40, 7, 33, 5]), (12, [3, 0, 8, 1, 11])]
     case = Case(sizes, [GROUPS, None], (4, 2, 16, 16), paged=paged, window=window)
     need("decode_attention", backend, case.query)
     check(case, backend, device)
@@ -201,11 +199,10 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "layout"), zip([torch.float32, *DTYPES[:2]], LAYOUTS, strict=True), ids=str)
 def test_any_strides(need, device, nan_filled, backend, dtype, layout):
     """Buffers are neither copied nor written outside."""
-    case = Case(*CASES["groups"], dtype)
+    case = Case([(12, [12, 9]), (6, [1, 5, 0])], [[0, 1, 1], None], (4, 2, 16, 16), dtype)
     need("decode_attention", backend, case.query)
     change = LAYOUTS[layout]
     check(case, backend, device, lambda level: level._replace(key=change(level.key), value=change(level.value)))
@@ -234,7 +231,7 @@ def test_any_strides_of_new_tokens(need, device, backend):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_slot_does_not_depend_on_the_others(need, device, backend, dtype):
     """Bitwise: alone, in its group, and in a group in another order."""
-    case = Case([(700, [700, 600]), (70, [66, 0, 8, 1, 2])], [[0, 0, 1, 0, 0], None], (4, 2, 16, 16), dtype)
+    case = Case([(530, [530, 520]), (70, [66, 0, 8, 1])], [[0, 0, 1, 0], None], (2, 1, 16, 16), dtype)
     where = place(backend, device)
     need("decode_attention", backend, case.query.to(where))
     out, lse, _ = case.run(backend, where)
@@ -248,25 +245,26 @@ def test_a_slot_does_not_depend_on_the_others(need, device, backend, dtype):
         assert torch.equal(some_out.cpu(), out[slots])
         assert torch.equal(some_lse.cpu(), lse[slots])
 
-    for slot in range(5):
-        some([slot], [case.segments[0][slot]])
-    some([4, 2, 0, 1], [0, 1, 0, 0])
+    some([0], [0])
+    some([2], [1])
+    some([3, 2, 0], [0, 1, 0])
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_grouped_once(need, device, backend):
     """A level that ``grouped`` returns gives the same result, and lists the slots of each segment."""
-    case = Case(*CASES["depth 4"])
+    case = Case([(9, [9, 3]), (3, [0, 2]), (3, [2, 1, 0])], [[1, 0, 1], [-1, 1, 0], None], (2, 2, 16, 16))
     where = place(backend, device)
     need("decode_attention", backend, case.query.to(where))
     out, lse, _ = case.run(backend, where)
     again, again_lse, levels = case.run(backend, where, KeyValues.grouped)
     assert torch.equal(out, again)
     assert torch.equal(lse, again_lse)
-    order, offsets = levels[1].order.tolist(), levels[1].offsets.tolist()
-    assert [order[a:b] for a, b in pairwise(offsets)] == [[1], [0], [2]]
-    assert levels[2].offsets.tolist() == [1, 2, 3]
-    assert levels[3].order is None
+    assert levels[0].order.tolist() == [1, 0, 2]
+    assert levels[0].rank.tolist() == [0, 0, 1]
+    assert levels[1].order.tolist() == [0, 2, 1]
+    assert levels[1].rank.tolist() == [-1, 0, 0]
+    assert levels[2].order is None
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])

@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for the supported GPUs, without spills, and two blocks of 8 warps fit on a multiprocessor.
 
 The exceptions are GEMMs, whose accumulators fill the registers: one block of linear_logps_fused fits, and three of the 4 warps
-of fixed_matmul.
+of fixed_matmul; and decode_attention, whose blocks have 4 warps.
 """
 
 import json
@@ -17,6 +17,7 @@ TESTS = Path(__file__).parents[1]
 MAX_REGISTERS = 128
 GEMM = "linear_logps_fused_kernel"
 GEMMS = (GEMM, "fixed_matmul_kernel")
+DECODE = "decode_parts_kernel"
 MAX_SHARED = {80: 163, 86: 99, 90: 227, 100: 227}  # KiB, of the CUDA C++ programming guide's table of compute capabilities
 
 pytest.importorskip("triton")
@@ -39,7 +40,7 @@ def test_nothing_is_spilled(compiled):
 
 
 def test_registers(compiled):
-    over = [row for row in compiled if row["REG"] > MAX_REGISTERS and row["kernel"] not in GEMMS]
+    over = [row for row in compiled if row["REG"] > MAX_REGISTERS and row["kernel"] not in (*GEMMS, DECODE)]
     assert not over
 
 

@@ -1,5 +1,6 @@
 """The decoder with fixed slots: steps between checks, graphs, slots, operations per layer, and errors."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -13,6 +14,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vlmkernels.models import norms
 from vlmkernels.models.attention import undo_tree_attention, use_tree_attention
+from vlmkernels.models.head import logit_arguments
+from vlmkernels.ops.linear_logps import linear_logps
+from vlmkernels.ops.linear_sample_logps import linear_sample_logps
+from vlmkernels.rollout import token_sampler
 from vlmkernels.rollout.base import RolloutError, Sampling
 from vlmkernels.rollout.decode import decode_groups, make_decoder
 from vlmkernels.rollout.slots import Slots, bucket
@@ -42,7 +47,13 @@ def assert_equal(actual, expected):
         assert not getattr(actual, name)[~actual.mask].any()
 
 
-OPTIONS = [{}, {"temperature": 0}, {"repetition_penalty": 1.7, "min_new_tokens": 5, "top_k": 7}, {"top_p": 0.8}]
+OPTIONS = [
+    {},
+    {"temperature": 0},
+    {"min_new_tokens": 30},
+    {"top_p": 0.8},
+    {"repetition_penalty": 1.7, "min_new_tokens": 5, "top_k": 7},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -174,10 +185,37 @@ def test_operations_per_layer(monkeypatch, device, limit):
         model = Qwen2ForCausalLM(Qwen2Config(**config)).to(torch.float32 if device == "cpu" else torch.bfloat16)
         use_tree_attention(model.eval())
         prompts = prompts_of((0, 0), model)
+        operations(model, prompts, 1)  # runs the model on a token to see how it changes its logits
         counts[layers] = (operations(model, prompts, 8) - operations(model, prompts, 4)).total() / 4
     per_layer = (counts[4] - counts[2]) / 2
     assert per_layer <= limit, counts
     assert counts[2] - 2 * per_layer <= 45, counts
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 9, "min_new_tokens": 3}], ids=str)
+@pytest.mark.parametrize("name", ["text", "aya_vision"])
+def test_16_bit_logps_are_those_of_linear_logps(monkeypatch, name, options):
+    """Bit by bit: the head of the rollout is that of training. The head of aya_vision scales its logits."""
+    model, prompts, calls = tiny_families.case(name).model, processed(name), []
+
+    def recorded(hidden, **arguments):
+        sampled = linear_sample_logps(hidden, **arguments)
+        calls.append((hidden.clone(), sampled))
+        return sampled
+
+    monkeypatch.setattr(token_sampler, "linear_sample_logps", recorded)
+    model = use_tree_attention(copy.deepcopy(model).bfloat16())
+    decoded, decoder = decode(model, prompts, 2, Sampling(5, (), PAD, **options))
+    hidden, ids, logps = (torch.cat(x) for x in zip(*((h, s.ids, s.logps) for h, s in calls), strict=True))
+    arguments = logit_arguments(model, model.get_output_embeddings())
+    temperature = options.get("temperature", 1) or 1
+    expected = linear_logps(hidden, model.get_output_embeddings().weight, ids, temperature=temperature, **arguments)
+    assert torch.equal(logps, expected)
+    assert len(decoded.ids.unique()) > 3
+    count = len(decoded.ids)
+    assert torch.equal(decoded.logps, logps.view(-1, count).T)
+    assert torch.equal(decoded.ids, ids.view(-1, count).T)
+    assert len(next(iter(decoder.first_logits.values()))) == hidden.shape[1]
 
 
 def poisoned(model, number):

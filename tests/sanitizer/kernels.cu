@@ -226,6 +226,63 @@ void rotate(int64_t width) {
     expect_finite("rotary", static_cast<const float*>(p.query.out), kTokens * 5 * width);
 }
 
+const int32_t* indices(const std::vector<int32_t>& values) { return on_device(values); }
+
+// T: float, or uint16_t for bf16. `offset` elements lie before the buffers. Slots 0 to 4 read segments 1, 0, 1, none, 1.
+template <class T>
+void decode(int64_t width, int64_t offset, bool paged, int64_t window) {
+    constexpr int64_t kSlots = 5, kHeads = 6, kKeyHeads = 2, kPage = 3, kPages = 50, kOwn = 9;
+    auto tokens = [&](DecodeLevel& level, int64_t num, int64_t length) {
+        level.key = random<T>(offset + num * kKeyHeads * length * width) + offset;
+        level.value = random<T>(offset + num * kKeyHeads * length * width) + offset;
+        level.key_stride_n = level.value_stride_n = kKeyHeads * length * width;
+        level.key_stride_head = level.value_stride_head = length * width;
+        level.key_stride_token = level.value_stride_token = width;
+        level.page_size = length;
+        level.num_pages = num;
+        level.capacity = length;
+    };
+    DecodeLevel levels[2]{};
+    tokens(levels[0], paged ? 2 * kPages : 2, paged ? kPage : kPage * kPages);
+    levels[0].num_segments = 2;
+    levels[0].capacity = kPage * kPages;
+    levels[0].lengths = indices({149, 7});
+    levels[0].segment = indices({1, 0, 1, -1, 1});
+    levels[0].order = indices({3, 1, 0, 2, 4});
+    levels[0].rank = indices({-1, 0, 0, 1, 2});
+    if (paged) {
+        std::vector<int32_t> table(2 * kPages);
+        for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i * 7 % table.size());
+        levels[0].table = indices(table);
+        levels[0].table_stride = kPages;
+    }
+    tokens(levels[1], kSlots, kOwn);
+    levels[1].num_segments = kSlots;
+    levels[1].lengths = indices({0, 8, 3, 1, 5});
+    DecodeAttention p{};
+    p.levels = levels;
+    p.num_levels = 2;
+    p.dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
+    p.query = random<T>(offset + kSlots * kHeads * width) + offset;
+    p.new_key = random<T>(offset + kSlots * kKeyHeads * width) + offset;
+    p.new_value = random<T>(offset + kSlots * kKeyHeads * width) + offset;
+    p.out = empty<T>(kSlots * kHeads * width);
+    p.lse = empty<float>(kSlots * kHeads);
+    p.part = 64;
+    p.partial = empty<float>(kSlots * kHeads * 4 * decode_row(width));
+    p.slots = kSlots;
+    p.query_heads = kHeads;
+    p.key_heads = kKeyHeads;
+    p.width = p.value_width = width;
+    p.query_stride_slot = kHeads * width;
+    p.key_stride_slot = p.value_stride_slot = kKeyHeads * width;
+    p.query_stride_head = p.key_stride_head = p.value_stride_head = width;
+    p.window = window;
+    p.scale = 0.2f;
+    cuda::decode_attention(p, 0, 0);
+    expect_finite("decode_attention", p.lse, kSlots * kHeads);
+}
+
 void pack(int64_t patch, int64_t slots, int64_t offset) {
     constexpr int64_t kImages = 34;  // more than one launch
     const int64_t side = 2 * patch, features = 3 * slots * patch * patch;
@@ -270,6 +327,12 @@ int main() {
         for (B baseline : {B::none, B::mean, B::leave_one_out, B::pass_at_k}) advantages(scale, baseline);
     }
     for (int64_t width : {80, 82}) rotate(width);
+    for (int64_t width : {128, 40, 27}) {
+        for (int64_t window : {0, 20}) {
+            decode<uint16_t>(width, width == 40, window > 0, window);
+            decode<float>(width, width == 40, window == 0, window);
+        }
+    }
     for (int64_t patch : {14, 16, 6}) {
         for (int64_t offset : {0, 1}) pack(patch, patch == 6 ? 3 : 1 + offset, offset);
     }

@@ -229,17 +229,13 @@ inline void barrier(const Site& site) {
     for (auto& fiber : d.fibers) fiber->state = Fiber::State::ready;
 }
 
-// Waits for all lanes of the mask, then gives `value` to the lanes that read it and receives the value of lane `source`.
-inline Fiber& exchange(const Site& site, uint32_t mask, uint64_t value, int source) {
+// Waits for all lanes of the mask. Only the last lane to arrive gets true; it continues at once, and releases the others.
+inline bool arrive(const Site& site, uint32_t mask) {
     Device& d = device();
-    Fiber& self = d.current();
     unsigned lane = d.thread.x % kWarp, warp = d.thread.x - lane;
     auto in_mask = [&](unsigned l) { return l < kWarp && (mask >> l & 1); };
     if (!in_mask(lane)) fail(site.text() + " by a lane that is not in its mask");
-    if (!in_mask(source)) fail(site.text() + " reads lane " + std::to_string(source) + ", which is not in its mask");
-    self.value = value;
-    self.source = source;
-    self.mask = mask;
+    d.current().mask = mask;
     bool last = true;
     for (unsigned l = 0; l < kWarp; ++l) {
         if (!in_mask(l)) continue;
@@ -250,10 +246,20 @@ inline Fiber& exchange(const Site& site, uint32_t mask, uint64_t value, int sour
         }
         last &= l == lane || (other.state == Fiber::State::at_warp_op && other.site == site && other.mask == mask);
     }
-    if (!last) {
-        wait(Fiber::State::at_warp_op, site);
-        return self;
-    }
+    if (!last) wait(Fiber::State::at_warp_op, site);
+    return last;
+}
+
+// Gives `value` to the lanes that read it and receives the value of lane `source`.
+inline Fiber& exchange(const Site& site, uint32_t mask, uint64_t value, int source) {
+    Device& d = device();
+    Fiber& self = d.current();
+    unsigned warp = d.thread.x - d.thread.x % kWarp;
+    auto in_mask = [&](unsigned l) { return l < kWarp && (mask >> l & 1); };
+    if (!in_mask(source)) fail(site.text() + " reads lane " + std::to_string(source) + ", which is not in its mask");
+    self.value = value;
+    self.source = source;
+    if (!arrive(site, mask)) return self;
     uint32_t votes = 0;
     for (unsigned l = 0; l < kWarp; ++l) {
         if (in_mask(l) && d.fibers[warp + l]->value != 0) votes |= 1u << l;
@@ -266,6 +272,19 @@ inline Fiber& exchange(const Site& site, uint32_t mask, uint64_t value, int sour
         other.state = Fiber::State::ready;
     }
     return self;
+}
+
+// An instruction of a whole warp: the last lane calls compute(operands of all lanes) while the others wait.
+template <class Compute>
+void collective(const Site& site, void* operands, Compute compute) {
+    Device& d = device();
+    d.current().value = reinterpret_cast<uint64_t>(operands);
+    if (!arrive(site, 0xffffffffu)) return;
+    unsigned warp = d.thread.x - d.thread.x % kWarp;
+    void* lanes[kWarp];
+    for (unsigned l = 0; l < kWarp; ++l) lanes[l] = reinterpret_cast<void*>(d.fibers[warp + l]->value);
+    compute(lanes);
+    for (unsigned l = 0; l < kWarp; ++l) d.fibers[warp + l]->state = Fiber::State::ready;
 }
 
 template <class T>
@@ -330,6 +349,7 @@ SIMT_EXPORT int64_t simt_stored() { return simt::watch.stored; }
 #define SIMT_LANE (static_cast<int>(threadIdx.x % ::simt::kWarp))
 #define __syncthreads() ::simt::barrier(SIMT_SITE("__syncthreads"))
 #define __syncwarp(MASK) static_cast<void>(::simt::exchange(SIMT_SITE("__syncwarp"), MASK, 0, SIMT_LANE))
+#define SIMT_COLLECTIVE(NAME, ...) ::simt::collective(SIMT_SITE(NAME), __VA_ARGS__)
 #define __ballot_sync(MASK, VOTE) ::simt::exchange(SIMT_SITE("__ballot_sync"), MASK, (VOTE) != 0, SIMT_LANE).votes
 #define __any_sync(MASK, VOTE) (__ballot_sync(MASK, VOTE) != 0)
 #define __all_sync(MASK, VOTE) (__ballot_sync(MASK, VOTE) == (MASK))

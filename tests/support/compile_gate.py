@@ -16,12 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vlmkernels import backend
+from vlmkernels.ops.decode_attention import triton as decode_attention
 from vlmkernels.ops.fixed_matmul import triton as fixed_matmul
 from vlmkernels.ops.group_advantages.triton import BASELINES
 from vlmkernels.ops.grpo_loss.config import Scalars
 from vlmkernels.ops.grpo_loss.triton import KL, SURROGATES
 from vlmkernels.ops.linear_logps import triton_fused as linear_logps_fused
 from vlmkernels.ops.pack_patches.triton import BLOCK_F
+from vlmkernels.ops.sample_logps import triton as sample_logps
 
 # Types of arguments. "16" after a type says that the value is a multiple of 16, which Triton finds at run time.
 GATHER = {"N": "i32", "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16"}
@@ -69,6 +71,37 @@ MERGE_PARTS = {
     "num_rows": "i32", "lse_stride_h": "i32", "part_lse_stride_h": "i32",
     **{f"{x}_stride_{axis}": "i32:16" for x in ("out", "part") for axis in "nh"},
 }  # fmt: skip
+DECODE = {
+    **dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "new_key_ptr", "new_value_ptr", "out_ptr"), "*bf16:16"),
+    **dict.fromkeys(("held_ptr", "lengths_ptr", "segment_ptr", "order_ptr", "rank_ptr", "table_ptr"), "*i32:16"),
+    **dict.fromkeys(("acc_ptr", "sums_ptr", "lse_ptr"), "*fp32:16"),
+    **dict.fromkeys(("S", "N", "capacity", "parts", "first_part", "num_pages", "part_size", "window", "heads"), "i32"),
+    **{f"{x}_stride_{axis}": "i32:16" for x in ("query", "new_key", "new_value") for axis in "sh"},
+    **{f"{x}_stride_{axis}": "i32:16" for x in ("key", "value") for axis in "nhl"},
+    "page_size": "i32:16", "table_stride": "i32", "scale": "fp32",
+}  # fmt: skip
+DECODE_LEVELS = {"LEVELS": 2, "WINDOW": False, "DV": 128, "BLOCK_DV": 128}
+DECODE_TILE = {**DECODE_LEVELS, "D": 128, "BLOCK_D": 128, "SHARED": 8, "HEADS": 8, "WIDEN": False}
+SHARED_LEVEL = {**DECODE_TILE, "LEVEL": 0, **dict.fromkeys(("new_key_ptr", "new_value_ptr", "table_ptr"))}
+OWN_LEVEL = {**DECODE_TILE, "LEVEL": 1, "WINDOW": True, **dict.fromkeys(("order_ptr", "rank_ptr", "segment_ptr"))}
+
+
+def decode_parts(level: dict, blocks: tuple, slots: int, dtype: str = "bf16", width: int = 128) -> tuple:
+    rows, keys, most = blocks
+    types = {name: kind.replace("bf16", dtype) for name, kind in DECODE.items()}
+    sizes = {"BLOCK_M": max(16, min(rows, 8 * slots)), "BLOCK_N": keys, "CHUNK": min(most, width), "SLOTS": slots}
+    sizes |= dict.fromkeys(("D", "DV", "BLOCK_D", "BLOCK_DV"), width)
+    return "decode_attention", "decode_parts_kernel", types, {**level, **sizes}, decode_attention.NUM_WARPS
+
+
+DECODE_KERNELS = [
+    ("decode_attention", "decode_lengths_kernel", DECODE, {"APPENDS": True, "BLOCK_S": 128}, 4),
+    decode_parts(SHARED_LEVEL, decode_attention.BLOCKS[2], 8),
+    decode_parts(SHARED_LEVEL, decode_attention.WIDE, 4, width=256),
+    decode_parts(SHARED_LEVEL, decode_attention.BLOCKS[4], 2, "fp32"),
+    decode_parts(OWN_LEVEL, decode_attention.BLOCKS[2], 1),
+    ("decode_attention", "decode_merge_kernel", DECODE, DECODE_LEVELS, 1),
+]
 ON_POLICY = dict.fromkeys(f"{name}_ptr" for name in ("old_logp", "ref_logp", "rollout_logp", "entropy", "threshold"))
 ON_POLICY |= dict.fromkeys(("loss_mask_ptr", "dentropy_ptr", "num_items_ptr"))
 PADDED = ON_POLICY | {"cu_seqlens_ptr": None}
@@ -98,6 +131,17 @@ FUSED_FORWARD = {
 }  # fmt: skip
 WITHOUT_LOGITS = {"step_weight": 1, "WIDEN": False, "TMA": False, "GROUP": linear_logps_fused.GROUP}
 LINEAR_MERGE = {**FUSED_FORWARD, **MERGE, "inverse": "fp32"}
+SAMPLE = {
+    "logits_ptr": "*bf16:16", "seen_ptr": "*i1:16", "banned_ptr": "*i1:16", "banned_rows_ptr": "*i64:16",
+    "sums_ptr": "*fp32:16", "uniform_ptr": "*fp64:16", "ids_ptr": "*i64:16", "logps_ptr": "*fp32:16",
+    "log_kept_mass_ptr": "*fp32:16", "entropy_ptr": "*fp32:16", "V": "i32:16", "stride": "i32:16", "seen_stride": "i32:16",
+    "num_banned": "i32", "blocks": "i32", "tiles": "i32", "penalty": "fp32", "inverse_penalty": "fp32", "temperature": "fp32",
+    "scale": "fp32", "top_k": "i64", "removable": "fp32", "min_p_distance": "fp32",
+}  # fmt: skip
+TOKENS = {"BLOCK": sample_logps.BLOCK.value, "TILE_BLOCKS": sample_logps.TILE_BLOCKS}
+EVERY_TOKEN = TOKENS | dict.fromkeys(("seen_ptr", "banned_ptr", "banned_rows_ptr"))
+GREEDY = TOKENS | {"FILTERED": False, "uniform_ptr": None}
+DRAW = {"ZERO_BITS": 0, "BLOCK_B": 256}
 
 
 def surrogate(name: str) -> dict:
@@ -169,6 +213,14 @@ KERNELS = [
         )
     ),
     *(
+        ("sample_logps", "sample_sums_kernel", SAMPLE, constants, sample_logps.SUMS_WARPS)
+        for constants in (TOKENS, EVERY_TOKEN)
+    ),
+    *(
+        ("sample_logps", "sample_draw_kernel", SAMPLE, constants | DRAW, sample_logps.DRAW_WARPS)
+        for constants in (TOKENS | {"FILTERED": True}, EVERY_TOKEN | {"FILTERED": False}, GREEDY)
+    ),
+    *(
         ("fixed_matmul", "fixed_matmul_kernel", {**MATMUL, **types}, {"UPCAST": False, **FIXED_BLOCKS}, 4)
         for types in ({}, {name: MATMUL[name].replace("bf16", "fp32") for name in MATMUL if name.endswith("_ptr")})
     ),
@@ -213,6 +265,7 @@ def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps
 
 
 JOBS = [(*row, capability) for row in KERNELS for capability in (80, 90, 100)]
+JOBS += [(*row, capability, decode_attention.NUM_STAGES) for row in DECODE_KERNELS for capability in (80, 90, 100)]
 JOBS += [fused_forward("bf16", capability, False) for capability in (80, 86, 90, 100)]
 JOBS += [fused_forward("bf16", 90, False, tma=True)]
 JOBS += [fused_forward(dtype, 100, True) for dtype in ("bf16", "fp32")]  # these need the most registers

@@ -131,7 +131,7 @@ class TreeCache:
         self._slots = torch.stack([torch.full((num_slots,), -1), torch.zeros(num_slots)]).int().to(self.device)
         self._width = 0  # slots in a step
         self._row_lengths = torch.empty(0, dtype=torch.int32, device=self.device)
-        self._groups: tuple[torch.Tensor, ...] = ()  # which slots read a row: order and offsets of KeyValues
+        self._order, self._rank = torch.zeros(2, num_slots, dtype=torch.int32, device=self.device)  # see KeyValues.grouped
         self._levels: dict[tuple[int, int], list[KeyValues]] = {}  # (layer, slots)
 
     # Memory
@@ -150,7 +150,6 @@ class TreeCache:
             stored[:] = [_enlarged(x, rows, x.shape[1], capacity, x.shape[3]) for x in stored]
         self._prefix_states = {key: _enlarged(x, rows, *x.shape[1:]) for key, x in self._prefix_states.items()}
         self._row_lengths = _enlarged(self._row_lengths, rows)
-        self._groups = tuple(torch.zeros(n, dtype=torch.int32, device=self.device) for n in (self.num_slots, rows + 1))
         self._changed()
 
     def _reserve_own(self, tokens: int) -> None:
@@ -274,9 +273,9 @@ class TreeCache:
         rows = [-1 if prompt is None else self._row(prompt) for prompt in prompts]
         self._reserve_own(max(lengths, default=0) + steps)
         self._slots[:, : self._width].copy_(torch.tensor([rows, list(lengths)], dtype=torch.int32), non_blocking=True)
-        if self.device.type != "cpu" and self._width:
+        if self.device.type != "cpu" and self._width and self._prefix:
             level = KeyValues(*next(iter(self._prefix.values())), self._row_lengths, self._slots[0, : self._width]).grouped()
-            self._groups[0][: self._width], self._groups[1][:] = level.order, level.offsets
+            self._order[: self._width], self._rank[: self._width] = level.order, level.rank
         new = [slot for slot, (row, length) in enumerate(zip(rows, lengths, strict=True)) if row >= 0 and length == 0]
         if new and self._own_states:
             targets, sources = on_device(self.device, new), on_device(self.device, [rows[slot] for slot in new])
@@ -306,10 +305,10 @@ class TreeCache:
         """The levels that the first ``count`` slots read in a layer."""
         if (layer, count) not in self._levels:
             rows, lengths = self._slots[:, :count]
-            order, offsets = (None, None) if self.device.type == "cpu" else (self._groups[0][:count], self._groups[1])
+            order, rank = (None, None) if self.device.type == "cpu" else (self._order[:count], self._rank[:count])
             own = (x[:count] for x in self._own[layer])
             self._levels[layer, count] = [
-                KeyValues(*self._prefix[layer], self._row_lengths, rows, order=order, offsets=offsets),
+                KeyValues(*self._prefix[layer], self._row_lengths, rows, order=order, rank=rank),
                 KeyValues(*own, lengths),
             ]
         return self._levels[layer, count]

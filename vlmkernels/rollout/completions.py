@@ -53,6 +53,15 @@ class Completions:
         self.parts: list[list[list[int] | ModelInputs]] = [[[]] for _ in range(count)]
         self.truncated = [True] * count
 
+    @property
+    def most_tokens(self) -> int | None:
+        """The largest number of tokens of a completion; None: no limit."""
+        return self.sampling.max_new_tokens
+
+    def index(self, k: int) -> int:
+        """Return the index of the next token of a completion among the tokens that ``max_new_tokens`` counts."""
+        return len(self.tokens[k])
+
     def turn(self, k: int) -> list[int]:
         """Return the tokens of the current turn of a completion."""
         turn = self.parts[k][-1]
@@ -66,7 +75,7 @@ class Completions:
         turn.append(token)
         stopped = token in self.eos or stops(turn, self.sampling.stop_strings, self.tokenizer)
         self.truncated[k] = not stopped
-        return stopped or len(self.tokens[k]) == self.sampling.max_new_tokens
+        return stopped or self.index(k) == self.sampling.max_new_tokens
 
     def append_turn(self, k: int, ids: list[int], *, truncated: bool) -> None:
         """Append the tokens of a whole turn."""

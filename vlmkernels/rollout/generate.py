@@ -16,7 +16,8 @@ from vlmkernels.models.loading import base_model, sampling_override
 from vlmkernels.models.router_replay import use_router_replay
 from vlmkernels.models.trajectories import join
 from vlmkernels.rollout.base import Engine, Rollout, Sampling
-from vlmkernels.rollout.decode import Completions, Decoded, decode_groups, decode_trajectories
+from vlmkernels.rollout.completions import Completions, Decoded
+from vlmkernels.rollout.decode import decode_groups, decode_trajectories
 from vlmkernels.rollout.token_sampler import stops
 
 if TYPE_CHECKING:

@@ -1,8 +1,6 @@
 """``Sequences``: decodes completions turn by turn, for TRL's loop over tool calls."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -10,8 +8,9 @@ from transformers import PreTrainedModel
 from vlmkernels.integrations.trl.segments import split_rows
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.rollout.base import Sampling
-from vlmkernels.rollout.decode import Completions, Decoder
-from vlmkernels.rollout.token_sampler import SampledTokens, TokenSampler
+from vlmkernels.rollout.completions import Completions
+from vlmkernels.rollout.decoder import Decoder
+from vlmkernels.rollout.token_sampler import TokenSampler
 
 
 class Sequences(Decoder):
@@ -28,14 +27,12 @@ class Sequences(Decoder):
         keep: whether to keep the keys and values of completions for ``resume``.
     """
 
-    sampler: "_RowSampler"
-
     def __init__(
         self, model: PreTrainedModel, prompts: ModelInputs, group: Sequence[int], sampling: Sampling, *, keep: bool
     ) -> None:
         vocab_size = model.config.get_text_config().vocab_size
-        sampler = _RowSampler(sampling, prompts, group, vocab_size, None)
-        super().__init__(model, prompts, group, len(group), None, sampler, _TurnCompletions(len(group), sampling))
+        sampler = TokenSampler(sampling, prompts, group, vocab_size, None)
+        super().__init__(model, prompts, group, len(group), None, sampler, _TurnCompletions(len(group), sampling, None))
         self.keeps = keep
         ids = prompts.inputs["input_ids"].masked_fill(prompts.inputs["attention_mask"] == 0, -1)
         self._is_ambiguous = keep and len(ids.unique(dim=0)) < len(prompts)
@@ -87,15 +84,19 @@ class Sequences(Decoder):
         return None
 
     def _decode(self, completions: list[int]) -> list[list[int]]:
-        self.sampler.rows = completions
-        while self.pending or self.slots or self.resumed:
+        self.sampler.draw_for(completions)
+        while self.pending or self.slots.occupied or self.resumed:
             if self.resumed:
                 self._resume(self.cache.num_slots)
             elif self.pending:
                 self._admit([self.pending.popleft() for _ in range(len(self.pending))])
             else:
-                self._step()
+                self._decode_steps()
         return [self.completions.turn(k) for k in completions]
+
+    @property
+    def _has_turns(self) -> bool:
+        return self.keeps
 
     def _continues(self, k: int) -> bool:
         return self.keeps and not self.completions.truncated[k]
@@ -107,24 +108,9 @@ class Sequences(Decoder):
 class _TurnCompletions(Completions):
     """Completions in which ``max_new_tokens`` counts the tokens of a turn."""
 
-    def __init__(self, count: int, sampling: Sampling) -> None:
-        super().__init__(count, replace(sampling, max_new_tokens=sys.maxsize), None)
-        self.max_new_tokens = sampling.max_new_tokens
+    @property
+    def most_tokens(self) -> None:
+        return None
 
-    def append(self, completions: list[int], sampled: SampledTokens) -> list[bool]:
-        ended = super().append(completions, sampled)
-        return [end or len(self.turn(k)) == self.max_new_tokens for k, end in zip(completions, ended, strict=True)]
-
-
-class _RowSampler(TokenSampler):
-    """Draws the random numbers that ``generate`` draws for some of the completions.
-
-    Attributes:
-        rows: these completions.
-    """
-
-    rows: list[int]
-
-    def _draw(self, completions: list[int], lengths: list[int], probabilities: torch.Tensor) -> torch.Tensor:
-        self.count = len(self.rows)
-        return super()._draw([self.rows.index(k) for k in completions], lengths, probabilities)
+    def index(self, k: int) -> int:
+        return len(self.turn(k))

@@ -21,7 +21,7 @@ OP = "vlmkernels::decode_attention"
 define(
     OP,
     "(Tensor query, Tensor? key, Tensor? value, Tensor(a!) own_key, Tensor(b!) own_value, Tensor[] keys, Tensor[] values,"
-    " Tensor[] lengths, Tensor?[] segments, Tensor?[] block_tables, Tensor?[] orders, Tensor?[] offsets, int? window,"
+    " Tensor[] lengths, Tensor?[] segments, Tensor?[] block_tables, Tensor?[] orders, Tensor?[] ranks, int? window,"
     " float scale, str backend) -> (Tensor, Tensor)",
 )
 

@@ -8,6 +8,8 @@ import torch
 from vlmkernels.ops.arguments import as_indices
 from vlmkernels.ops.checks import require_device, require_dtype, require_shape, require_tensor
 
+PART = 512
+MAX_PARTS = 32
 MAX_LEVELS = 8  # kDecodeMaxLevels of csrc/common/decode_attention.h
 
 
@@ -22,7 +24,8 @@ class KeyValues(NamedTuple):
         segment: (S,) int32, on the device: the segment that each slot reads, -1 for none. None: slot s reads segment s.
         block_table: (N, max_pages) int32, on the device: token j of segment n is token j % page_size of page
             block_table[n, j // page_size]. Entries beyond the length of a segment are not read.
-        order, offsets: which slots read a segment: order[offsets[n] : offsets[n + 1]]. See ``grouped``.
+        order: (S,) int32, the slots sorted by segment. See ``grouped``.
+        rank: (S,) int32: order[i] is the rank[i]-th slot of its segment, from 0; -1 if it reads none.
     """
 
     key: torch.Tensor
@@ -31,7 +34,7 @@ class KeyValues(NamedTuple):
     segment: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
     order: torch.Tensor | None = None
-    offsets: torch.Tensor | None = None
+    rank: torch.Tensor | None = None
 
     @property
     def num_segments(self) -> int:
@@ -44,7 +47,7 @@ class KeyValues(NamedTuple):
         return self.key.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
 
     def grouped(self) -> "KeyValues":
-        """Return the level with ``order`` and ``offsets``.
+        """Return the level with ``order`` and ``rank``.
 
         They depend only on ``segment``: compute them once per step, not in every layer. Without them, ``decode_attention``
         computes them itself where a backend needs them. This does not wait for the device.
@@ -52,8 +55,18 @@ class KeyValues(NamedTuple):
         if self.segment is None or self.order is not None:
             return self
         ordered, order = self.segment.sort(stable=True)
-        bounds = torch.arange(self.num_segments + 1, dtype=ordered.dtype, device=ordered.device)
-        return self._replace(order=order.int(), offsets=torch.searchsorted(ordered, bounds, out_int32=True))
+        rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
+        exists = (ordered >= 0) & (ordered < self.num_segments)
+        return self._replace(order=order.int(), rank=torch.where(exists, rank, -1).int())
+
+
+def part_size(levels: Sequence[KeyValues]) -> int:
+    """Return the number of tokens of the parts into which kernels split segments.
+
+    It depends only on the shapes of the buffers, so that the result of a slot does not depend on what the buffers hold.
+    """
+    longest = max(level.capacity for level in levels)
+    return PART * max(1, -(-longest // (PART * MAX_PARTS)))
 
 
 def as_level(index: int, level: KeyValues, query: torch.Tensor, like: KeyValues | None) -> KeyValues:
@@ -98,14 +111,16 @@ def as_level(index: int, level: KeyValues, query: torch.Tensor, like: KeyValues 
     if level.segment is None:
         if num < slots:
             raise ValueError(f"{name} must have a segment for every slot or name those that slots read, got {num} for {slots}")
-        return level._replace(lengths=lengths, order=None, offsets=None)
+        return level._replace(lengths=lengths, order=None, rank=None)
     segment = as_indices(f"{name}.segment", level.segment, torch.int32, query.device)
     require_shape(f"{name}.segment", segment, (slots,), "the slots of query")
     require_device(f"{name}.segment", segment, query.device, "query")
-    for field, x, count in (("order", level.order, slots), ("offsets", level.offsets, num + 1)):
+    if (level.order is None) != (level.rank is None):
+        raise ValueError(f"{name}.order and {name}.rank must be given together, see grouped()")
+    for field, x in (("order", level.order), ("rank", level.rank)):
         if x is not None:
             require_dtype(f"{name}.{field}", x, torch.int32)
-            require_shape(f"{name}.{field}", x, (count,), "that of grouped()")
+            require_shape(f"{name}.{field}", x, (slots,), "the slots of query")
             require_device(f"{name}.{field}", x, query.device, "query")
     return level._replace(lengths=lengths, segment=segment)
 

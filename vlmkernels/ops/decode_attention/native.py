@@ -4,11 +4,11 @@ from array import array
 
 import torch
 
+from vlmkernels.ops.decode_attention.inputs import part_size
 from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 from vlmkernels.ops.layout import unsupported_last_axis
 
 LOG2E = 1.4426950408889634
-PART = 512  # kDecodePart of csrc/common/decode_attention.h
 
 
 def level_fields(level):
@@ -17,7 +17,7 @@ def level_fields(level):
     return (
         key.data_ptr(),
         value.data_ptr(),
-        *map(address, (level.lengths, level.segment, table, level.order, level.offsets)),
+        *map(address, (level.lengths, level.segment, table, level.order, level.rank)),
         level.num_segments,
         level.capacity,
         key.shape[2],
@@ -30,9 +30,11 @@ def level_fields(level):
 
 class Native(Launcher):
     def unsupported(self, *tensors: torch.Tensor) -> str | None:
-        if self.name == "cuda":
-            return "not implemented yet"
-        return next(filter(None, (unsupported_dtype(x) or unsupported_last_axis(x) for x in tensors)), None)
+        reasons = [unsupported_dtype(x) or unsupported_last_axis(x) for x in tensors]
+        width, most = max(x.shape[-1] for x in tensors), self.module.decode_max_width
+        if self.name == "cuda" and width > most:
+            reasons.append(f"supports head dimensions up to {most}, got {width}")
+        return next(filter(None, reasons), None)
 
     def fwd(self, query, key, value, levels, window, scale, out, lse):
         levels = [
@@ -47,7 +49,8 @@ class Native(Launcher):
             levels = [level.grouped() for level in levels]
         slots, heads, width = query.shape
         key_heads, value_width = levels[0].key.shape[1], out.shape[2]
-        parts = sum((level.capacity + PART - 1) // PART for level in levels)
+        part = part_size(levels)
+        parts = sum((level.capacity + part - 1) // part for level in levels)
         partial = torch.empty(slots * heads * parts * ((value_width + 31) // 32 * 32 + 16), device=query.device)
         fields = array("q", [x for level in levels for x in level_fields(level)])
         new = {} if key is None else {
@@ -69,6 +72,7 @@ class Native(Launcher):
             key_heads=key_heads,
             width=width,
             value_width=value_width,
+            part=part,
             window=window or 0,
             scale=scale * LOG2E,
             **new,

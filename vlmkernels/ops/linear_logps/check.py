@@ -80,6 +80,20 @@ def check_logits(hidden: torch.Tensor, stats: torch.Tensor) -> None:
         require_nowhere(maximum.isposinf(), "hidden", "have logits within fp16's range, up to 65504", maximum)
 
 
+def check_bytes(name: str, value: int) -> None:
+    """Check that ``value`` is an amount of memory."""
+    if not (isinstance(value, int) and 0 <= value < 2**63):
+        raise ValueError(f"{name} must be an integer in [0, 2**63), got {value!r}")
+
+
+def check_chunk(name: str, value: int, hidden: torch.Tensor, vocab: int) -> None:
+    """Check that ``value`` is an amount of memory that holds a row of logits."""
+    check_bytes(name, value)
+    least = row_bytes(hidden, vocab)
+    if value < least:
+        raise ValueError(f"{name} must hold one row of logits, {least} bytes, got {value}")
+
+
 def budget(inputs: Operands, chunk_bytes: int | None, keep_logits_bytes: int | None, backend: str) -> tuple[int, int]:
     """Check chunk_bytes and keep_logits_bytes, and return them with None replaced by the default."""
     hidden, weight, bias, num = inputs.hidden, inputs.weight, inputs.bias, inputs.targets.numel()
@@ -87,13 +101,12 @@ def budget(inputs: Operands, chunk_bytes: int | None, keep_logits_bytes: int | N
     if chunk_bytes is None:
         chunk_bytes = 0 if not needed and is_faster(hidden, num, backend) else default_chunk_bytes(hidden.device)
     least = row_bytes(hidden, len(weight))
-    for name, value in (("chunk_bytes", chunk_bytes), ("keep_logits_bytes", keep_logits_bytes)):
-        if value is not None and not (isinstance(value, int) and 0 <= value < 2**63):
-            raise ValueError(f"{name} must be an integer in [0, 2**63), got {value!r}")
+    if keep_logits_bytes is not None:
+        check_bytes("keep_logits_bytes", keep_logits_bytes)
     if chunk_bytes == 0 and needed:
         raise ValueError(f"chunk_bytes must hold one row of logits, {least} bytes, if a gradient is needed, got 0")
-    if 0 < chunk_bytes < least:
-        raise ValueError(f"chunk_bytes must hold one row of logits, {least} bytes, got {chunk_bytes}")
+    if chunk_bytes != 0:
+        check_chunk("chunk_bytes", chunk_bytes, hidden, len(weight))
     if not needed:
         return chunk_bytes, 0
     if keep_logits_bytes is None:

@@ -30,29 +30,28 @@ define(
 )
 
 
-def _outputs(logits: torch.Tensor) -> SampledTokens:
-    num, dtype = len(logits), torch.promote_types(logits.dtype, torch.float32)
-    floats = (torch.empty(num, dtype=dtype, device=logits.device) for _ in range(3))
-    return SampledTokens(torch.empty(num, dtype=torch.int64, device=logits.device), *floats)
+def check_values(inputs: Inputs) -> None:
+    """Check on the CPU that the numbers of ``uniform`` and ``banned_rows`` are in range."""
+    uniform = inputs.uniform
+    if uniform is not None and uniform.device.type == "cpu":
+        require_nowhere(~((uniform >= 0) & (uniform < 1)), "uniform", "be in [0, 1)", uniform)
+    if inputs.banned_rows is not None and inputs.banned is not None:
+        require_indices("banned_rows", inputs.banned_rows, len(inputs.banned), "the rows of banned")
 
 
 @impl(FWD, "default")
 def _fwd(*args: Any) -> SampledTokens:
     *rest, backend = args
     inputs, filters = unpack(rest, Inputs, Filters)
-    uniform = inputs.uniform
-    if uniform is not None and uniform.device.type == "cpu":
-        require_nowhere(~((uniform >= 0) & (uniform < 1)), "uniform", "be in [0, 1)", uniform)
-    if inputs.banned_rows is not None:
-        require_indices("banned_rows", inputs.banned_rows, len(inputs.banned), "the rows of banned")
-    outputs = _outputs(inputs.logits)
+    check_values(inputs)
+    outputs = SampledTokens.empty(inputs.logits)
     if len(inputs.logits):
         select("sample_logps", backend, inputs.logits).fwd(inputs, filters, outputs)
     return outputs
 
 
 def _fwd_fake(*args: Any) -> SampledTokens:
-    return _outputs(args[0])
+    return SampledTokens.empty(args[0])
 
 
 register_fake(FWD, _fwd_fake)

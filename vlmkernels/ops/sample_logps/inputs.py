@@ -23,6 +23,13 @@ class SampledTokens(NamedTuple):
     log_kept_mass: torch.Tensor
     entropy: torch.Tensor
 
+    @classmethod
+    def empty(cls, source: torch.Tensor) -> "SampledTokens":
+        """Allocate the results for logits or hidden states (N, ...)."""
+        num, dtype = len(source), torch.promote_types(source.dtype, torch.float32)
+        floats = (torch.empty(num, dtype=dtype, device=source.device) for _ in range(3))
+        return cls(torch.empty(num, dtype=torch.int64, device=source.device), *floats)
+
 
 class Filters(NamedTuple):
     """Which tokens can be sampled, and the temperature. ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 keep all tokens."""

@@ -6,8 +6,6 @@ from vlmkernels.ops.layout import unsupported_last_axis
 
 class Native(Launcher):
     def unsupported(self, logits):
-        if self.name == "cuda":
-            return "not implemented"
         return unsupported_dtype(logits) or unsupported_last_axis(logits)
 
     def fwd(self, inputs, filters, outputs) -> None:
@@ -15,6 +13,9 @@ class Native(Launcher):
         num, vocab = logits.shape
         uniform, banned, banned_rows = (t if t is None else t.contiguous() for t in (uniform, banned, banned_rows))
         seen = seen if seen is None or seen.stride(1) == 1 else seen.contiguous()
+        # Sums of each block of tokens.
+        blocks = -(-vocab // self.module.token_block)
+        workspace = None if self.name == "cpp" else outputs.logps.new_empty(num, blocks, 6)
         params = self.module.SampleLogps(
             logits=address(logits),
             dtype=DTYPES[logits.dtype],
@@ -36,5 +37,6 @@ class Native(Launcher):
             logps=address(outputs.logps),
             log_kept_mass=address(outputs.log_kept_mass),
             entropy=address(outputs.entropy),
+            workspace=address(workspace),
         )
         self.launch("sample_logps", params, logits.device)
