@@ -1,38 +1,34 @@
 """Log-probabilities of the rollout against those of training, in a tiny model of every family, with fp64 as the scale."""
 
 import copy
-import json
 
 import pytest
 import torch
-from support import tiny, tiny_families
-from support.budget import assert_within_budget
+from support import tiny_families
 from support.double import InDouble
 from support.groups import SHARING, processed
-from support.training import config, length_reward
 
 from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
 from vlmkernels.models.router_replay import router_replay_unsupported, use_router_replay
 from vlmkernels.rollout.base import Rollout, Sampling
 from vlmkernels.rollout.decode import decode_groups
-from vlmkernels.train import GRPOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # raised by processors with NumPy 2
 torch.set_num_threads(1)
 
 
-def logps_of(model, rollout):
+def logps_of(model, rollout, arguments):
     head = output_head(model)
     batch = rollout.packed(torch.arange(len(rollout.group)), model)
     with torch.no_grad():
-        return completion_logps(model, batch, head=head, arguments=logit_arguments(model, head), temperature=1.0)
+        return completion_logps(model, batch, head=head, arguments=arguments, temperature=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SHARING)
 def test_rollout_and_training(name, dtype):
-    """The error of the rollout is within the budget that training's own error sets. With experts, training replays them."""
+    """The mean error of the rollout is at most twice that of training. With experts, training replays them."""
     case = tiny_families.case(name)
     model = use_tree_attention(copy.deepcopy(case.model).to(dtype).eval())
     routes = router_replay_unsupported(model) is None
@@ -45,11 +41,16 @@ def test_rollout_and_training(name, dtype):
     decoded = decode_groups(model, prompts, 2, sampling, uniform=uniform, record_experts=routes)
     more = {"logps": decoded.logps, "routed_experts": decoded.routed_experts}
     rollout = Rollout(prompts, torch.tensor([0, 0, 1, 1]), decoded.ids, decoded.mask, decoded.truncated, **more)
-    training = logps_of(model, rollout)
+    arguments = logit_arguments(model, output_head(model))
+    training = logps_of(model, rollout, arguments)
     exact_model = model.double()
     if routes:
         exact_model.set_experts_implementation("eager")  # grouped products of fp64 are not implemented
     prompts.inputs.update({key: x.double() for key, x in prompts.inputs.items() if x.is_floating_point()})
     with InDouble():
-        exact = logps_of(exact_model, rollout)
-    assert_within_budget("logps", decoded.logps[decoded.mask], training, exact, dtype)
+        exact = logps_of(exact_model, rollout, arguments)
+
+    def error(logps):
+        return (logps.double() - exact).abs().mean().item()
+
+    assert error(decoded.logps[decoded.mask]) <= 2 * error(training) + torch.finfo(torch.float32).eps * exact.abs().max().item()
