@@ -72,7 +72,7 @@ def test_unknown_names_raise_with_the_full_list():
         pass
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton, cuda; got 'flex'"):
         backend.resolve("gather_logps", "flex")
-    with pytest.raises(ValueError, match="backend must be one of auto, parts, flash, flash4, flex; got 'cpp'"):
+    with pytest.raises(ValueError, match="backend must be one of auto, parts, flash, flash4, flex, paths; got 'cpp'"):
         backend.resolve("tree_attention", "cpp")
 
 

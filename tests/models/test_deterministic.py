@@ -12,8 +12,9 @@ from support.training import Gradients, config, length_reward, train
 from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.deterministic import Deterministic, deterministic_unsupported, undo_deterministic, use_deterministic
 from vlmkernels.models.families import recurrent_layers
-from vlmkernels.models.head import completion_logps, logit_arguments, output_head
+from vlmkernels.models.head import call_in_head, completion_logps, logit_arguments, output_head
 from vlmkernels.rollout.base import Rollout, Sampling
+from vlmkernels.rollout.decode import decode_groups
 from vlmkernels.rollout.generate import Generate
 from vlmkernels.train import GRPOTrainer
 
@@ -102,6 +103,27 @@ def test_decoding_in_any_number_of_slots(name, dtype):
     count = int(one.completion_mask.sum())
     assert torch.equal(one.completion_ids[0], rollouts[0].completion_ids[2, :count])
     assert torch.equal(one.logps[0], rollouts[0].logps[2, :count])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["text", "gemma3", "qwen3_vl_moe"])
+def test_hidden_states_of_rollout_and_training_are_equal(name, dtype):
+    """The inputs of the head in decoding steps have the bits of those in a pack."""
+    model, prompts, decoded_states, states = use_deterministic(copied(name, dtype)), processed(name, 0, 1), [], []
+    sampling = Sampling(5, (), 0, temperature=0, suppress_tokens=range(200))
+    head = output_head(model)
+    hook = head.register_forward_pre_hook(lambda module, args: decoded_states.append(args[0].flatten(0, -2)))
+    decoded = decode_groups(model, prompts, 1, sampling)
+    hook.remove()
+    rollout = Rollout(prompts, torch.tensor([0, 1]), decoded.ids, decoded.mask, decoded.truncated)
+
+    def note(hidden, weight, targets, rows, bias):
+        states.append(hidden.flatten(0, -2)[rows])
+        return hidden.sum().reshape(1)
+
+    with torch.no_grad():
+        call_in_head(model, rollout.packed(torch.arange(2), model), head, note)
+    assert torch.equal(torch.stack(decoded_states, 1).flatten(0, 1), states[0])
 
 
 def test_gradients_and_checkpointing():
