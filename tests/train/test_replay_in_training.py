@@ -10,6 +10,7 @@ from support.training import Gradients, config, length_reward, train
 
 from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.train import GRPOTrainer
+from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.experience import Experience
 
 torch.set_num_threads(1)
@@ -52,6 +53,15 @@ def test_training(tmp_path):
     trainer._add_fixed_logps(trainer._experience)
     assert reference
     assert all(given is None for given in reference)
+
+    random_state = torch.random.get_rng_state()
+    found = measure_agreement(
+        trainer.model, trainer.tokenizer, trainer.engine, trainer.prepared, trainer.args, trainer.accelerator
+    )
+    assert 2 <= found.tokens <= 8
+    assert found.mean <= found.max < 1e-4
+    assert f"at most {found.max:.1e} ({found.tokens} tokens, float32)" in str(found)
+    assert torch.equal(torch.random.get_rng_state(), random_state)
 
     state = trainer._experience.state_dict()
     torch.save(state, tmp_path / "state.pt")

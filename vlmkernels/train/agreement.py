@@ -7,9 +7,10 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from vlmkernels.data.samples import encode, read_sample
+from vlmkernels.data.samples import tokenizer_of
 from vlmkernels.models.head import completion_logps
 from vlmkernels.models.loading import inference
+from vlmkernels.models.trajectories import text_inputs
 from vlmkernels.rollout.base import Engine
 from vlmkernels.rollout.generate import Generate
 from vlmkernels.train.config import GRPOConfig
@@ -55,14 +56,14 @@ def measure_agreement(
     is_own = isinstance(engine, Generate) and engine.returns_logps
     if not is_own or requires_lockstep(accelerator) or not accelerator.is_main_process:
         return None
-    sample = read_sample({"prompt": PROMPT}, 0)
-    prompts = encode([sample], processor, policy.family, args.chat_template_kwargs, **policy.processor_arguments)
+    # Without the processor, as that of PaliGemma only accepts text with images.
+    prompts = text_inputs([tokenizer_of(processor)(PROMPT)["input_ids"]], policy.family, args.device, pad_token_id=0)
     uniform = torch.rand(COMPLETIONS, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sampling = engine.sampling
     engine.sampling = replace(sampling, max_new_tokens=TOKENS, min_new_tokens=0)
     try:
         with inference(model), accelerator.autocast():
-            rollout = engine(model, prompts.to(args.device), COMPLETIONS, args.temperature, uniform=uniform)
+            rollout = engine(model, prompts, COMPLETIONS, args.temperature, uniform=uniform)
             samples = torch.arange(COMPLETIONS)
             batch = rollout.packed(samples, policy.model) if policy.shares_prefix else rollout.padded(samples)
             options = {"head": policy.head, "arguments": policy.logit_arguments, "temperature": args.temperature}
