@@ -44,20 +44,20 @@ def _is_file(image: Any) -> bool:
     return os.path.isfile(image) if isinstance(image, str) else is_encoded(image)
 
 
-def _files(images: Any) -> Iterator[Any]:
-    """Yield the files of nested lists of images."""
+def _flat(images: Any) -> Iterator[Any]:
+    """Yield the images of nested lists."""
     if isinstance(images, (list, tuple)):
         for image in images:
-            yield from _files(image)
-    elif _is_file(images):
+            yield from _flat(image)
+    else:
         yield images
 
 
-def _filled(images: Any, decoded: Iterator[Any]) -> Any:
-    """Replace each file of nested lists of images by the next decoded image."""
+def _filled(images: Any, values: Iterator[Any]) -> Any:
+    """Replace each image of nested lists by the next value."""
     if isinstance(images, (list, tuple)):
-        return [_filled(image, decoded) for image in images]
-    return next(decoded) if _is_file(images) else images
+        return [_filled(image, values) for image in images]
+    return next(values)
 
 
 class FastImageProcessor(Qwen2VLImageProcessor):
@@ -82,9 +82,13 @@ class FastImageProcessor(Qwen2VLImageProcessor):
 
     def fetch_images(self, images: Any) -> Any:
         """Decode the images that are files; the parent class downloads URLs."""
-        files = list(_files(images))
-        decoded = map_distinct(lambda k: decode_file(files[k], f"images[{k}]"), files)
-        return super().fetch_images(_filled(images, iter(decoded)))
+        flat = list(_flat(images))
+
+        def decode(index: int) -> Any:
+            image = flat[index]
+            return decode_file(image, f"images[{index}]") if _is_file(image) else image
+
+        return super().fetch_images(_filled(images, iter(map_distinct(decode, flat))))
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[torch.Tensor]:
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
