@@ -319,6 +319,12 @@ def test_an_image_of_pixels_is_a_pil_image():
     ):
         assert change(new()).tobytes() == change(plain).tobytes()
     assert encoded(new(), "PNG") == encoded(plain, "PNG")
+    for other in (new(), plain, new().copy()):
+        assert new() == other
+        assert other == new()
+    for other in (plain.rotate(90), plain.convert("L"), RGBImage(255 - pixels), pixels.tobytes()):
+        assert new() != other
+        assert other != new()
 
 
 def test_arrays_share_the_pixels_of_an_image_until_it_changes():

@@ -66,12 +66,14 @@ class FastImageProcessor(Qwen2VLImageProcessor):
         processor.image_processor = FastImageProcessor.from_pretrained(path)
 
     Images may also be files: their content as bytes, paths, or dicts ``{"bytes": ..., "path": ...}``, which are decoded to
-    upright RGB (see ``vlmkernels.ops.decode_image``). Images are decoded, converted and resized in parallel, on torch's number
-    of threads and in their own memory layout (channels last), and one pass over the pixels rescales, normalizes and packs them.
-    Errors name the index and the size of the image. The parent class handles images that are not
-    uint8 RGB (floats, or gray images with ``do_convert_rgb=False``), PIL images with more than 8 bits per channel, settings
-    that ``pack_patches`` refuses (``rescale_factor`` <= 0, a standard deviation of 0) and, with transformers < 5.21,
-    transparent images.
+    upright RGB (see ``vlmkernels.ops.decode_image``). The parent class supports only paths of these, decodes them with
+    torchvision or torchcodec, and drops the alpha channel instead of compositing it on white.
+
+    Images are decoded, converted and resized in parallel, on torch's number of threads and in their own memory layout (channels
+    last), and one pass over the pixels rescales, normalizes and packs them. Errors name the index and the size of the image.
+    The parent class handles images that are not uint8 RGB (floats, or gray images with ``do_convert_rgb=False``), PIL images
+    with more than 8 bits per channel, settings that ``pack_patches`` refuses (``rescale_factor`` <= 0, a standard deviation of
+    0) and, with transformers < 5.21, transparent images.
 
     ``save_pretrained`` writes the name of the parent class, so the saved files load without this package.
     """
@@ -83,12 +85,11 @@ class FastImageProcessor(Qwen2VLImageProcessor):
     def fetch_images(self, images: Any) -> Any:
         """Decode the images that are files; the parent class downloads URLs."""
         flat = list(_flat(images))
-
-        def decode(index: int) -> Any:
-            image = flat[index]
-            return decode_file(image, f"images[{index}]") if _is_file(image) else image
-
-        return super().fetch_images(_filled(images, iter(map_distinct(decode, flat))))
+        files = [index for index, image in enumerate(flat) if _is_file(image)]
+        decoded = map_distinct(lambda k: decode_file(flat[files[k]], f"images[{files[k]}]"), [flat[index] for index in files])
+        for index, image in zip(files, decoded, strict=True):
+            flat[index] = image
+        return super().fetch_images(_filled(images, iter(flat)))
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[torch.Tensor]:
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)

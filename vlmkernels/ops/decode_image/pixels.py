@@ -48,6 +48,10 @@ class RGBImage(Image.Image):
             return super().__array_interface__
         return {"version": 3, "shape": pixels.shape, "typestr": "|u1", "data": memoryview(pixels).toreadonly()}
 
+    def __eq__(self, other: object) -> bool:
+        """Compare as a plain image: PIL's images are equal only if they have the same class."""
+        return self.copy() == (other.copy() if isinstance(other, RGBImage) else other)
+
     def tobytes(self, encoder_name: str = "raw", *args: Any) -> bytes:
         """Return the pixels as ``PIL.Image.Image.tobytes`` does."""
         pixels = self.pixels
