@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor
 from transformers.image_utils import load_image
 
+from vlmkernels import use_backend
 from vlmkernels.data.dataset import SampleDataset, load_dataset
-from vlmkernels.data.images import ImageLimits, decoded, open_image, read_header
+from vlmkernels.data.images import ImageLimits, decoded, open_image, read_header, read_image, read_size
 from vlmkernels.data.samples import _content_key, read_sample, read_video
 from vlmkernels.models.image_processor import _composites_on_white
 
@@ -279,6 +282,63 @@ def test_columns_of_datasets_are_decoded_once_and_by_the_rules():
     with pytest.raises(ValueError, match=r"sample 0: images\[0\] cannot be read: image must have at most 1567 pixels"):
         limited[0]
     assert SampleDataset(dataset.with_format("numpy"), "train_dataset").stored.format["type"] == "numpy"
+
+
+def test_columns_with_a_mode_are_converted_by_datasets():
+    dataset = Dataset.from_list(jpeg_rows(1)).cast_column("image", ImageFeature(mode="L"))
+    expected = np.asarray(Image.open(io.BytesIO(jpeg_rows(1)[0]["image"]["bytes"])).convert("L"))
+    image = np.asarray(SampleDataset(dataset, "train_dataset")[0][1].images[0])
+    assert image.shape == (28, 56, 3)
+    np.testing.assert_array_equal(image, expected[..., None].repeat(3, -1))
+
+
+def test_lists_of_images_are_not_written_again(monkeypatch):
+    rows = [{"prompt": PROMPT, "images": [row["image"]] * 2} for row in jpeg_rows(3)]
+    dataset = Dataset.from_list(rows).cast_column("images", List(ImageFeature()))
+    monkeypatch.setattr(Dataset, "map", lambda *args, **kwargs: pytest.fail("the dataset was written again"))
+    samples = SampleDataset(dataset.select([2, 0]), "train_dataset")
+    assert samples.stored.data.nbytes == dataset.data.nbytes
+    np.testing.assert_array_equal(np.asarray(samples[0][1].images[1]), np.asarray(read_sample(rows[2], 2).images[1]))
+    assert isinstance(dataset[0]["images"][0], Image.Image)  # the caller's dataset still decodes
+
+
+class OneReader(io.BytesIO):
+    """A file that two threads must not read at once."""
+
+    is_read = False
+
+    def read(self, size=-1):
+        assert not self.is_read
+        self.is_read = True
+        time.sleep(0.002)
+        self.is_read = False
+        return super().read(size)
+
+
+@pytest.mark.parametrize("read", [read_size, read_image])
+def test_threads_read_an_image_one_after_another(read):
+    opened = Image.open(OneReader(with_late_exif(file_of(photo(), "png", 6))))
+    with ThreadPoolExecutor(4) as threads:
+        assert [image.size for image in threads.map(read, [opened, {"bytes": opened}] * 4)] == [(28, 56)] * 8
+    assert opened.getpixel((0, 0)) == photo().getpixel((0, 0))  # still open
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientations_that_do_not_exist(orientation):
+    for suffix in ("jpeg", "png", "late png"):
+        content = file_of(photo(), suffix.removeprefix("late "), orientation)
+        content = with_late_exif(content) if suffix.startswith("late") else content
+        assert read_size(content).size == read_image(content).size == (56, 28)
+
+
+def test_a_selected_decoder_that_cannot_decode_an_image_names_its_row():
+    pytest.importorskip("simplejpeg")
+    rows = [*jpeg_rows(1), {"prompt": PROMPT, "image": file_of(photo(), "png")}]
+    samples = SampleDataset(rows, "train_dataset", on_bad="skip")
+    message = "train_dataset: sample 1: no backend serves decode_image: simplejpeg: "
+    with use_backend("simplejpeg"), pytest.raises(NotImplementedError, match=message):
+        samples.__getitems__([0, 1])
+    assert samples.bad == {}
 
 
 def test_equal_pixels_have_equal_keys():

@@ -190,6 +190,8 @@ def test_files_are_decoded_to_the_pixels_of_pil(tmp_path):
         check(FastImageProcessor(**QWEN2)(images, return_tensors="pt"), expected)
     with pytest.raises(ValueError, match=r"images\[1\] must be a whole image file: .*runcated"):
         FastImageProcessor(**QWEN2)([path, contents[0][:-9]], return_tensors="pt")
+    with pytest.raises(ValueError, match=r"images\[2\] must be a whole image file: .*runcated"):
+        FastImageProcessor(**QWEN2)([[upright[0], path], [contents[0][:-9]]], return_tensors="pt")
 
 
 def truncated():

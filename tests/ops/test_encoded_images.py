@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import struct
+import sys
 import threading
 
 import numpy as np
@@ -88,6 +90,47 @@ def test_every_orientation(orientation, decoder):
     np.testing.assert_array_equal(np.asarray(decode_image(open_encoded(content, "image"), backend=decoder)), by_pil(content))
 
 
+def with_exif(image, kind, *entries):
+    """A file whose EXIF data has entries (tag, type, four bytes) that PIL would not write."""
+    entries = b"".join(struct.pack("<HHI4s", tag, type_, 1, value) for tag, type_, value in entries)
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(entries) // 12) + entries + bytes(4)
+    return encoded(image, kind, exif=b"Exif\0\0" + tiff)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("type_", "value", "turned"),
+    [(1, b"6\0\0\0", False), (2, b"6\0\0\0", False), (11, struct.pack("<f", 6.5), False), (11, struct.pack("<f", 6), True)],
+    ids=["bytes", "text", "6.5", "6.0"],
+)
+def test_orientations_of_other_types(type_, value, turned, decoder):
+    content = with_exif(photo(40, 60), "JPEG", (0x0112, type_, value))
+    image = decode_image(open_encoded(content, "image"), backend=decoder)
+    assert image.size == ((40, 60) if turned else (60, 40))
+    np.testing.assert_array_equal(np.asarray(image), by_pil(content))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("decoder", ["pillow", "auto"])
+@pytest.mark.parametrize(("tag", "type_"), [(0x0100, 2), (0x010F, 11), (0x011A, 2)], ids=["struct", "attribute", "type"])
+def test_exif_data_that_pil_cannot_write_again(kind, decoder, tag, type_):
+    content = with_exif(photo(40, 60), kind, (0x0112, 3, b"\6\0\0\0"), (tag, type_, b"\1\0\0\0"))
+    expected = np.array(Image.open(io.BytesIO(content)).transpose(Image.Transpose.ROTATE_270))
+    for _ in range(2):
+        image = decode_image(open_encoded(content, "image"), backend=decoder)
+        np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("decoder", ["pillow", "auto"])
+def test_a_decoded_image_is_not_turned_again(kind, decoder):
+    image = decode_image(open_encoded(with_orientation(photo(40, 60), 6, kind), "image"), backend=decoder)
+    assert image.size == (40, 60)
+    assert image.info == {}
+    assert image.getexif().get(0x0112, 1) == 1
+    np.testing.assert_array_equal(np.asarray(decode_image(image)), np.asarray(image))
+
+
 def on_white(image):
     """Computed in fp64."""
     rgba = np.asarray(image.convert("RGBA")).astype(np.float64)
@@ -139,6 +182,28 @@ def outcome(content, decoder):
         return np.asarray(decode_image(open_encoded(content, "image"), backend=decoder))
     except (ValueError, OSError, SyntaxError):
         return None
+
+
+@needs_simplejpeg
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411"])
+def test_every_subsampling(subsampling, decoder):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    for size in ((101, 150), (5, 7), (1, 1)):
+        content = simplejpeg.encode_jpeg(np.ascontiguousarray(photo(*size)), 80, "RGB", subsampling)
+        image = decode_image(open_encoded(content, "image"), backend=decoder)
+        np.testing.assert_array_equal(np.asarray(image), by_pil(content))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_progressive_files_without_their_last_scans(decoder):
+    content = encoded(photo(), progressive=True, quality=60)
+    starts = [at for at in range(len(content)) if content[at : at + 2] == b"\xff\xda"]
+    assert len(starts) == 10
+    for start in starts[1:]:
+        cut = content[:start] + b"\xff\xd9"
+        image = decode_image(open_encoded(cut, "image"), backend=decoder)
+        np.testing.assert_array_equal(np.asarray(image), by_pil(cut))
 
 
 @needs_simplejpeg
@@ -212,14 +277,18 @@ def test_a_named_decoder_never_falls_back():
         pack_patches([good, damaged], **OPTIONS, decoder="simplejpeg")
 
 
-@pytest.mark.parametrize("lack", ["package", "equal pixels"])
+@pytest.mark.parametrize("lack", ["package", "its library", "equal pixels"])
 def test_without_a_usable_simplejpeg_pil_decodes(monkeypatch, lack):
     if lack == "package":
         monkeypatch.setattr(simple_jpeg, "installed", lambda name: name != "simplejpeg")
         message = r"simplejpeg: simplejpeg is not installed \(the extra 'jpeg'\)"
+    elif not backends.installed("simplejpeg"):
+        pytest.skip("simplejpeg is not installed")
+    elif lack == "its library":
+        monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it raises ImportError
+        simple_jpeg._equals_pillow.cache_clear()
+        message = "simplejpeg: simplejpeg does not load: .*simplejpeg"
     else:
-        if not backends.installed("simplejpeg"):
-            pytest.skip("simplejpeg is not installed")
         right = simple_jpeg._pixels
         monkeypatch.setattr(simple_jpeg, "_pixels", lambda *args: right(*args) ^ 1)
         simple_jpeg._equals_pillow.cache_clear()
@@ -250,6 +319,12 @@ def test_an_image_of_pixels_is_a_pil_image():
     ):
         assert change(new()).tobytes() == change(plain).tobytes()
     assert encoded(new(), "PNG") == encoded(plain, "PNG")
+    for other in (new(), plain, new().copy()):
+        assert new() == other
+        assert other == new()
+    for other in (plain.rotate(90), plain.convert("L"), RGBImage(255 - pixels), pixels.tobytes()):
+        assert new() != other
+        assert other != new()
 
 
 def test_arrays_share_the_pixels_of_an_image_until_it_changes():
@@ -262,6 +337,28 @@ def test_arrays_share_the_pixels_of_an_image_until_it_changes():
     np.testing.assert_array_equal(array, np.asarray(photo()))  # its memory is still alive
     assert np.asarray(image)[0, 0].tolist() == [1, 2, 3]
     np.testing.assert_array_equal(np.asarray(image)[1:], array[1:])
+
+
+class CopiedByAnotherThread(RGBImage):
+    """An image that another thread copies to PIL's memory after each look at its pixels."""
+
+    @property
+    def pixels(self):
+        pixels, self.__dict__["kept"] = self.__dict__["kept"], None
+        if pixels is not None:
+            self.im = Image.fromarray(pixels).im
+        return pixels
+
+    @pixels.setter
+    def pixels(self, pixels):
+        self.__dict__["kept"] = pixels
+
+
+def test_threads_may_share_an_image():
+    pixels = np.asarray(photo())
+    for use in (np.asarray, lambda image: np.asarray(image.convert("RGB")), lambda image: np.frombuffer(image.tobytes(), "u1")):
+        found = use(CopiedByAnotherThread(pixels.copy()))
+        np.testing.assert_array_equal(found.reshape(pixels.shape), pixels)
 
 
 def test_threads_return_results_in_order_and_raise_the_first_error(threads):
@@ -295,6 +392,7 @@ def test_files_in_every_form_have_the_rows_of_their_pixels(tmp_path, threads, de
     for images in (
         contents,
         [bytearray(contents[0]), memoryview(contents[1]), contents[2]],
+        [contents[0], memoryview(bytes(b for byte in contents[1] for b in (byte, 0)))[::2], contents[2]],
         [path, str(tmp_path / "b.png"), contents[2]],
         [{"bytes": contents[0], "path": None}, {"bytes": None, "path": str(tmp_path / "b.png")}, {"bytes": contents[2]}],
         [torch.from_numpy(by_pil(contents[0])), contents[1], Image.open(io.BytesIO(contents[2]))],
@@ -350,6 +448,7 @@ def errors():
 
     rule = r"images\[0\] must have sides that can be resized, got 28 x 28: "
     yield "resize", [good, good], {"resize": refuse}, ValueError, rule + "the ratio is too large"
+    yield "resize to floats", [good], {"resize": lambda height, width: (28.0, 28.5)}, ValueError, rule
     yield "resize to nothing", [good], {"resize": lambda height, width: (0, 28)}, ValueError, rule
     meta = torch.empty(3, 28, 28, dtype=torch.uint8, device="meta")
     rule = r"images\[0\] must be on the CPU to be resized, got meta"
@@ -364,6 +463,18 @@ def test_errors_name_the_file(threads, case):
     images, options, error, message = ERRORS[case]
     with pytest.raises(error, match=message):
         pack_patches(images, **OPTIONS, **options)
+
+
+def test_other_errors_of_pil_name_the_file(threads, monkeypatch):
+    """Its plugins raise errors of Python for some damaged files."""
+    good, png = encoded(photo(28, 28)), encoded(photo(28, 28), "PNG")
+
+    def load(self):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(ValueError, match=r"images\[1\] must be a whole image file: .*, got error: unpack requires"):
+        pack_patches([good, png], **OPTIONS)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

@@ -235,15 +235,19 @@ def undecoded(dataset: Any, columns: Iterable[str] | None = None) -> Any:
     from datasets import List
 
     def stored(feature: Any) -> Any:
+        if isinstance(feature, ImageFeature):  # that of a mode converts the pixels
+            return feature if columns is not None and feature.mode else ImageFeature(decode=False)
         if isinstance(feature, List):
             return List(stored(feature.feature))
         if isinstance(feature, dict):
             return {name: stored(value) for name, value in feature.items()}
-        return ImageFeature(decode=False) if isinstance(feature, ImageFeature) else feature
+        return feature
 
-    for name, feature in dataset.features.items():
-        if (columns is None or name in columns) and (changed := stored(feature)) != feature:
-            dataset = dataset.cast_column(name, changed)
+    wanted = {name: stored(feature) for name, feature in dataset.features.items() if columns is None or name in columns}
+    changed = {name: feature for name, feature in wanted.items() if feature != dataset.features[name]}
+    if changed:
+        dataset = dataset.with_format(**dataset.format)  # a copy that shares the rows
+        dataset.info.features.update(changed)  # cast_column would write the rows again for a list of images
     return dataset
 
 

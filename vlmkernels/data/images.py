@@ -12,14 +12,16 @@ import stat
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from vlmkernels.ops.decode_image import decode_image
-from vlmkernels.ops.decode_image.pixels import EXIF_ERRORS, FORMATS, MAX_PIXELS, orientation, scaled
+from vlmkernels.ops.decode_image.pixels import EXIF_ERRORS, FORMATS, MAX_PIXELS, checked_orientation, orientation, scaled
 
 # What ``open_image`` raises, and PIL when datasets opens an image. PIL raises SyntaxError for a broken PNG file.
 IMAGE_ERRORS = (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError)
@@ -126,8 +128,7 @@ def open_image(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         ValueError, OSError, TypeError, SyntaxError: the value is not an image of ``FORMATS``, or exceeds the limits
             (``IMAGE_ERRORS``).
     """
-    if isinstance(value, dict):
-        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    value = _without_dict(value)
     if hasattr(value, "dtype"):
         image = _from_array(value)
     else:
@@ -192,7 +193,7 @@ def _orientation_after_the_pixels(image: Any) -> int:
             length = int.from_bytes(head[:4], "big")
             if head[4:] == b"eXIf":
                 exif.load(file.read(length))
-                return int(exif.get(ExifTags.Base.Orientation, 1))
+                return checked_orientation(exif)
             file.seek(length + 4, os.SEEK_CUR)
     except EXIF_ERRORS:
         pass
@@ -212,17 +213,38 @@ def decoded(image: Image.Image) -> Image.Image:
 
 def read_image(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Open and decode an image: ``decoded(open_image(value, limits))``. Several threads can call this function."""
-    image = open_image(value, limits)
-    if image is value:
-        with _given_images:
-            return decoded(image)
-    try:
+    with _opened(value, limits) as image:
         return decoded(image)
+
+
+def read_size(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> ImageHeader:
+    """Open an image and read its header: ``read_header(open_image(value, limits))``. Several threads can call this function."""
+    with _opened(value, limits) as image:
+        return read_header(image)
+
+
+_given_images = threading.Lock()  # several rows can have the same PIL image, whose file only one thread may read
+
+
+@contextmanager
+def _opened(value: Any, limits: ImageLimits) -> Iterator[Image.Image]:
+    """Open an image, and close it unless the caller has opened it."""
+    image = open_image(value, limits)
+    if image is _without_dict(value):
+        with _given_images:
+            yield image
+        return
+    try:
+        yield image
     finally:
         image.close()
 
 
-_given_images = threading.Lock()  # several rows can have the same PIL image, which only one thread may decode
+def _without_dict(value: Any) -> Any:
+    """Return the bytes or the path of an image in a dict as ``datasets`` stores it; other values as they are."""
+    if isinstance(value, dict):
+        return value.get("path") if value.get("bytes") is None else value["bytes"]
+    return value
 
 
 def _from_array(value: Any) -> Image.Image:

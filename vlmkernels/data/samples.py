@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from vlmkernels.data.conversations import is_absent, normalized, text_of_parts
-from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageHeader, ImageLimits, open_image, read_header, read_image
+from vlmkernels.data.images import DEFAULT_LIMITS, IMAGE_ERRORS, ImageHeader, ImageLimits, read_image, read_size
 from vlmkernels.models.families import Family
 from vlmkernels.models.inputs import ModelInputs, concat
 from vlmkernels.ops.checks import require_positive
@@ -96,12 +96,11 @@ def _read_frame(value: Any, name: str, decode: bool, limits: ImageLimits) -> tor
     """Return a frame's pixels, (3, H, W) uint8; without ``decode`` on the device "meta"."""
     if not hasattr(value, "dtype"):  # neither an array nor a tensor
         try:
-            value = read_image(value, limits) if decode else open_image(value, limits)
+            value = read_image(value, limits) if decode else read_size(value, limits)
         except IMAGE_ERRORS as error:
             raise ValueError(f"{name} cannot be read: {error}") from error
         if not decode:
-            size = read_header(value)
-            return torch.empty(3, size.height, size.width, dtype=torch.uint8, device="meta")
+            return torch.empty(3, value.height, value.width, dtype=torch.uint8, device="meta")
     frames = as_frames(value, name)
     if len(frames) != 1:
         raise ValueError(f"{name} must be one frame, got {len(frames)} frames")
@@ -199,6 +198,7 @@ def read_sample(
 
     Raises:
         TypeError, ValueError: the prompt, an image or a video is invalid; the message begins with the name of the row.
+        NotImplementedError: the decoder that ``use_backend`` selects does not support an image.
     """
     name = where or f"sample {index}"
     if not isinstance(row, dict):
@@ -211,6 +211,8 @@ def read_sample(
         raise TypeError(f"{name}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    except NotImplementedError as error:  # of a decoder that the caller has selected
+        raise NotImplementedError(f"{name}: {error}") from error
 
 
 def _read(row: dict[str, Any], index: int, decode: bool, limits: ImageLimits, where: str) -> Sample:
@@ -224,7 +226,7 @@ def _read(row: dict[str, Any], index: int, decode: bool, limits: ImageLimits, wh
     images, column = [], media["image"][0]
     for position, value in enumerate(values["image"]):
         try:
-            images.append(read_image(value, limits) if decode else read_header(open_image(value, limits)))
+            images.append(read_image(value, limits) if decode else read_size(value, limits))
         except IMAGE_ERRORS as error:
             name = column if column == "image" else f"{column}[{position}]"
             raise ValueError(f"{name} cannot be read: {error}") from error

@@ -44,20 +44,20 @@ def _is_file(image: Any) -> bool:
     return os.path.isfile(image) if isinstance(image, str) else is_encoded(image)
 
 
-def _files(images: Any) -> Iterator[Any]:
-    """Yield the files of nested lists of images."""
+def _flat(images: Any) -> Iterator[Any]:
+    """Yield the images of nested lists."""
     if isinstance(images, (list, tuple)):
         for image in images:
-            yield from _files(image)
-    elif _is_file(images):
+            yield from _flat(image)
+    else:
         yield images
 
 
-def _filled(images: Any, decoded: Iterator[Any]) -> Any:
-    """Replace each file of nested lists of images by the next decoded image."""
+def _filled(images: Any, values: Iterator[Any]) -> Any:
+    """Replace each image of nested lists by the next value."""
     if isinstance(images, (list, tuple)):
-        return [_filled(image, decoded) for image in images]
-    return next(decoded) if _is_file(images) else images
+        return [_filled(image, values) for image in images]
+    return next(values)
 
 
 class FastImageProcessor(Qwen2VLImageProcessor):
@@ -66,12 +66,14 @@ class FastImageProcessor(Qwen2VLImageProcessor):
         processor.image_processor = FastImageProcessor.from_pretrained(path)
 
     Images may also be files: their content as bytes, paths, or dicts ``{"bytes": ..., "path": ...}``, which are decoded to
-    upright RGB (see ``vlmkernels.ops.decode_image``). Images are decoded, converted and resized in parallel, on torch's number
-    of threads and in their own memory layout (channels last), and one pass over the pixels rescales, normalizes and packs them.
-    Errors name the index and the size of the image. The parent class handles images that are not
-    uint8 RGB (floats, or gray images with ``do_convert_rgb=False``), PIL images with more than 8 bits per channel, settings
-    that ``pack_patches`` refuses (``rescale_factor`` <= 0, a standard deviation of 0) and, with transformers < 5.21,
-    transparent images.
+    upright RGB (see ``vlmkernels.ops.decode_image``). The parent class supports only paths of these, decodes them with
+    torchvision or torchcodec, and drops the alpha channel instead of compositing it on white.
+
+    Images are decoded, converted and resized in parallel, on torch's number of threads and in their own memory layout (channels
+    last), and one pass over the pixels rescales, normalizes and packs them. Errors name the index and the size of the image.
+    The parent class handles images that are not uint8 RGB (floats, or gray images with ``do_convert_rgb=False``), PIL images
+    with more than 8 bits per channel, settings that ``pack_patches`` refuses (``rescale_factor`` <= 0, a standard deviation of
+    0) and, with transformers < 5.21, transparent images.
 
     ``save_pretrained`` writes the name of the parent class, so the saved files load without this package.
     """
@@ -82,9 +84,12 @@ class FastImageProcessor(Qwen2VLImageProcessor):
 
     def fetch_images(self, images: Any) -> Any:
         """Decode the images that are files; the parent class downloads URLs."""
-        files = list(_files(images))
-        decoded = map_distinct(lambda k: decode_file(files[k], f"images[{k}]"), files)
-        return super().fetch_images(_filled(images, iter(decoded)))
+        flat = list(_flat(images))
+        files = [index for index, image in enumerate(flat) if _is_file(image)]
+        decoded = map_distinct(lambda k: decode_file(flat[files[k]], f"images[{files[k]}]"), [flat[index] for index in files])
+        for index, image in zip(files, decoded, strict=True):
+            flat[index] = image
+        return super().fetch_images(_filled(images, iter(flat)))
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[torch.Tensor]:
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)

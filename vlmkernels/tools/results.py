@@ -108,11 +108,9 @@ def _image(part: Part, name: str, limits: ImageLimits) -> Image.Image:
     if "image" not in part:
         raise ToolError(f"{name} must have an image, got only its type")
     try:
-        image = read_image(part["image"], limits)
+        return read_image(part["image"], limits)
     except IMAGE_ERRORS as error:
         raise ToolError(f"{name} is not an image that can be used: {error}") from error
-    image.info = {}  # the metadata of its file
-    return image
 
 
 def _check_length(length: int) -> None:

@@ -88,7 +88,7 @@ def test_a_corrupt_image_that_the_dataset_decodes_is_named(tmp_path):
     rows = [
         {"prompt": row["prompt"], "image": {"bytes": row["images"][0], "path": None}} for row in map(runs.corrupt, tiny.rows(3))
     ]
-    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    data = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image(mode="RGB"))
     with pytest.raises(ValueError, match=r"sample \d: cannot be read: image file is truncated"):
         build(tmp_path, data=data, rewards=[runs.brevity]).train()
 

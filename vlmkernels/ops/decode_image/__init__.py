@@ -47,10 +47,11 @@ def open_encoded(value: Any, name: str) -> Any:
     if is_path and not os.path.isfile(value):  # reading a pipe would block
         raise ValueError(f"{name} must be an existing regular file, got {os.fspath(value):.200}")
     try:
-        image = Image.open(value if is_path else io.BytesIO(value), formats=FORMATS)
+        image = Image.open(value if is_path else io.BytesIO(bytes(value)), formats=FORMATS)
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} must be a {', '.join(FORMATS)} file that PIL can open: {error}") from error
     if image.width * image.height > MAX_PIXELS:
+        image.close()
         raise ValueError(f"{name} must have at most {MAX_PIXELS} pixels, got {image.height} x {image.width}")
     return image
 

@@ -12,11 +12,14 @@ def unsupported(*tensors: torch.Tensor, image: Any = None) -> str | None:
 
 
 def decode(image: Any) -> Any:
-    from PIL import ImageOps
+    from vlmkernels.ops.decode_image.pixels import on_white, upright, with_8_bits
 
-    from vlmkernels.ops.decode_image.pixels import on_white, orientation, with_8_bits
-
-    image.load()
-    if orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    return on_white(with_8_bits(image))
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # PIL's plugins raise errors such as struct.error and KeyError for some damaged files
+        raise ValueError(f"image must be a file that PIL decodes, got {type(error).__name__}: {error}") from error
+    image = on_white(with_8_bits(upright(image)))
+    image.info = {}  # the orientation in its EXIF data no longer applies
+    return image

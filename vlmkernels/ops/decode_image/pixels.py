@@ -34,29 +34,61 @@ class RGBImage(Image.Image):
 
     def load(self) -> Any:
         """Copy the pixels to PIL's memory. All methods of PIL that need the pixels call this method."""
-        if self.pixels is not None:
-            self.im, self.pixels = Image.fromarray(self.pixels).im, None
+        pixels = self.pixels  # read once: reward functions on several threads can use an image
+        if pixels is not None:
+            self.im = Image.fromarray(pixels).im
+            self.pixels = None
         return super().load()
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
         """Share the pixels with an array that cannot change them. The array keeps them alive."""
-        if self.pixels is None:
+        pixels = self.pixels
+        if pixels is None:
             return super().__array_interface__
-        return {"version": 3, "shape": self.pixels.shape, "typestr": "|u1", "data": memoryview(self.pixels).toreadonly()}
+        return {"version": 3, "shape": pixels.shape, "typestr": "|u1", "data": memoryview(pixels).toreadonly()}
+
+    def __eq__(self, other: object) -> bool:
+        """Compare as a plain image: PIL's images are equal only if they have the same class."""
+        return self.copy() == (other.copy() if isinstance(other, RGBImage) else other)
 
     def tobytes(self, encoder_name: str = "raw", *args: Any) -> bytes:
         """Return the pixels as ``PIL.Image.Image.tobytes`` does."""
-        is_plain = self.pixels is not None and encoder_name == "raw" and not args
-        return self.pixels.tobytes() if is_plain else super().tobytes(encoder_name, *args)
+        pixels = self.pixels
+        if pixels is None or encoder_name != "raw" or args:
+            return super().tobytes(encoder_name, *args)
+        return pixels.tobytes()
 
 
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1, upright, if there is none or it is broken. PIL applies that of TIFF files itself."""
     try:
-        return 1 if image.format == "TIFF" else int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return 1 if image.format == "TIFF" else checked_orientation(image.getexif())
     except EXIF_ERRORS:
         return 1
+
+
+def checked_orientation(exif: Image.Exif) -> int:
+    """Return the orientation in EXIF data; 1 if it is not one of the numbers 1 to 8, as in ``PIL.ImageOps.exif_transpose``."""
+    value = exif.get(ExifTags.Base.Orientation, 1)
+    return int(value) if value in range(1, 9) else 1
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. ``PIL.ImageOps.exif_transpose`` also rewrites the EXIF data, and fails if it is broken."""
+    method = _UPRIGHT.get(orientation(image))
+    return image if method is None else image.transpose(method)
+
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def is_opaque(image: Image.Image) -> bool:

@@ -102,7 +102,7 @@ def _resized(frames: torch.Tensor, name: str, resize: Callable[[int, int], tuple
         if size == (height, width):
             return frames
         return torch.nn.functional.interpolate(frames, size, mode="bicubic", antialias=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} must have sides that can be resized, got {height} x {width}: {error}") from error
 
 
