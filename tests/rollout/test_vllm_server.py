@@ -383,8 +383,9 @@ def test_a_server_of_another_model(tmp_path):
         ),
         (
             {"temperature": 0.7, "top_p": 0.9, "rollout_correction": "token_mask", "rollout_policy": "full"},
-            "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, .*, got 0.7",
+            "temperature must be 1, or rollout_correction be set with rollout_policy 'truncated', with use_vllm .*, got 0.7",
         ),
+        ({"temperature": 0.7, "top_p": 0.9, "off_policy_mask_threshold": 0.5}, "temperature must be 1, .*, got 0.7"),
         ({"temperature": 3.0}, "temperature must be at most 2 with use_vllm, got 3.0"),
         ({"eval_temperature": 2.5}, "eval_temperature must be at most 2 with use_vllm, got 2.5"),
         ({"vllm_weight_transfer": "nccl"}, "vllm_weight_transfer must be one of auto, memory, folder, got 'nccl'"),

@@ -213,6 +213,19 @@ def test_what_is_in_the_way_is_named(make, backend, obstacle, capsys):
         make("server", setup=lambda fake: setattr(fake, "transfer", backend), vllm={"weight_transfer": "memory"})
 
 
+def test_a_server_on_several_gpus(make, capsys):
+    """Its other GPUs could not read handles of the trainer's memory."""
+
+    def setup(fake):
+        fake.transfer = "ipc"
+        fake.change["/server_info"] = lambda answer, number: {
+            "vllm_config": answer["vllm_config"] | {"parallel_config": {"world_size": 2}}
+        }
+
+    make("server", setup=setup)
+    assert "weights, because the server runs on 2 GPUs, and CUDA IPC reaches only that of" in capsys.readouterr().out
+
+
 def test_vllm_in_another_process(make, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     make("colocate")

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from vlmkernels.data.samples import encode, read_sample
+from vlmkernels.data.samples import SampleError, encode, read_sample
 from vlmkernels.models.head import completion_logps
 from vlmkernels.models.loading import inference
 from vlmkernels.rollout.base import Engine
@@ -49,14 +49,18 @@ def measure_agreement(
     It changes no random state. The metrics ``sampling/sampling_logp_difference`` measure the same over all tokens of a step.
 
     Returns:
-        None if the engine is not the trainer's own or returns no log-probabilities, if parameters are sharded, and on other
-        processes than the main one.
+        None if the engine is not the trainer's own or returns no log-probabilities, if parameters are sharded, on other
+        processes than the main one, and if ``processor`` cannot encode the prompt, for which it prints the reason.
     """
     is_own = isinstance(engine, Generate) and engine.returns_logps
     if not is_own or requires_lockstep(accelerator) or not accelerator.is_main_process:
         return None
-    sample = read_sample({"prompt": PROMPT}, 0)
-    prompts = encode([sample], processor, policy.family, args.chat_template_kwargs, **policy.processor_arguments)
+    sample = read_sample({"prompt": PROMPT}, 0, where="the prompt of this check")
+    try:
+        prompts = encode([sample], processor, policy.family, args.chat_template_kwargs, **policy.processor_arguments)
+    except SampleError as error:  # a tokenizer need not know English
+        print(f"Agreement of rollout and training: not measured. {error}", flush=True)
+        return None
     uniform = torch.rand(COMPLETIONS, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sampling = engine.sampling
     engine.sampling = replace(sampling, max_new_tokens=TOKENS, min_new_tokens=0)

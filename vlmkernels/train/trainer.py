@@ -136,7 +136,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self._step_time = 0.0
         details = run_details(*data, self.datasets.columns, self.rewards, model)
         details["model"]["shares prefix"] = self.prepared.shares_prefix
-        found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
+        with self.processes.stop_together("the agreement of rollout and training"):  # only the main process samples
+            found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
         if found is not None:
             print(found, flush=True)
             details["model"]["agreement of rollout and training"] = found._asdict()

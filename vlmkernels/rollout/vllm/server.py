@@ -144,7 +144,7 @@ def _reply(content: Any) -> Reply:
             pairs = zip(token_ids[1:], entries[1:], strict=True)
             prompt_logps = [float(logps[str(token)]["logprob"]) for token, logps in pairs]
         return Reply(token_ids, completions, prompt_logps)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, EOFError) as error:
         raise RolloutError(f"vLLM's reply must be that of /inference/v1/generate, got {content!r:.300} ({error!r})") from error
 
 
@@ -277,6 +277,8 @@ class VLLMServer(VLLM):
         if backend not in BACKENDS:
             given = f"with {backend!r} as" if backend else "without"
             obstacle = f"the server was started {given} --weight-transfer-config, whose backend must be {' or '.join(BACKENDS)}"
+        elif backend == "ipc" and (gpus := (settings.get("parallel_config") or {}).get("world_size", 1)) > 1:
+            obstacle = f"the server runs on {gpus} GPUs, and CUDA IPC reaches only that of the trainer's weights"
         elif model.device.type != "cuda":
             obstacle = f"the weights must be on a GPU to go to the server in memory, and are on {model.device.type}"
         self._choose_transfer(obstacle, "in memory, by " + {"ipc": "CUDA IPC", "nccl": "NCCL"}.get(backend, ""))
