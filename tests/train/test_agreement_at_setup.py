@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import tiny
-from support.training import config, length_reward
+from support.training import config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,11 +13,15 @@ from vlmkernels.train.agreement import measure_agreement
 torch.set_num_threads(1)
 
 
+def length(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
 def trainer_of(tmp_path, tokenizer=None, data=None, **options):
     model = tiny.text_model()
     args = config(tmp_path, **options)
     rows = tiny.rows(8, "none") if data is None else data
-    return GRPOTrainer(model, [length_reward], args, rows, processing_class=tokenizer or tiny.tokenizer())
+    return GRPOTrainer(model, length, args, rows, processing_class=tokenizer or tiny.tokenizer())
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 5}, {"share_prefix": True, "max_num_seqs": 1}], ids=str)
@@ -58,4 +62,4 @@ def test_a_tokenizer_without_english(tmp_path, capsys):
     assert "Agreement of rollout and training: not measured. the prompt of this check: prompt " in capsys.readouterr().out
     trainer.train()
     assert trainer.state.global_step == 1
-    assert "agreement" not in (tmp_path / "run.json").read_text()
+    assert "agreement of rollout and training" not in (tmp_path / "run.json").read_text()

@@ -101,8 +101,8 @@ def check_sampling(sampling: Sampling, policy: str | None = None) -> None:
         raise ValueError(f"temperature must be at most {MAX_TEMPERATURE:g} with use_vllm, got {sampling.temperature}")
     if not logprobs_modes(sampling, policy):
         raise ValueError(
-            "temperature must be 1, or rollout_correction be set with rollout_policy 'truncated', with use_vllm and top_p, top_k, "
-            "min_p, a repetition penalty or min_new_tokens where the loss compares log-probabilities (rollout_correction, "
-            "off_policy_mask_threshold), because vLLM returns them either before the temperature or after such limits, got "
-            f"{sampling.temperature}"
+            "temperature must be 1, or rollout_correction be set with rollout_policy 'truncated', with use_vllm and top_p, "
+            "top_k, min_p, a repetition penalty or min_new_tokens, where the loss compares log-probabilities "
+            "(rollout_correction, off_policy_mask_threshold), because vLLM returns them either before the temperature or after "
+            f"such limits, got {sampling.temperature}"
         )

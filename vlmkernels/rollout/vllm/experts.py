@@ -23,7 +23,8 @@ def moe_layers(model: PreTrainedModel) -> list[int]:
     if max(counts) > 1:
         # vLLM 0.32 stores the experts of both routers at the first tokens of a batch, so that one overwrites the other.
         raise ValueError(
-            f"router_replay must be False with use_vllm and a model with separate routers for images and text, got True with {name}"
+            "router_replay must be False with use_vllm and a model with separate routers for images and text, got True with "
+            f"{name}"
         )
     return [k for k, count in enumerate(counts) if count]
 
