@@ -137,7 +137,13 @@ def test_by_nccl(make, ipc, monkeypatch, capsys):
     changed(run.model)
     run.engine.sync_weights(run.model, 0)
     assert has_weights_of(run.fake, run.model)
+    run.engine.sync_weights(run.model, 1)
     assert run.fake.counts["/init_weight_transfer_engine"] == 1
+    run.fake.version = "default"  # the server was restarted
+    changed(run.model)
+    run.engine.sync_weights(run.model, 2)
+    assert run.fake.counts["/init_weight_transfer_engine"] == len(seen) == 2
+    assert has_weights_of(run.fake, run.model)
 
 
 def _load(connection, update):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -283,7 +284,10 @@ class VLLMServer(VLLM):
             obstacle = f"the weights must be on a GPU to go to the server in memory, and are on {model.device.type}"
         self._choose_transfer(obstacle, "in memory, by " + {"ipc": "CUDA IPC", "nccl": "NCCL"}.get(backend, ""))
         if self.in_memory:
-            self.transfer: WeightTransfer = server_transfer(backend, self.client.request, self.client.base_url)
+            self.connect: Callable[[], WeightTransfer] = partial(
+                server_transfer, backend, self.client.request, self.client.base_url
+            )
+            self.transfer = self.connect()
 
     def _check_endpoints(self) -> None:
         reply = self.client.request("/openapi.json")
@@ -368,6 +372,9 @@ class VLLMServer(VLLM):
     # Weights
 
     def _load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        # A server that was restarted, or that another run connected to, would never answer in the old NCCL group.
+        if self.version is not None and self.client.request("/weight_info")["weight_version"] != self.version:
+            self.transfer = self.connect()
         self.transfer.send(tensors)
 
     def _load_folder(self, folder: Path) -> None:
