@@ -260,6 +260,7 @@ class VLLMServer(VLLM):
             fps=video.get("fps", 1.0),
         )
         self._set(info)  # which _compare uses
+        self._warn_of_uncounted()
         # Loading the weights of another model would break the server, so compare before the first update.
         launched = self.client.request("/weight_info")["weight_version"] == "default"
         self.client.request("/resume", {})  # a run that was killed during an update left the server paused
