@@ -242,6 +242,19 @@ def test_presets_in_yaml_are_overridden_by_flags(tmp_path, flags, expected):
     assert (config.preset, config.epsilon, config.epsilon_high, config.max_prompt_length) == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], None),
+        (["--use_vllm"], True),
+        (["--use-vllm", "--vllm_mode", "server"], True),
+        (["--use_vllm", "false"], False),
+    ],
+)
+def test_use_vllm_needs_no_value(flags, expected):
+    assert build_parser().parse_args([*flags, "--output_dir", "run"]).use_vllm is expected
+
+
 def test_bad_sample_is_named(files, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text((files / "data.jsonl").read_text())
     with pytest.raises(SystemExit) as exit:

@@ -1,5 +1,6 @@
 """What vLLM is sent and returns besides tokens: videos, log-probabilities of truncated sampling, sampling masks, experts."""
 
+import base64
 import re
 
 import pytest
@@ -209,6 +210,20 @@ def test_a_server_without_experts(make, layers):
         make("server", vllm={"routed_experts": True})
 
 
+@pytest.mark.parametrize("content", ["", base64.b64encode(b"experts").decode()])
+def test_experts_that_cannot_be_read(make, layers, content):
+    run = make("server", setup=lambda fake: setattr(fake, "num_experts", (4, 2)), vllm={"routed_experts": True})
+
+    def change(answer, number):
+        for choice in answer["choices"]:
+            choice["routed_experts"] = content
+        return answer
+
+    run.fake.change["/inference/v1/generate"] = change
+    with pytest.raises(RolloutError, match=r"vLLM's reply must be that of /inference/v1/generate"):
+        run.sample(tiny.rows(1))
+
+
 @pytest.mark.parametrize("shape", [None, (2, 2)])
 def test_missing_experts(make, layers, shape):
     run = make("server", setup=lambda fake: setattr(fake, "num_experts", (4, 2)), vllm={"routed_experts": True})
@@ -226,3 +241,9 @@ def test_layers_with_experts():
     expected = [k for k, layer in enumerate(model.get_decoder().layers) if hasattr(layer.mlp, "experts")]
     assert vllm_experts.moe_layers(model) == expected
     assert expected
+
+
+def test_layers_with_two_routers():
+    """Each of the two routers of Ernie runs on some of the tokens, and vLLM does not say on which."""
+    with pytest.raises(ValueError, match="a model with separate routers for images and text, got True with Ernie4_5_VLMoe"):
+        vllm_experts.moe_layers(tiny_families.case("ernie4_5_vl_moe").model)

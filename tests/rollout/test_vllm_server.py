@@ -125,8 +125,8 @@ def test_logps_are_those_of_the_whole_vocabulary_at_the_temperature(fake, tmp_pa
     assert "logprobs" not in engine._params(0)  # processed log-probabilities of greedy tokens are useless
 
 
-@pytest.mark.parametrize("limit", [64, 12])
-def test_ids_without_a_token_are_banned(fake, tmp_path, monkeypatch, limit, caplog):
+@pytest.mark.parametrize(("limit", "temperature"), [(64, 0.7), (12, 0.7), (12, 1.0)])
+def test_ids_without_a_token_are_banned(fake, tmp_path, monkeypatch, limit, temperature, caplog):
     """Log-probabilities count them in the whole vocabulary, or leave them out if they are more than the limit."""
     monkeypatch.setattr(vllm_engine, "MAX_COUNTED", limit)
     fake.config["logprobs_mode"] = "processed_logprobs"
@@ -134,7 +134,7 @@ def test_ids_without_a_token_are_banned(fake, tmp_path, monkeypatch, limit, capl
     size = len(tiny.tokenizer())
     own.resize_token_embeddings(size + 10)
     fake.model.resize_token_embeddings(size + 10)
-    args, temperature = config(tmp_path, fake, temperature=0.7), 0.7
+    args = config(tmp_path, fake, temperature=temperature)
     engine = VLLMServer(own, tiny.processor(), args.sampling(), args.vllm_config(), Accelerator(cpu=True))
     missing = [*range(size, size + 10)]
     assert engine.banned == sorted([*media_token_ids(own.config, tiny.processor()), *missing])
@@ -383,8 +383,9 @@ def test_a_server_of_another_model(tmp_path):
         ),
         (
             {"temperature": 0.7, "top_p": 0.9, "rollout_correction": "token_mask", "rollout_policy": "full"},
-            "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, .*, got 0.7",
+            "temperature must be 1, or rollout_correction be set with rollout_policy 'truncated', with use_vllm .*, got 0.7",
         ),
+        ({"temperature": 0.7, "top_p": 0.9, "off_policy_mask_threshold": 0.5}, "temperature must be 1, .*, got 0.7"),
         ({"temperature": 3.0}, "temperature must be at most 2 with use_vllm, got 3.0"),
         ({"eval_temperature": 2.5}, "eval_temperature must be at most 2 with use_vllm, got 2.5"),
         ({"vllm_weight_transfer": "nccl"}, "vllm_weight_transfer must be one of auto, memory, folder, got 'nccl'"),

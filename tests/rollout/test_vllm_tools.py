@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from support import tiny
-from support.fake_vllm import FakeModule, FakeVLLM, Status
+from support.fake_vllm import FakeModule, FakeVLLM, Status, experts_of
 from support.observations import observation, result_text
 from support.tool_models import tool_model
 
@@ -189,6 +189,23 @@ def test_trajectories(case, kind):
     torch.testing.assert_close(rollout.logps[rollout.sampled_mask], expected, atol=1e-4, rtol=0)
     assert not rollout.logps[~rollout.sampled_mask].any()
     assert expected.abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["server", "colocate"])
+def test_experts_of_trajectories(case, kind):
+    """Those of prompts, turns and results, in their layout; -1 for the last token of a trajectory alone."""
+    case = case(kind, slow=[0])
+    case.fake.num_experts, case.engine.moe_layers, case.engine.returns_experts = (4, 2), [1, 3], True
+    rollout = case.sample()
+    prompts, completions = rollout.routed_experts
+    for k, prompt in enumerate(GROUP):
+        kept = rollout.prompts.inputs["attention_mask"][prompt].bool()
+        length = int(kept.sum())
+        tokens = rollout.prompts.inputs["input_ids"][prompt][kept].tolist() + rollout.token_ids()[k]
+        experts = torch.from_numpy(experts_of(tokens, (4, 2))[:, [1, 3]]).short()
+        assert torch.equal(prompts[prompt][kept], experts[:length])
+        assert torch.equal(completions[k, : len(tokens) - length - 1], experts[length:-1])
+        assert (completions[k, len(tokens) - length - 1 :] == -1).all()
 
 
 @pytest.mark.parametrize("kind", ["server", "colocate"])

@@ -137,7 +137,13 @@ def test_by_nccl(make, ipc, monkeypatch, capsys):
     changed(run.model)
     run.engine.sync_weights(run.model, 0)
     assert has_weights_of(run.fake, run.model)
+    run.engine.sync_weights(run.model, 1)
     assert run.fake.counts["/init_weight_transfer_engine"] == 1
+    run.fake.version = "default"  # the server was restarted
+    changed(run.model)
+    run.engine.sync_weights(run.model, 2)
+    assert run.fake.counts["/init_weight_transfer_engine"] == len(seen) == 2
+    assert has_weights_of(run.fake, run.model)
 
 
 def _load(connection, update):
@@ -211,6 +217,19 @@ def test_what_is_in_the_way_is_named(make, backend, obstacle, capsys):
     assert f"weights, because {obstacle}\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"vllm_weight_transfer must be 'auto' or 'folder', because {obstacle}, got 'memory'"):
         make("server", setup=lambda fake: setattr(fake, "transfer", backend), vllm={"weight_transfer": "memory"})
+
+
+def test_a_server_on_several_gpus(make, capsys):
+    """Its other GPUs could not read handles of the trainer's memory."""
+
+    def setup(fake):
+        fake.transfer = "ipc"
+        fake.change["/server_info"] = lambda answer, number: {
+            "vllm_config": answer["vllm_config"] | {"parallel_config": {"world_size": 2}}
+        }
+
+    make("server", setup=setup)
+    assert "weights, because the server runs on 2 GPUs, and CUDA IPC reaches only that of" in capsys.readouterr().out
 
 
 def test_vllm_in_another_process(make, monkeypatch, capsys):

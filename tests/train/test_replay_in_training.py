@@ -6,7 +6,7 @@ import transformers
 from support import tiny
 from support.groups import amplified
 from support.tiny_families import EXPERTS
-from support.training import Gradients, config, length_reward, train
+from support.training import FixedGenerate, Gradients, config, length_reward, train
 
 from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.train import GRPOTrainer
@@ -76,6 +76,15 @@ def test_training(tmp_path):
         ValueError, match="saved mid-batch: router_replay must be True, as when its batch was sampled, got False"
     ):
         restored.check_arguments(config(tmp_path, **options), "here")
+
+
+def test_an_engine_without_experts(tmp_path):
+    trainer = trainer_of(tmp_path, router_replay=True)
+    trainer.engine = FixedGenerate(trainer)
+    with pytest.raises(
+        ValueError, match="router_replay must be False with an engine that returns no experts, such as FixedGenerate, got True"
+    ):
+        trainer.train()
 
 
 def test_errors(tmp_path):

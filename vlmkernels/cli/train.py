@@ -67,6 +67,8 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     )
     shown = COMMON | set(GRPOConfig.__annotations__)
     for action in parser._actions:
+        if action.dest == "use_vllm":  # argparse would need a value, because None is allowed too
+            action.nargs, action.const = "?", True
         if any(option.startswith("--no_") for option in action.option_strings):
             action.help = f"disable {action.dest}"
         if action.dest not in (*shown, "help") and not show_all:

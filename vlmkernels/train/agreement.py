@@ -50,14 +50,18 @@ def measure_agreement(
     It changes no random state. The metrics ``sampling/sampling_logp_difference`` measure the same over all tokens of a step.
 
     Returns:
-        None if the engine is not the trainer's own or returns no log-probabilities, if parameters are sharded, and on other
-        processes than the main one.
+        None if the engine is not the trainer's own or returns no log-probabilities, if parameters are sharded, on other
+        processes than the main one, and if ``processor`` cannot encode the prompt, for which it prints the reason.
     """
     is_own = isinstance(engine, Generate) and engine.returns_logps
     if not is_own or requires_lockstep(accelerator) or not accelerator.is_main_process:
         return None
     # Without the processor, as that of PaliGemma only accepts text with images.
-    prompts = text_inputs([tokenizer_of(processor)(PROMPT)["input_ids"]], policy.family, args.device, pad_token_id=0)
+    ids = tokenizer_of(processor)(PROMPT)["input_ids"]
+    if not ids:  # a tokenizer need not know English
+        print(f"Agreement of rollout and training: not measured. The tokenizer encodes {PROMPT!r} as no token", flush=True)
+        return None
+    prompts = text_inputs([ids], policy.family, args.device, pad_token_id=0)
     uniform = torch.rand(COMPLETIONS, TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     sampling = engine.sampling
     engine.sampling = replace(sampling, max_new_tokens=TOKENS, min_new_tokens=0)

@@ -378,6 +378,12 @@ class GRPOConfig(TrainingArguments):
         options |= {n: v for n, v in (self.generation_kwargs or {}).items() if v is not None or n not in options}
         return Sampling.from_kwargs(**options)
 
+    def _compared_policy(self) -> str | None:
+        """Return ``VLLMConfig.policy``, for the correction and for the mask of off-policy completions."""
+        if self.rollout_correction is not None:
+            return self.rollout_policy
+        return None if self.off_policy_mask_threshold is None else "full"
+
     def vllm_config(self) -> VLLMConfig | None:
         """Return the options of the vLLM engine; None without ``use_vllm``."""
         if not self.use_vllm:
@@ -391,7 +397,7 @@ class GRPOConfig(TrainingArguments):
             seed=self.seed,
             num_generations=max(self.num_generations, self.num_generations_eval),
             chat_template_kwargs=self.chat_template_kwargs or {},
-            policy=None if self.rollout_correction is None else self.rollout_policy,
+            policy=self._compared_policy(),
             routed_experts=self.router_replay,
         )
 

@@ -400,10 +400,6 @@ def prepare_engine(
         router_replay=args.router_replay,
         deterministic=args.deterministic,
     )
-    if args.router_replay and not engine.returns_experts:
-        raise ValueError(
-            f"router_replay must be False with an engine that returns no experts, such as {type(engine).__name__}, got True"
-        )
     if args.rollout_correction is not None and not engine.returns_logps:
         raise ValueError(
             "rollout_correction must be None with an engine that returns no log-probabilities, such as model.generate, "

@@ -136,7 +136,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self._step_time = 0.0
         details = run_details(*data, self.datasets.columns, self.rewards, model)
         details["model"]["shares prefix"] = self.prepared.shares_prefix
-        found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
+        with self.processes.stop_together("the agreement of rollout and training"):  # only the main process samples
+            found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
         if found is not None:
             print(found, flush=True)
             details["model"]["agreement of rollout and training"] = found._asdict()
@@ -238,6 +239,11 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             with self.phases("data"):
                 rows = self.samples.__getitems__(indices)
             rows, rollout, scored = self._sample(self.samples, rows, args.num_generations, args.temperature)
+            if args.router_replay and rollout.routed_experts is None:
+                name = type(self.engine).__name__
+                raise ValueError(
+                    f"router_replay must be False with an engine that returns no experts, such as {name}, got True"
+                )
         if args.on_bad_sample == "skip":
             replaced = [sample.index != index for index, sample in rows]
             self.metrics.add({"frac_samples_replaced": sum(replaced) / len(replaced)})

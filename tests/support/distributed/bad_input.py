@@ -64,6 +64,12 @@ def mixed_dtypes():
     return model
 
 
+def without_weights():
+    model = tiny.vlm(tied=False)
+    model.lm_head.weight.data.fill_(float("nan"))
+    return model
+
+
 def both(**wrong):
     """A case in which both processes train with these arguments, each given by a function that creates it."""
     return lambda output_dir: train(output_dir, **{name: make() for name, make in wrong.items()})
@@ -109,6 +115,11 @@ CASES = {
         second(model=lambda: "/nowhere"),
         "RuntimeError: process 1 stopped at the set-up: ValueError: model must be an existing folder",
         "ValueError: model must be an existing folder",
+    ),
+    "weights that are NaN": (
+        both(model=without_weights),
+        "RolloutError: token 0 of completion 0 of prompt 0 cannot be sampled: its logits are NaN or infinite",
+        "RuntimeError: process 0 stopped at the agreement of rollout and training: RolloutError: token 0 of completion 0",
     ),
     "a process that lags": (
         arrive_late,

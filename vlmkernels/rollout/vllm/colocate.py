@@ -41,6 +41,7 @@ class VLLMColocate(VLLM):
         plain = base_model(model)
         self.dtype = config.autocast_dtype if plain.dtype == torch.float32 else plain.dtype
         self.logprobs_mode = logprobs_modes(sampling, config.policy)[0]
+        self._warn_of_uncounted()
         self.lora = None
         options: dict[str, Any] = {}
         if self.adapter:

@@ -34,8 +34,8 @@ class VLLMConfig:
         seed: seed of colocated vLLM.
         num_generations: largest number of completions per prompt that a call requests. A server must allow as many.
         chat_template_kwargs: arguments of ``apply_chat_template``.
-        policy: the distribution whose log-probabilities the rollout correction needs: "full", of the whole vocabulary, or
-            "truncated", those with which the tokens were sampled. None: there is no correction.
+        policy: the distribution whose log-probabilities the loss needs: "full", of the whole vocabulary, or "truncated", those
+            with which the tokens were sampled. None: the loss needs none.
         routed_experts: whether rollouts have the experts of each token.
 
     Raises:
@@ -101,7 +101,8 @@ def check_sampling(sampling: Sampling, policy: str | None = None) -> None:
         raise ValueError(f"temperature must be at most {MAX_TEMPERATURE:g} with use_vllm, got {sampling.temperature}")
     if not logprobs_modes(sampling, policy):
         raise ValueError(
-            "temperature must be 1, or rollout_policy 'truncated', with use_vllm, rollout_correction and top_p, top_k, min_p, "
-            "a repetition penalty or min_new_tokens, because vLLM returns log-probabilities either before the temperature or "
-            f"after such limits, got {sampling.temperature}"
+            "temperature must be 1, or rollout_correction be set with rollout_policy 'truncated', with use_vllm and top_p, "
+            "top_k, min_p, a repetition penalty or min_new_tokens, where the loss compares log-probabilities "
+            "(rollout_correction, off_policy_mask_threshold), because vLLM returns them either before the temperature or after "
+            f"such limits, got {sampling.temperature}"
         )

@@ -21,7 +21,7 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns
 from vlmkernels.rollout.base import Engine, Rollout, RolloutError, Sampling, pad_token_ids
-from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling, logprobs_modes
+from vlmkernels.rollout.vllm.config import VLLMConfig, check_sampling
 from vlmkernels.rollout.vllm.experts import moe_layers, routed_experts
 from vlmkernels.rollout.vllm.fingerprint import TOLERANCE, Fingerprint, relative_difference
 from vlmkernels.rollout.vllm.main_process import on_main_process
@@ -97,11 +97,14 @@ class VLLM(Engine):
         if len(self.banned) <= MAX_COUNTED:
             return self.banned
         missing = {*missing_token_ids(model.config, processor)}
-        counted = [token for token in self.banned if token not in missing]
-        if "raw_logprobs" not in logprobs_modes(self.sampling, self.config.policy) and not self.sampling.is_restricted:
+        return [token for token in self.banned if token not in missing]
+
+    def _warn_of_uncounted(self) -> None:
+        """Warn if ``_logp`` leaves out banned tokens. Subclasses call it when they know ``logprobs_mode``."""
+        number = len(self.banned) - len(self.counted)
+        if number and self.logprobs_mode == "processed_logprobs" and not self._is_exact:
             text = "log-probabilities from vLLM take the probability of the %d ids without a token as 0: more than %d"
-            logger.warning(text, len(self.banned) - len(counted), MAX_COUNTED)
-        return counted
+            logger.warning(text, number, MAX_COUNTED)
 
     @abstractmethod
     def _requests(self) -> Requests:

@@ -13,13 +13,20 @@ def moe_layers(model: PreTrainedModel) -> list[int]:
     """Return the indices of the decoder's layers that have experts, among all its layers.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or a layer has several routers.
     """
-    layers = base_model(model).get_decoder().layers
-    found = [k for k, layer in enumerate(layers) if any(type(module).__name__ in ROUTERS for module in layer.modules())]
-    if not found:
-        raise ValueError(f"router_replay must be False with a model without experts, got True with {type(model).__name__}")
-    return found
+    plain = base_model(model)
+    counts = [sum(type(module).__name__ in ROUTERS for module in layer.modules()) for layer in plain.get_decoder().layers]
+    name = type(plain).__name__
+    if not any(counts):
+        raise ValueError(f"router_replay must be False with a model without experts, got True with {name}")
+    if max(counts) > 1:
+        # vLLM 0.32 stores the experts of both routers at the first tokens of a batch, so that one overwrites the other.
+        raise ValueError(
+            "router_replay must be False with use_vllm and a model with separate routers for images and text, got True with "
+            f"{name}"
+        )
+    return [k for k, count in enumerate(counts) if count]
 
 
 def routed_experts(

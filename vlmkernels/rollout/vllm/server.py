@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -144,7 +145,7 @@ def _reply(content: Any) -> Reply:
             pairs = zip(token_ids[1:], entries[1:], strict=True)
             prompt_logps = [float(logps[str(token)]["logprob"]) for token, logps in pairs]
         return Reply(token_ids, completions, prompt_logps)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, EOFError) as error:
         raise RolloutError(f"vLLM's reply must be that of /inference/v1/generate, got {content!r:.300} ({error!r})") from error
 
 
@@ -259,6 +260,7 @@ class VLLMServer(VLLM):
             fps=video.get("fps", 1.0),
         )
         self._set(info)  # which _compare uses
+        self._warn_of_uncounted()
         # Loading the weights of another model would break the server, so compare before the first update.
         launched = self.client.request("/weight_info")["weight_version"] == "default"
         self.client.request("/resume", {})  # a run that was killed during an update left the server paused
@@ -277,11 +279,16 @@ class VLLMServer(VLLM):
         if backend not in BACKENDS:
             given = f"with {backend!r} as" if backend else "without"
             obstacle = f"the server was started {given} --weight-transfer-config, whose backend must be {' or '.join(BACKENDS)}"
+        elif backend == "ipc" and (gpus := (settings.get("parallel_config") or {}).get("world_size", 1)) > 1:
+            obstacle = f"the server runs on {gpus} GPUs, and CUDA IPC reaches only that of the trainer's weights"
         elif model.device.type != "cuda":
             obstacle = f"the weights must be on a GPU to go to the server in memory, and are on {model.device.type}"
         self._choose_transfer(obstacle, "in memory, by " + {"ipc": "CUDA IPC", "nccl": "NCCL"}.get(backend, ""))
         if self.in_memory:
-            self.transfer: WeightTransfer = server_transfer(backend, self.client.request, self.client.base_url)
+            self.connect: Callable[[], WeightTransfer] = partial(
+                server_transfer, backend, self.client.request, self.client.base_url
+            )
+            self.transfer = self.connect()
 
     def _check_endpoints(self) -> None:
         reply = self.client.request("/openapi.json")
@@ -366,6 +373,9 @@ class VLLMServer(VLLM):
     # Weights
 
     def _load_tensors(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        # A server that was restarted, or that another run connected to, would never answer in the old NCCL group.
+        if self.version is not None and self.client.request("/weight_info")["weight_version"] != self.version:
+            self.transfer = self.connect()
         self.transfer.send(tensors)
 
     def _load_folder(self, folder: Path) -> None:
