@@ -180,8 +180,8 @@ struct Pairs {
         int64_t left = width - column;
         __m512i first = bit_cast<__m512i>(load_words(rows[0] + column, left));
         __m512i second = tokens > 1 ? bit_cast<__m512i>(load_words(rows[1] + column, left)) : _mm512_setzero_si512();
-        const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36,
-                                             4, 35, 3, 34, 2, 33, 1, 32, 0);
+        const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                             36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
         store(at, bit_cast<f32>(_mm512_permutex2var_epi16(first, low, second)));
         store(at + kLanes, bit_cast<f32>(_mm512_permutex2var_epi16(first, high, second)));
@@ -508,8 +508,8 @@ void run_task(const Call& call, const Task& task, const Task* next, Buffers<T>& 
             pack_keys<Unit>(keys + j, count - j, p.width, panel);
             for (int64_t r = 0; r < num_rows; r += kRows) {
                 with_rows(num_rows - r, [&](auto rows) {
-                    score_tile<Unit, rows()>(b.query.get() + r * b.padded, panel, b.words, p.scale, b.scores.get() + r * kKeys + j,
-                                             b.ahead);
+                    score_tile<Unit, rows()>(b.query.get() + r * b.padded, panel, b.words, p.scale,
+                                             b.scores.get() + r * kKeys + j, b.ahead);
                 });
             }
         }
@@ -538,8 +538,8 @@ void run_task(const Call& call, const Task& task, const Task* next, Buffers<T>& 
             }
             for (int64_t r = 0; r < num_rows; r += kRows) {
                 with_rows(num_rows - r, [&](auto rows) {
-                    value_tile<Unit, rows()>(b.scores.get() + r * kKeys, first == begin ? nullptr : &b.alpha[r], panel, words, c, b.rows.data() + r,
-                                             b.ahead);
+                    value_tile<Unit, rows()>(b.scores.get() + r * kKeys, first == begin ? nullptr : &b.alpha[r], panel, words,
+                                             c, b.rows.data() + r, b.ahead);
                 });
             }
         }
