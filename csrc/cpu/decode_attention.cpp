@@ -15,7 +15,7 @@
 namespace vlmk::VLMK_ISA {
 namespace {
 
-constexpr int64_t kKeys = 64;            // keys of a block
+constexpr int64_t kKeys = 128;           // keys of a block
 constexpr int64_t kPanel = 2 * kLanes;   // keys, or columns of the values, that a tile multiplies
 constexpr int64_t kPerThread = 1 << 18;  // least number of products per thread
 constexpr float kLn2 = 0.69314718055994530942f;
@@ -32,18 +32,19 @@ constexpr int kRows = 1;
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Memory that is aligned to vectors and not initialized.
+template <class T>
 class Scratch {
   public:
-    explicit Scratch(int64_t floats) : memory_(new float[floats + kLanes]) {
+    explicit Scratch(int64_t size) : memory_(new T[size + 64 / sizeof(T)]) {
         void* address = memory_.get();
-        size_t space = (floats + kLanes) * sizeof(float);
-        begin_ = static_cast<float*>(std::align(64, floats * sizeof(float), address, space));
+        size_t space = size * sizeof(T) + 64;
+        begin_ = static_cast<T*>(std::align(64, size * sizeof(T), address, space));
     }
-    float* get() const { return begin_; }
+    T* get() const { return begin_; }
 
   private:
-    std::unique_ptr<float[]> memory_;
-    float* begin_;
+    std::unique_ptr<T[]> memory_;
+    T* begin_;
 };
 
 // The address of a token.
@@ -142,24 +143,73 @@ inline void transpose(f32 (&x)[kLanes]) {
 }
 #endif
 
-// panel[d * kPanel + j] = element d of key first + j; 0 beyond the last key and beyond the width.
+// How products are computed. A word, 32 bits, holds kPerWord neighboring elements of a dot product.
+//   load_words(p, n)                the n <= kLanes * kPerWord elements at p as words, the others 0
+//   pack_values(rows, column, at)   words of the values of kPerWord tokens, for the kPanel columns from `column` on
+//   madd(sum, word, panel)          adds the products of one row's word with the words of kLanes keys or columns
+
 template <class T>
-void pack_keys(const Tokens<T>& keys, int64_t first, int64_t count, int64_t width, float* panel) {
+struct Floats {
+    using Word = float;
+    static constexpr int kPerWord = 1;
+    static f32 load_words(const T* p, int64_t n) { return n >= kLanes ? load(p) : load_tail(p, n, 0.0f); }
+    static void pack_values(const T* const* rows, int64_t, int64_t column, int64_t width, float* at) {
+        for (int64_t c = 0; c < kPanel; c += kLanes) {
+            int64_t left = width - column - c;
+            store(at + c, left > 0 ? load_words(rows[0] + column + c, left) : f32{});
+        }
+    }
+    static void store_words(float* at, f32 x) { store(at, x); }
+    static f32 madd(f32 sum, float word, f32 panel) { return sum + word * panel; }
+};
+
+#if defined(__AVX512F__)
+// With the instructions of AVX512_BF16, which not every processor with AVX-512 has. They are written as assembly because a
+// compiler knows them only in functions for such a processor, into which it does not inline templates for all others.
+struct Pairs {
+    using Word = float;  // only copied
+    static constexpr int kPerWord = 2;
+    static bool supported() { return __builtin_cpu_supports("avx512bf16"); }
+    static f32 load_words(const bf16* p, int64_t n) {
+        if (n >= 2 * kLanes) return load(reinterpret_cast<const float*>(p));
+        f32 x{};
+        std::memcpy(&x, p, n * sizeof(bf16));
+        return x;
+    }
+    static void pack_values(const bf16* const* rows, int64_t tokens, int64_t column, int64_t width, float* at) {
+        int64_t left = width - column;
+        __m512i first = bit_cast<__m512i>(load_words(rows[0] + column, left));
+        __m512i second = tokens > 1 ? bit_cast<__m512i>(load_words(rows[1] + column, left)) : _mm512_setzero_si512();
+        const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                             36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+        store(at, bit_cast<f32>(_mm512_permutex2var_epi16(first, low, second)));
+        store(at + kLanes, bit_cast<f32>(_mm512_permutex2var_epi16(first, high, second)));
+    }
+    static void store_words(float* at, f32 x) {
+        u16 raw;
+        asm("vcvtneps2bf16 %1, %0" : "=v"(raw) : "v"(x));
+        std::memcpy(at, &raw, sizeof(raw));
+    }
+    static f32 madd(f32 sum, float word, f32 panel) {
+        asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(panel), "v"(splat(word)));
+        return sum;
+    }
+};
+#endif
+
+// panel[w * kPanel + j] = word w of key j; 0 beyond the last key and beyond the width.
+template <class Unit, class T>
+void pack_keys(const T* const* keys, int64_t count, int64_t width, float* panel) {
     for (int64_t j = 0; j < kPanel; j += kLanes) {
-        const T* rows[kLanes];
-        const bool complete = j + kLanes <= count;
-        for (int i = 0; i < kLanes; ++i) rows[i] = j + i < count ? keys[first + j + i] : nullptr;
-        for (int64_t d = 0; d < width; d += kLanes) {
+        for (int64_t d = 0; d < width; d += kLanes * Unit::kPerWord) {
             f32 x[kLanes];
-            if (complete && d + kLanes <= width) {
-                for (int i = 0; i < kLanes; ++i) x[i] = load(rows[i] + d);
-            } else {
-                for (int i = 0; i < kLanes; ++i) {
-                    x[i] = rows[i] == nullptr ? f32{} : load_tail(rows[i] + d, std::min<int64_t>(width - d, kLanes), 0.0f);
-                }
+            for (int i = 0; i < kLanes; ++i) {
+                x[i] = j + i < count ? Unit::load_words(keys[j + i] + d, width - d) : f32{};
+                if (j + kLanes + i < count) __builtin_prefetch(keys[j + kLanes + i] + d);
             }
             transpose(x);
-            for (int i = 0; i < kLanes; ++i) store(panel + (d + i) * kPanel + j, x[i]);
+            for (int i = 0; i < kLanes; ++i) store(panel + (d / Unit::kPerWord + i) * kPanel + j, x[i]);
         }
     }
 }
@@ -167,13 +217,13 @@ void pack_keys(const Tokens<T>& keys, int64_t first, int64_t count, int64_t widt
 // Cache lines that the tiles prefetch one by one while they compute: a burst would wait for memory.
 class Ahead {
   public:
-    // Lists the tokens [first, first + count), to be prefetched in `steps` steps. With few rows per token it is not worth it.
+    // Lists `count` tokens, to be prefetched in `steps` steps.
     template <class T>
-    void list(const Tokens<T>& tokens, int64_t first, int64_t count, int64_t width, int64_t steps, bool worth) {
-        const int64_t bytes = width * sizeof(T), size = worth ? count * ((bytes + 63) / 64) : 0;
+    void list(const T* const* tokens, int64_t count, int64_t width, int64_t steps) {
+        const int64_t bytes = width * sizeof(T), size = count * ((bytes + 63) / 64);
         if (static_cast<int64_t>(lines_.size()) < size) lines_.resize(size);
         next_ = end_ = lines_.data();
-        for (int64_t j = first; end_ < next_ + size; ++j) {
+        for (int64_t j = 0; j < count; ++j) {
             const char* row = reinterpret_cast<const char*>(tokens[j]);
             for (int64_t at = 0; at < bytes; at += 64) *end_++ = row + at;
         }
@@ -186,8 +236,8 @@ class Ahead {
         explicit Cursor(Ahead& ahead) : ahead_(ahead), next_(ahead.next_), end_(ahead.end_), twice_(ahead.twice_) {}
         ~Cursor() { ahead_.next_ = next_; }
         void step() {
-            if (next_ < end_) __builtin_prefetch(*next_++);
-            if (twice_ && next_ < end_) __builtin_prefetch(*next_++);
+            if (next_ < end_) __builtin_prefetch(*next_++, 0, 2);
+            if (twice_ && next_ < end_) __builtin_prefetch(*next_++, 0, 2);
         }
 
       private:
@@ -204,19 +254,18 @@ class Ahead {
     bool twice_ = false;
 };
 
-// scores[r * kKeys + j] = scale sum_d q[d * kRows + r] panel[d * kPanel + j].
-template <int kCount>
-void score_tile(const float* q, const float* panel, int64_t width, float scale, float* scores, Ahead& lines) {
+// scores[r * kKeys + j] = scale sum_w q[w * kRows + r] panel[w * kPanel + j].
+template <class Unit, int kCount>
+void score_tile(const float* q, const float* panel, int64_t words, float scale, float* scores, Ahead& lines) {
     Ahead::Cursor ahead(lines);
     f32 sum[kCount][2] = {};
-    for (int64_t d = 0; d < width; ++d) {
+    for (int64_t w = 0; w < words; ++w) {
         ahead.step();
-        f32 first = load(panel + d * kPanel), second = load(panel + d * kPanel + kLanes);
+        f32 first = load(panel + w * kPanel), second = load(panel + w * kPanel + kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < kCount; ++r) {
-            f32 x = splat(q[d * kRows + r]);
-            sum[r][0] += x * first;
-            sum[r][1] += x * second;
+            sum[r][0] = Unit::madd(sum[r][0], q[w * kRows + r], first);
+            sum[r][1] = Unit::madd(sum[r][1], q[w * kRows + r], second);
         }
     }
 #pragma GCC unroll 8
@@ -226,25 +275,26 @@ void score_tile(const float* q, const float* panel, int64_t width, float scale, 
     }
 }
 
-// rows[r][c] = alpha[r] rows[r][c] + sum_j shares[r * kKeys + j] values[j][c], for the kPanel columns c from `column` on.
-template <int kCount>
-void value_tile(const float* shares, const float* alpha, const float* const* values, int64_t count, int64_t column,
-                float* const* rows, Ahead& lines) {
+// rows[r][c] = alpha[r] rows[r][c] + sum_w shares[r * kKeys + w] panel[w * kPanel + c]. Without alpha, rows are not read.
+template <class Unit, int kCount>
+void value_tile(const float* shares, const float* alpha, const float* panel, int64_t words, int64_t column, float* const* rows,
+                Ahead& lines) {
     Ahead::Cursor ahead(lines);
-    f32 sum[kCount][2];
-#pragma GCC unroll 8
-    for (int r = 0; r < kCount; ++r) {
-        sum[r][0] = load(rows[r] + column) * alpha[r];
-        sum[r][1] = load(rows[r] + column + kLanes) * alpha[r];
-    }
-    for (int64_t j = 0; j < count; ++j) {
-        ahead.step();
-        f32 first = load(values[j] + column), second = load(values[j] + column + kLanes);
+    f32 sum[kCount][2] = {};
+    if (alpha != nullptr) {
 #pragma GCC unroll 8
         for (int r = 0; r < kCount; ++r) {
-            f32 x = splat(shares[r * kKeys + j]);
-            sum[r][0] += x * first;
-            sum[r][1] += x * second;
+            sum[r][0] = load(rows[r] + column) * alpha[r];
+            sum[r][1] = load(rows[r] + column + kLanes) * alpha[r];
+        }
+    }
+    for (int64_t w = 0; w < words; ++w) {
+        ahead.step();
+        f32 first = load(panel + w * kPanel), second = load(panel + w * kPanel + kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kCount; ++r) {
+            sum[r][0] = Unit::madd(sum[r][0], shares[r * kKeys + w], first);
+            sum[r][1] = Unit::madd(sum[r][1], shares[r * kKeys + w], second);
         }
     }
 #pragma GCC unroll 8
@@ -263,24 +313,31 @@ void with_rows(int64_t count, Function f) {
     f(std::integral_constant<int, kCount>{});
 }
 
-// The scores of a row become 2^(s - m). Returns the factor of what was summed before. `begin` and `count`: the keys of the
-// block that the row sees.
-float soften(float* scores, int64_t begin, int64_t count, float& m, float& l) {
+// The scores of a row, of which `padded` are computed, become words of 2^(s - m). Returns the factor of what was summed before.
+// The row sees the keys [begin, end) of the block.
+template <class Unit>
+float soften(float* scores, int64_t begin, int64_t end, int64_t padded, float& m, float& l) {
     constexpr float kNone = -std::numeric_limits<float>::infinity();
     for (int64_t j = 0; j < begin; ++j) scores[j] = kNone;
-    for (int64_t j = count; j < kKeys; ++j) scores[j] = kNone;
-    f32 top = load(scores);
-    for (int64_t j = kLanes; j < kKeys; j += kLanes) top = max(load(scores + j), top);
-    float next = std::max(m, hmax(top));
-    f32 sum{};
-    for (int64_t j = 0; j < kKeys; j += kLanes) {
-        f32 y = load(scores + j) - next, e = exp2_clamp(y);
-        store(scores + j, e);
-        sum += e;
+    for (int64_t j = end; j < padded; ++j) scores[j] = kNone;
+    f32 top[2] = {load(scores), load(scores + kLanes)};
+    for (int64_t j = kPanel; j < padded; j += kPanel) {
+        top[0] = max(load(scores + j), top[0]);
+        top[1] = max(load(scores + j + kLanes), top[1]);
+    }
+    float next = std::max(m, hmax(max(top[0], top[1])));
+    f32 sum[2] = {};
+    for (int64_t j = 0; j < padded; j += kPanel) {
+        f32 y[2] = {load(scores + j) - next, load(scores + j + kLanes) - next};
+        for (int i = 0; i < 2; ++i) {
+            f32 e = exp2_clamp(y[i]);
+            sum[i] += e;
+            Unit::store_words(scores + (j + i * kLanes) / Unit::kPerWord, e);
+        }
     }
     f32 shift = splat(m - next);
     float alpha = exp2_clamp(shift)[0];
-    l = l * alpha + hsum(sum);
+    l = l * alpha + hsum(sum[0] + sum[1]);
     m = next;
     return alpha;
 }
@@ -373,103 +430,124 @@ void append(const DecodeAttention& p, int64_t slot) {
 }
 
 // The memory of a thread.
+template <class T>
 struct Buffers {
-    int64_t width, value_width;  // padded to complete vectors and panels
-    Scratch query, panel, scores, values;
+    int64_t words, padded, value_width;  // of a query, and padded to complete vectors; of a value, padded to panels
+    Scratch<float> query, panel, scores;
     std::vector<float> alpha;
     std::vector<float*> rows;
+    std::vector<const T*> queries;
     std::vector<DecodeRange> ranges;
     Ahead ahead;
 
-    Buffers(const DecodeAttention& p, int64_t most_rows)
-        : width(round_up(p.width, kLanes)),
+    Buffers(const DecodeAttention& p, int64_t most_rows, int64_t per_word)
+        : words((p.width + per_word - 1) / per_word),
+          padded(round_up(words, kLanes)),
           value_width(round_up(p.value_width, kPanel)),
-          query(round_up(most_rows, kRows) * width),
-          panel(kPanel * width),
+          query(round_up(most_rows, kRows) * padded),
+          panel(kPanel * std::max(padded, kKeys)),
           scores(round_up(most_rows, kRows) * kKeys),
-          values(kKeys * value_width),
           alpha(most_rows),
           rows(most_rows),
+          queries(most_rows),
           ranges(most_rows) {}
 };
 
-template <class T>
-void read_query(const DecodeAttention& p, int64_t slot, int64_t head, float* q) {
-    const T* x = static_cast<const T*>(p.query) + slot * p.query_stride_slot + head * p.query_stride_head;
-    for (int64_t d = 0; d < p.width; d += kLanes) {
-        f32 part = d + kLanes <= p.width ? load(x + d) : load_tail(x + d, p.width - d, 0.0f);
-        for (int i = 0; i < kLanes; ++i) q[(d + i) * kRows] = part[i];
+// q[(r / kRows * padded + w) * kRows + r % kRows] = word w of the query of row r.
+template <class Unit, class T>
+void read_queries(const T* const* rows, int64_t num_rows, int64_t width, int64_t padded, float* q) {
+    for (int64_t r = 0; r < num_rows; r += kRows, q += padded * kRows) {
+        for (int64_t d = 0; d < width; d += kLanes * Unit::kPerWord) {
+            f32 x[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                x[i] = i < kRows && r + i < num_rows ? Unit::load_words(rows[r + i] + d, width - d) : f32{};
+            }
+            transpose(x);
+            for (int i = 0; i < kLanes; ++i) std::memcpy(q + (d / Unit::kPerWord + i) * kRows, &x[i], kRows * sizeof(float));
+        }
     }
 }
 
-template <class T>
-void run_task(const Call& call, const Task& task, Buffers& b) {
+// The first key of the blocks that a task reads.
+int64_t first_key(const DecodeAttention& p, const Task& task) {
+    const int64_t part_begin = task.part * p.levels[task.group->level].part;
+    return part_begin + std::max<int64_t>(task.group->range.begin - part_begin, 0) / kKeys * kKeys;
+}
+
+// `next`: the task that a thread probably computes after this one, or null.
+template <class Unit, class T>
+void run_task(const Call& call, const Task& task, const Task* next, Buffers<T>& b) {
     const DecodeAttention& p = call.p;
     const Group& group = *task.group;
     const DecodeLevel& level = p.levels[group.level];
     const int64_t shared = p.query_heads / p.key_heads, num_rows = group.size * shared, tiles = (num_rows + kRows - 1) / kRows;
-    const int64_t part_begin = task.part * level.part;
-    const int64_t end = std::min(part_begin + level.part, group.range.end);
-    const int64_t begin = std::max(part_begin, group.range.begin / kKeys * kKeys);
+    const int64_t end = std::min((task.part + 1) * level.part, group.range.end);
+    const int64_t begin = first_key(p, task);
     for (int64_t r = 0; r < num_rows; ++r) {
         int64_t slot = group.members[r / shared], head = task.head * shared + r % shared;
         float* row = b.rows[r] = call.partial(slot, head, call.first_part[group.level] + task.part);
-        std::fill(row, row + b.value_width, 0.0f);
         row[b.value_width] = kLowest;
         row[b.value_width + 1] = 0.0f;
         b.ranges[r] = call.ranges[group.level * p.slots + slot];
-        read_query<T>(p, slot, head, b.query.get() + r / kRows * kRows * b.width + r % kRows);
+        b.queries[r] = static_cast<const T*>(p.query) + slot * p.query_stride_slot + head * p.query_stride_head;
     }
-    const Tokens<T> keys = keys_of<T>(level, group.segment, task.head), values = values_of<T>(level, group.segment, task.head);
-    const bool in_place = std::is_same_v<T, float> && p.value_width % kPanel == 0;
+    read_queries<Unit>(b.queries.data(), num_rows, p.width, b.padded, b.query.get());
+    float* panel = b.panel.get();
+    const T *keys[kKeys], *values[kKeys];
+    auto find = [&](const T** tokens, bool are_keys, const Task& of, int64_t from, int64_t to) {
+        const DecodeLevel& at = p.levels[of.group->level];
+        const Tokens<T> all = (are_keys ? keys_of<T> : values_of<T>)(at, of.group->segment, of.head);
+        for (int64_t j = from; j < to; ++j) *tokens++ = all[j];
+    };
+    find(keys, true, task, begin, std::min(begin + kKeys, end));
     for (int64_t first = begin; first < end; first += kKeys) {
-        const int64_t count = std::min(kKeys, end - first);
-        b.ahead.list(values, first, count, p.value_width, tiles * round_up(count, kPanel) / kPanel * b.width, num_rows >= 8);
-        for (int64_t j = 0; j < kKeys; j += kPanel) {
-            if (j >= count) break;
-            pack_keys(keys, first + j, count - j, p.width, b.panel.get());
+        const int64_t count = std::min(kKeys, end - first), padded = round_up(count, kPanel);
+        find(values, false, task, first, first + count);
+        b.ahead.list(values, count, p.value_width, tiles * padded / kPanel * b.words);
+        for (int64_t j = 0; j < count; j += kPanel) {
+            pack_keys<Unit>(keys + j, count - j, p.width, panel);
             for (int64_t r = 0; r < num_rows; r += kRows) {
-                const float* q = b.query.get() + r * b.width;
                 with_rows(num_rows - r, [&](auto rows) {
-                    score_tile<rows()>(q, b.panel.get(), b.width, p.scale, b.scores.get() + r * kKeys + j, b.ahead);
+                    score_tile<Unit, rows()>(b.query.get() + r * b.padded, panel, b.words, p.scale,
+                                             b.scores.get() + r * kKeys + j, b.ahead);
                 });
             }
         }
-        const float* addresses[kKeys];
-        for (int64_t j = 0; j < count; ++j) {
-            const T* value = values[first + j];
-            if constexpr (std::is_same_v<T, float>) addresses[j] = value;
-            if (in_place) continue;
-            float* copy = b.values.get() + j * b.value_width;
-            addresses[j] = copy;
-            int64_t c = 0;
-            for (; c + kLanes <= p.value_width; c += kLanes) store(copy + c, load(value + c));
-            if (c < p.value_width) store(copy + c, load_tail(value + c, p.value_width - c, 0.0f)), c += kLanes;
-            if (c < b.value_width) store(copy + c, f32{});
+        for (int64_t r = 0; r < num_rows; ++r) {
+            float* row = b.rows[r] + b.value_width;
+            int64_t from = std::clamp<int64_t>(b.ranges[r].begin - first, 0, padded);
+            int64_t to = std::clamp(b.ranges[r].end - first, from, padded);
+            b.alpha[r] = soften<Unit>(b.scores.get() + r * kKeys, from, to, padded, row[0], row[1]);
         }
-        b.ahead.list(keys, first + count, std::min(kKeys, end - first - count), p.width, tiles * b.value_width / kPanel * count,
-                     num_rows >= 8);
-        for (int64_t r = 0; r < num_rows; r += kRows) {
-            float* scores = b.scores.get() + r * kKeys;
-            const int64_t tile = std::min<int64_t>(kRows, num_rows - r);
-            for (int64_t i = 0; i < tile; ++i) {
-                DecodeRange range = b.ranges[r + i];
-                float* row = b.rows[r + i] + b.value_width;
-                int64_t from = std::clamp<int64_t>(range.begin - first, 0, kKeys),
-                        to = std::clamp(range.end - first, from, count);
-                b.alpha[r + i] = soften(scores + i * kKeys, from, to, row[0], row[1]);
+        const int64_t words = (count + Unit::kPerWord - 1) / Unit::kPerWord;
+        // The keys of the next block, or of the next task.
+        int64_t ahead = 0;
+        if (first + kKeys < end) {
+            ahead = std::min(kKeys, end - first - kKeys);
+            find(keys, true, task, first + kKeys, first + kKeys + ahead);
+        } else if (next != nullptr) {
+            const int64_t from = first_key(p, *next);
+            ahead = std::clamp<int64_t>(next->group->range.end - from, 0, kKeys);
+            find(keys, true, *next, from, from + ahead);
+        }
+        b.ahead.list(keys, ahead, p.width, tiles * b.value_width / kPanel * words);
+        for (int64_t c = 0; c < b.value_width; c += kPanel) {
+            for (int64_t w = 0; w < words; ++w) {
+                int64_t j = w * Unit::kPerWord;
+                Unit::pack_values(values + j, count - j, c, p.value_width, panel + w * kPanel);
             }
-            with_rows(tile, [&](auto rows) {
-                for (int64_t c = 0; c < b.value_width; c += kPanel) {
-                    value_tile<rows()>(scores, b.alpha.data() + r, addresses, count, c, b.rows.data() + r, b.ahead);
-                }
-            });
+            for (int64_t r = 0; r < num_rows; r += kRows) {
+                with_rows(num_rows - r, [&](auto rows) {
+                    value_tile<Unit, rows()>(b.scores.get() + r * kKeys, first == begin ? nullptr : &b.alpha[r], panel, words,
+                                             c, b.rows.data() + r, b.ahead);
+                });
+            }
         }
     }
 }
 
 template <class T>
-void merge(const Call& call, int64_t slot, int64_t head) {
+void merge(const Call& call, int64_t slot, int64_t head, std::vector<float>& weights) {
     const DecodeAttention& p = call.p;
     const int64_t padded = round_up(p.value_width, kPanel);
     auto each = [&](auto f) {
@@ -484,16 +562,18 @@ void merge(const Call& call, int64_t slot, int64_t head) {
     };
     float m = kLowest, l = 0.0f;
     each([&](const float* row) { m = std::max(m, row[padded]); });
-    auto weight = [&](const float* row) {
+    weights.clear();
+    each([&](const float* row) {
         f32 shift = splat(row[padded] - m);
-        return exp2_clamp(shift)[0];
-    };
-    each([&](const float* row) { l += weight(row) * row[padded + 1]; });
+        weights.push_back(exp2_clamp(shift)[0]);
+        l += weights.back() * row[padded + 1];
+    });
     const float inverse = l == 0.0f ? 0.0f : 1 / l;
     T* out = static_cast<T*>(p.out) + (slot * p.query_heads + head) * p.value_width;
     for (int64_t c = 0; c < p.value_width; c += kLanes) {
         f32 sum{};
-        each([&](const float* row) { sum += load(row + c) * weight(row); });
+        const float* weight = weights.data();
+        each([&](const float* row) { sum += load(row + c) * *weight++; });
         sum *= inverse;
         if (c + kLanes <= p.value_width) {
             store(out + c, sum);
@@ -504,7 +584,7 @@ void merge(const Call& call, int64_t slot, int64_t head) {
     p.lse[slot * p.query_heads + head] = l == 0.0f ? -std::numeric_limits<float>::infinity() : (m + std::log2(l)) * kLn2;
 }
 
-template <class T>
+template <class Unit, class T>
 void run(const DecodeAttention& p, int threads) {
     Call call(p);
     const double work = call.products * static_cast<double>(p.width + p.value_width);
@@ -515,18 +595,27 @@ void run(const DecodeAttention& p, int threads) {
 #pragma omp for schedule(static)
             for (int64_t s = 0; s < p.slots; ++s) append<T>(p, s);
         }
-        Buffers buffers(p, call.most_rows);
+        Buffers<T> buffers(p, call.most_rows, Unit::kPerWord);
+        std::vector<float> weights;
 #pragma omp for schedule(dynamic, 1)
-        for (size_t i = 0; i < call.tasks.size(); ++i) run_task<T>(call, call.tasks[i], buffers);
+        for (size_t i = 0; i < call.tasks.size(); ++i) {
+            const Task* next = i + 1 < call.tasks.size() ? &call.tasks[i + 1] : nullptr;
+            run_task<Unit, T>(call, call.tasks[i], next, buffers);
+        }
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < p.slots * p.query_heads; ++i) merge<T>(call, i / p.query_heads, i % p.query_heads);
+        for (int64_t i = 0; i < p.slots * p.query_heads; ++i) {
+            merge<T>(call, i / p.query_heads, i % p.query_heads, weights);
+        }
     }
 }
 
 }  // namespace
 
 void decode_attention(const DecodeAttention& p, int threads) {
-    with_dtype(p.dtype, [&](auto x) { run<decltype(x)>(p, threads); });
+#if defined(__AVX512F__)
+    if (p.dtype == DType::bfloat16 && Pairs::supported()) return run<Pairs, bf16>(p, threads);
+#endif
+    with_dtype(p.dtype, [&](auto x) { run<Floats<decltype(x)>, decltype(x)>(p, threads); });
 }
 
 }  // namespace vlmk::VLMK_ISA

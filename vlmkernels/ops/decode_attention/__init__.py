@@ -27,8 +27,44 @@ define(
 
 
 def _outputs(query: torch.Tensor, own_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    out = query.new_empty(*query.shape[:2], own_value.shape[3])
-    return out, query.new_empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
+    slots, heads, _ = query.shape
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(slots, heads, own_value.shape[3]), query.new_empty(slots, heads, dtype=lse_dtype)
+
+
+def _select(
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, levels: Sequence[KeyValues], backend: str
+) -> Any:
+    new = () if key is None or value is None else (key, value)
+    return select("decode_attention", backend, query, *(x for level in levels for x in level[:2]), *new)
+
+
+# The signatures of calls that passed the checks of dtypes, shapes, strides and devices, and the kernels of each. A decoder makes
+# the same call in every layer and step, where these checks take as long as the kernels of a small model.
+_known: dict[tuple[Any, ...] | None, Any] = {}
+_MOST_KNOWN = 1024
+
+
+def _signature(
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, levels: Sequence[KeyValues], backend: str
+) -> tuple[Any, ...] | None:
+    """Return what the checks depend on; None if an argument must be converted or is wrong, or gradients could be wanted."""
+    if torch.is_grad_enabled():
+        return None
+    signature: list[Any] = [backend]
+    tensors: list[Any] = [query, key, value]
+    for level in levels:
+        if type(level) is not KeyValues:
+            return None
+        tensors += level
+    for x in tensors:
+        if x is None:
+            signature.append(None)
+        elif type(x) is torch.Tensor:
+            signature += x.dtype, x.shape, x.stride(), x.device
+        else:
+            return None
+    return tuple(signature)
 
 
 def _run(
@@ -38,14 +74,12 @@ def _run(
     levels: Sequence[KeyValues],
     window: int | None,
     scale: float,
-    backend: str,
+    kernels: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if query.device.type == "cpu":
-        require_values(levels, len(query), key is not None)
-    new = () if key is None or value is None else (key, value)
-    kernels = select("decode_attention", backend, query, *(x for level in levels for x in level[:2]), *new)
+    if query.is_cpu:
+        require_values(levels, query.shape[0], key is not None)
     outputs = _outputs(query, levels[-1].value)
-    if len(query):
+    if query.shape[0]:
         kernels.fwd(query, key, value, levels, window, scale, *outputs)
     return outputs
 
@@ -62,7 +96,7 @@ def _decode_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     *fields, window, scale, backend = rest
     levels = [KeyValues(*row) for row in zip([*keys, own_key], [*values, own_value], *fields, strict=True)]
-    return _run(query, key, value, levels, window, scale, backend)
+    return _run(query, key, value, levels, window, scale, _select(query, key, value, levels, backend))
 
 
 impl(OP, "default", _decode_attention)
@@ -151,7 +185,50 @@ def decode_attention(
     Source: Juravsky et al., Hydragen (https://arxiv.org/abs/2402.05099); Dao et al., Flash-Decoding
     (https://pytorch.org/blog/flash-decoding/).
     """
-    _require_query(query)
+    if window is not None:
+        require_number("window", window, "be an integer >= 1", numbers.Integral)
+        if window < 1:
+            raise ValueError(f"window must be an integer >= 1, got {window}")
+        window = int(window)
+    if scale is not None:
+        require_number("scale", scale, "be finite")
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
+    backend = resolve("decode_attention", backend)
+    signature = None if torch.compiler.is_compiling() else _signature(query, key, value, levels, backend)
+    kernels = _known.get(signature)
+    given = levels
+    if kernels is None:
+        levels = _checked(query, key, value, levels)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if needs_dispatcher(query, key, value, *(x for level in levels for x in level[:2])):
+        keys, values, *fields = map(list, zip(*levels, strict=True))
+        op = torch.ops.vlmkernels.decode_attention
+        out, lse = op(query, key, value, keys[-1], values[-1], keys[:-1], values[:-1], *fields, window, scale, backend)
+    else:
+        if kernels is None:
+            kernels = _select(query, key, value, levels, backend)
+            if signature is not None and all(map(_same, given, levels)):
+                if len(_known) >= _MOST_KNOWN:
+                    _known.clear()
+                _known[signature] = kernels
+        out, lse = _run(query, key, value, levels, window, scale, kernels)
+    return (out, lse) if return_lse else out
+
+
+def _same(level: KeyValues, other: KeyValues) -> bool:
+    return all(x is y for x, y in zip(level, other, strict=True))
+
+
+def _checked(
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor | None, levels: Sequence[KeyValues]
+) -> list[KeyValues]:
+    """Check all that does not depend on the values of tensors, and return the levels with integers as int32."""
+    require_tensor("query", query)
+    if query.dim() != 3 or not query.shape[1] or not query.shape[2]:
+        raise ValueError(f"query must be (S, Hq, D) with at least one head of width 1, got {tuple(query.shape)}")
+    if not query.is_floating_point():
+        raise TypeError(f"query must be floating point, got {dtype_name(query.dtype)}")
     if not 1 <= len(levels) <= MAX_LEVELS:
         raise ValueError(f"levels must be 1 to {MAX_LEVELS}, got {len(levels)}")
     first = as_level(0, levels[0], query, None)
@@ -165,30 +242,7 @@ def decode_attention(
             require_dtype(name, x, query.dtype)
             require_device(name, x, query.device, "query")
             require_shape(name, x, (len(query), like.shape[1], like.shape[3]), "a token of the last level per slot")
-    if window is not None:
-        require_number("window", window, "be an integer >= 1", numbers.Integral)
-        if window < 1:
-            raise ValueError(f"window must be an integer >= 1, got {window}")
-        window = int(window)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    require_number("scale", scale, "be finite")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
-    backend, buffers = resolve("decode_attention", backend), [x for level in levels for x in level[:2]]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, *buffers)):
+    tensors = (query, key, value, *(x for level in levels for x in level[:2]))
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         raise ValueError("query, key, value and levels must not require gradients, because decode_attention computes none")
-    if needs_dispatcher(query, key, value, *buffers):
-        keys, values, *fields = map(list, zip(*levels, strict=True))
-        op = torch.ops.vlmkernels.decode_attention
-        out, lse = op(query, key, value, keys[-1], values[-1], keys[:-1], values[:-1], *fields, window, float(scale), backend)
-    else:
-        out, lse = _run(query, key, value, levels, window, float(scale), backend)
-    return (out, lse) if return_lse else out
-
-
-def _require_query(query: torch.Tensor) -> None:
-    require_tensor("query", query)
-    if query.dim() != 3 or not query.shape[1] or not query.shape[2]:
-        raise ValueError(f"query must be (S, Hq, D) with at least one head of width 1, got {tuple(query.shape)}")
-    if not query.is_floating_point():
-        raise TypeError(f"query must be floating point, got {dtype_name(query.dtype)}")
+    return levels

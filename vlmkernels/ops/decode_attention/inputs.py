@@ -38,7 +38,7 @@ class KeyValues(NamedTuple):
     @property
     def num_segments(self) -> int:
         """N."""
-        return len(self.key if self.block_table is None else self.block_table)
+        return (self.key if self.block_table is None else self.block_table).shape[0]
 
     @property
     def capacity(self) -> int:
@@ -138,29 +138,36 @@ def require_values(levels: Sequence[KeyValues], slots: int, appends: bool) -> No
         if lengths and (min(lengths) < 0 or max(lengths) > capacity):
             n = next(n for n, length in enumerate(lengths) if not 0 <= length <= capacity)
             raise ValueError(f"{name}.lengths must be in [0, {capacity}], the capacity of a segment, got {lengths[n]} at {n}")
-        segments = list(range(slots)) if level.segment is None else level.segment.tolist()
-        if segments and (min(segments) < -1 or max(segments) >= num):
-            s = next(s for s, segment in enumerate(segments) if not -1 <= segment < num)
-            raise ValueError(f"{name}.segment must be in [0, {num}), or -1 for none, got {segments[s]} for slot {s}")
-        if appends and index == len(levels) - 1:
-            owners: dict[int, int] = {}
-            for s, segment in enumerate(segments):
-                if segment < 0:
-                    continue
-                if segment in owners:
-                    raise ValueError(
-                        f"{name}.segment must be a different one for every slot, which appends to it,"
-                        f" got {segment} for slots {owners[segment]} and {s}"
-                    )
-                owners[segment] = s
-                lengths[segment] += 1
-                if lengths[segment] > capacity:
-                    raise ValueError(
-                        f"{name}.lengths must leave room for a new token, below {capacity},"
-                        f" got {lengths[segment] - 1} at {segment}"
-                    )
-        if level.block_table is not None:
+        if level.segment is None:
+            segments: Sequence[int] = range(slots)  # as_level checks that there are as many segments
+        else:
+            segments = level.segment.tolist()
+            if segments and (min(segments) < -1 or max(segments) >= num):
+                s = next(s for s, segment in enumerate(segments) if not -1 <= segment < num)
+                raise ValueError(f"{name}.segment must be in [0, {num}), or -1 for none, got {segments[s]} for slot {s}")
+        paged = level.block_table is not None
+        # Mostly slot s appends to segment s, and one comparison is enough.
+        check = level.segment is not None or paged or max(lengths[:slots], default=0) >= capacity
+        if appends and index == len(levels) - 1 and check:
+            _require_room(name, segments, lengths, capacity)
+        if paged:
             _require_pages(name, level, lengths)
+
+
+def _require_room(name: str, segments: Sequence[int], lengths: list[int], capacity: int) -> None:
+    """Check that slots can append a token to their segments, and count it in ``lengths``."""
+    owners: dict[int, int] = {}
+    for s, n in enumerate(segments):
+        if n < 0:
+            continue
+        if owners.setdefault(n, s) != s:
+            raise ValueError(
+                f"{name}.segment must be a different one for every slot, which appends to it,"
+                f" got {n} for slots {owners[n]} and {s}"
+            )
+        if lengths[n] >= capacity:
+            raise ValueError(f"{name}.lengths must leave room for a new token, below {capacity}, got {lengths[n]} at {n}")
+        lengths[n] += 1
 
 
 def _require_pages(name: str, level: KeyValues, lengths: list[int]) -> None:

@@ -23,7 +23,7 @@ def level_fields(level, part):
         level.num_segments,
         level.capacity,
         key.shape[2],
-        len(key),
+        key.shape[0],
         0 if table is None else table.stride(0),
         *key.stride()[:3],
         *value.stride()[:3],
@@ -40,14 +40,7 @@ class Native(Launcher):
         return next(filter(None, reasons), None)
 
     def fwd(self, query, key, value, levels, window, scale, out, lse):
-        levels = [
-            level._replace(
-                lengths=level.lengths.contiguous(),
-                segment=None if level.segment is None else level.segment.contiguous(),
-                block_table=None if level.block_table is None else _contiguous_rows(level.block_table),
-            )
-            for level in levels
-        ]
+        levels = [_contiguous(level) for level in levels]
         if self.name == "cuda":
             levels = [level.grouped() for level in levels]
         slots, heads, width = query.shape
@@ -82,5 +75,13 @@ class Native(Launcher):
         self.launch("decode_attention", params, query.device)
 
 
-def _contiguous_rows(table):
-    return table if table.stride(1) == 1 else table.contiguous()
+def _contiguous(level):
+    """The level with indices as the kernels read them."""
+    lengths, segment, table = level.lengths, level.segment, level.block_table
+    if not lengths.is_contiguous():
+        level = level._replace(lengths=lengths.contiguous())
+    if segment is not None and not segment.is_contiguous():
+        level = level._replace(segment=segment.contiguous())
+    if table is not None and table.stride(1) != 1:
+        level = level._replace(block_table=table.contiguous())
+    return level
