@@ -268,6 +268,15 @@ def test_graphs_of_replaced_buffers():
         assert buffer.tolist() == [expected] * 4
 
 
+def test_ids_that_the_model_lacks_ban_no_token():
+    """Negative ones do not count from the end of the vocabulary."""
+    model = tiny.text_model()
+    vocab, prompts = model.config.vocab_size, prompts_of((0,), model)
+    sampling = Sampling(4, (-1, 3, vocab), PAD, suppress_tokens=(-1, -2, 7, vocab + 1), min_new_tokens=2)
+    sampler = token_sampler.TokenSampler(sampling, prompts, [0], vocab, torch.zeros(1, 4, dtype=torch.float64))
+    assert [table.nonzero()[:, 0].tolist() for table in sampler.banned] == [[3, 7], [7]]
+
+
 def test_greedy_sampling_ignores_uniform():
     model = use_tree_attention(amplified(tiny.text_model()))
     prompts, sampling = prompts_of((0, 0), model), Sampling(LENGTH, EOS, PAD, temperature=0)
