@@ -15,7 +15,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vlmkernels import KeyValues, decode_attention
-from vlmkernels.models.tree_cache import TreeCache
 
 # name: prompts, completions of each, tokens of a prompt, own tokens, query heads, key heads, features, dtype
 QWEN_3B, QWEN_05B, SMALL = (16, 2, 128), (14, 2, 64), (8, 4, 64)
@@ -123,13 +122,6 @@ def test_decode_attention(benchmark, case):
     names = harness.backends("decode_attention", query, *(x for level in levels for x in level[:2]))
     providers = {f"vlmkernels {name}": ours(name) for name in names}
 
-    cache = TreeCache(slots)
-    cache.begin(list(range(num)), [prompt] * num)
-    cache.fill(0, *(x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in shared))
-    cache._own[0] = [x.clone() for x in own]
-    cache.arrange(owners, [own_length] * slots, torch.device(device))
-    heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
-    providers["products of matrices (TreeCache)"] = lambda: cache.attend(0, *heads_first, None)[0]
     copies = [x.repeat_interleave(generations, 0) for x in shared]
     copies = [torch.cat([x, y[:, :, : own_length + 1]], 2) for x, y in zip(copies, own, strict=True)]
 

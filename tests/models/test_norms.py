@@ -54,6 +54,20 @@ def test_forward_and_gradients(monkeypatch, name, dtype):
         assert_within_budget(key, actual[key], eager[key], exact[key])
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_dtype_with_autocast(monkeypatch, name):
+    """``rms_norm`` returns fp32 with autocast on a GPU; the norm returns the dtype of its input, as without fusion."""
+    monkeypatch.setattr(norms, "_is_fused", lambda norm, x: True)
+    monkeypatch.setattr(norms, "rms_norm", lambda x, *args: torch.nn.functional.rms_norm(x, *args).float())
+    decoder, norm = norm_of(name)
+    norm.bfloat16()
+    x = torch.randn(3, len(norm.weight), generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = norm(x)
+    actual = use_fused_norms(decoder).layers[0].input_layernorm(x)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.01)
+
+
 def test_copies_and_undo():
     model = copy.deepcopy(tiny_families.case("text").model)
     use_tree_attention(use_tree_attention(model))

@@ -102,6 +102,18 @@ def test_within_budget(device, name, width, dtype):
         assert_within_budget(what, actual[what], eager[what], exact[what])
 
 
+def test_a_decoding_step_needs_no_plan():
+    """A CUDA graph of a step would read memory of the plan after it has been freed."""
+    layout = LAYOUTS["one token each"]
+    x, weight, bias, initial = make(layout)
+    module._plan.cache_clear()
+    out, state = causal_conv1d(x, weight, layout, bias=bias, initial_state=initial, return_state=True)
+    assert module._plan.cache_info().misses == 0
+    expected, last = on_paths(x, weight, bias, initial, layout)
+    torch.testing.assert_close(out, expected)
+    assert torch.equal(state, last)
+
+
 def test_matches_transformers():
     """The function of the layers on each path; both states are inputs before a token."""
     layout = LAYOUTS["a deep tree"]

@@ -1,7 +1,9 @@
 """The decoder with fixed slots: steps between checks, graphs, slots, operations per layer, and errors."""
 
 import copy
+import weakref
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from vlmkernels.rollout import token_sampler
 from vlmkernels.rollout.base import RolloutError, Sampling
 from vlmkernels.rollout.decode import decode_groups, make_decoder
 from vlmkernels.rollout.slots import Slots, bucket
-from vlmkernels.rollout.step_graphs import StepGraphs
+from vlmkernels.rollout.step_graphs import CudaCapture, StepGraphs
 
 
 @torch.no_grad()
@@ -251,6 +253,64 @@ def test_no_token_is_left(options):
     ends, others = [0, 1], range(2, model.config.vocab_size)
     with pytest.raises(RolloutError, match="no token is left"):
         decode(model, prompts, 3, Sampling(LENGTH, ends, PAD, suppress_tokens=others, min_new_tokens=2, **options))
+
+
+@pytest.mark.gpu
+def test_graphs_of_replaced_buffers():
+    """On a GPU graphs are captured again after all earlier ones have been freed."""
+    graphs = StepGraphs(CudaCapture(torch.device("cuda")))
+    for version in range(3):
+        buffer, expected = torch.full((4,), float(version), device="cuda"), version
+        for _ in range(3):
+            graphs(4, version, lambda x=buffer: x.add_(x.square()))
+            expected += expected**2
+        assert graphs.reason is None
+        assert buffer.tolist() == [expected] * 4
+
+
+def test_ids_that_the_model_lacks_ban_no_token():
+    """Negative ones do not count from the end of the vocabulary."""
+    model = tiny.text_model()
+    vocab, prompts = model.config.vocab_size, prompts_of((0,), model)
+    sampling = Sampling(4, (-1, 3, vocab), PAD, suppress_tokens=(-1, -2, 7, vocab + 1), min_new_tokens=2)
+    sampler = token_sampler.TokenSampler(sampling, prompts, [0], vocab, torch.zeros(1, 4, dtype=torch.float64))
+    assert [table.nonzero()[:, 0].tolist() for table in sampler.banned] == [[3, 7], [7]]
+
+
+def test_greedy_sampling_ignores_uniform():
+    model = use_tree_attention(amplified(tiny.text_model()))
+    prompts, sampling = prompts_of((0, 0), model), Sampling(LENGTH, EOS, PAD, temperature=0)
+    expected = decode_groups(model, prompts, 2, sampling)
+    actual = decode_groups(model, prompts, 2, sampling, uniform=torch.full((4, LENGTH), 0.999, dtype=torch.float64))
+    assert_equal(actual, expected)
+    assert torch.equal(actual.log_kept_mass, actual.logps)
+
+
+def test_a_graph_of_the_pool_is_alive_at_each_capture(monkeypatch):
+    """The allocator refuses to capture into a pool that had graphs, if none of them is left."""
+    alive = []
+
+    class Graph:
+        def replay(self):
+            pass
+
+    @contextmanager
+    def capture(graph, **options):
+        assert not alive or any(previous() is not None for previous in alive)
+        alive.append(weakref.ref(graph))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    graphs = StepGraphs(CudaCapture(torch.device("cuda")))
+    for version in range(3):  # buffers are replaced
+        for _ in range(3):
+            graphs(4, version, lambda: None)
+    assert graphs.reason is None
+    assert len(alive) == 3
+    assert sum(graph() is not None for graph in alive) == 1
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def _epsilon(norm: torch.nn.Module) -> float:
 
 def _weight_forward(self: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     if _is_fused(self, hidden_states):
-        return rms_norm(hidden_states, self.weight.shape, self.weight, _epsilon(self))
+        # With autocast, rms_norm returns fp32.
+        return rms_norm(hidden_states, self.weight.shape, self.weight, _epsilon(self)).type_as(hidden_states)
     out: torch.Tensor = type(self).forward(self, hidden_states)
     return out
 

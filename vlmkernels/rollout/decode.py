@@ -56,8 +56,8 @@ def decode_groups(
         tokenizer: needed for stop strings.
         as_generate: draw the random numbers that ``generate`` draws from the device's random state. Excludes ``max_num_seqs``
             and ``uniform``.
-        uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU, one random number per token. Default: from the CPU's random
-            state.
+        uniform: (B, max_new_tokens) fp64 in [0, 1) on the CPU, one random number per token; not used if the temperature is 0.
+            Default: from the CPU's random state.
         record_experts: record the experts of each token; see ``vlmkernels.models.router_replay``.
 
     Returns:

@@ -40,7 +40,7 @@ class Slots:
         self.nowhere = num_completions * budget
         self.no_completion = (0, self.nowhere, 0, 0, 0)
         self.state = torch.tensor([self.no_completion] * count).T.contiguous().to(device)
-        self.values = torch.zeros(2, self.nowhere + 1, device=device)
+        self.values = torch.zeros(2, self.nowhere + 1, dtype=torch.float32, device=device)
 
     @property
     def occupied(self) -> list[int]:

@@ -84,12 +84,15 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        # The allocator refuses to capture into a pool whose graphs have all been freed.
+        self.latest: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as those of tools, may use the GPU meanwhile.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             result = function()
+        self.latest = graph
         return graph.replay, result
 
 

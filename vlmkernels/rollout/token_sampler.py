@@ -80,9 +80,10 @@ class TokenSampler:
         sampling: how tokens are sampled. ``eos_token_id`` must be set.
         prompts: P prompts. The repetition penalty applies to their tokens too.
         group: the prompt of each of the B completions.
-        vocab_size: V. Larger token ids in ``sampling`` are ignored: a generation config may name tokens that the model lacks.
+        vocab_size: V. Other token ids in ``sampling`` are ignored: a generation config may name tokens that the model lacks.
         uniform: (B, C) fp64 in [0, 1), one number for every token, so that the tokens of a completion do not depend on which
-            completions share a step. None: draw from the device's random state as ``generate`` does.
+            completions share a step. None: draw from the device's random state as ``generate`` does. Not used if the
+            temperature is 0.
 
     Attributes:
         head: samples from hidden states instead of logits; None samples from logits.
@@ -95,7 +96,7 @@ class TokenSampler:
         self.device = prompts.inputs["input_ids"].device
         self.head: PlainHead | None = None
         self.uniform = None
-        if uniform is not None:
+        if uniform is not None and sampling.temperature:  # greedy sampling draws no numbers
             self.uniform = torch.cat([uniform.flatten(), uniform.new_full((1,), 0.5)]).to(self.device)
         self.options: dict[str, Any] = {}
         self.warpers: list[LogitsProcessor] | None = None  # with which generate samples
@@ -107,7 +108,7 @@ class TokenSampler:
         self.seen = self._tokens_of_prompts(prompts, group) if sampling.repetition_penalty != 1 else None
         # Tokens that must not be sampled: before min_new_tokens, and after.
         suppressed, ends = (
-            torch.tensor([token for token in tokens if token < vocab_size], dtype=torch.int64)
+            torch.tensor([token for token in tokens if 0 <= token < vocab_size], dtype=torch.int64)
             for tokens in (sampling.suppress_tokens, sampling.eos_token_id or ())
         )
         self.banned = None

@@ -86,14 +86,33 @@ def causal_conv1d(
     _check(x, weight, layout, bias, initial_state)
     if activation is not None:
         require_one_of("activation", activation, ACTIVATIONS, "None or ")
+    if initial_state is not None and {*layout.lengths} == {1} and {*layout.parents} == {-1}:
+        inputs = torch.cat([initial_state.to(x.dtype).transpose(1, 2), x.unsqueeze(1)], 1)  # (N, K, D)
+        out = _step(inputs, weight, bias)
+        return _activated(out, activation, inputs[:, 1:].transpose(1, 2) if return_state else None)
     plan = _plan(layout, weight.shape[1], x.device)
     rows = None if initial_state is None else initial_state.to(x.dtype).transpose(1, 2).flatten(0, 1)
     out: torch.Tensor = _Convolution.apply(x, weight, bias, rows, plan)
-    if activation is not None:
-        out = ACTIVATIONS[activation](out)
-    if not return_state:
-        return out
-    return out, plan.last.gather(x, rows).transpose(1, 2)
+    return _activated(out, activation, plan.last.gather(x, rows).transpose(1, 2) if return_state else None)
+
+
+def _activated(
+    out: torch.Tensor, activation: str | None, states: torch.Tensor | None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    out = out if activation is None else ACTIVATIONS[activation](out)
+    return out if states is None else (out, states)
+
+
+def _step(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Convolve sequences of one token, as in decoding, from their K inputs (N, K, D).
+
+    It needs no plan: a decoding step that is captured as a CUDA graph must not read a plan, whose memory is freed when others
+    take its place among those that are kept.
+    """
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    out = (inputs.to(dtype) * weight.to(dtype).t()).sum(1)
+    out = out if bias is None else out + bias.to(dtype)
+    return out.to(inputs.dtype)
 
 
 def _check(x: Any, weight: Any, layout: TreeLayout, bias: Any, initial_state: Any) -> None:
