@@ -30,13 +30,13 @@ def need(backend, *tensors):
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 @pytest.mark.parametrize(("rows", "outputs", "width"), SHAPES)
 def test_matches_fp64(backend, rows, outputs, width):
-    """With a bias and without, and rows of larger tensors whose other elements are NaN."""
+    """Without a bias, with one, and with a strided one, and rows of larger tensors whose other elements are NaN."""
     rng = torch.Generator().manual_seed(0)
     x, weight = torch.full((rows, width + 5), torch.nan), torch.full((outputs + 1, width + 3), torch.nan)
     x[:, 2:-3], weight[1:, 1:-2] = torch.randn(rows, width, generator=rng), torch.randn(outputs, width, generator=rng)
     x, weight, bias = x[:, 2:-3], weight[1:, 1:-2], torch.randn(outputs, generator=rng)
     need(backend, x, weight)
-    for b in (None, bias):
+    for b in (None, bias, bias.repeat_interleave(2)[::2]):
         exact = torch.nn.functional.linear(x.double(), weight.double(), None if b is None else b.double())
         eager = torch.nn.functional.linear(x, weight, b)
         assert_within_budget("out", few_rows_linear(x, weight, b, backend=backend), eager, exact)

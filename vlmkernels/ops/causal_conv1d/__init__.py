@@ -88,8 +88,7 @@ def causal_conv1d(
         require_one_of("activation", activation, ACTIVATIONS, "None or ")
     if initial_state is not None and {*layout.lengths} == {1} and {*layout.parents} == {-1}:
         inputs = torch.cat([initial_state.to(x.dtype).transpose(1, 2), x.unsqueeze(1)], 1)  # (N, K, D)
-        out = _step(inputs, weight, bias)
-        return _activated(out, activation, inputs[:, 1:].transpose(1, 2) if return_state else None)
+        return _activated(_step(inputs, weight, bias), activation, inputs[:, 1:].transpose(1, 2) if return_state else None)
     plan = _plan(layout, weight.shape[1], x.device)
     rows = None if initial_state is None else initial_state.to(x.dtype).transpose(1, 2).flatten(0, 1)
     out: torch.Tensor = _Convolution.apply(x, weight, bias, rows, plan)

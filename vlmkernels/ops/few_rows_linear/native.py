@@ -12,12 +12,13 @@ class Native(Launcher):
 
     def fwd(self, x, weight, bias):
         out = x.new_empty(len(x), len(weight))
+        bias = None if bias is None else bias.contiguous()
         params = self.module.FewRowsLinear(
             x=x.data_ptr(),
             stride_x=x.stride(0),
             weight=weight.data_ptr(),
             stride_weight=weight.stride(0),
-            bias=address(bias if bias is None else bias.contiguous()),
+            bias=address(bias),
             out=out.data_ptr(),
             rows=len(x),
             outputs=len(weight),
