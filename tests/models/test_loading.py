@@ -3,7 +3,8 @@
 import torch
 from support import tiny
 
-from vlmkernels.models.loading import disable_dropout, dropout_rates
+from vlmkernels.models.head import logit_arguments, output_head
+from vlmkernels.models.loading import disable_dropout, dropout_rates, inference
 
 
 def test_disable_dropout():
@@ -17,3 +18,15 @@ def test_disable_dropout():
     disable_dropout(model)
     assert not any(dropout_rates(module) for module in model.modules())
     assert model.model.language_model.layers[0].self_attn.attention_dropout == 0
+
+
+def test_inference_restores_the_mode_of_each_module():
+    """A frozen vision tower that the user set to evaluation mode stays in it."""
+    model = tiny.vlm().train()
+    model.model.visual.eval()
+    modes = [module.training for module in model.modules()]
+    with inference(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    logit_arguments(model, output_head(model))
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2

@@ -15,6 +15,7 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from vlmkernels.models.attention import check_tree_attention
+from vlmkernels.models.loading import inference
 from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import linear_logps
@@ -64,13 +65,8 @@ def logit_arguments(model: torch.nn.Module, head: torch.nn.Module) -> dict[str, 
     def probe_logits(hidden: torch.Tensor) -> torch.Tensor:
         return probe.to(hidden.dtype).expand(1, 1, 2)
 
-    training = model.training
-    model.eval()
-    try:
-        with replaced_method(head, "forward", probe_logits), torch.no_grad():
-            found = model(input_ids=token, attention_mask=token + 1, use_cache=False).logits.float().flatten()
-    finally:
-        model.train(training)
+    with replaced_method(head, "forward", probe_logits), inference(model):
+        found = model(input_ids=token, attention_mask=token + 1, use_cache=False).logits.float().flatten()
     for candidate in candidates:
         expected = probe * candidate.get("logit_scale", 1.0)
         if cap := candidate.get("softcap"):

@@ -160,11 +160,12 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Disable gradients and put ``model`` in evaluation mode; restore its mode on exit."""
-    training = model.training
+    """Disable gradients and put ``model`` in evaluation mode; restore the mode of each of its modules on exit."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
