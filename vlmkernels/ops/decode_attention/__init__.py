@@ -39,7 +39,7 @@ def _select(
     return select("decode_attention", backend, query, *(x for level in levels for x in level[:2]), *new)
 
 
-# The signatures of calls that passed the checks of dtypes, shapes, strides and devices, and the kernels of each. A decoder makes
+# The signatures of calls that passed the checks of dtypes, shapes, strides and devices, and their kernels. A decoder makes
 # the same call in every layer and step, where these checks take as long as the kernels of a small model.
 _known: dict[tuple[Any, ...] | None, Any] = {}
 _MOST_KNOWN = 1024
