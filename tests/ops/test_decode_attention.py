@@ -463,6 +463,30 @@ def test_errors_name_argument_rule_and_value(case):
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))  # nothing has been written
 
 
+@torch.no_grad()
+def test_checks_after_a_valid_call():
+    """A call whose shapes are known is still checked: its values, and what must be converted."""
+    query = torch.ones(2, 2, 8)
+
+    def run(level, **options):
+        return decode_attention(query, [level], return_lse=True, **options)
+
+    _, expected = run(small(lengths=torch.tensor([1, 2], dtype=torch.int32)), window=1)
+    for lengths in (torch.tensor([1, 2], dtype=torch.int32), torch.tensor([1, 2]), [1, 2]):
+        assert torch.equal(run(small(lengths=lengths), window=1)[1], expected)
+    with pytest.raises(ValueError, match=r"levels\[0\].lengths must be in"):
+        run(small(lengths=torch.tensor([1, 4], dtype=torch.int32)))
+    with pytest.raises(TypeError, match=r"levels\[0\].lengths must be integers"):
+        run(small(lengths=torch.zeros(2)))
+    with pytest.raises(TypeError, match=r"levels\[0\] must be KeyValues"):
+        run(tuple(small()))
+    with pytest.raises(TypeError, match="window must be an integer"):
+        run(small(), window=True)
+    crosswise = small(key=torch.zeros(2, 1, 8, 3).transpose(2, 3))
+    with pytest.raises(NotImplementedError, match="cpp: supports a contiguous last axis"):
+        run(crosswise, backend="cpp")
+
+
 def test_lists_and_other_integers():
     level = small(lengths=[1, 2], segment=torch.tensor([1, 0]))
     assert decode_attention(torch.ones(2, 2, 8), [level]).shape == (2, 2, 4)

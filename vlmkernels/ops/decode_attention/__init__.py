@@ -39,7 +39,7 @@ def _select(
     return select("decode_attention", backend, query, *(x for level in levels for x in level[:2]), *new)
 
 
-# The signatures of calls that passed the checks of dtypes, shapes, strides and devices, and the kernels of each. A decoder makes
+# The signatures of calls that passed the checks of dtypes, shapes, strides and devices, and their kernels. A decoder makes
 # the same call in every layer and step, where these checks take as long as the kernels of a small model.
 _known: dict[tuple[Any, ...] | None, Any] = {}
 _MOST_KNOWN = 1024
@@ -174,9 +174,9 @@ def decode_attention(
 
     Returns:
         (S, Hq, Dv) in the dtype of ``query``, or with ``return_lse`` also (S, Hq) fp32. Scores, softmax and sums are in fp32
-        (triton and cuda round the probabilities of 16-bit values to 16 bits). A slot that sees no token gets 0 and -inf. On a
-        GPU, a slot whose segment or page does not exist or whose length is beyond its buffers gets NaN, and nothing is
-        written outside of the buffers. There are no gradients.
+        (triton and cuda round the probabilities of 16-bit values to 16 bits, cpp those of bf16 values on a processor with
+        AVX512_BF16). A slot that sees no token gets 0 and -inf. On a GPU, a slot whose segment or page does not exist or whose
+        length is beyond its buffers gets NaN, and nothing is written outside of the buffers. There are no gradients.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device is wrong; on a CPU also a length, a segment or a page.
