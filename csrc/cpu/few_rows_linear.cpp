@@ -1,107 +1,92 @@
-// few_rows_linear on the CPU: the weight streams from memory once, without a packed copy of it. A block of its rows stays in
-// the cache for all rows of x. Every sum is over the lanes of vectors in the order of k, then over the lanes, so that a result
-// does not depend on the number of rows or on its place among them.
+// few_rows_linear on the CPU. The rows of x are the lanes of vectors, so that a product needs no sum over lanes, and the weight
+// streams from memory once for every 32 rows, without a packed copy. Every sum is in the order of k, in blocks, so that a
+// result does not depend on the number of rows or on its place among them.
 #include "../common/few_rows_linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "simd.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
 
-constexpr int kTile = 4;                  // rows of x and rows of the weight in registers: 16 sums
-constexpr int64_t kBlockBytes = 1 << 17;  // of the weight, in the cache
-constexpr int64_t kPerThread = 1 << 16;   // least number of products per thread
-
+// Rows of the weight whose sums are in registers.
 #if defined(__AVX512F__)
-inline __m256 halves(f32 x) {
-    __m512 a = bit_cast<__m512>(x);
-    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-}
-#endif
-
-// The sums over the lanes of four vectors.
-inline void lane_sums(const f32 (&x)[kTile], float (&sums)[kTile]) {
-#if defined(__AVX512F__)
-    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(halves(x[0]), halves(x[1])), _mm256_hadd_ps(halves(x[2]), halves(x[3])));
-    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+constexpr int kTile = 12;
+#elif defined(__AVX2__)
+constexpr int kTile = 6;
 #else
-    for (int i = 0; i < kTile; ++i) sums[i] = hsum(x[i]);
+constexpr int kTile = 3;
 #endif
-}
+constexpr int64_t kBlock = 64;           // products that are summed in registers, before the sum of the blocks
+constexpr int64_t kLine = 16;            // floats of a cache line
+constexpr int64_t kPerThread = 1 << 16;  // least number of products per thread
 
-// Rows m to m + kRows and columns n to n + kTile of out; columns from `end` on are not written. Prefetches the rows that are
-// `ahead` elements further.
-template <int kRows, bool kAhead>
-void tile(const FewRowsLinear& p, int64_t m, int64_t n, int64_t end, int64_t ahead) {
-    const float *x[kRows], *w[kTile];
-    for (int i = 0; i < kRows; ++i) x[i] = p.x + (m + i) * p.stride_x;
-    for (int j = 0; j < kTile; ++j) w[j] = p.weight + std::min(n + j, end - 1) * p.stride_weight;
-    f32 sums[kRows][kTile] = {};
-    int64_t k = 0;
-    for (const int64_t stop = p.width - kLanes; k <= stop; k += kLanes) {
-        f32 a[kRows];
-        for (int i = 0; i < kRows; ++i) a[i] = load(x[i] + k);
-        for (int j = 0; j < kTile; ++j) {
-            if (kAhead) __builtin_prefetch(w[j] + ahead + k);
-            f32 b = load(w[j] + k);
-            for (int i = 0; i < kRows; ++i) sums[i][j] += a[i] * b;
-        }
-    }
-    if (k < p.width) {
-        for (int j = 0; j < kTile; ++j) {
-            f32 b = load_tail(w[j] + k, p.width - k, 0.0f);
-            for (int i = 0; i < kRows; ++i) sums[i][j] += load_tail(x[i] + k, p.width - k, 0.0f) * b;
-        }
-    }
-    float bias[kTile] = {};
-    int64_t columns = std::min<int64_t>(kTile, end - n);
-    if (p.bias) std::memcpy(bias, p.bias + n, columns * sizeof(float));
-    for (int i = 0; i < kRows; ++i) {
-        float row[kTile];
-        lane_sums(sums[i], row);
-        for (int j = 0; j < kTile; ++j) row[j] += bias[j];
-        float* out = p.out + (m + i) * p.outputs + n;
-        if (columns == kTile)
-            std::memcpy(out, row, sizeof(row));
-        else
-            std::memcpy(out, row, columns * sizeof(float));
+// x (rows, width) as panels of kLanes rows, (panels, width, kLanes), the last one with rows of zeros.
+void transpose(const FewRowsLinear& p, float* panels) {
+    for (int64_t m = 0; m < p.rows; ++m) {
+        const float* x = p.x + m * p.stride_x;
+        float* panel = panels + m / kLanes * p.width * kLanes + m % kLanes;
+        for (int64_t k = 0; k < p.width; ++k) panel[k * kLanes] = x[k];
     }
 }
 
-template <bool kAhead>
-void rows_of_tile(const FewRowsLinear& p, int64_t m, int64_t n, int64_t end, int64_t ahead) {
-    int64_t rows = p.rows - m;
-    if (rows >= 4) tile<4, kAhead>(p, m, n, end, ahead);
-    if (rows == 3) tile<3, kAhead>(p, m, n, end, ahead);
-    if (rows == 2) tile<2, kAhead>(p, m, n, end, ahead);
-    if (rows == 1) tile<1, kAhead>(p, m, n, end, ahead);
-}
-
-void block(const FewRowsLinear& p, int64_t begin, int64_t end, int64_t ahead) {
-    for (int64_t m = 0; m < p.rows; m += kTile) {
-        bool last = ahead && m + kTile >= p.rows;
-        for (int64_t n = begin; n < end; n += kTile) {
-            if (last)
-                rows_of_tile<true>(p, m, n, end, ahead);
-            else
-                rows_of_tile<false>(p, m, n, end, 0);
+// Rows n to n + kTile of the weight with kPanels panels of x, from row m. Prefetches the next kTile rows of the weight.
+template <int kPanels>
+void tile(const FewRowsLinear& p, const float* panels, int64_t m, int64_t n, bool prefetch) {
+    const float *w[kTile], *x[kPanels];
+    for (int j = 0; j < kTile; ++j) w[j] = p.weight + std::min(n + j, p.outputs - 1) * p.stride_weight;
+    for (int i = 0; i < kPanels; ++i) x[i] = panels + (m / kLanes + i) * p.width * kLanes;
+    f32 sums[kPanels][kTile] = {};
+    int64_t ahead = kTile * p.stride_weight;
+    for (int64_t begin = 0; begin < p.width; begin += kBlock) {
+        int64_t end = std::min(begin + kBlock, p.width);
+        f32 block[kPanels][kTile] = {};
+        for (int64_t line = begin; line < end; line += kLine) {
+            if (prefetch) {
+                for (int j = 0; j < kTile; ++j) __builtin_prefetch(w[j] + ahead + line);
+            }
+            for (int64_t k = line, stop = std::min(line + kLine, end); k < stop; ++k) {
+                f32 lanes[kPanels];
+                for (int i = 0; i < kPanels; ++i) lanes[i] = load(x[i] + k * kLanes);
+                for (int j = 0; j < kTile; ++j) {
+                    for (int i = 0; i < kPanels; ++i) block[i][j] += lanes[i] * w[j][k];
+                }
+            }
         }
+        for (int i = 0; i < kPanels; ++i) {
+            for (int j = 0; j < kTile; ++j) sums[i][j] += block[i][j];
+        }
+    }
+    int columns = static_cast<int>(std::min<int64_t>(kTile, p.outputs - n));
+    for (int j = 0; p.bias && j < columns; ++j) {
+        for (int i = 0; i < kPanels; ++i) sums[i][j] += p.bias[n + j];
+    }
+    int64_t rows = std::min<int64_t>(kPanels * kLanes, p.rows - m);
+    for (int64_t r = 0; r < rows; ++r) {
+        float* out = p.out + (m + r) * p.outputs + n;
+        for (int j = 0; j < columns; ++j) out[j] = sums[r / kLanes][j][r % kLanes];
     }
 }
 
 }  // namespace
 
 void few_rows_linear(const FewRowsLinear& p, int threads) {
-    int64_t fitting = kBlockBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(p.width, 1);
-    int64_t size = std::clamp<int64_t>(fitting / kTile * kTile, kTile, 64), blocks = (p.outputs + size - 1) / size;
-    int64_t most = std::min(blocks, p.rows * p.outputs * p.width / kPerThread);
+    int64_t tiles = (p.outputs + kTile - 1) / kTile;
+    int64_t most = std::min(tiles, p.rows * p.outputs * p.width / kPerThread);
     threads = static_cast<int>(std::clamp<int64_t>(most, 1, threads));
+    std::vector<float> panels((p.rows + kLanes - 1) / kLanes * kLanes * p.width);
+    transpose(p, panels.data());
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t b = 0; b < blocks; ++b) {
-        bool last = b + 2 > blocks;  // the block after it is not complete
-        block(p, b * size, std::min((b + 1) * size, p.outputs), last ? 0 : size * p.stride_weight);
+    for (int64_t t = 0; t < tiles; ++t) {
+        for (int64_t m = 0; m < p.rows; m += 2 * kLanes) {
+            bool first = m == 0;
+            if (p.rows - m > kLanes)
+                tile<2>(p, panels.data(), m, t * kTile, first);
+            else
+                tile<1>(p, panels.data(), m, t * kTile, first);
+        }
     }
 }
 

@@ -1,11 +1,13 @@
 """few_rows_linear against fp64, and in the layers of a model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import tiny
 from support.budget import assert_within_budget
 
-from vlmkernels.backend import why_not
+from vlmkernels.backend import load, use_backend, why_not
 from vlmkernels.models.few_rows import few_rows_linears
 from vlmkernels.ops.few_rows_linear import few_rows_linear
 
@@ -82,7 +84,10 @@ def test_layers_of_a_model(monkeypatch):
     from vlmkernels.models import few_rows
 
     model, calls = tiny.text_model().eval(), []
-    monkeypatch.setattr(few_rows, "few_rows_linear", lambda *args: calls.append(len(args[0])) or few_rows_linear(*args))
+    need("cpp", model.lm_head.weight)
+    kernels = load("few_rows_linear", "cpp")
+    counting = SimpleNamespace(fwd=lambda *args: calls.append(len(args[0])) or kernels.fwd(*args))
+    monkeypatch.setattr(few_rows, "load", lambda op, name: counting)
     ids = torch.arange(10).view(2, 5)
     expected = model(ids).logits
     with few_rows_linears(model):
@@ -96,3 +101,13 @@ def test_layers_of_a_model(monkeypatch):
     assert count == sum(isinstance(module, torch.nn.Linear) for module in model.modules())
     assert set(calls) == {10}
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float32), ("cpp", torch.bfloat16), ("reference", torch.bfloat16)]
+)
+def test_layers_that_stay(backend, dtype):
+    """With torch as the selected backend, and in 16 bits, also if the backend of all ops is selected."""
+    model = tiny.text_model().to(dtype)
+    with use_backend(backend), few_rows_linears(model):
+        assert not any("forward" in vars(module) for module in model.modules())

@@ -7,8 +7,8 @@ from types import MethodType
 import torch
 from torch.nn.functional import linear
 
+from vlmkernels.backend import choose, load, resolve
 from vlmkernels.ops.dispatch import needs_dispatcher
-from vlmkernels.ops.few_rows_linear import few_rows_linear
 
 _MOST = 64  # rows; with more, the matrix products of torch are as fast
 
@@ -21,6 +21,8 @@ def few_rows_linears(model: torch.nn.Module) -> Iterator[None]:
     """
     chosen = [module for module in model.modules() if type(module) is torch.nn.Linear and "forward" not in vars(module)]
     chosen = [module for module in chosen if module.weight.device.type == "cpu" and module.weight.dtype == torch.float32]
+    selected = resolve("few_rows_linear", "auto")
+    chosen = [module for module in chosen if choose("few_rows_linear", selected, module.weight) == "cpp"]
     for module in chosen:
         module.forward = MethodType(_forward, module)
     try:
@@ -31,7 +33,10 @@ def few_rows_linears(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    few = x.numel() <= _MOST * self.in_features and x.dtype == torch.float32
+    few = x.numel() <= _MOST * self.in_features and x.dtype == torch.float32 and x.shape[-1] == self.in_features
     if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or needs_dispatcher(x, self.weight, self.bias):
         return linear(x, self.weight, self.bias)
-    return few_rows_linear(x.reshape(-1, self.in_features), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+    # Without the checks of few_rows_linear, which take as long as a small layer: the shapes and dtypes are those of the layer.
+    kernels = load("few_rows_linear", "cpp")
+    out: torch.Tensor = kernels.fwd(x.reshape(-1, self.in_features), self.weight, self.bias)
+    return out.view(*x.shape[:-1], self.out_features)
