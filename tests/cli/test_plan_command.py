@@ -40,7 +40,7 @@ def test_command(tmp_path, capsys):
         ("--gpus 3", "prompts must be a multiple of gpus = 3, because groups are not split, got 8"),
         ("--gpus 0", "gpus must be >= 1, got 0"),
         ("--group-size 1", "group_size must be >= 2, to compare completions, got 1"),
-        ("--engine server", "server_gpus must be >= 1 with engine = server, else 0, got 0"),
+        ("--engine vllm_server", "server_gpus must be >= 1 with engine = vllm_server, else 0, got 0"),
         ("--microbatch-tokens 100", "microbatch_tokens must be >= 1792, a prompt of 1280 tokens .* got 100"),
         ("--machine nowhere", "machine must be h100, h200 or a file written by --calibrate, got nowhere"),
         ("--precision fp32", "precision must be bf16 on h100, got fp32"),

@@ -241,6 +241,6 @@ def test_undo(paths):
         ours.use_varlen_vision(ours.use_tree_attention(model))
         assert model.config.text_config._attn_implementation == "vlmkernels"
         model.set_attn_implementation({"vision_config": "sdpa"})
-        model.set_attn_implementation({"text_config": "sdpa"})
+        ours.undo_tree_attention(model)
         assert model.config.text_config._attn_implementation == model.config.vision_config._attn_implementation == "sdpa"
         assert torch.equal(model(**inputs).logits, expected)

@@ -496,7 +496,7 @@ def test_rows_of_masked_parts_are_bounded(monkeypatch, name):
         ({"query": torch.zeros(5, 0, 8)}, ValueError, "query must have at least one head of width 1"),
         ({"backend": "flex"}, NotImplementedError, "flex: FlexAttention has no backward pass on the CPU"),
         ({"backend": "flash"}, NotImplementedError, "flash: supports CUDA tensors, got cpu"),
-        ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, flash4, flex; got 'math'"),
+        ({"backend": "math"}, ValueError, "backend must be one of auto, parts, flash, flash4, flex, paths; got 'math'"),
     ],
 )
 def test_bad_input(changes, error, message):

@@ -1,6 +1,7 @@
 """Bytes per token of a transformer layer: what autograd saves, and what the layer reads and writes.
 
-The numbers were counted in the eager layers of transformers. tests/plan/test_costs.py compares them with measurements in torch.
+The numbers were counted in the eager layers of transformers, as the trainer runs them.
+tests/plan/test_costs.py compares them with measurements in torch.
 """
 
 from typing import NamedTuple
@@ -37,10 +38,10 @@ class LayerKind(NamedTuple):
     backward: PerToken
 
 
-# Decoders without and with norms of queries and keys. Vision towers with and without a gate in the MLP; their queries and keys
-# are as wide as their hidden states, so they are counted under hidden.
-DECODER = LayerKind(PerToken(6, 2, 2, 4), PerToken(20, 22, 10.5, 5), PerToken(50, 38, 30, 9))
-DECODER_QK_NORM = LayerKind(PerToken(6, 4, 4, 4), PerToken(20, 30, 17.5, 5), PerToken(63, 47, 53, 9))
+# Decoders without and with norms of queries and keys, with the rotary embeddings of use_tree_attention. Vision towers with and
+# without a gate in the MLP; their queries and keys are as wide as their hidden states, so they are counted under hidden.
+DECODER = LayerKind(PerToken(6, 2, 2, 4), PerToken(20, 13.5, 2, 5), PerToken(50, 24, 16, 9))
+DECODER_QK_NORM = LayerKind(PerToken(6, 4, 4, 4), PerToken(20, 21.5, 9, 5), PerToken(63, 33.5, 39.5, 9))
 TOWER_GATED = LayerKind(PerToken(12, 0, 0, 4), PerToken(24.4, 0, 0, 5), PerToken(84, 0, 0, 11))
 TOWER = LayerKind(PerToken(10, 0, 0, 2), PerToken(14.4, 0, 0, 2), PerToken(39.5, 0, 0, 4))
 # Bytes (not elements) that autograd saves under bf16 autocast: norms and the residual stream stay fp32, and each matrix product
