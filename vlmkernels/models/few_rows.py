@@ -38,5 +38,5 @@ def _forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
     # Without the checks of few_rows_linear, which take as long as a small layer: the shapes and dtypes are those of the layer.
     kernels = load("few_rows_linear", "cpp")
-    out: torch.Tensor = kernels.fwd(x.reshape(-1, self.in_features), self.weight, self.bias)
+    out: torch.Tensor = kernels.fwd(x.reshape(-1, self.in_features).contiguous(), self.weight, self.bias)
     return out.view(*x.shape[:-1], self.out_features)
