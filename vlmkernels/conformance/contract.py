@@ -1,0 +1,151 @@
+"""Contracts: rules that a part of a trainer must keep, and running them against an adapter."""
+
+import fnmatch
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from vlmkernels.conformance.adapter import METHODS, Adapter, NeedsCUDA, NotApplicable
+from vlmkernels.conformance.guard import AdapterError, Guarded
+
+PASS, FAIL, ERROR, DOCUMENTED, NOT_APPLICABLE, NEEDS_CUDA = STATUSES = (
+    *("pass", "fail", "error", "documented", "not applicable", "needs CUDA"),
+)
+
+
+class Violation(Exception):
+    """A contract raises this if a result breaks its rule. The message has the result, the right value and the tolerance."""
+
+
+class Case(NamedTuple):
+    """One input of a contract."""
+
+    id: str  # unique within the contract
+    arguments: dict[str, Any]  # of the check, besides the adapter
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A rule with its cases. ``check(adapter, **case.arguments)`` returns, or raises ``Violation``."""
+
+    name: str  # "group/rule"
+    method: str  # the method of the adapter without which the rule is not applicable
+    rule: str  # one sentence
+    source: str  # where the rule comes from: a paper, or the documentation of a library
+    tolerance: str  # how the tolerance follows from the dtype
+    cases: Callable[[Adapter], Iterable[Case]]  # the smallest first
+    check: Callable[..., None]
+    reproduce: Callable[..., str]  # (**case.arguments) -> the lines of a script that print got and expected
+
+
+CONTRACTS: dict[str, Contract] = {}
+
+
+def contract(
+    name: str,
+    method: str,
+    *,
+    source: str,
+    tolerance: str,
+    cases: Callable[[Adapter], Iterable[Case]],
+    reproduce: Callable[..., str],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register the decorated function as the check of a contract; the first line of its docstring is the rule."""
+    assert method in METHODS, method
+    assert name not in CONTRACTS, name
+
+    def register(check: Callable[..., None]) -> Callable[..., None]:
+        rule = (check.__doc__ or "").strip().splitlines()[0]
+        CONTRACTS[name] = Contract(name, method, rule, source, tolerance, cases, check, reproduce)
+        return check
+
+    return register
+
+
+class Result(NamedTuple):
+    """The outcome of a case."""
+
+    adapter: str
+    contract: str
+    case: str
+    status: str  # one of STATUSES
+    message: str = ""  # the violation, the error, or the reason
+    reproduction: str = ""  # a script, for a violation or an error
+    seconds: float = 0.0
+
+
+def close(
+    name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float
+) -> None:
+    """Raise ``Violation`` unless |got - expected| <= tolerance everywhere. NaN is close to nothing."""
+    got, expected, tolerance = (torch.as_tensor(x).detach().double().cpu() for x in (got, expected, tolerance))
+    if got.shape != expected.shape:
+        raise Violation(f"{name} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
+    error = (got - expected).abs()
+    wrong = ~(error <= tolerance)
+    if not wrong.any():
+        return
+    excess = torch.where(wrong, (error / tolerance.clamp(min=1e-300)).nan_to_num(nan=torch.inf), -1)
+    index = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+    where = f"[{', '.join(map(str, index))}]" if index else ""
+    allowed = tolerance.expand_as(error)[index].item()
+    raise Violation(
+        f"{name}{where} is {got[index].item():.7g}, expected {expected[index].item():.7g} (tolerance {allowed:.1e};"
+        f" {int(wrong.sum())} of {wrong.numel()} values differ)"
+    )
+
+
+def case_ids(adapter: Adapter, each: Contract) -> list[Case | None]:
+    """Return the cases of a contract for this adapter; [None] if it has none."""
+    return [*each.cases(adapter)] or [None] if adapter.has(each.method) else [None]
+
+
+def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
+    """Run one case of a contract. An error of the adapter is a result, so that the run goes on."""
+    start = time.perf_counter()
+    name = case.id if case else ""
+
+    def result(status: str, message: str = "") -> Result:
+        script = each.reproduce(**case.arguments) if case and status in (FAIL, ERROR, DOCUMENTED) else ""
+        return Result(adapter.name, each.name, name, status, message, script, time.perf_counter() - start)
+
+    if not adapter.has(each.method):
+        return result(NOT_APPLICABLE, f"the adapter has no method {each.method}")
+    if case is None:
+        return result(NOT_APPLICABLE, "the adapter declares nothing that this contract checks")
+    if each.method in adapter.needs_cuda and not torch.cuda.is_available():
+        return result(NEEDS_CUDA, adapter.needs_cuda[each.method])
+    try:
+        each.check(Guarded(adapter), **case.arguments)
+    except NotApplicable as reason:
+        return result(NOT_APPLICABLE, str(reason))
+    except NeedsCUDA as reason:
+        return result(NEEDS_CUDA, str(reason))
+    except Violation as violation:
+        for documented in adapter.documented:
+            if fnmatch.fnmatchcase(f"{each.name}[{name}]", documented.pattern):
+                return result(DOCUMENTED, f"{violation}. {documented.reason} ({documented.source})")
+        return result(FAIL, str(violation))
+    except AdapterError as error:
+        return result(ERROR, str(error))
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return result(ERROR, f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})")
+    return result(PASS)
+
+
+def run(adapter: Adapter, pattern: str = "*") -> list[Result]:
+    """Run the contracts whose names match ``pattern`` (as in a shell)."""
+    chosen = [each for each in all_contracts() if fnmatch.fnmatchcase(each.name, pattern)]
+    return [run_case(adapter, each, case) for each in chosen for case in case_ids(adapter, each)]
+
+
+def all_contracts() -> list[Contract]:
+    """Return all contracts in the order of the report."""
+    import vlmkernels.conformance.contracts  # noqa: F401  registers them
+
+    return [*CONTRACTS.values()]
