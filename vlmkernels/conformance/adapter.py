@@ -33,7 +33,7 @@ class NeedsCUDA(Exception):
 
 
 class Sampled(NamedTuple):
-    """A completion: the ids that the model sampled, and the ids in the loss. Both without padding; with the end token, if any."""
+    """A completion: the ids that the model sampled, and the ids in the loss. Without padding; with the end token, if any."""
 
     sampled_ids: list[int]
     trained_ids: list[int]
@@ -104,6 +104,13 @@ class Adapter:
     models: ClassVar[Sequence[str]] = ("text",)
     documented: ClassVar[Sequence[Documented]] = ()
     needs_cuda: ClassVar[Mapping[str, str]] = {}
+
+    source: str = ""  # what ``load`` found this adapter by; set there
+
+    @property
+    def expression(self) -> str:
+        """The code that makes this adapter, for reproductions."""
+        return f"load({self.source!r})" if self.source else f"{type(self).__name__}()"
 
     @property
     def version(self) -> str:

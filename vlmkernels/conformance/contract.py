@@ -44,6 +44,13 @@ class Contract:
 
 CONTRACTS: dict[str, Contract] = {}
 
+# The first lines of every reproduction.
+HEADER = """\
+import torch
+from vlmkernels.conformance import *
+adapter = {load}
+"""
+
 
 def contract(
     name: str,
@@ -78,9 +85,7 @@ class Result(NamedTuple):
     seconds: float = 0.0
 
 
-def close(
-    name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float
-) -> None:
+def close(name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float) -> None:
     """Raise ``Violation`` unless |got - expected| <= tolerance everywhere. NaN is close to nothing."""
     got, expected, tolerance = (torch.as_tensor(x).detach().double().cpu() for x in (got, expected, tolerance))
     if got.shape != expected.shape:
@@ -99,7 +104,7 @@ def close(
     )
 
 
-def case_ids(adapter: Adapter, each: Contract) -> list[Case | None]:
+def cases_of(adapter: Adapter, each: Contract) -> list[Case | None]:
     """Return the cases of a contract for this adapter; [None] if it has none."""
     return [*each.cases(adapter)] or [None] if adapter.has(each.method) else [None]
 
@@ -110,7 +115,9 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
     name = case.id if case else ""
 
     def result(status: str, message: str = "") -> Result:
-        script = each.reproduce(**case.arguments) if case and status in (FAIL, ERROR, DOCUMENTED) else ""
+        script = ""
+        if case and status in (FAIL, ERROR, DOCUMENTED):
+            script = HEADER.format(load=adapter.expression) + each.reproduce(**case.arguments)
         return Result(adapter.name, each.name, name, status, message, script, time.perf_counter() - start)
 
     if not adapter.has(each.method):
@@ -141,7 +148,7 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
 def run(adapter: Adapter, pattern: str = "*") -> list[Result]:
     """Run the contracts whose names match ``pattern`` (as in a shell)."""
     chosen = [each for each in all_contracts() if fnmatch.fnmatchcase(each.name, pattern)]
-    return [run_case(adapter, each, case) for each in chosen for case in case_ids(adapter, each)]
+    return [run_case(adapter, each, case) for each in chosen for case in cases_of(adapter, each)]
 
 
 def all_contracts() -> list[Contract]:

@@ -45,7 +45,7 @@ def load_all(source: str) -> list[Adapter]:
     chosen = [each for each in classes if not wanted or each.__name__ == wanted]
     if not chosen:
         raise TypeError(f"{path} must define a subclass of vlmkernels.conformance.Adapter{wanted and f' named {wanted}'}")
-    return [_instance(each) for each in chosen]
+    return [_instance(each, source if len(classes) == 1 else f"{source}:{each.__name__}") for each in chosen]
 
 
 def load(source: str) -> Adapter:
@@ -60,7 +60,7 @@ def load(source: str) -> Adapter:
     return adapters[0]
 
 
-def _instance(cls: type[Adapter]) -> Adapter:
+def _instance(cls: type[Adapter], source: str) -> Adapter:
     if not isinstance(getattr(cls, "name", None), str):
         raise TypeError(f"{cls.__name__}.name must be a string, got {getattr(cls, 'name', None)!r}")
     for method in METHODS:
@@ -68,4 +68,6 @@ def _instance(cls: type[Adapter]) -> Adapter:
         given = inspect.signature(getattr(cls, method))
         if len(given.parameters) != len(expected.parameters):
             raise TypeError(f"{cls.__name__}.{method} must have the parameters {expected}, got {given}")
-    return cls()
+    adapter = cls()
+    adapter.source = source
+    return adapter
