@@ -12,9 +12,9 @@ import torch
 from vlmkernels.conformance.adapter import METHODS, Adapter, NeedsCUDA, NotApplicable
 from vlmkernels.conformance.guard import AdapterError, Guarded
 
-PASS, FAIL, ERROR, DOCUMENTED, NOT_APPLICABLE, NEEDS_CUDA = STATUSES = (
-    *("pass", "fail", "error", "documented", "not applicable", "needs CUDA"),
-)
+# The status of a case.
+PASS, FAIL, ERROR = "pass", "fail", "error"  # error: the adapter raised one, or returned what its interface does not allow
+DOCUMENTED, NOT_APPLICABLE, NEEDS_CUDA = "documented", "not applicable", "needs CUDA"
 
 
 class Violation(Exception):
@@ -79,7 +79,7 @@ class Result(NamedTuple):
     adapter: str
     contract: str
     case: str
-    status: str  # one of STATUSES
+    status: str
     message: str = ""  # the violation, the error, or the reason
     reproduction: str = ""  # a script, for a violation or an error
     seconds: float = 0.0

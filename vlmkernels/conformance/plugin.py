@@ -161,7 +161,7 @@ class Conformance:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.config.getoption("collectonly"):
             return
-        report = Report.new(self.adapters, [result for _, result in sorted(self.results)])
+        report = Report.new(self.adapters, (result for _, result in sorted(self.results)))
         folder = Path(self.config.getoption("conformance_output"))
         write_atomic(folder / "conformance.json", json.dumps(report.as_dict(), indent=1) + "\n")
         write_atomic(folder / "conformance.html", html_page(report))

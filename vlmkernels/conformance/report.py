@@ -8,23 +8,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.contract import DOCUMENTED, ERROR, FAIL, STATUSES, Result, all_contracts
+from vlmkernels.conformance.contract import DOCUMENTED, ERROR, FAIL, NEEDS_CUDA, NOT_APPLICABLE, PASS, Result, all_contracts
 
 LIBRARIES = ("vlmkernels", "torch", "transformers")
-# The status of several cases together is the first of these that one of them has.
-ORDER = (FAIL, ERROR, DOCUMENTED, *(status for status in STATUSES if status not in (FAIL, ERROR, DOCUMENTED)))
-SYMBOLS = dict(zip(STATUSES, ("✓", "✗", "!", "d", "–", "C"), strict=True))
-LEGEND = {
-    "✓": "all cases pass",
-    "✗ a/b": "a of b cases fail",
-    "! a/b": "the adapter raises an error in a of b cases",
-    "d": "differs, and the documentation of the project says so",
-    "–": "not applicable: the project does not have this part, or does not run it through a function that a test can call",
-    "C": "needs CUDA",
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a report shows the status of a case."""
+
+    symbol: str
+    meaning: str
+    counted: bool = False  # whether the symbol is followed by the numbers of such cases and of all cases
+
+
+# Several cases together have the first of these that one of them has.
+STATUSES = {
+    FAIL: Status("✗", "of the cases fail", counted=True),
+    ERROR: Status("!", "of the cases raise an error that the interface does not allow", counted=True),
+    DOCUMENTED: Status("d", "differs, as the documentation of the project says"),
+    PASS: Status("✓", "all cases pass"),
+    NEEDS_CUDA: Status("C", "needs CUDA"),
+    NOT_APPLICABLE: Status("–", "not applicable: the project does not have this, or not in code that runs by itself"),
 }
+LEGEND = {row.symbol + " a/b" * row.counted: row.meaning for row in STATUSES.values()}
 
 
 def version(package: str) -> str:
+    """Return the version of a distribution."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -40,59 +51,85 @@ class Cell:
     first: dict[str, Result] = field(default_factory=dict)  # of each status except "pass": the smallest case
 
     def add(self, result: Result) -> None:
+        """Add a case. The smallest cases come first."""
         self.counts[result.status] += 1
         self.seconds += result.seconds
-        if result.message:
+        if result.status != PASS:
             self.first.setdefault(result.status, result)
 
     @property
     def status(self) -> str:
-        return next(status for status in ORDER if self.counts[status])
+        """The status of the cases together."""
+        return next(status for status in STATUSES if self.counts[status])
 
     @property
     def text(self) -> str:
-        """A symbol of ``SYMBOLS``; with the numbers of cases if some fail."""
-        symbol = SYMBOLS[self.status]
-        return f"{symbol} {self.counts[self.status]}/{self.counts.total()}" if self.status in (FAIL, ERROR) else symbol
+        """The symbol of the status, with the numbers of cases if some fail."""
+        row = STATUSES[self.status]
+        return f"{row.symbol} {self.counts[self.status]}/{self.counts.total()}" if row.counted else row.symbol
+
+
+NOTHING = Cell(Counter({NOT_APPLICABLE: 1}))
 
 
 @dataclass
 class Report:
     """The outcomes of all contracts for some projects."""
 
-    versions: dict[str, str]  # of Python and of libraries
-    projects: dict[str, dict[str, str]]  # name -> the versions of its packages
-    not_loaded: dict[str, str]  # source -> the error
-    results: list[Result]  # in the order of contracts, with the smallest cases first
+    versions: dict[str, str] = field(default_factory=dict)  # of Python and of libraries
+    projects: dict[str, dict[str, str]] = field(default_factory=dict)  # name -> the versions of its packages
+    not_loaded: dict[str, str] = field(default_factory=dict)  # source of an adapter -> the error
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)  # (project, contract)
 
     @classmethod
-    def new(cls, adapters: Mapping[str, Adapter | Exception], results: list[Result]) -> "Report":
-        versions = {"Python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
-        loaded = {name: each.packages for name, each in adapters.items() if isinstance(each, Adapter)}
-        projects = {name: {package: version(package) for package in packages} for name, packages in loaded.items()}
-        return cls(versions, projects, {name: str(e) for name, e in adapters.items() if isinstance(e, Exception)}, results)
+    def new(cls, adapters: Mapping[str, Adapter | Exception], results: Iterable[Result]) -> "Report":
+        """Make the report of a run. results: the smallest case of each contract first."""
+        report = cls({"Python": platform.python_version()} | {name: version(name) for name in LIBRARIES})
+        for name, adapter in adapters.items():
+            if isinstance(adapter, Adapter):
+                report.projects[name] = {package: version(package) for package in adapter.packages}
+            else:
+                report.not_loaded[name] = str(adapter)
+        for result in results:
+            report.cells.setdefault((result.adapter, result.contract), Cell()).add(result)
+        return report
 
-    @property
-    def cells(self) -> dict[tuple[str, str], Cell]:
-        cells: dict[tuple[str, str], Cell] = {}
-        for result in self.results:
-            cells.setdefault((result.adapter, result.contract), Cell()).add(result)
-        return cells
+    def cell(self, project: str, contract: str) -> Cell:
+        """Return the outcome of a contract for a project."""
+        return self.cells.get((project, contract), NOTHING)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a value for JSON."""
-        contracts = [{"name": c.name, "rule": c.rule, "source": c.source, "tolerance": c.tolerance} for c in all_contracts()]
-        results = [result._asdict() | {"seconds": round(result.seconds, 4)} for result in self.results]
-        head = {"versions": self.versions, "projects": self.projects, "not_loaded": self.not_loaded}
-        return head | {"contracts": contracts, "results": results}
+        return {
+            "versions": self.versions,
+            "projects": self.projects,
+            "not_loaded": self.not_loaded,
+            "contracts": {c.name: {"rule": c.rule, "source": c.source, "tolerance": c.tolerance} for c in all_contracts()},
+            "cells": [
+                {
+                    "project": project,
+                    "contract": contract,
+                    "counts": dict(cell.counts),
+                    "seconds": round(cell.seconds, 3),
+                    "first": {
+                        status: {"case": first.case, "message": first.message, "reproduction": first.reproduction}
+                        for status, first in cell.first.items()
+                    },
+                }
+                for (project, contract), cell in self.cells.items()
+            ],
+        }
 
     @classmethod
     def from_dicts(cls, values: Iterable[dict[str, Any]]) -> "Report":
-        """Join the results of several runs."""
-        report = cls({}, {}, {}, [])
+        """Join reports of different projects."""
+        report = cls()
         for value in values:
             report.versions |= value["versions"]
             report.projects |= value["projects"]
             report.not_loaded |= value["not_loaded"]
-            report.results += [Result(**result) for result in value["results"]]
+            for cell in value["cells"]:
+                key = cell["project"], cell["contract"]
+                first = {status: Result(*key, status=status, **result) for status, result in cell["first"].items()}
+                report.cells[key] = Cell(Counter(cell["counts"]), cell["seconds"], first)
         return report
