@@ -66,7 +66,8 @@ body { max-width: 90rem; }
 .wide td, .wide th { text-align: center; } .wide td:first-child { min-width: 16rem; } td small { opacity: .7; }
 .fail, .error { color: rgb(var(--bad)); font-weight: 600; } .pass { color: rgb(var(--good)); } .na { opacity: .45; }
 article { border: 1px solid var(--line); border-radius: 10px; margin: 1rem 0; padding: .6rem 1rem; }
-article small { display: block; opacity: .75; } article pre { background: var(--soft); border-radius: 6px; padding: .6rem .8rem; }
+article small { display: block; opacity: .75; }
+article pre { background: var(--soft); border-radius: 6px; padding: .6rem .8rem; }
 """
 CLASSES = {FAIL: "fail", ERROR: "error", PASS: "pass", NOT_APPLICABLE: "na"}
 
