@@ -19,16 +19,21 @@ def code(value: Any) -> str:
     return repr(value)
 
 
+def construct(value: Any) -> str:
+    """Return an expression that makes a dataclass, without the fields that have their defaults."""
+    given = []
+    for field in fields(value):
+        content = getattr(value, field.name)
+        if isinstance(content, torch.Tensor) or content != field.default:
+            given.append(f"{field.name}={code(content)}")
+    return f"{type(value).__name__}({', '.join(given)})"
+
+
 class _Code:
-    """A dataclass whose repr leaves out fields that have their defaults."""
+    """A dataclass whose repr is the expression that makes it."""
 
     def __repr__(self) -> str:
-        given = []
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor) or value != field.default:
-                given.append(f"{field.name}={code(value)}")
-        return f"{type(self).__name__}({', '.join(given)})"
+        return construct(self)
 
 
 @dataclass(frozen=True, repr=False)
