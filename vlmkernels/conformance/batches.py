@@ -19,13 +19,13 @@ def code(value: Any) -> str:
     return repr(value)
 
 
-def construct(value: Any) -> str:
-    """Return an expression that makes a dataclass, without the fields that have their defaults."""
+def construct(value: Any, **codes: str) -> str:
+    """Return an expression that makes a dataclass, without the fields that have their defaults. ``codes`` replaces fields."""
     given = []
     for field in fields(value):
         content = getattr(value, field.name)
         if isinstance(content, torch.Tensor) or content != field.default:
-            given.append(f"{field.name}={code(content)}")
+            given.append(f"{field.name}={codes.get(field.name, code(content))}")
     return f"{type(value).__name__}({', '.join(given)})"
 
 
@@ -43,7 +43,9 @@ class LossBatch(_Code):
     logps: torch.Tensor  # (B, T): the log-probabilities of the policy, which get gradients
     advantages: torch.Tensor  # (B,)
     loss_mask: torch.Tensor  # (B, T) bool: the tokens in the loss
-    old_logps: torch.Tensor | None = None  # (B, T): of the policy before this step. None: the first step, where it is the policy
+    old_logps: torch.Tensor | None = (
+        None  # (B, T): of the policy before this step. None: the first step, where it is the policy
+    )
     ref_logps: torch.Tensor | None = None  # (B, T): of the reference model; given if beta > 0
     rollout_logps: torch.Tensor | None = None  # (B, T): of the engine that sampled; given with a rollout correction
     entropy: torch.Tensor | None = None  # (B, T)

@@ -12,6 +12,8 @@ from vlmkernels.ops.grpo_loss import GRPOLossConfig, grpo_loss
 from vlmkernels.ops.grpo_loss.config import MAX_LOG_RATIO
 from vlmkernels.ops.grpo_loss.inputs import LossInputs, Sequences, token_weights
 
+PER_TOKEN = ("logps", "old_logps", "ref_logps", "rollout_logps", "entropy")
+
 
 class Advantages(NamedTuple):
     """Advantages in fp64, (N,), and by what they were divided."""
@@ -97,12 +99,12 @@ def loss_and_gradient(
 def finite_differences(adapter: Any, batch: LossBatch, config: GRPOLossConfig, step: float = 2.0**-17) -> torch.Tensor:
     """Return the gradient of an adapter's loss by ``batch.logps`` from central differences, (B, T)."""
     out = torch.zeros_like(batch.logps)
-    for index in batch.loss_mask.nonzero().tolist():
+    for row, column in batch.loss_mask.nonzero().tolist():
         for sign in (1, -1):
             logps = batch.logps.detach().clone()
-            logps[*index] += sign * step
+            logps[row, column] += sign * step
             loss = adapter.loss(replace(batch, logps=logps.requires_grad_()), config).detach()
-            out[*index] += sign * loss / (2 * step)
+            out[row, column] += sign * loss / (2 * step)
     return out
 
 
@@ -163,17 +165,16 @@ def tolerances(batch: LossBatch, config: GRPOLossConfig, units: float = 4.0) -> 
     return LossValue(terms.sum(), gradient)
 
 
-PER_TOKEN = ("logps", "old_logps", "ref_logps", "rollout_logps", "entropy")
-
-
-def _map(batch: LossBatch, function: Callable[[torch.Tensor], torch.Tensor], names: Sequence[str] = PER_TOKEN) -> LossBatch:
+def map_tensors(
+    batch: LossBatch, function: Callable[[torch.Tensor], torch.Tensor], names: Sequence[str] = PER_TOKEN
+) -> LossBatch:
     """Apply a function to the tensors that are given, of those with these names."""
     return replace(batch, **{name: function(getattr(batch, name)) for name in names if getattr(batch, name) is not None})
 
 
 def select_rows(batch: LossBatch, rows: Sequence[int]) -> list[LossBatch]:
     """Return the completions ``rows`` in this order."""
-    return [_map(batch, lambda x: x[list(rows)], (*PER_TOKEN, "advantages", "loss_mask"))]
+    return [map_tensors(batch, lambda x: x[list(rows)], (*PER_TOKEN, "advantages", "loss_mask"))]
 
 
 def micro_batches(batch: LossBatch, accumulation_steps: int, num_processes: int) -> list[LossBatch]:
@@ -188,21 +189,21 @@ def micro_batches(batch: LossBatch, accumulation_steps: int, num_processes: int)
 
 def add_padding(batch: LossBatch, columns: int) -> list[LossBatch]:
     """Append columns that are not in the loss. Their values are those of the first column."""
-    batch = _map(batch, lambda x: torch.cat([x, x.detach()[:, :1].expand(-1, columns)], 1))
+    batch = map_tensors(batch, lambda x: torch.cat([x, x.detach()[:, :1].expand(-1, columns)], 1))
     return [replace(batch, loss_mask=torch.nn.functional.pad(batch.loss_mask, (0, columns)))]
 
 
 def set_masked(batch: LossBatch, logps: float, others: float) -> list[LossBatch]:
     """Replace the values outside of the loss mask."""
     mask = batch.loss_mask
-    batch = _map(batch, lambda x: torch.where(mask, x, others), PER_TOKEN[1:])
-    return [_map(batch, lambda x: torch.where(mask, x, logps), PER_TOKEN[:1])]
+    batch = map_tensors(batch, lambda x: torch.where(mask, x, others), PER_TOKEN[1:])
+    return [map_tensors(batch, lambda x: torch.where(mask, x, logps), PER_TOKEN[:1])]
 
 
 def close_holes(batch: LossBatch) -> list[LossBatch]:
     """Move the tokens in the loss to the start of each completion, in order."""
-    order = (~batch.loss_mask).int().argsort(1, stable=True)
-    return [_map(batch, lambda x: x.gather(1, order), (*PER_TOKEN, "loss_mask"))]
+    order = (~batch.loss_mask).int().argsort(dim=1, stable=True)
+    return [map_tensors(batch, lambda x: x.gather(1, order), (*PER_TOKEN, "loss_mask"))]
 
 
 def first_step(batch: LossBatch) -> list[LossBatch]:
@@ -212,4 +213,4 @@ def first_step(batch: LossBatch) -> list[LossBatch]:
 
 def repeat_tokens(batch: LossBatch, times: int) -> LossBatch:
     """Repeat the tokens of each completion."""
-    return _map(batch, lambda x: x.repeat(1, times), (*PER_TOKEN, "loss_mask"))
+    return map_tensors(batch, lambda x: x.repeat(1, times), (*PER_TOKEN, "loss_mask"))

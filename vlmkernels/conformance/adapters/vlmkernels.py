@@ -1,5 +1,7 @@
 """This package, on logits and log-probabilities."""
 
+from types import MappingProxyType
+
 import torch
 
 from vlmkernels import group_advantages, grpo_loss
@@ -15,22 +17,24 @@ class Vlmkernels(Adapter):
     levels = LEVELS
     kl_estimators = KL_ESTIMATORS
     corrections = CORRECTIONS
-    options = {
-        "delta": 4.0,
-        "use_bias_correction_kl": True,
-        "rollout_sequence_ratio": "mean",
-        "rollout_clip_min": 0.75,
-        "rollout_clip_max": 1.5,
-        "off_policy_mask_threshold": 0.25,
-        "top_entropy_quantile": 0.5,
-        "entropy_coef": 0.25,
-        "sapo_temperature_pos": 2.0,
-        "sapo_temperature_neg": 0.5,
-        "vespo_k_pos": 1.0,
-        "vespo_lambda_pos": 1.5,
-        "vespo_k_neg": 2.0,
-        "vespo_lambda_neg": 1.0,
-    }
+    options = MappingProxyType(
+        {
+            "delta": 4.0,
+            "use_bias_correction_kl": True,
+            "rollout_sequence_ratio": "mean",
+            "rollout_clip_min": 0.75,
+            "rollout_clip_max": 1.5,
+            "off_policy_mask_threshold": 0.25,
+            "top_entropy_quantile": 0.5,
+            "entropy_coef": 0.25,
+            "sapo_temperature_pos": 2.0,
+            "sapo_temperature_neg": 0.5,
+            "vespo_k_pos": 1.0,
+            "vespo_lambda_pos": 1.5,
+            "vespo_k_neg": 2.0,
+            "vespo_lambda_neg": 1.0,
+        }
+    )
     masks = ("padding", "holes")
     scales = ("group", "batch", "none")
     baselines = ("mean", "leave_one_out", "pass_at_k", "none")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.batches import AdvantageBatch
+from vlmkernels.conformance.batches import AdvantageBatch, construct
 from vlmkernels.conformance.contract import Case, Violation, close, contract
 from vlmkernels.conformance.objective import expected_advantages
 
@@ -125,11 +125,13 @@ def relative(adapter: Adapter) -> list[str]:
     return [baseline for baseline in adapter.baselines if baseline != "none"]
 
 
-def equal_cases(adapter: Adapter, reward: float) -> Iterator[Case]:
-    rewards = torch.tensor([[reward]] * 3 + [[0.0], [0.5], [0.25]])
-    for scale in adapter.scales:
-        for baseline in relative(adapter):
-            yield Case(f"{scale}-{baseline}", {"batch": AdvantageBatch(rewards, (3, 3), scale=scale, baseline=baseline)})
+def equal_cases(adapter: Adapter, *rewards: float) -> Iterator[Case]:
+    for reward in rewards:
+        both = torch.tensor([[reward]] * 8 + [[0.0], [0.5], [0.25], [1.0]] * 2)
+        for scale in adapter.scales:
+            for baseline in relative(adapter):
+                batch = AdvantageBatch(both, (8, 8), scale=scale, baseline=baseline)
+                yield Case(f"{scale}-{baseline}-{reward}", {"batch": batch})
 
 
 def zeros(adapter: Adapter, batch: AdvantageBatch) -> None:
@@ -156,7 +158,7 @@ def equal_rewards(adapter: Adapter, batch: AdvantageBatch) -> None:
     "advantages",
     source="Adam divides the gradient by its size: if no group has a signal, it scales a rounding error up to a full step",
     tolerance="none: rewards that are equal need no mean",
-    cases=lambda adapter: equal_cases(adapter, 0.7),
+    cases=lambda adapter: equal_cases(adapter, 0.1, 0.7),
     reproduce=script,
 )
 def equal_rewards_rounded(adapter: Adapter, batch: AdvantageBatch) -> None:
@@ -210,7 +212,8 @@ def order_script(batch: AdvantageBatch, order: Sequence[int]) -> str:
     return f"""\
 batch = {batch!r}
 order = {[*order]}
-print("got", adapter.advantages(replace(batch, rewards=batch.rewards[order])))
+other = {construct(batch, rewards="batch.rewards[order]")}
+print("got", adapter.advantages(other))
 print("expected", adapter.advantages(batch)[order])"""
 
 

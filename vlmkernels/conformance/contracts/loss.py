@@ -1,5 +1,6 @@
 """Contracts of the loss: its value, its gradient, and the changes of a batch that must not change them."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from vlmkernels.conformance.adapter import Adapter
 from vlmkernels.conformance.batches import LossBatch, construct
 from vlmkernels.conformance.contract import Case, Violation, close, contract
 from vlmkernels.conformance.objective import (
+    PER_TOKEN,
     LossValue,
     add_padding,
     close_holes,
@@ -17,6 +19,7 @@ from vlmkernels.conformance.objective import (
     finite_differences,
     first_step,
     loss_and_gradient,
+    map_tensors,
     micro_batches,
     repeat_tokens,
     select_rows,
@@ -33,12 +36,18 @@ TWICE = "twice the rounding error of loss/value, because both sides are the adap
 # Ratios are inside and outside of the clip bounds for advantages of both signs, per token and per sequence. The values outside
 # of the mask are such that their ratios, KL terms and corrections are large.
 WHOLE = LossBatch(
-    logps=torch.tensor([[-2.0, -1.375, -0.625, -1.75], [-1.75, -1, -1.875, -0.5], [-0.75, -0.5, -6, -0.5], [-1, -1.5, -0.5, -6]]),
+    logps=torch.tensor(
+        [[-2.0, -1.375, -0.625, -1.75], [-1.75, -1, -1.875, -0.5], [-0.75, -0.5, -6, -0.5], [-1, -1.5, -0.5, -6]]
+    ),
     advantages=torch.tensor([1.5, -1.0, -0.5, 2.0]),
     loss_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool(),
-    old_logps=torch.tensor([[-2.5, -1, -0.75, -3], [-0.5, -1.25, -2, -4.5], [-2.25, -4.5, -0.5, -4.5], [-0.5, -1.75, -4.5, -0.5]]),
+    old_logps=torch.tensor(
+        [[-2.5, -1, -0.75, -3], [-0.5, -1.25, -2, -4.5], [-2.25, -4.5, -0.5, -4.5], [-0.5, -1.75, -4.5, -0.5]]
+    ),
     ref_logps=torch.tensor([[-2.5, -1.125, -1, -0.75], [-1, -1.5, -1.5, -3], [-1.75, -3, -0.5, -3], [-0.5, -2.25, -3, -0.5]]),
-    rollout_logps=torch.tensor([[-2.75, -0.5, -1.25, -4.25], [-0.75, -1, -2.5, -0.5], [-1.75, -0.5, -6, -0.5], [-1, -2, -0.5, -6]]),
+    rollout_logps=torch.tensor(
+        [[-2.75, -0.5, -1.25, -4.25], [-0.75, -1, -2.5, -0.5], [-1.75, -0.5, -6, -0.5], [-1, -2, -0.5, -6]]
+    ),
     entropy=torch.tensor([[0.5, 1.5, 0.25, 2], [1, 0.75, 1.25, 9], [1.75, 9, 9, 9], [0.125, 0.875, 9, 9]]),
 )
 MASKS = {
@@ -80,8 +89,7 @@ def case(name: str, config: GRPOLossConfig, batch: LossBatch = WHOLE, **others: 
 
 def cast(batch: LossBatch, dtype: torch.dtype) -> LossBatch:
     """Return the log-probabilities and entropies in ``dtype``; advantages stay in fp32, as rewards are."""
-    names = ("logps", "old_logps", "ref_logps", "rollout_logps", "entropy")
-    return replace(batch, **{name: x.to(dtype) for name in names if (x := getattr(batch, name)) is not None})
+    return map_tensors(batch, lambda x: x.to(dtype))
 
 
 def first_dtype(adapter: Adapter, batch: LossBatch) -> LossBatch:
@@ -111,49 +119,64 @@ def corrections(adapter: Adapter, loss_type: str) -> Iterator[tuple[str, dict[st
 
 
 def options(adapter: Adapter, loss_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the options that act on this loss type, with the settings that they need."""
     given = [*adapter.options.items()]
     if "delta" in adapter.options:
-        given.append(("delta", 1.1))  # below 1 + epsilon_high: the clipped ratio decides
+        given.append(("delta", 1.1))  # below 1 + epsilon_high, so that the clipped ratio can be the smaller one
     for name, content in given:
-        row = LOSSES[loss_type]
-        if name == "delta" and row.surrogate != "ppo_clip" or name.startswith(("sapo", "vespo")) and loss_type not in name:
-            continue
         extra = NEEDS.get(name, {})
-        declared = extra.get("rollout_correction", None) in (None, *adapter.corrections)
-        if loss_type == "vespo" and extra.get("rollout_correction", "").startswith("sequence"):
-            continue
-        if declared and (not extra.get("beta") or "k3" in adapter.kl_estimators):
+        correction = extra.get("rollout_correction")
+        of_other_loss = name.startswith(("sapo", "vespo")) and not name.startswith(loss_type)
+        no_effect = name == "delta" and LOSSES[loss_type].surrogate != "ppo_clip"
+        supported = ("beta" not in extra or "k3" in adapter.kl_estimators) and (
+            correction is None or correction in [row.get("rollout_correction") for _, row in corrections(adapter, loss_type)]
+        )
+        if supported and not of_other_loss and not no_effect:
             yield f"-{name}={content}", {**extra, name: content}
 
 
-def products(adapter: Adapter) -> Iterator[Case]:
-    """Yield what the adapter declares: the product of objectives, KL terms, corrections and masks; each option and dtype."""
+def masked(adapter: Adapter) -> Iterator[tuple[str, LossBatch]]:
     for mask in adapter.masks:
-        for name, loss_type, level in objectives(adapter):
-            for kl_name, kl in kl_terms(adapter):
-                for correction_name, correction in corrections(adapter, loss_type):
-                    batch = first_dtype(adapter, replace(WHOLE, loss_mask=MASKS[mask]))
-                    suffix = "" if mask == "padding" else f"-{mask}"
-                    config = settings(loss_type, level, **kl, **correction)
-                    yield case(f"{name}{kl_name}{correction_name}{suffix}", config, batch)
-    yield from one_at_a_time(adapter, only_further=True)
+        yield "" if mask == "padding" else f"-{mask}", first_dtype(adapter, replace(WHOLE, loss_mask=MASKS[mask]))
 
 
-def one_at_a_time(adapter: Adapter, only_further: bool = False) -> Iterator[Case]:
-    """Yield each objective with each single KL term, correction, mask, option and dtype."""
+def smallest(adapter: Adapter) -> Iterator[Case]:
+    """Yield each objective with two completions of two tokens, one of which is padding."""
+    (batch,) = select_rows(WHOLE, (2, 3))
+    batch = map_tensors(batch, lambda x: x[:, :2], (*PER_TOKEN, "loss_mask"))
     for name, loss_type, level in objectives(adapter):
-        if not only_further:
-            for mask in adapter.masks:
-                batch = first_dtype(adapter, replace(WHOLE, loss_mask=MASKS[mask]))
-                yield case(name if mask == "padding" else f"{name}-{mask}", settings(loss_type, level), batch)
-            for kl_name, kl in [*kl_terms(adapter)][1:]:
-                yield case(f"{name}{kl_name}", settings(loss_type, level, **kl), first_dtype(adapter, WHOLE))
-            for correction_name, correction in [*corrections(adapter, loss_type)][1:]:
-                yield case(f"{name}{correction_name}", settings(loss_type, level, **correction), first_dtype(adapter, WHOLE))
+        yield case(f"{name}-2x2", settings(loss_type, level), first_dtype(adapter, batch))
+
+
+def further(adapter: Adapter) -> Iterator[Case]:
+    """Yield each objective with each option and each further dtype."""
+    for name, loss_type, level in objectives(adapter):
         for option_name, option in options(adapter, loss_type):
             yield case(f"{name}{option_name}", settings(loss_type, level, **option), first_dtype(adapter, WHOLE))
         for dtype in adapter.dtypes[1:]:
             yield case(f"{name}-{str(dtype).removeprefix('torch.')}", settings(loss_type, level), cast(WHOLE, dtype))
+
+
+def products(adapter: Adapter) -> Iterator[Case]:
+    """Yield the product of objectives, KL terms, corrections and masks; and each option and dtype."""
+    yield from smallest(adapter)
+    for name, loss_type, level in objectives(adapter):
+        parts = (kl_terms(adapter), corrections(adapter, loss_type), masked(adapter))
+        for (kl_name, kl), (correction_name, correction), (mask_name, batch) in itertools.product(*parts):
+            yield case(f"{name}{kl_name}{correction_name}{mask_name}", settings(loss_type, level, **kl, **correction), batch)
+    yield from further(adapter)
+
+
+def one_at_a_time(adapter: Adapter) -> Iterator[Case]:
+    """Yield each objective with each KL term, correction, mask, option and dtype by itself."""
+    yield from smallest(adapter)
+    for name, loss_type, level in objectives(adapter):
+        for mask_name, batch in masked(adapter):
+            yield case(f"{name}{mask_name}", settings(loss_type, level), batch)
+        for term_name, term in (*kl_terms(adapter), *corrections(adapter, loss_type)):
+            if term:
+                yield case(f"{name}{term_name}", settings(loss_type, level, **term), first_dtype(adapter, WHOLE))
+    yield from further(adapter)
 
 
 def script(batch: LossBatch, config: GRPOLossConfig, *lines: str) -> str:
@@ -200,22 +223,18 @@ def gradient(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig) -> None
 
 
 def differentiable(adapter: Adapter) -> Iterator[Case]:
-    """Yield fp64 cases of objectives without constants that depend on ``logps``.
+    """Yield fp64 cases: each objective, and each KL term and option with one loss type.
 
     cispo and vespo are left out: they multiply the gradient of the log-probability by a detached weight, so that their gradient
     is not the derivative of their value.
     """
-    if torch.float64 not in adapter.dtypes:
-        return
-    batch = cast(WHOLE, torch.float64)
-    for name, loss_type, level in objectives(adapter):
-        if LOSSES[loss_type].surrogate in ("cispo", "vespo"):
-            continue
-        yield case(name, settings(loss_type, level), batch)
-        for kl_name, kl in [*kl_terms(adapter)][1:]:
-            yield case(f"{name}{kl_name}", settings(loss_type, level, **kl), batch)
-        for option_name, option in options(adapter, loss_type):
-            yield case(f"{name}{option_name}", settings(loss_type, level, **option), batch)
+    seen = set()
+    for name, loss_type, level in objectives(adapter) if torch.float64 in adapter.dtypes else ():
+        if LOSSES[loss_type].surrogate not in ("cispo", "vespo"):
+            for term_name, term in (*kl_terms(adapter), *options(adapter, loss_type)):
+                if not term or (term_name, level) not in seen:
+                    seen.add((term_name, level))
+                    yield case(f"{name}{term_name}", settings(loss_type, level, **term), cast(WHOLE, torch.float64))
 
 
 def against_differences(batch: LossBatch, config: GRPOLossConfig) -> str:
@@ -275,9 +294,7 @@ def invariant(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, varian
     )
 
 
-def variants(
-    variants: dict[str, Variant], batch: LossBatch = WHOLE, kl: bool = False
-) -> Callable[[Adapter], Iterable[Case]]:
+def variants(variants: dict[str, Variant], batch: LossBatch = WHOLE, kl: bool = False) -> Callable[[Adapter], Iterable[Case]]:
     """Return the cases of a contract: each objective with each variant; ``kl``: with a KL term, if the adapter has one."""
 
     def cases(adapter: Adapter) -> Iterator[Case]:
@@ -476,9 +493,7 @@ def extreme_cases(adapter: Adapter) -> Iterator[Case]:
 
 def extreme_script(batch: LossBatch, config: GRPOLossConfig, exact: bool) -> str:
     expected = "expected_loss(batch, config)" if exact else '"finite numbers"'
-    return script(
-        batch, config, 'print("got", loss_and_gradient(adapter, batch, config))', f'print("expected", {expected})'
-    )
+    return script(batch, config, 'print("got", loss_and_gradient(adapter, batch, config))', f'print("expected", {expected})')
 
 
 @contract(
