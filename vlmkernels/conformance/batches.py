@@ -1,5 +1,6 @@
 """The arguments of an adapter's methods. Their ``repr`` is code that makes them, so that a report can print it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,7 +11,9 @@ from PIL import Image
 
 
 def code(value: Any) -> str:
-    """Return an expression that makes ``value``: a tensor, a dataclass, or what ``repr`` prints as code."""
+    """Return an expression that makes ``value``: a tensor, a number, a dataclass, or what ``repr`` prints as code."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
     if isinstance(value, torch.Tensor):
         numbers = str(value.tolist()).replace("nan", "float('nan')").replace("inf", "float('inf')")
         # Python's numbers become int64, bool or the default dtype, float32.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.batches import LossBatch, construct
+from vlmkernels.conformance.batches import LossBatch, code, construct
 from vlmkernels.conformance.contract import Case, Violation, close, contract
 from vlmkernels.conformance.objective import (
     PER_TOKEN,
@@ -272,8 +272,7 @@ class Variant:
         return self.function(batch, *self.arguments)
 
     def __repr__(self) -> str:
-        numbers = [repr(x) if x == x and abs(x) != torch.inf else f"float('{x}')" for x in self.arguments]
-        return f"lambda batch: {self.function.__name__}({', '.join(['batch', *numbers])})"
+        return f"lambda batch: {self.function.__name__}({', '.join(['batch', *map(code, self.arguments)])})"
 
 
 def against_itself(batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> str:
