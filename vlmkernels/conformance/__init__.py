@@ -4,6 +4,19 @@ from vlmkernels.conformance.adapter import Adapter, Documented, NeedsCUDA, NotAp
 from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample, pad
 from vlmkernels.conformance.contract import Result, run
 from vlmkernels.conformance.loading import load
+from vlmkernels.conformance.objective import (
+    add_padding,
+    close_holes,
+    expected_advantages,
+    expected_loss,
+    finite_differences,
+    first_step,
+    loss_and_gradient,
+    micro_batches,
+    repeat_tokens,
+    select_rows,
+    set_masked,
+)
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
 __all__ = [
@@ -17,7 +30,18 @@ __all__ = [
     "Result",
     "Sample",
     "Sampled",
+    "add_padding",
+    "close_holes",
+    "expected_advantages",
+    "expected_loss",
+    "finite_differences",
+    "first_step",
     "load",
+    "loss_and_gradient",
+    "micro_batches",
     "pad",
+    "repeat_tokens",
     "run",
+    "select_rows",
+    "set_masked",
 ]
