@@ -4,6 +4,7 @@ from vlmkernels.conformance.adapter import Adapter, Documented, NeedsCUDA, NotAp
 from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample, pad
 from vlmkernels.conformance.contract import Result, run
 from vlmkernels.conformance.loading import load
+from vlmkernels.conformance.models import encode, tiny
 from vlmkernels.conformance.synthetic import binary_logits, grid, upstream
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
@@ -19,9 +20,11 @@ __all__ = [
     "Sample",
     "Sampled",
     "binary_logits",
+    "encode",
     "grid",
     "load",
     "pad",
     "run",
+    "tiny",
     "upstream",
 ]

@@ -1,6 +1,10 @@
 """Small inputs for contracts and adapters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 
 
 def grid(*shape: int) -> torch.Tensor:
@@ -23,3 +27,21 @@ def upstream(logps: torch.Tensor) -> torch.Tensor:
     """Return a gradient of log-probabilities: advantages of both signs, different for adjacent tokens."""
     index = torch.arange(logps.numel(), device=logps.device)
     return ((index % 5 - 1.5) / 2).view(logps.shape).to(logps.dtype)
+
+
+@contextmanager
+def one_of(num_processes: int) -> Iterator[None]:
+    """Within the block, torch.distributed says that this process is one of ``num_processes``, which communicate nothing.
+
+    For code that reads the number of processes, and gathers only what is logged.
+    """
+    if num_processes == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_processes)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
