@@ -4,6 +4,7 @@ from vlmkernels.conformance.adapter import Adapter, Documented, NeedsCUDA, NotAp
 from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample, pad
 from vlmkernels.conformance.contract import Result, run
 from vlmkernels.conformance.loading import load
+from vlmkernels.conformance.models import encode, tiny
 from vlmkernels.conformance.objective import (
     add_padding,
     close_holes,
@@ -17,6 +18,7 @@ from vlmkernels.conformance.objective import (
     select_rows,
     set_masked,
 )
+from vlmkernels.conformance.synthetic import binary_logits, grid, upstream
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
 __all__ = [
@@ -31,11 +33,14 @@ __all__ = [
     "Sample",
     "Sampled",
     "add_padding",
+    "binary_logits",
     "close_holes",
+    "encode",
     "expected_advantages",
     "expected_loss",
     "finite_differences",
     "first_step",
+    "grid",
     "load",
     "loss_and_gradient",
     "micro_batches",
@@ -44,4 +49,6 @@ __all__ = [
     "run",
     "select_rows",
     "set_masked",
+    "tiny",
+    "upstream",
 ]

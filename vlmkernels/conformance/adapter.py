@@ -66,7 +66,8 @@ class Adapter:
         name: the name of the project in the report.
         packages: the distributions whose versions the report shows; the first is the project.
         device: where the suite creates tensors and models.
-        dtypes: the dtypes in which the trainer computes log-probabilities and losses.
+        dtypes: the dtypes of logits, hidden states and heads from which the trainer computes log-probabilities.
+        loss_dtypes: the dtypes of log-probabilities from which it computes losses.
         loss_types, levels, kl_estimators, corrections, options: the values of the fields of ``GRPOLossConfig`` that the trainer
             supports. ``kl_estimators`` are for beta > 0. ``options`` are further fields, each checked by itself, as
             ``{"delta": 4.0}``.
@@ -85,6 +86,7 @@ class Adapter:
     packages: ClassVar[Sequence[str]] = ()
     device: ClassVar[str] = "cpu"
     dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32,)
+    loss_dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32,)
 
     loss_types: ClassVar[Sequence[str]] = ("grpo",)
     levels: ClassVar[Sequence[str]] = ("token",)

@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 import torch
 
-from vlmkernels import group_advantages, grpo_loss
+from vlmkernels import gather_logps, group_advantages, grpo_loss, linear_logps
 from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch
 from vlmkernels.ops.grpo_loss.config import CORRECTIONS, KL_ESTIMATORS, LEVELS, LOSSES
 
@@ -12,7 +12,7 @@ from vlmkernels.ops.grpo_loss.config import CORRECTIONS, KL_ESTIMATORS, LEVELS, 
 class Vlmkernels(Adapter):
     name = "vlmkernels"
     packages = ("vlmkernels",)
-    dtypes = (torch.float32, torch.float64)
+    loss_dtypes = (torch.float32, torch.float64)
     loss_types = tuple(LOSSES)
     levels = LEVELS
     kl_estimators = KL_ESTIMATORS
@@ -36,6 +36,7 @@ class Vlmkernels(Adapter):
         }
     )
     masks = ("padding", "holes")
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     scales = ("group", "batch", "none")
     baselines = ("mean", "leave_one_out", "pass_at_k", "none")
     unequal_groups = unscored = several_rewards = True
@@ -77,3 +78,11 @@ class Vlmkernels(Adapter):
             config=config,
         )
         return out.loss
+
+    def logps_from_logits(self, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        return gather_logps(logits, targets, temperature=temperature)
+
+    def logps_from_hidden(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        return linear_logps(hidden, weight, targets, temperature=temperature)

@@ -93,7 +93,7 @@ def cast(batch: LossBatch, dtype: torch.dtype) -> LossBatch:
 
 
 def first_dtype(adapter: Adapter, batch: LossBatch) -> LossBatch:
-    return cast(batch, adapter.dtypes[0])
+    return cast(batch, adapter.loss_dtypes[0])
 
 
 def objectives(adapter: Adapter) -> Iterator[tuple[str, str, str]]:
@@ -153,7 +153,7 @@ def further(adapter: Adapter) -> Iterator[Case]:
     for name, loss_type, level in objectives(adapter):
         for option_name, option in options(adapter, loss_type):
             yield case(f"{name}{option_name}", settings(loss_type, level, **option), first_dtype(adapter, WHOLE))
-        for dtype in adapter.dtypes[1:]:
+        for dtype in adapter.loss_dtypes[1:]:
             yield case(f"{name}-{str(dtype).removeprefix('torch.')}", settings(loss_type, level), cast(WHOLE, dtype))
 
 
@@ -229,7 +229,7 @@ def differentiable(adapter: Adapter) -> Iterator[Case]:
     is not the derivative of their value.
     """
     seen = set()
-    for name, loss_type, level in objectives(adapter) if torch.float64 in adapter.dtypes else ():
+    for name, loss_type, level in objectives(adapter) if torch.float64 in adapter.loss_dtypes else ():
         if LOSSES[loss_type].surrogate not in ("cispo", "vespo"):
             for term_name, term in (*kl_terms(adapter), *options(adapter, loss_type)):
                 if not term or (term_name, level) not in seen:
