@@ -42,6 +42,14 @@ def logps_alone(model: Any, processor: Any, samples: Sequence[Sample], temperatu
     ]
 
 
+def gradients(model: Any, logps: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the gradients by the parameters of a weighted sum of log-probabilities, all weights different."""
+    model.zero_grad()
+    weights = torch.linspace(-1, 1, sum(map(len, logps)), dtype=torch.float64)
+    (torch.cat([*logps]).double().cpu() * weights).sum().backward()
+    return {name: x.grad.double().cpu() for name, x in model.named_parameters() if x.grad is not None}
+
+
 def positions_alone(model: Any, processor: Any, samples: Sequence[Sample]) -> list[torch.Tensor]:
     """Return the position ids (3, S) of each sample with its completion; the axes are equal for models without M-RoPE."""
     out = []
