@@ -124,12 +124,6 @@ def encode(
     return inputs
 
 
-def pixels_of(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-    """Return the inputs that have rows of images; None if there are no rows."""
-    out = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if inputs.get(name) is not None}
-    return out if any(map(len, out.values())) else None
-
-
 def _following(name: str, sample: Any) -> torch.Tensor:
     """Return an input of the model for the completion of a sample."""
     ids = torch.tensor(sample.completion_ids, dtype=torch.int64)
