@@ -130,6 +130,26 @@ def _following(name: str, sample: Any) -> torch.Tensor:
     return ids if name == "input_ids" else torch.full_like(ids, int(name == "attention_mask"))
 
 
+@torch.no_grad()
+def captured_positions(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the position ids with which a model rotates queries and keys if it is called with these inputs.
+
+    For adapters of trainers that leave the positions to the model.
+    """
+    found: list[torch.Tensor] = []
+
+    def capture(module: Any, args: tuple, kwargs: dict) -> None:
+        found.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+
+    rotary = model.get_decoder().rotary_emb
+    handle = rotary.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return found[0].expand(*found[0].shape[:-2], *inputs["input_ids"].shape)
+
+
 @cache
 def _built(kind: str) -> tuple[Any, Any]:
     with torch.random.fork_rng(devices=[]), torch.no_grad():

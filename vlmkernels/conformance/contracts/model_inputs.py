@@ -13,7 +13,7 @@ from vlmkernels.conformance.models import PLACEHOLDER, encode, tiny, token_ids
 
 PROCESSOR = "The processor of the model (https://huggingface.co/docs/transformers/main/processors)"
 ROPE_INDEX = "get_rope_index of the model; Qwen2-VL, section 2.1 (https://arxiv.org/abs/2409.12191)"
-EXACT = "0: the values are copies or integers"
+EXACT = "0 for integers; 4 eps of fp32 times the largest value for pixels, which are scaled, shifted and divided"
 IMAGES = ("pixel_values", "image_grid_thw")  # inputs with rows of images
 
 
@@ -22,6 +22,11 @@ def attended_ids(inputs: Mapping[str, torch.Tensor]) -> list[list[int]]:
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+def rounding(pixels: torch.Tensor) -> float:
+    """The difference by rounding of pixels that are scaled, shifted and divided in another order."""
+    return 4 * torch.finfo(torch.float32).eps * float(pixels.abs().max()) if pixels.is_floating_point() else 0.0
 
 
 def check_inputs(where: str, inputs: Mapping[str, torch.Tensor], alone: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -45,7 +50,8 @@ def check_inputs(where: str, inputs: Mapping[str, torch.Tensor], alone: Sequence
         if parts and rows is None:
             raise Violation(f"{name}{where} is missing, expected {sum(map(len, parts))} rows")
         if parts:
-            close(f"{name}{where}", rows, torch.cat(parts), 0)
+            right = torch.cat(parts)
+            close(f"{name}{where}", rows, right, rounding(right))
         elif rows is not None and len(rows):
             raise Violation(f"{name}{where} has {len(rows)} rows, expected none, because no sample has an image")
 
