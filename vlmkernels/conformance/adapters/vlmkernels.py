@@ -1,7 +1,5 @@
 """This package, on logits and log-probabilities."""
 
-from types import MappingProxyType
-
 import torch
 
 from vlmkernels import gather_logps, group_advantages, grpo_loss, linear_logps
@@ -17,24 +15,22 @@ class Vlmkernels(Adapter):
     levels = LEVELS
     kl_estimators = KL_ESTIMATORS
     corrections = CORRECTIONS
-    options = MappingProxyType(
-        {
-            "delta": 4.0,
-            "use_bias_correction_kl": True,
-            "rollout_sequence_ratio": "mean",
-            "rollout_clip_min": 0.75,
-            "rollout_clip_max": 1.5,
-            "off_policy_mask_threshold": 0.25,
-            "top_entropy_quantile": 0.5,
-            "entropy_coef": 0.25,
-            "sapo_temperature_pos": 2.0,
-            "sapo_temperature_neg": 0.5,
-            "vespo_k_pos": 1.0,
-            "vespo_lambda_pos": 1.5,
-            "vespo_k_neg": 2.0,
-            "vespo_lambda_neg": 1.0,
-        }
-    )
+    options = {
+        "delta": 4.0,
+        "use_bias_correction_kl": True,
+        "rollout_sequence_ratio": "mean",
+        "rollout_clip_min": 0.75,
+        "rollout_clip_max": 1.5,
+        "off_policy_mask_threshold": 0.25,
+        "top_entropy_quantile": 0.5,
+        "entropy_coef": 0.25,
+        "sapo_temperature_pos": 2.0,
+        "sapo_temperature_neg": 0.5,
+        "vespo_k_pos": 1.0,
+        "vespo_lambda_pos": 1.5,
+        "vespo_k_neg": 2.0,
+        "vespo_lambda_neg": 1.0,
+    }
     masks = ("padding", "holes")
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     scales = ("group", "batch", "none")
