@@ -18,15 +18,15 @@ from vlmkernels.record.html import document
 
 # The parts of a trainer, by the first half of a contract's name.
 PARTS = {
-    "adapter": "The adapter itself",
+    "adapter": "The adapter",
     "advantages": "Advantages",
     "loss": "The objective",
-    "logps_from_logits": "Log-probabilities from logits",
-    "logps_from_hidden": "Log-probabilities from hidden states",
+    "logits": "Log-probabilities from logits",
+    "hidden": "Log-probabilities from hidden states",
     "logps": "Log-probabilities of a model",
-    "split": "Micro-batches",
-    "positions": "Position ids",
     "process": "Model inputs",
+    "positions": "Position ids",
+    "split": "Micro-batches",
     "sample": "Sampling",
 }
 HEADINGS = {FAIL: "Failures", ERROR: "Errors", DOCUMENTED: "Documented differences"}
@@ -34,10 +34,7 @@ HEADINGS = {FAIL: "Failures", ERROR: "Errors", DOCUMENTED: "Documented differenc
 
 def parts() -> dict[str, list[Contract]]:
     """Return the contracts of each part."""
-    out: dict[str, list[Contract]] = {}
-    for contract in all_contracts():
-        out.setdefault(contract.name.partition("/")[0], []).append(contract)
-    return out
+    return {key: [each for each in all_contracts() if each.name.startswith(f"{key}/")] for key in PARTS}
 
 
 def firsts(report: Report, status: str) -> Iterator[tuple[Result, str]]:
