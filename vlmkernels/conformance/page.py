@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from html import escape
+from itertools import chain
 
 from vlmkernels.conformance.contract import (
     DOCUMENTED,
@@ -51,7 +52,7 @@ def text_table(report: Report) -> str:
     width = max(len(contract.name) for contract in all_contracts())
     columns = {project: max(len(project), 7) for project in report.projects}
     lines = [" " * width + "".join(f"  {name:>{size}}" for name, size in columns.items())]
-    for contract in all_contracts():
+    for contract in chain.from_iterable(parts().values()):
         cells = (f"  {report.cell(project, contract.name).text:>{size}}" for project, size in columns.items())
         lines.append(f"{contract.name:{width}}" + "".join(cells))
     lines += report.not_loaded.values()
