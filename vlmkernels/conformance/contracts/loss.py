@@ -136,7 +136,7 @@ def options(adapter: Adapter, loss_type: str) -> Iterator[tuple[str, dict[str, A
 
 
 def masked(adapter: Adapter) -> Iterator[tuple[str, LossBatch]]:
-    for mask in adapter.masks:
+    for mask in (name for name in MASKS if name in adapter.masks):
         yield "" if mask == "padding" else f"-{mask}", first_dtype(adapter, replace(WHOLE, loss_mask=MASKS[mask]))
 
 
@@ -319,14 +319,18 @@ def padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant:
     invariant(adapter, batch, config, variant)
 
 
+NONFINITE = variants(
+    {str(x): Variant(set_masked, x, x) for x in (float("nan"), float("inf"), float("-inf"))},
+    kl=True,
+)
+
+
 @contract(
     "loss/nonfinite_padding",
     "loss",
-    source="0 * NaN is NaN: only a selection, not a product with the mask, keeps values out",
+    source="0 * NaN is NaN: only a selection, not a product with the mask, keeps such values out",
     tolerance=TWICE,
-    cases=variants(
-        {name: Variant(set_masked, x, x) for name, x in (("nan", torch.nan), ("inf", torch.inf), ("-inf", -torch.inf))}, kl=True
-    ),
+    cases=lambda adapter: NONFINITE(adapter) if "nonfinite" in adapter.masks else (),
     reproduce=against_itself,
 )
 def nonfinite_padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -435,6 +439,12 @@ def empty(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig) -> None:
     agree(loss_and_gradient(adapter, batch, config), expected_loss(batch, config), tolerances(batch, config))
 
 
+def column(logps: list[float], advantages: list[float], **others: list[float]) -> LossBatch:
+    """Return completions of one token."""
+    tensors = {name: torch.tensor(values)[:, None] for name, values in {"logps": logps, **others}.items()}
+    return LossBatch(advantages=torch.tensor(advantages), loss_mask=torch.ones(len(logps), 1).bool(), **tensors)
+
+
 TIMES = 17500
 
 
@@ -470,24 +480,21 @@ def long(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, times: int)
 
 # Log-ratios of +-50: exp(50) = 5e21 is finite in fp32 and bf16.
 NEAR, FAR = -0.25, -50.25
-RATIOS = {
-    "clipped": ([NEAR, FAR], [FAR, NEAR], [1.0, -0.5]),  # the clip bounds decide
-    "unclipped": ([NEAR, FAR], [FAR, NEAR], [-0.5, 1.0]),  # implementations may bound the ratio, or not
+EXTREME = {
+    "clipped": column([NEAR, FAR], [1.0, -0.5], old_logps=[FAR, NEAR]),  # the clip bounds decide
+    "unclipped": column([NEAR, FAR], [-0.5, 1.0], old_logps=[FAR, NEAR]),  # implementations may bound the ratio, or not
+    "rollout": column([NEAR, FAR], [1.0, -0.5], old_logps=[NEAR, FAR], rollout_logps=[FAR, NEAR]),
 }
 
 
 def extreme_cases(adapter: Adapter) -> Iterator[Case]:
     for name, loss_type, level in objectives(adapter):
-        for case_name, (logps, old, advantages) in RATIOS.items():
-            batch = LossBatch(
-                logps=torch.tensor(logps)[:, None],
-                advantages=torch.tensor(advantages),
-                loss_mask=torch.ones(2, 1, dtype=torch.bool),
-                old_logps=torch.tensor(old)[:, None],
-            )
-            exact = case_name == "clipped" and LOSSES[loss_type].surrogate == "ppo_clip"
-            batch = first_dtype(adapter, batch)
-            yield case(f"{name}-{case_name}", settings(loss_type, level), batch, exact=exact)
+        for batch_name, batch in EXTREME.items():
+            if batch.rollout_logps is None or "token_truncate" in adapter.corrections:
+                correction = None if batch.rollout_logps is None else "token_truncate"
+                exact = batch_name != "unclipped" and LOSSES[loss_type].surrogate == "ppo_clip"
+                config = settings(loss_type, level, rollout_correction=correction)
+                yield case(f"{name}-{batch_name}", config, first_dtype(adapter, batch), exact=exact)
 
 
 def extreme_script(batch: LossBatch, config: GRPOLossConfig, exact: bool) -> str:
@@ -504,12 +511,12 @@ def extreme_script(batch: LossBatch, config: GRPOLossConfig, exact: bool) -> str
     reproduce=extreme_script,
 )
 def extreme(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, exact: bool) -> None:
-    """Log-ratios of 50 and -50 give a finite loss and gradient; those beyond a clip bound give the value at the bound."""
+    """Log-ratios of 50 and -50 give a finite loss and gradient; those beyond a bound give the value at the bound."""
     got = loss_and_gradient(adapter, batch, config)
     for name, tensor in got._asdict().items():
         if not tensor.isfinite().all():
             raise Violation(f"{name} is {tensor.tolist()}, expected finite numbers")
     if exact:
-        # The ratios are constants, so that they do not enter the rounding error.
+        # The ratios are at their bounds, so that they do not enter the rounding error.
         allowed = tolerances(replace(batch, old_logps=batch.logps), config)
         agree(got, expected_loss(batch, config), allowed)
