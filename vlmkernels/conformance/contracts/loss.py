@@ -50,6 +50,8 @@ WHOLE = LossBatch(
     ),
     entropy=torch.tensor([[0.5, 1.5, 0.25, 2], [1, 0.75, 1.25, 9], [1.75, 9, 9, 9], [0.125, 0.875, 9, 9]]),
 )
+# Two completions of two tokens, one of which is padding.
+SMALL = map_tensors(select_rows(WHOLE, (2, 3))[0], lambda x: x[:, :2].contiguous(), (*PER_TOKEN, "loss_mask"))
 MASKS = {
     "padding": WHOLE.loss_mask,
     "holes": torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool(),
@@ -141,11 +143,8 @@ def masked(adapter: Adapter) -> Iterator[tuple[str, LossBatch]]:
 
 
 def smallest(adapter: Adapter) -> Iterator[Case]:
-    """Yield each objective with two completions of two tokens, one of which is padding."""
-    (batch,) = select_rows(WHOLE, (2, 3))
-    batch = map_tensors(batch, lambda x: x[:, :2], (*PER_TOKEN, "loss_mask"))
     for name, loss_type, level in objectives(adapter):
-        yield case(f"{name}-2x2", settings(loss_type, level), first_dtype(adapter, batch))
+        yield case(f"{name}-2x2", settings(loss_type, level), first_dtype(adapter, SMALL))
 
 
 def further(adapter: Adapter) -> Iterator[Case]:
@@ -293,15 +292,15 @@ def invariant(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, varian
     )
 
 
-def variants(variants: dict[str, Variant], batch: LossBatch = WHOLE, kl: bool = False) -> Callable[[Adapter], Iterable[Case]]:
-    """Return the cases of a contract: each objective with each variant; ``kl``: with a KL term, if the adapter has one."""
+def variants(*rows: tuple[str, LossBatch, Variant], kl: bool = False) -> Callable[[Adapter], Iterable[Case]]:
+    """Return the cases of a contract: each objective with each row; ``kl``: with a KL term, if the adapter has one."""
 
     def cases(adapter: Adapter) -> Iterator[Case]:
+        term = {"beta": BETA, "kl_estimator": adapter.kl_estimators[0]} if kl and adapter.kl_estimators else {}
         for name, loss_type, level in objectives(adapter):
-            term = {"beta": BETA, "kl_estimator": adapter.kl_estimators[0]} if kl and adapter.kl_estimators else {}
-            for variant_name, variant in variants.items():
+            for row, batch, variant in rows:
                 config = settings(loss_type, level, **term)
-                yield case(f"{name}-{variant_name}", config, first_dtype(adapter, batch), variant=variant)
+                yield case(f"{name}-{row}", config, first_dtype(adapter, batch), variant=variant)
 
     return cases
 
@@ -311,7 +310,13 @@ def variants(variants: dict[str, Variant], batch: LossBatch = WHOLE, kl: bool = 
     "loss",
     source="the length of other completions of the batch is no part of the objective of a completion",
     tolerance=TWICE,
-    cases=variants({"columns": Variant(add_padding, 2), "values": Variant(set_masked, -0.25, -6.0)}, kl=True),
+    cases=variants(
+        ("columns", SMALL, Variant(add_padding, 2)),
+        ("values", SMALL, Variant(set_masked, -0.25, -6.0)),
+        ("columns-4x4", WHOLE, Variant(add_padding, 2)),
+        ("values-4x4", WHOLE, Variant(set_masked, -0.25, -6.0)),
+        kl=True,
+    ),
     reproduce=against_itself,
 )
 def padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -319,10 +324,7 @@ def padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant:
     invariant(adapter, batch, config, variant)
 
 
-NONFINITE = variants(
-    {str(x): Variant(set_masked, x, x) for x in (float("nan"), float("inf"), float("-inf"))},
-    kl=True,
-)
+NONFINITE = variants(*((str(x), SMALL, Variant(set_masked, x, x)) for x in map(float, ("nan", "inf", "-inf"))), kl=True)
 
 
 @contract(
@@ -343,7 +345,10 @@ def nonfinite_padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig
     "loss",
     source="the objective is a mean over completions",
     tolerance=TWICE,
-    cases=variants({"reversed": Variant(select_rows, (3, 2, 1, 0)), "rotated": Variant(select_rows, (1, 2, 3, 0))}),
+    cases=variants(
+        ("reversed", SMALL, Variant(select_rows, (1, 0))),
+        ("rotated", WHOLE, Variant(select_rows, (1, 2, 3, 0))),
+    ),
     reproduce=against_itself,
 )
 def order(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -351,7 +356,7 @@ def order(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
     invariant(adapter, batch, config, variant)
 
 
-HOLES = variants({"closed": Variant(close_holes)}, replace(WHOLE, loss_mask=MASKS["holes"]), kl=True)
+HOLES = variants(("closed", replace(WHOLE, loss_mask=MASKS["holes"]), Variant(close_holes)), kl=True)
 
 
 @contract(
@@ -372,7 +377,10 @@ def holes(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
     "loss",
     source="before the first update the policy is the policy that sampled, and its ratio is 1 with a gradient",
     tolerance=TWICE,
-    cases=variants({"none": Variant(first_step)}, replace(WHOLE, old_logps=WHOLE.logps)),
+    cases=variants(
+        ("2x2", replace(SMALL, old_logps=SMALL.logps), Variant(first_step)),
+        ("4x4", replace(WHOLE, old_logps=WHOLE.logps), Variant(first_step)),
+    ),
     reproduce=against_itself,
 )
 def first(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -385,7 +393,11 @@ def first(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
     "loss",
     source="the batch of the objective is the batch of an optimizer step; its cut into micro-batches saves memory only",
     tolerance=TWICE,
-    cases=variants({"2": Variant(micro_batches, 2, 1), "4": Variant(micro_batches, 4, 1)}),
+    cases=variants(
+        ("2", SMALL, Variant(micro_batches, 2, 1)),
+        ("2-4x4", WHOLE, Variant(micro_batches, 2, 1)),
+        ("4-4x4", WHOLE, Variant(micro_batches, 4, 1)),
+    ),
     reproduce=against_itself,
 )
 def accumulation(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -398,7 +410,10 @@ def accumulation(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, var
     "loss",
     source="data parallelism is no part of the objective",
     tolerance=TWICE,
-    cases=variants({"2": Variant(micro_batches, 1, 2), "2x2": Variant(micro_batches, 2, 2)}),
+    cases=variants(
+        ("2", SMALL, Variant(micro_batches, 1, 2)),
+        ("2x2-4x4", WHOLE, Variant(micro_batches, 2, 2)),
+    ),
     reproduce=against_itself,
 )
 def processes(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
