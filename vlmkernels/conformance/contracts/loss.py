@@ -190,6 +190,7 @@ def against_oracle(batch: LossBatch, config: GRPOLossConfig) -> str:
 def agree(got: LossValue, expected: LossValue, allowed: LossValue) -> None:
     close("loss", got.loss, expected.loss, allowed.loss)
     close("gradient", got.gradient, expected.gradient, allowed.gradient)
+    close("gradient outside of the mask", got.outside, 0.0, 0.0)
 
 
 @contract(
