@@ -342,5 +342,5 @@ def test_each_setting_shows_in_its_cases():
             batch = loss_contracts.WHOLE
             with_option = loss_contracts.settings(loss_type, level, **option)
             without = loss_contracts.settings(loss_type, level, **{k: v for k, v in option.items() if k != changed})
-            needs = loss_contracts.needed(with_option, batch)
+            needs = loss_contracts.with_inputs_of(with_option, batch)
             assert significant(needs, with_option, without), (name, label)

@@ -62,20 +62,15 @@ BOUNDS = {"epsilon_low": 0.2, "epsilon_high": 0.3}
 BY_LOSS: dict[str, dict[str, Any]] = {"cispo": {"epsilon_high": 2.0}, "dr_grpo": {"max_completion_length": 8}}
 BETA = 0.25
 
-# The options that act only together with other settings.
-NEEDS: dict[str, dict[str, Any]] = {
-    "use_bias_correction_kl": {"beta": BETA},
-    "rollout_sequence_ratio": {"rollout_correction": "sequence_truncate"},
-    "rollout_clip_min": {"rollout_correction": "token_truncate"},
-    "rollout_clip_max": {"rollout_correction": "token_truncate"},
-}
+# The options that act only with a rollout correction, and how its name starts.
+OF_CORRECTIONS = {"rollout_sequence_ratio": "sequence", "rollout_clip_min": "", "rollout_clip_max": ""}
 
 
 def settings(loss_type: str, level: str, **others: Any) -> GRPOLossConfig:
     return GRPOLossConfig(loss_type, level, **BOUNDS | BY_LOSS.get(loss_type, {}) | others)
 
 
-def needed(config: GRPOLossConfig, batch: LossBatch) -> LossBatch:
+def with_inputs_of(config: GRPOLossConfig, batch: LossBatch) -> LossBatch:
     """Leave out the tensors that the configuration does not read."""
     used = {
         "ref_logps": config.beta > 0,
@@ -86,7 +81,7 @@ def needed(config: GRPOLossConfig, batch: LossBatch) -> LossBatch:
 
 
 def case(name: str, config: GRPOLossConfig, batch: LossBatch = WHOLE, **others: Any) -> Case:
-    return Case(name, {"batch": needed(config, batch), "config": config, **others})
+    return Case(name, {"batch": with_inputs_of(config, batch), "config": config, **others})
 
 
 def cast(batch: LossBatch, dtype: torch.dtype) -> LossBatch:
@@ -120,21 +115,28 @@ def corrections(adapter: Adapter, loss_type: str) -> Iterator[tuple[str, dict[st
             yield f"-{name}", {"rollout_correction": name}
 
 
+def prerequisites(adapter: Adapter, loss_type: str, option: str) -> list[dict[str, Any]]:
+    """Return the settings with which an option acts on a loss type; none if it does not act on it."""
+    if option.startswith(("sapo", "vespo")):
+        return [{}] if option.startswith(loss_type) else []
+    if option == "delta":
+        return [{}] if LOSSES[loss_type].surrogate == "ppo_clip" else []
+    if option == "use_bias_correction_kl":
+        return [term for _, term in kl_terms(adapter) if term]
+    if option in OF_CORRECTIONS:
+        terms = [term for _, term in corrections(adapter, loss_type) if term]
+        return [term for term in terms if term["rollout_correction"].startswith(OF_CORRECTIONS[option])]
+    return [{}]
+
+
 def options(adapter: Adapter, loss_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the options that act on this loss type, with the settings that they need."""
+    """Yield the options that act on this loss type, with the first settings with which they do."""
     given = [*adapter.options.items()]
     if "delta" in adapter.options:
         given.append(("delta", 1.1))  # below 1 + epsilon_high, so that the clipped ratio can be the smaller one
     for name, content in given:
-        extra = NEEDS.get(name, {})
-        correction = extra.get("rollout_correction")
-        of_other_loss = name.startswith(("sapo", "vespo")) and not name.startswith(loss_type)
-        no_effect = name == "delta" and LOSSES[loss_type].surrogate != "ppo_clip"
-        supported = ("beta" not in extra or "k3" in adapter.kl_estimators) and (
-            correction is None or correction in [row.get("rollout_correction") for _, row in corrections(adapter, loss_type)]
-        )
-        if supported and not of_other_loss and not no_effect:
-            yield f"-{name}={content}", {**extra, name: content}
+        for needed in prerequisites(adapter, loss_type, name)[:1]:
+            yield f"-{name}={content}", {**needed, name: content}
 
 
 def masked(adapter: Adapter) -> Iterator[tuple[str, LossBatch]]:
