@@ -3,7 +3,7 @@
 from vlmkernels.conformance.adapter import Adapter, Documented, NeedsCUDA, NotApplicable, Sampled
 from vlmkernels.conformance.alone import double, gradients, greedy_alone, logps_alone, positions_alone
 from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample, pad
-from vlmkernels.conformance.contract import Result, run
+from vlmkernels.conformance.contract import Result
 from vlmkernels.conformance.loading import load
 from vlmkernels.conformance.models import encode, scripted, tiny
 from vlmkernels.conformance.objective import (
@@ -20,6 +20,7 @@ from vlmkernels.conformance.objective import (
     set_masked,
 )
 from vlmkernels.conformance.pixels import pixel_gradients
+from vlmkernels.conformance.suite import run
 from vlmkernels.conformance.synthetic import binary_logits, grid, upstream
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 

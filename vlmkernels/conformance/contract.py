@@ -145,16 +145,3 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         return result(ERROR, f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})")
     return result(PASS)
-
-
-def run(adapter: Adapter, pattern: str = "*") -> list[Result]:
-    """Run the contracts whose names match ``pattern`` (as in a shell)."""
-    chosen = [each for each in all_contracts() if fnmatch.fnmatchcase(each.name, pattern)]
-    return [run_case(adapter, each, case) for each in chosen for case in cases_of(adapter, each)]
-
-
-def all_contracts() -> list[Contract]:
-    """Return all contracts in the order of the report."""
-    import vlmkernels.conformance.contracts  # noqa: F401  registers them
-
-    return [*CONTRACTS.values()]

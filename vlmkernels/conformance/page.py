@@ -12,9 +12,9 @@ from vlmkernels.conformance.contract import (
     PASS,
     Contract,
     Result,
-    all_contracts,
 )
 from vlmkernels.conformance.report import LEGEND, STATUSES, Report
+from vlmkernels.conformance.suite import all_contracts
 from vlmkernels.record.html import document
 
 # The parts of a trainer, by the first half of a contract's name.

@@ -16,13 +16,13 @@ from vlmkernels.conformance.contract import (
     Case,
     Contract,
     Result,
-    all_contracts,
     cases_of,
     run_case,
 )
 from vlmkernels.conformance.loading import load_all
 from vlmkernels.conformance.page import html_page, text_table
 from vlmkernels.conformance.report import Report
+from vlmkernels.conformance.suite import all_contracts
 from vlmkernels.record.files import write_atomic
 
 

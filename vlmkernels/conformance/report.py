@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.contract import DOCUMENTED, ERROR, FAIL, NEEDS_CUDA, NOT_APPLICABLE, PASS, Result, all_contracts
+from vlmkernels.conformance.contract import DOCUMENTED, ERROR, FAIL, NEEDS_CUDA, NOT_APPLICABLE, PASS, Result
+from vlmkernels.conformance.suite import all_contracts
 
 LIBRARIES = ("vlmkernels", "torch", "transformers")
 

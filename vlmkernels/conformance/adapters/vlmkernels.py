@@ -31,7 +31,7 @@ class Vlmkernels(Adapter):
         "vespo_k_neg": 2.0,
         "vespo_lambda_neg": 1.0,
     }
-    masks = ("padding", "holes")
+    masks = ("padding", "holes", "nonfinite")
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     scales = ("group", "batch", "none")
     baselines = ("mean", "leave_one_out", "pass_at_k", "none")
