@@ -125,7 +125,7 @@ def prompt_script(kind: str) -> str:
 model, processor = tiny("{kind}", adapter.device)
 samples = {list(greedy_samples(kind))!r}
 print("got", [each.sampled_ids for each in adapter.sample(model, processor, samples, 2, 3, {COLD})])
-print("expected, each twice", greedy_alone(double(model), processor, samples, 3))"""
+print("expected, each twice", greedy_alone(double(tiny("{kind}")[0]), processor, samples, 3))"""
 
 
 @contract(
