@@ -109,6 +109,8 @@ class LigerFusedLinear(_Liger):
     dtypes = (torch.float32, torch.bfloat16)
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
+        if batch.logps.isinf().any():
+            raise NotApplicable("finite hidden states have no infinite log-probabilities")
         hidden = binary_logits(batch.logps)  # the head is the identity
         with one_of(batch.num_processes):
             objective = self.functions.fused_linear(
@@ -146,6 +148,8 @@ class LigerTriton(_Liger):
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
+        if batch.logps.isposinf().any():
+            raise NotApplicable("no logits have log-probabilities > 0")
         logits = torch.nn.functional.pad(binary_logits(batch.logps), (0, 0, 0, 1))  # the last position predicts nothing
         with one_of(batch.num_processes):
             loss, _ = self.functions.triton(
