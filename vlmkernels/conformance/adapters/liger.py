@@ -205,6 +205,7 @@ class _Patched:
 
     packages = ("vlmkernels", "liger-kernel", "torch")
     needs_cuda: ClassVar = {}
+    masks = ("padding", "holes", "nonfinite")
     functions = PATCHED
 
 
