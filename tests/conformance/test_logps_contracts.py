@@ -149,7 +149,7 @@ def test_faults_of_values(fault, group):
         reproduce(first, fault())
 
 
-def test_precision_and_dtype_are_told_apart():
+def test_precision_and_dtype_are_distinguished():
     rules = "[vpr][are][els]*"  # value, precision, result_dtype
     assert failed(run(Rounded(), f"logits/{rules}")).keys() == {"logits/result_dtype"}
     assert failed(run(Sixteen(), f"logits/{rules}")).keys() == {"logits/precision"}

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 
-import vlmkernels.conformance as conformance
 from vlmkernels.conformance.adapter import METHODS, Adapter
+from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample
 from vlmkernels.conformance.contract import Case, Violation, contract
 from vlmkernels.conformance.guard import tensors
 from vlmkernels.conformance.models import encode, tiny
+from vlmkernels.conformance.synthetic import grid
+from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
 SOURCE = "the interface of the suite: vlmkernels.conformance.Adapter"
 
@@ -83,9 +85,14 @@ ARGUMENTS: dict[str, Callable[[Adapter, str], str]] = {
 }
 
 
+NAMES = {"torch": torch, "encode": encode, "grid": grid, "tiny": tiny} | {
+    each.__name__: each for each in (AdvantageBatch, GRPOLossConfig, LossBatch, Sample)
+}
+
+
 def evaluate(arguments: str) -> tuple[Any, ...]:
     """Return new arguments."""
-    return eval(f"({arguments},)", {"torch": torch, "encode": encode, "tiny": tiny, **vars(conformance)})
+    return eval(f"({arguments},)", dict(NAMES))
 
 
 def cases(adapter: Adapter, methods: tuple[str, ...] = METHODS) -> Iterator[Case]:
