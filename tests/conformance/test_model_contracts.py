@@ -1,16 +1,17 @@
 """Contracts on models: a plain forward pass of transformers keeps them, and planted faults break them."""
 
-import re
 from dataclasses import replace
 
 import pytest
 import torch
+from support.conformance import output_of
 
 from vlmkernels.conformance import Adapter, Sampled, encode, greedy_alone, load, run, tiny
 from vlmkernels.conformance.alone import exact, logits_alone
-from vlmkernels.conformance.contract import all_contracts, case_ids, run_case
+from vlmkernels.conformance.contract import cases_of, run_case
 from vlmkernels.conformance.contracts import sampling
 from vlmkernels.conformance.models import captured_positions, scripted, token_ids
+from vlmkernels.conformance.suite import all_contracts
 
 METHODS = ("logps", "process", "split", "positions", "sample")
 
@@ -285,7 +286,7 @@ def test_faults_are_found(fault, kind, name):
     (contract,) = [each for each in all_contracts() if each.name == name]
     # The smallest failing case is what a report shows.
     failure = next(
-        (result for case in case_ids(adapter, contract) if (result := run_case(adapter, contract, case)).status != "pass"), None
+        (result for case in cases_of(adapter, contract) if (result := run_case(adapter, contract, case)).status != "pass"), None
     )
     assert failure is not None
     assert failure.status == "fail", failure.message
@@ -293,14 +294,11 @@ def test_faults_are_found(fault, kind, name):
 
 
 @pytest.mark.parametrize("contract", [each for each in all_contracts() if each.method in METHODS], ids=lambda each: each.name)
-def test_reproductions_run(contract, capsys):
+def test_reproductions_run(contract):
     adapter = load(f"{__file__}:Plain")
-    cases = case_ids(adapter, contract)
-    header = ["import torch", "from vlmkernels.conformance import *", f'adapter = load("{__file__}:Plain")']
-    scripts = ["\n".join([*header, contract.reproduce(**case.arguments)]) for case in cases]
-    assert all(len(script.splitlines()) <= 10 for script in scripts)
-    exec(scripts[-1], {})
-    assert re.search(r"^got .*^expected", capsys.readouterr().out, re.MULTILINE | re.DOTALL)
+    got, expected = output_of(contract.reproduce(**cases_of(adapter, contract)[-1].arguments), adapter)
+    assert got
+    assert expected
 
 
 OURS = ("logps/value", "logps/gradient", "logps/pixels", "split/value", "process/tokens", "positions/value", "sample/ids")
@@ -310,7 +308,7 @@ OURS = ("logps/value", "logps/gradient", "logps/pixels", "split/value", "process
 @pytest.mark.parametrize("contract", [each for each in all_contracts() if each.name in OURS], ids=lambda each: each.name)
 def test_our_trainer_passes_the_largest_case(name, contract):
     adapter = load(f"vlmkernels_trainer:{name}")
-    case = [each for each in case_ids(adapter, contract) if each.arguments["kind"] == "qwen2_5_vl"][-1]
+    case = [each for each in cases_of(adapter, contract) if each.arguments["kind"] == "qwen2_5_vl"][-1]
     result = run_case(adapter, contract, case)
     assert result.status == "pass", result.message
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 
 from vlmkernels.conformance import Adapter
 from vlmkernels.conformance.contract import HEADER
@@ -19,5 +20,5 @@ def output_of(script: str, adapter: Adapter) -> tuple[str, str]:
     with contextlib.redirect_stdout(text):
         exec(script, {name: lambda: adapter})
     # A tensor of several rows is printed on several lines.
-    got, expected = text.getvalue().removeprefix("got ").split("expected ")
+    got, expected = re.split(r"^expected", text.getvalue().removeprefix("got"), maxsplit=1, flags=re.MULTILINE)
     return got.strip(), expected.strip()
