@@ -251,8 +251,8 @@ print("differences", {{name: float((got[name] - x).norm()) for name, x in right.
     "logps/gradient",
     "logps",
     source=MODEL,
-    tolerance="3 eps of the dtype (two passes forward, one backward: three products), times the layers with weights, times the"
-    " norm of the gradient of the part of the model",
+    tolerance="3 eps of the dtype (a layer has three products: forward, by inputs, by weights), times the layers with weights,"
+    " times the norm of the gradient of the part of the model",
     cases=gradient_cases,
     reproduce=gradient_script,
 )
