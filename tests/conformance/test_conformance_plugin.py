@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+import vlmkernels.conformance.plugin  # noqa: F401  pytester removes modules that are imported during its runs
+
 pytest_plugins = ["pytester"]
 
 # Rewards of group_advantages with faults; each class breaks one rule of the interface.
