@@ -140,6 +140,10 @@ BROKEN = {
     "syntax": ("x = (", "cannot be imported: SyntaxError"),
     "empty": ("x = 1", "must define a subclass of vlmkernels.conformance.Adapter"),
     "unnamed": ("from vlmkernels.conformance import Adapter\nclass A(Adapter): pass", "A.name must be a string, got None"),
+    "declares": (
+        "from vlmkernels.conformance import Adapter\nclass A(Adapter):\n name, scales = 'a', ('groups',)",
+        "A.scales must be a tuple of some of group, batch, none; got ('groups',)",
+    ),
     "parameters": (
         "from vlmkernels.conformance import Adapter\nclass A(Adapter):\n name = 'a'\n def loss(self, batch): pass",
         "A.loss must have the parameters (self, batch: ",

@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     id: str  # unique within the contract
     arguments: dict[str, Any]  # of the check, besides the adapter
     method: str = ""  # the method of the adapter, for a contract without one
+    error: str = ""  # why there are no cases
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,18 @@ def close(name: str, got: torch.Tensor | float, expected: torch.Tensor | float, 
 
 def cases_of(adapter: Adapter, each: Contract) -> list[Case | None]:
     """Return the cases of a contract for this adapter; [None] if it has none."""
-    return [*each.cases(adapter)] or [None] if not each.method or adapter.has(each.method) else [None]
+    if each.method and not adapter.has(each.method):
+        return [None]
+    try:
+        return [*each.cases(adapter)] or [None]
+    except Exception as error:  # an attribute of the adapter has a value that it must not have
+        return [Case("declarations", {}, error=f"the attributes of the adapter are wrong: {describe(error)}")]
+
+
+def describe(error: Exception) -> str:
+    """Return the type and the message of an error, and the end of the path where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno})"
 
 
 def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
@@ -117,7 +130,7 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
 
     def result(status: str, message: str = "") -> Result:
         script = ""
-        if case and status in (FAIL, ERROR, DOCUMENTED):
+        if case and case.arguments and status in (FAIL, ERROR, DOCUMENTED):
             script = HEADER.format(load=adapter.expression) + each.reproduce(**case.arguments)
         return Result(adapter.name, each.name, name, status, message, script, time.perf_counter() - start)
 
@@ -126,6 +139,8 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
         return result(NOT_APPLICABLE, f"the adapter has no method {method}")
     if case is None:
         return result(NOT_APPLICABLE, "the adapter declares nothing that this contract checks")
+    if case.error:
+        return result(ERROR, case.error)
     if method in adapter.needs_cuda and not torch.cuda.is_available():
         return result(NEEDS_CUDA, adapter.needs_cuda[method])
     try:
@@ -142,6 +157,5 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
     except AdapterError as error:
         return result(ERROR, str(error))
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        return result(ERROR, f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})")
+        return result(ERROR, describe(error))
     return result(PASS)

@@ -6,7 +6,21 @@ import sys
 from pathlib import Path
 
 from vlmkernels.conformance.adapter import METHODS, Adapter
+from vlmkernels.conformance.models import KINDS
+from vlmkernels.ops.group_advantages import BASELINES, SCALES
+from vlmkernels.ops.grpo_loss.config import CORRECTIONS, KL_ESTIMATORS, LEVELS, LOSSES
 
+# The attributes of an adapter that are tuples of names.
+DECLARATIONS = {
+    "loss_types": (*LOSSES,),
+    "levels": LEVELS,
+    "kl_estimators": KL_ESTIMATORS,
+    "corrections": CORRECTIONS,
+    "masks": ("padding", "holes", "nonfinite"),
+    "scales": SCALES,
+    "baselines": BASELINES,
+    "models": KINDS,
+}
 BUILT_IN = Path(__file__).parent / "adapters"
 
 
@@ -63,6 +77,10 @@ def load(source: str) -> Adapter:
 def _instance(cls: type[Adapter], source: str) -> Adapter:
     if not isinstance(getattr(cls, "name", None), str):
         raise TypeError(f"{cls.__name__}.name must be a string, got {getattr(cls, 'name', None)!r}")
+    for attribute, allowed in DECLARATIONS.items():
+        values = getattr(cls, attribute)
+        if not isinstance(values, tuple | list) or not set(values) <= {*allowed}:
+            raise TypeError(f"{cls.__name__}.{attribute} must be a tuple of some of {', '.join(allowed)}; got {values!r}")
     for method in METHODS:
         expected = inspect.signature(getattr(Adapter, method))
         given = inspect.signature(getattr(cls, method))

@@ -81,8 +81,8 @@ class Expected(NamedTuple):
 
 
 def eps(adapter: Adapter) -> float:
-    """The precision of the most precise dtype in which a trainer computes log-probabilities."""
-    return min(torch.finfo(dtype).eps for dtype in adapter.dtypes)
+    """The precision of the most precise dtype in which a trainer computes log-probabilities, at most that of the models."""
+    return max(min(torch.finfo(dtype).eps for dtype in adapter.dtypes), torch.finfo(torch.float32).eps)
 
 
 @cache
