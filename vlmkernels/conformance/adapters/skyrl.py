@@ -12,16 +12,19 @@ import typing_extensions
 
 from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch, NotApplicable, Sample
 from vlmkernels.conformance.foreign import stand_ins
+from vlmkernels.conformance.models import encode
 
-# Clusters, inference engines and servers. pydantic refuses the TypedDict of typing in Python 3.11.
-_UNUSED = ("ray", "vllm", "flash_attn", "func_timeout", "torchdata", "skyrl_gym", "fastapi", "uvicorn", "aiohttp")
-with stand_ins(*_UNUSED), mock.patch.object(typing, "TypedDict", typing_extensions.TypedDict):
+with mock.patch.object(typing, "TypedDict", typing_extensions.TypedDict):  # pydantic refuses that of typing in Python 3.11
+    import skyrl.tinker.types  # noqa: F401
+from skyrl.backends.skyrl_train.utils.torch_utils import logprobs_from_logits  # without a stand-in for flash_attn
+
+# Clusters, inference engines, servers, and functions for packed sequences on a GPU.
+with stand_ins("ray", "vllm", "flash_attn", "func_timeout", "torchdata", "skyrl_gym", "fastapi", "uvicorn", "aiohttp"):
     import ray
 
     ray.is_initialized = lambda: False
     from skyrl.backends.skyrl_train.training_batch import TensorList, TrainingInputBatch
     from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
-    from skyrl.backends.skyrl_train.utils.torch_utils import logprobs_from_logits
     from skyrl.backends.skyrl_train.workers.model_wrapper import HFModelWrapper
     from skyrl.backends.skyrl_train.workers.worker import PolicyWorkerBase
     from skyrl.backends.skyrl_train.workers.worker_utils import BaseBatchIterator
@@ -104,7 +107,7 @@ class SkyRL(Adapter):
         return logprobs_from_logits(logits / temperature, targets)
 
     def logps(self, model: Any, processor: Any, samples: Sequence[Sample], temperature: float) -> list[torch.Tensor]:
-        prompts = [_prompt(processor, sample) for sample in samples]
+        prompts = [encode(processor, [sample]) for sample in samples]  # the renderer of vLLM processes each by itself
         data, lengths = _training_input(processor, prompts, samples)
         wrapper = _wrap(model)
         width = data["response_mask"].shape[1]
@@ -262,15 +265,6 @@ def _mini_batch(batch: LossBatch) -> Any:
             "base_action_log_probs": whole(batch.ref_logps),
             "rollout_logprobs": whole(batch.rollout_logps),
         }
-    )
-
-
-def _prompt(processor: Any, sample: Sample) -> dict[str, torch.Tensor]:
-    """Process a prompt as the renderer of vLLM does, which SkyRL calls."""
-    return dict(
-        processor.apply_chat_template(
-            [sample.messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
     )
 
 
