@@ -10,9 +10,18 @@ import numpy as np
 import torch
 import typing_extensions
 
-from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch, NotApplicable, Sample
+from vlmkernels.conformance import (
+    Adapter,
+    AdvantageBatch,
+    Documented,
+    GRPOLossConfig,
+    LossBatch,
+    NeedsCUDA,
+    NotApplicable,
+    Sample,
+)
 from vlmkernels.conformance.foreign import stand_ins
-from vlmkernels.conformance.models import encode
+from vlmkernels.conformance.models import captured_positions, encode
 
 with mock.patch.object(typing, "TypedDict", typing_extensions.TypedDict):  # pydantic refuses that of typing in Python 3.11
     import skyrl.tinker.types  # noqa: F401
@@ -41,6 +50,8 @@ LOSSES = {
     "cispo": ("cispo", "token_mean"),
     "sapo": ("sapo", "sequence_mean"),
 }
+LOSSES_FILE = "skyrl/backends/skyrl_train/utils/ppo_utils.py, line"
+WORKER = "skyrl/backends/skyrl_train/workers/worker.py, line"
 ESTIMATORS = {"mean": "grpo", "leave_one_out": "rloo"}
 
 
@@ -59,6 +70,20 @@ class SkyRL(Adapter):
     unequal_groups = True
     advantage_eps = 1e-6
     models = ("text", "qwen2_5_vl")
+    documented = (
+        *(
+            Documented(f"loss/*[{loss}-*-k?*]", "The KL term is a mean over completions with every reduction", f"{WORKER} 989")
+            for loss in ("bnpo", "dr_grpo", "dapo", "cispo")
+        ),
+        *(
+            Documented(f"loss/gradient[*-sequence-token_{action}]", "The variant of GSPO is GSPO-token", f"{LOSSES_FILE} 677")
+            for action in ("truncate", "mask")
+        ),
+        *(
+            Documented(f"loss/{way}[bnpo-*]", "token_mean_legacy averages over micro-batches", f"{LOSSES_FILE} 1127")
+            for way in ("accumulation", "processes")
+        ),
+    )
 
     def advantages(self, batch: AdvantageBatch) -> torch.Tensor:
         if batch.baseline == "leave_one_out" and batch.scale != "none":
@@ -103,6 +128,10 @@ class SkyRL(Adapter):
         return out[0]
 
     def logps_from_logits(self, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        if logits.dtype != torch.float32:
+            raise NeedsCUDA("in 16 bits SkyRL calls the kernel of flash-attn")
+        if not len(logits):
+            raise NotApplicable("a micro-batch has at least one completion")
         # As the model wrapper does, which divides its own logits in place.
         return logprobs_from_logits(logits / temperature, targets)
 
@@ -136,20 +165,7 @@ class SkyRL(Adapter):
         return [{key: _flat(value) for key, value in chunk.items()} for chunk in chunks]
 
     def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        seen: list[torch.Tensor] = []
-        decoder = getattr(model.model, "language_model", model.model)
-        hook = decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
-        try:
-            _wrap(model)(
-                inputs["input_ids"],
-                1,
-                attention_mask=inputs["attention_mask"],
-                pixel_values=inputs.get("pixel_values"),
-                image_grid_thw=inputs.get("image_grid_thw"),
-            )
-        finally:
-            hook.remove()
-        return seen[0]
+        return captured_positions(_Wrapped(model), inputs)
 
 
 _LISTS = ("pixel_values", "image_grid_thw")
@@ -164,6 +180,17 @@ class _Model(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.out
+
+
+class _Wrapped:
+    """A model that is called through SkyRL's wrapper."""
+
+    def __init__(self, model: Any) -> None:
+        self.wrapper, self.get_decoder = _wrap(model), model.get_decoder
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> Any:
+        vision = {key: inputs.get(key) for key in _LISTS}
+        return self.wrapper(input_ids, 1, attention_mask=attention_mask, **vision)
 
 
 def _on_cpu() -> Any:
@@ -191,8 +218,14 @@ def _algorithm(batch: LossBatch, config: GRPOLossConfig) -> Any:
     if config.delta is not None:
         if loss != "regular":
             raise NotApplicable(f"the loss {loss} has no dual clip")
+        if config.delta < 1 + config.clip_high:
+            raise NotApplicable("dual clip bounds the ratio of negative advantages only")
         loss = "dual_clip"
-    for name, default in (("use_bias_correction_kl", False), ("off_policy_mask_threshold", None), ("top_entropy_quantile", 1.0)):
+    for name, default in (
+        ("use_bias_correction_kl", False),
+        ("off_policy_mask_threshold", None),
+        ("top_entropy_quantile", 1.0),
+    ):
         if getattr(config, name) != default:
             raise NotApplicable(f"there is no {name}")
     out = AlgorithmConfig(
@@ -278,7 +311,5 @@ def _training_input(processor: Any, prompts: Sequence[dict[str, torch.Tensor]], 
     vision = {}
     if any("pixel_values" in prompt for prompt in prompts):
         vision = {key: TensorList([prompt.get(key) for prompt in prompts]) for key in _LISTS}
-    data = TrainingInputBatch(
-        {"sequences": sequences, "attention_mask": attention, "response_mask": response_mask, **vision}
-    )
+    data = TrainingInputBatch({"sequences": sequences, "attention_mask": attention, "response_mask": response_mask, **vision})
     return data, [len(response) for response in responses]
