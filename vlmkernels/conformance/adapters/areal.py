@@ -30,7 +30,7 @@ with stand_ins(*_UNUSED):
     from areal.utils.functional import gather_logprobs
 
 logging.getLogger("PPOActor").setLevel(logging.ERROR)
-LEVELS = {"group": "group", "none": None}
+LEVELS = {"group": "group", "batch": "batch", "none": None}
 
 
 class AReaL(Adapter):
@@ -42,7 +42,7 @@ class AReaL(Adapter):
     corrections = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
     options = {"delta": 4.0, "rollout_sequence_ratio": "mean"}  # noqa: RUF012
     masks = ("padding", "holes")
-    scales = ("group", "none")
+    scales = ("group", "batch", "none")
     baselines = ("mean", "leave_one_out")
     advantage_eps = 1e-5
     models = ("text", "qwen2_5_vl")
@@ -51,6 +51,11 @@ class AReaL(Adapter):
             "loss/*[dapo-sequence-token_mask*]",
             "Rejected tokens leave the loss mask before the ratio of the sequence",
             "areal/utils/functional/functional.py, docstring of ppo_actor_loss_fn",
+        ),
+        Documented(
+            "loss/*[sapo*]",
+            "The loss is a mean over tokens: AReaL does not normalize by length",
+            "https://github.com/areal-project/AReaL, docs/en/algorithms/grpo_series.md, SAPO",
         ),
     )
 
