@@ -1,10 +1,12 @@
 """AReaL: its losses, advantages and scaling of micro-batches in the FSDP engine, and the packs with which it runs models."""
 
+import io
 import logging
+import os
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -20,16 +22,23 @@ _UNUSED = (
     *("anthropic", "megatron", "mbridge", "torch_memory_saver", "hydra", "torchdata", "pynvml", "numba", "pybase64", "blosc"),
     *("h5py", "pebble", "pylatexenc", "math_verify", "swanlab", "swanboard", "trackio", "tensorboardX", "wandb", "msgspec"),
 )
-with stand_ins(*_UNUSED):
+with (
+    stand_ins(*_UNUSED),
+    mock.patch.dict(os.environ),
+    # AReaL replaces the root of all loggers when it makes one, and prints its log.
+    mock.patch.object(logging.Logger, "root", logging.root),
+    mock.patch.object(logging.Logger, "manager", logging.Logger.manager),
+    redirect_stdout(io.StringIO()),
+):
     from areal.api.cli_args import MicroBatchSpec, NormConfig, PPOActorConfig, RejectionSamplingConfig
     from areal.engine.core import train_engine
     from areal.engine.fsdp_engine import FSDPEngine, FSDPTrainContext
-    from areal.trainer.ppo.actor import PPOActor
+    from areal.trainer.ppo import actor as ppo_actor
     from areal.utils import stats_tracker
     from areal.utils.data import concat_batch, pack_tensor_dict
     from areal.utils.functional import gather_logprobs
 
-logging.getLogger("PPOActor").setLevel(logging.ERROR)
+ppo_actor.logger.setLevel(logging.ERROR)
 LEVELS = {"group": "group", "batch": "batch", "none": None}
 
 
@@ -40,8 +49,8 @@ class AReaL(Adapter):
     loss_types = ("dapo", "sapo")
     levels = ("token", "sequence")
     corrections = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-    options = {"delta": 4.0, "rollout_sequence_ratio": "mean"}  # noqa: RUF012
-    masks = ("padding", "holes")
+    options: ClassVar = {"delta": 4.0, "rollout_sequence_ratio": "mean"}
+    masks = ("padding", "holes", "nonfinite")
     scales = ("group", "batch", "none")
     baselines = ("mean", "leave_one_out")
     advantage_eps = 1e-5
@@ -68,7 +77,7 @@ class AReaL(Adapter):
             std_level=LEVELS[batch.scale],
             group_size=batch.group_sizes[0],
         )
-        actor = PPOActor(_config(reward_norm=norm, reward_clip=torch.inf, kl_ctl=0.0), engine=None)
+        actor = ppo_actor.PPOActor(_config(reward_norm=norm, reward_clip=torch.inf, kl_ctl=0.0), engine=None)
         # One token of the prompt and one of the completion.
         rewards = (batch.rewards * torch.tensor(batch.weights)).sum(1)
         rows = torch.ones(len(rewards), 2)
@@ -94,7 +103,7 @@ class AReaL(Adapter):
             return {}
 
         engine = SimpleNamespace(train=lambda: None, get_version=lambda: 1, train_batch=train_batch)
-        PPOActor(_settings(config), engine)._ppo_update(_trajectories(batch))
+        ppo_actor.PPOActor(_settings(config), engine)._ppo_update(_trajectories(batch))
         return out[0]
 
     def logps_from_logits(self, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:

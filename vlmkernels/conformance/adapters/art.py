@@ -1,14 +1,15 @@
 """OpenPipe ART: its group-relative advantages, packs, loss, and log-probabilities from hidden states."""
 
 import math
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
+import trl  # noqa: F401  before the stand-ins
 from transformers import masking_utils
-import trl  # noqa: F401  before the stand-ins, because it looks for vLLM
 
 from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch, NotApplicable, Sample
 from vlmkernels.conformance.foreign import stand_ins
@@ -17,12 +18,12 @@ from vlmkernels.conformance.models import encode
 # Clients of inference engines, and a package that lets event loops nest. Importing ART replaces a function of transformers, for
 # transformers 5.2; others need the original.
 _ORIGINAL = mock.patch.object(masking_utils, "_preprocess_mask_arguments", masking_utils._preprocess_mask_arguments)
-with stand_ins("litellm", "weave", "nest_asyncio", "setproctitle", "tblib"), _ORIGINAL:
-    from art.loss import loss_fn, shift_tensor
+with stand_ins("litellm", "weave", "nest_asyncio", "setproctitle", "tblib"), mock.patch.dict(os.environ), _ORIGINAL:
+    from art.loss import loss_fn
     from art.preprocessing import tokenize
     from art.preprocessing.inputs import create_train_inputs
     from art.preprocessing.pack import packed_tensors_from_tokenized_results
-    from art.trajectories import Trajectory, TrajectoryGroup
+    from art.trajectories import Trajectory
     from art.types import TrainConfig
     from art.unsloth import train
 
@@ -36,7 +37,7 @@ class ART(Adapter):
     loss_types = ("grpo",)
     levels = ("token", "sequence")
     corrections = ("token_truncate",)
-    options = {"delta": 4.0}  # noqa: RUF012
+    options: ClassVar = {"delta": 4.0}
     masks = ("padding", "holes")
     scales = ("group", "none")
     unequal_groups = True
@@ -46,7 +47,7 @@ class ART(Adapter):
         Documented(
             "loss/empty[*-one_empty_sequence]",
             "Trajectories without tokens in the loss are skipped and do not count",
-            "art/preprocessing/pack.py, line 61",
+            "art/preprocessing/pack.py, line 63",
         ),
     )
 
@@ -96,7 +97,8 @@ class ART(Adapter):
             packed = packed_tensors_from_tokenized_results(results, length, pad_token_id=0, pack_results=False)
         out = []
         for row, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
-            logps = _row_logps(model, create_train_inputs(packed, row, TrainConfig(), {"logprob_calculation_chunk_size": 1}, False))
+            settings = {"logprob_calculation_chunk_size": 1}
+            logps = _row_logps(model, create_train_inputs(packed, row, TrainConfig(), settings, warmup=False))
             out.append(logps[0, len(prompt) - 1 :][: len(sample.completion_ids)])
         return out
 
@@ -131,7 +133,8 @@ def _tokenized(
     """Return the tokenized trajectories of one group, in order. ``tokenize_trajectory``, of chats, is replaced by given ids."""
     indices = {id(trajectory): index for index, trajectory in enumerate(trajectories)}
 
-    def tokenize_trajectory(tokenizer: Any, processor: Any, history: Any, advantage: float, allow: bool, trajectory: Any, **_: Any) -> Any:
+    def tokenize_trajectory(*args: Any, **kwargs: Any) -> Any:
+        _tokenizer, _processor, _history, advantage, _, trajectory = args
         index = indices[id(trajectory)]
         prompt, completion = PROMPT if prompts is None else [*prompts[index]], [*completions[index]]
         ids = prompt + completion
@@ -208,7 +211,7 @@ def _row_logps(model: Any, inputs: Any) -> torch.Tensor:
 
 
 class _Unsloth(torch.nn.Module):
-    """A model with the interface of Unsloth's, which needs a GPU: it takes a causal mask and returns hidden states as logits."""
+    """A model with the interface of Unsloth's, which needs a GPU: it takes a mask and returns hidden states as logits."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -3,12 +3,13 @@
 import typing
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
 import torch
 import typing_extensions
+from loguru import logger
 
 from vlmkernels.conformance import (
     Adapter,
@@ -41,6 +42,8 @@ with stand_ins("ray", "vllm", "flash_attn", "func_timeout", "torchdata", "skyrl_
     from skyrl.train.dataset.preprocess import convert_prompts_responses_to_batch_tensors
     from skyrl.train.trainer import RayPPOTrainer
 
+logger.disable("skyrl")
+
 # Our loss type -> SkyRL's policy loss with a ratio per token, and its reduction.
 LOSSES = {
     "grpo": ("regular", "sequence_mean"),
@@ -63,7 +66,7 @@ class SkyRL(Adapter):
     levels = ("token", "sequence")
     kl_estimators = ("k1", "k2", "k3")
     corrections = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-    options = {"delta": 4.0, "entropy_coef": 0.25}
+    options: ClassVar = {"delta": 4.0, "entropy_coef": 0.25}
     masks = ("padding", "holes")
     scales = ("group", "none")
     baselines = ("mean", "leave_one_out")
@@ -72,15 +75,15 @@ class SkyRL(Adapter):
     models = ("text", "qwen2_5_vl")
     documented = (
         *(
-            Documented(f"loss/*[{loss}-*-k?*]", "The KL term is a mean over completions with every reduction", f"{WORKER} 989")
+            Documented(f"loss/*[{loss}-*-k?*]", "The KL term is a mean over completions with every reduction", f"{WORKER} 987")
             for loss in ("bnpo", "dr_grpo", "dapo", "cispo")
         ),
         *(
-            Documented(f"loss/gradient[*-sequence-token_{action}]", "The variant of GSPO is GSPO-token", f"{LOSSES_FILE} 677")
+            Documented(f"loss/gradient[*-sequence-token_{action}]", "The variant of GSPO is GSPO-token", f"{LOSSES_FILE} 680")
             for action in ("truncate", "mask")
         ),
         *(
-            Documented(f"loss/{way}[bnpo-*]", "token_mean_legacy averages over micro-batches", f"{LOSSES_FILE} 1127")
+            Documented(f"loss/{way}[bnpo-*]", "token_mean_legacy averages over micro-batches", f"{LOSSES_FILE} 1126")
             for way in ("accumulation", "processes")
         ),
     )
@@ -195,7 +198,7 @@ class _Wrapped:
 
 def _on_cpu() -> Any:
     """The worker moves its batch to the current GPU."""
-    return mock.patch.object(torch.cuda, "current_device", lambda: "cpu")
+    return mock.patch.object(torch.cuda, "current_device", return_value="cpu")
 
 
 def _wrap(model: Any) -> Any:
