@@ -1,0 +1,130 @@
+"""Unsloth: its loss of GRPO, its log-probabilities, and how it cuts images of a batch. Advantages are those of TRL."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from trl import GRPOTrainer
+
+from vlmkernels.conformance import Adapter, Documented, GRPOLossConfig, LossBatch, NotApplicable
+
+# Unsloth asks for its other package, whose import needs a GPU. Compiled functions would take minutes on a CPU.
+_SETTINGS = {
+    "UNSLOTH_IS_PRESENT": "1",
+    "UNSLOTH_COMPILE_DISABLE": "1",
+    "UNSLOTH_COMPILE_LOCATION": os.path.join(tempfile.gettempdir(), "unsloth_compiled_cache"),
+}
+with mock.patch.dict(os.environ, _SETTINGS):
+    from unsloth_zoo import rl_replacements as unsloth
+
+LOSS_FILE = "unsloth_zoo/rl_replacements.py, line"
+
+
+class Unsloth(Adapter):
+    name = "Unsloth"
+    packages = ("unsloth_zoo", "trl")
+    dtypes = (torch.float32, torch.bfloat16)
+    loss_types = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+    levels = ("token", "sequence")
+    kl_estimators = ("k3",)
+    corrections = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+    options: ClassVar = {
+        "delta": 4.0,
+        "use_bias_correction_kl": True,
+        "off_policy_mask_threshold": 0.5,
+        "top_entropy_quantile": 0.5,
+        "rollout_sequence_ratio": "mean",
+        "rollout_clip_min": 0.5,
+        "sapo_temperature_neg": 2.0,
+    }
+    masks = ("padding", "holes", "nonfinite")
+    models = ("text", "qwen2_5_vl", "llava")
+    documented = tuple(
+        Documented(f"loss/{way}[bnpo-*]", "bnpo is normalized by the tokens of the micro-batch", f"{LOSS_FILE} 1227")
+        for way in ("accumulation", "processes")
+    )
+
+    def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
+        settings = _settings(batch, config)
+        sampled = batch.rollout_logps if "vllm_importance_sampling_mode" in settings or _masks(config) else None
+        ids = torch.zeros_like(batch.logps, dtype=torch.long)
+        with torch.compiler.set_stance("force_eager"):
+            out = unsloth.UnslothEfficientGRPO.apply(
+                *(batch.logps, batch.old_logps, batch.ref_logps if config.beta else None, sampled),
+                *(None, ids, batch.loss_mask.int(), batch.advantages),
+                *(config.beta, None, 1, settings),
+                1.0,  # as with DeepSpeed: otherwise the gradient ignores factors that are applied to the loss
+            )
+        return out[0]
+
+    def logps_from_logits(self, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        return unsloth.chunked_selective_log_softmax(logits, targets, temperature=temperature)
+
+    def logps_from_hidden(
+        self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> torch.Tensor:
+        return unsloth.grpo_chunked_hidden_states_logprobs(hidden, weight, targets, temperature=temperature)
+
+    def split(
+        self, inputs: dict[str, torch.Tensor], num_images: Sequence[int], num_chunks: int
+    ) -> list[dict[str, torch.Tensor]]:
+        count = len(num_images) // num_chunks
+        vision = unsloth.grpo_shared_vision_inputs({**inputs, "num_images": [*num_images]})
+        parts = unsloth.grpo_vision_chunks(vision, len(num_images), count)
+        texts = {name: inputs[name].split(count) for name in ("input_ids", "attention_mask")}
+        return [{**{name: rows[index] for name, rows in texts.items()}, **part} for index, part in enumerate(parts)]
+
+
+def _masks(config: GRPOLossConfig) -> bool:
+    return config.off_policy_mask_threshold is not None
+
+
+def _off_policy_mask(**arguments: Any) -> torch.Tensor:
+    return GRPOTrainer.get_off_policy_mask(**arguments)
+
+
+def _settings(batch: LossBatch, config: GRPOLossConfig) -> dict[str, Any]:
+    """Return the arguments of Unsloth's loss, which it reads from the trainer of TRL."""
+    if config.entropy_coef:
+        raise NotApplicable("the entropy bonus is no part of this function")
+    out: dict[str, Any] = {
+        "loss_type": config.loss_type,
+        "importance_sampling_level": config.level,
+        "epsilon_low": config.epsilon_low,
+        "epsilon_high": config.clip_high,
+        "delta": config.delta,
+        "max_completion_length": config.max_completion_length,
+        "use_bias_correction_kl": config.use_bias_correction_kl,
+        "num_items_in_batch": batch.tokens,
+        "current_gradient_accumulation_steps": batch.accumulation_steps,
+        "steps_per_generation": batch.accumulation_steps,  # the tokens are those of one step of the optimizer
+        "num_processes": batch.num_processes,
+        "get_gamma_weights": GRPOTrainer.get_gamma_weights,
+    }
+    names = [name for name in GRPOLossConfig.__dataclass_fields__ if name.startswith(("sapo_", "vespo_"))]
+    out |= {name: getattr(config, name) for name in names}
+    if _masks(config):
+        out |= {"off_policy_mask_threshold": config.off_policy_mask_threshold, "get_off_policy_mask": _off_policy_mask}
+    if config.top_entropy_quantile < 1:
+        accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, pad_across_processes=lambda x, **_: x)
+        trainer = SimpleNamespace(accelerator=accelerator)
+        trainer.get_high_entropy_mask = lambda *args: GRPOTrainer.get_high_entropy_mask(trainer, *args)
+        out["entropy_mask"] = unsloth.grpo_high_entropy_mask(
+            trainer, batch.entropy, batch.loss_mask, 1 - config.top_entropy_quantile
+        )
+    if config.rollout_correction:
+        mode = config.rollout_correction
+        if config.rollout_sequence_ratio == "mean":
+            mode = mode.replace("sequence", "geometric")
+        out |= {
+            "use_vllm": True,
+            "vllm_importance_sampling_correction": True,
+            "vllm_importance_sampling_mode": mode,
+            "vllm_importance_sampling_clip_min": config.rollout_clip_min,
+            "vllm_importance_sampling_clip_max": config.rollout_clip_max,
+        }
+    return out
