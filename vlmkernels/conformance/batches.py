@@ -38,7 +38,9 @@ class LossBatch(_Code):
     logps: torch.Tensor  # (B, T): the log-probabilities of the policy, which get gradients
     advantages: torch.Tensor  # (B,)
     loss_mask: torch.Tensor  # (B, T) bool: the tokens in the loss
-    old_logps: torch.Tensor | None = None  # (B, T): of the policy before this step. None: the first step, where it is the policy
+    old_logps: torch.Tensor | None = (
+        None  # (B, T): of the policy before this step. None: the first step, where it is the policy
+    )
     ref_logps: torch.Tensor | None = None  # (B, T): of the reference model; given if beta > 0
     rollout_logps: torch.Tensor | None = None  # (B, T): of the engine that sampled; given with a rollout correction
     entropy: torch.Tensor | None = None  # (B, T)

@@ -78,9 +78,7 @@ class Result(NamedTuple):
     seconds: float = 0.0
 
 
-def close(
-    name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float
-) -> None:
+def close(name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float) -> None:
     """Raise ``Violation`` unless |got - expected| <= tolerance everywhere. NaN is close to nothing."""
     got, expected, tolerance = (torch.as_tensor(x).detach().double().cpu() for x in (got, expected, tolerance))
     if got.shape != expected.shape:
