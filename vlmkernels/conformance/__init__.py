@@ -4,6 +4,7 @@ from vlmkernels.conformance.adapter import Adapter, Documented, NeedsCUDA, NotAp
 from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample, pad
 from vlmkernels.conformance.contract import Result, run
 from vlmkernels.conformance.loading import load
+from vlmkernels.conformance.synthetic import binary_logits, grid, upstream
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
 __all__ = [
@@ -17,7 +18,10 @@ __all__ = [
     "Result",
     "Sample",
     "Sampled",
+    "binary_logits",
+    "grid",
     "load",
     "pad",
     "run",
+    "upstream",
 ]
