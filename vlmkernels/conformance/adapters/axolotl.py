@@ -7,7 +7,7 @@ rewards, completions) replaces the methods that run the model, the reward functi
 from collections import defaultdict
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -105,7 +105,12 @@ class Axolotl(Adapter):
     levels = ("token", "sequence")
     kl_estimators = ("k3",)
     corrections = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-    options = {"delta": 4.0, "off_policy_mask_threshold": 0.25, "top_entropy_quantile": 0.5, "use_bias_correction_kl": True}
+    options: ClassVar = {
+        "delta": 4.0,
+        "off_policy_mask_threshold": 0.25,
+        "top_entropy_quantile": 0.5,
+        "use_bias_correction_kl": True,
+    }
     masks = ("padding", "holes")
     scales = ("group", "batch", "none")
     several_rewards = unscored = True
