@@ -1,6 +1,6 @@
 """torchtune: log-probabilities and the policy loss of PPO.
 
-The package has no loss of GRPO: the recipe of GRPO imports torchtune.dev, which is not in the package. Logits are in fp32, to which
+The package has no loss of GRPO: the recipe of GRPO imports torchtune.dev, which is not in it. Logits are in fp32, to which
 the models of torchtune convert them.
 """
 
