@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlmkernels.conformance import Adapter, AdvantageBatch, GRPOLossConfig, LossBatch, NotApplicable, Sample
+from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch, NotApplicable, Sample
 from vlmkernels.conformance.foreign import stand_ins
 from vlmkernels.conformance.models import encode
 
@@ -114,6 +114,17 @@ class Axolotl(Adapter):
     masks = ("padding", "holes")
     scales = ("group", "batch", "none")
     several_rewards = unscored = True
+    documented = (
+        Documented(
+            "loss/nonfinite_padding[*]",
+            "log-probabilities of padding are finite: NaN and infinite logits are replaced before the log-softmax",
+            "comment in AsyncGRPOTrainer._get_per_token_logps_and_entropies",
+        ),
+        *(
+            Documented(f"loss/{way}[bnpo-*]", "bnpo is the mean over the tokens of a micro-batch", "trl.GRPOConfig, loss_type")
+            for way in ("accumulation", "processes")
+        ),
+    )
 
     def advantages(self, batch: AdvantageBatch) -> torch.Tensor:
         names = [f"reward {index}" for index in range(batch.rewards.shape[1])]
@@ -192,7 +203,10 @@ def ratio(batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
 
 
 class AxolotlModel(Adapter):
-    """The forward pass in the loss. The trainer always runs it under autocast in bf16."""
+    """The forward pass in the loss. The trainer always runs it under autocast in bf16.
+
+    The log-softmax is then in bf16 on the CPU, and in fp32 on a GPU.
+    """
 
     name = "axolotl (async GRPO, forward pass)"
     packages = ("axolotl", "trl")
@@ -230,10 +244,10 @@ class AxolotlModel(Adapter):
 
 
 class AxolotlScoring(AxolotlModel):
-    """The same forward pass in chunks, as the trainer scores completions."""
+    """The same forward pass in chunks, as the trainer scores completions that it streams."""
 
     name = "axolotl (async GRPO, scoring)"
-    batch_size = 2
+    batch_size = 2  # with per_device_train_batch_size = 1
 
 
 def row(sample: Sample, samples: Sequence[Sample]) -> dict[str, Any]:
