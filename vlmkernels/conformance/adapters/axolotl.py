@@ -115,14 +115,17 @@ class Axolotl(Adapter):
     scales = ("group", "batch", "none")
     several_rewards = unscored = True
     documented = (
-        Documented(
-            "loss/nonfinite_padding[*]",
-            "log-probabilities of padding are finite: NaN and infinite logits are replaced before the log-softmax",
-            "comment in AsyncGRPOTrainer._get_per_token_logps_and_entropies",
-        ),
         *(
             Documented(f"loss/{way}[bnpo-*]", "bnpo is the mean over the tokens of a micro-batch", "trl.GRPOConfig, loss_type")
             for way in ("accumulation", "processes")
+        ),
+        *(
+            Documented(
+                f"loss/extreme_ratios[{loss}-*-rollout]",
+                "the weights of the rollout correction are at least 1 / cap",
+                "comment at is_floor in AsyncGRPOTrainer._compute_deferred_scores",
+            )
+            for loss in ("grpo", "bnpo", "dr_grpo", "dapo")
         ),
     )
 
