@@ -125,7 +125,7 @@ class Axolotl(Adapter):
                 "the weights of the rollout correction are at least 1 / cap",
                 "comment at is_floor in AsyncGRPOTrainer._compute_deferred_scores",
             )
-            for loss in ("grpo", "bnpo", "dr_grpo", "dapo")
+            for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
         ),
     )
 
