@@ -215,7 +215,7 @@ class AxolotlModel(Adapter):
     packages = ("axolotl", "trl")
     dtypes = (torch.bfloat16,)
     models = ("text", "qwen2_5_vl", "llava")
-    batch_size: int | None = None
+    batch_size = 1000  # all samples
 
     def logps(self, model: Any, processor: Any, samples: Sequence[Sample], temperature: float) -> list[torch.Tensor]:
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -239,7 +239,7 @@ class AxolotlModel(Adapter):
             torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1),
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1),
             batch["completion_ids"].shape[1],
-            batch_size=self.batch_size,
+            batch_size=min(self.batch_size, len(samples)),
             compute_entropy=True,
             **{name: batch[name] for name in names if name in batch},
         )
