@@ -7,6 +7,7 @@ from vlmkernels.conformance.contract import Result, run
 from vlmkernels.conformance.loading import load
 from vlmkernels.conformance.models import encode, scripted, tiny
 from vlmkernels.conformance.pixels import pixel_gradients
+from vlmkernels.conformance.synthetic import binary_logits, grid, upstream
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
 __all__ = [
@@ -20,10 +21,12 @@ __all__ = [
     "Result",
     "Sample",
     "Sampled",
+    "binary_logits",
     "double",
     "encode",
     "gradients",
     "greedy_alone",
+    "grid",
     "load",
     "logps_alone",
     "pad",
@@ -32,4 +35,5 @@ __all__ = [
     "run",
     "scripted",
     "tiny",
+    "upstream",
 ]

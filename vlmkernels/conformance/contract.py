@@ -26,6 +26,7 @@ class Case(NamedTuple):
 
     id: str  # unique within the contract
     arguments: dict[str, Any]  # of the check, besides the adapter
+    method: str = ""  # the method of the adapter, for a contract without one
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Contract:
     """A rule with its cases. ``check(adapter, **case.arguments)`` returns, or raises ``Violation``."""
 
     name: str  # "group/rule"
-    method: str  # the method of the adapter without which the rule is not applicable
+    method: str  # the method of the adapter without which the rule is not applicable; "": that of each case
     rule: str  # one sentence
     source: str  # where the rule comes from: a paper, or the documentation of a library
     tolerance: str  # how the tolerance follows from the dtype
@@ -55,7 +56,7 @@ def contract(
     reproduce: Callable[..., str],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register the decorated function as the check of a contract; the first line of its docstring is the rule."""
-    assert method in METHODS, method
+    assert method in ("", *METHODS), method
     assert name not in CONTRACTS, name
 
     def register(check: Callable[..., None]) -> Callable[..., None]:
@@ -78,9 +79,7 @@ class Result(NamedTuple):
     seconds: float = 0.0
 
 
-def close(
-    name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float
-) -> None:
+def close(name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float) -> None:
     """Raise ``Violation`` unless |got - expected| <= tolerance everywhere. NaN is close to nothing."""
     got, expected, tolerance = (torch.as_tensor(x).detach().double().cpu() for x in (got, expected, tolerance))
     if got.shape != expected.shape:
@@ -101,7 +100,7 @@ def close(
 
 def case_ids(adapter: Adapter, each: Contract) -> list[Case | None]:
     """Return the cases of a contract for this adapter; [None] if it has none."""
-    return [*each.cases(adapter)] or [None] if adapter.has(each.method) else [None]
+    return [*each.cases(adapter)] or [None] if not each.method or adapter.has(each.method) else [None]
 
 
 def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
@@ -113,12 +112,13 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
         script = each.reproduce(**case.arguments) if case and status in (FAIL, ERROR, DOCUMENTED) else ""
         return Result(adapter.name, each.name, name, status, message, script, time.perf_counter() - start)
 
-    if not adapter.has(each.method):
-        return result(NOT_APPLICABLE, f"the adapter has no method {each.method}")
+    method = each.method or (case.method if case else "")
+    if method and not adapter.has(method):
+        return result(NOT_APPLICABLE, f"the adapter has no method {method}")
     if case is None:
         return result(NOT_APPLICABLE, "the adapter declares nothing that this contract checks")
-    if each.method in adapter.needs_cuda and not torch.cuda.is_available():
-        return result(NEEDS_CUDA, adapter.needs_cuda[each.method])
+    if method in adapter.needs_cuda and not torch.cuda.is_available():
+        return result(NEEDS_CUDA, adapter.needs_cuda[method])
     try:
         each.check(Guarded(adapter), **case.arguments)
     except NotApplicable as reason:
