@@ -12,25 +12,27 @@ import os
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 import trl
+from accelerate import Accelerator
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl.experimental.async_grpo.async_grpo_trainer import AsyncGRPOTrainer, DataCollatorForRollout
-from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, RolloutGroup
+from trl.experimental.async_grpo.async_rollout_worker import RolloutGroup, _AsyncRolloutLoop
 from trl.experimental.async_grpo.packing import TreeRow
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.experimental.sdpo import sdpo_trainer
 from trl.trainer import grpo_trainer, rloo_trainer, utils
 
 from vlmkernels.conformance import Adapter, AdvantageBatch, GRPOLossConfig, LossBatch, NotApplicable, Sample, Sampled
+from vlmkernels.conformance.synthetic import binary_logits
 from vlmkernels.integrations.trl import patch_trl
 from vlmkernels.integrations.trl.generation import grouped_generate
 
@@ -49,26 +51,14 @@ FOLDER = os.path.join(tempfile.gettempdir(), "vlmkernels-conformance")  # output
 
 
 class OneProcess:
-    """The methods of an Accelerator that a loss calls, for one of ``num_processes``. They gather only what is logged."""
-
-    device = torch.device("cpu")
-    sync_gradients = is_main_process = True
-    process_index = 0
+    """The accelerator of one process, which says that there are ``num_processes``. What a loss gathers is only logged."""
 
     def __init__(self, num_processes: int) -> None:
+        self.accelerator = Accelerator(cpu=True)
         self.num_processes = num_processes
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    def reduce(self, x: torch.Tensor, reduction: str) -> torch.Tensor:
-        return x
-
-    def pad_across_processes(self, x: torch.Tensor, dim: int = 0, pad_index: float = 0) -> torch.Tensor:
-        return x
-
-    def unwrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        return model
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.accelerator, name)
 
 
 class Rewards:
@@ -91,20 +81,26 @@ def stand_in() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     return model, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", padding_side="left")
 
 
-CONFIGS = {trl.GRPOTrainer: trl.GRPOConfig, trl.RLOOTrainer: trl.RLOOConfig, GMPOTrainer: GMPOConfig}
+# The module that defines a trainer, and the class of its configuration.
+TRAINERS = {
+    GMPOTrainer: (grpo_trainer, GMPOConfig),
+    trl.GRPOTrainer: (grpo_trainer, trl.GRPOConfig),
+    trl.RLOOTrainer: (rloo_trainer, trl.RLOOConfig),
+}
 
 
 def build(cls: type, model: Any, processor: Any, rewards: Sequence[Callable] = (Rewards(),), **options: Any) -> Any:
     """Return a trainer. It adds attributes to a shallow copy of the model, which has the parameters of the model."""
-    config = next(CONFIGS[base] for base in cls.__mro__ if base in CONFIGS)
+    module, config = next(each for base, each in TRAINERS.items() if issubclass(cls, base))
     defaults = {
         "output_dir": FOLDER, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "num_generations": 2,
         "per_device_train_batch_size": 2, "gradient_checkpointing": False, "num_generations_eval": 1,
     }  # fmt: skip
     with (
-        mock.patch.object(grpo_trainer, "VLLMGeneration", mock.MagicMock()),
+        redirect_stdout(None),
+        mock.patch.object(module, "VLLMGeneration", mock.MagicMock()),
         # The reference model, which TRL loads from the path of the model.
-        mock.patch.object(grpo_trainer, "create_model_from_path", side_effect=lambda *_, **__: copy.deepcopy(model)),
+        mock.patch.object(module, "create_model_from_path", side_effect=lambda *_, **__: copy.deepcopy(model)),
     ):
         trainer = cls(
             copy.copy(model),
@@ -198,7 +194,7 @@ class _Trainer(Adapter):
         if "pixel_values" in batch:
             batch["num_images"] = [*num_images]
         trainer._generate_and_score_completions = lambda _: batch
-        with mock.patch.object(self.module, "shuffle_sequence_dict", lambda batch: batch):
+        with mock.patch.object(TRAINERS[self.trainer][0], "shuffle_sequence_dict", side_effect=lambda batch: batch):
             trainer._prepare_inputs(None)
         return [{name: x for name, x in chunk.items() if name in inputs} for chunk in trainer._buffered_inputs]
 
@@ -354,7 +350,6 @@ def rollout_ratio(trainer: Any, old: torch.Tensor, rollout: torch.Tensor, mask: 
 class TRL(_Objective, _Positions):
     name = "TRL"
     trainer = trl.GRPOTrainer
-    module = grpo_trainer
     dtypes = (torch.float32, torch.bfloat16)
     loss_types = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
     levels = ("token", "sequence")
@@ -394,7 +389,6 @@ class TRLPatched(_Objective):
     name = "TRL with vlmkernels"
     packages = ("vlmkernels", "trl", "transformers", "torch")
     trainer = trl.GRPOTrainer
-    module = grpo_trainer
     loss_types, levels, kl_estimators, corrections = TRL.loss_types, TRL.levels, TRL.kl_estimators, TRL.corrections
     scales, scaling = TRL.scales, TRL.scaling
 
@@ -415,7 +409,9 @@ class TRLPatched(_Objective):
             raise NotApplicable("the entropies are those of the logits, and are no input")
 
         def run(model: Any, micro: Any, function: Callable) -> tuple[Any, Any]:
-            return function(*two_tokens(logps[micro.order][micro.mask]), **trainer._scorer._arguments), SimpleNamespace()
+            hidden = binary_logits(logps[micro.order][micro.mask])  # the logits, if the output head is the identity
+            targets = torch.zeros(len(hidden), dtype=torch.int64)
+            return function(hidden, torch.eye(2), targets, **trainer._scorer._arguments), {}
 
         trainer._scorer.run = run
         return trainer._compute_loss(trainer.model, inputs)
@@ -437,23 +433,16 @@ class TRLPatched(_Objective):
             yield results
 
 
-def two_tokens(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return hidden states, an output head with two tokens, and targets with these log-probabilities."""
-    rest = torch.where(logps > -0.6931, (-logps.expm1()).log(), (-logps.exp()).log1p())  # log(1 - exp(logps))
-    return torch.stack([logps, rest], 1), torch.eye(2), torch.zeros(len(logps), dtype=torch.int64)
-
-
 class TRLRLOO(_Positions):
     name = "TRL RLOOTrainer"
     trainer = trl.RLOOTrainer
-    module = rloo_trainer
     scales = ("none",)
     baselines = ("leave_one_out",)
 
     def scaling(self, batch: AdvantageBatch) -> dict[str, Any]:
         if (batch.scale, batch.baseline) != ("none", "leave_one_out"):
             raise NotApplicable("the baseline is that of RLOO, without a scale")
-        return {}
+        return {"beta": 0.0}
 
 
 class TRLGMPO(_Objective):
@@ -461,7 +450,6 @@ class TRLGMPO(_Objective):
 
     name = "TRL GMPOTrainer"
     trainer = GMPOTrainer
-    module = grpo_trainer
     levels = ("sequence",)
     kl_estimators = ("k3",)
     options: ClassVar = {}
@@ -539,7 +527,7 @@ class TRLAsyncGRPO(Adapter):
         counts = {name: [0] * size for name in ("tool_call_counts", "tool_failure_counts")}
         others = {"reward_kwargs": {}, "model_version": 0, "group_id": 0, "env_rewards": [], "rollout_rewards": []}
         group = RolloutGroup(**per_completion, **counts, **others, completions_sequences=[[sequence]] * size)
-        return asyncio.run(AsyncRolloutWorker._score_group(worker, group))
+        return asyncio.run(_AsyncRolloutLoop._score_group(worker, group))
 
 
 COUNTERS = ("_step_forward_tokens", "_step_trained_tokens", "_step_seq_len_weighted", "_step_samples", "_step_forward_s")
@@ -594,7 +582,9 @@ class TRLSDPO(Adapter):
         trainer.num_generations = batch.group_sizes[0]
         trainer.scale_rewards = batch.scale
         trainer.reward_weights = torch.tensor(batch.weights)
-        trainer.sample_rollouts.return_value = {"completion_ids": torch.zeros(size, 1, dtype=torch.int64)}
+        trainer.sample_rollouts.return_value = {
+            name: torch.ones(size, 1).long() for name in ("completion_ids", "completion_mask")
+        }
         trainer.reward_funcs = [Rewards(column) for column in batch.rewards.T.tolist()]
         trainer.reward_processing_classes = [None] * len(trainer.reward_funcs)
         trainer.teacher_context_builder.last_metrics = {}
