@@ -6,6 +6,19 @@ from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample, pa
 from vlmkernels.conformance.contract import Result, run
 from vlmkernels.conformance.loading import load
 from vlmkernels.conformance.models import encode, scripted, tiny
+from vlmkernels.conformance.objective import (
+    add_padding,
+    close_holes,
+    expected_advantages,
+    expected_loss,
+    finite_differences,
+    first_step,
+    loss_and_gradient,
+    micro_batches,
+    repeat_tokens,
+    select_rows,
+    set_masked,
+)
 from vlmkernels.conformance.pixels import pixel_gradients
 from vlmkernels.conformance.synthetic import binary_logits, grid, upstream
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
@@ -21,19 +34,30 @@ __all__ = [
     "Result",
     "Sample",
     "Sampled",
+    "add_padding",
     "binary_logits",
+    "close_holes",
     "double",
     "encode",
+    "expected_advantages",
+    "expected_loss",
+    "finite_differences",
+    "first_step",
     "gradients",
     "greedy_alone",
     "grid",
     "load",
     "logps_alone",
+    "loss_and_gradient",
+    "micro_batches",
     "pad",
     "pixel_gradients",
     "positions_alone",
+    "repeat_tokens",
     "run",
     "scripted",
+    "select_rows",
+    "set_masked",
     "tiny",
     "upstream",
 ]

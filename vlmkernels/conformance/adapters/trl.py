@@ -133,10 +133,10 @@ def rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     return [{"prompt": [{"role": "user", "content": s.text}], **each} for s, each in zip(samples, images, strict=True)]
 
 
-def completed(trainer: Any, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return the batch that the trainer makes of samples, as if it had sampled their completions."""
-    trainer._generate_single_turn = lambda *_, **__: ([[*sample.completion_ids] for sample in samples], None)
-    return trainer._generate_and_score_completions(rows(samples))
+def completed(trainer: Any, ids: list[list[int]], prompts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the batch that the trainer makes of rows of a dataset if it samples completions with these ids."""
+    trainer._generate_single_turn = lambda *_, **__: ids if isinstance(trainer, trl.RLOOTrainer) else (ids, None)
+    return trainer._generate_and_score_completions(prompts)
 
 
 def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -173,13 +173,12 @@ class _Trainer(Adapter):
             per_device_train_batch_size=len(batch.rewards),
             **self.scaling(batch),
         )
-        samples = [Sample("a", completion_ids=(0,)) for _ in batch.rewards]
-        trainer._generate_single_turn = lambda *_, **__: ([[0] for _ in samples], None)
-        return trainer._generate_and_score_completions([{"prompt": "a"} for _ in samples])["advantages"]
+        size = len(batch.rewards)
+        return completed(trainer, [[0] for _ in range(size)], [{"prompt": "a"} for _ in range(size)])["advantages"]
 
     def logps(self, model: Any, processor: Any, samples: Sequence[Sample], temperature: float) -> list[torch.Tensor]:
         trainer = build(type("Trainer", (Recorded, self.trainer), {}), model, processor, temperature=temperature)
-        batch = completed(trainer, samples)
+        batch = completed(trainer, [[*sample.completion_ids] for sample in samples], rows(samples))
         trainer.recorded.clear()
         trainer._compute_loss(trainer.model, batch)
         (logps,) = trainer.recorded
@@ -202,7 +201,7 @@ class _Trainer(Adapter):
         model, _ = stand_in()
         model.config.image_token_id = getattr(processor, "image_token_id", None)
         trainer = self.build(model, processor)
-        batch = completed(trainer, [Sample(sample.text, sample.images, (trainer.eos_token_ids[0],)) for sample in samples])
+        batch = completed(trainer, [[trainer.eos_token_ids[0]] for _ in samples], rows(samples))
         width = batch["prompt_ids"].shape[1]
         inputs = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
         inputs |= {name: batch[name] for name in MEDIA if isinstance(batch.get(name), torch.Tensor)}
