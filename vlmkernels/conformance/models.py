@@ -124,16 +124,30 @@ def encode(
     return inputs
 
 
-def pixels_of(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-    """Return the inputs that have rows of images; None if there are no rows."""
-    out = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if inputs.get(name) is not None}
-    return out if any(map(len, out.values())) else None
-
-
 def _following(name: str, sample: Any) -> torch.Tensor:
     """Return an input of the model for the completion of a sample."""
     ids = torch.tensor(sample.completion_ids, dtype=torch.int64)
     return ids if name == "input_ids" else torch.full_like(ids, int(name == "attention_mask"))
+
+
+@torch.no_grad()
+def captured_positions(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the position ids with which a model rotates queries and keys if it is called with these inputs.
+
+    For adapters of trainers that leave the positions to the model.
+    """
+    found: list[torch.Tensor] = []
+
+    def capture(module: Any, args: tuple, kwargs: dict) -> None:
+        found.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
+
+    rotary = model.get_decoder().rotary_emb
+    handle = rotary.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return found[0].expand(*found[0].shape[:-2], *inputs["input_ids"].shape)
 
 
 @cache
