@@ -13,13 +13,14 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 import trl
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -31,9 +32,18 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.experimental.sdpo import sdpo_trainer
 from trl.trainer import grpo_trainer, rloo_trainer, utils
 
-from vlmkernels.conformance import Adapter, AdvantageBatch, GRPOLossConfig, LossBatch, NotApplicable, Sample, Sampled
+from vlmkernels.conformance import (
+    Adapter,
+    AdvantageBatch,
+    Documented,
+    GRPOLossConfig,
+    LossBatch,
+    NotApplicable,
+    Sample,
+    Sampled,
+)
 from vlmkernels.conformance.synthetic import binary_logits
-from vlmkernels.integrations.trl import patch_trl
+from vlmkernels.integrations import trl as ours
 from vlmkernels.integrations.trl.generation import grouped_generate
 
 MEDIA = (
@@ -81,7 +91,6 @@ def stand_in() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
     return model, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", padding_side="left")
 
 
-# The module that defines a trainer, and the class of its configuration.
 TRAINERS = {
     GMPOTrainer: (grpo_trainer, GMPOConfig),
     trl.GRPOTrainer: (grpo_trainer, trl.GRPOConfig),
@@ -89,9 +98,14 @@ TRAINERS = {
 }
 
 
+def definition(cls: type) -> tuple[Any, type]:
+    """Return the module that defines a trainer, and the class of its configuration."""
+    return next(each for base, each in TRAINERS.items() if issubclass(cls, base))
+
+
 def build(cls: type, model: Any, processor: Any, rewards: Sequence[Callable] = (Rewards(),), **options: Any) -> Any:
     """Return a trainer. It adds attributes to a shallow copy of the model, which has the parameters of the model."""
-    module, config = next(each for base, each in TRAINERS.items() if issubclass(cls, base))
+    module, config = definition(cls)
     defaults = {
         "output_dir": FOLDER, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "num_generations": 2,
         "per_device_train_batch_size": 2, "gradient_checkpointing": False, "num_generations_eval": 1,
@@ -193,7 +207,7 @@ class _Trainer(Adapter):
         if "pixel_values" in batch:
             batch["num_images"] = [*num_images]
         trainer._generate_and_score_completions = lambda _: batch
-        with mock.patch.object(TRAINERS[self.trainer][0], "shuffle_sequence_dict", side_effect=lambda batch: batch):
+        with mock.patch.object(definition(self.trainer)[0], "shuffle_sequence_dict", side_effect=lambda batch: batch):
             trainer._prepare_inputs(None)
         return [{name: x for name, x in chunk.items() if name in inputs} for chunk in trainer._buffered_inputs]
 
@@ -201,6 +215,7 @@ class _Trainer(Adapter):
         model, _ = stand_in()
         model.config.image_token_id = getattr(processor, "image_token_id", None)
         trainer = self.build(model, processor)
+        trainer._get_per_token_logps_and_entropies = lambda *_, **__: (torch.zeros(len(samples), 1), None, None)
         batch = completed(trainer, [[trainer.eos_token_ids[0]] for _ in samples], rows(samples))
         width = batch["prompt_ids"].shape[1]
         inputs = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
@@ -259,6 +274,12 @@ class _Positions(_Trainer):
         return seen[0].expand(*seen[0].shape[:-2], *inputs["input_ids"].shape)
 
 
+LOCAL = tuple(
+    Documented(f"loss/{contract}[bnpo*]", "bnpo divides by the tokens of the local micro-batch", "trl.GRPOConfig, loss_type")
+    for contract in ("accumulation", "processes")
+)
+
+
 class _Objective(_Trainer):
     """``loss`` of GRPOTrainer and its subclasses."""
 
@@ -270,9 +291,10 @@ class _Objective(_Trainer):
         "entropy_coef": 0.25,
     }
     masks = ("padding", "holes")
+    documented = LOCAL
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
-        trainer = self.objective(config)
+        trainer = objective(self, config)
         if batch.num_processes > 1 and config.top_entropy_quantile < 1:
             raise NotApplicable("the threshold of the entropies is computed from the tokens of all processes")
         mask = batch.loss_mask
@@ -335,6 +357,12 @@ class _Objective(_Trainer):
         )
 
 
+@functools.lru_cache(maxsize=1024)
+def objective(adapter: _Objective, config: GRPOLossConfig) -> Any:
+    """Return the trainer of an adapter with this objective. Construction takes longer than a loss."""
+    return adapter.objective(config)
+
+
 def rollout_ratio(trainer: Any, old: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the importance ratio that the trainer computes after sampling."""
     rows, width = mask.shape
@@ -373,30 +401,14 @@ class TRL(_Objective, _Positions):
         return utils._ChunkedLogProbFunction.apply(*args)[0].view_as(targets)
 
 
-def patched(method: Callable) -> Callable:
-    """Return a method that runs under ``patch_trl``."""
-
-    @functools.wraps(method)
-    def run(*args: Any) -> Any:
-        with patch_trl():
-            return method(*args)
-
-    return run
-
-
 class TRLPatched(_Objective):
+    """The subclass of GRPOTrainer with the methods that ``patch_trl`` puts into GRPOTrainer."""
+
     name = "TRL with vlmkernels"
     packages = ("vlmkernels", "trl", "transformers", "torch")
-    trainer = trl.GRPOTrainer
+    trainer = ours.GRPOTrainer
     loss_types, levels, kl_estimators, corrections = TRL.loss_types, TRL.levels, TRL.kl_estimators, TRL.corrections
     scales, scaling = TRL.scales, TRL.scaling
-
-    advantages = patched(_Objective.advantages)
-    loss = patched(_Objective.loss)
-    logps = patched(_Objective.logps)
-    split = patched(_Objective.split)
-    process = patched(_Objective.process)
-    sample = patched(_Objective.sample)
 
     def objective(self, config: GRPOLossConfig) -> Any:
         if config.loss_type == "vespo" and config.level == "sequence":
@@ -444,6 +456,10 @@ class TRLRLOO(_Positions):
         return {"beta": 0.0}
 
 
+CLIP_BEFORE_MEAN = "The log-ratio of each token is clipped, before the mean; epsilon bounds the log-ratio"
+GMPO_DOCS = "https://huggingface.co/docs/trl/gmpo"
+
+
 class TRLGMPO(_Objective):
     """Only the loss differs from GRPOTrainer."""
 
@@ -451,6 +467,14 @@ class TRLGMPO(_Objective):
     trainer = GMPOTrainer
     levels = ("sequence",)
     kl_estimators = ("k3",)
+    documented = (
+        *(
+            Documented(f"{contract}[*]", CLIP_BEFORE_MEAN, GMPO_DOCS)
+            for contract in ("loss/value", "loss/gradient", "loss/long")
+        ),
+        Documented("loss/empty[*-one_*]", CLIP_BEFORE_MEAN, GMPO_DOCS),
+        Documented("loss/extreme_ratios[*]", CLIP_BEFORE_MEAN, GMPO_DOCS),
+    )
     options: ClassVar = {}
     advantages, logps, split, process, sample = (
         *(Adapter.advantages, Adapter.logps, Adapter.split, Adapter.process, Adapter.sample),
@@ -508,6 +532,7 @@ class TRLAsyncGRPO(Adapter):
     def advantages(self, batch: AdvantageBatch) -> torch.Tensor:
         if set(batch.weights) != {1.0}:
             raise NotApplicable("rewards have no weights")
+        PartialState(cpu=True)  # for its logger
         groups = [self.group(rewards) for rewards in batch.rewards.split([*batch.group_sizes])]
         return torch.tensor([sample.advantage for group in groups for sample in group])
 
@@ -541,8 +566,11 @@ class TRLSDPO(Adapter):
     levels = ("token", "sequence")
     scales = ("group", "batch", "none")
     unscored = several_rewards = True
+    documented = tuple(replace(each, source="trl.experimental.sdpo.SDPOConfig, loss_type") for each in LOCAL)
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
+        if not batch.logps[~batch.loss_mask].isfinite().all():
+            raise NotApplicable("log-probabilities of padding are those of the model, and finite")
         trainer = SimpleNamespace(
             args=SimpleNamespace(distillation_weight=0.0),
             accelerator=OneProcess(batch.num_processes),
@@ -581,9 +609,8 @@ class TRLSDPO(Adapter):
         trainer.num_generations = batch.group_sizes[0]
         trainer.scale_rewards = batch.scale
         trainer.reward_weights = torch.tensor(batch.weights)
-        trainer.sample_rollouts.return_value = {
-            name: torch.ones(size, 1).long() for name in ("completion_ids", "completion_mask")
-        }
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+        trainer.sample_rollouts.return_value = {name: torch.ones(size, 1, dtype=torch.int64) for name in names}
         trainer.reward_funcs = [Rewards(column) for column in batch.rewards.T.tolist()]
         trainer.reward_processing_classes = [None] * len(trainer.reward_funcs)
         trainer.teacher_context_builder.last_metrics = {}
