@@ -43,7 +43,7 @@ class Plain(Vlmkernels):
         loss = -objective * weight * kept
         if config.beta:
             loss = loss + config.beta * self.kl(ref - logps, config) * (ratio if config.use_bias_correction_kl else 1)
-        total = self.aggregate(loss * mask, mask, batch, config)
+        total = self.aggregate(self.select(loss, mask), mask, batch, config)
         if config.entropy_coef:
             mean = (entropy * kept).sum() / kept.sum().clamp(min=1)
             total = total - config.entropy_coef * mean / batch.accumulation_steps
@@ -54,6 +54,9 @@ class Plain(Vlmkernels):
 
     def read(self, x, mask):
         return torch.where(mask, x, 0)
+
+    def select(self, loss, mask):
+        return loss * mask
 
     def policy(self, logps):
         return logps.detach()

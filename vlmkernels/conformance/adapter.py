@@ -70,7 +70,8 @@ class Adapter:
         loss_types, levels, kl_estimators, corrections, options: the values of the fields of ``GRPOLossConfig`` that the trainer
             supports. ``kl_estimators`` are for beta > 0. ``options`` are further fields, each checked by itself, as
             ``{"delta": 4.0}``.
-        masks: "padding": the completion, then padding; "holes": also tokens within the completion that are not in the loss.
+        masks: "padding": the completion, then padding; "holes": also tokens within the completion that are not in the loss;
+            "nonfinite": values outside of the mask may be NaN or infinite.
         scales, baselines: the arguments ``scale`` and ``baseline`` of ``group_advantages``.
         unequal_groups, unscored, several_rewards: whether groups may differ in size, rewards may be NaN (not scored), and there
             may be several reward functions with weights.

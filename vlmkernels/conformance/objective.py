@@ -48,9 +48,11 @@ class LossValue(NamedTuple):
 
     loss: torch.Tensor
     gradient: torch.Tensor
+    outside: torch.Tensor = torch.zeros(())  # the largest gradient outside of the loss mask; NaN if one is NaN
 
     def __repr__(self) -> str:
-        return f"{self.loss.item():.7g}, gradient {[[float(f'{x:.7g}') for x in row] for row in self.gradient.tolist()]}"
+        rows = [[float(f"{x:.7g}") for x in row] for row in self.gradient.tolist()]
+        return f"{self.loss.item():.7g}, gradient {rows}, outside of the mask {self.outside.item():.7g}"
 
 
 def _double(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -87,13 +89,15 @@ def loss_and_gradient(
     """Return the loss of an adapter and its gradient by ``batch.logps``.
 
     The loss is that of the batches that ``change`` makes, as a trainer adds and averages them. The gradient passes through
-    ``change``, so that it has the shape of the original batch.
+    ``change``, so that it has the shape of the original batch; ``outside`` is that of the batches that the adapter got.
     """
     batch = replace(batch, logps=batch.logps.detach().clone().requires_grad_())
     batches = change(batch)
     loss = torch.stack([adapter.loss(each, config) for each in batches]).sum() / batches[0].num_processes
-    (gradient,) = torch.autograd.grad(loss, batch.logps)
-    return LossValue(loss.detach(), gradient)
+    inputs = [batch.logps, *(each.logps for each in batches)]
+    gradient, *gradients = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    outside = [x[~each.loss_mask].abs() for x, each in zip(gradients, batches, strict=True)]
+    return LossValue(loss.detach(), gradient, torch.cat([*outside, loss.new_zeros(1)]).max())
 
 
 def finite_differences(adapter: Any, batch: LossBatch, config: GRPOLossConfig, step: float = 2.0**-17) -> torch.Tensor:

@@ -35,7 +35,7 @@ class Vlmkernels(Adapter):
             "vespo_lambda_neg": 1.0,
         }
     )
-    masks = ("padding", "holes")
+    masks = ("padding", "holes", "nonfinite")
     scales = ("group", "batch", "none")
     baselines = ("mean", "leave_one_out", "pass_at_k", "none")
     unequal_groups = unscored = several_rewards = True

@@ -50,6 +50,8 @@ WHOLE = LossBatch(
     ),
     entropy=torch.tensor([[0.5, 1.5, 0.25, 2], [1, 0.75, 1.25, 9], [1.75, 9, 9, 9], [0.125, 0.875, 9, 9]]),
 )
+# Two completions of two tokens, one of which is padding.
+SMALL = map_tensors(select_rows(WHOLE, (2, 3))[0], lambda x: x[:, :2].contiguous(), (*PER_TOKEN, "loss_mask"))
 MASKS = {
     "padding": WHOLE.loss_mask,
     "holes": torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]).bool(),
@@ -60,20 +62,15 @@ BOUNDS = {"epsilon_low": 0.2, "epsilon_high": 0.3}
 BY_LOSS: dict[str, dict[str, Any]] = {"cispo": {"epsilon_high": 2.0}, "dr_grpo": {"max_completion_length": 8}}
 BETA = 0.25
 
-# The options that act only together with other settings.
-NEEDS: dict[str, dict[str, Any]] = {
-    "use_bias_correction_kl": {"beta": BETA},
-    "rollout_sequence_ratio": {"rollout_correction": "sequence_truncate"},
-    "rollout_clip_min": {"rollout_correction": "token_truncate"},
-    "rollout_clip_max": {"rollout_correction": "token_truncate"},
-}
+# The options that act only with a rollout correction, and how its name starts.
+OF_CORRECTIONS = {"rollout_sequence_ratio": "sequence", "rollout_clip_min": "", "rollout_clip_max": ""}
 
 
 def settings(loss_type: str, level: str, **others: Any) -> GRPOLossConfig:
     return GRPOLossConfig(loss_type, level, **BOUNDS | BY_LOSS.get(loss_type, {}) | others)
 
 
-def needed(config: GRPOLossConfig, batch: LossBatch) -> LossBatch:
+def with_inputs_of(config: GRPOLossConfig, batch: LossBatch) -> LossBatch:
     """Leave out the tensors that the configuration does not read."""
     used = {
         "ref_logps": config.beta > 0,
@@ -84,7 +81,7 @@ def needed(config: GRPOLossConfig, batch: LossBatch) -> LossBatch:
 
 
 def case(name: str, config: GRPOLossConfig, batch: LossBatch = WHOLE, **others: Any) -> Case:
-    return Case(name, {"batch": needed(config, batch), "config": config, **others})
+    return Case(name, {"batch": with_inputs_of(config, batch), "config": config, **others})
 
 
 def cast(batch: LossBatch, dtype: torch.dtype) -> LossBatch:
@@ -118,34 +115,38 @@ def corrections(adapter: Adapter, loss_type: str) -> Iterator[tuple[str, dict[st
             yield f"-{name}", {"rollout_correction": name}
 
 
+def prerequisites(adapter: Adapter, loss_type: str, option: str) -> list[dict[str, Any]]:
+    """Return the settings with which an option acts on a loss type; none if it does not act on it."""
+    if option.startswith(("sapo", "vespo")):
+        return [{}] if option.startswith(loss_type) else []
+    if option == "delta":
+        return [{}] if LOSSES[loss_type].surrogate == "ppo_clip" else []
+    if option == "use_bias_correction_kl":
+        return [term for _, term in kl_terms(adapter) if term]
+    if option in OF_CORRECTIONS:
+        terms = [term for _, term in corrections(adapter, loss_type) if term]
+        return [term for term in terms if term["rollout_correction"].startswith(OF_CORRECTIONS[option])]
+    return [{}]
+
+
 def options(adapter: Adapter, loss_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the options that act on this loss type, with the settings that they need."""
+    """Yield the options that act on this loss type, with the first settings with which they do."""
     given = [*adapter.options.items()]
     if "delta" in adapter.options:
         given.append(("delta", 1.1))  # below 1 + epsilon_high, so that the clipped ratio can be the smaller one
     for name, content in given:
-        extra = NEEDS.get(name, {})
-        correction = extra.get("rollout_correction")
-        of_other_loss = name.startswith(("sapo", "vespo")) and not name.startswith(loss_type)
-        no_effect = name == "delta" and LOSSES[loss_type].surrogate != "ppo_clip"
-        supported = ("beta" not in extra or "k3" in adapter.kl_estimators) and (
-            correction is None or correction in [row.get("rollout_correction") for _, row in corrections(adapter, loss_type)]
-        )
-        if supported and not of_other_loss and not no_effect:
-            yield f"-{name}={content}", {**extra, name: content}
+        for needed in prerequisites(adapter, loss_type, name)[:1]:
+            yield f"-{name}={content}", {**needed, name: content}
 
 
 def masked(adapter: Adapter) -> Iterator[tuple[str, LossBatch]]:
-    for mask in adapter.masks:
+    for mask in (name for name in MASKS if name in adapter.masks):
         yield "" if mask == "padding" else f"-{mask}", first_dtype(adapter, replace(WHOLE, loss_mask=MASKS[mask]))
 
 
 def smallest(adapter: Adapter) -> Iterator[Case]:
-    """Yield each objective with two completions of two tokens, one of which is padding."""
-    (batch,) = select_rows(WHOLE, (2, 3))
-    batch = map_tensors(batch, lambda x: x[:, :2], (*PER_TOKEN, "loss_mask"))
     for name, loss_type, level in objectives(adapter):
-        yield case(f"{name}-2x2", settings(loss_type, level), first_dtype(adapter, batch))
+        yield case(f"{name}-2x2", settings(loss_type, level), first_dtype(adapter, SMALL))
 
 
 def further(adapter: Adapter) -> Iterator[Case]:
@@ -191,6 +192,7 @@ def against_oracle(batch: LossBatch, config: GRPOLossConfig) -> str:
 def agree(got: LossValue, expected: LossValue, allowed: LossValue) -> None:
     close("loss", got.loss, expected.loss, allowed.loss)
     close("gradient", got.gradient, expected.gradient, allowed.gradient)
+    close("gradient outside of the mask", got.outside, 0.0, 0.0)
 
 
 @contract(
@@ -293,15 +295,15 @@ def invariant(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, varian
     )
 
 
-def variants(variants: dict[str, Variant], batch: LossBatch = WHOLE, kl: bool = False) -> Callable[[Adapter], Iterable[Case]]:
-    """Return the cases of a contract: each objective with each variant; ``kl``: with a KL term, if the adapter has one."""
+def variants(*rows: tuple[str, LossBatch, Variant], kl: bool = False) -> Callable[[Adapter], Iterable[Case]]:
+    """Return the cases of a contract: each objective with each row; ``kl``: with a KL term, if the adapter has one."""
 
     def cases(adapter: Adapter) -> Iterator[Case]:
+        term = {"beta": BETA, "kl_estimator": adapter.kl_estimators[0]} if kl and adapter.kl_estimators else {}
         for name, loss_type, level in objectives(adapter):
-            term = {"beta": BETA, "kl_estimator": adapter.kl_estimators[0]} if kl and adapter.kl_estimators else {}
-            for variant_name, variant in variants.items():
+            for row, batch, variant in rows:
                 config = settings(loss_type, level, **term)
-                yield case(f"{name}-{variant_name}", config, first_dtype(adapter, batch), variant=variant)
+                yield case(f"{name}-{row}", config, first_dtype(adapter, batch), variant=variant)
 
     return cases
 
@@ -311,7 +313,13 @@ def variants(variants: dict[str, Variant], batch: LossBatch = WHOLE, kl: bool = 
     "loss",
     source="the length of other completions of the batch is no part of the objective of a completion",
     tolerance=TWICE,
-    cases=variants({"columns": Variant(add_padding, 2), "values": Variant(set_masked, -0.25, -6.0)}, kl=True),
+    cases=variants(
+        ("columns", SMALL, Variant(add_padding, 2)),
+        ("values", SMALL, Variant(set_masked, -0.25, -6.0)),
+        ("columns-4x4", WHOLE, Variant(add_padding, 2)),
+        ("values-4x4", WHOLE, Variant(set_masked, -0.25, -6.0)),
+        kl=True,
+    ),
     reproduce=against_itself,
 )
 def padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -319,14 +327,15 @@ def padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant:
     invariant(adapter, batch, config, variant)
 
 
+NONFINITE = variants(*((str(x), SMALL, Variant(set_masked, x, x)) for x in map(float, ("nan", "inf", "-inf"))), kl=True)
+
+
 @contract(
     "loss/nonfinite_padding",
     "loss",
-    source="0 * NaN is NaN: only a selection, not a product with the mask, keeps values out",
+    source="0 * NaN is NaN: only a selection, not a product with the mask, keeps such values out",
     tolerance=TWICE,
-    cases=variants(
-        {name: Variant(set_masked, x, x) for name, x in (("nan", torch.nan), ("inf", torch.inf), ("-inf", -torch.inf))}, kl=True
-    ),
+    cases=lambda adapter: NONFINITE(adapter) if "nonfinite" in adapter.masks else (),
     reproduce=against_itself,
 )
 def nonfinite_padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -339,7 +348,10 @@ def nonfinite_padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig
     "loss",
     source="the objective is a mean over completions",
     tolerance=TWICE,
-    cases=variants({"reversed": Variant(select_rows, (3, 2, 1, 0)), "rotated": Variant(select_rows, (1, 2, 3, 0))}),
+    cases=variants(
+        ("reversed", SMALL, Variant(select_rows, (1, 0))),
+        ("rotated", WHOLE, Variant(select_rows, (1, 2, 3, 0))),
+    ),
     reproduce=against_itself,
 )
 def order(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -347,7 +359,7 @@ def order(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
     invariant(adapter, batch, config, variant)
 
 
-HOLES = variants({"closed": Variant(close_holes)}, replace(WHOLE, loss_mask=MASKS["holes"]), kl=True)
+HOLES = variants(("closed", replace(WHOLE, loss_mask=MASKS["holes"]), Variant(close_holes)), kl=True)
 
 
 @contract(
@@ -368,7 +380,10 @@ def holes(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
     "loss",
     source="before the first update the policy is the policy that sampled, and its ratio is 1 with a gradient",
     tolerance=TWICE,
-    cases=variants({"none": Variant(first_step)}, replace(WHOLE, old_logps=WHOLE.logps)),
+    cases=variants(
+        ("2x2", replace(SMALL, old_logps=SMALL.logps), Variant(first_step)),
+        ("4x4", replace(WHOLE, old_logps=WHOLE.logps), Variant(first_step)),
+    ),
     reproduce=against_itself,
 )
 def first(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -381,7 +396,11 @@ def first(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
     "loss",
     source="the batch of the objective is the batch of an optimizer step; its cut into micro-batches saves memory only",
     tolerance=TWICE,
-    cases=variants({"2": Variant(micro_batches, 2, 1), "4": Variant(micro_batches, 4, 1)}),
+    cases=variants(
+        ("2", SMALL, Variant(micro_batches, 2, 1)),
+        ("2-4x4", WHOLE, Variant(micro_batches, 2, 1)),
+        ("4-4x4", WHOLE, Variant(micro_batches, 4, 1)),
+    ),
     reproduce=against_itself,
 )
 def accumulation(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -394,7 +413,10 @@ def accumulation(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, var
     "loss",
     source="data parallelism is no part of the objective",
     tolerance=TWICE,
-    cases=variants({"2": Variant(micro_batches, 1, 2), "2x2": Variant(micro_batches, 2, 2)}),
+    cases=variants(
+        ("2", SMALL, Variant(micro_batches, 1, 2)),
+        ("2x2-4x4", WHOLE, Variant(micro_batches, 2, 2)),
+    ),
     reproduce=against_itself,
 )
 def processes(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -435,6 +457,12 @@ def empty(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig) -> None:
     agree(loss_and_gradient(adapter, batch, config), expected_loss(batch, config), tolerances(batch, config))
 
 
+def column(logps: list[float], advantages: list[float], **others: list[float]) -> LossBatch:
+    """Return completions of one token."""
+    tensors = {name: torch.tensor(values)[:, None] for name, values in {"logps": logps, **others}.items()}
+    return LossBatch(advantages=torch.tensor(advantages), loss_mask=torch.ones(len(logps), 1).bool(), **tensors)
+
+
 TIMES = 17500
 
 
@@ -470,24 +498,21 @@ def long(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, times: int)
 
 # Log-ratios of +-50: exp(50) = 5e21 is finite in fp32 and bf16.
 NEAR, FAR = -0.25, -50.25
-RATIOS = {
-    "clipped": ([NEAR, FAR], [FAR, NEAR], [1.0, -0.5]),  # the clip bounds decide
-    "unclipped": ([NEAR, FAR], [FAR, NEAR], [-0.5, 1.0]),  # implementations may bound the ratio, or not
+EXTREME = {
+    "clipped": column([NEAR, FAR], [1.0, -0.5], old_logps=[FAR, NEAR]),  # the clip bounds decide
+    "unclipped": column([NEAR, FAR], [-0.5, 1.0], old_logps=[FAR, NEAR]),  # implementations may bound the ratio, or not
+    "rollout": column([NEAR, FAR], [1.0, -0.5], old_logps=[NEAR, FAR], rollout_logps=[FAR, NEAR]),
 }
 
 
 def extreme_cases(adapter: Adapter) -> Iterator[Case]:
     for name, loss_type, level in objectives(adapter):
-        for case_name, (logps, old, advantages) in RATIOS.items():
-            batch = LossBatch(
-                logps=torch.tensor(logps)[:, None],
-                advantages=torch.tensor(advantages),
-                loss_mask=torch.ones(2, 1, dtype=torch.bool),
-                old_logps=torch.tensor(old)[:, None],
-            )
-            exact = case_name == "clipped" and LOSSES[loss_type].surrogate == "ppo_clip"
-            batch = first_dtype(adapter, batch)
-            yield case(f"{name}-{case_name}", settings(loss_type, level), batch, exact=exact)
+        for batch_name, batch in EXTREME.items():
+            if batch.rollout_logps is None or "token_truncate" in adapter.corrections:
+                correction = None if batch.rollout_logps is None else "token_truncate"
+                exact = batch_name != "unclipped" and LOSSES[loss_type].surrogate == "ppo_clip"
+                config = settings(loss_type, level, rollout_correction=correction)
+                yield case(f"{name}-{batch_name}", config, first_dtype(adapter, batch), exact=exact)
 
 
 def extreme_script(batch: LossBatch, config: GRPOLossConfig, exact: bool) -> str:
@@ -504,12 +529,12 @@ def extreme_script(batch: LossBatch, config: GRPOLossConfig, exact: bool) -> str
     reproduce=extreme_script,
 )
 def extreme(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, exact: bool) -> None:
-    """Log-ratios of 50 and -50 give a finite loss and gradient; those beyond a clip bound give the value at the bound."""
+    """Log-ratios of 50 and -50 give a finite loss and gradient; those beyond a bound give the value at the bound."""
     got = loss_and_gradient(adapter, batch, config)
     for name, tensor in got._asdict().items():
         if not tensor.isfinite().all():
             raise Violation(f"{name} is {tensor.tolist()}, expected finite numbers")
     if exact:
-        # The ratios are constants, so that they do not enter the rounding error.
+        # The ratios are at their bounds, so that they do not enter the rounding error.
         allowed = tolerances(replace(batch, old_logps=batch.logps), config)
         agree(got, expected_loss(batch, config), allowed)
