@@ -100,7 +100,7 @@ def prompt_text(processor: Any, sample: Any) -> str:
 
 
 def encode(
-    processor: Any, samples: Sequence[Any], padding_side: str = "left", completions: bool = False
+    processor: Any, samples: Sequence[Any], padding_side: str = "left", completions: bool = False, device: str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Return the inputs of the model for one padded batch, as its processor makes them.
 
@@ -108,6 +108,7 @@ def encode(
         samples: see ``Sample``.
         padding_side: where to pad.
         completions: whether to append the completions to the prompts, before padding.
+        device: that of the inputs.
     """
     pictures = [picture for sample in samples for picture in sample.pictures]
     texts = [prompt_text(processor, sample) for sample in samples]
@@ -121,7 +122,7 @@ def encode(
             rows = [torch.cat([row, _following(name, sample)]) for row, sample in zip(rows, samples, strict=True)]
         pad = {"padding_value": padding.get(name, 0), "padding_side": padding_side}
         inputs[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, **pad)
-    return inputs
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _following(name: str, sample: Any) -> torch.Tensor:

@@ -4,8 +4,8 @@ Liger's caller splits the batch into micro-batches. As in a trainer of transform
 micro-batches unless the loss is divided by the tokens of the whole batch (``num_items_in_batch``).
 """
 
-from contextlib import nullcontext
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import liger_kernel.chunked_loss
 import liger_kernel.ops
@@ -14,7 +14,7 @@ import liger_kernel.transformers.grpo_loss
 import torch
 from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
-from vlmkernels.conformance import Adapter, GRPOLossConfig, LossBatch, NotApplicable
+from vlmkernels.conformance import Adapter, Documented, GRPOLossConfig, LossBatch, NotApplicable
 from vlmkernels.conformance.synthetic import binary_logits, one_of
 from vlmkernels.integrations.liger import patch_liger
 
@@ -23,6 +23,31 @@ TRITON = "Liger's Triton kernels need a GPU"
 # The fields of GRPOLossConfig that Liger's functions have under the same name, in both functions.
 SAME = ("loss_type", "beta", "delta", "use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg")
 VESPO = ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+
+OPTIONS = {
+    "delta": 1.5,
+    "use_bias_correction_kl": True,
+    "sapo_temperature_pos": 2.0,
+    "sapo_temperature_neg": 0.5,
+    "vespo_k_pos": 1.0,
+    "vespo_lambda_pos": 1.5,
+    "vespo_k_neg": 2.0,
+    "vespo_lambda_neg": 1.0,
+}
+
+
+def functions() -> SimpleNamespace:
+    """Return what a program gets that imports Liger's functions now."""
+    return SimpleNamespace(
+        fused_linear=liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss,
+        triton=liger_kernel.transformers.grpo_loss.triton_grpo_loss,
+        scaled_cross_entropy=liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction,
+    )
+
+
+LIGER = functions()
+with patch_liger():
+    PATCHED = functions()
 
 
 def settings(config: GRPOLossConfig, low: str, high: str) -> dict[str, Any]:
@@ -64,21 +89,17 @@ class _Liger(Adapter):
     levels = ("token", "sequence")
     kl_estimators = ("k3",)
     corrections = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-    options = {
-        "delta": 1.5,
-        "use_bias_correction_kl": True,
-        "sapo_temperature_pos": 2.0,
-        "sapo_temperature_neg": 0.5,
-        "vespo_k_pos": 1.0,
-        "vespo_lambda_pos": 1.5,
-        "vespo_k_neg": 2.0,
-        "vespo_lambda_neg": 1.0,
-    }
+    options = OPTIONS
     masks = ("padding", "holes")
-
-    def patched(self) -> Any:
-        """Return the context in which Liger is called."""
-        return nullcontext()
+    documented = tuple(
+        Documented(
+            f"loss/{name}[bnpo*]",
+            "bnpo divides by the tokens of the micro-batch, as in TRL, whose loss Liger's comments say that it matches",
+            "TRL, GRPOConfig.loss_type; liger_kernel/chunked_loss/grpo_loss.py",
+        )
+        for name in ("accumulation", "processes")
+    )
+    functions = LIGER
 
 
 class LigerFusedLinear(_Liger):
@@ -88,9 +109,11 @@ class LigerFusedLinear(_Liger):
     dtypes = (torch.float32, torch.bfloat16)
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
+        if batch.logps.isinf().any():
+            raise NotApplicable("finite hidden states have no infinite log-probabilities")
         hidden = binary_logits(batch.logps)  # the head is the identity
-        with self.patched(), one_of(batch.num_processes):
-            objective = liger_kernel.chunked_loss.LigerFusedLinearGRPOLoss(
+        with one_of(batch.num_processes):
+            objective = self.functions.fused_linear(
                 compiled=False,
                 use_ref_model=config.beta != 0,
                 **settings(config, "epsilon_low", "epsilon_high"),
@@ -118,16 +141,18 @@ class LigerTriton(_Liger):
     """``triton_grpo_loss``: logits and loss in Triton kernels."""
 
     name = "Liger triton_grpo_loss"
-    needs_cuda = {"loss": TRITON}
+    needs_cuda: ClassVar = {"loss": TRITON}
 
     @property
     def device(self) -> str:  # type: ignore[override]
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
+        if batch.logps.isposinf().any():
+            raise NotApplicable("no logits have log-probabilities > 0")
         logits = torch.nn.functional.pad(binary_logits(batch.logps), (0, 0, 0, 1))  # the last position predicts nothing
-        with self.patched(), one_of(batch.num_processes):
-            loss, _ = liger_kernel.transformers.grpo_loss.triton_grpo_loss(
+        with one_of(batch.num_processes):
+            loss, _ = self.functions.triton(
                 logits,
                 batch.old_logps,
                 batch.ref_logps,
@@ -145,17 +170,17 @@ class LigerTriton(_Liger):
 
 
 class LigerScaledCrossEntropy(_Liger):
-    """``LigerFusedLinearScaledCrossEntropyFunction``, whose CPU code is also that of all GPUs but Hopper's."""
+    """``LigerFusedLinearScaledCrossEntropyFunction``. Its code for the CPU also runs on all GPUs but Hopper's."""
 
     name = "Liger fused linear scaled cross-entropy"
-    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    dtypes = (torch.float32, torch.bfloat16)
 
     def logps_from_hidden(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> torch.Tensor:
-        with self.patched():
-            function = liger_kernel.ops.LigerFusedLinearScaledCrossEntropyFunction
-            nll = function.apply(hidden.flatten(0, 1), weight, targets.flatten(), temperature)
+        if targets.numel() == 0 and self.functions is LIGER:
+            raise NotApplicable("Liger raises an error for a batch without tokens")
+        nll = self.functions.scaled_cross_entropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), temperature)
         return -nll.view(targets.shape)
 
 
@@ -163,7 +188,7 @@ class LigerCrossEntropy(_Liger):
     """``LigerFusedLinearCrossEntropyLoss`` with ``reduction="none"``: Triton kernels."""
 
     name = "Liger fused linear cross-entropy"
-    needs_cuda = {"logps_from_hidden": TRITON}
+    needs_cuda: ClassVar = {"logps_from_hidden": TRITON}
     device = LigerTriton.device
 
     def logps_from_hidden(
@@ -179,10 +204,9 @@ class _Patched:
     """Liger as ``patch_liger`` of this package changes it."""
 
     packages = ("vlmkernels", "liger-kernel", "torch")
-    needs_cuda: dict[str, str] = {}
-
-    def patched(self) -> Any:
-        return patch_liger()
+    needs_cuda: ClassVar = {}
+    masks = ("padding", "holes", "nonfinite")
+    functions = PATCHED
 
 
 class PatchedFusedLinear(_Patched, LigerFusedLinear):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vlmkernels.conformance import Adapter, Sample, Sampled, pad, tiny
+from vlmkernels.conformance import Adapter, Documented, Sample, Sampled, pad, tiny
 from vlmkernels.conformance.models import captured_positions
 from vlmkernels.data.samples import read_sample
 from vlmkernels.models.families import family_of
@@ -29,6 +29,13 @@ def _kind_of(processor: Any) -> str:
 class _Trainer(Adapter):
     packages = ("vlmkernels",)
     models = ("text", "qwen2_5_vl", "llava")
+    documented = (
+        Documented(
+            "process/images[qwen2_5_vl-*]",
+            "Pixels stay uint8, each frame once, and their normalization is folded into the patch embedding",
+            "docs/trainer.md",
+        ),
+    )
     share_prefix: ClassVar[bool]
 
     def _trainer(self, model: Any, processor: Any, samples: Sequence[Sample], **options: Any) -> GRPOTrainer:

@@ -1,21 +1,28 @@
 """Contracts of adapters themselves: what the suite assumes of each method."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-import vlmkernels.conformance as conformance
 from vlmkernels.conformance.adapter import METHODS, Adapter
+from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample
 from vlmkernels.conformance.contract import Case, Violation, contract
 from vlmkernels.conformance.guard import tensors
 from vlmkernels.conformance.models import encode, tiny
+from vlmkernels.conformance.synthetic import grid
+from vlmkernels.ops.grpo_loss import GRPOLossConfig
 
 SOURCE = "the interface of the suite: vlmkernels.conformance.Adapter"
 
 
+def first(values: Sequence[str], default: str) -> str:
+    """Return the first value that an adapter declares; ``default`` if it declares none."""
+    return next(iter(values), default)
+
+
 def advantages(adapter: Adapter, to: str) -> str:
-    options = f"scale={adapter.scales[0]!r}, baseline={adapter.baselines[0]!r}"
+    options = f"scale={first(adapter.scales, 'group')!r}, baseline={first(adapter.baselines, 'mean')!r}"
     return f"AdvantageBatch(torch.tensor([[1.0], [0.0], [0.5], [3.0]]){to}, (4,), {options})"
 
 
@@ -28,8 +35,8 @@ def loss(adapter: Adapter, to: str) -> str:
     }
     texts = [f"{name}=torch.tensor({value}){to}" for name, value in values.items()]
     texts[0] += ".requires_grad_()"
-    level = f"importance_sampling_level={adapter.levels[0]!r}"
-    config = f"GRPOLossConfig(loss_type={adapter.loss_types[0]!r}, {level}, max_completion_length=3)"
+    level = f"importance_sampling_level={first(adapter.levels, 'token')!r}"
+    config = f"GRPOLossConfig(loss_type={first(adapter.loss_types, 'grpo')!r}, {level}, max_completion_length=3)"
     return f"LossBatch({', '.join(texts)}), {config}"
 
 
@@ -42,16 +49,20 @@ def logps_from_hidden(adapter: Adapter, to: str) -> str:
     return f"{inputs}, torch.tensor([[0, 4, 1], [2, 2, 3]]){to}, 0.5"
 
 
+def kind(adapter: Adapter) -> str:
+    return first(adapter.models, "text")
+
+
 def model(adapter: Adapter, to: str) -> str:
-    return f"tiny({adapter.models[0]!r})[0]{to}"
+    return f"tiny({kind(adapter)!r})[0]{to}"
 
 
 def processor(adapter: Adapter) -> str:
-    return f"tiny({adapter.models[0]!r})[1]"
+    return f"tiny({kind(adapter)!r})[1]"
 
 
 def samples(adapter: Adapter) -> str:
-    images = "" if adapter.models[0] == "text" else ", images=((0, 28, 28),)"
+    images = "" if kind(adapter) == "text" else ", images=((0, 28, 28),)"
     return f"[Sample('ab'{images}, completion_ids=(65, 66, 67)), Sample('abcd'{images}, completion_ids=(68,))]"
 
 
@@ -67,16 +78,21 @@ ARGUMENTS: dict[str, Callable[[Adapter, str], str]] = {
     "logps_from_logits": logps_from_logits,
     "logps_from_hidden": logps_from_hidden,
     "logps": lambda adapter, to: f"{model(adapter, to)}, {processor(adapter)}, {samples(adapter)}, 0.5",
-    "split": lambda adapter, to: f"{inputs(adapter, to)}, {[int(adapter.models[0] != 'text')] * 2}, 2",
+    "split": lambda adapter, to: f"{inputs(adapter, to)}, {[int(kind(adapter) != 'text')] * 2}, 2",
     "positions": lambda adapter, to: f"{model(adapter, to)}, {inputs(adapter, to)}",
     "process": lambda adapter, to: f"{processor(adapter)}, {samples(adapter)}",
     "sample": lambda adapter, to: f"{model(adapter, to)}, {processor(adapter)}, {samples(adapter)}, 2, 4, 1.0",
 }
 
 
+NAMES = {"torch": torch, "encode": encode, "grid": grid, "tiny": tiny} | {
+    each.__name__: each for each in (AdvantageBatch, GRPOLossConfig, LossBatch, Sample)
+}
+
+
 def evaluate(arguments: str) -> tuple[Any, ...]:
     """Return new arguments."""
-    return eval(f"({arguments},)", {"torch": torch, "encode": encode, "tiny": tiny, **vars(conformance)})
+    return eval(f"({arguments},)", dict(NAMES))
 
 
 def cases(adapter: Adapter, methods: tuple[str, ...] = METHODS) -> Iterator[Case]:

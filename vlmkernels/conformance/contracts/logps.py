@@ -73,7 +73,7 @@ def _hidden(adapter: Adapter, dtype: torch.dtype, B: int, T: int, V: int, temper
 
 def _targets(adapter: Adapter, B: int, T: int, V: int, view: str) -> str:
     length = T - 1 if view else T
-    return f"torch.arange({B * length}).view({B}, {length}).mul(5).add(1).remainder({V}){to(adapter, torch.float32)}"
+    return f"torch.arange({B * length}).view({B}, {length}).mul(3).add(1).remainder({V}){to(adapter, torch.float32)}"
 
 
 def _literal_targets(adapter: Adapter, targets: Sequence[int]) -> str:

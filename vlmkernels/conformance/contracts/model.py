@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.alone import double, gradients, logits_alone, logps_alone
+from vlmkernels.conformance.alone import chosen_logps, exact, gradients, logits_alone, logps_alone
 from vlmkernels.conformance.batches import Sample
 from vlmkernels.conformance.contract import Case, Violation, close, contract
 from vlmkernels.conformance.models import tiny
@@ -88,12 +88,12 @@ def eps(adapter: Adapter) -> float:
 @cache
 def expected(kind: str, samples: tuple[Sample, ...], temperature: float) -> Expected:
     """Return the right values for ``tiny(kind)``."""
-    model, processor = tiny(kind)
+    model, processor = exact(kind)
     layers = sum(getattr(module, "weight", torch.empty(0)).dim() > 1 for module in model.modules())
-    model = double(model)
     with torch.no_grad():
-        logit = max(float(logits_alone(model, processor, sample).abs().max()) for sample in samples)
-        return Expected(logps_alone(model, processor, samples, temperature), layers, logit / temperature)
+        logits = [logits_alone(model, processor, sample) for sample in samples]
+    logps = [chosen_logps(rows, sample, temperature) for rows, sample in zip(logits, samples, strict=True)]
+    return Expected(logps, layers, max(float(rows.abs().max()) for rows in logits) / temperature)
 
 
 def compare(adapter: Adapter, got: Sequence[torch.Tensor], right: Expected) -> None:
@@ -205,8 +205,8 @@ def pixel_script(kind: str, samples: Sequence[Sample]) -> str:
     return f"""\
 model, processor = tiny("{kind}", adapter.device)
 samples = {list(samples)!r}
-print("got", pixel_gradients(model, processor, samples, lambda: adapter.logps(model, processor, samples, 1.0)))
-print("expected", pixel_gradients(model, processor, samples, lambda: logps_alone(model, processor, samples, 1.0)))"""
+print("got", pixel_gradients(adapter, model, processor, samples))
+print("expected not 0:", [[i == j and bool(x.images) for j in range({len(samples)})] for i, x in enumerate(samples)])"""
 
 
 @contract(
@@ -220,7 +220,7 @@ print("expected", pixel_gradients(model, processor, samples, lambda: logps_alone
 def pixels(adapter: Adapter, kind: str, samples: tuple[Sample, ...]) -> None:
     """Log-probabilities have a gradient by the pixels of their own sample, and none by those of other samples."""
     model, processor = tiny(kind, adapter.device)
-    norms = pixel_gradients(model, processor, samples, lambda: adapter.logps(model, processor, samples, 1.0))
+    norms = pixel_gradients(adapter, model, processor, samples)
     for row, sample in enumerate(samples):
         for column in range(len(samples)):
             norm, wanted = float(norms[row, column]), bool(sample.images) and row == column
@@ -256,8 +256,7 @@ print("expected", gradients(model := double(model), logps_alone(model, processor
 def gradient(adapter: Adapter, kind: str, samples: tuple[Sample, ...]) -> None:
     """The gradient of log-probabilities by the parameters is the sum of those of the samples alone."""
     model, processor = tiny(kind, adapter.device)
-    exact = double(model).cpu()
-    right = gradients(exact, logps_alone(exact, processor, samples, 1.0))
+    right = gradients(exact(kind)[0], logps_alone(*exact(kind), samples, 1.0))
     got = gradients(model, adapter.logps(model, processor, samples, 1.0))
     norms: dict[str, float] = {}  # of the vision tower, of the text model, ...
     for name, x in right.items():

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.alone import positions_alone
+from vlmkernels.conformance.alone import exact, positions_alone
 from vlmkernels.conformance.batches import Sample
 from vlmkernels.conformance.contract import Case, Violation, close, contract
 from vlmkernels.conformance.contracts.model import cases
@@ -29,10 +29,13 @@ def rounding(pixels: torch.Tensor) -> float:
     return 4 * torch.finfo(torch.float32).eps * float(pixels.abs().max()) if pixels.is_floating_point() else 0.0
 
 
-def check_inputs(where: str, inputs: Mapping[str, torch.Tensor], alone: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Raise ``Violation`` unless a batch has the tokens and the rows of images of its samples, one after the other.
+def each_alone(kind: str, samples: Sequence[Sample]) -> list[dict[str, torch.Tensor]]:
+    """Return the inputs of each prompt."""
+    return [encode(exact(kind)[1], [sample]) for sample in samples]
 
-    Padding may be of any kind and width. An input without rows may be missing or None.
+
+def check_tokens(where: str, inputs: Mapping[str, torch.Tensor], alone: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Raise ``Violation`` unless a batch has the tokens of its samples, with padding of any kind and width.
 
     Args:
         where: follows the name of an input in the message.
@@ -44,6 +47,10 @@ def check_inputs(where: str, inputs: Mapping[str, torch.Tensor], alone: Sequence
     for row, (ids, other) in enumerate(zip(got, right, strict=True)):
         if ids != other:
             raise Violation(f"input_ids{where} has in row {row}, without padding, {ids}, expected {other}")
+
+
+def check_images(where: str, inputs: Mapping[str, torch.Tensor], alone: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Raise ``Violation`` unless a batch has the rows of images of its samples, in order. See ``check_tokens``."""
     for name in IMAGES:
         parts = [each[name] for each in alone if name in each]
         rows = inputs.get(name)
@@ -68,15 +75,20 @@ print("got", adapter.process(processor, samples))
 print("expected, without padding", [encode(processor, [sample]) for sample in samples])"""
 
 
-@contract("process/value", "process", source=PROCESSOR, tolerance=EXACT, cases=process_cases, reproduce=process_script)
-def process(adapter: Adapter, kind: str, samples: tuple[Sample, ...]) -> None:
-    """Tokens and images of a batch of prompts are those of the processor for each prompt alone, in order."""
-    _, processor = tiny(kind)
-    check_inputs("", adapter.process(processor, samples), [encode(processor, [sample]) for sample in samples])
+@contract("process/tokens", "process", source=PROCESSOR, tolerance=EXACT, cases=process_cases, reproduce=process_script)
+def tokens(adapter: Adapter, kind: str, samples: tuple[Sample, ...]) -> None:
+    """The tokens of a batch of prompts are those of the processor for each prompt alone, in order."""
+    check_tokens("", adapter.process(tiny(kind)[1], samples), each_alone(kind, samples))
 
 
-def placeholder_cases(adapter: Adapter) -> Iterator[Case]:
+def process_image_cases(adapter: Adapter) -> Iterator[Case]:
     return cases(adapter, "image", "images", "several-images", "mixed")
+
+
+@contract("process/images", "process", source=PROCESSOR, tolerance=EXACT, cases=process_image_cases, reproduce=process_script)
+def images(adapter: Adapter, kind: str, samples: tuple[Sample, ...]) -> None:
+    """The images of a batch of prompts are those of the processor for each prompt alone, in order."""
+    check_images("", adapter.process(tiny(kind)[1], samples), each_alone(kind, samples))
 
 
 @contract(
@@ -84,13 +96,12 @@ def placeholder_cases(adapter: Adapter) -> Iterator[Case]:
     "process",
     source=PROCESSOR,
     tolerance=EXACT,
-    cases=placeholder_cases,
+    cases=process_image_cases,
     reproduce=process_script,
 )
 def placeholders(adapter: Adapter, kind: str, samples: tuple[Sample, ...]) -> None:
     """Each prompt has as many image tokens as its images have features, so that features fall on their own sample."""
-    _, processor = tiny(kind)
-    inputs = adapter.process(processor, samples)
+    inputs = adapter.process(tiny(kind)[1], samples)
     counts = (inputs["input_ids"] == token_ids(PLACEHOLDER[kind])[0]).sum(1).tolist()
     # 4 patches of 14 x 14 pixels have one feature in Qwen2.5-VL; LLaVA resizes each image to 4 patches.
     features = {"qwen2_5_vl": lambda height, width: height * width // 28**2, "llava": lambda height, width: 4}[kind]
@@ -120,20 +131,20 @@ def split_script(kind: str, samples: Sequence[Sample], num_chunks: int) -> str:
 _, processor = tiny("{kind}")
 samples = {list(samples)!r}
 num_images = [len(sample.images) for sample in samples]
-print("got", adapter.split(encode(processor, samples), num_images, {num_chunks}))
+print("got", adapter.split(encode(processor, samples, device=adapter.device), num_images, {num_chunks}))
 print("expected", [encode(processor, samples[i : i + {size}]) for i in range(0, {len(samples)}, {size})])"""
 
 
 @contract("split/value", "split", source=PROCESSOR, tolerance=EXACT, cases=split_cases, reproduce=split_script)
 def split(adapter: Adapter, kind: str, samples: tuple[Sample, ...], num_chunks: int) -> None:
     """Each micro-batch has the tokens and the images of its own samples, all of them, once, and in order."""
-    _, processor = tiny(kind)
-    inputs = encode(processor, samples)
+    inputs = encode(exact(kind)[1], samples, device=adapter.device)
     size = len(samples) // num_chunks
     chunks = adapter.split(inputs, [len(sample.images) for sample in samples], num_chunks)
     for index, chunk in enumerate(chunks):
-        own = samples[index * size : (index + 1) * size]
-        check_inputs(f" of chunk {index}", chunk, [encode(processor, [sample]) for sample in own])
+        alone = each_alone(kind, samples[index * size : (index + 1) * size])
+        check_tokens(f" of chunk {index}", chunk, alone)
+        check_images(f" of chunk {index}", chunk, alone)
 
 
 def position_cases(adapter: Adapter) -> Iterator[Case]:
@@ -146,7 +157,7 @@ def position_script(kind: str, samples: Sequence[Sample], side: str) -> str:
     return f"""\
 model, processor = tiny("{kind}", adapter.device)
 samples = {list(samples)!r}
-print("got", adapter.positions(model, encode(processor, samples, "{side}", completions=True)))
+print("got", adapter.positions(model, encode(processor, samples, "{side}", True, adapter.device)))
 print("expected, without padding", positions_alone(model, processor, samples))"""
 
 
@@ -166,8 +177,8 @@ def check_positions(positions: torch.Tensor, inputs: Mapping[str, torch.Tensor],
 def positions(adapter: Adapter, kind: str, samples: tuple[Sample, ...], side: str) -> None:
     """The position ids of a padded batch are those of the model for each sample alone, up to a constant per sample."""
     model, processor = tiny(kind, adapter.device)
-    inputs = encode(processor, samples, side, completions=True)
-    right = positions_alone(tiny(kind)[0], processor, samples)
+    inputs = encode(processor, samples, side, completions=True, device=adapter.device)
+    right = positions_alone(*exact(kind), samples)
     check_positions(adapter.positions(model, inputs), inputs, right)
 
 
@@ -175,8 +186,8 @@ def after_script(kind: str, samples: Sequence[Sample], before: Sequence[Sample])
     return f"""\
 model, processor = tiny("{kind}", adapter.device)
 before, samples = {list(before)!r}, {list(samples)!r}
-adapter.positions(model, encode(processor, before, completions=True))
-print("got", adapter.positions(model, encode(processor, samples, completions=True)))
+adapter.positions(model, encode(processor, before, "left", True, adapter.device))
+print("got", adapter.positions(model, encode(processor, samples, "left", True, adapter.device)))
 print("expected, without padding", positions_alone(model, processor, samples))"""
 
 
@@ -200,6 +211,6 @@ def after_cases(adapter: Adapter) -> Iterator[Case]:
 def after_another(adapter: Adapter, kind: str, samples: tuple[Sample, ...], before: tuple[Sample, ...]) -> None:
     """Position ids do not depend on the batch before, whose rope_deltas the model may keep."""
     model, processor = tiny(kind, adapter.device)
-    adapter.positions(model, encode(processor, before, completions=True))
-    inputs = encode(processor, samples, completions=True)
-    check_positions(adapter.positions(model, inputs), inputs, positions_alone(tiny(kind)[0], processor, samples))
+    adapter.positions(model, encode(processor, before, completions=True, device=adapter.device))
+    inputs = encode(processor, samples, completions=True, device=adapter.device)
+    check_positions(adapter.positions(model, inputs), inputs, positions_alone(*exact(kind), samples))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.alone import double, greedy_alone
+from vlmkernels.conformance.alone import exact, greedy_alone
 from vlmkernels.conformance.batches import Sample
 from vlmkernels.conformance.contract import Case, Violation, contract
 from vlmkernels.conformance.models import END_OF_TURN, PLACEHOLDER, scripted, tiny, token_ids
@@ -140,7 +140,7 @@ def prompt(adapter: Adapter, kind: str) -> None:
     """The completions of a prompt follow from its own text and images, and are returned in the order of prompts."""
     model, processor = tiny(kind, adapter.device)
     samples = greedy_samples(kind)
-    right = greedy_alone(double(tiny(kind)[0]), processor, samples, 3)
+    right = greedy_alone(*exact(kind), samples, 3)
     for index, completion in enumerate(adapter.sample(model, processor, samples, 2, 3, COLD)):
         if [*completion.sampled_ids] != right[index // 2]:
             raise Violation(
