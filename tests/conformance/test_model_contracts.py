@@ -1,12 +1,15 @@
 """Contracts on models: a plain forward pass of transformers keeps them, and planted faults break them."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from vlmkernels.conformance import Adapter, Sampled, encode, load, run, tiny
+from vlmkernels.conformance import Adapter, Sampled, encode, greedy_alone, load, run, tiny
+from vlmkernels.conformance.alone import exact, logits_alone
 from vlmkernels.conformance.contract import all_contracts, case_ids, run_case
+from vlmkernels.conformance.contracts import sampling
 from vlmkernels.conformance.models import captured_positions, scripted, token_ids
 
 METHODS = ("logps", "process", "split", "positions", "sample")
@@ -324,6 +327,18 @@ def test_scripted_models_follow_their_script():
     logits = model(input_ids=torch.tensor([token_ids("z", "a", "b")])).logits[0]
     likely = [{int(token) for token in (row > 20).nonzero()} for row in logits]
     assert likely == [{*token_ids("a")}, {*token_ids("b", "x")}, {*token_ids("y")}]
+
+
+@pytest.mark.parametrize("kind", Plain.models)
+def test_the_most_probable_tokens_are_certain(kind):
+    """sample/prompt expects them at its temperature."""
+    model, processor = exact(kind)
+    samples = sampling.greedy_samples(kind)
+    for sample, ids in zip(samples, greedy_alone(model, processor, samples, 3), strict=True):
+        with torch.no_grad():
+            logits = logits_alone(model, processor, replace(sample, completion_ids=tuple(ids)))[:-1]
+        best = (logits / sampling.COLD).softmax(-1)[range(3), ids]
+        assert (best > 1 - 1e-8).all()
 
 
 def test_copies_are_independent():

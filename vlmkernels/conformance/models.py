@@ -96,7 +96,7 @@ def scripted(kind: str, after: Mapping[str | None, Sequence[str]], device: str =
 
 def prompt_text(processor: Any, sample: Any) -> str:
     """Return the prompt of a sample as text, with one placeholder per image."""
-    return processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
+    return str(processor.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True))
 
 
 def encode(
@@ -139,7 +139,7 @@ def captured_positions(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     """
     found: list[torch.Tensor] = []
 
-    def capture(module: Any, args: tuple, kwargs: dict) -> None:
+    def capture(module: Any, args: Sequence[torch.Tensor], kwargs: Mapping[str, torch.Tensor]) -> None:
         found.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
 
     rotary = model.get_decoder().rotary_emb

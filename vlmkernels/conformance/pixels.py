@@ -24,8 +24,8 @@ def pixel_gradients(adapter: Adapter, model: Any, processor: Any, samples: Seque
     """
     alone: list[torch.Tensor | None] = []
     for sample in samples:
-        rows, _ = _embedded(model, partial(model, **encode(processor, [sample], device=model.device)))
-        alone.append(torch.cat(rows) if rows else None)
+        found, _ = _embedded(model, partial(model, **encode(processor, [sample], device=model.device)))
+        alone.append(torch.cat(found) if found else None)
     patches, logps = _embedded(model, lambda: adapter.logps(model, processor, samples, 1.0))
     norms = torch.zeros(len(samples), len(samples), dtype=torch.float64)
     for row, output in enumerate(logps):
@@ -44,7 +44,7 @@ def _embedded(model: Any, run: Callable[[], Any]) -> tuple[list[torch.Tensor], A
     """Return the embedded patches (rows, width) of each pass of the vision tower, as leaves of the graph, and the result."""
     leaves: list[torch.Tensor] = []
 
-    def replace(module: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def replace(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         leaves.append(output.detach().flatten(1).clone().requires_grad_())
         return leaves[-1].view(output.shape)
 

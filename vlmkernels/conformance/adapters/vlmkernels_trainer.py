@@ -33,7 +33,7 @@ class _Trainer(Adapter):
         Documented(
             "process/images[qwen2_5_vl-*]",
             "Pixels stay uint8, each frame once, and their normalization is folded into the patch embedding",
-            "docs/trainer.md",
+            "docs/trainer.md, and the docstring of vlmkernels.models.vision.use_vision_ops",
         ),
     )
     share_prefix: ClassVar[bool]

@@ -107,7 +107,7 @@ def script(kind: str, samples: Sequence[Sample], temperature: float = 1.0) -> st
 model, processor = tiny("{kind}", adapter.device)
 samples = {list(samples)!r}
 print("got", adapter.logps(model, processor, samples, {temperature}))
-print("expected", logps_alone(double(model), processor, samples, {temperature}))"""
+print("expected", logps_alone(double(tiny("{kind}")[0]), processor, samples, {temperature}))"""
 
 
 def cases(adapter: Adapter, *names: str) -> Iterator[Case]:
@@ -240,16 +240,19 @@ def gradient_script(kind: str, samples: Sequence[Sample]) -> str:
     return f"""\
 model, processor = tiny("{kind}", adapter.device)
 samples = {list(samples)!r}
-print("got", gradients(model, adapter.logps(model, processor, samples, 1.0)))
-print("expected", gradients(model := double(model), logps_alone(model, processor, samples, 1.0)))"""
+right = gradients(exact := double(model), logps_alone(exact, processor, samples, 1.0))
+got = gradients(model, adapter.logps(model, processor, samples, 1.0))
+print("got norms of", {{name: round(float(x.norm()), 4) for name, x in got.items()}})
+print("expected norms of", {{name: round(float(x.norm()), 4) for name, x in right.items()}})
+print("differences", {{name: float((got[name] - x).norm()) for name, x in right.items() if name in got}})"""
 
 
 @contract(
     "logps/gradient",
     "logps",
     source=MODEL,
-    tolerance="3 eps of the dtype (two passes forward, one backward: three products), times the layers with weights, times the"
-    " norm of the gradient of the part of the model",
+    tolerance="3 eps of the dtype (a layer has three products: forward, by inputs, by weights), times the layers with weights,"
+    " times the norm of the gradient of the part of the model",
     cases=gradient_cases,
     reproduce=gradient_script,
 )

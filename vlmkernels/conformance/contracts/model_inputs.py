@@ -158,7 +158,7 @@ def position_script(kind: str, samples: Sequence[Sample], side: str) -> str:
 model, processor = tiny("{kind}", adapter.device)
 samples = {list(samples)!r}
 print("got", adapter.positions(model, encode(processor, samples, "{side}", True, adapter.device)))
-print("expected, without padding", positions_alone(model, processor, samples))"""
+print("expected, without padding", positions_alone(*tiny("{kind}"), samples))"""
 
 
 def check_positions(positions: torch.Tensor, inputs: Mapping[str, torch.Tensor], right: Sequence[torch.Tensor]) -> None:
@@ -188,7 +188,7 @@ model, processor = tiny("{kind}", adapter.device)
 before, samples = {list(before)!r}, {list(samples)!r}
 adapter.positions(model, encode(processor, before, "left", True, adapter.device))
 print("got", adapter.positions(model, encode(processor, samples, "left", True, adapter.device)))
-print("expected, without padding", positions_alone(model, processor, samples))"""
+print("expected, without padding", positions_alone(*tiny("{kind}"), samples))"""
 
 
 def after_cases(adapter: Adapter) -> Iterator[Case]:
