@@ -4,6 +4,8 @@ Ray, inference engines and CUDA kernels are imported by these files but not used
 """
 
 import asyncio
+import contextlib
+import copy
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,6 +45,7 @@ with warnings.catch_warnings(), stand_ins(*UNUSED):
     from verl.workers.utils.losses import ppo_loss
     from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
+PROMPT_LENGTH = 1024
 NO_BOUND = 1e9  # of a ratio: verl clamps log-ratios to 20
 
 # loss_type -> (loss_mode for each level, loss_agg_mode)
@@ -129,6 +132,84 @@ class Verl(Adapter):
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> torch.Tensor:
         return FusedLinearForPPO()(hidden, weight, targets, temperature)[0]
+
+    def logps(self, model: Any, processor: Any, samples: Sequence[Sample], temperature: float) -> list[torch.Tensor]:
+        batch = asyncio.run(_rollout(model.config, processor, samples)).to_tensordict()
+        engine = _Engine(model, next(model.parameters()).dtype)
+        rows = engine.score(left_right_2_no_padding(batch), temperature)
+        return [row[: len(sample.completion_ids)] for row, sample in zip(rows, samples, strict=True)]
+
+    def split(
+        self, inputs: dict[str, torch.Tensor], num_images: Sequence[int], num_chunks: int
+    ) -> list[dict[str, torch.Tensor]]:
+        # verl processes each sample by itself, so its batch has one dict of inputs of images per sample.
+        vision = _by_sample(inputs, num_images)
+        rows = {name: value for name, value in inputs.items() if name not in VISION}
+        batch = tensordict_utils.get_tensordict({**rows, "multi_modal_inputs": vision})
+        out = []
+        for chunk in tensordict_utils.chunk_tensordict(batch, num_chunks):
+            out.append({name: chunk[name] for name in rows} | extract_multi_modal_inputs(chunk["multi_modal_inputs"]))
+        return out
+
+    def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        processor = _processor(inputs_processor(model), model.config)
+        raise NotImplementedError
+
+    def process(self, processor: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+class _Server:
+    """An inference engine that returns a given completion."""
+
+    def __init__(self, completion_ids: Sequence[int]) -> None:
+        self.completion_ids = [*completion_ids]
+
+    async def generate(self, **request: Any) -> TokenOutput:
+        return TokenOutput(token_ids=self.completion_ids)
+
+
+def _bound_processor(processor: Any, config: Any) -> Any:
+    """Return a copy of the processor with the methods that verl adds for positions; None for a tokenizer."""
+    copied = copy.copy(processor)
+    # verl 0.9.1 requires transformers < 5.11, whose processors do not count placeholders.
+    copied.validate_inputs = lambda *args, **kwargs: None
+    found = {"AutoProcessor": copied, "AutoConfig": config}
+    with contextlib.ExitStack() as stack:
+        for name, value in found.items():
+            stack.enter_context(mock.patch(f"transformers.{name}.from_pretrained", return_value=value))
+        return verl_tokenizer.hf_processor("")
+
+
+def _worker(processor: Any, config: Any, response_length: int) -> agent_loop.AgentLoopWorker:
+    worker = object.__new__(agent_loop.AgentLoopWorker)
+    worker.tokenizer = copy.copy(getattr(processor, "tokenizer", processor))
+    worker.processor = _bound_processor(processor, config)
+    worker.rollout_config = types.SimpleNamespace(prompt_length=PROMPT_LENGTH, response_length=response_length)
+    worker.mm_processor_kwargs = {}
+    worker.reward_loop_worker_handles = None
+    worker.distillation_enabled = False
+    return worker
+
+
+async def _rollout(config: Any, processor: Any, samples: Sequence[Sample]) -> DataProto:
+    """Return verl's training batch for these prompts and completions."""
+    worker = _worker(processor, config, max(len(sample.completion_ids) for sample in samples))
+    trainer = types.SimpleNamespace(actor_rollout_ref=types.SimpleNamespace(rollout=worker.rollout_config))
+    outputs = []
+    for sample in samples:
+        loop = single_turn_agent_loop.SingleTurnAgentLoop(
+            trainer_config=agent_loop.DictConfigWrap(trainer),
+            server_manager=_Server(sample.completion_ids),
+            tokenizer=worker.tokenizer,
+            processor=worker.processor,
+            dataset_cls=RLHFDataset,
+            data_config=agent_loop.DictConfigWrap({}),
+            hf_model_type=config.model_type,
+        )
+        output = await loop.run({}, raw_prompt=sample.messages)
+        outputs.append(await worker._agent_loop_postprocess(output, validate=False, raw_prompt=sample.messages))
+    return worker._postprocess(outputs)
 
 
 def _packed(rows: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
