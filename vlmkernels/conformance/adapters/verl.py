@@ -46,6 +46,7 @@ with warnings.catch_warnings(), stand_ins(*UNUSED):
     from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
 PROMPT_LENGTH = 1024
+MIN_PIXELS = 28 * 28
 NO_BOUND = 1e9  # of a ratio: verl clamps log-ratios to 20
 
 # loss_type -> (loss_mode for each level, loss_agg_mode)
@@ -192,6 +193,15 @@ def _worker(processor: Any, config: Any, response_length: int) -> agent_loop.Age
     return worker
 
 
+def _messages(sample: Sample) -> list[dict[str, Any]]:
+    """Return the prompt, with the minimal size of an image. By default, qwen_vl_utils enlarges images to four tokens."""
+    messages = sample.messages
+    for part in messages[0]["content"]:
+        if part["type"] == "image":
+            part["min_pixels"] = MIN_PIXELS
+    return messages
+
+
 async def _rollout(config: Any, processor: Any, samples: Sequence[Sample]) -> DataProto:
     """Return verl's training batch for these prompts and completions."""
     worker = _worker(processor, config, max(len(sample.completion_ids) for sample in samples))
@@ -207,8 +217,9 @@ async def _rollout(config: Any, processor: Any, samples: Sequence[Sample]) -> Da
             data_config=agent_loop.DictConfigWrap({}),
             hf_model_type=config.model_type,
         )
-        output = await loop.run({}, raw_prompt=sample.messages)
-        outputs.append(await worker._agent_loop_postprocess(output, validate=False, raw_prompt=sample.messages))
+        messages = _messages(sample)
+        output = await loop.run({}, raw_prompt=messages)
+        outputs.append(await worker._agent_loop_postprocess(output, validate=False, raw_prompt=messages))
     return worker._postprocess(outputs)
 
 
