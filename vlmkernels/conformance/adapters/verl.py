@@ -1,6 +1,8 @@
-"""verl 0.9: losses, advantages, log-probabilities of the FSDP engine, and the batches of its agent loop.
+"""verl 0.9: its losses, advantages, FSDP engine on the CPU, and agent loop with an engine that returns given completions.
 
-Ray, inference engines and CUDA kernels are imported by these files but not used by what runs here.
+``loss`` is ``ppo_loss`` of the actor; log-probabilities are those of ``FSDPEngineWithLMHead.forward_step`` without
+``use_remove_padding``, which needs flash attention. verl's patches of models, for sequence parallelism and fused kernels, are
+not applied: they need transformers < 5.11. ``sample`` is missing because verl samples with vLLM or SGLang.
 """
 
 import asyncio
@@ -9,11 +11,12 @@ import copy
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
 import torch
+import transformers
 
 from vlmkernels.conformance import (
     Adapter,
@@ -21,6 +24,7 @@ from vlmkernels.conformance import (
     Documented,
     GRPOLossConfig,
     LossBatch,
+    NeedsCUDA,
     NotApplicable,
     Sample,
 )
@@ -69,13 +73,25 @@ class Verl(Adapter):
     levels = ("token", "sequence")
     kl_estimators = ("k1", "k2", "k3")
     corrections = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-    options = {"delta": 4.0, "entropy_coef": 0.25}
+    options: ClassVar = {"delta": 4.0, "entropy_coef": 0.25}
     masks = ("padding", "holes")
     scales = ("group", "none")
     baselines = ("mean", "leave_one_out")
     unequal_groups = True
     advantage_eps = 1e-6
-    models = ("text", "qwen2_5_vl")
+    models = ("text", "qwen2_5_vl")  # verl refuses processors that it does not know, as LLaVA's
+    documented = (
+        Documented(
+            "loss/gradient[*-sequence-token_*]",
+            "with the ratio sg[s] pi / sg[pi] of GSPO-token, the correction of a token weights the gradient of this token",
+            "comment in compute_policy_loss_gspo, verl/trainer/ppo/core_algos.py; arXiv 2507.18071, section 4.3",
+        ),
+        Documented(
+            "advantages/group_of_one[*]",
+            "the mean of a group of one is 0, so that its reward is the advantage",
+            "docstring of verl/utils/groupwise.py",
+        ),
+    )
 
     def advantages(self, batch: AdvantageBatch) -> torch.Tensor:
         if (batch.scale, batch.baseline) not in ESTIMATORS:
@@ -88,6 +104,7 @@ class Verl(Adapter):
         return out[:, 0]
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
+        actor = _actor_config(config)
         rows, width = batch.loss_mask.shape
         reach = batch.loss_mask.flip(1).cummax(1).values.flip(1)  # from the first token to the last one in the loss
         data = {
@@ -112,13 +129,16 @@ class Verl(Adapter):
         outputs = {"log_probs": _packed(batch.logps, reach)}
         if config.entropy_coef:
             outputs["entropy"] = _packed(batch.entropy, reach)
-        return ppo_loss(_actor_config(config), outputs, data)[0]
+        return ppo_loss(actor, outputs, data)[0]
 
     def logps_from_logits(self, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        _require_samples(targets)
+        if logits.dtype != torch.float32 and logits.device.type == "cpu":
+            raise NeedsCUDA("verl relies on autocast, which computes log_softmax in fp32 on a GPU but not on the CPU")
         rows, width = targets.shape
         padded = torch.nn.functional.pad(logits, (0, 0, 0, 1))  # verl computes a log-probability after the last token, too
         data = {
-            "prompts": torch.zeros_like(targets[:, :1]),
+            "prompts": targets.new_zeros(rows, 1),
             "responses": targets,
             "input_ids": torch.nn.functional.pad(targets, (1, 0)),
             "response_mask": torch.ones_like(targets),
@@ -132,10 +152,11 @@ class Verl(Adapter):
     def logps_from_hidden(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> torch.Tensor:
+        _require_samples(targets)
         return FusedLinearForPPO()(hidden, weight, targets, temperature)[0]
 
     def logps(self, model: Any, processor: Any, samples: Sequence[Sample], temperature: float) -> list[torch.Tensor]:
-        batch = asyncio.run(_rollout(model.config, processor, samples)).to_tensordict()
+        batch = asyncio.run(_training_batch(model.config, processor, samples)).to_tensordict()
         engine = _Engine(model, next(model.parameters()).dtype)
         rows = engine.score(left_right_2_no_padding(batch), temperature)
         return [row[: len(sample.completion_ids)] for row, sample in zip(rows, samples, strict=True)]
@@ -143,21 +164,54 @@ class Verl(Adapter):
     def split(
         self, inputs: dict[str, torch.Tensor], num_images: Sequence[int], num_chunks: int
     ) -> list[dict[str, torch.Tensor]]:
-        # verl processes each sample by itself, so its batch has one dict of inputs of images per sample.
-        vision = _by_sample(inputs, num_images)
-        rows = {name: value for name, value in inputs.items() if name not in VISION}
-        batch = tensordict_utils.get_tensordict({**rows, "multi_modal_inputs": vision})
+        rows = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_grid_thw")}
+        batch = tensordict_utils.get_tensordict({**rows, "multi_modal_inputs": _images_by_sample(inputs, num_images)})
         out = []
         for chunk in tensordict_utils.chunk_tensordict(batch, num_chunks):
             out.append({name: chunk[name] for name in rows} | extract_multi_modal_inputs(chunk["multi_modal_inputs"]))
         return out
 
     def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        processor = _processor(inputs_processor(model), model.config)
-        raise NotImplementedError
+        worker = _worker(_processor_of(model.config), model.config)
+        starts = inputs["input_ids"] == getattr(model.config, "vision_start_token_id", -1)
+        images = _images_by_sample(inputs, starts.sum(1).tolist())
+        out = []
+        for row, own in enumerate(images):
+            kinds = {"mm_token_type_ids": inputs["mm_token_type_ids"]} if "mm_token_type_ids" in inputs else {}
+            tokens = [inputs[name][row : row + 1] for name in ("input_ids", "attention_mask")]
+            out.append(worker._compute_position_ids(*tokens, {**own, **kinds}))
+        return torch.cat(out).movedim(0, -2)
 
     def process(self, processor: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        kind = "qwen2_5_vl" if hasattr(processor, "image_processor") else "qwen2"
+        worker = _worker(processor, types.SimpleNamespace(model_type=kind))
+        rows, images = [], []
+        for output in asyncio.run(_agent_loops(worker, kind, samples)):
+            width = {"max_length": PROMPT_LENGTH, "padding_side": "left", "return_attention_mask": True}
+            rows.append(worker._pad_token_ids(output.prompt_ids, **width))
+            images.append(worker._compute_multi_modal_inputs(output, rows[-1]["input_ids"]))
+        tokens = {name: torch.cat([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
+        return tokens | extract_multi_modal_inputs(images)
+
+
+def _images_by_sample(inputs: dict[str, torch.Tensor], num_images: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    """Return the inputs of images of each sample: verl processes samples one by one, so that its batch has a list of them."""
+    if "pixel_values" not in inputs:
+        return [{} for _ in num_images]
+    grids = inputs["image_grid_thw"].split([*num_images])
+    pixels = inputs["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
+    pairs = zip(pixels, grids, strict=True)
+    return [{"pixel_values": rows, "image_grid_thw": grid} if len(grid) else {} for rows, grid in pairs]
+
+
+def _processor_of(config: Any) -> Any:
+    """Return what verl reads of a processor for position ids; None for a model without images."""
+    if not hasattr(config, "image_token_id"):
+        return None
+    processor = object.__new__(transformers.Qwen2_5_VLProcessor)
+    processor.image_processor = None
+    processor.image_token_id, processor.video_token_id = config.image_token_id, config.video_token_id
+    return processor
 
 
 class _Server:
@@ -172,6 +226,8 @@ class _Server:
 
 def _bound_processor(processor: Any, config: Any) -> Any:
     """Return a copy of the processor with the methods that verl adds for positions; None for a tokenizer."""
+    if not hasattr(processor, "image_processor"):
+        return None
     copied = copy.copy(processor)
     # verl 0.9.1 requires transformers < 5.11, whose processors do not count placeholders.
     copied.validate_inputs = lambda *args, **kwargs: None
@@ -182,11 +238,10 @@ def _bound_processor(processor: Any, config: Any) -> Any:
         return verl_tokenizer.hf_processor("")
 
 
-def _worker(processor: Any, config: Any, response_length: int) -> agent_loop.AgentLoopWorker:
+def _worker(processor: Any, config: Any) -> agent_loop.AgentLoopWorker:
     worker = object.__new__(agent_loop.AgentLoopWorker)
     worker.tokenizer = copy.copy(getattr(processor, "tokenizer", processor))
     worker.processor = _bound_processor(processor, config)
-    worker.rollout_config = types.SimpleNamespace(prompt_length=PROMPT_LENGTH, response_length=response_length)
     worker.mm_processor_kwargs = {}
     worker.reward_loop_worker_handles = None
     worker.distillation_enabled = False
@@ -202,9 +257,10 @@ def _messages(sample: Sample) -> list[dict[str, Any]]:
     return messages
 
 
-async def _rollout(config: Any, processor: Any, samples: Sequence[Sample]) -> DataProto:
-    """Return verl's training batch for these prompts and completions."""
-    worker = _worker(processor, config, max(len(sample.completion_ids) for sample in samples))
+async def _agent_loops(worker: agent_loop.AgentLoopWorker, model_type: str, samples: Sequence[Sample]) -> list[Any]:
+    """Return the outputs of verl's agent loop, whose engine returns the completions."""
+    longest = max(len(sample.completion_ids) for sample in samples)
+    worker.rollout_config = types.SimpleNamespace(prompt_length=PROMPT_LENGTH, response_length=longest)
     trainer = types.SimpleNamespace(actor_rollout_ref=types.SimpleNamespace(rollout=worker.rollout_config))
     outputs = []
     for sample in samples:
@@ -215,12 +271,21 @@ async def _rollout(config: Any, processor: Any, samples: Sequence[Sample]) -> Da
             processor=worker.processor,
             dataset_cls=RLHFDataset,
             data_config=agent_loop.DictConfigWrap({}),
-            hf_model_type=config.model_type,
+            hf_model_type=model_type,
         )
-        messages = _messages(sample)
-        output = await loop.run({}, raw_prompt=messages)
-        outputs.append(await worker._agent_loop_postprocess(output, validate=False, raw_prompt=messages))
-    return worker._postprocess(outputs)
+        outputs.append(await loop.run({}, raw_prompt=_messages(sample)))
+    return outputs
+
+
+async def _training_batch(config: Any, processor: Any, samples: Sequence[Sample]) -> DataProto:
+    worker = _worker(processor, config)
+    outputs = await _agent_loops(worker, config.model_type, samples)
+    return worker._postprocess([await worker._agent_loop_postprocess(each, False, raw_prompt=None) for each in outputs])
+
+
+def _require_samples(targets: torch.Tensor) -> None:
+    if not len(targets):
+        raise NotApplicable("verl has no batch without samples")
 
 
 def _packed(rows: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
@@ -234,6 +299,11 @@ def _actor_config(config: GRPOLossConfig) -> FSDPActorConfig:
     unsupported = [
         (config.level not in modes, f"verl has no {config.loss_type} with ratios per {config.level}"),
         (config.delta is not None and modes.get(config.level) != "vanilla", "only the loss vanilla bounds the ratio"),
+        (
+            config.delta is not None and config.delta < 1 + config.clip_high,
+            "clip_ratio_c bounds the ratio for negative advantages only",
+        ),
+        (config.entropy_coef and aggregation != "token-mean", "verl averages the entropy over tokens with token-mean only"),
         (config.use_bias_correction_kl, "verl does not multiply the KL term by the ratio"),
         (config.off_policy_mask_threshold is not None, "verl has no mask of off-policy sequences by the sign of the advantage"),
         (config.top_entropy_quantile < 1, "verl does not select tokens by their entropy"),
@@ -266,14 +336,14 @@ def _rollout_weights(batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
     low, high = config.rollout_clip_min, config.rollout_clip_max
     if config.rollout_sequence_ratio == "mean" and level == "sequence":
         raise NotApplicable("verl's ratio of a sequence is a product")
-    if high is None or (bound == "truncate") != (low is None):
+    if high is None or (bound == "truncate" and low is not None):
         raise NotApplicable("verl truncates at an upper bound, and masks outside of a lower and an upper bound")
-    weights, mask, _ = compute_rollout_correction_and_rejection_mask(
+    weights, _, _ = compute_rollout_correction_and_rejection_mask(
         old_log_prob=batch.logps.detach() if batch.old_logps is None else batch.old_logps,
         rollout_log_prob=batch.rollout_logps,
         response_mask=batch.loss_mask.long(),
         rollout_is=level,
-        rollout_is_threshold=high if bound == "truncate" else f"{low}_{high}",
+        rollout_is_threshold=high if bound == "truncate" else f"{low or 1 / NO_BOUND}_{high}",
     )
     return weights.batch["rollout_is_weights"]
 
