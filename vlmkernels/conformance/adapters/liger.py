@@ -4,6 +4,7 @@ Liger's caller splits the batch into micro-batches. As in a trainer of transform
 micro-batches unless the loss is divided by the tokens of the whole batch (``num_items_in_batch``).
 """
 
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -83,6 +84,12 @@ def scaled(loss: torch.Tensor, batch: LossBatch, config: GRPOLossConfig) -> torc
     return loss if config.loss_type in WHOLE_BATCH else loss / batch.accumulation_steps
 
 
+def moved(batch: LossBatch, device: str) -> LossBatch:
+    """Return the batch on a device."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: x.to(device) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
+
+
 class _Liger(Adapter):
     packages = ("liger-kernel", "torch")
     loss_types = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -148,6 +155,7 @@ class LigerTriton(_Liger):
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
+        batch = moved(batch, self.device)
         if batch.logps.isposinf().any():
             raise NotApplicable("no logits have log-probabilities > 0")
         logits = torch.nn.functional.pad(binary_logits(batch.logps), (0, 0, 0, 1))  # the last position predicts nothing
@@ -178,9 +186,13 @@ class LigerScaledCrossEntropy(_Liger):
     def logps_from_hidden(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
     ) -> torch.Tensor:
-        if targets.numel() == 0 and self.functions is LIGER:
-            raise NotApplicable("Liger raises an error for a batch without tokens")
-        nll = self.functions.scaled_cross_entropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), temperature)
+        function = self.functions.scaled_cross_entropy
+        try:
+            nll = function.apply(hidden.flatten(0, 1), weight, targets.flatten(), temperature)
+        except ValueError as error:
+            if targets.numel():
+                raise
+            raise NotApplicable(f"Liger raises an error for a batch without tokens: {error}") from error
         return -nll.view(targets.shape)
 
 

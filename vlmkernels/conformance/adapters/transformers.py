@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vlmkernels.conformance import Adapter, Sample, Sampled
+from vlmkernels.conformance import Adapter, Documented, Sample, Sampled
 
 
 def inputs_of(processor: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -39,6 +39,13 @@ class Transformers(Adapter):
     packages = ("transformers", "torch")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     models = ("text", "qwen2_5_vl", "llava")
+    documented = (
+        Documented(
+            "sample/image-token",
+            "generate samples any token, unless its caller passes suppress_tokens, which is None by default",
+            "transformers, GenerationConfig.suppress_tokens",
+        ),
+    )
 
     def logps_from_logits(self, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

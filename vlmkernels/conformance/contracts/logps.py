@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,9 +47,14 @@ class Problem:
         return [eval(f"x{self.view}", {"x": first}), *rest]
 
 
+def move(adapter: Adapter) -> str:
+    """Return the method that moves a tensor to the device of the adapter."""
+    return "" if adapter.device == "cpu" else f".to({adapter.device!r})"
+
+
 def to(adapter: Adapter, dtype: torch.dtype) -> str:
     """Return the methods that convert an fp32 tensor on the CPU to ``dtype`` on the device of the adapter."""
-    return SUFFIXES[dtype] + ("" if adapter.device == "cpu" else f".to({adapter.device!r})")
+    return SUFFIXES.get(dtype, f".to({dtype})") + move(adapter)
 
 
 class Route(NamedTuple):
@@ -73,11 +79,11 @@ def _hidden(adapter: Adapter, dtype: torch.dtype, B: int, T: int, V: int, temper
 
 def _targets(adapter: Adapter, B: int, T: int, V: int, view: str) -> str:
     length = T - 1 if view else T
-    return f"torch.arange({B * length}).view({B}, {length}).mul(3).add(1).remainder({V}){to(adapter, torch.float32)}"
+    return f"torch.arange({B * length}).view({B}, {length}).mul(3).add(1).remainder({V}){move(adapter)}"
 
 
 def _literal_targets(adapter: Adapter, targets: Sequence[int]) -> str:
-    return f"torch.tensor([{[*targets]}]){to(adapter, torch.float32)}"
+    return f"torch.tensor([{[*targets]}]){move(adapter)}"
 
 
 def _literal_logits(
@@ -132,51 +138,63 @@ def exact(problem: Problem, gradients: bool = True) -> Answer:
     return answer(logps, wide, gradients)
 
 
-def sizes(problem: Problem) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Return the fp64 inputs as viewed, and the logits / temperature (B, T, V), without and with absolute terms."""
-    inputs, _ = problem.tensors()
+class Sizes(NamedTuple):
+    """The numbers from which tolerances follow, in fp64."""
+
+    values: list[torch.Tensor]  # the inputs of the call
+    z: torch.Tensor  # (B, T, V): the logits / temperature
+    error: torch.Tensor  # (B, T): of a log-probability
+    targets: torch.Tensor
+
+
+def sizes(problem: Problem, dtype: torch.dtype) -> Sizes:
+    """Return the sizes of a problem, and the errors of log-probabilities that are computed in ``dtype``.
+
+    The errors are those of z = logits / temperature, of z - lse and of the sum of V terms. Each step errs by eps / 2 of its
+    result; a factor of two is for another order of operations.
+    """
+    inputs, targets = problem.tensors()
     values = [x.detach().double() for x in problem.viewed(inputs)]
-    if len(values) == 1:
-        z = values[0] / problem.temperature
-        return values, z, z.abs().masked_fill(z.isinf(), 0)
-    hidden, weight = values
-    return values, hidden @ weight.T / problem.temperature, hidden.abs() @ weight.abs().T / problem.temperature
+    terms = 1 if len(values) == 1 else values[0].shape[-1]
+    z, absolute = (_head([f(x) for x in values]) / problem.temperature for f in (torch.clone, torch.abs))
+    absolute = absolute.masked_fill(absolute.isinf(), 0)
+    eps, wide = (torch.finfo(x).eps for x in (dtype, torch.promote_types(dtype, torch.float32)))
+    own = absolute.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    vocab = z.shape[-1]
+    error = 2 * eps * (own + absolute.amax(-1) + math.log(vocab) + 1) + wide * vocab * terms
+    return Sizes(values, z, error, targets)
+
+
+def _head(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    return values[0] if len(values) == 1 else values[0] @ values[1].T
+
+
+def gradient_errors(problem: Problem, size: Sizes) -> list[torch.Tensor]:
+    """Return the errors of gradients: the chain rule with absolute values.
+
+    The softmax has the error of a log-probability as its relative error; products add the rounding of their results, and sums
+    of n terms n eps of fp32.
+    """
+    inputs, _ = problem.tensors()
+    vocab, storage = size.z.shape[-1], torch.finfo(inputs[0].dtype)
+    wide = torch.finfo(torch.promote_types(inputs[0].dtype, torch.float32)).eps
+    p, onehot = size.z.softmax(-1), torch.nn.functional.one_hot(size.targets, vocab)
+    scale = upstream(size.error).abs().unsqueeze(-1) / problem.temperature
+    largest = scale * (p + onehot)  # at least |dz|
+    dz = scale * p * size.error.unsqueeze(-1) + 2 * storage.eps * largest
+    if len(size.values) == 1:
+        return [_unviewed(problem, inputs, dz + storage.tiny)]
+    hidden, weight = (x.abs().flatten(0, -2) for x in size.values)
+    by_hidden = (dz + (2 * storage.eps + wide * vocab) * largest) @ weight
+    by_weight = (dz + (2 * storage.eps + wide * len(hidden)) * largest).flatten(0, 1).T @ hidden
+    return [_unviewed(problem, inputs, by_hidden + storage.tiny), by_weight + storage.tiny]
 
 
 def allowed(problem: Problem, dtype: torch.dtype, result: torch.dtype | None = None, gradients: bool = True) -> Answer:
-    """Return the errors of a computation in ``dtype`` whose log-probabilities are rounded to ``result`` in the end.
-
-    The bound of log-probabilities adds the roundings of z = logits / temperature, z - lse, and of the sum of V terms (each step
-    errs by eps / 2 of its result), with a factor of two for another order of operations. That of gradients has the relative
-    error of the softmax, which is the error of a log-probability, and the roundings of its own products.
-    """
-    inputs, targets = problem.tensors()
-    values, z, absolute = sizes(problem)
-    vocab, terms = z.shape[-1], values[0].shape[-1] if len(values) == 2 else 1
-    eps, wide = (torch.finfo(x).eps for x in (dtype, torch.promote_types(dtype, torch.float32)))
-    largest = absolute.amax(-1)
-    own = absolute.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    error = 2 * eps * (own + largest + torch.tensor(vocab).log().item() + 1) + wide * vocab * terms
-    right = exact(problem, gradients)
-    logps = error + (torch.finfo(result).eps / 2 * right.logps.abs() if result else 0)
-    if not gradients:
-        return Answer(logps, ())
-    # |dz| is at most |upstream| (onehot + p) / temperature; that of an input follows by the chain rule with absolute values.
-    p = z.softmax(-1)
-    scale = upstream(right.logps).abs().unsqueeze(-1) / problem.temperature
-    storage = torch.finfo(inputs[0].dtype)
-    onehot = torch.nn.functional.one_hot(targets, vocab)
-    dz = scale * (p * error.unsqueeze(-1) + 2 * storage.eps * (onehot + p)) + storage.tiny
-    if len(values) == 1:
-        return Answer(logps, [_unviewed(problem, inputs, dz)])
-    hidden, weight = (x.abs() for x in values)
-    sums = scale * (onehot + p)
-    count = dz.shape[:2].numel()
-    rounding = 2 * storage.eps
-    dhidden = dz @ weight + (rounding + wide * vocab) * (sums @ weight) + storage.tiny
-    dweight = dz.flatten(0, 1).T @ hidden.flatten(0, 1)
-    dweight += (rounding + wide * count) * (sums.flatten(0, 1).T @ hidden.flatten(0, 1)) + storage.tiny
-    return Answer(logps, [_unviewed(problem, inputs, dhidden), dweight])
+    """Return the errors of a computation in ``dtype`` whose log-probabilities are rounded to ``result`` in the end."""
+    size = sizes(problem, dtype)
+    rounding = torch.finfo(result).eps / 2 * exact(problem, gradients=False).logps.abs() if result else 0
+    return Answer(size.error + rounding, gradient_errors(problem, size) if gradients else ())
 
 
 def _unviewed(problem: Problem, inputs: Sequence[torch.Tensor], tolerance: torch.Tensor) -> torch.Tensor:
@@ -187,10 +205,11 @@ def _unviewed(problem: Problem, inputs: Sequence[torch.Tensor], tolerance: torch
 
 
 def compare(problem: Problem, got: Answer, tolerance: Answer) -> None:
+    """Compare with the right values: log-probabilities, and the gradients if there are any."""
     right = exact(problem, bool(got.gradients))
     close("log-probabilities", got.logps, right.logps, tolerance.logps)
-    for name, *each in zip(problem.inputs, got.gradients, right.gradients, tolerance.gradients, strict=bool(got.gradients)):
-        close(f"gradient of {name}", *each)
+    for label, *each in zip(problem.inputs, got.gradients, right.gradients, tolerance.gradients, strict=False):
+        close(f"gradient of {label}", *each)
 
 
 def in_dtype(adapter: Adapter, problem: Problem, gradients: bool) -> None:
@@ -394,12 +413,12 @@ shaped("long", "A sequence of 70,000 tokens is right.", {"70000": (1, 70_000, 5)
 
 def neighbours(route: Route, adapter: Adapter) -> Iterator[Case]:
     for dtype in adapter.dtypes:
-        for value in ("1e4", "torch.nan"):
+        for other in ("1e4", "torch.nan"):
             problem = route.problem(adapter, dtype, 2, 3, 5, 0.7)
             (first, text), *rest = problem.inputs.items()
-            changed = f"{text}.index_fill(0, torch.tensor([1]){to(adapter, torch.float32)}, {value})"
+            changed = f"{text}.index_fill(0, torch.tensor([1]){move(adapter)}, {other})"
             problem = dataclasses.replace(problem, inputs={first: changed, **dict(rest)})
-            yield Case(f"{value.removeprefix('torch.')}-{name(dtype)}", {"problem": problem})
+            yield Case(f"{other.removeprefix('torch.')}-{name(dtype)}", {"problem": problem})
 
 
 @both("independent", source=SOFTMAX, tolerance=BUDGET, cases=neighbours)
