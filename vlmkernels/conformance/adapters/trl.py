@@ -153,6 +153,20 @@ def completed(trainer: Any, ids: list[list[int]], prompts: list[dict[str, Any]])
     return trainer._generate_and_score_completions(prompts)
 
 
+def group_size(batch: AdvantageBatch) -> int:
+    """Return the size of all groups."""
+    if len(set(batch.group_sizes)) > 1:
+        raise NotApplicable("all groups have num_generations completions")
+    return batch.group_sizes[0]
+
+
+def tokens(completion_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the inputs of a loss that only the model reads, with this mask."""
+    mask = completion_mask.long()
+    prompt = {"prompt_ids": torch.zeros_like(mask[:, :1]), "prompt_mask": torch.ones_like(mask[:, :1])}
+    return prompt | {"completion_ids": torch.zeros_like(mask), "completion_mask": mask}
+
+
 def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
     """Return ids up to the first end token, with it."""
     return next((ids[: index + 1] for index, token in enumerate(ids) if token in ends), ids)
@@ -174,20 +188,18 @@ class _Trainer(Adapter):
         raise NotImplementedError
 
     def advantages(self, batch: AdvantageBatch) -> torch.Tensor:
-        if len(set(batch.group_sizes)) > 1:
-            raise NotApplicable("all groups have num_generations completions")
-        if batch.group_sizes[0] < 2:
+        num_generations, size = group_size(batch), len(batch.rewards)
+        if num_generations < 2:
             raise NotApplicable("num_generations must be at least 2")
         trainer = self.build(
             *stand_in(),
             [Rewards(column) for column in batch.rewards.T.tolist()],
             reward_weights=[*batch.weights],
-            num_generations=batch.group_sizes[0],
-            num_generations_eval=batch.group_sizes[0],
-            per_device_train_batch_size=len(batch.rewards),
+            num_generations=num_generations,
+            num_generations_eval=num_generations,
+            per_device_train_batch_size=size,
             **self.scaling(batch),
         )
-        size = len(batch.rewards)
         return completed(trainer, [[0] for _ in range(size)], [{"prompt": "a"} for _ in range(size)])["advantages"]
 
     def logps(self, model: Any, processor: Any, samples: Sequence[Sample], temperature: float) -> list[torch.Tensor]:
@@ -305,14 +317,7 @@ class _Objective(_Trainer):
         def scored(logps: torch.Tensor | None) -> torch.Tensor | None:
             return None if logps is None else logps.masked_fill(~attended, 0)  # as TRL returns them
 
-        inputs = {
-            "prompt_ids": torch.zeros(len(mask), 1, dtype=torch.int64),
-            "prompt_mask": torch.ones(len(mask), 1, dtype=torch.int64),
-            "completion_ids": torch.zeros_like(mask, dtype=torch.int64),
-            "completion_mask": attended.long(),
-            "advantages": batch.advantages,
-            "num_items_in_batch": torch.tensor(batch.tokens),
-        }
+        inputs = tokens(attended) | {"advantages": batch.advantages, "num_items_in_batch": torch.tensor(batch.tokens)}
         if not torch.equal(attended, mask):
             inputs["tool_mask"] = mask.long()
         if batch.old_logps is not None:
@@ -457,7 +462,6 @@ class TRLRLOO(_Positions):
 
 
 CLIP_BEFORE_MEAN = "The log-ratio of each token is clipped, before the mean; epsilon bounds the log-ratio"
-GMPO_DOCS = "https://huggingface.co/docs/trl/gmpo"
 
 
 class TRLGMPO(_Objective):
@@ -467,13 +471,9 @@ class TRLGMPO(_Objective):
     trainer = GMPOTrainer
     levels = ("sequence",)
     kl_estimators = ("k3",)
-    documented = (
-        *(
-            Documented(f"{contract}[*]", CLIP_BEFORE_MEAN, GMPO_DOCS)
-            for contract in ("loss/value", "loss/gradient", "loss/long")
-        ),
-        Documented("loss/empty[*-one_*]", CLIP_BEFORE_MEAN, GMPO_DOCS),
-        Documented("loss/extreme_ratios[*]", CLIP_BEFORE_MEAN, GMPO_DOCS),
+    documented = tuple(
+        Documented(f"loss/{contract}", CLIP_BEFORE_MEAN, "https://huggingface.co/docs/trl/gmpo")
+        for contract in ("value", "gradient", "long", "extreme_ratios", "empty[*-one_*]")
     )
     options: ClassVar = {}
     advantages, logps, split, process, sample = (
@@ -585,32 +585,21 @@ class TRLSDPO(Adapter):
             _forward_logits=lambda **_: None,
         )
         trainer._compute_policy_loss = functools.partial(sdpo_trainer.SDPOTrainer._compute_policy_loss, trainer)
-        mask = batch.loss_mask
-        inputs = {
-            "prompt_ids": torch.zeros(len(mask), 1, dtype=torch.int64),
-            "prompt_mask": torch.ones(len(mask), 1, dtype=torch.int64),
-            "completion_ids": torch.zeros_like(mask, dtype=torch.int64),
-            "completion_mask": mask.long(),
-            "advantages": batch.advantages,
-            "old_per_token_logps": batch.old_logps,
-        }
+        inputs = tokens(batch.loss_mask) | {"advantages": batch.advantages, "old_per_token_logps": batch.old_logps}
         with mock.patch.object(sdpo_trainer, "selective_log_softmax", return_value=batch.logps):
             return sdpo_trainer.SDPOTrainer.compute_loss(trainer, None, inputs)
 
     def advantages(self, batch: AdvantageBatch) -> torch.Tensor:
-        if len(set(batch.group_sizes)) > 1:
-            raise NotApplicable("all groups have num_generations completions")
         if batch.baseline != "mean":
             raise NotApplicable("the baseline is the mean of the group")
         size = len(batch.rewards)
         trainer = mock.MagicMock()
         trainer.accelerator = OneProcess(1)
         trainer.model.training = True
-        trainer.num_generations = batch.group_sizes[0]
+        trainer.num_generations = group_size(batch)
         trainer.scale_rewards = batch.scale
         trainer.reward_weights = torch.tensor(batch.weights)
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-        trainer.sample_rollouts.return_value = {name: torch.ones(size, 1, dtype=torch.int64) for name in names}
+        trainer.sample_rollouts.return_value = tokens(torch.ones(size, 1))
         trainer.reward_funcs = [Rewards(column) for column in batch.rewards.T.tolist()]
         trainer.reward_processing_classes = [None] * len(trainer.reward_funcs)
         trainer.teacher_context_builder.last_metrics = {}
