@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo demo-suite demo-tools test soak test-deepspeed test-versions test-vllm bench lint wheel gpu-check gpu-wheels clean
+.PHONY: setup demo demo-suite demo-tools test soak test-deepspeed test-versions test-vllm conformance bench lint wheel gpu-check gpu-wheels clean
 setup: .venv/.installed
 
 # constraints.txt pins every package. CUDA code is compiled if nvcc is found. Trainers and harnesses with which tests compare are
@@ -55,6 +55,15 @@ VLLM := .venv-vllm/bin/python
 
 test-vllm: .venv-vllm/.installed
 	PYTHONPATH=.:tests $(VLLM) -m pytest -q -s -p no:cacheprovider --confcutdir tests/rollout/with_vllm tests/rollout/with_vllm/engines.py
+
+# Check other trainers and ours, in at most ten minutes, and write docs/conformance.md. The projects are installed without their
+# dependencies outside the environment.
+.venv/conformance/.installed: tools/conformance.txt setup
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --upgrade --target .venv/conformance --requirement $<
+	touch $@
+
+conformance: .venv/conformance/.installed
+	$(BIN)/python tools/conformance.py
 
 bench: setup
 	$(BIN)/python -m pytest -q bench

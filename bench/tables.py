@@ -277,6 +277,16 @@ def metrics() -> list[str]:
     return markdown()
 
 
+def conformance(what: str) -> list[str]:
+    """A table of docs/conformance.md, from the results of `make conformance`."""
+    from vlmkernels.conformance import page
+    from vlmkernels.conformance.report import Report
+
+    report = Report.from_dicts([json.loads((RESULTS / "conformance.json").read_text())])
+    views = {"projects": page.projects_table, "contracts": page.contracts_tables, "sources": page.sources_table}
+    return views[what](report) if what in views else page.differences(report, what)
+
+
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
@@ -287,6 +297,7 @@ TABLES = {
     "bench": bench,
     "losses": losses,
     "backends": backends,
+    "conformance": conformance,
     "plans": plans,
     "rewards": rewards,
     "tasks": tasks,

@@ -33,7 +33,7 @@ class NeedsCUDA(Exception):
 
 
 class Sampled(NamedTuple):
-    """A completion: the ids that the model sampled, and the ids in the loss. Both without padding; with the end token, if any."""
+    """A completion: the ids that the model sampled, and the ids in the loss. Without padding; with the end token, if any."""
 
     sampled_ids: list[int]
     trained_ids: list[int]
@@ -66,11 +66,13 @@ class Adapter:
         name: the name of the project in the report.
         packages: the distributions whose versions the report shows; the first is the project.
         device: where the suite creates tensors and models.
-        dtypes: the dtypes in which the trainer computes log-probabilities and losses.
+        dtypes: the dtypes of logits, hidden states and heads from which the trainer computes log-probabilities.
+        loss_dtypes: the dtypes of log-probabilities from which it computes losses.
         loss_types, levels, kl_estimators, corrections, options: the values of the fields of ``GRPOLossConfig`` that the trainer
             supports. ``kl_estimators`` are for beta > 0. ``options`` are further fields, each checked by itself, as
             ``{"delta": 4.0}``.
-        masks: "padding": the completion, then padding; "holes": also tokens within the completion that are not in the loss.
+        masks: "padding": the completion, then padding; "holes": also tokens within the completion that are not in the loss;
+            "nonfinite": values outside of the mask may be NaN or infinite.
         scales, baselines: the arguments ``scale`` and ``baseline`` of ``group_advantages``.
         unequal_groups, unscored, several_rewards: whether groups may differ in size, rewards may be NaN (not scored), and there
             may be several reward functions with weights.
@@ -85,6 +87,7 @@ class Adapter:
     packages: ClassVar[Sequence[str]] = ()
     device: ClassVar[str] = "cpu"
     dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32,)
+    loss_dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32,)
 
     loss_types: ClassVar[Sequence[str]] = ("grpo",)
     levels: ClassVar[Sequence[str]] = ("token",)
@@ -104,6 +107,13 @@ class Adapter:
     models: ClassVar[Sequence[str]] = ("text",)
     documented: ClassVar[Sequence[Documented]] = ()
     needs_cuda: ClassVar[Mapping[str, str]] = {}
+
+    source: str = ""  # what ``load`` found this adapter by; set there
+
+    @property
+    def expression(self) -> str:
+        """The code that makes this adapter, for reproductions."""
+        return f"load({self.source!r})" if self.source else f"{type(self).__name__}()"
 
     @property
     def version(self) -> str:

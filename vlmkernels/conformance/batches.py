@@ -1,5 +1,6 @@
 """The arguments of an adapter's methods. Their ``repr`` is code that makes them, so that a report can print it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,7 +11,9 @@ from PIL import Image
 
 
 def code(value: Any) -> str:
-    """Return an expression that makes ``value``: a tensor, a dataclass, or what ``repr`` prints as code."""
+    """Return an expression that makes ``value``: a tensor, a number, a dataclass, or what ``repr`` prints as code."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
     if isinstance(value, torch.Tensor):
         numbers = str(value.tolist()).replace("nan", "float('nan')").replace("inf", "float('inf')")
         # Python's numbers become int64, bool or the default dtype, float32.
@@ -19,16 +22,21 @@ def code(value: Any) -> str:
     return repr(value)
 
 
+def construct(value: Any, **codes: str) -> str:
+    """Return an expression that makes a dataclass, without the fields that have their defaults. ``codes`` replaces fields."""
+    given = []
+    for field in fields(value):
+        content = getattr(value, field.name)
+        if isinstance(content, torch.Tensor) or content != field.default:
+            given.append(f"{field.name}={codes.get(field.name, code(content))}")
+    return f"{type(value).__name__}({', '.join(given)})"
+
+
 class _Code:
-    """A dataclass whose repr leaves out fields that have their defaults."""
+    """A dataclass whose repr is the expression that makes it."""
 
     def __repr__(self) -> str:
-        given = []
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor) or value != field.default:
-                given.append(f"{field.name}={code(value)}")
-        return f"{type(self).__name__}({', '.join(given)})"
+        return construct(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +46,9 @@ class LossBatch(_Code):
     logps: torch.Tensor  # (B, T): the log-probabilities of the policy, which get gradients
     advantages: torch.Tensor  # (B,)
     loss_mask: torch.Tensor  # (B, T) bool: the tokens in the loss
-    old_logps: torch.Tensor | None = None  # (B, T): of the policy before this step. None: the first step, where it is the policy
+    old_logps: torch.Tensor | None = (
+        None  # (B, T): of the policy before this step. None: the first step, where it is the policy
+    )
     ref_logps: torch.Tensor | None = None  # (B, T): of the reference model; given if beta > 0
     rollout_logps: torch.Tensor | None = None  # (B, T): of the engine that sampled; given with a rollout correction
     entropy: torch.Tensor | None = None  # (B, T)

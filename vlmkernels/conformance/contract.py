@@ -5,6 +5,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ import torch
 from vlmkernels.conformance.adapter import METHODS, Adapter, NeedsCUDA, NotApplicable
 from vlmkernels.conformance.guard import AdapterError, Guarded
 
-PASS, FAIL, ERROR, DOCUMENTED, NOT_APPLICABLE, NEEDS_CUDA = STATUSES = (
-    *("pass", "fail", "error", "documented", "not applicable", "needs CUDA"),
-)
+# The status of a case.
+PASS, FAIL, ERROR = "pass", "fail", "error"  # error: the adapter raised one, or returned what its interface does not allow
+DOCUMENTED, NOT_APPLICABLE, NEEDS_CUDA = "documented", "not applicable", "needs CUDA"
 
 
 class Violation(Exception):
@@ -26,6 +27,8 @@ class Case(NamedTuple):
 
     id: str  # unique within the contract
     arguments: dict[str, Any]  # of the check, besides the adapter
+    method: str = ""  # the method of the adapter, for a contract without one
+    error: str = ""  # why there are no cases
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Contract:
     """A rule with its cases. ``check(adapter, **case.arguments)`` returns, or raises ``Violation``."""
 
     name: str  # "group/rule"
-    method: str  # the method of the adapter without which the rule is not applicable
+    method: str  # the method of the adapter without which the rule is not applicable; "": that of each case
     rule: str  # one sentence
     source: str  # where the rule comes from: a paper, or the documentation of a library
     tolerance: str  # how the tolerance follows from the dtype
@@ -43,6 +46,13 @@ class Contract:
 
 
 CONTRACTS: dict[str, Contract] = {}
+
+# The first lines of every reproduction.
+HEADER = """\
+import torch
+from vlmkernels.conformance import *
+adapter = {load}
+"""
 
 
 def contract(
@@ -55,7 +65,7 @@ def contract(
     reproduce: Callable[..., str],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register the decorated function as the check of a contract; the first line of its docstring is the rule."""
-    assert method in METHODS, method
+    assert method in ("", *METHODS), method
     assert name not in CONTRACTS, name
 
     def register(check: Callable[..., None]) -> Callable[..., None]:
@@ -72,15 +82,13 @@ class Result(NamedTuple):
     adapter: str
     contract: str
     case: str
-    status: str  # one of STATUSES
+    status: str
     message: str = ""  # the violation, the error, or the reason
     reproduction: str = ""  # a script, for a violation or an error
     seconds: float = 0.0
 
 
-def close(
-    name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float
-) -> None:
+def close(name: str, got: torch.Tensor | float, expected: torch.Tensor | float, tolerance: torch.Tensor | float) -> None:
     """Raise ``Violation`` unless |got - expected| <= tolerance everywhere. NaN is close to nothing."""
     got, expected, tolerance = (torch.as_tensor(x).detach().double().cpu() for x in (got, expected, tolerance))
     if got.shape != expected.shape:
@@ -99,9 +107,20 @@ def close(
     )
 
 
-def case_ids(adapter: Adapter, each: Contract) -> list[Case | None]:
+def cases_of(adapter: Adapter, each: Contract) -> list[Case | None]:
     """Return the cases of a contract for this adapter; [None] if it has none."""
-    return [*each.cases(adapter)] or [None] if adapter.has(each.method) else [None]
+    if each.method and not adapter.has(each.method):
+        return [None]
+    try:
+        return [*each.cases(adapter)] or [None]
+    except Exception as error:  # an attribute of the adapter has a value that it must not have
+        return [Case("declarations", {}, error=f"the attributes of the adapter are wrong: {describe(error)}")]
+
+
+def describe(error: Exception) -> str:
+    """Return the type and the message of an error, and the end of the path where it was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno})"
 
 
 def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
@@ -110,15 +129,20 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
     name = case.id if case else ""
 
     def result(status: str, message: str = "") -> Result:
-        script = each.reproduce(**case.arguments) if case and status in (FAIL, ERROR, DOCUMENTED) else ""
+        script = ""
+        if case and case.arguments and status in (FAIL, ERROR, DOCUMENTED):
+            script = HEADER.format(load=adapter.expression) + each.reproduce(**case.arguments)
         return Result(adapter.name, each.name, name, status, message, script, time.perf_counter() - start)
 
-    if not adapter.has(each.method):
-        return result(NOT_APPLICABLE, f"the adapter has no method {each.method}")
+    method = each.method or (case.method if case else "")
+    if method and not adapter.has(method):
+        return result(NOT_APPLICABLE, f"the adapter has no method {method}")
     if case is None:
         return result(NOT_APPLICABLE, "the adapter declares nothing that this contract checks")
-    if each.method in adapter.needs_cuda and not torch.cuda.is_available():
-        return result(NEEDS_CUDA, adapter.needs_cuda[each.method])
+    if case.error:
+        return result(ERROR, case.error)
+    if method in adapter.needs_cuda and not torch.cuda.is_available():
+        return result(NEEDS_CUDA, adapter.needs_cuda[method])
     try:
         each.check(Guarded(adapter), **case.arguments)
     except NotApplicable as reason:
@@ -133,19 +157,5 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
     except AdapterError as error:
         return result(ERROR, str(error))
     except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        return result(ERROR, f"{type(error).__name__}: {error} ({frame.filename}:{frame.lineno})")
+        return result(ERROR, describe(error))
     return result(PASS)
-
-
-def run(adapter: Adapter, pattern: str = "*") -> list[Result]:
-    """Run the contracts whose names match ``pattern`` (as in a shell)."""
-    chosen = [each for each in all_contracts() if fnmatch.fnmatchcase(each.name, pattern)]
-    return [run_case(adapter, each, case) for each in chosen for case in case_ids(adapter, each)]
-
-
-def all_contracts() -> list[Contract]:
-    """Return all contracts in the order of the report."""
-    import vlmkernels.conformance.contracts  # noqa: F401  registers them
-
-    return [*CONTRACTS.values()]

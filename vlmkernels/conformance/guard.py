@@ -39,11 +39,17 @@ class Guarded:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             given = [*tensors((args, kwargs))]
-            before = [(x._version, x.detach().clone()) for x in given]
+            before = [x.detach().clone() for x in given]
             out = value(*args, **kwargs)
-            for x, (version, copy) in zip(given, before, strict=True):
-                if x._version != version and not torch.equal(x.detach().nan_to_num(), copy.nan_to_num()):
-                    raise AdapterError(f"{name} changed one of its arguments, a tensor of shape {tuple(x.shape)}")
+            changed = [
+                (x, copy)
+                for x, copy in zip(given, before, strict=True)
+                if not torch.equal(x.detach().nan_to_num(), copy.nan_to_num())
+            ]
+            for x, copy in changed:
+                x.detach().copy_(copy)  # for the reproduction, which prints the arguments, and for later cases
+            if changed:
+                raise AdapterError(f"{name} changed one of its arguments, a tensor of shape {tuple(changed[0][0].shape)}")
             problem = RETURNS[name](out, *args, **kwargs)
             if problem:
                 raise AdapterError(f"{name} {problem}")

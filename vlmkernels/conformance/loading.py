@@ -6,7 +6,21 @@ import sys
 from pathlib import Path
 
 from vlmkernels.conformance.adapter import METHODS, Adapter
+from vlmkernels.conformance.models import KINDS
+from vlmkernels.ops.group_advantages import BASELINES, SCALES
+from vlmkernels.ops.grpo_loss.config import CORRECTIONS, KL_ESTIMATORS, LEVELS, LOSSES
 
+# The attributes of an adapter that are tuples of names.
+DECLARATIONS = {
+    "loss_types": (*LOSSES,),
+    "levels": LEVELS,
+    "kl_estimators": KL_ESTIMATORS,
+    "corrections": CORRECTIONS,
+    "masks": ("padding", "holes", "nonfinite"),
+    "scales": SCALES,
+    "baselines": BASELINES,
+    "models": KINDS,
+}
 BUILT_IN = Path(__file__).parent / "adapters"
 
 
@@ -45,7 +59,7 @@ def load_all(source: str) -> list[Adapter]:
     chosen = [each for each in classes if not wanted or each.__name__ == wanted]
     if not chosen:
         raise TypeError(f"{path} must define a subclass of vlmkernels.conformance.Adapter{wanted and f' named {wanted}'}")
-    return [_instance(each) for each in chosen]
+    return [_instance(each, source if len(classes) == 1 else f"{source}:{each.__name__}") for each in chosen]
 
 
 def load(source: str) -> Adapter:
@@ -60,12 +74,18 @@ def load(source: str) -> Adapter:
     return adapters[0]
 
 
-def _instance(cls: type[Adapter]) -> Adapter:
+def _instance(cls: type[Adapter], source: str) -> Adapter:
     if not isinstance(getattr(cls, "name", None), str):
         raise TypeError(f"{cls.__name__}.name must be a string, got {getattr(cls, 'name', None)!r}")
+    for attribute, allowed in DECLARATIONS.items():
+        values = getattr(cls, attribute)
+        if not isinstance(values, tuple | list) or not set(values) <= {*allowed}:
+            raise TypeError(f"{cls.__name__}.{attribute} must be a tuple of some of {', '.join(allowed)}; got {values!r}")
     for method in METHODS:
         expected = inspect.signature(getattr(Adapter, method))
         given = inspect.signature(getattr(cls, method))
         if len(given.parameters) != len(expected.parameters):
             raise TypeError(f"{cls.__name__}.{method} must have the parameters {expected}, got {given}")
-    return cls()
+    adapter = cls()
+    adapter.source = source
+    return adapter

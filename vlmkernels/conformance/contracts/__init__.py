@@ -1,5 +1,5 @@
 """The contracts, one file per part of a trainer. Importing this package registers them in the order of the report."""
 
-from vlmkernels.conformance.contracts import advantages
+from vlmkernels.conformance.contracts import adapter, advantages, logps, loss, model, model_inputs, sampling
 
-__all__ = ["advantages"]
+__all__ = ["adapter", "advantages", "logps", "loss", "model", "model_inputs", "sampling"]

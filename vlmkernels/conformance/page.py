@@ -1,0 +1,156 @@
+"""Views of a report: a table for the terminal, an HTML page, and the tables of docs/conformance.md."""
+
+from collections.abc import Iterable, Iterator
+from html import escape
+from itertools import chain
+
+from vlmkernels.conformance.contract import (
+    DOCUMENTED,
+    ERROR,
+    FAIL,
+    NOT_APPLICABLE,
+    PASS,
+    Contract,
+    Result,
+)
+from vlmkernels.conformance.report import LEGEND, STATUSES, Report
+from vlmkernels.conformance.suite import all_contracts
+from vlmkernels.record.html import document
+
+# The parts of a trainer, by the first half of a contract's name.
+PARTS = {
+    "adapter": "The adapter",
+    "advantages": "Advantages",
+    "loss": "The objective",
+    "logits": "Log-probabilities from logits",
+    "hidden": "Log-probabilities from hidden states",
+    "logps": "Log-probabilities of a model",
+    "process": "Model inputs",
+    "positions": "Position ids",
+    "split": "Micro-batches",
+    "sample": "Sampling",
+}
+HEADINGS = {FAIL: "Failures", ERROR: "Errors", DOCUMENTED: "Documented differences"}
+
+
+def parts() -> dict[str, list[Contract]]:
+    """Return the contracts of each part."""
+    return {key: [each for each in all_contracts() if each.name.startswith(f"{key}/")] for key in PARTS}
+
+
+def firsts(report: Report, status: str) -> Iterator[tuple[Result, str]]:
+    """Yield the smallest case with this status of each project and contract, and how many of the cases have it."""
+    for project in report.projects:
+        for contract in all_contracts():
+            cell = report.cell(project, contract.name)
+            if status in cell.first:
+                yield cell.first[status], f"{cell.counts[status]} of {cell.counts.total()} cases"
+
+
+def text_table(report: Report) -> str:
+    """Return a table of contracts and projects for a terminal."""
+    width = max(len(contract.name) for contract in all_contracts())
+    columns = {project: max(len(project), 7) for project in report.projects}
+    lines = [" " * width + "".join(f"  {name:>{size}}" for name, size in columns.items())]
+    for contract in chain.from_iterable(parts().values()):
+        cells = (f"  {report.cell(project, contract.name).text:>{size}}" for project, size in columns.items())
+        lines.append(f"{contract.name:{width}}" + "".join(cells))
+    lines += report.not_loaded.values()
+    return "\n".join([*lines, "", *(f"{symbol:5} {meaning}" for symbol, meaning in LEGEND.items())])
+
+
+STYLE = """
+body { max-width: 90rem; }
+.wide td, .wide th { text-align: center; } .wide td:first-child { min-width: 16rem; } td small { opacity: .7; }
+.fail, .error { color: rgb(var(--bad)); font-weight: 600; } .pass { color: rgb(var(--good)); } .na { opacity: .45; }
+article { border: 1px solid var(--line); border-radius: 10px; margin: 1rem 0; padding: .6rem 1rem; }
+article small { display: block; opacity: .75; }
+article pre { background: var(--soft); border-radius: 6px; padding: .6rem .8rem; }
+"""
+CLASSES = {FAIL: "fail", ERROR: "error", PASS: "pass", NOT_APPLICABLE: "na"}
+
+
+def html_page(report: Report) -> str:
+    """Return a self-contained HTML page."""
+    body = ["<h1>Conformance</h1>", f'<p class="summary">{escape(versions(report))}</p>']
+    body += [f'<p class="error">{escape(error)}</p>' for error in report.not_loaded.values()]
+    head = "".join(f"<th>{escape(name)}</th>" for name in report.projects)
+    for key, contracts in parts().items():
+        rows = "".join(_row(report, contract) for contract in contracts)
+        body.append(f'<h2>{PARTS[key]}</h2><div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>')
+    body.append("<p>" + "<br>".join(f"{escape(symbol)}: {escape(text)}" for symbol, text in LEGEND.items()) + "</p>")
+    for status, heading in HEADINGS.items():
+        articles = [_article(*first) for first in firsts(report, status)]
+        body += [f"<h2>{heading}</h2>", *articles] if articles else []
+    return document("Conformance", "".join(body), STYLE)
+
+
+def _row(report: Report, contract: Contract) -> str:
+    row = [f"<td>{escape(contract.rule)}<br><small>{escape(contract.name)}</small></td>"]
+    for project in report.projects:
+        cell = report.cell(project, contract.name)
+        title = escape("; ".join(f"{status}: {first.message}" for status, first in cell.first.items()))
+        row.append(f'<td class="{CLASSES.get(cell.status, "")}" title="{title}">{escape(cell.text)}</td>')
+    return f"<tr>{''.join(row)}</tr>"
+
+
+def _article(result: Result, count: str) -> str:
+    contract = next(each for each in all_contracts() if each.name == result.contract)
+    return (
+        f"<article><b>{escape(result.adapter)}: {escape(result.contract)}</b> ({count}; the smallest is {escape(result.case)})"
+        f"<br>{escape(result.message)}<small>{escape(contract.source)}. Tolerance: {escape(contract.tolerance)}</small>"
+        f"<pre>{escape(result.reproduction)}</pre></article>"
+    )
+
+
+def versions(report: Report) -> str:
+    """Return the versions of Python and of the libraries in one line."""
+    return ", ".join(f"{name} {version}" for name, version in report.versions.items())
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    head = [*head]
+    return [f"| {' | '.join(head)} |", f"| --- |{' :-: |' * (len(head) - 1)}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def projects_table(report: Report) -> list[str]:
+    """Return a Markdown table: for each project its versions, and the number of contracts of each status."""
+    rows = []
+    for project, packages in report.projects.items():
+        found = [report.cell(project, contract.name).status for contract in all_contracts()]
+        counts = (str(found.count(status) or "") for status in STATUSES)
+        rows.append((project, ", ".join(f"{key} {value}" for key, value in packages.items()), *counts))
+    return [*_table(("project", "versions", *STATUSES), rows), "", f"With {versions(report)}."]
+
+
+def contracts_tables(report: Report) -> list[str]:
+    """Return a Markdown table for each part of a trainer, with the projects that have this part."""
+    lines = [f"- `{symbol}`: {meaning}" for symbol, meaning in LEGEND.items()]
+    for key, contracts in parts().items():
+        cells = {project: [report.cell(project, contract.name) for contract in contracts] for project in report.projects}
+        shown = {project: column for project, column in cells.items() if any(c.status != NOT_APPLICABLE for c in column)}
+        rows = [
+            (f"`{contract.name}` {contract.rule}", *(column[index].text for column in shown.values()))
+            for index, contract in enumerate(contracts)
+        ]
+        lines += ["", f"### {PARTS[key]}", "", *_table(("contract", *shown), rows)]
+    return lines
+
+
+def sources_table(report: Report) -> list[str]:
+    """Return a Markdown table of the sources and tolerances of the contracts."""
+    return _table(("contract", "source", "tolerance"), ((f"`{c.name}`", c.source, c.tolerance) for c in all_contracts()))
+
+
+def differences(report: Report, status: str) -> list[str]:
+    """Return a Markdown list of the smallest cases with this status, by project; with scripts, except if documented."""
+    lines: list[str] = []
+    project = ""
+    for result, count in firsts(report, status):
+        if result.adapter != project:
+            project = result.adapter
+            lines += ["", f"**{project}**", ""]
+        lines.append(f"- `{result.contract}` ({count}; `{result.case}`): {result.message}")
+        if result.reproduction and status in (FAIL, ERROR):
+            lines += ["", *(f"  {line}" for line in ("```py", *result.reproduction.splitlines(), "```")), ""]
+    return lines[1:] or ["None."]

@@ -1,0 +1,170 @@
+"""The pytest plugin: each case of a contract is a test. ``vlmkernels_pytest`` registers it if ``--conformance`` is given."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmkernels.conformance.adapter import Adapter
+from vlmkernels.conformance.contract import (
+    DOCUMENTED,
+    NEEDS_CUDA,
+    NOT_APPLICABLE,
+    PASS,
+    Case,
+    Contract,
+    Result,
+    cases_of,
+    run_case,
+)
+from vlmkernels.conformance.loading import load_all
+from vlmkernels.conformance.page import html_page, text_table
+from vlmkernels.conformance.report import Report
+from vlmkernels.conformance.suite import all_contracts
+from vlmkernels.record.files import write_atomic
+
+
+class Failure(Exception):
+    """A case that failed; the exception holds its result."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.message)
+        self.result = result
+
+
+Location = tuple[str, None, str]
+
+
+def location(item: pytest.Item) -> Location:
+    """What pytest prints in place of a file, a line and a name: the adapter and the case."""
+    assert item.parent is not None
+    return item.parent.name, None, f"{item.parent.name}::{item.name}"
+
+
+class Check(pytest.Item):
+    """A case of a contract for one adapter. index: its place in the report."""
+
+    index: int
+
+    def __init__(self, *, adapter: Adapter, contract: Contract, case: Case | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.adapter, self.contract, self.case = adapter, contract, case
+
+    def runtest(self) -> None:
+        result = run_case(self.adapter, self.contract, self.case)
+        self.user_properties.append(("conformance", (self.index, [*result])))
+        if result.status in (NOT_APPLICABLE, NEEDS_CUDA):
+            pytest.skip(f"{result.status}: {result.message}")
+        if result.status == DOCUMENTED:
+            pytest.xfail(f"documented: {result.message}")
+        if result.status != PASS:
+            raise Failure(result)
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        if not isinstance(excinfo.value, Failure):
+            return super().repr_failure(excinfo, style)
+        result = excinfo.value.result
+        lines = [f"{result.contract}: {self.contract.rule}", f"{result.status}: {result.message}"]
+        lines += [f"source: {self.contract.source}", f"tolerance: {self.contract.tolerance}", "", result.reproduction]
+        return "\n".join(lines)
+
+    def reportinfo(self) -> Location:
+        return location(self)
+
+
+class NotLoaded(pytest.Item):
+    """An adapter that cannot be loaded."""
+
+    def __init__(self, *, error: Exception, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.error = error
+
+    def runtest(self) -> None:
+        raise self.error
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        return str(self.error)
+
+    def reportinfo(self) -> Location:
+        return location(self)
+
+
+class AdapterChecks(pytest.Collector):
+    """The checks of one adapter."""
+
+    def __init__(self, *, adapter: Adapter | Exception, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.adapter = adapter
+
+    def collect(self) -> Iterator[pytest.Item]:
+        if isinstance(self.adapter, Exception):
+            yield NotLoaded.from_parent(self, name="load", error=self.adapter)
+            return
+        for each in all_contracts():
+            for case in cases_of(self.adapter, each):
+                name = each.name if case is None else f"{each.name}[{case.id}]"
+                yield Check.from_parent(self, name=name, adapter=self.adapter, contract=each, case=case)
+
+
+class Conformance:
+    """Replaces the collection of tests by the checks of the adapters, and writes the report."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        if config.args_source is pytest.Config.ArgsSource.ARGS:
+            raise pytest.UsageError(f"--conformance runs without test files, got {' '.join(config.args)}")
+        self.adapters: dict[str, Adapter | Exception] = {}
+        for source in config.getoption("conformance"):
+            try:
+                found = load_all(source)
+            except FileNotFoundError as error:
+                raise pytest.UsageError(str(error)) from error
+            except (ImportError, TypeError) as error:
+                self.adapters[source] = error
+                continue
+            self.adapters |= {each.name: each for each in found}
+        self.results: list[tuple[int, Result]] = []
+
+    def pytest_report_header(self) -> str:
+        return "conformance: " + ", ".join(
+            f"{name} {each.version}" if isinstance(each, Adapter) else f"{name} (not loaded)"
+            for name, each in self.adapters.items()
+        )
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self, session: pytest.Session) -> bool | None:
+        if self.config.pluginmanager.hasplugin("dsession"):  # the controller of pytest-xdist: its workers collect
+            return None
+        session.items = []
+        for name, adapter in self.adapters.items():
+            items = [*AdapterChecks.from_parent(session, name=name, nodeid=name, adapter=adapter).collect()]
+            report = pytest.CollectReport(name, "passed", None, items)
+            self.config.hook.pytest_collectreport(report=report)  # for the number of tests in the terminal
+            session.items += items
+        for index, item in enumerate(session.items):
+            if isinstance(item, Check):
+                item.index = index
+        session.testscollected = len(session.items)
+        self.config.hook.pytest_collection_modifyitems(session=session, config=self.config, items=session.items)
+        self.config.hook.pytest_collection_finish(session=session)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            for name, values in report.user_properties:
+                if name == "conformance":
+                    self.results.append((values[0], Result(*values[1])))
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.config.getoption("collectonly"):
+            return
+        report = Report.new(self.adapters, (result for _, result in sorted(self.results)))
+        folder = Path(self.config.getoption("conformance_output"))
+        write_atomic(folder / "conformance.json", json.dumps(report.as_dict(), indent=1) + "\n")
+        write_atomic(folder / "conformance.html", html_page(report))
+        terminalreporter.section("conformance")
+        terminalreporter.write_line(text_table(report))
+        terminalreporter.write_line(f"written to {folder / 'conformance.json'} and {folder / 'conformance.html'}")
