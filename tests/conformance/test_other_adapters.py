@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from vlmkernels.conformance import AdvantageBatch, GRPOLossConfig, LossBatch, Sample, load, run
+from vlmkernels.conformance import AdvantageBatch, GRPOLossConfig, LossBatch, load, run
 from vlmkernels.conformance.models import tiny
 
 PACKAGES = {"unsloth_zoo": "unsloth_zoo", "skyrl": "skyrl", "art": "art", "areal": "areal"}
@@ -25,6 +25,8 @@ OBJECTIVES = {
     "art": ("grpo", SEQUENCE_MEAN),
     "areal": ("dapo", TOKEN_MEAN),
 }
+# The cases of logps/value that docs/conformance explains.
+REPORTED = {"unsloth_zoo": {"qwen2_5_vl-shared-prompt"}, "skyrl": {"qwen2_5_vl-mixed"}}
 
 
 @pytest.fixture(params=PACKAGES)
@@ -55,20 +57,9 @@ def test_advantages(name):
 
 
 def test_logps(name):
-    adapter = load(name)
-    if not adapter.has("logps"):
-        pytest.skip("the models need a GPU")
-    results = run(adapter, "logps/value")
-    assert [result.message for result in results if result.status == "fail"] == []
+    results = run(load(name), "logps/value")
+    assert {result.case for result in results if result.status in ("fail", "error")} == REPORTED.get(name, set())
     assert any(result.status == "pass" and result.case.startswith("text") for result in results)
-
-
-def test_skyrl_needs_images_in_all_or_no_prompts():
-    if importlib.util.find_spec("skyrl") is None:
-        pytest.skip("skyrl is not installed")
-    samples = (Sample("hi", ((1, 28, 28),), (65,)), Sample("hi", (), (66,)))
-    with pytest.raises(AttributeError, match="'NoneType' object has no attribute 'device'"):
-        load("skyrl").logps(*tiny("qwen2_5_vl"), samples, 1.0)
 
 
 def test_importing_art_leaves_transformers_alone():

@@ -15,10 +15,10 @@ from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLoss
 from vlmkernels.conformance.foreign import stand_ins
 from vlmkernels.conformance.models import encode
 
-# Clients of inference engines, and a package that lets event loops nest. Importing ART replaces a function of transformers, for
-# transformers 5.2; others need the original.
+# Clients of inference engines, tables, and a package that lets event loops nest. Importing ART replaces a function of
+# transformers by that of version 5.2; other versions need theirs.
 _ORIGINAL = mock.patch.object(masking_utils, "_preprocess_mask_arguments", masking_utils._preprocess_mask_arguments)
-with stand_ins("litellm", "weave", "nest_asyncio", "setproctitle", "tblib"), mock.patch.dict(os.environ), _ORIGINAL:
+with stand_ins("litellm", "weave", "nest_asyncio", "polars", "setproctitle", "tblib"), mock.patch.dict(os.environ), _ORIGINAL:
     from art.loss import loss_fn
     from art.preprocessing import tokenize
     from art.preprocessing.inputs import create_train_inputs

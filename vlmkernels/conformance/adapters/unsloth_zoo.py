@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 from trl import GRPOTrainer
 
-from vlmkernels.conformance import Adapter, Documented, GRPOLossConfig, LossBatch, NotApplicable
+from vlmkernels.conformance import Adapter, Documented, GRPOLossConfig, LossBatch, NotApplicable, Sample, pad
+from vlmkernels.conformance.models import encode
 
 # Unsloth asks for its other package, whose import needs a GPU. Compiled functions would take minutes on a CPU.
 _SETTINGS = {
@@ -18,6 +19,8 @@ _SETTINGS = {
     "UNSLOTH_COMPILE_DISABLE": "1",
     "UNSLOTH_COMPILE_LOCATION": os.path.join(tempfile.gettempdir(), "unsloth_compiled_cache"),
 }
+# The code for shared prompts is in the other package.
+_FORWARD = {"UNSLOTH_GRPO_PREFIX_GROUPER": "0"}
 with mock.patch.dict(os.environ, _SETTINGS):
     from unsloth_zoo import rl_replacements as unsloth
 
@@ -69,6 +72,35 @@ class Unsloth(Adapter):
     ) -> torch.Tensor:
         return unsloth.grpo_chunked_hidden_states_logprobs(hidden, weight, targets, temperature=temperature)
 
+    def logps(self, model: Any, processor: Any, samples: Sequence[Sample], temperature: float) -> list[torch.Tensor]:
+        inputs = encode(processor, samples)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        processor.pad_token_id = tokenizer.pad_token_id  # of processors, Unsloth reads it from there as well
+        completions = [torch.tensor(sample.completion_ids) for sample in samples]
+        ids = pad(completions, tokenizer.pad_token_id)
+        mask = pad([torch.ones_like(row) for row in completions])
+        vision = {name: inputs.get(name) for name in ("pixel_values", "image_grid_thw")}
+        if "mm_token_type_ids" in inputs and vision["pixel_values"] is not None:
+            vision["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], 0 * ids], 1)
+        with mock.patch.dict(os.environ, _FORWARD), mock.patch.object(unsloth, "UnslothEfficientGRPO", _Captured):
+            try:
+                unsloth.grpo_accumulated_loss(
+                    _trainer(model, processor),
+                    torch.cat([inputs["input_ids"], ids], 1),
+                    torch.cat([inputs["attention_mask"], mask], 1),
+                    ids.shape[1],
+                    mask,
+                    torch.zeros(len(samples)),
+                    None,
+                    None,
+                    temperature=temperature,
+                    num_images=[len(sample.images) for sample in samples],
+                    **vision,
+                )
+            except _Captured as captured:
+                logps, kept = captured.args
+        return [row[where.bool()] for row, where in zip(logps, kept, strict=True)]
+
     def split(
         self, inputs: dict[str, torch.Tensor], num_images: Sequence[int], num_chunks: int
     ) -> list[dict[str, torch.Tensor]]:
@@ -77,6 +109,28 @@ class Unsloth(Adapter):
         parts = unsloth.grpo_vision_chunks(vision, len(num_images), count)
         texts = {name: inputs[name].split(count) for name in ("input_ids", "attention_mask")}
         return [{**{name: rows[index] for name, rows in texts.items()}, **part} for index, part in enumerate(parts)]
+
+
+class _Captured(Exception):
+    """Takes the place of the loss, and raises itself with the log-probabilities and the mask."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> None:
+        raise cls(arguments[0], arguments[6])
+
+
+def _trainer(model: Any, processor: Any) -> Any:
+    """Return what Unsloth reads from the trainer of TRL to run the model: two mini-batches, no autocast."""
+    arguments = {"unsloth_grpo_mini_batch": 2, "unsloth_logit_chunk_multiplier": None, "top_entropy_quantile": 1.0}
+    return SimpleNamespace(
+        model=model,
+        processing_class=processor,
+        args=SimpleNamespace(**arguments, steps_per_generation=1),
+        accelerator=SimpleNamespace(unwrap_model=lambda model, **_: model, scaler=None, num_processes=1),
+        use_vllm=False,
+        beta=0.0,
+        _autocast_dtype=None,
+    )
 
 
 def _masks(config: GRPOLossConfig) -> bool:
