@@ -47,8 +47,13 @@ class MsSwift(Adapter):
         Documented("loss/accumulation[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
         Documented("loss/processes[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
         Documented(
+            "loss/*[bnpo-*-off_policy_mask_threshold*]",
+            "off-policy sequences are filtered out, so that their tokens do not count in the average",
+            "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
+        ),
+        Documented(
             "loss/value[*-k3-token_*]",
-            "importance sampling corrects the expectation of the whole loss of a token, so that the KL term has the weight, too",
+            "importance sampling corrects the expectation of the whole loss of a token, KL term included",
             f"{DOCS}/AdvancedResearch/training_inference_mismatch.html",
         ),
     )
