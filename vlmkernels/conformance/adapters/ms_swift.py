@@ -1,33 +1,40 @@
-"""ms-swift 4.6: the loss, the advantages and the log-probabilities of ``GRPOTrainer`` (without Liger, padded batches).
+"""ms-swift 4.6: ``GRPOTrainer`` (without Liger, padded batches), its templates and its collator.
 
 The methods of the trainer run on a trainer whose constructor did not run: it has the parameters of the algorithm, no model and
-no data. Packages of datasets and servers are imported but not used.
+no data. Packages of datasets and servers are imported but not used. ``split`` is missing because ms-swift encodes each
+micro-batch from its samples, and ``sample`` because it samples with its inference engines.
 """
 
+import contextlib
+import copy
 import types
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar
 
 import torch
 
-from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch, NotApplicable
+from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch, NotApplicable, Sample
 from vlmkernels.conformance.foreign import stand_ins
 
 with stand_ins("cryptography", "aiohttp", "dacite", "msgspec", "trl.experimental.ppo"):
     from swift.rl_core.advantage import compute_advantages, compute_advantages_dynamic, expand_advantage_to_per_token
-    from swift.rl_core.data import GRPOBatch
+    from swift.rl_core.data import GRPOBatch, GRPOSample
     from swift.rlhf_trainers.arguments import GRPOConfig
     from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
+    from swift.rlhf_trainers.utils import collate_to_grpo_micro_batch, encode_sample
+    from swift.template import TEMPLATE_MAPPING, Template, get_template
 
 DOCS = "https://swift.readthedocs.io/en/latest/Instruction/GRPO"
 LOSS_TYPES = f"{DOCS}/DeveloperGuide/loss_types.html"
+MIN_PIXELS = 28 * 28
 ESTIMATORS = {"mean": "grpo", "leave_one_out": "rloo"}
 
 
 class MsSwift(Adapter):
     name = "ms-swift"
     packages = ("ms-swift", "trl", "transformers")
-    dtypes = (torch.float32, torch.float64)  # accelerate converts the logits of a bf16 model to fp32
+    dtypes = (torch.float32,)  # accelerate converts the logits of a bf16 model to fp32
     loss_types = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
     levels = ("token", "sequence")
     kl_estimators = ("k3",)
@@ -43,12 +50,18 @@ class MsSwift(Adapter):
     scales = ("group", "batch", "none")
     baselines = ("mean", "leave_one_out")
     unequal_groups = several_rewards = True
+    models = ("text", "qwen2_5_vl")
     documented = (
         Documented("loss/accumulation[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
         Documented("loss/processes[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
         Documented(
+            "loss/*[bnpo-*-off_policy_mask_threshold*]",
+            "off-policy sequences are filtered out, so that their tokens do not count in the average",
+            "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
+        ),
+        Documented(
             "loss/value[*-k3-token_*]",
-            "importance sampling corrects the expectation of the whole loss of a token, so that the KL term has the weight, too",
+            "importance sampling corrects the expectation of the whole loss of a token, KL term included",
             f"{DOCS}/AdvancedResearch/training_inference_mismatch.html",
         ),
     )
@@ -92,6 +105,76 @@ class MsSwift(Adapter):
         ids = torch.nn.functional.pad(targets, (1, 0))
         model = lambda **inputs: types.SimpleNamespace(logits=padded)  # noqa: E731
         return trainer._get_logps_via_local_forward(model, {}, targets.shape[1], ids)[0]
+
+    def logps(self, model: Any, processor: Any, samples: Sequence[Sample], temperature: float) -> list[torch.Tensor]:
+        template = _template(processor, model.config)
+        template.model = model
+        items = [_sample(sample) for sample in samples]
+        for item in items:
+            item.encoded = encode_sample(item, template)
+        inputs, data = collate_to_grpo_micro_batch(items, template, device=torch.device("cpu"), use_logits_to_keep=True)
+        del inputs["labels"]
+        trainer = _Trainer(GRPOLossConfig())
+        trainer.temperature, trainer.template = temperature, template
+        with _hooks(template, model):
+            rows, _ = trainer._get_per_token_logps_and_entropies_single(model, inputs, data)
+        return [row[mask] for row, mask in zip(rows, data.completion_mask, strict=True)]
+
+    def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not hasattr(model.config, "vision_config"):
+            raise NotApplicable("ms-swift leaves the position ids of text models to the model")
+        template = object.__new__(TEMPLATE_MAPPING["qwen2_5_vl"].template_cls)
+        template.model, template.dummy_model = model, None
+        return template._get_position_ids(inputs)["position_ids"]
+
+    def process(self, processor: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        template = _template(processor)
+        template.model = types.SimpleNamespace(get_rope_index=_no_positions)
+        encoded = [encode_sample(_sample(sample), template, encode_prompt_only=True) for sample in samples]
+        return template.data_collator(encoded)
+
+
+def _template(processor: Any, config: Any = None) -> Template:
+    """Return ms-swift's template for a processor, with the ids of this tokenizer and without a system prompt."""
+    kind = "qwen2_5_vl" if hasattr(processor, "image_processor") else "qwen2_5"
+    processor = copy.copy(processor)
+    processor.model_info = types.SimpleNamespace(config=config, task_type="causal_lm", max_model_len=2048, model_dir="")
+    processor.model_meta = types.SimpleNamespace(is_multimodal=kind == "qwen2_5_vl", template=kind)
+    template = get_template(processor, default_system="")
+    template.image_token_id = getattr(processor, "image_token_id", None)
+    template.set_mode("train")
+    return template
+
+
+def _no_positions(input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """Stand in for the positions of a model, which the collator adds to the inputs."""
+    return torch.zeros(3, *input_ids.shape, dtype=torch.long), None
+
+
+def _sample(sample: Sample) -> GRPOSample:
+    messages = [
+        {"role": "user", "content": "<image>" * len(sample.images) + sample.text},
+        {"role": "assistant", "content": ""},
+    ]
+    # By default, qwen_vl_utils enlarges images to four tokens.
+    settings = {"chat_template_kwargs": {"min_pixels": MIN_PIXELS}}
+    return GRPOSample(messages=messages, images=sample.pictures, response_token_ids=[[*sample.completion_ids]], extra=settings)
+
+
+@contextlib.contextmanager
+def _hooks(template: Template, model: Any) -> Iterator[None]:
+    """Within the block, the model has ms-swift's hook, which embeds images."""
+    if not hasattr(model.config, "vision_config"):
+        yield
+        return
+    # ms-swift 4.6 requires transformers < 5.20, where the vision tower is an attribute of the model.
+    object.__setattr__(model, "visual", model.model.visual)
+    template.register_post_encode_hook([model])
+    try:
+        yield
+    finally:
+        template.remove_post_encode_hook()
+        object.__delattr__(model, "visual")
 
 
 def _arguments(config: GRPOLossConfig) -> types.SimpleNamespace:
