@@ -185,6 +185,14 @@ class OneImageEach(Plain):
         return super().split(inputs, [1] * len(num_images), num_chunks)
 
 
+class EmptyPixels(Plain):
+    """Micro-batches without images have pixels of no rows."""
+
+    def split(self, inputs, num_images, num_chunks):
+        chunks = super().split(inputs, num_images, num_chunks)
+        return [{name: x[:0] for name, x in inputs.items() if name in ("pixel_values", "image_grid_thw")} | c for c in chunks]
+
+
 class LastChunkRepeated(Plain):
     def split(self, inputs, num_images, num_chunks):
         chunks = super().split(inputs, num_images, num_chunks)
@@ -257,6 +265,7 @@ FAULTS = {
     DetachedPrompt: ("text", {"logps/gradient"}),
     SlicedBySample: ("qwen2_5_vl", {"split/value"}),
     OneImageEach: ("qwen2_5_vl", "llava", {"split/value"}),
+    EmptyPixels: ("qwen2_5_vl", "llava", {"split/forward"}),
     LastChunkRepeated: ("text", {"split/value"}),
     ImageTokensCut: ("qwen2_5_vl", {"process/placeholders", "process/tokens"}),
     ImagesReversed: ("qwen2_5_vl", "llava", {"process/images"}),

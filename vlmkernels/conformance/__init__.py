@@ -1,7 +1,7 @@
 """A conformance suite for GRPO trainers of text and vision-language models: ``pytest --conformance my_adapter.py``."""
 
 from vlmkernels.conformance.adapter import Adapter, Documented, NeedsCUDA, NotApplicable, Sampled
-from vlmkernels.conformance.alone import double, gradients, greedy_alone, logps_alone, positions_alone
+from vlmkernels.conformance.alone import double, gradients, greedy_alone, last_logps, logps_alone, positions_alone
 from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample, pad
 from vlmkernels.conformance.contract import Result
 from vlmkernels.conformance.loading import load
@@ -47,6 +47,7 @@ __all__ = [
     "gradients",
     "greedy_alone",
     "grid",
+    "last_logps",
     "load",
     "logps_alone",
     "loss_and_gradient",

@@ -1,7 +1,7 @@
 """The right values of contracts on models: those of the model run on each sample alone, without padding, in fp64."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -49,6 +49,16 @@ def chosen_logps(logits: torch.Tensor, sample: Sample, temperature: float) -> to
     """Return the log-probabilities (C,) of a completion from the result of ``logits_alone``."""
     ids = list(sample.completion_ids)
     return torch.log_softmax(logits[:-1] / temperature, -1)[range(len(ids)), ids]
+
+
+@torch.no_grad()
+def last_logps(model: Any, chunk: Mapping[str, Any], inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the log-probabilities (B, V) of the token after each sample of a micro-batch, padded on the left.
+
+    ``inputs`` are those of the whole batch, whose names are the arguments of the model.
+    """
+    given = {name: chunk[name] for name in inputs if chunk.get(name) is not None}
+    return model(**given, use_cache=False).logits[:, -1].log_softmax(-1)
 
 
 def gradients(model: Any, logps: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -100,7 +100,7 @@ def unscored(adapter: Adapter, batch: AdvantageBatch) -> None:
 def several_cases(adapter: Adapter) -> Iterator[Case]:
     rewards = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.5, 1.0], [0.25, -1.0], [3.0, 8.0], [3.5, 0.0], [-1.0, 4.0], [2.0, 6.0]])
     for scale in adapter.scales if adapter.several_rewards else ():
-        batch = AdvantageBatch(rewards, (4, 4), weights=(1.0, 0.25), scale=scale)
+        batch = AdvantageBatch(rewards, (4, 4), weights=(1.0, 0.25), scale=scale, baseline=adapter.baselines[0])
         yield Case(scale, {"batch": batch})
         if adapter.unscored:
             partly = torch.where(torch.tensor([[1, 0], *[[1, 1]] * 7]).bool(), rewards, torch.nan)

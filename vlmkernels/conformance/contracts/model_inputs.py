@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.alone import exact, positions_alone
+from vlmkernels.conformance.alone import exact, last_logps, positions_alone
 from vlmkernels.conformance.batches import Sample
 from vlmkernels.conformance.contract import Case, Violation, close, contract
-from vlmkernels.conformance.contracts.model import cases
+from vlmkernels.conformance.contracts.model import ROUNDING, cases, expected
 from vlmkernels.conformance.models import PLACEHOLDER, encode, tiny, token_ids
 
 PROCESSOR = "The processor of the model (https://huggingface.co/docs/transformers/main/processors)"
@@ -147,6 +147,37 @@ def split(adapter: Adapter, kind: str, samples: tuple[Sample, ...], num_chunks: 
         check_images(f" of chunk {index}", chunk, alone)
 
 
+def forward_script(kind: str, samples: Sequence[Sample], num_chunks: int) -> str:
+    return f"""\
+model, processor = tiny("{kind}", adapter.device)
+samples = {list(samples)!r}
+inputs, num_images = encode(processor, samples, "left", True, adapter.device), [len(sample.images) for sample in samples]
+print("got", [last_logps(model, chunk, inputs) for chunk in adapter.split(inputs, num_images, {num_chunks})])
+print("expected", last_logps(model, inputs, inputs))"""
+
+
+@contract(
+    "split/forward",
+    "split",
+    source=PROCESSOR,
+    tolerance=f"2 {ROUNDING}",
+    cases=split_cases,
+    reproduce=forward_script,
+)
+def forward(adapter: Adapter, kind: str, samples: tuple[Sample, ...], num_chunks: int) -> None:
+    """A model accepts each micro-batch, also one without images, and has the outputs of the whole batch."""
+    model, processor = tiny(kind, adapter.device)
+    inputs = encode(processor, samples, completions=True, device=adapter.device)
+    right = last_logps(model, inputs, inputs)
+    size, rounding = len(samples) // num_chunks, 2 * expected(kind, samples, 1.0).rounding(adapter)
+    for index, chunk in enumerate(adapter.split(inputs, [len(sample.images) for sample in samples], num_chunks)):
+        try:
+            got = last_logps(model, chunk, inputs)
+        except Exception as error:
+            raise Violation(f"the model raises {type(error).__name__} for chunk {index}: {error}") from error
+        close(f"the log-probabilities of chunk {index}", got, right[index * size : (index + 1) * size], rounding)
+
+
 def position_cases(adapter: Adapter) -> Iterator[Case]:
     for case in cases(adapter, "one", "texts", "image", "images", "several-images", "mixed"):
         for side in ("left", "right"):
@@ -168,9 +199,9 @@ def check_positions(positions: torch.Tensor, inputs: Mapping[str, torch.Tensor],
     """
     axes = positions.reshape(-1, *positions.shape[-2:])[-3:]
     axes = axes.expand(3, -1, -1) if len(axes) == 1 else axes
-    for row, (mask, expected) in enumerate(zip(inputs["attention_mask"].bool(), right, strict=True)):
+    for row, (mask, other) in enumerate(zip(inputs["attention_mask"].bool(), right, strict=True)):
         got = axes[:, row][:, mask.to(axes.device)].cpu()
-        close(f"position_ids of sample {row}, relative to its first token,", got - got[0, 0], expected - expected[0, 0], 0)
+        close(f"position_ids of sample {row}, relative to its first token,", got - got[0, 0], other - other[0, 0], 0)
 
 
 @contract("positions/value", "positions", source=ROPE_INDEX, tolerance=EXACT, cases=position_cases, reproduce=position_script)
