@@ -47,7 +47,7 @@ class Plain(Adapter):
 
     def images(self, inputs, start, end):
         """The inputs of the images from ``start`` to ``end``."""
-        if "pixel_values" not in inputs:
+        if "pixel_values" not in inputs or start == end:
             return {}
         grids = inputs.get("image_grid_thw")
         if grids is None:
