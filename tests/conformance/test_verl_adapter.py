@@ -72,7 +72,7 @@ def test_advantages_of_verl(verl):
 
 
 # Contracts with failures of verl: see docs/conformance/verl.md.
-KNOWN = {"advantages/equal_rewards_rounded", "loss/empty", "loss/nonfinite_padding"}
+KNOWN = {"advantages/equal_rewards_rounded", "loss/empty"}
 
 
 def test_contracts(verl):
