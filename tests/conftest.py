@@ -1,6 +1,8 @@
 """Tests run on the GPU if there is one. Without one, Triton runs in its interpreter and CUDA kernels under tests/simt."""
 
+import gc
 import os
+import sys
 
 import torch
 
@@ -55,6 +57,26 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+frozen_modules = 0
+
+
+def freeze_modules():
+    """Keep imported modules out of garbage collections: every ``train`` starts some, of half a second with all modules."""
+    global frozen_modules
+    if len(sys.modules) > frozen_modules:
+        frozen_modules = len(sys.modules)
+        gc.collect()  # what is garbage now would stay
+        gc.freeze()
+
+
+def pytest_collection_finish():
+    freeze_modules()
+
+
+def pytest_runtest_logfinish():
+    freeze_modules()
 
 
 def pytest_terminal_summary(terminalreporter):
