@@ -1,6 +1,8 @@
 """Tests run on the GPU if there is one. Without one, Triton runs in its interpreter and CUDA kernels under tests/simt."""
 
+import gc
 import os
+import sys
 
 import torch
 
@@ -51,10 +53,49 @@ def need():
     return check
 
 
+# Files that take longest, by processor time. Started first, they do not leave one worker with a long file at the end.
+SLOW = (
+    "ops/test_cuda_compile.py",
+    "train/distributed/test_data_parallel.py",
+    "ops/test_triton_compile.py",
+    "train/test_tool_training.py",
+    "examples/test_examples.py",
+    "ops/test_tree_attention.py",
+)
+
+
+def pytest_configure(config):
+    # pytest-xdist would start files with many tests first, and the slowest files have few.
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
+    names = [f"tests/{name}" for name in SLOW]
+    ranks = {name: rank for rank, name in enumerate(names)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+frozen_modules = 0
+
+
+def freeze_modules():
+    """Keep imported modules out of garbage collections: every ``train`` starts some, of half a second with all modules."""
+    global frozen_modules
+    if len(sys.modules) > frozen_modules:
+        frozen_modules = len(sys.modules)
+        gc.collect()  # what is garbage now would stay
+        gc.freeze()
+
+
+def pytest_collection_finish():
+    freeze_modules()
+
+
+def pytest_runtest_logfinish():
+    freeze_modules()
 
 
 def pytest_terminal_summary(terminalreporter):

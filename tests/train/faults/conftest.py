@@ -1,4 +1,3 @@
-import gc
 import os
 import tempfile
 from pathlib import Path
@@ -11,14 +10,6 @@ from support.faults import runs
 def server():
     """The multiprocessing context whose server forks the processes."""
     return runs.server()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def frozen():
-    """Keep imported modules out of the garbage collection of every ``train``, where they would take half a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
