@@ -29,7 +29,11 @@ def runnable(path: Path) -> list[str]:
 
     tests/integrations runs those of trainers.
     """
-    return [] if path.parent.name in ("integrations", "conformance") else [block for block in blocks(path, "python") if "path/to" not in block]
+    return (
+        []
+        if path.parent.name in ("integrations", "conformance")
+        else [block for block in blocks(path, "python") if "path/to" not in block]
+    )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
