@@ -18,9 +18,10 @@ def binary_logits(logps: torch.Tensor) -> torch.Tensor:
 
     A loss that starts from logits then computes that of given log-probabilities, and its gradient by them. In dtype d its
     relative error is up to eps(d) / (1 - exp(logp)), because logits get the gradient 1 - exp(logp). No logits have a
-    log-probability >= 0: the result is infinite or NaN.
+    log-probability >= 0: the result is infinite or NaN. If ``logps`` is NaN, only the first logit is, so that a gradient of 0
+    stays 0.
     """
-    return torch.stack([logps, torch.log(-torch.expm1(logps))], -1)
+    return torch.stack([logps, torch.log(-torch.expm1(logps.masked_fill(logps.isnan(), -1)))], -1)
 
 
 def upstream(logps: torch.Tensor) -> torch.Tensor:

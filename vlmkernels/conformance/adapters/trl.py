@@ -395,6 +395,8 @@ class TRL(_Objective, _Positions):
         return {"scale_rewards": batch.scale}
 
     def logps_from_logits(self, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        if not len(logits):
+            raise NotApplicable("a batch has at least one completion")
         logps, _ = utils.selective_log_softmax_and_entropy(logits, targets, temperature=temperature)
         return logps
 
