@@ -157,8 +157,8 @@ def equal_rewards(adapter: Adapter, batch: AdvantageBatch) -> None:
     "advantages/equal_rewards_rounded",
     "advantages",
     source="Adam divides the gradient by its size: if no group has a signal, it scales a rounding error up to a full step",
-    tolerance="4 eps of fp32, times the reward, divided by the standard deviation of the batch for that scale: rounding may remain, but"
-    " not multiplied by 1 / eps",
+    tolerance="4 eps of fp32, times the reward, divided by the standard deviation of the batch for that scale: rounding"
+    " may remain, but not multiplied by 1 / eps",
     cases=lambda adapter: equal_cases(adapter, 0.1, 0.7),
     reproduce=script,
 )
