@@ -87,9 +87,6 @@ class LinearLoss(_Objective):
     options = {name: value for name, value in _Objective.options.items() if "entropy" not in name}
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
-        mask = batch.loss_mask
-        # NaN in the rows outside of the mask, which nothing reads. Their gradients count as those of log-probabilities.
-        unread = batch.logps.unsqueeze(-1) + torch.nan
-        hidden = binary_logits(batch.logps.where(mask, -1)).where(mask.unsqueeze(-1), unread)
-        targets = torch.zeros_like(mask, dtype=torch.int64)
+        hidden = binary_logits(batch.logps)
+        targets = torch.zeros_like(batch.loss_mask, dtype=torch.int64)
         return linear_grpo_loss(hidden, torch.eye(2).to(hidden), targets, batch.advantages, **arguments(batch, config)).loss
