@@ -56,10 +56,13 @@ class MsSwift(Adapter):
     documented = (
         Documented("loss/accumulation[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
         Documented("loss/processes[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
-        Documented(
-            "loss/*[bnpo-*-off_policy_mask_threshold*]",
-            "off-policy sequences are filtered out, so that their tokens do not count in the average",
-            "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
+        *(
+            Documented(
+                f"loss/{part}[bnpo-*-off_policy_mask_threshold*]",
+                "off-policy sequences are filtered out, so that their tokens do not count in the average",
+                "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
+            )
+            for part in ("value", "gradient")
         ),
     )
 

@@ -475,7 +475,7 @@ class TRLGMPO(_Objective):
     kl_estimators = ("k3",)
     documented = tuple(
         Documented(f"loss/{contract}", CLIP_BEFORE_MEAN, "https://huggingface.co/docs/trl/gmpo")
-        for contract in ("value", "gradient", "long", "extreme_ratios", "empty[*-one_*]")
+        for contract in ("value", "gradient", "long", "extreme_ratios[*-clipped]", "empty[*-one_*]")
     )
     options: ClassVar = {}
     advantages, logps, split, process, sample = (
