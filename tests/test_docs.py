@@ -47,6 +47,14 @@ def test_examples_run(page, tmp_path, monkeypatch):
     assert all(x.isfinite().all() for x in (*differentiable, *gradients)), f"{page.name} computes values that are not finite"
 
 
+def test_the_trainer_of_the_conformance_page_fails_the_contracts_that_the_page_names(capsys):
+    page = DOCS / "conformance.md"
+    names: dict = {}
+    exec(blocks(page, "python")[0], names)
+    failed = {result.contract for result in names["results"] if result.status != "pass" and "not" not in result.status}
+    assert failed == {name for name in re.findall(r"\(`(\w+/\w+)`\)", page.read_text())}
+
+
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
