@@ -128,7 +128,7 @@ def contracts_tables(report: Report) -> list[str]:
     lines = [f"- `{symbol}`: {meaning}" for symbol, meaning in LEGEND.items()]
     for key, contracts in parts().items():
         cells = {project: [report.cell(project, contract.name) for contract in contracts] for project in report.projects}
-        shown = {project: column for project, column in cells.items() if any(c.status != NOT_APPLICABLE for c in column)}
+        shown = {project: column for project, column in cells.items() if any(c.status not in ("", NOT_APPLICABLE) for c in column)}
         rows = [
             (f"`{contract.name}` {contract.rule}", *(column[index].text for column in shown.values()))
             for index, contract in enumerate(contracts)

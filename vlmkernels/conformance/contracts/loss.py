@@ -86,7 +86,7 @@ def case(name: str, config: GRPOLossConfig, batch: LossBatch = WHOLE, **others: 
 
 def cast(batch: LossBatch, dtype: torch.dtype) -> LossBatch:
     """Return the log-probabilities and entropies in ``dtype``; advantages stay in fp32, as rewards are."""
-    return map_tensors(batch, lambda x: x.to(dtype))
+    return map_tensors(replace(batch, advantages=batch.advantages.float()), lambda x: x.to(dtype))
 
 
 def first_dtype(adapter: Adapter, batch: LossBatch) -> LossBatch:
