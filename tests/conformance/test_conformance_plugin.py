@@ -139,7 +139,7 @@ BROKEN = {
     "imports": ("import no_such_module", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
     "syntax": ("x = (", "cannot be imported: SyntaxError"),
     "empty": ("x = 1", "must define a subclass of vlmkernels.conformance.Adapter"),
-    "unnamed": ("from vlmkernels.conformance import Adapter\nclass A(Adapter): pass", "A.name must be a string, got None"),
+    "unnamed": ("from vlmkernels.conformance import Adapter\nclass A(Adapter): pass", "A.name must be a string of one line, got None"),
     "declares": (
         "from vlmkernels.conformance import Adapter\nclass A(Adapter):\n name, scales = 'a', ('groups',)",
         "A.scales must be a tuple of some of group, batch, none; got ('groups',)",

@@ -51,6 +51,7 @@ class Check(pytest.Item):
     def __init__(self, *, adapter: Adapter, contract: Contract, case: Case | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.adapter, self.contract, self.case = adapter, contract, case
+        self.add_marker(pytest.mark.filterwarnings("default"))  # a project may make warnings errors
 
     def runtest(self) -> None:
         result = run_case(self.adapter, self.contract, self.case)

@@ -2,7 +2,6 @@
 
 import os
 import random
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -24,7 +23,7 @@ SETTINGS = (
 
 @contextmanager
 def standard_state() -> Iterator[None]:
-    """Within the block, new tensors are fp32 on the CPU, autograd is on, seeds are fixed, and warnings are not errors.
+    """Within the block, new tensors are fp32 on the CPU, autograd is on, and seeds are fixed.
 
     What the block changes of ``SETTINGS`` is restored.
     """
@@ -33,8 +32,7 @@ def standard_state() -> Iterator[None]:
     device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     try:
         torch.set_default_dtype(torch.float32)
-        with device, torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("default")
+        with device, torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(0)
             yield
     finally:
