@@ -53,14 +53,18 @@ def need():
     return check
 
 
-# Files that take longest, by processor time. Started first, they do not leave one worker with a long file at the end.
+# The files that take longest. Started first, they do not leave one worker with a long file at the end. The first two start
+# together: nvcc uses all cores, and the processes of a distributed run, which have a time limit, wait for each other.
 SLOW = (
     "ops/test_cuda_compile.py",
-    "train/distributed/test_data_parallel.py",
-    "ops/test_triton_compile.py",
-    "train/test_tool_training.py",
     "examples/test_examples.py",
+    "train/distributed/test_data_parallel.py",
+    "integrations/test_trl.py",
+    "ops/test_triton_compile.py",
+    "ops/test_grpo_loss.py",
+    "train/test_tool_training.py",
     "ops/test_tree_attention.py",
+    "integrations/test_trl_tools.py",
 )
 
 

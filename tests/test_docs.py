@@ -25,8 +25,15 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def runnable(path: Path) -> list[str]:
-    """The Python blocks of a page, except those that need a model of the reader. tests/integrations runs those of trainers."""
-    return [] if path.parent.name == "integrations" else [block for block in blocks(path, "python") if "path/to" not in block]
+    """The Python blocks of a page, except those that need a model of the reader or another project.
+
+    tests/integrations runs those of trainers.
+    """
+    return (
+        []
+        if path.parent.name in ("integrations", "conformance")
+        else [block for block in blocks(path, "python") if "path/to" not in block]
+    )
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)

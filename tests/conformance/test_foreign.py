@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib.util
+import logging
+import os
 import sys
 import types
 
 import pytest
 
-from vlmkernels.conformance.foreign import stand_ins
+from vlmkernels.conformance.foreign import restored, stand_ins
 
 PROJECT = """
 import json
@@ -52,3 +54,21 @@ def test_stand_ins_are_removed_after_an_error():
         assert not hasattr(engine, "__file__")
         raise ZeroDivisionError
     assert "absent_engine" not in sys.modules
+
+
+def test_restored(monkeypatch):
+    library = types.ModuleType("library")
+    exec("class Trainer:\n    def log(self): return 1\n\ndef seed(): return 2", vars(library))
+    library.Trainer.__module__ = "library"
+    monkeypatch.setitem(sys.modules, "library", library)
+    handlers = [*logging.root.handlers]
+    with restored("library"):
+        del library.Trainer.log
+        library.Trainer.added, library.seed = 3, None
+        os.environ["ADDED_BY_A_PROJECT"] = "1"
+        logging.root.addHandler(logging.NullHandler())
+    assert library.Trainer().log() == 1
+    assert library.seed() == 2
+    assert not hasattr(library.Trainer, "added")
+    assert "ADDED_BY_A_PROJECT" not in os.environ
+    assert logging.root.handlers == handlers

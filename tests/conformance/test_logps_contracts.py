@@ -113,7 +113,7 @@ def reproduce(result: Result, adapter: Adapter) -> None:
     assert expected
 
 
-@pytest.mark.parametrize("adapter", [Plain(), load("vlmkernels")], ids=["plain", "ours"])
+@pytest.mark.parametrize("adapter", [Plain(), load("vlmkernels:Vlmkernels")], ids=["plain", "ours"])
 def test_right_code_passes(adapter):
     results = run(adapter, "logits/*") + run(adapter, "hidden/*") + run(adapter, "adapter/*")
     assert not failed(results)

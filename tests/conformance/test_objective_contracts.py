@@ -31,7 +31,7 @@ def sample(adapter, name, most):
 
 
 def test_vlmkernels_passes():
-    results = [result for name in CONTRACTS for result in sample(load("vlmkernels"), name, 60)]
+    results = [result for name in CONTRACTS for result in sample(load("vlmkernels:Vlmkernels"), name, 60)]
     other = Counter((result.contract, result.status) for result in results if result.status != PASS)
     # bnpo divides by the tokens of the micro-batch, as in TRL.
     assert other == {("loss/accumulation", DOCUMENTED): 6, ("loss/processes", DOCUMENTED): 4}

@@ -145,6 +145,18 @@ def test_gradient_is_that_of_the_loss(variant):
     assert torch.autograd.gradcheck(loss, (batch["logps"].requires_grad_(), batch["entropy"].requires_grad_()))
 
 
+def test_numbers_chosen_by_the_advantage_are_fp64():
+    """sapo and vespo choose among numbers that fp32 does not represent; by hand in Python, for one token."""
+    logps, old = torch.tensor([[-1.5]], dtype=torch.float64), torch.tensor([[-1.375]], dtype=torch.float64)
+    ratio, advantages = math.exp(-0.125), torch.tensor([-0.75], dtype=torch.float64)
+    sapo = 0.75 * 4 / 1.05 / (1 + math.exp(-1.05 * (ratio - 1)))
+    vespo = -0.75 * 1.5 * math.exp(2.1 + 3.3 * -0.125 - 2.1 * ratio)
+    configs = GRPOLossConfig("sapo"), GRPOLossConfig("vespo", vespo_k_neg=3.3, vespo_lambda_neg=2.1)
+    for config, expected in zip(configs, (sapo, vespo), strict=True):
+        loss = grpo_loss(logps, advantages, old_logps=old, config=config, backend="reference").loss
+        assert loss.item() == pytest.approx(expected, rel=1e-14, abs=0)
+
+
 def test_luspo_from_first_principles():
     """The loss is 1 / B sum_i |y_i| (-min(s_i A_i, clip(s_i) A_i)), with s_i the geometric mean of the unmasked tokens' ratios.
 

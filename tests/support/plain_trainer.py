@@ -6,7 +6,7 @@ import torch
 
 from vlmkernels.conformance import AdvantageBatch, GRPOLossConfig, LossBatch, load
 
-Vlmkernels = type(load("vlmkernels"))
+Vlmkernels = type(load("vlmkernels:Vlmkernels"))
 EXPONENTIAL = 20.0  # bounds the exponents of vespo
 
 

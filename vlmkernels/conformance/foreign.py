@@ -2,6 +2,9 @@
 
 import contextlib
 import importlib.machinery
+import inspect
+import logging
+import os
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -70,3 +73,46 @@ def stand_ins(*packages: str) -> Iterator[None]:
         sys.meta_path.remove(finder)  # type: ignore[arg-type]
         for name in finder.made:
             sys.modules.pop(name, None)
+
+
+@contextlib.contextmanager
+def restored(*modules: str) -> Iterator[None]:
+    """Undo, after the block, what importing a project changes in other packages, in the environment and in the root logger.
+
+    Args:
+        modules: the modules and packages in which the project replaces functions, or attributes of classes. They are imported
+            before the block.
+    """
+    for name in modules:
+        importlib.import_module(name)
+    inside = tuple(f"{name}." for name in modules)
+    found = [module for name, module in sys.modules.items() if f"{name}.".startswith(inside) and module is not None]
+    classes = {
+        value
+        for module in found
+        for value in vars(module).values()
+        if inspect.isclass(value) and value.__module__ == module.__name__
+    }
+    before = [(place, dict(vars(place))) for place in (*found, *classes)]
+    environment, handlers = dict(os.environ), [*logging.root.handlers]
+    try:
+        yield
+    finally:
+        for place, attributes in before:
+            _restore(place, attributes)
+        os.environ.clear()
+        os.environ.update(environment)
+        logging.root.handlers[:] = handlers
+
+
+def _restore(place: Any, before: dict[str, Any]) -> None:
+    """Give a module or a class its attributes again. Added ones stay in modules, where they may be submodules."""
+    now = dict(vars(place))
+    for name, value in before.items():
+        if now.get(name, _MISSING) is not value:
+            setattr(place, name, value)
+    for name in now.keys() - before.keys() if inspect.isclass(place) else ():
+        delattr(place, name)
+
+
+_MISSING = object()

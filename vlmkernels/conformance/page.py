@@ -61,7 +61,8 @@ def text_table(report: Report) -> str:
 
 STYLE = """
 body { max-width: 90rem; }
-.wide td, .wide th { text-align: center; } .wide td:first-child { min-width: 16rem; } td small { opacity: .7; }
+.wide { overflow-x: auto; } .wide td, .wide th { text-align: center; } td small { opacity: .7; }
+.wide td:first-child { min-width: 18rem; text-align: left; } h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
 .fail, .error { color: rgb(var(--bad)); font-weight: 600; } .pass { color: rgb(var(--good)); } .na { opacity: .45; }
 article { border: 1px solid var(--line); border-radius: 10px; margin: 1rem 0; padding: .6rem 1rem; }
 article small { display: block; opacity: .75; }
@@ -74,24 +75,33 @@ def html_page(report: Report) -> str:
     """Return a self-contained HTML page."""
     body = ["<h1>Conformance</h1>", f'<p class="summary">{escape(versions(report))}</p>']
     body += [f'<p class="error">{escape(error)}</p>' for error in report.not_loaded.values()]
-    head = "".join(f"<th>{escape(name)}</th>" for name in report.projects)
-    for key, contracts in parts().items():
-        rows = "".join(_row(report, contract) for contract in contracts)
-        body.append(f'<h2>{PARTS[key]}</h2><div class="wide"><table><tr><th></th>{head}</tr>{rows}</table></div>')
-    body.append("<p>" + "<br>".join(f"{escape(symbol)}: {escape(text)}" for symbol, text in LEGEND.items()) + "</p>")
+    rows = ((project, packages, *counts) for project, packages, counts in summary(report))
+    body.append(_html_table(("project", "versions", *STATUSES), ([f"<td>{escape(x)}</td>" for x in row] for row in rows)))
     for status, heading in HEADINGS.items():
         articles = [_article(*first) for first in firsts(report, status)]
         body += [f"<h2>{heading}</h2>", *articles] if articles else []
+    body.append(
+        "<h2>Contracts</h2><p>" + "<br>".join(f"{escape(symbol)}: {escape(x)}" for symbol, x in LEGEND.items()) + "</p>"
+    )
+    for key, contracts in parts().items():
+        projects = having(report, contracts)
+        body.append(f"<h3>{PARTS[key]}</h3>")
+        body.append(_html_table(("", *projects), (_row(report, contract, projects) for contract in contracts)))
     return document("Conformance", "".join(body), STYLE)
 
 
-def _row(report: Report, contract: Contract) -> str:
+def _html_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = ["".join(f"<th>{escape(name)}</th>" for name in head), *("".join(row) for row in rows)]
+    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+
+
+def _row(report: Report, contract: Contract, projects: Iterable[str]) -> list[str]:
     row = [f"<td>{escape(contract.rule)}<br><small>{escape(contract.name)}</small></td>"]
-    for project in report.projects:
+    for project in projects:
         cell = report.cell(project, contract.name)
         title = escape("; ".join(f"{status}: {first.message}" for status, first in cell.first.items()))
         row.append(f'<td class="{CLASSES.get(cell.status, "")}" title="{title}">{escape(cell.text)}</td>')
-    return f"<tr>{''.join(row)}</tr>"
+    return row
 
 
 def _article(result: Result, count: str) -> str:
@@ -113,13 +123,23 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", f"| --- |{' :-: |' * (len(head) - 1)}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def projects_table(report: Report) -> list[str]:
-    """Return a Markdown table: for each project its versions, and the number of contracts of each status."""
-    rows = []
+def summary(report: Report) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield each project with the versions of its packages, and the number of its contracts of each status."""
     for project, packages in report.projects.items():
         found = [report.cell(project, contract.name).status for contract in all_contracts()]
-        counts = (str(found.count(status) or "") for status in STATUSES)
-        rows.append((project, ", ".join(f"{key} {value}" for key, value in packages.items()), *counts))
+        counts = [str(found.count(status) or "") for status in STATUSES]
+        yield project, ", ".join(f"{key} {value}" for key, value in packages.items()), counts
+
+
+def having(report: Report, contracts: Iterable[Contract]) -> list[str]:
+    """Return the projects to which one of the contracts applies."""
+    statuses = {name: {report.cell(name, each.name).status for each in contracts} for name in report.projects}
+    return [name for name, found in statuses.items() if not found <= {"", NOT_APPLICABLE}]
+
+
+def projects_table(report: Report) -> list[str]:
+    """Return a Markdown table: for each project its versions, and the number of contracts of each status."""
+    rows = ((project, packages, *counts) for project, packages, counts in summary(report))
     return [*_table(("project", "versions", *STATUSES), rows), "", f"With {versions(report)}."]
 
 
@@ -127,12 +147,8 @@ def contracts_tables(report: Report) -> list[str]:
     """Return a Markdown table for each part of a trainer, with the projects that have this part."""
     lines = [f"- `{symbol}`: {meaning}" for symbol, meaning in LEGEND.items()]
     for key, contracts in parts().items():
-        cells = {project: [report.cell(project, contract.name) for contract in contracts] for project in report.projects}
-        shown = {project: column for project, column in cells.items() if any(c.status not in ("", NOT_APPLICABLE) for c in column)}
-        rows = [
-            (f"`{contract.name}` {contract.rule}", *(column[index].text for column in shown.values()))
-            for index, contract in enumerate(contracts)
-        ]
+        shown = having(report, contracts)
+        rows = ((f"`{c.name}` {c.rule}", *(report.cell(project, c.name).text for project in shown)) for c in contracts)
         lines += ["", f"### {PARTS[key]}", "", *_table(("contract", *shown), rows)]
     return lines
 

@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 import torch
 
 from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch, NotApplicable, Sample
-from vlmkernels.conformance.foreign import stand_ins
+from vlmkernels.conformance.foreign import restored, stand_ins
 
-with stand_ins("cryptography", "aiohttp", "dacite", "msgspec", "trl.experimental.ppo"):
+UNUSED = ("cryptography", "aiohttp", "dacite", "msgspec", "trl.experimental.ppo")
+CHANGED = ("trl.trainer.grpo_trainer", "transformers.trainer", "peft", "datasets")
+with restored(*CHANGED), stand_ins(*UNUSED):
     from swift.rl_core.advantage import compute_advantages, compute_advantages_dynamic, expand_advantage_to_per_token
     from swift.rl_core.data import GRPOBatch, GRPOSample
     from swift.rlhf_trainers.arguments import GRPOConfig

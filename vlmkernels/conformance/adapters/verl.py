@@ -28,10 +28,10 @@ from vlmkernels.conformance import (
     NotApplicable,
     Sample,
 )
-from vlmkernels.conformance.foreign import stand_ins
+from vlmkernels.conformance.foreign import restored, stand_ins
 
 UNUSED = ("ray", "hydra", "cachetools", "torchdata", "wandb", "uvicorn", "fastapi")
-with warnings.catch_warnings(), stand_ins(*UNUSED):
+with warnings.catch_warnings(), restored(), stand_ins(*UNUSED):
     warnings.simplefilter("ignore")  # verl warns about engines that are not installed
     from tensordict import TensorDict
     from verl.experimental.agent_loop import agent_loop, single_turn_agent_loop

@@ -134,10 +134,10 @@ def equal_cases(adapter: Adapter, *rewards: float) -> Iterator[Case]:
                 yield Case(f"{scale}-{baseline}-{reward}", {"batch": batch})
 
 
-def zeros(adapter: Adapter, batch: AdvantageBatch) -> None:
-    """Check that the advantages of the first group are exactly 0."""
+def zeros(adapter: Adapter, batch: AdvantageBatch, tolerance: float = 0.0) -> None:
+    """Check that the advantages of the first group are 0."""
     got = adapter.advantages(batch)[: batch.group_sizes[0]]
-    close("advantages of the first group", got, torch.zeros(len(got)), 0.0)
+    close("advantages of the first group", got, torch.zeros(len(got)), tolerance)
 
 
 @contract(
@@ -157,13 +157,17 @@ def equal_rewards(adapter: Adapter, batch: AdvantageBatch) -> None:
     "advantages/equal_rewards_rounded",
     "advantages",
     source="Adam divides the gradient by its size: if no group has a signal, it scales a rounding error up to a full step",
-    tolerance="none: rewards that are equal need no mean",
+    tolerance="4 eps of fp32, times the reward, divided by the standard deviation of the batch for that scale: rounding"
+    " may remain, but not multiplied by 1 / eps",
     cases=lambda adapter: equal_cases(adapter, 0.1, 0.7),
     reproduce=script,
 )
 def equal_rewards_rounded(adapter: Adapter, batch: AdvantageBatch) -> None:
-    """A group with equal rewards has advantages of exactly 0, also if the mean of these rewards is rounded."""
-    zeros(adapter, batch)
+    """A group with equal rewards has advantages of 0 up to rounding, also if the mean of these rewards is rounded."""
+    rounding = 4 * torch.finfo(torch.float32).eps * float(batch.rewards[0, 0])
+    if batch.scale == "batch":
+        rounding /= float(expected_advantages(batch, adapter.advantage_eps, adapter.advantage_ddof).divisor[0])
+    zeros(adapter, batch, rounding)
 
 
 def single_cases(adapter: Adapter) -> Iterator[Case]:

@@ -465,10 +465,12 @@ def empty_cases(adapter: Adapter) -> Iterator[Case]:
         for batch_name, batch in EMPTY.items():
             yield case(f"{name}-{batch_name}", settings(loss_type, level), first_dtype(adapter, batch))
     for name, loss_type, level in [*objectives(adapter)][:1]:
-        for term_name, term in (*kl_terms(adapter), *corrections(adapter, loss_type), *options(adapter, loss_type)):
-            for batch_name in ("one_empty_sequence", "all_masked") if term else ():
-                config = settings(loss_type, level, **term)
-                yield case(f"{name}{term_name}-{batch_name}", config, first_dtype(adapter, EMPTY[batch_name]))
+        # A trainer may refuse to correct nothing.
+        for batch_name, corrected in (("one_empty_sequence", corrections(adapter, loss_type)), ("all_masked", ())):
+            for term_name, term in (*kl_terms(adapter), *corrected, *options(adapter, loss_type)):
+                if term:
+                    config = settings(loss_type, level, **term)
+                    yield case(f"{name}{term_name}-{batch_name}", config, first_dtype(adapter, EMPTY[batch_name]))
 
 
 @contract(

@@ -28,6 +28,11 @@ class Term(NamedTuple):
     high: torch.Tensor
 
 
+def chosen_by(condition: torch.Tensor, yes: float, no: float, like: torch.Tensor) -> torch.Tensor:
+    """Return one of two numbers per token, in the dtype of ``like``: torch.where of two Python numbers rounds them to fp32."""
+    return torch.full_like(like, yes).where(condition, no)
+
+
 def ppo_clip(logp, ratio, log_weight, adv, p) -> Term:
     """-min(min(r, delta) A, clip(r, 1 - eps_low, 1 + eps_high) A). https://arxiv.org/abs/1707.06347, delta: 2505.07291"""
     capped, clipped = ratio.clamp(max=p.delta), ratio.clamp(1 - p.epsilon_low, 1 + p.epsilon_high)
@@ -47,7 +52,7 @@ def cispo(logp, ratio, log_weight, adv, p) -> Term:
 
 def sapo(logp, ratio, log_weight, adv, p) -> Term:
     """-sigmoid(tau (r - 1)) 4 / tau A, tau by the sign of A. https://arxiv.org/abs/2511.20347"""
-    tau = torch.where(adv > 0, p.sapo_temperature_pos, p.sapo_temperature_neg)
+    tau = chosen_by(adv > 0, p.sapo_temperature_pos, p.sapo_temperature_neg, adv)
     gate = torch.sigmoid(tau * (ratio - 1))
     nothing = torch.zeros_like(adv)
     return Term(-gate * 4 / tau * adv, -4 * gate * (1 - gate) * ratio * adv, nothing, nothing)
@@ -55,8 +60,8 @@ def sapo(logp, ratio, log_weight, adv, p) -> Term:
 
 def vespo(logp, ratio, log_weight, adv, p) -> Term:
     """-sg(phi(w)) A logp, phi(w) = e^lambda w^k e^(-lambda w), w the weight of the sequence. https://arxiv.org/abs/2602.10693"""
-    k = torch.where(adv >= 0, p.vespo_k_pos, p.vespo_k_neg)
-    lam = torch.where(adv >= 0, p.vespo_lambda_pos, p.vespo_lambda_neg)
+    k = chosen_by(adv >= 0, p.vespo_k_pos, p.vespo_k_neg, adv)
+    lam = chosen_by(adv >= 0, p.vespo_lambda_pos, p.vespo_lambda_neg, adv)
     phi = (lam + k * log_weight - lam * log_weight.exp()).clamp(max=MAX_LOG_RATIO).exp()
     return Term(-phi * adv * logp, -phi * adv, torch.zeros_like(adv), phi)
 
