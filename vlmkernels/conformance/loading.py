@@ -50,7 +50,7 @@ def find(source: str) -> dict[str, type[Adapter]]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    if (folder := str(path.parent.resolve())) not in sys.path:
+    if path.parent != BUILT_IN and (folder := str(path.parent.resolve())) not in sys.path:
         sys.path.append(folder)
     try:
         spec.loader.exec_module(module)

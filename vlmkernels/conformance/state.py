@@ -16,7 +16,7 @@ SETTINGS = (
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_rng_state, torch.set_rng_state),
     (random.getstate, random.setstate),
-    (np.random.get_state, np.random.set_state),  # noqa: NPY002  that of the code of others
+    (np.random.get_state, np.random.set_state),
     (os.getcwd, os.chdir),
 )
 
