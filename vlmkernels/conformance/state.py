@@ -23,7 +23,7 @@ SETTINGS = (
 
 @contextmanager
 def standard_state() -> Iterator[None]:
-    """Within the block, new tensors are fp32 on the CPU, autograd is on, and seeds are fixed.
+    """Within the block, new tensors are fp32 on the CPU, autograd is on, seeds are fixed, and there is one thread.
 
     What the block changes of ``SETTINGS`` is restored.
     """
@@ -32,6 +32,7 @@ def standard_state() -> Iterator[None]:
     device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     try:
         torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)  # inputs are small, and threads that share a core wait for each other
         with device, torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(0)
             yield

@@ -59,7 +59,11 @@ MASKS = {
 
 # The settings of all cases: unequal bounds, so that exchanging them shows.
 BOUNDS = {"epsilon_low": 0.2, "epsilon_high": 0.3}
-BY_LOSS: dict[str, dict[str, Any]] = {"cispo": {"epsilon_high": 2.0}, "dr_grpo": {"max_completion_length": 8}}
+BY_LOSS: dict[str, dict[str, Any]] = {
+    "cispo": {"epsilon_high": 2.0},
+    "dr_grpo": {"max_completion_length": 8},
+    "sapo": {"sapo_temperature_neg": 1.25},  # exact in fp32, the dtype that torch.where gives to two numbers
+}
 BETA = 0.25
 
 # The options that leave out tokens or completions of the policy term, and none of the KL term.
