@@ -26,7 +26,7 @@ OBJECTIVES = {
     "areal": ("dapo", TOKEN_MEAN),
 }
 # The cases of logps/value that docs/conformance explains.
-REPORTED = {"unsloth_zoo": {"qwen2_5_vl-shared-prompt"}, "skyrl": {"qwen2_5_vl-mixed"}}
+REPORTED = {"skyrl": {"qwen2_5_vl-mixed"}}
 
 
 @pytest.fixture(params=PACKAGES)

@@ -41,11 +41,11 @@ class Sampled(NamedTuple):
 
 @dataclass(frozen=True)
 class Documented:
-    """A difference that the documentation of a project states, so that it is a choice and not a fault."""
+    """A difference that a project states in its documentation, a docstring or a comment: a choice, not a fault."""
 
     contract: str  # the contract, or "contract[case]", where * matches any text: "loss/accumulation[bnpo*]"
     reason: str
-    source: str  # the page or the file of the project that states it
+    source: str  # the page or the file of the project that states it; if it is a comment in the code: "comment in ..."
 
     @property
     def pattern(self) -> str:

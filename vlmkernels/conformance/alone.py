@@ -63,12 +63,9 @@ def chosen_logps(logits: torch.Tensor, sample: Sample, temperature: float) -> to
 def last_logps(model: Any, chunk: Mapping[str, Any], inputs: Mapping[str, Any]) -> torch.Tensor:
     """Return the log-probabilities (B, V) of the token after each sample of a micro-batch, padded on the left.
 
-    ``inputs`` are those of the whole batch, whose names are the arguments of the model. A micro-batch may leave out
-    mm_token_type_ids, which follow from the tokens.
+    ``inputs`` are those of the whole batch, whose names are the arguments of the model.
     """
     given = {name: chunk[name] for name in inputs if chunk.get(name) is not None}
-    if "mm_token_type_ids" in inputs:
-        given.setdefault("mm_token_type_ids", (given["input_ids"] == model.config.image_token_id).int())
     return model(**given, use_cache=False).logits[:, -1].log_softmax(-1)
 
 

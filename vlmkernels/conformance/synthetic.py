@@ -18,11 +18,12 @@ def binary_logits(logps: torch.Tensor) -> torch.Tensor:
 
     A loss that starts from logits then computes that of given log-probabilities, and its gradient by them. In dtype d its
     relative error is up to eps(d) / (1 - exp(logp)), because logits get the gradient 1 - exp(logp). No logits have a
-    log-probability that is NaN or >= 0: the result is NaN, without a gradient.
+    log-probability that is NaN or >= 0: the result is NaN, whose gradient is that of the logits, so that NaN shows in it.
     """
     valid = logps < 0
     negative = logps.where(valid, -1)  # the gradient of where is not 0 * NaN
-    return torch.stack([negative, torch.log(-torch.expm1(negative))], -1).where(valid.unsqueeze(-1), torch.nan)
+    logits = torch.stack([negative, torch.log(-torch.expm1(negative))], -1)
+    return logits.where(valid.unsqueeze(-1), logps.unsqueeze(-1) + torch.nan)
 
 
 def upstream(logps: torch.Tensor) -> torch.Tensor:

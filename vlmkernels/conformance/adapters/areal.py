@@ -56,15 +56,21 @@ class AReaL(Adapter):
     advantage_eps = 1e-5
     models = ("text", "qwen2_5_vl")
     documented = (
-        Documented(
-            "loss/*[dapo-sequence-token_mask*]",
-            "Rejected tokens leave the loss mask before the ratio of the sequence",
-            "areal/utils/functional/functional.py, docstring of ppo_actor_loss_fn",
+        *(
+            Documented(
+                f"loss/{part}[dapo-sequence-token_mask]",
+                "Rejected tokens leave the loss mask before the ratio of the sequence",
+                "areal/utils/functional/functional.py, docstring of ppo_actor_loss_fn",
+            )
+            for part in ("value", "gradient")
         ),
-        Documented(
-            "loss/*[sapo*]",
-            "The loss is a mean over tokens: AReaL does not normalize by length",
-            "https://github.com/areal-project/AReaL, docs/en/algorithms/grpo_series.md, SAPO",
+        *(
+            Documented(
+                f"loss/{part}]",
+                "The loss is a mean over tokens: AReaL does not normalize by length",
+                "https://github.com/areal-project/AReaL, docs/en/algorithms/grpo_series.md, SAPO",
+            )
+            for part in ("value[sapo-*", "gradient[sapo-*", "long[sapo-*", "empty[sapo-*-one_empty_sequence")
         ),
     )
 

@@ -101,8 +101,8 @@ class _Liger(Adapter):
     documented = tuple(
         Documented(
             f"loss/{name}[bnpo*]",
-            "bnpo divides by the tokens of the micro-batch, as in TRL, whose loss Liger's comments say that it matches",
-            "TRL, GRPOConfig.loss_type; liger_kernel/chunked_loss/grpo_loss.py",
+            "bnpo divides by the tokens of the call, as in TRL",
+            "TRL, GRPOConfig.loss_type; comment in liger_kernel/chunked_loss/grpo_loss.py: the losses match TRL's",
         )
         for name in ("accumulation", "processes")
     )

@@ -56,15 +56,13 @@ class MsSwift(Adapter):
     documented = (
         Documented("loss/accumulation[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
         Documented("loss/processes[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
-        Documented(
-            "loss/*[bnpo-*-off_policy_mask_threshold*]",
-            "off-policy sequences are filtered out, so that their tokens do not count in the average",
-            "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
-        ),
-        Documented(
-            "loss/value[*-k3-token_*]",
-            "importance sampling corrects the expectation of the whole loss of a token, KL term included",
-            f"{DOCS}/AdvancedResearch/training_inference_mismatch.html",
+        *(
+            Documented(
+                f"loss/{part}[bnpo-*-off_policy_mask_threshold*]",
+                "off-policy sequences are filtered out, so that their tokens do not count in the average",
+                "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
+            )
+            for part in ("value", "gradient")
         ),
     )
 
@@ -185,6 +183,8 @@ def _arguments(config: GRPOLossConfig) -> types.SimpleNamespace:
         (config.entropy_coef, "ms-swift has no entropy term"),
         (config.use_bias_correction_kl, "ms-swift does not multiply the KL term by the ratio"),
         (config.rollout_clip_min is not None, "ms-swift's corrections have an upper bound only"),
+        # Each is a choice: a correction of the samples' distribution applies to the KL term as well; TRL leaves it out.
+        (config.rollout_correction and config.beta, "ms-swift's corrections also weight the KL term; the reference's do not"),
         (
             (config.rollout_correction or "").startswith("sequence") and config.rollout_sequence_ratio == "sum",
             "ms-swift's ratio of a sequence is the geometric mean",

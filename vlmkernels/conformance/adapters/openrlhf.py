@@ -22,6 +22,7 @@ from vlmkernels.conformance import (
     Sample,
 )
 from vlmkernels.conformance.foreign import stand_ins
+from vlmkernels.conformance.models import tiny
 
 with stand_ins("ray", "vllm", "deepspeed", "flash_attn", "pylatexenc", "aiohttp", "torchdata"):
     from openrlhf.models.actor import Actor
@@ -152,11 +153,7 @@ class OpenRLHF(Adapter):
         items = split_experience_batch(whole)
         size = len(items) // num_chunks
         chunks = [make_experience_batch(items[start : start + size]) for start in range(0, len(items), size)]
-        return [
-            {"input_ids": chunk.sequences, "attention_mask": chunk.attention_mask}
-            | merge_mm_train_inputs(chunk.mm_train_inputs, "cpu")
-            for chunk in chunks
-        ]
+        return [_model_inputs(chunk, inputs) for chunk in chunks]
 
     def process(self, processor: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         rollouts = [_rollout(processor, Sample(sample.text, sample.images)) for sample in samples]
@@ -258,6 +255,24 @@ def _actor(model: Any, temperature: float) -> Actor:
     actor.is_vlm = hasattr(model.config, "vision_config")
     actor._vlm_config = model.config
     return actor
+
+
+class _Recorder:
+    """A model that keeps its inputs."""
+
+    config = tiny("qwen2_5_vl")[0].config
+
+    def __call__(self, input_ids: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
+        self.inputs = {"input_ids": input_ids, **inputs}
+        return {"logits": torch.zeros(*input_ids.shape, 1)}
+
+
+def _model_inputs(chunk: Experience, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the inputs that the actor passes to the model for a micro-batch; it adds the types of tokens."""
+    recorder = _Recorder()
+    images = merge_mm_train_inputs(chunk.mm_train_inputs, "cpu")
+    _actor(recorder, 1.0)(chunk.sequences, attention_mask=chunk.attention_mask, return_output=True, **images)
+    return {name: value for name, value in recorder.inputs.items() if name in inputs}
 
 
 class _Engine:

@@ -56,6 +56,9 @@ LOSSES = {
 LOSSES_FILE = "skyrl/backends/skyrl_train/utils/ppo_utils.py, line"
 WORKER = "skyrl/backends/skyrl_train/workers/worker.py, line"
 ESTIMATORS = {"mean": "grpo", "leave_one_out": "rloo"}
+KL_BY_COMPLETIONS = (
+    "The reduction is that of the policy loss; the KL term is a mean over completions, averaged over micro-batches"
+)
 
 
 class SkyRL(Adapter):
@@ -75,15 +78,20 @@ class SkyRL(Adapter):
     models = ("text", "qwen2_5_vl")
     documented = (
         *(
-            Documented(f"loss/*[{loss}-*-k?*]", "The KL term is a mean over completions with every reduction", f"{WORKER} 987")
+            Documented(f"loss/{part}[{loss}-*-k?*]", KL_BY_COMPLETIONS, f"comment in {WORKER} 987")
             for loss in ("bnpo", "dr_grpo", "dapo", "cispo")
+            for part in ("value", "gradient")
         ),
         *(
-            Documented(f"loss/gradient[*-sequence-token_{action}]", "The variant of GSPO is GSPO-token", f"{LOSSES_FILE} 680")
+            Documented(
+                f"loss/gradient[*-sequence-token_{action}]",
+                "The variant of GSPO is GSPO-token",
+                f"docstring in {LOSSES_FILE} 680",
+            )
             for action in ("truncate", "mask")
         ),
         *(
-            Documented(f"loss/{way}[bnpo-*]", "token_mean_legacy averages over micro-batches", f"{LOSSES_FILE} 1126")
+            Documented(f"loss/{way}[bnpo-*]", "token_mean_legacy averages over micro-batches", f"comment in {LOSSES_FILE} 1126")
             for way in ("accumulation", "processes")
         ),
     )
@@ -159,6 +167,8 @@ class SkyRL(Adapter):
     ) -> list[dict[str, torch.Tensor]]:
         if "image_grid_thw" not in inputs:
             raise NotApplicable("images need image_grid_thw")
+        if not all(num_images):
+            raise NotApplicable("SkyRL fails before, when it makes a batch of prompts with and without images")
         # SkyRL receives pixels and grids of each sample from the renderer of vLLM, and cuts lists of them.
         grids = inputs["image_grid_thw"].split([*num_images])
         patches = inputs["pixel_values"].split([int(grid.prod(1).sum()) for grid in grids])

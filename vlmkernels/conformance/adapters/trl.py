@@ -395,6 +395,8 @@ class TRL(_Objective, _Positions):
         return {"scale_rewards": batch.scale}
 
     def logps_from_logits(self, logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+        if not len(logits):
+            raise NotApplicable("a batch has at least one completion")
         logps, _ = utils.selective_log_softmax_and_entropy(logits, targets, temperature=temperature)
         return logps
 
@@ -473,7 +475,7 @@ class TRLGMPO(_Objective):
     kl_estimators = ("k3",)
     documented = tuple(
         Documented(f"loss/{contract}", CLIP_BEFORE_MEAN, "https://huggingface.co/docs/trl/gmpo")
-        for contract in ("value", "gradient", "long", "extreme_ratios", "empty[*-one_*]")
+        for contract in ("value", "gradient", "long", "extreme_ratios[*-clipped]", "empty[*-one_*]")
     )
     options: ClassVar = {}
     advantages, logps, split, process, sample = (

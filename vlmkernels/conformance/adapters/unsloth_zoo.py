@@ -19,8 +19,9 @@ _SETTINGS = {
     "UNSLOTH_COMPILE_DISABLE": "1",
     "UNSLOTH_COMPILE_LOCATION": os.path.join(tempfile.gettempdir(), "unsloth_compiled_cache"),
 }
-# The code for shared prompts is in the other package.
+# The code for shared prompts is in the other package, and so are the models for images that find the samples of a pack.
 _FORWARD = {"UNSLOTH_GRPO_PREFIX_GROUPER": "0"}
+_WITHOUT_PACKS = {"UNSLOTH_GRPO_SEQ_PACKING": "0"}
 with mock.patch.dict(os.environ, _SETTINGS):
     from unsloth_zoo import rl_replacements as unsloth
 
@@ -47,7 +48,7 @@ class Unsloth(Adapter):
     masks = ("padding", "holes", "nonfinite")
     models = ("text", "qwen2_5_vl", "llava")
     documented = tuple(
-        Documented(f"loss/{way}[bnpo-*]", "bnpo is normalized by the tokens of the micro-batch", f"{LOSS_FILE} 1227")
+        Documented(f"loss/{way}[bnpo-*]", "bnpo is normalized by the tokens of the micro-batch", f"comment in {LOSS_FILE} 1227")
         for way in ("accumulation", "processes")
     )
 
@@ -82,7 +83,8 @@ class Unsloth(Adapter):
         vision = {name: inputs.get(name) for name in ("pixel_values", "image_grid_thw")}
         if "mm_token_type_ids" in inputs and vision["pixel_values"] is not None:
             vision["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], 0 * ids], 1)
-        with mock.patch.dict(os.environ, _FORWARD), mock.patch.object(unsloth, "UnslothEfficientGRPO", _Captured):
+        settings = _FORWARD | (_WITHOUT_PACKS if hasattr(model.config, "vision_config") else {})
+        with mock.patch.dict(os.environ, settings), mock.patch.object(unsloth, "UnslothEfficientGRPO", _Captured):
             try:
                 unsloth.grpo_accumulated_loss(
                     _trainer(model, processor),

@@ -87,7 +87,7 @@ class Verl(Adapter):
             "comment in compute_policy_loss_gspo, verl/trainer/ppo/core_algos.py; arXiv 2507.18071, section 4.3",
         ),
         Documented(
-            "advantages/group_of_one[*]",
+            "advantages/group_of_one[*-mean]",
             "the mean of a group of one is 0, so that its reward is the advantage",
             "docstring of verl/utils/groupwise.py",
         ),

@@ -87,7 +87,8 @@ def unscored_cases(adapter: Adapter) -> Iterator[Case]:
 @contract(
     "advantages/unscored",
     "advantages",
-    source="a completion without a reward is no evidence about the others of its group, and has no advantage over them",
+    source="TRL's reward functions, which return None for completions to which they do not apply: a completion without a reward"
+    " is no evidence about the others of its group",
     tolerance=ROUNDING,
     cases=unscored_cases,
     reproduce=script,
@@ -157,8 +158,8 @@ def equal_rewards(adapter: Adapter, batch: AdvantageBatch) -> None:
     "advantages/equal_rewards_rounded",
     "advantages",
     source="Adam divides the gradient by its size: if no group has a signal, it scales a rounding error up to a full step",
-    tolerance="4 eps of fp32, times the reward, divided by the standard deviation of the batch for that scale: rounding"
-    " may remain, but not multiplied by 1 / eps",
+    tolerance="4 eps of fp32, times the reward (for scale batch divided by its standard deviation): rounding may remain, but it"
+    " is not divided by the constant that is added to a standard deviation of 0",
     cases=lambda adapter: equal_cases(adapter, 0.1, 0.7),
     reproduce=script,
 )
@@ -181,7 +182,7 @@ def single_cases(adapter: Adapter) -> Iterator[Case]:
 @contract(
     "advantages/group_of_one",
     "advantages",
-    source="a completion alone is its own baseline; RLOO has no baseline for it, so that only a finite number is required",
+    source="the mean of one reward is this reward; RLOO has no baseline for it, so that only a finite number is required",
     tolerance="none",
     cases=single_cases,
     reproduce=script,

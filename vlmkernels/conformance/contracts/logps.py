@@ -16,7 +16,10 @@ from vlmkernels.conformance.synthetic import grid, upstream
 
 PAPER = "DeepSeekMath, equation 3 (https://arxiv.org/abs/2402.03300)"
 TEMPERATURE = "softmax(z / temperature): Hinton et al., equation 1 (https://arxiv.org/abs/1503.02531)"
-HEAD_PRECISION = "MiniMax-M1: the head in fp32 (https://arxiv.org/abs/2506.13585); the rounding of the same logits in fp32"
+HEAD_PRECISION = (
+    "autocast computes log_softmax in fp32 (https://docs.pytorch.org/docs/stable/amp.html); MiniMax-M1, which also has the head"
+    " in fp32 (https://arxiv.org/abs/2506.13585)"
+)
 SOFTMAX = "the log-softmax of each row by itself (https://docs.pytorch.org/docs/stable/generated/torch.nn.LogSoftmax.html)"
 
 BUDGET = (

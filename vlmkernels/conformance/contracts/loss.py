@@ -29,7 +29,11 @@ from vlmkernels.conformance.objective import (
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.config import LOSSES
 
-PAPERS = "arXiv: " + ", ".join(f"{row.source} ({name})" for name, row in LOSSES.items())
+PAPERS = (
+    "arXiv: "
+    + ", ".join(f"{row.source} ({name})" for name, row in LOSSES.items())
+    + "; of KL terms, corrections and options: the docstring of GRPOLossConfig"
+)
 ROUNDING = "4 eps of the dtype, times the sum over tokens of weight * (|A| (1 + ratio) + beta (exp(x) + x^2 + 1)) (1 + |logp|)"
 TWICE = "twice the rounding error of loss/value, because both sides are the adapter's"
 
@@ -417,7 +421,7 @@ def first(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
 @contract(
     "loss/accumulation",
     "loss",
-    source="the batch of the objective is the batch of an optimizer step; its cut into micro-batches saves memory only",
+    source="the batch of the objective is that of an optimizer step (https://huggingface.co/blog/gradient_accumulation)",
     tolerance=TWICE,
     cases=variants(
         ("2", SMALL, Variant(micro_batches, 2, 1)),
@@ -480,7 +484,8 @@ def empty_cases(adapter: Adapter) -> Iterator[Case]:
 @contract(
     "loss/empty",
     "loss",
-    source="a sum over no tokens is 0; a completion without tokens counts in the number of completions",
+    source="a sum over no tokens is 0, and a gradient of 0 / 0 makes all weights NaN; the mean of DeepSeekMath, equation 3, is"
+    " over all completions, with or without tokens in the loss",
     tolerance=ROUNDING,
     cases=empty_cases,
     reproduce=against_oracle,
@@ -556,7 +561,7 @@ def extreme_script(batch: LossBatch, config: GRPOLossConfig, exact: bool) -> str
 @contract(
     "loss/extreme_ratios",
     "loss",
-    source="https://arxiv.org/abs/1707.06347: the clip bounds limit how much a ratio can gain",
+    source="https://arxiv.org/abs/1707.06347: the clip bounds limit how much a ratio can gain; exp(50) is finite in fp32",
     tolerance=f"{ROUNDING}, with ratios of 1",
     cases=extreme_cases,
     reproduce=extreme_script,

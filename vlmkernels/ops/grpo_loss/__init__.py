@@ -182,7 +182,7 @@ def grpo_loss(
         num_items: a number or () tensor, for dapo, cispo and vespo: the tokens of all calls whose losses are added, over all
             processes, divided by the number of processes. Default: the tokens of this call.
         accumulation_steps: the number of calls whose losses are added. Means over the tokens of this call, that is the entropy
-            bonus and losses without num_items, are divided by it.
+            bonus and losses without num_items, are divided by it. The loss of bnpo therefore depends on the cut of a batch.
         config: see ``GRPOLossConfig``; or the name of one of its presets.
         backend: see ``vlmkernels.backend``.
 
