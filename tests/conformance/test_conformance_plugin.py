@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 import vlmkernels.conformance.plugin  # noqa: F401  pytester removes modules that are imported during its runs
 
 pytest_plugins = ["pytester"]
@@ -135,11 +137,105 @@ def test_each_adapter_is_reported_and_the_run_goes_on(pytester):
     assert "<script" not in page
 
 
+# Methods that leave a case in another way than by an error, and what they change.
+UNRULY = """
+import os, random, sys
+import pytest
+import torch
+from beside import Right
+from vlmkernels.conformance import Adapter, GRPOLossConfig, LossBatch
+
+
+class Exits(Right):
+    name = "exits"
+    def advantages(self, batch): sys.exit(3)
+
+
+class Skips(Right):
+    name = "skips"
+    def advantages(self, batch): pytest.skip("no data")
+
+
+class Static(Right):
+    name = "static"
+    @staticmethod
+    def advantages(*args): return Right().advantages(*args)
+
+
+class Sets(Right):
+    name = "sets"
+    def advantages(self, batch):
+        out = super().advantages(batch)
+        torch.set_default_dtype(torch.float64)
+        torch.set_grad_enabled(False)
+        os.chdir("/")
+        return out
+
+
+class Again(Right):
+    name = "sets"
+
+
+class Constructor(Right):
+    name = "constructor"
+    def __init__(self): raise RuntimeError("no GPU")
+
+
+class Suffers(Right):
+    name = "suffers, [1] 'é'"
+    def loss(self, batch, config):
+        assert batch.logps.device.type == "cpu"
+        ratio = (batch.logps - batch.old_logps).exp()
+        advantages = batch.advantages[:, None]
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - config.epsilon_low, 1 + config.clip_high) * advantages)
+        return ((loss * batch.loss_mask).sum(1) / batch.loss_mask.sum(1)).mean()
+"""
+BESIDE = """
+from vlmkernels import group_advantages
+from vlmkernels.conformance import Adapter
+
+class Right(Adapter):
+    name = "right"
+    def advantages(self, batch): return group_advantages(batch.rewards, group_sizes=batch.group_sizes).advantages
+"""
+
+
+def test_unruly_adapters_leave_the_others_alone(pytester):
+    folder = pytester.mkdir("folder")
+    (folder / "unruly.py").write_text(UNRULY, encoding="utf-8")
+    (folder / "beside.py").write_text(BESIDE)
+    pytester.makeini("[pytest]\naddopts = -W error --import-mode=importlib\ntestpaths = folder")
+    keywords = "advantages/value or loss/gradient and token-2x2 or load"
+    options = ("-p", "no:benchmark", "-k", keywords, "--conformance", "folder/unruly.py")
+    result = pytester.runpytest_inprocess(*options)
+    content = json.loads((pytester.path / "conformance-output" / "conformance.json").read_text())
+    counts = {(cell["project"], cell["contract"].split("/")[0]): [*cell["counts"]] for cell in content["cells"]}
+    assert counts == {
+        ("exits", "advantages"): ["error"],
+        ("skips", "advantages"): ["error"],
+        ("static", "advantages"): ["pass"],
+        ("sets", "advantages"): ["pass"],
+        **{("suffers, [1] 'é'", part): ["pass"] for part in ("advantages", "loss")},
+    }
+    assert content["not_loaded"] == {
+        "folder/unruly.py:Again": "Again.name must differ from those of other adapters, got 'sets'",
+        "folder/unruly.py:Constructor": "Constructor() must return an adapter, it raises RuntimeError: no GPU",
+    }
+    assert result.parseoutcomes()["failed"] == 4
+    again = pytester.runpytest_inprocess(*options, "--lf")
+    assert again.parseoutcomes()["failed"] == 4
+    assert "passed" not in again.parseoutcomes()
+    assert pytester.runpytest_inprocess(*options, "-k", "nothing").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
 BROKEN = {
     "imports": ("import no_such_module", "cannot be imported: ModuleNotFoundError: No module named 'no_such_module'"),
     "syntax": ("x = (", "cannot be imported: SyntaxError"),
     "empty": ("x = 1", "must define a subclass of vlmkernels.conformance.Adapter"),
-    "unnamed": ("from vlmkernels.conformance import Adapter\nclass A(Adapter): pass", "A.name must be a string, got None"),
+    "unnamed": (
+        "from vlmkernels.conformance import Adapter\nclass A(Adapter): pass",
+        "A.name must be a string of one line, got None",
+    ),
     "declares": (
         "from vlmkernels.conformance import Adapter\nclass A(Adapter):\n name, scales = 'a', ('groups',)",
         "A.scales must be a tuple of some of group, batch, none; got ('groups',)",
@@ -165,8 +261,10 @@ def test_arguments_are_checked(pytester):
     pytester.makepyfile(test_other="def test(): pass")
     unknown = run(pytester, "--conformance", "no_such_adapter")
     assert "conformance must name a file or one of" in unknown.stderr.str()
+    output = run(pytester, "--conformance", "vlmkernels", "--conformance-output", "test_other.py")
+    assert "conformance-output must be a folder that can be written, got " in output.stderr.str()
     files = run(pytester, "--conformance", "vlmkernels", "test_other.py")
-    assert "--conformance runs without test files, got test_other.py" in files.stderr.str()
+    assert "--conformance runs without test files, and -k selects cases; got test_other.py" in files.stderr.str()
 
 
 def test_the_plugin_is_idle_without_its_option(pytester):

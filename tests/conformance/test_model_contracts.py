@@ -1,5 +1,6 @@
 """Contracts on models: a plain forward pass of transformers keeps them, and planted faults break them."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -173,6 +174,36 @@ class DetachedPrompt(Plain):
         return super().logits(model, processor, samples)
 
 
+class ImagesByText(Plain):
+    """Samples with the text of a sample before share its images, as copies of one prompt."""
+
+    def logits(self, model, processor, samples):
+        first = {}
+        for sample in samples:
+            first.setdefault((sample.text, len(sample.images)), sample.images)
+        shared = [replace(sample, images=first[sample.text, len(sample.images)]) for sample in samples]
+        return super().logits(model, processor, shared)
+
+
+class MaskFromIds(Plain):
+    """Padding is found by its token, which a model may also sample."""
+
+    def logits(self, model, processor, samples):
+        inputs = encode(processor, samples, completions=True)
+        inputs["attention_mask"] = (inputs["input_ids"] != token_ids("<|endoftext|>")[0]).long()
+        return model(**inputs).logits
+
+
+class StaleHead(Plain):
+    """A copy of the head from the first call."""
+
+    head = None
+
+    def logits(self, model, processor, samples):
+        self.head = model.lm_head.weight.clone() if self.head is None else self.head
+        return model.model(**encode(processor, samples, completions=True)).last_hidden_state @ self.head.T
+
+
 class SlicedBySample(Plain):
     """Rows of pixels are counted as samples."""
 
@@ -242,6 +273,27 @@ class AfterTheEnd(Plain):
         return model.generate(**inputs, do_sample=True, **options)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
+class OneSeed(Plain):
+    """Each completion of a prompt is sampled with the same seed."""
+
+    def sample(self, model, processor, samples, num_generations, *options):
+        rounds = []
+        for _ in range(num_generations):
+            torch.manual_seed(0)
+            rounds.append(super().sample(model, processor, samples, 1, *options))
+        return [each for completions in zip(*rounds, strict=True) for each in completions]
+
+
+class StaleEngine(Plain):
+    """The engine gets the weights of the first call."""
+
+    engine = None
+
+    def generated(self, model, processor, samples, **options):
+        self.engine = copy.deepcopy(model) if self.engine is None else self.engine
+        return super().generated(self.engine, processor, samples, **options)
+
+
 class GenerationsFirst(Plain):
     """The first completions of all prompts, then the second ones."""
 
@@ -263,6 +315,9 @@ FAULTS = {
     OneTokenLate: ("text", {"logps/value"}),
     HalfPrecision: ("text", {"logps/value"}),
     DetachedPrompt: ("text", {"logps/gradient"}),
+    ImagesByText: ("qwen2_5_vl", "llava", {"logps/value"}),
+    MaskFromIds: ("text", {"logps/value"}),
+    StaleHead: ("text", {"logps/trained"}),
     SlicedBySample: ("qwen2_5_vl", {"split/value"}),
     OneImageEach: ("qwen2_5_vl", "llava", {"split/value"}),
     EmptyPixels: ("qwen2_5_vl", "llava", {"split/forward"}),
@@ -273,6 +328,8 @@ FAULTS = {
     Retokenized: ("text", "qwen2_5_vl", {"sample/ids"}),
     EndDropped: ("text", {"sample/ids"}),
     AfterTheEnd: ("text", {"sample/end"}),
+    OneSeed: ("text", {"sample/different"}),
+    StaleEngine: ("text", {"sample/trained"}),
     GenerationsFirst: ("text", {"sample/prompt"}),
 }
 

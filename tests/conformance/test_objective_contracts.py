@@ -140,6 +140,46 @@ class SequenceRatioIsSum(Plain):
         return (x * mask).sum(1, keepdim=True)
 
 
+class KlOfMicroBatch(Plain):
+    """The policy term is divided by the number of micro-batches, the KL term is not."""
+
+    def loss(self, batch, config):
+        alone = replace(batch, accumulation_steps=1)
+        policy = replace(config, beta=0.0)
+        return super().loss(batch, policy) + super().loss(alone, config) - super().loss(alone, policy)
+
+
+class EntropyMaskOnKl(Plain):
+    def loss(self, batch, config):
+        self.kept = batch.loss_mask
+        return super().loss(batch, config)
+
+    def high(self, entropy, threshold):
+        self.kept = super().high(entropy, threshold)
+        return self.kept
+
+    def kl(self, x, config):
+        return super().kl(x, config) * self.kept
+
+
+class GradientThroughCorrection(Plain):
+    """In the first step the old policy is the policy, with its gradient."""
+
+    def loss(self, batch, config):
+        self.first = batch.logps if batch.old_logps is None else None
+        return super().loss(batch, config)
+
+    def correction(self, old, rollout, mask, config):
+        return super().correction(old if self.first is None else self.first, rollout, mask, config)
+
+
+class CorrectionOfNothing(Plain):
+    """The mean ratio of a completion without tokens is 0 / 0."""
+
+    def sequence_mean(self, x, mask):
+        return (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+
+
 class RolloutRatioInverted(Plain):
     def correction(self, old, rollout, mask, config):
         return super().correction(rollout, old, mask, config)
@@ -272,6 +312,10 @@ CAUGHT = [
     (SequenceRatioIsSum, "loss/value"),
     (RolloutRatioInverted, "loss/value"),
     (LowEntropy, "loss/gradient"),
+    (KlOfMicroBatch, "loss/accumulation"),
+    (EntropyMaskOnKl, "loss/value"),
+    (GradientThroughCorrection, "loss/first_step"),
+    (CorrectionOfNothing, "loss/empty"),
     (LocalTokens, "loss/accumulation"),
     (AccumulationForgotten, "loss/accumulation"),
     (ProcessesForgotten, "loss/processes"),

@@ -35,7 +35,7 @@ class Plain(Vlmkernels):
             surrogate = {"cispo": self.cispo, "sapo": self.sapo}.get(config.loss_type, self.ppo)
             objective = surrogate(logps, ratio, advantages, config)
         kept = mask
-        if config.top_entropy_quantile < 1:
+        if config.top_entropy_quantile < 1 and mask.any():
             kept = mask & self.high(entropy, torch.quantile(entropy[mask], 1 - config.top_entropy_quantile))
         if config.off_policy_mask_threshold is not None:
             drift = self.sequence_mean(-log_ratio.detach(), mask)

@@ -1,7 +1,7 @@
 """A conformance suite for GRPO trainers of text and vision-language models: ``pytest --conformance my_adapter.py``."""
 
 from vlmkernels.conformance.adapter import Adapter, Documented, NeedsCUDA, NotApplicable, Sampled
-from vlmkernels.conformance.alone import double, gradients, greedy_alone, last_logps, logps_alone, positions_alone
+from vlmkernels.conformance.alone import double, gradients, greedy_alone, last_logps, logps_alone, positions_alone, train
 from vlmkernels.conformance.batches import AdvantageBatch, LossBatch, Sample, pad
 from vlmkernels.conformance.contract import Result
 from vlmkernels.conformance.loading import load
@@ -61,5 +61,6 @@ __all__ = [
     "select_rows",
     "set_masked",
     "tiny",
+    "train",
     "upstream",
 ]

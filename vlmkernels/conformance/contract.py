@@ -12,6 +12,7 @@ import torch
 
 from vlmkernels.conformance.adapter import METHODS, Adapter, NeedsCUDA, NotApplicable
 from vlmkernels.conformance.guard import AdapterError, Guarded
+from vlmkernels.conformance.state import standard_state
 
 # The status of a case.
 PASS, FAIL, ERROR = "pass", "fail", "error"  # error: the adapter raised one, or returned what its interface does not allow
@@ -107,6 +108,7 @@ def close(name: str, got: torch.Tensor | float, expected: torch.Tensor | float, 
     )
 
 
+@standard_state()
 def cases_of(adapter: Adapter, each: Contract) -> list[Case | None]:
     """Return the cases of a contract for this adapter; [None] if it has none."""
     if each.method and not adapter.has(each.method):
@@ -117,12 +119,13 @@ def cases_of(adapter: Adapter, each: Contract) -> list[Case | None]:
         return [Case("declarations", {}, error=f"the attributes of the adapter are wrong: {describe(error)}")]
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """Return the type and the message of an error, and the end of the path where it was raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({'/'.join(Path(frame.filename).parts[-3:])}:{frame.lineno})"
 
 
+@standard_state()
 def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
     """Run one case of a contract. An error of the adapter is a result, so that the run goes on."""
     start = time.perf_counter()
@@ -156,6 +159,8 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
         return result(FAIL, str(violation))
     except AdapterError as error:
         return result(ERROR, str(error))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit, and the exceptions of pytest.skip, pytest.fail and pytest-timeout
         return result(ERROR, describe(error))
     return result(PASS)

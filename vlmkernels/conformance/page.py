@@ -134,7 +134,7 @@ def summary(report: Report) -> Iterator[tuple[str, str, list[str]]]:
 def having(report: Report, contracts: Iterable[Contract]) -> list[str]:
     """Return the projects to which one of the contracts applies."""
     statuses = {name: {report.cell(name, each.name).status for each in contracts} for name in report.projects}
-    return [name for name, found in statuses.items() if found != {NOT_APPLICABLE}]
+    return [name for name, found in statuses.items() if not found <= {"", NOT_APPLICABLE}]
 
 
 def projects_table(report: Report) -> list[str]:

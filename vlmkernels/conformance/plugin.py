@@ -19,9 +19,9 @@ from vlmkernels.conformance.contract import (
     cases_of,
     run_case,
 )
-from vlmkernels.conformance.loading import load_all
+from vlmkernels.conformance.loading import create, find
 from vlmkernels.conformance.page import html_page, text_table
-from vlmkernels.conformance.report import Report
+from vlmkernels.conformance.report import Report, version
 from vlmkernels.conformance.suite import all_contracts
 from vlmkernels.record.files import write_atomic
 
@@ -51,6 +51,7 @@ class Check(pytest.Item):
     def __init__(self, *, adapter: Adapter, contract: Contract, case: Case | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.adapter, self.contract, self.case = adapter, contract, case
+        self.add_marker(pytest.mark.filterwarnings("default"))  # a project may make warnings errors
 
     def runtest(self) -> None:
         result = run_case(self.adapter, self.contract, self.case)
@@ -100,12 +101,16 @@ class AdapterChecks(pytest.Collector):
 
     def collect(self) -> Iterator[pytest.Item]:
         if isinstance(self.adapter, Exception):
-            yield NotLoaded.from_parent(self, name="load", error=self.adapter)
+            yield self.item(NotLoaded, "load", error=self.adapter)
             return
         for each in all_contracts():
             for case in cases_of(self.adapter, each):
                 name = each.name if case is None else f"{each.name}[{case.id}]"
-                yield Check.from_parent(self, name=name, adapter=self.adapter, contract=each, case=case)
+                yield self.item(Check, name, adapter=self.adapter, contract=each, case=case)
+
+    def item(self, cls: type[pytest.Item], name: str, **kwargs: Any) -> pytest.Item:
+        # --lf looks up ids that pytest parses from text. The id that it makes from a name with brackets is not equal to these.
+        return cls.from_parent(self, name=name, nodeid=f"{self.nodeid}::{name}", **kwargs)
 
 
 class Conformance:
@@ -114,22 +119,40 @@ class Conformance:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         if config.args_source is pytest.Config.ArgsSource.ARGS:
-            raise pytest.UsageError(f"--conformance runs without test files, got {' '.join(config.args)}")
+            got = " ".join(config.args)
+            raise pytest.UsageError(f"--conformance runs without test files, and -k selects cases; got {got}")
+        self.folder = Path(config.getoption("conformance_output")).absolute()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise pytest.UsageError(f"conformance-output must be a folder that can be written, got {self.folder}") from error
         self.adapters: dict[str, Adapter | Exception] = {}
         for source in config.getoption("conformance"):
-            try:
-                found = load_all(source)
-            except FileNotFoundError as error:
-                raise pytest.UsageError(str(error)) from error
-            except (ImportError, TypeError) as error:
-                self.adapters[source] = error
-                continue
-            self.adapters |= {each.name: each for each in found}
+            self.load(source)
         self.results: list[tuple[int, Result]] = []
+        self.report: Report | None = None
+
+    def load(self, source: str) -> None:
+        """Add the adapters of a file or name, and those that cannot be loaded."""
+        try:
+            found = find(source)
+        except FileNotFoundError as error:
+            raise pytest.UsageError(str(error)) from error
+        except (ImportError, TypeError) as error:
+            self.adapters[source] = error
+            return
+        for name, cls in found.items():
+            try:
+                adapter = create(cls, name)
+                if adapter.name in self.adapters:
+                    raise TypeError(f"{cls.__name__}.name must differ from those of other adapters, got {adapter.name!r}")
+                self.adapters[adapter.name] = adapter
+            except TypeError as error:
+                self.adapters[name] = error
 
     def pytest_report_header(self) -> str:
         return "conformance: " + ", ".join(
-            f"{name} {each.version}" if isinstance(each, Adapter) else f"{name} (not loaded)"
+            " ".join([name, *map(version, each.packages[:1])]) if isinstance(each, Adapter) else f"{name} (not loaded)"
             for name, each in self.adapters.items()
         )
 
@@ -146,8 +169,8 @@ class Conformance:
         for index, item in enumerate(session.items):
             if isinstance(item, Check):
                 item.index = index
-        session.testscollected = len(session.items)
         self.config.hook.pytest_collection_modifyitems(session=session, config=self.config, items=session.items)
+        session.testscollected = len(session.items)
         self.config.hook.pytest_collection_finish(session=session)
         return True
 
@@ -157,14 +180,16 @@ class Conformance:
                 if name == "conformance":
                     self.results.append((values[0], Result(*values[1])))
 
+    def pytest_sessionfinish(self) -> None:
+        if self.config.getoption("collectonly") or hasattr(self.config, "workerinput"):  # a worker of pytest-xdist
+            return
+        self.report = Report.new(self.adapters, (result for _, result in sorted(self.results)))
+        write_atomic(self.folder / "conformance.json", json.dumps(self.report.as_dict(), indent=1) + "\n")
+        write_atomic(self.folder / "conformance.html", html_page(self.report))
+
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self.config.getoption("collectonly"):
-            return
-        report = Report.new(self.adapters, (result for _, result in sorted(self.results)))
-        folder = Path(self.config.getoption("conformance_output"))
-        write_atomic(folder / "conformance.json", json.dumps(report.as_dict(), indent=1) + "\n")
-        write_atomic(folder / "conformance.html", html_page(report))
-        terminalreporter.section("conformance")
-        terminalreporter.write_line(text_table(report))
-        terminalreporter.write_line(f"written to {folder / 'conformance.json'} and {folder / 'conformance.html'}")
+        if self.report:
+            terminalreporter.section("conformance")
+            terminalreporter.write_line(text_table(self.report))
+            terminalreporter.write_line(f"written to {self.folder}/conformance.json and conformance.html")

@@ -60,17 +60,16 @@ class Cell:
 
     @property
     def status(self) -> str:
-        """The status of the cases together."""
-        return next(status for status in STATUSES if self.counts[status])
+        """The status of the cases together; "" if none was run."""
+        return next((status for status in STATUSES if self.counts[status]), "")
 
     @property
     def text(self) -> str:
-        """The symbol of the status, with the numbers of cases if some fail."""
+        """The symbol of the status, with the numbers of cases if some fail; empty if none was run."""
+        if not self.status:
+            return ""
         row = STATUSES[self.status]
         return f"{row.symbol} {self.counts[self.status]}/{self.counts.total()}" if row.counted else row.symbol
-
-
-NOTHING = Cell(Counter({NOT_APPLICABLE: 1}))
 
 
 @dataclass
@@ -97,7 +96,7 @@ class Report:
 
     def cell(self, project: str, contract: str) -> Cell:
         """Return the outcome of a contract for a project."""
-        return self.cells.get((project, contract), NOTHING)
+        return self.cells.get((project, contract), Cell())
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as a value for JSON."""

@@ -63,9 +63,15 @@ MASKS = {
 
 # The settings of all cases: unequal bounds, so that exchanging them shows.
 BOUNDS = {"epsilon_low": 0.2, "epsilon_high": 0.3}
-BY_LOSS: dict[str, dict[str, Any]] = {"cispo": {"epsilon_high": 2.0}, "dr_grpo": {"max_completion_length": 8}}
+BY_LOSS: dict[str, dict[str, Any]] = {
+    "cispo": {"epsilon_high": 2.0},
+    "dr_grpo": {"max_completion_length": 8},
+    "sapo": {"sapo_temperature_neg": 1.25},  # exact in fp32, the dtype that torch.where gives to two numbers
+}
 BETA = 0.25
 
+# The options that leave out tokens or completions of the policy term, and none of the KL term.
+OF_POLICY_TERM = ("top_entropy_quantile", "off_policy_mask_threshold")
 # The options that act only with a rollout correction, and how its name starts.
 OF_CORRECTIONS = {"rollout_sequence_ratio": "sequence", "rollout_clip_min": "", "rollout_clip_max": ""}
 
@@ -90,7 +96,7 @@ def case(name: str, config: GRPOLossConfig, batch: LossBatch = WHOLE, **others: 
 
 def cast(batch: LossBatch, dtype: torch.dtype) -> LossBatch:
     """Return the log-probabilities and entropies in ``dtype``; advantages stay in fp32, as rewards are."""
-    return map_tensors(batch, lambda x: x.to(dtype))
+    return map_tensors(replace(batch, advantages=batch.advantages.float()), lambda x: x.to(dtype))
 
 
 def first_dtype(adapter: Adapter, batch: LossBatch) -> LossBatch:
@@ -157,7 +163,10 @@ def further(adapter: Adapter) -> Iterator[Case]:
     """Yield each objective with each option and each further dtype."""
     for name, loss_type, level in objectives(adapter):
         for option_name, option in options(adapter, loss_type):
-            yield case(f"{name}{option_name}", settings(loss_type, level, **option), first_dtype(adapter, WHOLE))
+            terms = kl_terms(adapter) if {*option} & {*OF_POLICY_TERM} else [("", {})]
+            for kl_name, kl in itertools.islice(terms, 2):
+                config = settings(loss_type, level, **option, **kl)
+                yield case(f"{name}{option_name}{kl_name}", config, first_dtype(adapter, WHOLE))
         for dtype in adapter.loss_dtypes[1:]:
             yield case(f"{name}-{str(dtype).removeprefix('torch.')}", settings(loss_type, level), cast(WHOLE, dtype))
 
@@ -355,6 +364,7 @@ def nonfinite_padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig
     cases=variants(
         ("reversed", SMALL, Variant(select_rows, (1, 0))),
         ("rotated", WHOLE, Variant(select_rows, (1, 2, 3, 0))),
+        kl=True,
     ),
     reproduce=against_itself,
 )
@@ -379,15 +389,28 @@ def holes(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
     invariant(adapter, batch, config, variant)
 
 
+FIRST = variants(
+    ("2x2", replace(SMALL, old_logps=SMALL.logps), Variant(first_step)),
+    ("4x4", replace(WHOLE, old_logps=WHOLE.logps), Variant(first_step)),
+)
+
+
+def first_cases(adapter: Adapter) -> Iterator[Case]:
+    """Yield all objectives, and one of them with each correction."""
+    yield from FIRST(adapter)
+    for name, loss_type, level in [*objectives(adapter)][:1]:
+        for term_name, term in corrections(adapter, loss_type):
+            if term:
+                batch = first_dtype(adapter, replace(SMALL, old_logps=SMALL.logps))
+                yield case(f"{name}{term_name}", settings(loss_type, level, **term), batch, variant=Variant(first_step))
+
+
 @contract(
     "loss/first_step",
     "loss",
     source="before the first update the policy is the policy that sampled, and its ratio is 1 with a gradient",
     tolerance=TWICE,
-    cases=variants(
-        ("2x2", replace(SMALL, old_logps=SMALL.logps), Variant(first_step)),
-        ("4x4", replace(WHOLE, old_logps=WHOLE.logps), Variant(first_step)),
-    ),
+    cases=first_cases,
     reproduce=against_itself,
 )
 def first(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
@@ -404,6 +427,7 @@ def first(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: V
         ("2", SMALL, Variant(micro_batches, 2, 1)),
         ("2-4x4", WHOLE, Variant(micro_batches, 2, 1)),
         ("4-4x4", WHOLE, Variant(micro_batches, 4, 1)),
+        kl=True,
     ),
     reproduce=against_itself,
 )
@@ -420,6 +444,7 @@ def accumulation(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, var
     cases=variants(
         ("2", SMALL, Variant(micro_batches, 1, 2)),
         ("2x2-4x4", WHOLE, Variant(micro_batches, 2, 2)),
+        kl=True,
     ),
     reproduce=against_itself,
 )
@@ -443,9 +468,17 @@ EMPTY = {
 
 
 def empty_cases(adapter: Adapter) -> Iterator[Case]:
+    """Yield all objectives, and one of them with each KL term, correction and option."""
     for name, loss_type, level in objectives(adapter):
         for batch_name, batch in EMPTY.items():
             yield case(f"{name}-{batch_name}", settings(loss_type, level), first_dtype(adapter, batch))
+    for name, loss_type, level in [*objectives(adapter)][:1]:
+        # A trainer may refuse to correct nothing.
+        for batch_name, corrected in (("one_empty_sequence", corrections(adapter, loss_type)), ("all_masked", ())):
+            for term_name, term in (*kl_terms(adapter), *corrected, *options(adapter, loss_type)):
+                if term:
+                    config = settings(loss_type, level, **term)
+                    yield case(f"{name}{term_name}-{batch_name}", config, first_dtype(adapter, EMPTY[batch_name]))
 
 
 @contract(

@@ -10,16 +10,17 @@ from typing import NamedTuple
 import torch
 
 from vlmkernels.conformance.adapter import Adapter
-from vlmkernels.conformance.alone import chosen_logps, exact, gradients, logits_alone, logps_alone
+from vlmkernels.conformance.alone import chosen_logps, double, exact, gradients, logits_alone, logps_alone, train
 from vlmkernels.conformance.batches import Sample
 from vlmkernels.conformance.contract import Case, Violation, close, contract
-from vlmkernels.conformance.models import tiny
+from vlmkernels.conformance.models import END_OF_TEXT, END_OF_TURN, tiny, token_ids
 from vlmkernels.conformance.pixels import pixel_gradients
 
 MODEL = "The model itself: a padded batch is an implementation of its samples"
 ROUNDING = "eps of the dtype, times the layers with weights, times the largest |logit| / temperature"
 
 SHORT, LONG, MORE = "hi", "what do you see in this picture", "and now"
+END, PADDING = token_ids(END_OF_TURN, END_OF_TEXT)  # which a model may sample, and which may follow in further turns
 TEXTS = (Sample(SHORT, (), (65, 66, 67)), Sample(LONG, (), (68, 69)), Sample(MORE, (), (70, 71, 72, 73, 74)))
 BATCHES: dict[str, tuple[Sample, ...]] = {
     "one-token": (Sample(SHORT, (), (65,)),),
@@ -30,6 +31,11 @@ BATCHES: dict[str, tuple[Sample, ...]] = {
         Sample(LONG, (), (68,)),
         Sample(SHORT, (), (69,)),
         Sample(SHORT, (), (70, 71)),
+    ),
+    "special-tokens": (
+        Sample(SHORT, (), (65, PADDING, 66, PADDING)),
+        Sample(LONG, (), (67, END, 68, END)),
+        Sample(MORE, (), (69,)),
     ),
 }
 IMAGE_BATCHES: dict[str, tuple[Sample, ...]] = {
@@ -49,6 +55,11 @@ IMAGE_BATCHES: dict[str, tuple[Sample, ...]] = {
         Sample(SHORT, ((1, 28, 28),), (67, 68, 69)),
         Sample(SHORT, (), (70,)),
         Sample(MORE, ((2, 56, 28), (3, 28, 56)), (71, 72)),
+    ),
+    "equal-texts": (
+        Sample(SHORT, ((1, 28, 28),), (65, 66, 67)),
+        Sample(SHORT, ((2, 28, 28),), (68, 69)),
+        Sample(SHORT, ((1, 28, 28),), (70, 71)),
     ),
     "shared-images": (
         Sample(MORE, ((1, 28, 28), (2, 56, 28)), (65, 66, 67)),
@@ -86,9 +97,10 @@ def eps(adapter: Adapter) -> float:
 
 
 @cache
-def expected(kind: str, samples: tuple[Sample, ...], temperature: float) -> Expected:
-    """Return the right values for ``tiny(kind)``."""
+def expected(kind: str, samples: tuple[Sample, ...], temperature: float, trained: bool = False) -> Expected:
+    """Return the right values for ``tiny(kind)``; trained: after ``train``."""
     model, processor = exact(kind)
+    model = double(train(tiny(kind)[0])) if trained else model
     layers = sum(getattr(module, "weight", torch.empty(0)).dim() > 1 for module in model.modules())
     with torch.no_grad():
         logits = [logits_alone(model, processor, sample) for sample in samples]
@@ -171,6 +183,27 @@ def order(adapter: Adapter, kind: str, samples: tuple[Sample, ...]) -> None:
     got = adapter.logps(model, processor, samples[::-1], 1.0)[::-1]
     for index, (row, other) in enumerate(zip(got, adapter.logps(model, processor, samples, 1.0), strict=True)):
         close(f"logps of sample {index} in reversed order", row, other, rounding)
+
+
+def train_cases(adapter: Adapter) -> Iterator[Case]:
+    return cases(adapter, "texts", "images")
+
+
+def train_script(kind: str, samples: Sequence[Sample]) -> str:
+    return f"""\
+model, processor = tiny("{kind}", adapter.device)
+samples = {list(samples)!r}
+before = adapter.logps(model, processor, samples, 1.0)
+print("got", adapter.logps(train(model), processor, samples, 1.0))
+print("expected", logps_alone(double(train(tiny("{kind}")[0])), processor, samples, 1.0))"""
+
+
+@contract("logps/trained", "logps", source=MODEL, tolerance=ROUNDING, cases=train_cases, reproduce=train_script)
+def trained(adapter: Adapter, kind: str, samples: tuple[Sample, ...]) -> None:
+    """After a step of the optimizer, log-probabilities are those of the new weights, also of the head and the vision tower."""
+    model, processor = tiny(kind, adapter.device)
+    adapter.logps(model, processor, samples, 1.0)
+    compare(adapter, adapter.logps(train(model), processor, samples, 1.0), expected(kind, samples, 1.0, trained=True))
 
 
 def exchange_cases(adapter: Adapter) -> Iterator[Case]:

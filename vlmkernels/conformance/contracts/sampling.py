@@ -141,3 +141,50 @@ def prompt(adapter: Adapter, kind: str) -> None:
                 f"completion {index}, of prompt {index // 2}, is {[*completion.sampled_ids]}, expected {right[index // 2]},"
                 " the most probable tokens"
             )
+
+
+EITHER: Script = {None: ("a", "y")}
+ONE: Script = {None: ("a",)}
+
+
+def differ_script(kind: str) -> str:
+    return sample_script(kind, EITHER, 8, 8, "different completions of each prompt")
+
+
+@contract(
+    "sample/different",
+    "sample",
+    source=SCRIPT,
+    tolerance="0; a sampler passes with a probability of 1 - 2**-55",
+    cases=kind_cases,
+    reproduce=differ_script,
+)
+def different(adapter: Adapter, kind: str) -> None:
+    """The completions of a prompt are sampled independently: 8 of 8 tokens, each one of two, are not all equal."""
+    out = adapter.sample(*scripted(kind, EITHER, adapter.device), prompts_of(kind), 8, 8, 1.0)
+    for index in range(len(prompts_of(kind))):
+        rows = {tuple(completion.sampled_ids) for completion in out[8 * index : 8 * index + 8]}
+        if len(rows) == 1:
+            raise Violation(f"all 8 completions of prompt {index} are {[*rows.pop()]}, expected different ones")
+
+
+def trained_script(kind: str) -> str:
+    return f"""\
+model, processor = scripted("{kind}", {ONE!r}, adapter.device)
+samples = {list(prompts_of(kind))!r}
+before = adapter.sample(model, processor, samples, 2, 4, 1.0)
+model.load_state_dict(scripted("{kind}", {dict.fromkeys(ONE, ("y",))!r})[0].state_dict())
+print("got", adapter.sample(model, processor, samples, 2, 4, 1.0))
+print("expected", "{[*token_ids(*"yyyy")]} four times")"""
+
+
+@contract("sample/trained", "sample", source=SCRIPT, tolerance=EXACT, cases=kind_cases, reproduce=trained_script)
+def trained(adapter: Adapter, kind: str) -> None:
+    """After a step of the optimizer, completions are sampled from the new weights."""
+    model, processor = scripted(kind, ONE, adapter.device)
+    adapter.sample(model, processor, prompts_of(kind), 2, 4, 1.0)
+    model.load_state_dict(scripted(kind, dict.fromkeys(ONE, ("y",)))[0].state_dict())
+    right = [*token_ids(*"yyyy")]
+    for index, completion in enumerate(adapter.sample(model, processor, prompts_of(kind), 2, 4, 1.0)):
+        if [*completion.sampled_ids] != right:
+            raise Violation(f"completion {index} is {[*completion.sampled_ids]}, expected {right}, as the new weights say")
