@@ -54,7 +54,8 @@ def test_trl_parity(loss_type, level, kl):
             continue  # TRL does not support it either
         if extra not in ("plain", "all") and (per_token or on_policy or dtype == torch.float32):
             continue
-        options = {"max_completion_length": 20, **KL[kl], **EXTRAS[extra]}
+        # TRL rounds the temperatures of sapo to fp32.
+        options = {"max_completion_length": 20, "sapo_temperature_neg": 1.25, **KL[kl], **EXTRAS[extra]}
         if correction:
             options |= {"use_vllm": True, "vllm_importance_sampling_mode": correction}
             options |= {"vllm_importance_sampling_clip_max": 1.4, "vllm_importance_sampling_clip_min": 0.7}
