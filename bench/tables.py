@@ -278,13 +278,19 @@ def metrics() -> list[str]:
 
 
 def conformance(what: str) -> list[str]:
-    """A table of docs/conformance.md, from the results of `make conformance`."""
+    """A table of docs/conformance.md, from the results of `make conformance`. Projects link to the reports on them."""
     from vlmkernels.conformance import page
     from vlmkernels.conformance.report import Report
 
     report = Report.from_dicts([json.loads((RESULTS / "conformance.json").read_text())])
-    views = {"projects": page.projects_table, "contracts": page.contracts_tables, "sources": page.sources_table}
-    return views[what](report) if what in views else page.differences(report, what)
+    if what != "projects":
+        views = {"contracts": page.contracts_tables, "sources": page.sources_table}
+        return views[what](report) if what in views else page.differences(report, what)
+    lines = page.projects_table(report)
+    for path in (ROOT / "docs" / "conformance").glob("*.md"):
+        link = rf"| [\1](conformance/{path.name}) |"
+        lines = [re.sub(rf"^\| ({path.stem}\b[^|]*) \|", link, line, flags=re.IGNORECASE) for line in lines]
+    return lines
 
 
 TABLES = {

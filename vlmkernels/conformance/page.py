@@ -159,14 +159,20 @@ def sources_table(report: Report) -> list[str]:
 
 
 def differences(report: Report, status: str) -> list[str]:
-    """Return a Markdown list of the smallest cases with this status, by project; with scripts, except if documented."""
-    lines: list[str] = []
-    project = ""
+    """Return a Markdown list of the smallest cases with this status, by project; with scripts, except if documented.
+
+    Contracts of a project with the same message are one entry, with the script of the first.
+    """
+    entries: dict[str, dict[str, list[tuple[Result, str]]]] = {}
     for result, count in firsts(report, status):
-        if result.adapter != project:
-            project = result.adapter
-            lines += ["", f"**{project}**", ""]
-        lines.append(f"- `{result.contract}` ({count}; `{result.case}`): {result.message}")
-        if result.reproduction and status in (FAIL, ERROR):
-            lines += ["", *(f"  {line}" for line in ("```py", *result.reproduction.splitlines(), "```")), ""]
+        entries.setdefault(result.adapter, {}).setdefault(result.message, []).append((result, count))
+    lines: list[str] = []
+    for project, messages in entries.items():
+        lines += ["", f"**{project}**", ""]
+        for message, found in messages.items():
+            names = ", ".join(f"`{result.contract}` ({count}; `{result.case}`)" for result, count in found)
+            lines.append(f"- {names}: {message}")
+            script = found[0][0].reproduction
+            if script and status in (FAIL, ERROR):
+                lines += ["", *(f"  {line}" for line in ("```py", *script.splitlines(), "```")), ""]
     return lines[1:] or ["None."]
