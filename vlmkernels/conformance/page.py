@@ -168,11 +168,11 @@ def differences(report: Report, status: str) -> list[str]:
         entries.setdefault(result.adapter, {}).setdefault(result.message, []).append((result, count))
     lines: list[str] = []
     for project, messages in entries.items():
-        lines += ["", f"**{project}**", ""]
+        lines += [*([""] if lines and lines[-1] else []), f"**{project}**", ""]
         for message, found in messages.items():
             names = ", ".join(f"`{result.contract}` ({count}; `{result.case}`)" for result, count in found)
             lines.append(f"- {names}: {message}")
             script = found[0][0].reproduction
             if script and status in (FAIL, ERROR):
                 lines += ["", *(f"  {line}" for line in ("```py", *script.splitlines(), "```")), ""]
-    return lines[1:] or ["None."]
+    return lines or ["None."]
