@@ -26,7 +26,10 @@ OBJECTIVES = {
     "areal": ("dapo", TOKEN_MEAN),
 }
 # The cases of logps/value that docs/conformance explains.
-REPORTED = {"skyrl": {"qwen2_5_vl-mixed"}}
+REPORTED = {
+    "skyrl": {"qwen2_5_vl-mixed"},
+    "unsloth_zoo": {f"{model}-special-tokens" for model in ("text", "qwen2_5_vl", "llava")},
+}
 
 
 @pytest.fixture(params=PACKAGES)

@@ -28,6 +28,7 @@ with restored(*CHANGED), stand_ins(*UNUSED):
     from swift.template import TEMPLATE_MAPPING, Template, get_template
 
 DOCS = "https://swift.readthedocs.io/en/latest/Instruction/GRPO"
+ARGUMENTS = "https://swift.readthedocs.io/en/latest/Megatron-SWIFT/Command-line-parameters.html"
 LOSS_TYPES = f"{DOCS}/DeveloperGuide/loss_types.html"
 MIN_PIXELS = 28 * 28
 ESTIMATORS = {"mean": "grpo", "leave_one_out": "rloo"}
@@ -61,6 +62,14 @@ class MsSwift(Adapter):
                 f"loss/{part}[bnpo-*-off_policy_mask_threshold*]",
                 "off-policy sequences are filtered out, so that their tokens do not count in the average",
                 "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
+            )
+            for part in ("value", "gradient")
+        ),
+        *(
+            Documented(
+                f"loss/{part}[*-off_policy_mask_threshold*-k3]",
+                "an off-policy sequence is masked out from loss computation, the KL term included",
+                ARGUMENTS,
             )
             for part in ("value", "gradient")
         ),

@@ -101,7 +101,9 @@ class Unsloth(Adapter):
                 )
             except _Captured as captured:
                 logps, kept = captured.args
-        return [row[where.bool()] for row, where in zip(logps, kept, strict=True)]
+        # Unsloth may shift a row to the right. It moves pad tokens to the end, where they have no log-probability: here 0.
+        starts = kept.int().argmax(1).tolist()
+        return [row[start:][: len(ids)] for row, start, ids in zip(logps * kept, starts, completions, strict=True)]
 
     def split(
         self, inputs: dict[str, torch.Tensor], num_images: Sequence[int], num_chunks: int
@@ -173,6 +175,8 @@ def _settings(batch: LossBatch, config: GRPOLossConfig) -> dict[str, Any]:
             trainer, batch.entropy, batch.loss_mask, 1 - config.top_entropy_quantile
         )
     if config.rollout_correction:
+        if batch.old_logps is None:
+            raise NotApplicable("TRL and Unsloth compute old log-probabilities whenever a rollout correction is on")
         mode = config.rollout_correction
         if config.rollout_sequence_ratio == "mean":
             mode = mode.replace("sequence", "geometric")
