@@ -162,10 +162,11 @@ class Conformance:
             return None
         session.items = []
         for name, adapter in self.adapters.items():
-            items = [*AdapterChecks.from_parent(session, name=name, nodeid=name, adapter=adapter).collect()]
+            items: list[pytest.Item | pytest.Collector] = []
+            items += AdapterChecks.from_parent(session, name=name, nodeid=name, adapter=adapter).collect()
             report = pytest.CollectReport(name, "passed", None, items)
             self.config.hook.pytest_collectreport(report=report)  # for the number of tests in the terminal
-            session.items += items
+            session.items += (item for item in items if isinstance(item, pytest.Item))
         for index, item in enumerate(session.items):
             if isinstance(item, Check):
                 item.index = index
@@ -176,9 +177,10 @@ class Conformance:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call":
-            for name, values in report.user_properties:
-                if name == "conformance":
-                    self.results.append((values[0], Result(*values[1])))
+            properties: dict[str, Any] = dict(report.user_properties)
+            if "conformance" in properties:
+                index, values = properties["conformance"]
+                self.results.append((index, Result(*values)))
 
     def pytest_sessionfinish(self) -> None:
         if self.config.getoption("collectonly") or hasattr(self.config, "workerinput"):  # a worker of pytest-xdist
