@@ -69,8 +69,10 @@ class Plain(Adapter):
         return [ids[: ids.index(end) + 1] if end in ids else ids for ids in out]
 
     def sample(self, model, processor, samples, num_generations, max_tokens, temperature):
-        options = {"num_return_sequences": num_generations, "max_new_tokens": max_tokens, "temperature": temperature}
-        return [Sampled(ids, ids) for ids in self.generated(model, processor, samples, **options)]
+        # Not num_return_sequences: with it, generate of transformers 5.17 mixes up the images of LLaVA.
+        repeated = [sample for sample in samples for _ in range(num_generations)]
+        options = {"max_new_tokens": max_tokens, "temperature": temperature}
+        return [Sampled(ids, ids) for ids in self.generated(model, processor, repeated, **options)]
 
 
 class ImageDropped(Plain):
