@@ -62,7 +62,7 @@ test-vllm: .venv-vllm/.installed
 
 # Check other trainers and ours, in at most ten minutes, and write docs/conformance.md. The projects are installed without their
 # dependencies outside the environment.
-.venv/conformance/.installed: tools/conformance.txt setup
+.venv/conformance/.installed: tools/conformance.txt .venv/.installed
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --upgrade --target .venv/conformance --requirement $<
 	touch $@
 
