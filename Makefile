@@ -8,8 +8,8 @@ setup: .venv/.installed
 # If nvcc is found, CUDA code is compiled for the GPU of this machine, or without one for 90a, which shows that it compiles.
 GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/;s/^100$$/100a/')
 
-# constraints.txt pins every package. Trainers and harnesses with which tests compare are
-# installed in .venv/peers, outside the environment and without their dependencies.
+# constraints.txt pins every package. Trainers and harnesses with which tests compare are installed in .venv/peers, outside the
+# environment and without their dependencies.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
 	VLMKERNELS_CUDA_ARCHS="$${VLMKERNELS_CUDA_ARCHS:-$(or $(GPU_ARCH),90a)}" \
@@ -93,4 +93,4 @@ gpu-wheels:
 	PYTHON=$(PYTHON) HOPPER=$(HOPPER) sh bench/wheels.sh
 
 clean:
-	rm -rf .venv .venv-vllm .venv-versions build vlmkernels/*.so *.egg-info demo-output demo-suite-output demo-tools-output
+	rm -rf .venv .venv-vllm .venv-versions build vlmkernels/*.so *.egg-info demo-output demo-suite-output demo-tools-output conformance-output
