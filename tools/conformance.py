@@ -60,6 +60,7 @@ def main() -> None:
         # What the page does not show: parts that a project does not have, and scripts of documented differences.
         content["cells"] = [cell for cell in content["cells"] if [*cell["counts"]] != [NOT_APPLICABLE]]
         for cell in content["cells"]:
+            del cell["seconds"]  # which differ in each run
             for status, first in cell["first"].items():
                 first["reproduction"] *= status in (FAIL, ERROR)
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")

@@ -131,5 +131,5 @@ class Report:
             for cell in value["cells"]:
                 key = cell["project"], cell["contract"]
                 first = {status: Result(*key, status=status, **result) for status, result in cell["first"].items()}
-                report.cells[key] = Cell(Counter(cell["counts"]), cell["seconds"], first)
+                report.cells[key] = Cell(Counter(cell["counts"]), cell.get("seconds", 0.0), first)
         return report
