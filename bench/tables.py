@@ -5,9 +5,11 @@ With --check it writes nothing and fails if a page is out of date.
 
 import importlib
 import inspect
+import itertools
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from harness import RESULTS, table
@@ -280,9 +282,13 @@ def metrics() -> list[str]:
 def conformance(what: str) -> list[str]:
     """A table of docs/conformance.md, from the results of `make conformance`. Projects link to the reports on them."""
     from vlmkernels.conformance import page
-    from vlmkernels.conformance.report import Report
+    from vlmkernels.conformance.contract import NOT_APPLICABLE
+    from vlmkernels.conformance.report import Cell, Report
 
-    report = Report.from_dicts([json.loads((RESULTS / "conformance.json").read_text())])
+    content = json.loads((RESULTS / "conformance.json").read_text())
+    report = Report.from_dicts([content])
+    for key in itertools.product(report.projects, content["contracts"]):  # the file leaves out what is not applicable
+        report.cells.setdefault(key, Cell(Counter({NOT_APPLICABLE: 1})))
     if what != "projects":
         views = {"contracts": page.contracts_tables, "sources": page.sources_table}
         return views[what](report) if what in views else page.differences(report, what)
