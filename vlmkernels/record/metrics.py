@@ -39,6 +39,7 @@ PHASES = {
 
 REWARDS, COMPLETIONS, TOOLS, POLICY, MISMATCH = "Rewards", "Completions", "Tools", "Policy", "Training and rollout"
 OPTIMIZER, TIME, THROUGHPUT = "Optimizer", "Time", "Throughput"
+CHOICE = "Dynamic sampling"
 
 # fmt: off
 # Metrics of sampled completions, which evaluation logs too, with EVAL_PREFIX.
@@ -74,6 +75,15 @@ SAMPLED = (
 )
 METRICS = (
     *SAMPLED,
+    LoggedMetric("dynamic_sampling/kept", CHOICE, "share of the sampled groups whose rewards differ"),
+    LoggedMetric("dynamic_sampling/filled", CHOICE, "share of the groups of a batch whose rewards are equal"),
+    LoggedMetric("dynamic_sampling/rounds", CHOICE, "rounds of sampling per batch"),
+    LoggedMetric("dynamic_sampling/prompts_sampled", CHOICE, "prompts sampled per batch, on all processes"),
+    LoggedMetric("dynamic_sampling/tokens_per_kept", CHOICE,
+                 "tokens sampled per completion of a batch that is in a group whose rewards differ"),
+    LoggedMetric("dynamic_sampling/seconds_per_kept", CHOICE,
+                 "seconds of sampling and scoring per completion of a batch that is in a group whose rewards differ"),
+    LoggedMetric("dynamic_sampling/epochs", CHOICE, "passes over the training prompts, with all that were sampled"),
     LoggedMetric("loss", POLICY, "the loss"),
     LoggedMetric("policy_loss", POLICY, "the loss without its KL and entropy terms"),
     LoggedMetric("kl", POLICY, "KL divergence from the reference, mean over tokens (beta > 0)"),
@@ -111,7 +121,7 @@ METRICS = (
                  is_detail=True),
     LoggedMetric("grad_norm", OPTIMIZER, "norm of the gradient before clipping"),
     LoggedMetric("learning_rate", OPTIMIZER, "the learning rate"),
-    LoggedMetric("epoch", OPTIMIZER, "passes over the training prompts"),
+    LoggedMetric("epoch", OPTIMIZER, "passes over the training prompts; with dynamic sampling, without prompts beyond a batch"),
     LoggedMetric("frac_weights_changed", OPTIMIZER, "share of the weights with a gradient that an optimizer step changed"),
     LoggedMetric("frac_steps_skipped", OPTIMIZER, "share of steps skipped because the loss or a gradient was not finite"),
     LoggedMetric("frac_samples_replaced", OPTIMIZER, "share of prompts that replaced a row that cannot be read"),

@@ -187,6 +187,51 @@ class Rollout:
     routed_experts: RoutedExperts | None = None
     sampling_logps: torch.Tensor | None = None
 
+    def select(self, completions: torch.Tensor) -> "Rollout":
+        """Return some completions with their prompts, without the columns that are all padding then.
+
+        Args:
+            completions: (n,) int64 on the CPU, ascending indices.
+        """
+        chosen, group = self.group[completions].unique_consecutive(return_inverse=True)
+        width = int(self.completion_mask[completions].any(0).sum())
+        columns = {name: x[completions, :width] for name in _PADDING if (x := getattr(self, name)) is not None}
+        prompts, experts = self.prompts.select(chosen).trim(), self.routed_experts
+        if experts is not None:
+            length = prompts.inputs["input_ids"].shape[1]
+            experts = RoutedExperts(experts.prompts[chosen, -length:], experts.completions[completions, :width])
+        turns = None if self.turns is None else self.turns.select(completions)
+        truncated = self.truncated[completions]
+        return replace(self, prompts=prompts, group=group, truncated=truncated, turns=turns, routed_experts=experts, **columns)
+
+    @classmethod
+    def join(cls, rollouts: Sequence["Rollout"], pad_token_id: int) -> "Rollout":
+        """Join the completions of several rollouts, whose tokens ``pad_token_id`` pads to a common size.
+
+        Raises:
+            ValueError: only some of the rollouts have log-probabilities, turns or experts; see ``concat`` for others.
+        """
+        for f in fields(cls):
+            missing = sum(getattr(rollout, f.name) is None for rollout in rollouts)
+            if missing not in (0, len(rollouts)):
+                raise ValueError(f"rollouts must all have {f.name} or none, got {missing} of {len(rollouts)} without")
+        first, counts = rollouts[0], [len(rollout.prompts) for rollout in rollouts]
+        groups = [rollout.group + sum(counts[:k]) for k, rollout in enumerate(rollouts)]
+        columns = {
+            name: _cat_padded([getattr(rollout, name) for rollout in rollouts], pad_token_id if value is None else value)
+            for name, value in _PADDING.items()
+            if getattr(first, name) is not None
+        }
+        turns = experts = None
+        if first.turns is not None:
+            turns = Turns.join([r.turns for r in rollouts if r.turns is not None], list(map(len, groups)), pad_token_id)
+        if first.routed_experts is not None:
+            of_prompts, of_completions = zip(*(r.routed_experts for r in rollouts if r.routed_experts is not None), strict=True)
+            experts = RoutedExperts(_cat_padded(of_prompts, -1, left=True), _cat_padded(of_completions, -1))
+        prompts = join([rollout.prompts for rollout in rollouts], pad_token_id)
+        truncated = torch.cat([rollout.truncated for rollout in rollouts])
+        return cls(prompts, torch.cat(groups), truncated=truncated, turns=turns, routed_experts=experts, **columns)
+
     @cached_property
     def sampled_mask(self) -> torch.Tensor:
         """The tokens that the model sampled, (B, C) bool: all of a completion but the results of tools."""
@@ -331,6 +376,19 @@ class Rollout:
         assert self.routed_experts is not None
         batch.inputs["routed_experts"] = self.routed_experts.at(places)
         return batch
+
+
+# The fields of a rollout with a value per token of the completions, and the value of padding; None for pad_token_id.
+_PADDING = {"completion_ids": None, "completion_mask": False, "logps": 0, "log_kept_mass": 0, "sampling_logps": 0}
+
+
+def _cat_padded(parts: Sequence[torch.Tensor], value: float, left: bool = False) -> torch.Tensor:
+    """Concatenate tensors (n, L, ...) of different lengths, which ``value`` pads on the right or the left."""
+    length = max(part.shape[1] for part in parts)
+    result = parts[0].new_full((sum(map(len, parts)), length, *parts[0].shape[2:]), value)
+    for part, rows in zip(parts, result.split([len(part) for part in parts]), strict=True):
+        rows[:, length - part.shape[1] if left else 0 :][:, : part.shape[1]] = part
+    return result
 
 
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

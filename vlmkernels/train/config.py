@@ -1,5 +1,6 @@
 """The configuration of GRPO training: TRL's field names, on top of ``transformers.TrainingArguments``."""
 
+import math
 import os
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -88,8 +89,9 @@ class GRPOConfig(TrainingArguments):
     - vllm_server_base_url is the only address of a vLLM server. vllm_request_timeout, vllm_weight_transfer, vllm_weights_dir
       and vllm_fingerprint_tolerance are new.
     - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
-    - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
-      on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic and router_replay are new.
+    - eval_temperature, max_num_seqs, dynamic_sampling, max_resample_times, oversampling, kl_estimator, share_prefix,
+      max_tokens_per_microbatch, on_save_error, on_bad_sample, on_nonfinite, max_image_pixels, max_image_bytes,
+      allow_image_urls, deterministic and router_replay are new.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -135,6 +137,13 @@ class GRPOConfig(TrainingArguments):
     shuffle_dataset: bool = _field(True, "Visit the training prompts in a new random order in each epoch.")
     generation_batch_size: int | None = _field(None, "Completions per generation batch, over all processes.")
     steps_per_generation: int | None = _field(None, "Micro-batches per generation; by default gradient_accumulation_steps.")
+    dynamic_sampling: bool = _field(
+        False, "Sample further prompts until all groups of a generation batch have different rewards (DAPO)."
+    )
+    max_resample_times: int = _field(10, "Maximum number of further rounds of dynamic_sampling.")
+    oversampling: float = _field(
+        1.0, "Prompts sampled per prompt of a generation batch, which keeps groups with different rewards; first round only."
+    )
     temperature: float = _field(1.0, "Sampling temperature. Log-probabilities in the loss use it too.")
     eval_temperature: float | None = _field(None, "Temperature in evaluation, 0 for greedy decoding; by default temperature.")
     top_p: float = _field(1.0, "Sample from the most probable tokens whose probabilities add up to top_p. 1 keeps all tokens.")
@@ -249,6 +258,7 @@ class GRPOConfig(TrainingArguments):
         self._check_values()
         self._check_sampling()
         self._check_correction()
+        self._check_resampling()
         if self.use_vllm:
             self._check_vllm()
         self._derive_batches()
@@ -319,6 +329,14 @@ class GRPOConfig(TrainingArguments):
                 f"got {self.rollout_sequence_ratio!r}"
             )
 
+    def _check_resampling(self) -> None:
+        require_number("max_resample_times", self.max_resample_times, "be an integer", Integral)
+        if self.max_resample_times < 1:
+            raise ValueError(f"max_resample_times must be >= 1, got {self.max_resample_times}")
+        require_number("oversampling", self.oversampling, "be a number")
+        if not 1 <= self.oversampling < math.inf:
+            raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
+
     def _check_vllm(self) -> None:
         if self.deterministic:
             raise ValueError("deterministic must be False with use_vllm, whose log-probabilities depend on batches, got True")
@@ -365,6 +383,16 @@ class GRPOConfig(TrainingArguments):
     def prompts_per_generation(self) -> int:
         """Number of prompts in the generation batch of one process."""
         return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
+
+    @property
+    def chooses_groups(self) -> bool:
+        """Whether more prompts than ``prompts_per_generation`` may be sampled for a generation batch."""
+        return self.dynamic_sampling or self.oversampling > 1
+
+    @property
+    def prompts_per_round(self) -> int:
+        """Number of prompts that one process samples first for a generation batch."""
+        return math.ceil(round(self.prompts_per_generation * self.oversampling, 6))  # 1.1 * 10 is a little more than 11
 
     @property
     def steps_per_rollout(self) -> int:

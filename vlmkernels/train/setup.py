@@ -141,7 +141,7 @@ def with_prompts(train_dataset: Any, eval_dataset: Any, agent: Agent | None, arg
             )
         if args.max_steps <= 0:
             raise ValueError(f"max_steps must be > 0 without train_dataset, got {args.max_steps}")
-        train_dataset = [{"prompt": _PROMPT}] * (args.prompts_per_generation * args.world_size)
+        train_dataset = [{"prompt": _PROMPT}] * (args.prompts_per_round * args.world_size)
     if isinstance(eval_dataset, dict):
         eval_dataset = type(eval_dataset)({name: _with_prompt(dataset) for name, dataset in eval_dataset.items()})
     else:
@@ -253,11 +253,11 @@ def check_datasets(
             reason = next(iter(bad.values()))
             message = "%s: %d of %d samples are not used (on_bad_sample='skip'); the first: %s"
             logger.warning(message, name, len(bad), len(dataset), reason)
-    num_prompts = args.prompts_per_generation * args.world_size
+    num_prompts, batch = args.prompts_per_round * args.world_size, "one generation batch"
+    if args.oversampling > 1:
+        batch = f"the first round of a generation batch with oversampling = {args.oversampling:g}"
     if train_dataset is not None and len(train_dataset) < num_prompts:
-        raise ValueError(
-            f"train_dataset must hold at least the {num_prompts} prompts of one generation batch, got {len(train_dataset)}"
-        )
+        raise ValueError(f"train_dataset must hold at least the {num_prompts} prompts of {batch}, got {len(train_dataset)}")
     return CheckedDatasets(media, columns, unusable, args)
 
 

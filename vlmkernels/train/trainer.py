@@ -44,16 +44,15 @@ from vlmkernels.rollout.score import Scored, score_rollout
 from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
 from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.config import GRPOConfig
+from vlmkernels.train.dynamic_sampling import BatchSampler, Sampled
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
 from vlmkernels.train.logs import (
-    EvaluatedCompletions,
     MetricBuffer,
+    SampledCompletions,
     completion_groups,
     sampling_metrics,
     step_metrics,
-    tool_counts,
-    tool_metrics,
 )
 from vlmkernels.train.micro_batches import MicroBatches, Split
 from vlmkernels.train.mismatch import Mismatch
@@ -129,6 +128,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.micro_batches = MicroBatches(self.prepared, args, self.accelerator)
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
+        self._batch_sampler: BatchSampler | None = None
         self._experience: Experience | None = None
         # With advantages and whether the loss counts any of their tokens, for log_completions.
         self._last_scored: tuple[Scored, torch.Tensor, torch.Tensor] | None = None
@@ -235,21 +235,15 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             indices: rows of train_dataset, one per prompt.
         """
         args = self.args
+        completions = SampledCompletions(None if self.agent is None else self.agent.tools)
+        sample = partial(self._sample_prompts, completions)
         with self.processes.stop_together(f"the completions of step {self.state.global_step}"), inference(self.policy):
-            with self.phases("data"):
-                rows = self.samples.__getitems__(indices)
-            rows, rollout, scored = self._sample(self.samples, rows, args.num_generations, args.temperature)
-            if args.router_replay and rollout.routed_experts is None:
-                name = type(self.engine).__name__
-                raise ValueError(
-                    f"router_replay must be False with an engine that returns no experts, such as {name}, got True"
-                )
-        if args.on_bad_sample == "skip":
-            replaced = [sample.index != index for index, sample in rows]
-            self.metrics.add({"frac_samples_replaced": sum(replaced) / len(replaced)})
-        self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
+            if self._batch_sampler is None:
+                rollout, scored = sample(indices)
+            else:
+                (rollout, scored), metrics = self._batch_sampler(sample, self._wait_for_samples)
+                self.metrics.add(metrics)
         with self.phases("wait"):
-            rewards = self.accelerator.gather(scored.scores.rewards.to(args.device))
             outcomes = self.accelerator.gather(scored.scores.outcomes.to(args.device))
         result = self._advantages(outcomes, args.num_generations)
         start = args.process_index * len(scored.samples)
@@ -267,24 +261,37 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if per_token.dim() == 2:  # of turns: show the mean over the tokens in the loss
             advantages = (per_token * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
         self._last_scored = scored, advantages, loss_mask.any(1)
-        self._record_rollout(rollout, rewards, scored)
+        self._record_sampling(completions)
         self._add_fixed_logps(experience)
         return experience
 
-    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, scored: Scored) -> None:
-        """Add the metrics of a rollout. ``rewards`` cover all processes, ``scored`` only this one."""
-        result = self._advantages(rewards, self.args.num_generations)  # with the sums of rewards of turns
-        lengths = self.accelerator.gather(rollout.sampled_mask.sum(1))
-        truncated = self.accelerator.gather(rollout.truncated)
-        prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1)[rollout.group.to(lengths.device)]
-        self.state.num_input_tokens_seen += int(lengths.sum() + self.accelerator.gather(prompt_lengths).sum())
-        self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
-        self.metrics.add(sampling_metrics(rewards, result, lengths, truncated, scored.scores, self.rewards.names))
-        if self.agent is not None:
-            self.metrics.add(tool_metrics(self._gather_tool_counts(rollout, scored), self.agent.tools))
+    def _sample_prompts(self, completions: SampledCompletions, indices: list[int]) -> Sampled:
+        """Sample and score completions of these rows of train_dataset, and add them to ``completions``."""
+        with self.phases("data"):
+            rows = self.samples.__getitems__(indices)
+        rows, rollout, scored = self._sample(self.samples, rows, self.args.num_generations, self.args.temperature)
+        if self.args.router_replay and rollout.routed_experts is None:
+            name = type(self.engine).__name__
+            raise ValueError(f"router_replay must be False with an engine that returns no experts, such as {name}, got True")
+        if self.args.on_bad_sample == "skip":
+            for index, sample in rows:
+                self.metrics.add({"frac_samples_replaced": sample.index != index})
+        self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
+        completions.add(rollout, scored)
+        return Sampled(rollout, scored)
 
-    def _gather_tool_counts(self, rollout: Rollout, scored: Scored) -> torch.Tensor:
-        return self.accelerator.gather(tool_counts(rollout, scored.episodes, self.agent.tools).to(self.args.device)).cpu()
+    def _wait_for_samples(self) -> None:
+        """Take part in the collectives of ``_sample`` on a process that has nothing to sample."""
+        with self._gathered_policy():
+            pass
+
+    def _record_sampling(self, completions: SampledCompletions) -> None:
+        """Add the metrics of all completions that were sampled for a batch, on all processes."""
+        gathered = completions.gather()
+        result = self._advantages(gathered.scores.rewards, self.args.num_generations)  # with the sums of rewards of turns
+        self.state.num_input_tokens_seen += int(gathered.lengths.sum() + gathered.prompt_lengths.sum())
+        self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
+        self.metrics.add(sampling_metrics(gathered, result, self.rewards.names))
 
     # Log-probabilities and loss
 
@@ -427,7 +434,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     ) -> EvalLoopOutput:
         """Sample and score the rows, without a loss. The metrics are named as in training, with a prefix."""
         tools = None if self.agent is None else self.agent.tools
-        num_generations, completions = self.args.num_generations_eval, EvaluatedCompletions(tools)
+        num_generations, completions = self.args.num_generations_eval, SampledCompletions(tools)
         self.callback_handler.eval_dataloader = dataloader
         num_batches = parallel.max_over_ranks(self.accelerator, len(dataloader))
         with self.processes.stop_together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
@@ -439,13 +446,12 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
                 completions.add(rollout, scored, is_own.repeat_interleave(num_generations))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             for _ in range(num_batches - len(dataloader)):  # other ranks have more rows
-                with self._gathered_policy():
-                    pass
-        scores, lengths, truncated, of_tools = completions.gather()
-        result = self._advantages(scores.rewards, num_generations)
-        metrics = sampling_metrics(scores.rewards, result, lengths, truncated, scores, self.rewards.names) | of_tools
+                self._wait_for_samples()
+        gathered = completions.gather()
+        result = self._advantages(gathered.scores.rewards, num_generations)
+        metrics = sampling_metrics(gathered, result, self.rewards.names)
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, metrics, len(lengths) // num_generations)
+        return EvalLoopOutput(None, None, metrics, len(gathered.lengths) // num_generations)
 
     @phase("log")
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -467,6 +473,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train, got None")
         self._experience = None
+        if args.chooses_groups:
+            options = self.rewards, len(self.train_dataset), self.tokenizer.pad_token_id
+            self._batch_sampler = BatchSampler(args, self.accelerator, self.processes, *options)
         if path:
             # One process first: find_checkpoint may rename a folder.
             with args.main_process_first(local=args.save_on_each_node, desc="the checkpoint"):
@@ -476,6 +485,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             if self.is_world_process_zero():
                 print(f"resuming from {path}", flush=True)
             self._experience = checkpoint.load_experience(path, args.process_index, self.prepared.family, args)
+            if self._batch_sampler is not None:
+                self._batch_sampler.stream.restore(path)
         with name_lost_processes(self.accelerator):
             return super().train(path, **kwargs)
 
@@ -485,7 +496,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.reference_adapter = reference.adapter_state(self.policy)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random states, and the generation batch if it is still in use, so that a resumed run continues it."""
+        """Save the random states, the position in the prompts, and the generation batch if it is still in use, to resume."""
         super()._save_rng_state(output_dir)
+        if self._batch_sampler is not None and self.args.should_save:
+            self._batch_sampler.stream.save(output_dir)
         if self._experience is not None and self._experience.uses < self.args.steps_per_rollout:
             checkpoint.save_experience(self._experience, output_dir, self.args.process_index)
