@@ -135,3 +135,28 @@ def test_equals_trl_over_five_steps(tmp_path, name, how):
         assert a["grad_norm"] > 0.01
     for key, x in their_weights.items():
         torch.testing.assert_close(our_weights[key], x, rtol=1e-4, atol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_dynamic_sampling(tmp_path):
+    """Trajectories of several rounds become one batch, in which images of results belong to their calls."""
+    made = tool_model("qwen2_5_vl")
+    rounds = []
+
+    def reward(completions, **kwargs):
+        """Only the last group of each round has different rewards."""
+        rounds.append(completions)
+        return [float(k == len(completions) - 1) for k in range(len(completions))]
+
+    options = {"dynamic_sampling": True, "max_tool_calling_iterations": 1, "num_generations": 2}
+    options["per_device_train_batch_size"] = 4
+    trainer, _ = trained(tmp_path, made, copy.deepcopy(made.model), reward, **options)
+    first, second = rounds
+    rollout, scored = trainer._experience.rollout, trainer._last_scored[0]
+    assert scored.completions == [*first[2:], *second[-2:]]
+    assert rollout.turns.inputs.num_images.any()
+    assert len(rollout.turns.members) == len(scored.episodes) == 4
+    images = [sum(int(rollout.turns.inputs.num_images[s]) for s in segments) for segments in rollout.turns.members]
+    assert images == [len(episode.images) for episode in scored.episodes]
+    log = trainer.state.log_history[0]
+    calls = [message["role"] == "tool" for c in (*first, *second) for message in c]
+    assert log["tools/call_frequency"] == pytest.approx(sum(calls) / len(first + second))
