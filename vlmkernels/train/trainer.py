@@ -3,7 +3,8 @@
 One generation batch serves ``steps_per_generation * num_iterations`` micro-batches:
 
     _prepare_inputs      calls _new_experience when the last batch is used up:
-      _sample              encodes prompts, samples completions with the engine and calls the reward functions
+      _sample              encodes prompts, samples completions with the engine and calls the reward functions; with
+                           dynamic_sampling several times (``vlmkernels.train.dynamic_sampling``)
       group_advantages     computes advantages from the rewards of all processes
       _add_fixed_logps     computes the old and the reference log-probabilities
     compute_loss         runs one micro-batch in splits of at most max_tokens_per_microbatch tokens:
