@@ -260,11 +260,11 @@ def ablation() -> list[str]:
     settings = content["settings"]
     seeds = ", ".join(map(str, sorted({run["seed"] for run in content["runs"]})))
     first, second = settings["start_steps"]
+    every, where = settings["evaluate_every"], f"{content['suite']} version {content['version']}, on {content['device']}"
     note = [
         "Cells show the method's value and, with a 95 % interval over questions and seeds, its paired difference from GRPO in",
-        f"points. {settings['steps']} steps after a supervised start of {first} + {second} steps, seeds {seeds}, evaluated every",
-        f"{settings['evaluate_every']} steps; {content['suite']} version {content['version']}, on {content['device']}, commit",
-        f"{content['commit']}.",
+        f"points. {settings['steps']} steps after a supervised start of {first} + {second} steps, seeds {seeds}, evaluated",
+        f"every {every} steps; {where}, commit {content['commit']}.",
     ]
     return [*lines, "", *verdicts, "", " ".join(note)]
 
