@@ -161,7 +161,7 @@ def summarize(settings: dict, output: Path) -> None:
     """Write the results of all finished runs."""
     paths = [folder_of(method, seed, output) / "run.json" for seed in settings["seeds"] for method in METHODS]
     runs = [json.loads(path.read_text()) for path in paths if path.exists()]
-    rows = EvaluationRows(suite.suite.ShapesAndDigits("test"), Scoring())
+    rows = EvaluationRows(suite.suite.ShapesAndDigits("test"), Scoring(metrics=tuple(dict.fromkeys(REPORTED.values()))))
 
     def evaluated(files: list[Path]) -> Evaluation:
         return Evaluation([Predictions.read(file) for file in files], rows)
@@ -216,7 +216,7 @@ def main() -> int:
         help="supervised steps, two stages",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--evaluations", type=int, default=6, help="number of evaluations of each run")
+    parser.add_argument("--evaluations", type=int, default=8, help="number of evaluations of each run")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=available())
     parser.add_argument("--processes", type=int, default=2, help="number of jobs at the same time, each on one core")
     parser.add_argument("--output", type=Path, default=Path("ablation-output"))

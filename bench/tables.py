@@ -246,16 +246,15 @@ def ablation() -> list[str]:
     content = json.loads(path.read_text())
     costs = {"step": "optimizer steps", "completions": "completions", "seconds": "CPU seconds"}
     names = " | ".join(f"at equal {name}" for name in costs.values())
-    lines, verdicts = (
-        [f"| method | test split | metric | start | GRPO | {names} |", "| --- | --- | --- | ---: | ---: |" + " ---: |" * 3],
-        [],
-    )
+    lines = [f"| method | test split | metric | start | GRPO | {names} |", "| --- | --- | --- | ---: | ---: |" + " ---: |" * 3]
+    verdicts = []
     for comparison in content["comparisons"]:
         method, at_equal = comparison["method"], comparison["at_equal"]
         for group, metric in content["reported"].items():
             cells = [_compared(at_equal[cost], group) for cost in costs]
             values = f"{content['start'][group]:.1%} | {at_equal['step']['metrics'][group]['base']:.1%}"
-            lines.append(f"| {method} | {group} | `{metric}` | {values} | {' | '.join(cells)} |")
+            name = "color" if group == "colour" else group  # the category has the word of its questions
+            lines.append(f"| {method} | {name} | `{metric}` | {values} | {' | '.join(cells)} |")
         verdicts.append(_verdicts(comparison, content["runs"], costs))
     settings = content["settings"]
     seeds = ", ".join(map(str, sorted({run["seed"] for run in content["runs"]})))
