@@ -1,0 +1,98 @@
+"""Masked images: black is what the processor makes of black pixels, in every family."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_families import BUILDERS, case
+
+from vlmkernels.models.families import family_of
+from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.masked_images import BLACK, GREY, mask_images, uniform_pixels
+
+PIXELS = ("pixel_values", "pixel_values_videos")
+WITH_MEDIA = [name for name in BUILDERS if name not in ("text", "qwen3_next")]
+
+
+def batch_of(name):
+    built = case(name)
+    counts = (torch.tensor([len(getattr(sample, kind)) for sample in built.samples]) for kind in ("images", "videos"))
+    return ModelInputs.from_processor(built.inputs(), family_of(built.model.config), *counts)
+
+
+def batch_of_one_color(name, level, monkeypatch):
+    class Uniform:
+        def __init__(self, seed):
+            pass
+
+        def integers(self, low, high, shape, dtype):
+            return np.full(shape, level, dtype)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", Uniform)
+        return batch_of(name)
+
+
+@pytest.mark.parametrize("name", WITH_MEDIA)
+def test_a_mask_of_everything_is_an_image_of_one_color(name, monkeypatch):
+    batch, processor = batch_of(name), case(name).processor
+    expected = {level: batch_of_one_color(name, level, monkeypatch).inputs for level in (BLACK, GREY)}
+    for level in (BLACK, GREY):
+        masked = mask_images(batch, uniform_pixels(processor, level))
+        assert masked.inputs.keys() == batch.inputs.keys()
+        for key, value in masked.inputs.items():
+            if key not in PIXELS:
+                assert value is batch.inputs[key]
+                continue
+            differs = (value - expected[level][key]).abs() > 1e-6
+            # Processors enlarge some images by black edges, llava_onevision by gray ones; they are masked too.
+            edges = expected[BLACK][key] == expected[GREY][key]
+            if name == "llava_onevision":
+                edges = value == uniform_pixels(processor, level)[key]
+            assert not (differs & ~edges).any(), (key, level)
+
+
+def test_the_masked_patches_are_those_of_the_generator():
+    batch, color = batch_of("qwen2_5_vl"), uniform_pixels(case("qwen2_5_vl").processor, BLACK)
+    batch = replace(batch, image_keys=torch.arange(5))
+
+    def masks(seed, ratio=0.6):
+        masked = mask_images(batch, color, ratio, generator=torch.Generator().manual_seed(seed))
+        changed = {name: (masked.inputs[name] != batch.inputs[name]).any(-1) for name in PIXELS}
+        for name, rows in changed.items():
+            assert (masked.inputs[name][rows] == color[name]).all()  # whole patches
+        return masked, torch.cat([*changed.values()])
+
+    state = torch.get_rng_state()
+    masked, chosen = masks(0)
+    assert 0.4 < chosen.float().mean() < 0.8
+    assert torch.equal(masks(0)[1], chosen)
+    assert not torch.equal(masks(1)[1], chosen)
+    assert not masks(0, ratio=0.0)[1].any()
+    assert masks(0, ratio=1.0)[1].all()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not set(masked.image_keys.tolist()) & set(batch.image_keys.tolist())
+    assert torch.equal(masked.select(torch.tensor([2])).inputs["pixel_values"], masked.inputs["pixel_values"][4:20])
+
+
+def test_squares_of_pixels():
+    batch, color = batch_of("paligemma"), uniform_pixels(case("paligemma").processor, BLACK)
+    pixels = mask_images(batch, color, 0.5, generator=torch.Generator().manual_seed(0)).inputs["pixel_values"]
+    is_masked = (pixels == color["pixel_values"]).all(1).unflatten(-1, (2, 14)).unflatten(-3, (2, 14))  # 28 x 28 pixels
+    assert torch.equal(is_masked.all((-3, -1)), is_masked.float().mean((-3, -1)) > 0.5)
+    assert 0 < is_masked.all((-3, -1)).sum() < 16
+    other = mask_images(batch, color, 0.5, generator=torch.Generator().manual_seed(0), patch_size=7).inputs["pixel_values"]
+    assert not torch.equal(other, pixels)
+
+
+def test_what_cannot_be_masked():
+    batch, color = batch_of("internvl"), uniform_pixels(case("internvl").processor, BLACK)
+    with pytest.raises(ValueError, match=r"ratio must be in \[0, 1\], got 1.5"):
+        mask_images(batch, color, 1.5)
+    with pytest.raises(ValueError, match=r"color must have a value for pixel_values \(family internvl\), got none"):
+        mask_images(batch, {})
+    features = replace(batch, inputs={"image_features": torch.zeros(1, 2)})
+    message = r"inputs must have the pixels of their images \(family internvl\), got image_features"
+    with pytest.raises(ValueError, match=message):
+        mask_images(features, color)
