@@ -252,6 +252,29 @@ def completion_logps(
     return call_in_head(model, batch, head, function)[0]
 
 
+def _with_masked_images(
+    loss: Callable[..., LinearGRPOLossOutput],
+    logps: Callable[..., torch.Tensor],
+    is_masked: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> LinearGRPOLossOutput:
+    """Compute a loss with the log-probabilities of its tokens after masked images, for ``call_in_head``.
+
+    Args:
+        loss, logps: ``linear_grpo_loss`` and ``linear_logps`` with their options.
+        is_masked: (N,) bool, which tokens of the loss are scored again, in the rows that follow the first N.
+    """
+    count = len(is_masked)
+    found = logps(hidden, weight, targets[count:], rows=rows[count:], bias=bias)
+    masked = found.new_full((count,), math.nan).masked_scatter(is_masked, found)
+    return loss(hidden, weight, targets[:count], rows=rows[:count], bias=bias, masked_logps=masked)
+
+
 def completion_loss(
     model: torch.nn.Module,
     batch: ScoringBatch,
@@ -260,6 +283,7 @@ def completion_loss(
     head: torch.nn.Module,
     arguments: dict[str, float],
     temperature: float,
+    masked: torch.Tensor | None = None,
     **objective: Any,
 ) -> LinearGRPOLossOutput:
     """Compute the GRPO loss of a batch, with its metrics, log-probabilities and entropies.
@@ -267,8 +291,13 @@ def completion_loss(
     Args:
         model, batch, head, arguments, temperature: see ``completion_logps``.
         loss_mask, objective: see ``packed_grpo_loss``.
+        masked: (B,) bool, the completions whose tokens ``batch``, from ``pack_branches`` or ``pad_branches``, scores again with
+            masked images. None: it scores all tokens once.
     """
     function = packed_grpo_loss(loss_mask, temperature=temperature, **arguments, **objective)
+    if masked is not None:
+        logps = partial(linear_logps, temperature=temperature, **arguments)
+        function = partial(_with_masked_images, function, logps, masked.unsqueeze(1).expand_as(loss_mask)[loss_mask])
     result, output = call_in_head(model, batch, head, function)
     # DeepSpeed prepares the backward pass of a module only if the loss depends on the module's output.
     return result._replace(loss=result.loss + 0.0 * output.logits.sum())

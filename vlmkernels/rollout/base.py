@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlmkernels.data.samples import Sample, tokenizer_of
+from vlmkernels.models.branches import branch_lengths, pack_branches, pad_branches
 from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.families import media_token_ids, missing_token_ids
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images
@@ -174,6 +175,7 @@ class Rollout:
             ``vlmkernels.models.router_replay``. None if routers choose in training too.
         sampling_logps: (B, C) fp32, log-probabilities with which the tokens were sampled, from an engine that returns them
             alone. None: they are ``logps - log_kept_mass``, if the engine returns both.
+        masked_prompts: the P prompts with masked images, for ``branches``. None if there are none.
     """
 
     prompts: ModelInputs
@@ -186,6 +188,7 @@ class Rollout:
     turns: Turns | None = None
     routed_experts: RoutedExperts | None = None
     sampling_logps: torch.Tensor | None = None
+    masked_prompts: ModelInputs | None = None
 
     @cached_property
     def sampled_mask(self) -> torch.Tensor:
@@ -213,7 +216,8 @@ class Rollout:
             parts = torch.arange(len(turns.inputs)).tensor_split(number)
             encoded = [encode_images(model, turns.inputs.select(part)) for part in parts]
             turns = replace(turns, inputs=join(encoded))
-        return replace(self, prompts=encode_images(model, self.prompts), turns=turns)
+        masked = None if self.masked_prompts is None else encode_images(model, self.masked_prompts)
+        return replace(self, prompts=encode_images(model, self.prompts), masked_prompts=masked, turns=turns)
 
     def token_ids(self) -> list[list[int]]:
         """Return the token ids of each completion, without padding."""
@@ -223,7 +227,9 @@ class Rollout:
         """Return the token ids of each completion that the model sampled."""
         return _rows(self.completion_ids, self.sampled_mask)
 
-    def parts(self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int) -> list[torch.Tensor]:
+    def parts(
+        self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int, branches: bool = False
+    ) -> list[torch.Tensor]:
         """Split completions into parts of at most ``max_tokens`` tokens, as ``packed`` (or ``padded``) lays them out.
 
         Args:
@@ -231,6 +237,7 @@ class Rollout:
             max_tokens: token budget of a part; None for one part.
             shared: whether completions share their prompt (``packed``).
             hidden_size: hidden size of the model, from which ``cut_packs`` computes the cost of a pack.
+            branches: whether ``branches`` lays them out. Without sharing, each completion then is two rows.
 
         Returns:
             The indices of each part's completions, (n,) int64.
@@ -243,6 +250,10 @@ class Rollout:
             return [chosen]
         prefixes = self.prompts.inputs["attention_mask"].sum(1).tolist()
         group, lengths = self.group.tolist(), self.completion_mask.sum(1).tolist()
+        if branches and shared:
+            prefixes, times = branch_lengths(self.prompts)
+            lengths = [length * times[prompt] for prompt, length in zip(group, lengths, strict=True)]
+        rows = 2 if branches and not shared else 1
         if shared and self.turns is not None:
             parts = self.turns.cut(prefixes, group, chosen.tolist(), max_tokens, hidden_size)
             return [torch.tensor(part) for part in parts]
@@ -251,12 +262,13 @@ class Rollout:
         def largest(rows: list[tuple[int, int]]) -> tuple[int, int]:  # copies are padded to the longest prompt and completion
             return max(rows, key=sum) if shared else (max(prefix for prefix, _ in rows), max(length for _, length in rows))
 
-        needed = sum(largest(sizes[samples]))
-        if needed > max_tokens:
-            prefix, length = largest(sizes)  # of the whole generation batch: other parts may need more
+        needed = rows * sum(largest(sizes[samples]))
+        if needed > max_tokens:  # the error counts those of the whole generation batch: other parts may need more
+            prefix, length = (rows * size for size in largest(sizes))
+            twice = " (with those of the masked images)" if branches else ""
             raise ValueError(
                 f"max_tokens_per_microbatch must be at least {prefix + length}, a prompt of {prefix} tokens and a completion "
-                f"of {length}, got {max_tokens}"
+                f"of {length}{twice}, got {max_tokens}"
             )
         if shared:
             packs = cut_packs(prefixes, group[samples], lengths[samples], max_tokens, hidden_size)
@@ -298,6 +310,20 @@ class Rollout:
             for prompt in chosen.tolist()
         ]
         return self._with_experts(batch, self._segments([segment for part in parts for segment in part]))
+
+    def branches(self, samples: torch.Tensor, model: PreTrainedModel | None, loss_mask: torch.Tensor) -> ScoringBatch:
+        """Return completions after their prompts and after ``masked_prompts``; see ``pack_branches``.
+
+        Args:
+            samples: (n,) int64, the completions.
+            model: computes the position ids of a pack. None: rows with copies of the prompts, as ``padded`` returns them.
+            loss_mask: (n, C) bool, the tokens to score.
+        """
+        assert self.masked_prompts is not None
+        completions = self.group[samples], self.completion_ids[samples], self.completion_mask[samples], loss_mask
+        if model is None:
+            return pad_branches(self.prompts, self.masked_prompts, *completions)
+        return pack_branches(model, self.prompts, self.masked_prompts, *completions)
 
     # Routed experts. A place is the index of a token among those of all prompts and then of all completions, with padding.
 

@@ -1,0 +1,160 @@
+"""How much the predictions of a model depend on its images: their KL divergence from those with the images greyed."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from vlmkernels.models.branches import pad_branches
+from vlmkernels.models.head import call_in_head, logit_arguments, output_head
+from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.loading import inference
+from vlmkernels.models.masked_images import GREY, has_media, mask_images, uniform_pixels
+from vlmkernels.models.packs import ScoringBatch
+from vlmkernels.rollout.base import Rollout
+from vlmkernels.train.config import GRPOConfig
+from vlmkernels.train.setup import PreparedPolicy
+
+MAX_PROMPTS, MAX_COMPLETIONS = 4, 8  # prompts and completions of a generation batch that are measured
+_CHUNK = 2**24  # logits of one step
+
+
+def image_use(
+    model: PreTrainedModel,
+    processor: Any,
+    prompts: ModelInputs,
+    group: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Measure how much a model's predictions of completion tokens depend on the images of the prompts.
+
+    Args:
+        model: a transformers model, perhaps with adapters.
+        processor: its processor.
+        prompts: the model inputs of P prompts, from ``vlmkernels.data.samples.encode``, with pixels.
+        group: (n,) int64 on the CPU, the prompt of each completion, ascending.
+        completion_ids, completion_mask: (n, C), right-padded completions and their tokens, bool.
+        temperature: divides the logits.
+
+    Returns:
+        (N,) fp32, for each token of the completions whose prompt has an image or video, the KL divergence in nats from the
+        next-token distribution with the images to that with grey images in their place, over the whole vocabulary. An image
+        that is ignored gives 0.
+    """
+    grey = mask_images(prompts, uniform_pixels(processor, GREY))
+    chosen = has_media(prompts)[group]
+    completions = group[chosen], *(x[chosen.to(x.device)] for x in (completion_ids, completion_mask.bool()))
+    head = output_head(model)
+    batch = pad_branches(prompts, grey, *completions, completions[-1])
+    with inference(model):
+        return _divergence(model, batch, head, logit_arguments(model, head), temperature)
+
+
+class ImageUse:
+    """Measures the divergence of ``image_use`` in training, on a few completions of a generation batch.
+
+    Both branches run in one forward pass without gradients, and share what they can. No random state changes.
+
+    Args:
+        processor: the processor of the policy.
+        policy: how the policy runs.
+        args: the arguments of the run.
+    """
+
+    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig) -> None:
+        self._policy, self._args = policy, args
+        self._grey = uniform_pixels(processor, GREY, policy.processor_arguments)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure the generation batch that is sampled after ``step`` optimizer steps."""
+        args = self._args
+        steps = max(args.steps_per_rollout // args.gradient_accumulation_steps, 1)  # that train on the batch
+        return -step % args.image_use_steps < steps
+
+    def prepare(self, prompts: ModelInputs, step: int) -> Callable[[torch.nn.Module, Rollout], dict[str, float]] | None:
+        """Return a function that measures the completions of ``prompts``, or None if it is not time to.
+
+        Args:
+            prompts: the prompts of a generation batch, with pixels.
+            step: number of optimizer steps done.
+        """
+        if not self.is_due(step):
+            return None
+        chosen = has_media(prompts).nonzero()[:MAX_PROMPTS, 0]
+        return partial(self._measure, chosen, mask_images(prompts.select(chosen), self._grey))
+
+    def _measure(self, chosen: torch.Tensor, grey: ModelInputs, model: torch.nn.Module, rollout: Rollout) -> dict[str, float]:
+        """Return the metrics. ``chosen`` are the prompts with images, ``grey`` their inputs with grey images."""
+        if not len(chosen):
+            return {"image_use/kl": math.nan}
+        policy, args, number = self._policy, self._args, MAX_COMPLETIONS // len(chosen)
+        members = [(rollout.group == prompt).nonzero()[:number, 0] for prompt in chosen.tolist()]
+        samples = torch.cat(members)
+        part = Rollout(
+            rollout.prompts.select(chosen),
+            torch.arange(len(chosen)).repeat_interleave(torch.tensor([*map(len, members)])),
+            rollout.completion_ids[samples],
+            rollout.completion_mask[samples],
+            rollout.truncated[samples],
+            masked_prompts=grey,
+        )
+        if policy.reuses_image_features:
+            part = part.with_image_features(policy.model)
+        shared, size = policy.model if policy.shares_prefix else None, policy.model.config.get_text_config().hidden_size
+        options = {"shared": policy.shares_prefix, "hidden_size": size, "branches": True}
+        found = []
+        with inference(model):
+            for some in part.parts(slice(None), args.max_tokens_per_microbatch, **options):
+                batch = part.branches(some, shared, part.completion_mask[some])
+                found.append(_divergence(model, batch, policy.head, policy.logit_arguments, args.temperature))
+        return {"image_use/kl": float(torch.cat(found).mean())}
+
+
+def _divergence(
+    model: torch.nn.Module, batch: ScoringBatch, head: torch.nn.Module, arguments: dict[str, float], temperature: float
+) -> torch.Tensor:
+    """Return the divergence of the tokens of a batch whose second half scores the same tokens with other images."""
+    return call_in_head(model, batch, head, partial(_token_divergence, temperature=temperature, **arguments))[0]
+
+
+def _token_divergence(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Return KL(p || q), (N,), of the distributions p and q of the first and the last N rows, without storing all logits."""
+    hidden = hidden.reshape(-1, hidden.shape[-1])[rows].float()
+    count = len(rows) // 2
+    if not count:
+        return hidden.new_zeros(0)
+    size = max(1, _CHUNK // len(rows))
+
+    def logits(part: torch.Tensor, part_bias: torch.Tensor | None) -> torch.Tensor:
+        values = hidden @ part.float().T
+        values = (values if part_bias is None else values + part_bias.float()) * logit_scale
+        return (values if softcap is None else softcap * torch.tanh(values / softcap)) / temperature
+
+    most, total = hidden.new_full((2 * count,), -torch.inf), hidden.new_zeros(2 * count)
+    difference = hidden.new_zeros(count)
+    for start in range(0, len(weight), size):
+        chunk = slice(start, start + size)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = logits(weight[chunk], None if bias is None else bias[chunk])
+        largest = torch.maximum(most, values.amax(1))
+        scale, exponentials = (most - largest).exp(), (values - largest.unsqueeze(1)).exp()
+        difference = difference * scale[:count] + (exponentials[:count] * (values[:count] - values[count:])).sum(1)
+        most, total = largest, total * scale + exponentials.sum(1)
+    normalizer = most + total.log()
+    return (difference / total[:count] - normalizer[:count] + normalizer[count:]).clamp(min=0)
