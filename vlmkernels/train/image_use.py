@@ -18,6 +18,7 @@ from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.setup import PreparedPolicy
 
+DEFAULT_STEPS = 10  # between measurements with diagnose
 MAX_PROMPTS, MAX_COMPLETIONS = 4, 8  # prompts and completions of a generation batch that are measured
 _CHUNK = 2**24  # logits of one step
 
@@ -56,6 +57,17 @@ def image_use(
         return _divergence(model, batch, head, logit_arguments(model, head), temperature)
 
 
+def steps_between(args: GRPOConfig, media: set[str], *, has_tools: bool) -> int | None:
+    """Return how many optimizer steps are between measurements; None: never.
+
+    Args:
+        media: the kinds of media that training can have.
+    """
+    if args.image_use_steps is None and getattr(args, "diagnose", False) and media and not has_tools:
+        return DEFAULT_STEPS
+    return args.image_use_steps
+
+
 class ImageUse:
     """Measures the divergence of ``image_use`` in training, on a few completions of a generation batch.
 
@@ -65,17 +77,18 @@ class ImageUse:
         processor: the processor of the policy.
         policy: how the policy runs.
         args: the arguments of the run.
+        every: optimizer steps between measurements.
     """
 
-    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig) -> None:
-        self._policy, self._args = policy, args
+    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig, every: int) -> None:
+        self._policy, self._args, self._every = policy, args, every
         self._grey = uniform_pixels(processor, GREY, policy.processor_arguments)
 
     def is_due(self, step: int) -> bool:
         """Whether to measure the generation batch that is sampled after ``step`` optimizer steps."""
         args = self._args
         steps = max(args.steps_per_rollout // args.gradient_accumulation_steps, 1)  # that train on the batch
-        return -step % args.image_use_steps < steps
+        return -step % self._every < steps
 
     def prepare(self, prompts: ModelInputs, step: int) -> Callable[[torch.nn.Module, Rollout], dict[str, float]] | None:
         """Return a function that measures the completions of ``prompts``, or None if it is not time to.

@@ -46,7 +46,7 @@ from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
-from vlmkernels.train.image_use import ImageUse
+from vlmkernels.train.image_use import ImageUse, steps_between
 from vlmkernels.train.logs import (
     EvaluatedCompletions,
     MetricBuffer,
@@ -125,7 +125,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
         self.masks = PerceptionMasks(processor, self.prepared, args) if args.masks_images else None
-        self.image_use = ImageUse(processor, self.prepared, args) if args.image_use_steps else None
+        every = steps_between(args, self.datasets.media, has_tools=self.agent is not None)
+        self.image_use = None if every is None else ImageUse(processor, self.prepared, args, every)
         self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
