@@ -13,7 +13,7 @@ from vlmkernels.data.images import ImageLimits
 from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
-from vlmkernels.ops.grpo_loss.config import PRESETS
+from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS, PRESETS
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.make import engine_name
 from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sampling
@@ -347,7 +347,7 @@ class GRPOConfig(TrainingArguments):
     @property
     def masks_images(self) -> bool:
         """Whether the loss has terms of masked images."""
-        return any((self.perception_loss_weight, self.der_loss_weight1, self.der_loss_weight2))
+        return any(getattr(self, name) for name in PERCEPTION_WEIGHTS)
 
     def _check_vllm(self) -> None:
         if self.deterministic:

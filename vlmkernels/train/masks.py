@@ -7,6 +7,7 @@ import torch
 from vlmkernels.models.families import Family
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.masked_images import BLACK, PATCH_SIZE, mask_images, uniform_pixels
+from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.setup import PreparedPolicy
 
@@ -20,7 +21,7 @@ def check_perception(args: GRPOConfig, family: Family, media: set[str], *, has_t
     Raises:
         ValueError: a setting needs images and there are none, or does not work with tools.
     """
-    for name in ("perception_loss_weight", "der_loss_weight1", "der_loss_weight2", "image_use_steps"):
+    for name in (*PERCEPTION_WEIGHTS, "image_use_steps"):
         if not (value := getattr(args, name)):
             continue
         off = "None" if name == "image_use_steps" else "0"
