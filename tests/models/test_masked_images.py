@@ -8,8 +8,8 @@ import torch
 from support.tiny_families import BUILDERS, case
 
 from vlmkernels.models.families import family_of
-from vlmkernels.models.inputs import ModelInputs
-from vlmkernels.models.masked_images import BLACK, GREY, mask_images, uniform_pixels
+from vlmkernels.models.inputs import ModelInputs, from_rows, to_rows
+from vlmkernels.models.masked_images import BLACK, GREY, exchange_images, mask_images, uniform_pixels
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 WITH_MEDIA = [name for name in BUILDERS if name not in ("text", "qwen3_next")]
@@ -86,6 +86,28 @@ def test_squares_of_pixels():
     assert not torch.equal(other, pixels)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_next", "minicpmv4_7"])
+def test_samples_exchange_images_of_the_same_sizes(name):
+    batch = batch_of(name)
+    # Samples 1 and 4, the same text with other pixels, can exchange; 3 and 5 have the same image; nothing fits to sample 2.
+    batch = batch.select(torch.tensor([0, 1, 2, 3, 1, 3]))
+    pixels = batch.inputs["pixel_values"].clone()
+    batch.inputs["pixel_values"] = pixels
+    rows = to_rows(pixels, batch.family.spec("pixel_values"))
+    counts = batch.rows[batch.family.axis("pixel_values")]
+    start = int(counts[:4].sum())
+    changed = rows.clone()
+    changed[start : start + counts[4]] = torch.where(rows[start : start + counts[4]] != 0, 0.25, 0.0)
+    batch.inputs["pixel_values"] = from_rows(changed, batch.family.spec("pixel_values"))
+    other, moved = exchange_images(replace(batch, image_keys=torch.arange(int(batch.num_images.sum()))))
+    assert moved.tolist() == [False, True, False, False, True, False]
+    for sample, source in enumerate((0, 4, 2, 3, 1, 5)):
+        now, before = (x.select(torch.tensor([k])).inputs for x, k in ((other, sample), (batch, source)))
+        assert ("pixel_values" in now) == ("pixel_values" in before)
+        assert torch.equal(now.get("pixel_values", torch.empty(0)), before.get("pixel_values", torch.empty(0)))
+    assert all(torch.equal(x, batch.inputs[key]) for key, x in other.inputs.items() if key != "pixel_values")
+
+
 def test_what_cannot_be_masked():
     batch, color = batch_of("internvl"), uniform_pixels(case("internvl").processor, BLACK)
     with pytest.raises(ValueError, match=r"ratio must be in \[0, 1\], got 1.5"):
@@ -94,5 +116,6 @@ def test_what_cannot_be_masked():
         mask_images(batch, {})
     features = replace(batch, inputs={"image_features": torch.zeros(1, 2)})
     message = r"inputs must have the pixels of their images \(family internvl\), got image_features"
-    with pytest.raises(ValueError, match=message):
-        mask_images(features, color)
+    for change in (lambda: mask_images(features, color), lambda: exchange_images(features)):
+        with pytest.raises(ValueError, match=message):
+            change()

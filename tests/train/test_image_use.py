@@ -29,9 +29,12 @@ def test_equals_the_divergence_of_the_logits():
 
 def test_a_model_that_ignores_its_image_has_none():
     model, prompts = amplified(tiny.vlm()), prompts_of([1, 2], tiny.vlm())
-    model.base_model.visual.merger.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     ids, mask = completions_of([3, 2])
+    arguments = model, tiny.processor(), prompts_of([1, 1], tiny.vlm()), torch.arange(2), ids, mask
+    assert image_use(*arguments, exchange=True).mean() > 0.01
+    model.base_model.visual.merger.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     assert image_use(model, tiny.processor(), prompts, torch.arange(2), ids, mask).max() < 1e-5
+    assert image_use(*arguments, exchange=True).max() < 1e-5
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"logit_scale": 0.3}])

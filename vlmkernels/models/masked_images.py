@@ -97,6 +97,47 @@ def mask_images(
     return replace(batch, inputs=inputs, image_keys=None if keys is None else _other_keys(keys))
 
 
+def exchange_images(batch: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
+    """Return model inputs in which samples have the images and videos of one another. All other inputs stay the same.
+
+    Two samples can exchange their images if these differ and have the same number and sizes, as the other inputs say.
+
+    Args:
+        batch: model inputs with pixels.
+
+    Returns:
+        The inputs, and which samples have other images than before, (B,) bool on the CPU. Their ``image_keys`` differ from
+        those of ``batch``.
+
+    Raises:
+        ValueError: the inputs have features in place of pixels.
+    """
+    family = batch.family
+    if "image_features" in batch.inputs:
+        raise ValueError(f"inputs must have the pixels of their images (family {family.name}), got image_features")
+    parts = {}  # by input, of each sample
+    for name, tensor in batch.inputs.items():
+        spec = family.spec(name)
+        if spec.axis != "token" and spec.indexes is None:
+            parts[name] = to_rows(tensor, spec).split(batch.rows[spec.axis].tolist())
+    pixels = [name for name in _PIXELS if name in parts]
+    alike: dict[tuple, list[int]] = {}
+    for sample in has_media(batch).nonzero()[:, 0].tolist():
+        shapes = tuple(parts[name][sample].shape for name in pixels)
+        others = tuple((name, str(part[sample].tolist())) for name, part in parts.items() if name not in pixels)
+        alike.setdefault((shapes, others), []).append(sample)
+    source = torch.arange(len(batch))
+    for members in alike.values():
+        for place, sample in enumerate(members):
+            following = members[place + 1 :] + members[:place]
+            equal = (all(torch.equal(parts[name][sample], parts[name][other]) for name in pixels) for other in following)
+            source[sample] = next((other for other, same in zip(following, equal, strict=True) if not same), sample)
+    moved = {name: torch.cat([parts[name][sample] for sample in source.tolist()]) for name in pixels}
+    inputs = batch.inputs | {name: from_rows(rows, family.spec(name)) for name, rows in moved.items()}
+    keys = None if batch.image_keys is None else _other_keys(batch.image_keys)
+    return replace(batch, inputs=inputs, image_keys=keys), source != torch.arange(len(batch))
+
+
 def has_media(batch: ModelInputs) -> torch.Tensor:
     """Return which samples have an image or a video, (B,) bool on the CPU."""
     return batch.rows["image"] + batch.rows["video"] > 0

@@ -12,7 +12,7 @@ from vlmkernels.models.branches import pad_branches
 from vlmkernels.models.head import call_in_head, logit_arguments, output_head
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
-from vlmkernels.models.masked_images import GREY, has_media, mask_images, uniform_pixels
+from vlmkernels.models.masked_images import GREY, exchange_images, has_media, mask_images, uniform_pixels
 from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
@@ -32,6 +32,7 @@ def image_use(
     completion_mask: torch.Tensor,
     *,
     temperature: float = 1.0,
+    exchange: bool = False,
 ) -> torch.Tensor:
     """Measure how much a model's predictions of completion tokens depend on the images of the prompts.
 
@@ -42,17 +43,21 @@ def image_use(
         group: (n,) int64 on the CPU, the prompt of each completion, ascending.
         completion_ids, completion_mask: (n, C), right-padded completions and their tokens, bool.
         temperature: divides the logits.
+        exchange: compare with the images of other prompts in place of grey images; see ``exchange_images``.
 
     Returns:
-        (N,) fp32, for each token of the completions whose prompt has an image or video, the KL divergence in nats from the
-        next-token distribution with the images to that with grey images in their place, over the whole vocabulary. An image
-        that is ignored gives 0.
+        (N,) fp32, for each token of the completions whose prompt has an image or video (with ``exchange``: has other images),
+        the KL divergence in nats from the next-token distribution with the images to that with grey images in their place, over
+        the whole vocabulary. An image that is ignored gives 0.
     """
-    grey = mask_images(prompts, uniform_pixels(processor, GREY))
-    chosen = has_media(prompts)[group]
+    if exchange:
+        others, differs = exchange_images(prompts)
+    else:
+        others, differs = mask_images(prompts, uniform_pixels(processor, GREY)), has_media(prompts)
+    chosen = differs[group]
     completions = group[chosen], *(x[chosen.to(x.device)] for x in (completion_ids, completion_mask.bool()))
     head = output_head(model)
-    batch = pad_branches(prompts, grey, *completions, completions[-1])
+    batch = pad_branches(prompts, others, *completions, completions[-1])
     with inference(model):
         return _divergence(model, batch, head, logit_arguments(model, head), temperature)
 
