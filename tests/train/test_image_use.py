@@ -53,7 +53,6 @@ def test_logits_in_chunks(monkeypatch, options):
 
 
 CASES = {
-    "shared": {},
     "copies": {"share_prefix": False},
     "features": {"peft_config": True, "max_tokens_per_microbatch": 90},
 }
@@ -65,7 +64,7 @@ def test_a_measured_run_is_the_same_run(tmp_path, case):
     peft_config = lora() if options.pop("peft_config", False) else None
     for steps in (None, 2):
         torch.manual_seed(0)
-        args = config(tmp_path, max_steps=4, image_use_steps=steps, **options)
+        args = config(tmp_path, max_steps=3, image_use_steps=steps, **options)
         trainer = GRPOTrainer(
             tiny.vlm(), [length_reward], args, tiny.rows(8, "mixed"), processing_class=tiny.processor(),
             peft_config=peft_config,

@@ -21,8 +21,7 @@ CASES = {
     "text": {"images": "none", "beta": 0.1, "importance_sampling_level": "sequence"},
     "kl": {"images": "several", "beta": 0.1, "gradient_checkpointing": True},
     "lora": {"images": "one", "beta": 0.1, "peft_config": True, "steps_per_generation": 4},
-    "masks": {"images": "mixed", "loss_type": "grpo", "num_iterations": 2, **PAPO},
-    "masks and lora": {"images": "several", "beta": 0.1, "peft_config": True, "mask_truncated_completions": True, **PAPO},
+    "masks": {"images": "mixed", "num_iterations": 2, "peft_config": True, "mask_truncated_completions": True, **PAPO},
 }
 
 
@@ -105,8 +104,7 @@ BUDGETS = {
     "masked": (False, 43, {"loss_type": "vespo", "mask_truncated_completions": True, "num_iterations": 2}),
     "entropy": (False, 43, {"loss_type": "grpo", "entropy_coef": 0.1, "mask_truncated_completions": True}),
     "copies": (False, 100, {"loss_type": "luspo", "steps_per_generation": 4}),
-    "masks": ("auto", 90, {"images": "mixed", **PAPO}),
-    "copies of masks": (False, 110, {"loss_type": "bnpo", **PAPO}),
+    "masks": ("auto", 90, {"images": "mixed", "loss_type": "grpo", **PAPO}),
 }
 
 
