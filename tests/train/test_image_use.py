@@ -8,7 +8,7 @@ from support.training import config, length_reward, lora
 
 from vlmkernels.models.masked_images import GREY, mask_images, uniform_pixels
 from vlmkernels.train import GRPOTrainer
-from vlmkernels.train.image_use import _token_divergence, image_use
+from vlmkernels.train.image_use import image_use
 
 
 def test_equals_the_divergence_of_the_logits():
@@ -35,21 +35,6 @@ def test_a_model_that_ignores_its_image_has_none():
     model.base_model.visual.merger.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
     assert image_use(model, tiny.processor(), prompts, torch.arange(2), ids, mask).max() < 1e-5
     assert image_use(*arguments, exchange=True).max() < 1e-5
-
-
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"logit_scale": 0.3}])
-def test_logits_in_chunks(monkeypatch, options):
-    monkeypatch.setattr("vlmkernels.train.image_use._CHUNK", 40)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((1, 6, 8), (33, 8), (33,)))
-    rows = torch.tensor([0, 2, 3, 5])
-    found = _token_divergence(hidden, weight, rows, rows=rows, bias=bias, temperature=0.5, **options)
-    logits = (hidden[0, rows].double() @ weight.T.double() + bias.double()) * options.get("logit_scale", 1)
-    if cap := options.get("softcap"):
-        logits = cap * torch.tanh(logits / cap)
-    p, q = (logits / 0.5).log_softmax(-1).split(2)
-    torch.testing.assert_close(found.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-6)
-    assert len(_token_divergence(hidden, weight, rows[:0], rows=rows[:0], bias=bias, temperature=0.5)) == 0
 
 
 CASES = {

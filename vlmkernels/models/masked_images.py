@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedConfig
 
 from vlmkernels.models.inputs import ModelInputs, from_rows, to_rows
 
@@ -49,6 +50,12 @@ def _one_patch(pixels: torch.Tensor) -> torch.Tensor:
     if pixels.dim() <= 3:
         return pixels.flatten(0, -2)[0]
     return pixels.flatten(0, -4)[0, :, :1, :1]
+
+
+def patch_size_of(config: PreTrainedConfig) -> int:
+    """Return the side of the patches of a model's vision tower, in pixels; ``PATCH_SIZE`` if the configuration has none."""
+    size = getattr(getattr(config, "vision_config", None), "patch_size", None)
+    return size if isinstance(size, int) else PATCH_SIZE
 
 
 def mask_images(

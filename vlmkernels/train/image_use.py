@@ -14,13 +14,13 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
 from vlmkernels.models.masked_images import GREY, exchange_images, has_media, mask_images, uniform_pixels
 from vlmkernels.models.packs import ScoringBatch
+from vlmkernels.ops.linear_kl import linear_kl
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.setup import PreparedPolicy
 
 DEFAULT_STEPS = 10  # between measurements with diagnose
 MAX_PROMPTS, MAX_COMPLETIONS = 4, 8  # prompts and completions of a generation batch that are measured
-_CHUNK = 2**24  # logits of one step
 
 
 def image_use(
@@ -55,6 +55,8 @@ def image_use(
     else:
         others, differs = mask_images(prompts, uniform_pixels(processor, GREY)), has_media(prompts)
     chosen = differs[group]
+    if not chosen.any():
+        return torch.zeros(0, device=completion_ids.device)
     completions = group[chosen], *(x[chosen.to(x.device)] for x in (completion_ids, completion_mask.bool()))
     head = output_head(model)
     batch = pad_branches(prompts, others, *completions, completions[-1])
@@ -137,42 +139,14 @@ class ImageUse:
 def _divergence(
     model: torch.nn.Module, batch: ScoringBatch, head: torch.nn.Module, arguments: dict[str, float], temperature: float
 ) -> torch.Tensor:
-    """Return the divergence of the tokens of a batch whose second half scores the same tokens with other images."""
-    return call_in_head(model, batch, head, partial(_token_divergence, temperature=temperature, **arguments))[0]
+    """Return the divergence, (N,), of the tokens of a batch whose second half scores the same tokens with other images."""
+    others = {f"teacher_{name}": value for name, value in arguments.items()}
 
+    def divergence(
+        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, rows: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        images, other = rows.split(len(targets) // 2) if len(targets) else (rows, rows)
+        options = {"rows": images, "teacher_rows": other, "bias": bias, "teacher_bias": bias, "temperature": temperature}
+        return linear_kl(hidden, weight, hidden, weight, beta=1.0, **options, **arguments, **others)
 
-def _token_divergence(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    rows: torch.Tensor,
-    bias: torch.Tensor | None,
-    temperature: float,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Return KL(p || q), (N,), of the distributions p and q of the first and the last N rows, without storing all logits."""
-    hidden = hidden.reshape(-1, hidden.shape[-1])[rows].float()
-    count = len(rows) // 2
-    if not count:
-        return hidden.new_zeros(0)
-    size = max(1, _CHUNK // len(rows))
-
-    def logits(part: torch.Tensor, part_bias: torch.Tensor | None) -> torch.Tensor:
-        values = hidden @ part.float().T
-        values = (values if part_bias is None else values + part_bias.float()) * logit_scale
-        return (values if softcap is None else softcap * torch.tanh(values / softcap)) / temperature
-
-    most, total = hidden.new_full((2 * count,), -torch.inf), hidden.new_zeros(2 * count)
-    difference = hidden.new_zeros(count)
-    for start in range(0, len(weight), size):
-        chunk = slice(start, start + size)
-        with torch.autocast(hidden.device.type, enabled=False):
-            values = logits(weight[chunk], None if bias is None else bias[chunk])
-        largest = torch.maximum(most, values.amax(1))
-        scale, exponentials = (most - largest).exp(), (values - largest.unsqueeze(1)).exp()
-        difference = difference * scale[:count] + (exponentials[:count] * (values[:count] - values[count:])).sum(1)
-        most, total = largest, total * scale + exponentials.sum(1)
-    normalizer = most + total.log()
-    return (difference / total[:count] - normalizer[:count] + normalizer[count:]).clamp(min=0)
+    return call_in_head(model, batch, head, divergence)[0]

@@ -6,7 +6,7 @@ import torch
 
 from vlmkernels.models.families import Family
 from vlmkernels.models.inputs import ModelInputs
-from vlmkernels.models.masked_images import BLACK, PATCH_SIZE, mask_images, uniform_pixels
+from vlmkernels.models.masked_images import BLACK, mask_images, patch_size_of, uniform_pixels
 from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.setup import PreparedPolicy
@@ -45,8 +45,7 @@ class PerceptionMasks:
     def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig) -> None:
         self._args = args
         self._black = uniform_pixels(processor, BLACK, policy.processor_arguments)
-        size = getattr(policy.model.config.vision_config, "patch_size", None)
-        self._patch_size = size if isinstance(size, int) else PATCH_SIZE
+        self._patch_size = patch_size_of(policy.model.config)
 
     def __call__(self, prompts: ModelInputs, step: int) -> ModelInputs:
         """Return the prompts with masked images.

@@ -26,7 +26,7 @@ from vlmkernels.models.image_features import (
 )
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
-from vlmkernels.models.masked_images import BLACK, has_media, mask_images, uniform_pixels
+from vlmkernels.models.masked_images import BLACK, has_media, mask_images, patch_size_of, uniform_pixels
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.models.trajectories import Turns, pack_turns
@@ -255,7 +255,8 @@ class Scorer:
         first, group = rows.originals().unique(return_inverse=True)
         order = group.argsort(stable=True)
         prompts = rows.select(first)
-        masked = mask_images(prompts, self._black, self._mask_ratio, generator=torch.Generator().manual_seed(seed))
+        generator, size = torch.Generator().manual_seed(seed), patch_size_of(base.config)
+        masked = mask_images(prompts, self._black, self._mask_ratio, generator=generator, patch_size=size)
         is_masked = has_media(prompts)[group[order]]
         if self.features is not None and self.features.model is base:
             with self._autocast():
