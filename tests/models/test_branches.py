@@ -8,7 +8,7 @@ from support.groups import SHARING, completions_of, processed
 from vlmkernels.models.attention import undo_tree_attention, use_tree_attention
 from vlmkernels.models.branches import branch_lengths, pack_branches, pad_branches
 from vlmkernels.models.head import completion_logps, logit_arguments, output_head
-from vlmkernels.models.masked_images import BLACK, has_media, mask_images, uniform_pixels
+from vlmkernels.models.masked_images import BLACK, has_media, mask_images, media_of, uniform_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # raised by processors with NumPy 2
 
@@ -21,7 +21,9 @@ def case_of(name):
     prompts, processor = processed(name), tiny_families.case(name).processor
     masked = prompts
     if has_media(prompts).any():
-        masked = mask_images(prompts, uniform_pixels(processor, BLACK), 0.6, generator=torch.Generator().manual_seed(0))
+        masked = mask_images(
+            prompts, uniform_pixels(processor, BLACK, media_of(prompts)), 0.6, generator=torch.Generator().manual_seed(0)
+        )
     group = torch.arange(len(prompts)).repeat_interleave(2)
     ids, mask = completions_of([3 + k % 4 for k in range(len(group))])
     ids = ids + 150  # letters

@@ -10,7 +10,7 @@ from support.tiny_families import BUILDERS, case
 
 from vlmkernels.models.families import family_of
 from vlmkernels.models.inputs import ModelInputs, from_rows, to_rows
-from vlmkernels.models.masked_images import BLACK, GREY, exchange_images, mask_images, uniform_pixels
+from vlmkernels.models.masked_images import BLACK, GREY, exchange_images, mask_images, media_of, uniform_pixels
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 WITH_MEDIA = [name for name in BUILDERS if name not in ("text", "qwen3_next")]
@@ -31,7 +31,8 @@ def batch_of_black_images(name, monkeypatch):
 
 @pytest.mark.parametrize("name", WITH_MEDIA)
 def test_a_mask_of_everything_is_a_black_image(name, monkeypatch):
-    batch, color = batch_of(name), uniform_pixels(case(name).processor, BLACK)
+    batch = batch_of(name)
+    color = uniform_pixels(case(name).processor, BLACK, media_of(batch))
     expected, masked = batch_of_black_images(name, monkeypatch).inputs, mask_images(batch, color)
     assert masked.inputs.keys() == batch.inputs.keys()
     for key, value in masked.inputs.items():
@@ -52,7 +53,7 @@ def test_colors_are_normalized():
 
 
 def test_the_masked_patches_are_those_of_the_generator():
-    batch, color = batch_of("qwen2_5_vl"), uniform_pixels(case("qwen2_5_vl").processor, BLACK)
+    batch, color = batch_of("qwen2_5_vl"), uniform_pixels(case("qwen2_5_vl").processor, BLACK, ("image", "video"))
     batch = replace(batch, image_keys=torch.arange(5))
 
     def masks(seed, ratio=0.6):

@@ -22,7 +22,7 @@ def plain_gradients(model, processor, rows, experience, args):
     model = copy.deepcopy(model).double()
     policy = SimpleNamespace(model=model, processor_arguments={})
     prompts = encode([read_sample(row, index) for index, row in enumerate(rows)], processor, family_of(model.config))
-    masked, rollout, total = PerceptionMasks(processor, policy, args)(prompts, 0), experience.rollout, 0.0
+    masked, rollout, total = PerceptionMasks(processor, policy, args, {"image"})(prompts, 0), experience.rollout, 0.0
 
     def logps(inputs, k, ids, mask):
         row = inputs.select(rollout.group[k : k + 1]).append(ids[None], mask[None].long())
@@ -98,7 +98,7 @@ def test_masks_differ_between_steps_and_processes():
         policy = SimpleNamespace(model=tiny.vlm(), processor_arguments={})
         row = {"prompt": [{"role": "user", "content": "?"}], "image": tiny.image(0, 56, 56)}
         prompts = encode([read_sample(row, 0)], tiny.processor(), family_of(policy.model.config))
-        masks[step, rank] = PerceptionMasks(tiny.processor(), policy, args)(prompts, step).inputs["pixel_values"]
+        masks[step, rank] = PerceptionMasks(tiny.processor(), policy, args, {"image"})(prompts, step).inputs["pixel_values"]
     first, *others = masks.values()
     assert not any(torch.equal(first, other) for other in others)
 

@@ -3,7 +3,7 @@
 What the image adds to a prediction shows in the difference between both (PAPO, https://arxiv.org/abs/2507.06448).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import count, islice
 from typing import Any
@@ -21,27 +21,31 @@ _PIXELS = ("pixel_values", "pixel_values_videos")
 _SIDE = 64  # pixels of the image of one color
 
 
-def uniform_pixels(processor: Any, level: int, arguments: Mapping[str, Any] | None = None) -> dict[str, torch.Tensor]:
+def uniform_pixels(
+    processor: Any, level: int, media: Collection[str] = ("image",), arguments: Mapping[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """Return what a processor makes of an image and a video of one color: black is not 0 after normalization.
 
     Args:
         processor: the processor of a model.
         level: the color of each channel, 0 to 255.
+        media: the kinds that are needed, of "image" and "video".
         arguments: arguments of every call of the processor, such as those of ``use_vision_ops``.
 
     Returns:
-        By the name of the model input, for the kinds of media that the processor has: the values of one patch, (D,), in inputs
-        that consist of patches, and (C, 1, 1), the values of one pixel, in other inputs.
+        By the name of the model input: the values of one patch, (D,), in inputs that consist of patches, and (C, 1, 1), the
+        values of one pixel, in other inputs.
     """
     picture = np.full((_SIDE, _SIDE, 3), level, dtype=np.uint8)
     found = {}
-    if (images := getattr(processor, "image_processor", None)) is not None:
+    if "image" in media:
         options = (arguments or {}).get("images_kwargs", {})
-        found |= images(images=[Image.fromarray(picture)], return_tensors="pt", **options)
-    if (videos := getattr(processor, "video_processor", None)) is not None:
+        found |= processor.image_processor(images=[Image.fromarray(picture)], return_tensors="pt", **options)
+    if "video" in media:
         frames = torch.from_numpy(np.stack([picture] * 4)).permute(0, 3, 1, 2)
         metadata = [{"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3]}]
-        found |= videos(videos=[frames], video_metadata=metadata, do_sample_frames=False, return_tensors="pt")
+        options = {"video_metadata": metadata, "do_sample_frames": False}
+        found |= processor.video_processor(videos=[frames], return_tensors="pt", **options)
     return {name: _one_patch(found[name]) for name in _PIXELS if name in found}
 
 
@@ -143,6 +147,11 @@ def exchange_images(batch: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
     inputs = batch.inputs | {name: from_rows(rows, family.spec(name)) for name, rows in moved.items()}
     keys = None if batch.image_keys is None else _other_keys(batch.image_keys)
     return replace(batch, inputs=inputs, image_keys=keys), source != torch.arange(len(batch))
+
+
+def media_of(batch: ModelInputs) -> set[str]:
+    """Return which of "image" and "video" the samples have."""
+    return {kind for kind in ("image", "video") if batch.rows[kind].any()}
 
 
 def has_media(batch: ModelInputs) -> torch.Tensor:

@@ -12,7 +12,7 @@ from vlmkernels.models.branches import pad_branches
 from vlmkernels.models.head import call_in_head, logit_arguments, output_head
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
-from vlmkernels.models.masked_images import GREY, exchange_images, has_media, mask_images, uniform_pixels
+from vlmkernels.models.masked_images import GREY, exchange_images, has_media, mask_images, media_of, uniform_pixels
 from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.ops.linear_kl import linear_kl
 from vlmkernels.rollout.base import Rollout
@@ -53,7 +53,7 @@ def image_use(
     if exchange:
         others, differs = exchange_images(prompts)
     else:
-        others, differs = mask_images(prompts, uniform_pixels(processor, GREY)), has_media(prompts)
+        others, differs = mask_images(prompts, uniform_pixels(processor, GREY, media_of(prompts))), has_media(prompts)
     chosen = differs[group]
     if not chosen.any():
         return torch.zeros(0, device=completion_ids.device)
@@ -84,12 +84,13 @@ class ImageUse:
         processor: the processor of the policy.
         policy: how the policy runs.
         args: the arguments of the run.
+        media: the kinds of media that training can have.
         every: optimizer steps between measurements.
     """
 
-    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig, every: int) -> None:
+    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig, media: set[str], every: int) -> None:
         self._policy, self._args, self._every = policy, args, every
-        self._grey = uniform_pixels(processor, GREY, policy.processor_arguments)
+        self._grey = uniform_pixels(processor, GREY, media, policy.processor_arguments)
 
     def is_due(self, step: int) -> bool:
         """Whether to measure the generation batch that is sampled after ``step`` optimizer steps."""

@@ -40,11 +40,12 @@ class PerceptionMasks:
         processor: the processor of the policy.
         policy: how the policy runs.
         args: the arguments of the run.
+        media: the kinds of media that training can have.
     """
 
-    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig) -> None:
+    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig, media: set[str]) -> None:
         self._args = args
-        self._black = uniform_pixels(processor, BLACK, policy.processor_arguments)
+        self._black = uniform_pixels(processor, BLACK, media, policy.processor_arguments)
         self._patch_size = patch_size_of(policy.model.config)
 
     def __call__(self, prompts: ModelInputs, step: int) -> ModelInputs:

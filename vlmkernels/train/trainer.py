@@ -124,9 +124,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.prepared = setup.prepare_policy(model, processor, args, self.accelerator, self.datasets.media)
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
-        self.masks = PerceptionMasks(processor, self.prepared, args) if args.masks_images else None
-        every = steps_between(args, self.datasets.media, has_tools=self.agent is not None)
-        self.image_use = None if every is None else ImageUse(processor, self.prepared, args, every)
+        media = self.datasets.media
+        self.masks = PerceptionMasks(processor, self.prepared, args, media) if args.masks_images else None
+        every = steps_between(args, media, has_tools=self.agent is not None)
+        self.image_use = None if every is None else ImageUse(processor, self.prepared, args, media, every)
         self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
