@@ -252,6 +252,33 @@ def completion_logps(
     return call_in_head(model, batch, head, function)[0]
 
 
+def with_masked_images(
+    loss: Callable[..., LinearGRPOLossOutput],
+    loss_mask: torch.Tensor,
+    masked: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    **arguments: Any,
+) -> LinearGRPOLossOutput:
+    """Compute a loss with the log-probabilities of its tokens after masked images, for ``call_in_head``.
+
+    Args:
+        loss: from ``packed_grpo_loss``.
+        loss_mask: (B, C) bool, the tokens of the loss.
+        masked: (B,) bool, the completions whose tokens are scored again: their rows follow those of all tokens of the loss.
+        arguments: ``temperature``, and those of ``logit_arguments``.
+    """
+    is_masked = masked.unsqueeze(1).expand_as(loss_mask)[loss_mask]
+    count = len(is_masked)
+    found = linear_logps(hidden, weight, targets[count:], rows=rows[count:], bias=bias, **arguments)
+    logps = found.new_full((count,), math.nan).masked_scatter(is_masked, found)
+    return loss(hidden, weight, targets[:count], rows=rows[:count], bias=bias, masked_logps=logps, **arguments)
+
+
 def completion_loss(
     model: torch.nn.Module,
     batch: ScoringBatch,
@@ -260,6 +287,7 @@ def completion_loss(
     head: torch.nn.Module,
     arguments: dict[str, float],
     temperature: float,
+    masked: torch.Tensor | None = None,
     **objective: Any,
 ) -> LinearGRPOLossOutput:
     """Compute the GRPO loss of a batch, with its metrics, log-probabilities and entropies.
@@ -267,8 +295,13 @@ def completion_loss(
     Args:
         model, batch, head, arguments, temperature: see ``completion_logps``.
         loss_mask, objective: see ``packed_grpo_loss``.
+        masked: (B,) bool, the completions whose tokens ``batch``, from ``pack_branches`` or ``pad_branches``, scores again with
+            masked images. None: it scores all tokens once.
     """
-    function = packed_grpo_loss(loss_mask, temperature=temperature, **arguments, **objective)
+    function = packed_grpo_loss(loss_mask, **objective)
+    if masked is not None:
+        function = partial(with_masked_images, function, loss_mask, masked)
+    function = partial(function, temperature=temperature, **arguments)
     result, output = call_in_head(model, batch, head, function)
     # DeepSpeed prepares the backward pass of a module only if the loss depends on the module's output.
     return result._replace(loss=result.loss + 0.0 * output.logits.sum())

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlmkernels.data.samples import Sample, tokenizer_of
+from vlmkernels.models.branches import branch_lengths, pack_branches, pad_branches
 from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.families import media_token_ids, missing_token_ids
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images
@@ -174,6 +175,7 @@ class Rollout:
             ``vlmkernels.models.router_replay``. None if routers choose in training too.
         sampling_logps: (B, C) fp32, log-probabilities with which the tokens were sampled, from an engine that returns them
             alone. None: they are ``logps - log_kept_mass``, if the engine returns both.
+        masked_prompts: the P prompts with masked images, for ``branches``. None if there are none.
     """
 
     prompts: ModelInputs
@@ -186,6 +188,7 @@ class Rollout:
     turns: Turns | None = None
     routed_experts: RoutedExperts | None = None
     sampling_logps: torch.Tensor | None = None
+    masked_prompts: ModelInputs | None = None
 
     def select(self, completions: torch.Tensor) -> "Rollout":
         """Return some completions with their prompts, without the columns that are all padding then.
@@ -197,12 +200,13 @@ class Rollout:
         width = int(self.completion_mask[completions].any(0).sum())
         columns = {name: x[completions, :width] for name in _PADDING if (x := getattr(self, name)) is not None}
         prompts, experts = self.prompts.select(chosen).trim(), self.routed_experts
+        masked = None if self.masked_prompts is None else self.masked_prompts.select(chosen).trim()
         if experts is not None:
             length = prompts.inputs["input_ids"].shape[1]
             experts = RoutedExperts(experts.prompts[chosen, -length:], experts.completions[completions, :width])
         turns = None if self.turns is None else self.turns.select(completions)
-        truncated = self.truncated[completions]
-        return replace(self, prompts=prompts, group=group, truncated=truncated, turns=turns, routed_experts=experts, **columns)
+        columns |= {"truncated": self.truncated[completions], "turns": turns, "routed_experts": experts}
+        return replace(self, prompts=prompts, masked_prompts=masked, group=group, **columns)
 
     @classmethod
     def join(cls, rollouts: Sequence["Rollout"], pad_token_id: int) -> "Rollout":
@@ -222,15 +226,17 @@ class Rollout:
             for name, value in _PADDING.items()
             if getattr(first, name) is not None
         }
-        turns = experts = None
+        turns = experts = masked = None
+        if first.masked_prompts is not None:
+            masked = join([r.masked_prompts for r in rollouts if r.masked_prompts is not None], pad_token_id)
         if first.turns is not None:
             turns = Turns.join([r.turns for r in rollouts if r.turns is not None], list(map(len, groups)), pad_token_id)
         if first.routed_experts is not None:
             of_prompts, of_completions = zip(*(r.routed_experts for r in rollouts if r.routed_experts is not None), strict=True)
             experts = RoutedExperts(_cat_padded(of_prompts, -1, left=True), _cat_padded(of_completions, -1))
         prompts = join([rollout.prompts for rollout in rollouts], pad_token_id)
-        truncated = torch.cat([rollout.truncated for rollout in rollouts])
-        return cls(prompts, torch.cat(groups), truncated=truncated, turns=turns, routed_experts=experts, **columns)
+        columns |= {"turns": turns, "routed_experts": experts, "masked_prompts": masked}
+        return cls(prompts, torch.cat(groups), truncated=torch.cat([rollout.truncated for rollout in rollouts]), **columns)
 
     @cached_property
     def sampled_mask(self) -> torch.Tensor:
@@ -258,7 +264,8 @@ class Rollout:
             parts = torch.arange(len(turns.inputs)).tensor_split(number)
             encoded = [encode_images(model, turns.inputs.select(part)) for part in parts]
             turns = replace(turns, inputs=join(encoded))
-        return replace(self, prompts=encode_images(model, self.prompts), turns=turns)
+        masked = None if self.masked_prompts is None else encode_images(model, self.masked_prompts)
+        return replace(self, prompts=encode_images(model, self.prompts), masked_prompts=masked, turns=turns)
 
     def token_ids(self) -> list[list[int]]:
         """Return the token ids of each completion, without padding."""
@@ -268,7 +275,9 @@ class Rollout:
         """Return the token ids of each completion that the model sampled."""
         return _rows(self.completion_ids, self.sampled_mask)
 
-    def parts(self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int) -> list[torch.Tensor]:
+    def parts(
+        self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int, branches: bool = False
+    ) -> list[torch.Tensor]:
         """Split completions into parts of at most ``max_tokens`` tokens, as ``packed`` (or ``padded``) lays them out.
 
         Args:
@@ -276,6 +285,7 @@ class Rollout:
             max_tokens: token budget of a part; None for one part.
             shared: whether completions share their prompt (``packed``).
             hidden_size: hidden size of the model, from which ``cut_packs`` computes the cost of a pack.
+            branches: whether ``branches`` lays them out. Without sharing, each completion then is two rows.
 
         Returns:
             The indices of each part's completions, (n,) int64.
@@ -288,6 +298,10 @@ class Rollout:
             return [chosen]
         prefixes = self.prompts.inputs["attention_mask"].sum(1).tolist()
         group, lengths = self.group.tolist(), self.completion_mask.sum(1).tolist()
+        if branches and shared:
+            prefixes, times = branch_lengths(self.prompts)
+            lengths = [length * times[prompt] for prompt, length in zip(group, lengths, strict=True)]
+        rows = 2 if branches and not shared else 1
         if shared and self.turns is not None:
             parts = self.turns.cut(prefixes, group, chosen.tolist(), max_tokens, hidden_size)
             return [torch.tensor(part) for part in parts]
@@ -296,12 +310,13 @@ class Rollout:
         def largest(rows: list[tuple[int, int]]) -> tuple[int, int]:  # copies are padded to the longest prompt and completion
             return max(rows, key=sum) if shared else (max(prefix for prefix, _ in rows), max(length for _, length in rows))
 
-        needed = sum(largest(sizes[samples]))
-        if needed > max_tokens:
-            prefix, length = largest(sizes)  # of the whole generation batch: other parts may need more
+        needed = rows * sum(largest(sizes[samples]))
+        if needed > max_tokens:  # the error counts those of the whole generation batch: other parts may need more
+            prefix, length = (rows * size for size in largest(sizes))
+            twice = " (with those of the masked images)" if branches else ""
             raise ValueError(
                 f"max_tokens_per_microbatch must be at least {prefix + length}, a prompt of {prefix} tokens and a completion "
-                f"of {length}, got {max_tokens}"
+                f"of {length}{twice}, got {max_tokens}"
             )
         if shared:
             packs = cut_packs(prefixes, group[samples], lengths[samples], max_tokens, hidden_size)
@@ -343,6 +358,20 @@ class Rollout:
             for prompt in chosen.tolist()
         ]
         return self._with_experts(batch, self._segments([segment for part in parts for segment in part]))
+
+    def branches(self, samples: torch.Tensor, model: PreTrainedModel | None, loss_mask: torch.Tensor) -> ScoringBatch:
+        """Return completions after their prompts and after ``masked_prompts``; see ``pack_branches``.
+
+        Args:
+            samples: (n,) int64, the completions.
+            model: computes the position ids of a pack. None: rows with copies of the prompts, as ``padded`` returns them.
+            loss_mask: (n, C) bool, the tokens to score.
+        """
+        assert self.masked_prompts is not None
+        completions = self.group[samples], self.completion_ids[samples], self.completion_mask[samples], loss_mask
+        if model is None:
+            return pad_branches(self.prompts, self.masked_prompts, *completions)
+        return pack_branches(model, self.prompts, self.masked_prompts, *completions)
 
     # Routed experts. A place is the index of a token among those of all prompts and then of all completions, with padding.
 

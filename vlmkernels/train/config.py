@@ -14,7 +14,7 @@ from vlmkernels.data.images import ImageLimits
 from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
-from vlmkernels.ops.grpo_loss.config import PRESETS
+from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS, PRESETS
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.make import engine_name
 from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sampling
@@ -92,6 +92,8 @@ class GRPOConfig(TrainingArguments):
     - eval_temperature, max_num_seqs, dynamic_sampling, max_resample_times, oversampling, kl_estimator, share_prefix,
       max_tokens_per_microbatch, on_save_error, on_bad_sample, on_nonfinite, max_image_pixels, max_image_bytes,
       allow_image_urls, deterministic and router_replay are new.
+    - perception_loss_weight, der_loss_weight1, der_loss_weight2 and mask_ratio have the names of TRL's former ``PAPOConfig``;
+      the objective is that of the paper (docs/objective.md). image_use_steps is new.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -227,6 +229,15 @@ class GRPOConfig(TrainingArguments):
     )
     top_entropy_quantile: float = _field(1.0, "Fraction of tokens that enter the loss, those with the highest entropy.")
     entropy_coef: float = _field(0.0, "Weight of the entropy bonus.")
+    perception_loss_weight: float = _field(
+        0.0, "Weight gamma of the KL divergence from the policy with masked images, which is maximized (PAPO)."
+    )
+    der_loss_weight1: float = _field(0.0, "Weight eta1 of the entropy with the images, which is minimized (PAPO).")
+    der_loss_weight2: float = _field(0.0, "Weight eta2 of the entropy with masked images, which is minimized (PAPO).")
+    mask_ratio: float = _field(0.6, "Share of the patches of each image that masks blacken.")
+    image_use_steps: int | None = _field(
+        None, "Optimizer steps between measurements of how much predictions depend on images; by default never."
+    )
     scale_rewards: str = _field("group", "Standard deviation that advantages are divided by: 'group', 'batch' or 'none'.")
     reward_weights: list[float] | None = _field(None, "Weight per reward function; by default the function's own, or 1.")
     mask_truncated_completions: bool = _field(False, "Exclude completions cut off at max_completion_length from the loss.")
@@ -259,6 +270,7 @@ class GRPOConfig(TrainingArguments):
         self._check_sampling()
         self._check_correction()
         self._check_resampling()
+        self._check_perception()
         if self.use_vllm:
             self._check_vllm()
         self._derive_batches()
@@ -336,6 +348,24 @@ class GRPOConfig(TrainingArguments):
         require_number("oversampling", self.oversampling, "be a number")
         if not 1 <= self.oversampling < math.inf:
             raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
+
+    def _check_perception(self) -> None:
+        if not 0 < self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must be in (0, 1], got {self.mask_ratio}")
+        if self.image_use_steps is not None:
+            require_number("image_use_steps", self.image_use_steps, "be an integer", Integral)
+            if self.image_use_steps < 1:
+                raise ValueError(f"image_use_steps must be >= 1, got {self.image_use_steps}")
+        if self.masks_images and self.router_replay:
+            raise ValueError(
+                "router_replay must be False with perception_loss_weight, der_loss_weight1 or der_loss_weight2, because the "
+                "rollout has no experts for masked images, got True"
+            )
+
+    @property
+    def masks_images(self) -> bool:
+        """Whether the loss has terms of masked images."""
+        return any(getattr(self, name) for name in PERCEPTION_WEIGHTS)
 
     def _check_vllm(self) -> None:
         if self.deterministic:

@@ -37,7 +37,8 @@ class Experience:
     def state_dict(self) -> dict:
         """Return the fields as tensors and numbers, for a checkpoint."""
         rollout = {f.name: getattr(self.rollout, f.name) for f in fields(Rollout)}
-        rollout["prompts"] = _plain(self.rollout.prompts)
+        for name in ("prompts", "masked_prompts"):
+            rollout[name] = None if rollout[name] is None else _plain(rollout[name])
         if (turns := self.rollout.turns) is not None:
             rollout["turns"] = {"inputs": _plain(turns.inputs), "trajectory": turns.trajectory, "sampled": turns.sampled}
         if (experts := self.rollout.routed_experts) is not None:
@@ -50,13 +51,15 @@ class Experience:
         state = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
         rollout = state.pop("rollout")
         prompts = ModelInputs(**rollout.pop("prompts"), family=family).to(device)
+        if (masked := rollout.pop("masked_prompts", None)) is not None:  # None in checkpoints of earlier versions
+            masked = ModelInputs(**masked, family=family).to(device)
         group, turns = rollout.pop("group").cpu(), rollout.pop("turns", None)
         if turns is not None:
             turns = Turns(ModelInputs(**turns.pop("inputs"), family=family).to(device), **turns)
         if (experts := rollout.pop("routed_experts", None)) is not None:
             experts = RoutedExperts(**experts).to(device)
         values = {name: None if x is None else x.to(device) for name, x in rollout.items()}
-        return cls(Rollout(prompts, group, **values, turns=turns, routed_experts=experts), **state)
+        return cls(Rollout(prompts, group, **values, masked_prompts=masked, turns=turns, routed_experts=experts), **state)
 
     def check_arguments(self, args: GRPOConfig, checkpoint: str) -> None:
         """Check that a run with these arguments can continue the batch of a checkpoint.
@@ -81,6 +84,11 @@ class Experience:
             raise ValueError(
                 f"{saved}: router_replay must be {not args.router_replay}, as when its batch was sampled, got "
                 f"{args.router_replay}"
+            )
+        if args.masks_images and self.rollout.masked_prompts is None:
+            raise ValueError(
+                f"{saved}: perception_loss_weight, der_loss_weight1 and der_loss_weight2 must be 0, because its batch has no "
+                f"masked images, got {args.perception_loss_weight}, {args.der_loss_weight1} and {args.der_loss_weight2}"
             )
         if args.beta != 0 and self.ref_logps is None:
             raise ValueError(f"{saved}: beta must be 0, because its batch has no reference log-probabilities, got {args.beta}")

@@ -48,6 +48,7 @@ from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.dynamic_sampling import BatchSampler, Sampled
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
+from vlmkernels.train.image_use import ImageUse, steps_between
 from vlmkernels.train.logs import (
     MetricBuffer,
     SampledCompletions,
@@ -55,6 +56,7 @@ from vlmkernels.train.logs import (
     sampling_metrics,
     step_metrics,
 )
+from vlmkernels.train.masks import PerceptionMasks, check_perception
 from vlmkernels.train.micro_batches import MicroBatches, Split
 from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.processes import Processes, describe_process
@@ -110,6 +112,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             train_dataset, eval_dataset = data = setup.with_prompts(train_dataset, eval_dataset, self.agent, args)
             self.datasets = setup.check_datasets(data, processor, family, num_embeddings, self.rewards, self.agent, args)
             self.samples = self.datasets.samples(train_dataset, "train_dataset")
+            check_perception(args, family, self.datasets.media, has_tools=self.agent is not None)
             model = setup.load_policy(model, processor, peft_config, args)
         super().__init__(
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
@@ -121,6 +124,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.prepared = setup.prepare_policy(model, processor, args, self.accelerator, self.datasets.media)
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
+        media = self.datasets.media
+        self.masks = PerceptionMasks(processor, self.prepared, args, media) if args.masks_images else None
+        every = steps_between(args, media, has_tools=self.agent is not None)
+        self.image_use = None if every is None else ImageUse(processor, self.prepared, args, media, every)
         self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
@@ -185,12 +192,19 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             yield
 
     def _sample(
-        self, dataset: SampleDataset, rows: list[tuple[int, Sample]], num_generations: int, temperature: float
+        self,
+        dataset: SampleDataset,
+        rows: list[tuple[int, Sample]],
+        num_generations: int,
+        temperature: float,
+        *,
+        is_training: bool = False,
     ) -> tuple[list[tuple[int, Sample]], Rollout, Scored]:
         """Sample completions and call the reward functions on them.
 
         Args:
             dataset, rows: pairs of an index and a sample that the dataset returned.
+            is_training: whether to mask images and to measure their use, if ``args`` say so.
 
         Returns:
             The rows, in which other samples may have replaced those that cannot be encoded, the rollout and its scores.
@@ -212,14 +226,21 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
                 rows, begun = dataset.encode(rows, begin)
                 episodes, prompts = begun
                 prompt_samples = episodes.samples
+            step = self.state.global_step
+            masked = self.masks(prompts, step) if is_training and self.masks is not None else None
+            measure = self.image_use.prepare(prompts, step) if is_training and self.image_use is not None else None
         with self.phases("generate"), self._gathered_policy():
             if prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
                 prompts = encode_images(prepared.model, prompts)
             self.metrics.add(self.engine.sync_weights(self.policy, self.state.global_step))
             tools = {} if episodes is None else {"episodes": episodes}
             rollout = self.engine(self.policy, prompts, num_generations, temperature, prompt_samples, **tools)
+            rollout = replace(rollout, masked_prompts=masked)
             if prepared.reuses_image_features:
                 rollout = rollout.with_image_features(prepared.model)
+            if measure is not None:
+                with self.phases("image_use"):
+                    self.metrics.add(measure(self.policy, rollout))
         with self.phases("reward"):
             options = {"columns": not args.remove_unused_columns, "trainer_state": self.state}
             scored = score_rollout(self.rewards, prompt_samples, rollout, self.processing_class, episodes, **options)
@@ -270,7 +291,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Sample and score completions of these rows of train_dataset, and add them to ``completions``."""
         with self.phases("data"):
             rows = self.samples.__getitems__(indices)
-        rows, rollout, scored = self._sample(self.samples, rows, self.args.num_generations, self.args.temperature)
+        sampling = self.args.num_generations, self.args.temperature
+        rows, rollout, scored = self._sample(self.samples, rows, *sampling, is_training=True)
         if self.args.router_replay and rollout.routed_experts is None:
             name = type(self.engine).__name__
             raise ValueError(f"router_replay must be False with an engine that returns no experts, such as {name}, got True")
@@ -356,7 +378,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             inputs: how many micro-batches of this generation batch were trained on before this one.
         """
         experience, total = self._experience, 0.0
-        splits = self.micro_batches.splits(experience.rollout, inputs % self.args.steps_per_generation)
+        number = inputs % self.args.steps_per_generation
+        splits = self.micro_batches.splits(experience.rollout, number, branches=self.args.masks_images)
         counted = [split.samples for split in splits if not split.is_padding]
         sizes, tokens = [len(samples) for samples in counted], [1]
         if len(counted) > 1:  # with one split the number of tokens does not matter, and reading it would wait for the device
@@ -398,7 +421,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         is_on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         old_logps = None if is_on_policy else experience.old_logps[samples]
         window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
-        batch = self.micro_batches.scoring_batch(rollout, split).select(loss_mask[rollout.sampled_mask[samples]])
+        batch, masked = self.micro_batches.loss_batch(rollout, split, loss_mask)
         threshold = None  # then the loss uses the quantile of this split's entropies
         if args.top_entropy_quantile < 1 and args.world_size > 1:
             threshold = partial(top_entropy_threshold, self.accelerator, args.top_entropy_quantile)
@@ -408,6 +431,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             loss_mask,
             head=self.prepared.head,
             **self.micro_batches.head_arguments,
+            masked=masked,
             advantages=experience.advantages[samples],
             old_logps=old_logps,
             ref_logps=None if experience.ref_logps is None else experience.ref_logps[samples],

@@ -27,6 +27,8 @@ SAVES = {
     "save_strategy": "steps", "save_steps": 2,
 }  # fmt: skip
 CORRECTED = {"rollout_correction": "sequence_mask", "rollout_sequence_ratio": "mean", "rollout_clip_max": 1.0}
+# A mask of everything is the same on every number of processes.
+MASKS = {"perception_loss_weight": 0.1, "der_loss_weight1": 0.02, "der_loss_weight2": 0.05, "mask_ratio": 1.0}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
 # The stage of DeepSpeed; parameters of every size are sharded.
 ZERO2, ZERO3 = {"zero": 2}, {"zero": 3}
@@ -46,6 +48,7 @@ CASES = {
     "fsdp, no shared prefix": {"images": "mixed", "share_prefix": "false", **FSDP},
     "fsdp, frozen tower": {"images": "one", "frozen": True, "num_iterations": 2, "max_steps": 4, **FSDP},
     "fsdp, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **CORRECTED, **FSDP},
+    "fsdp, masks": {"images": "mixed", "max_tokens_per_microbatch": 90, **MASKS, **FSDP},
     "fsdp, lora": {"images": "one", "beta": 0.1, "lora": ["q_proj", "v_proj"], **FSDP},
     "fsdp, saved": {"images": "mixed", **SAVES, **FSDP},
     "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
@@ -67,7 +70,7 @@ SAMPLED = ("ddp, sampled", "fsdp, sampled")
 LAUNCHES = {
     2: [name for name in CASES if not name.startswith("zero") and name != "fsdp, resumed"],
     # One of three has no images or videos, one has fewer splits, one evaluates fewer rows. "resumed" loads what two saved.
-    3: ["as configured", "ddp", "fsdp", "fsdp, videos", "fsdp, token budget", "fsdp, resumed"],
+    3: ["as configured", "ddp", "fsdp", "fsdp, videos", "fsdp, token budget", "fsdp, masks", "fsdp, resumed"],
 }
 
 
@@ -171,7 +174,7 @@ def assert_same(result: dict, other: dict) -> None:
     assert len(result["logs"]) == len(other["logs"]) > 0
     for one, two in zip(result["logs"], other["logs"], strict=True):
         # Not compared: means over processes instead of tokens, what each process counts for itself, and samples of its shards.
-        own = r"weights_changed|time|per_second|tokens$|_run$|entropy|^kl|clip_ratio|policy_loss|ratio/m"
+        own = r"weights_changed|time|per_second|tokens$|_run$|entropy|^kl|clip_ratio|policy_loss|ratio/m|perception"
         names = [name for name in two if not re.search(own, name)]
         assert {name: one[name] for name in names} == pytest.approx({name: two[name] for name in names}, rel=1e-4, abs=1e-6)
     assert result["parameters"] == pytest.approx(other["parameters"], rel=1e-4)
