@@ -1,5 +1,7 @@
 """Parts of rollouts that are joined again score as the whole rollout does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import tiny
@@ -10,6 +12,7 @@ from vlmkernels.data.samples import encode, read_sample
 from vlmkernels.models.attention import undo_tree_attention, use_tree_attention
 from vlmkernels.models.families import family_of
 from vlmkernels.models.image_features import encode_images, use_image_features
+from vlmkernels.models.masked_images import BLACK, mask_images, uniform_pixels
 from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns
 from vlmkernels.rollout.base import Rollout
@@ -56,6 +59,14 @@ CASES = {
 }
 
 
+def masked(features):
+    """A rollout with masked prompts. Its experts are left out, because there are none for masked images."""
+    model, whole, pad = plain(False)
+    black = uniform_pixels(tiny.processor(), BLACK, {"image"})
+    whole = replace(whole, routed_experts=None, masked_prompts=mask_images(whole.prompts, black))
+    return model, whole.with_image_features(use_image_features(model)) if features else whole, pad
+
+
 def assert_equal(one, other):
     assert one.inputs.keys() == other.inputs.keys()
     for name, value in one.inputs.items():
@@ -81,6 +92,21 @@ def test_joined_parts_score_as_the_whole(case):
             assert_equal(joined.padded(chosen), whole.padded(chosen))
             assert_equal(joined.packed(chosen, model), whole.packed(chosen, model))
         assert_equal(parts[1].packed(indices[: len(indices) - first], model), whole.packed(indices[first:], model))
+    finally:
+        undo_tree_attention(model)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_joined_parts_have_the_masked_prompts_of_the_whole(features):
+    model, whole, pad = masked(features)
+    first = int((whole.group == 0).sum())
+    indices = torch.arange(len(whole.group))
+    joined = Rollout.join([whole.select(indices[:first]), whole.select(indices[first:])], pad)
+    use_tree_attention(model)
+    try:
+        for shared in (None, model):
+            chosen = indices[first - 1 :]
+            assert_equal(*(some.branches(chosen, shared, some.sampled_mask[chosen]) for some in (joined, whole)))
     finally:
         undo_tree_attention(model)
 
