@@ -68,19 +68,19 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def example_text(example: Example) -> str:
-    """Return one line about a completion: its step, the end of its prompt, itself and its rewards."""
+    """Return one line about a completion: its step, the end of its prompt, itself, its rewards and references."""
     prompt, completion = example.prompt.strip(), example.completion
-    shown = (
-        completion if len(completion) <= MAX_SHOWN else f"{completion[: MAX_SHOWN // 2]} ... {completion[-MAX_SHOWN // 2 :]}"
-    )
     asked = prompt if len(prompt) <= 100 else f"... {prompt[-100:]}"
-    return f"step {example.step}, {asked!r} -> {shown!r} ({rewards_text(example)})"
+    if len(completion) > MAX_SHOWN:
+        completion = f"{completion[: MAX_SHOWN // 2]} ... {completion[-MAX_SHOWN // 2 :]}"
+    return f"step {example.step}, {asked!r} -> {completion!r} ({values_text(example)})"
 
 
-def rewards_text(example: Example) -> str:
-    """Return the rewards of a completion."""
-    values = [f"{name} {'not scored' if value is None else short(value)}" for name, value in example.rewards.items()]
-    return ", ".join(values) or "no reward"
+def values_text(example: Example) -> str:
+    """Return the rewards and the references of a completion."""
+    rewards = [f"{name} {'not scored' if value is None else short(value)}" for name, value in example.rewards.items()]
+    references = [f"reference {name} {value[:60]!r}" for name, value in example.references.items()]
+    return ", ".join([*rewards, *references]) or "no reward"
 
 
 def as_json(folder: Path, run: Run, findings: Sequence[Finding], unchecked: dict[str, str]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _no_spread(run: Run) -> Evidence | None:
 
 
 def _saturated(run: Run) -> Evidence | None:
-    if (step := _spread_is_lost(run, improved=True)) is None:
+    if (step := _spread_is_lost(run, improved=True)) is None or _collapsed(run):
         return None
     share, reward = run.curve(ZERO_SPREAD), run.curve("reward")
     text = (
