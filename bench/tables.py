@@ -279,6 +279,13 @@ def metrics() -> list[str]:
     return markdown()
 
 
+def doctor() -> list[str]:
+    from vlmkernels.doctor import RULES
+    from vlmkernels.doctor.text import markdown
+
+    return markdown(RULES)
+
+
 def conformance(what: str) -> list[str]:
     """A table of docs/conformance.md, from the results of `make conformance`. Projects link to the reports on them."""
     from vlmkernels.conformance import page
@@ -302,6 +309,7 @@ def conformance(what: str) -> list[str]:
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
+    "doctor": doctor,
     "families": families,
     "gpu": gpu,
     "gpu-tests": gpu_tests,

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from vlmkernels.doctor.history import Run
-from vlmkernels.doctor.rule import NOTE, PROBLEM, Example, Finding
+from vlmkernels.doctor.rule import NOTE, PROBLEM, Example, Finding, Rule
 from vlmkernels.record.html import short
 
 WIDTH = 110
 MAX_SHOWN = 300  # characters of a prompt or completion
+
+
+def markdown(rules: Sequence[Rule]) -> list[str]:
+    """Return the lines of the table in docs/doctor.md."""
+    lines = ["| rule | holds when | threshold | remedy |", "| --- | --- | --- | --- |"]
+    return [*lines, *(f"| `{rule.name}` | {rule.meaning} | {rule.source} | {rule.remedy} |" for rule in rules)]
 
 
 def count(number: int, noun: str) -> str:
