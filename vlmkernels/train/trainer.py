@@ -37,6 +37,7 @@ from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.record.callback import RunRecord
 from vlmkernels.record.phases import Phases, phase
 from vlmkernels.record.progress import RewardProgress
+from vlmkernels.record.summary import length_correlation, token_metrics
 from vlmkernels.rewards import Scores
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episodes
@@ -122,6 +123,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
         self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
+        eos = self.engine.sampling.eos_token_id
+        self.unwanted_tokens = setup.unwanted_tokens(model, processor, eos, num_embeddings).to(args.device)
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
             self.agent.prepare(processor, family, *options)
@@ -280,6 +283,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.state.num_input_tokens_seen += int(lengths.sum() + self.accelerator.gather(prompt_lengths).sum())
         self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
         self.metrics.add(sampling_metrics(rewards, result, lengths, truncated, scored.scores, self.rewards.names))
+        correlation = length_correlation(result, lengths, self.args.num_generations)
+        self.metrics.add({"reward_length_correlation": correlation})
+        self.metrics.add(token_metrics(rollout.completion_ids, rollout.sampled_mask, self.unwanted_tokens))
         if self.agent is not None:
             self.metrics.add(tool_metrics(self._gather_tool_counts(rollout, scored), self.agent.tools))
 
