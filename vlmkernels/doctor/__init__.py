@@ -1,0 +1,34 @@
+"""Find faults in the history of a training run, of this package or of TRL, finished or not."""
+
+from vlmkernels.doctor.history import Run
+from vlmkernels.doctor.reading import read_run
+from vlmkernels.doctor.rule import NOTE, PROBLEM, Example, Finding, Rule
+from vlmkernels.doctor.rules import RULES
+
+__all__ = ["NOTE", "PROBLEM", "RULES", "Example", "Finding", "Rule", "Run", "diagnose", "read_run", "unchecked"]
+
+
+def diagnose(run: Run) -> list[Finding]:
+    """Return what the rules find, problems first, then in order of steps. A rule that lacks its inputs is silent."""
+    findings = []
+    for rule in RULES:
+        if rule.lacks(run) is None and (found := rule.check(run)):
+            findings.append(
+                Finding(
+                    rule.name,
+                    found.step,
+                    found.text,
+                    found.example,
+                    rule.remedy,
+                    found.severity,
+                    found.metric,
+                    found.value,
+                    found.baseline,
+                )
+            )
+    return sorted(findings, key=lambda finding: (finding.severity != PROBLEM, finding.step))
+
+
+def unchecked(run: Run) -> dict[str, str]:
+    """Return the rules that cannot be checked, each with the input that is missing."""
+    return {rule.name: missing for rule in RULES if (missing := rule.lacks(run))}

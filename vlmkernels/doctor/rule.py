@@ -1,0 +1,102 @@
+"""A rule, what it returns, and which inputs it lacks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from vlmkernels.doctor.history import WINDOW, Run
+
+PROBLEM, NOTE = "problem", "note"
+COMPLETIONS, CHECKPOINTS = "completions", "checkpoints"
+
+
+class Example(NamedTuple):
+    """A completion that shows what a rule found."""
+
+    step: int
+    prompt: str
+    completion: str
+    rewards: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a rule found.
+
+    Args:
+        step: the first step since which the rule holds.
+        text: a sentence with the numbers.
+        metric: the metric whose curve shows it, if there is one.
+        value: the number that the rule compared.
+        baseline: the number it was compared with.
+        example: a completion that shows it.
+        severity: ``PROBLEM``, or ``NOTE`` for what may be intended. Only problems change the exit code of the command.
+    """
+
+    step: int
+    text: str
+    metric: str | None = None
+    value: float | None = None
+    baseline: float | None = None
+    example: Example | None = None
+    severity: str = PROBLEM
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that holds for a run. ``evidence`` is a sentence; the other fields are those of ``Evidence``."""
+
+    rule: str
+    step: int
+    evidence: str
+    example: Example | None
+    remedy: str
+    severity: str = PROBLEM
+    metric: str | None = None
+    value: float | None = None
+    baseline: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return an object for JSON."""
+        return {**vars(self), "example": self.example and self.example._asdict()}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule.
+
+    Args:
+        name: the name of what it finds.
+        meaning: when it holds.
+        remedy: which argument to change.
+        needs: its inputs: names of metrics with * for any name, ``completions`` or ``checkpoints``. "a or b": one suffices.
+        check: returns what the rule found, or None.
+        source: where its threshold comes from.
+        logs: the number of logs that it needs.
+    """
+
+    name: str
+    meaning: str
+    remedy: str
+    needs: tuple[str, ...]
+    check: Callable[[Run], Evidence | None]
+    source: str
+    logs: int = field(default=2 * WINDOW)
+
+    def lacks(self, run: Run) -> str | None:
+        """Say which input a run lacks, or return None if the rule can be checked."""
+        for need in self.needs:
+            reasons = [self._lacks(run, name) for name in need.split(" or ")]
+            if all(reasons):
+                return "; ".join(filter(None, reasons))
+        return None
+
+    def _lacks(self, run: Run, name: str) -> str | None:
+        if name == COMPLETIONS:
+            return None if run.completions else "no completions are stored (log_completions)"
+        if name == CHECKPOINTS:
+            return None if run.checkpoints else "there is no checkpoint"
+        count = max((len(run.logs(found)) for found in run.names(name)), default=0)
+        if count >= self.logs:
+            return None
+        return f"{name} has {count} logs of at least {self.logs}" if count else f"{name} is not logged"
