@@ -2,18 +2,20 @@
 
 python bench/doctor_faults.py                       # all runs; writes bench/results/doctor.json
 python bench/doctor_faults.py --only grey_images    # some runs
-python bench/doctor_faults.py --fixtures            # also writes the trimmed runs that tests/doctor reads
+python bench/doctor_faults.py --recorded            # apply the rules to recorded runs again
 
 Every run starts from the demo's warm-up with its seed, which is kept in the folder of the runs.
 """
 
 import argparse
 import json
+import math
 import re
 import shutil
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +23,21 @@ import numpy as np
 import torch
 from harness import RESULTS, commit, device_name
 from PIL import Image
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from vlmkernels.demo.model import END_OF_TURN, build_model, build_processor
+from vlmkernels.demo.model import build_model, build_processor
 from vlmkernels.demo.run import GRPO, NUM_TRAIN
 from vlmkernels.demo.warmup import encode, warm_up
+from vlmkernels.doctor import PROBLEM, diagnose, read_run
+from vlmkernels.doctor import Run as DoctorRun
+from vlmkernels.doctor.callback import DoctorCallback
 from vlmkernels.evaluate.digits import compose, load_scans
 from vlmkernels.rewards.answers import text_of
+from vlmkernels.rollout.generate import Generate
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 
-FAULT_STEPS, HEALTHY_STEPS = 20, 150
+FAULT_STEPS, DEMO_STEPS = 20, 150
 HEALTHY_SEEDS = (0, 1, 2, 3, 4)
 
 
@@ -60,7 +66,7 @@ def length(completions, **kwargs):
 
 def repetition(completions, **kwargs):
     texts = [text_of(completion) for completion in completions]
-    return [sum(a == b for a, b in zip(text, text[1:], strict=False)) / 16 for text in texts]
+    return [sum(a == b for a, b in pairwise(text)) / 16 for text in texts]
 
 
 def three_digits_format(completions, **kwargs):
@@ -109,7 +115,9 @@ def short_completions(run: Run) -> None:
 
 
 def failing_parser(run: Run) -> None:
-    run.rewards = [{"name": "box_iou", "column": "box"}, {"name": "cer", "weight": 0.1}]
+    for row in run.rows:
+        row["box"] = [0, 0, 28, 28]
+    run.rewards = [{"name": "iou", "column": "box"}, {"name": "cer", "weight": 0.1}]
 
 
 def one_prompt(run: Run) -> None:
@@ -117,16 +125,12 @@ def one_prompt(run: Run) -> None:
 
 
 def other_temperature(run: Run) -> None:
+    class Hotter(Generate):
+        def __call__(self, model, prompts, num_generations, temperature, *args, **kwargs):
+            return super().__call__(model, prompts, num_generations, 2 * temperature, *args, **kwargs)
+
     def prepare(trainer: GRPOTrainer) -> None:
-        engine = trainer.engine
-        sample = type(engine).__call__
-
-        class Hotter(type(engine)):
-            def __call__(self, model, prompts, num_generations, temperature, *args, **kwargs):
-                rollout = sample(self, model, prompts, num_generations, 2 * temperature, *args, **kwargs)
-                return rollout
-
-        engine.__class__ = Hotter
+        trainer.engine.__class__ = Hotter
 
     run.prepare = prepare
 
@@ -138,9 +142,7 @@ def image_tokens(run: Run) -> None:
         head[image] = head[digit]
 
     def prepare(trainer: GRPOTrainer) -> None:
-        trainer.engine.sampling = trainer.engine.sampling.__class__(
-            **{**vars(trainer.engine.sampling), "suppress_tokens": []}
-        )
+        trainer.engine.sampling = trainer.engine.sampling.__class__(**{**vars(trainer.engine.sampling), "suppress_tokens": []})
 
     run.prepare = prepare
 
@@ -157,7 +159,7 @@ def majority_answer(run: Run) -> None:
 
 
 class Fault(NamedTuple):
-    """A fault: what is wrong, what plants it, and the rules that name it. The first of them to fire must be the first of all."""
+    """A fault: what is wrong, what plants it, and the rules that name it, one of which must be the first to find a problem."""
 
     meaning: str
     plant: Callable[[Run], None]
@@ -192,49 +194,102 @@ def warm_model(seed: int, processor: ProcessorMixin, folder: Path) -> PreTrained
     return model
 
 
-def train(output: Path, warm: Path, seed: int, steps: int, fault: Fault | None) -> None:
+class StopAfter(TrainerCallback):
+    """Stops a run before its learning rate has followed the whole schedule of the demo."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = state.global_step >= self.steps
+
+
+def train(folder: Path, name: str, seed: int, steps: int, fault: Fault | None) -> None:
+    """Train the demo and record it in ``folder / name``, with what the callback of ``diagnose=True`` found in found.json."""
+    shutil.rmtree(folder / name, ignore_errors=True)
     processor = build_processor()
     rows = compose(load_scans()[0], NUM_TRAIN, np.random.default_rng(1000 + seed))
-    for row in rows:
-        row["box"] = [0, 0, 28, 28]
-    run = Run(warm_model(seed, processor, warm), processor, rows)
+    run = Run(warm_model(seed, processor, folder), processor, rows)
     if fault is not None:
         fault.plant(run)
     args = GRPOConfig(
         **{**GRPO, **run.options},
-        max_steps=steps,
+        max_steps=DEMO_STEPS,
         seed=seed,
-        output_dir=str(output),
+        output_dir=str(folder / name),
         use_cpu=True,
-        bf16=False,
         logging_steps=1,
+        diagnose=True,
         log_completions=True,
         num_completions_to_print=4 * GRPO["num_generations"],
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = GRPOTrainer(run.model, run.rewards, args, run.rows, processing_class=processor)
+    trainer = GRPOTrainer(run.model, run.rewards, args, run.rows, processing_class=processor, callbacks=[StopAfter(steps)])
     trainer.remove_callback(PrinterCallback)
     run.prepare(trainer)
     trainer.train()
+    doctor = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DoctorCallback))
+    (folder / name / "found.json").write_text(json.dumps(doctor.found))
 
 
-def main() -> None:
+def discover(run: DoctorRun) -> dict[str, dict]:
+    """Return, by rule, what the doctor finds first when it reads the run after every step, in the order of discovery."""
+    found: dict[str, dict] = {}
+    for end, entry in enumerate(run.steps, 1):
+        step = entry["step"]
+        seen = {stored: groups for stored, groups in run.completions.items() if stored <= step}
+        for finding in diagnose(replace(run, steps=run.steps[:end], completions=seen)):
+            values = {"step": step, "severity": finding.severity, "evidence": finding.evidence}
+            found.setdefault(finding.rule, values)
+    return found
+
+
+def result(folder: Path, name: str, seed: int, fault: Fault | None) -> dict:
+    """Return the row of a run for doctor.json."""
+    run = read_run(folder / name)
+    found = discover(replace(run, steps=[entry for entry in run.steps if "loss" in entry]))
+    problems = {rule: values for rule, values in found.items() if values["severity"] == PROBLEM}
+    row = {"name": name, "seed": seed, "steps": max(entry["step"] for entry in run.steps), "found": found}
+    if fault is None:
+        return {**row, "fault": None, "passed": not problems}
+    first = min((values["step"] for values in problems.values()), default=math.inf)
+    hits = [rule for rule in fault.rules if rule in found and found[rule]["step"] <= min(first, FAULT_STEPS)]
+    return {
+        **row,
+        "fault": fault.meaning,
+        "expected": list(fault.rules),
+        "passed": bool(hits),
+        "rule": hits[0] if hits else None,
+    }
+
+
+def main() -> int:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=Path("doctor-runs"))
-    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--folder", type=Path, default=Path("doctor-runs"), help="where runs are recorded [doctor-runs]")
+    parser.add_argument("--only", nargs="+", help="names of runs; the results of others are kept")
+    parser.add_argument("--recorded", action="store_true", help="only apply the rules to the runs that were recorded")
     args = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
     args.folder.mkdir(parents=True, exist_ok=True)
     runs = {name: (0, FAULT_STEPS, fault) for name, fault in FAULTS.items()}
-    runs |= {f"healthy-{seed}": (seed, HEALTHY_STEPS, None) for seed in HEALTHY_SEEDS}
+    runs |= {f"healthy-{seed}": (seed, DEMO_STEPS, None) for seed in HEALTHY_SEEDS}
+    rows = []
     for name, (seed, steps, fault) in runs.items():
-        if args.only and name not in args.only:
+        if not args.recorded and (not args.only or name in args.only):
+            train(args.folder, name, seed, steps, fault)
+        if not (args.folder / name / "found.json").exists():
             continue
-        train(args.folder / name, args.folder, seed, steps, fault)
+        rows.append(row := result(args.folder, name, seed, fault))
+        print(f"{'pass' if row['passed'] else 'FAIL'}  {name}")
+        for rule, values in row["found"].items():
+            print(f"      {values['severity']} at step {values['step']}: {rule}: {values['evidence']}", flush=True)
+    content = {"device": device_name(), "commit": commit(), "runs": rows}
+    (RESULTS / "doctor.json").write_text(json.dumps(content, indent=1) + "\n")
+    return 0 if all(row["passed"] for row in rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,7 +7,12 @@ import torch
 from vlmkernels.ops.group_advantages import GroupAdvantages
 
 NGRAM = 4  # tokens of the sequences whose repetition is counted
-MULTIPLIERS = (6364136223846793005, 3935559000370003845, 2862933555777941757, 3202034522624059733)  # odd, of a hash of NGRAM ids
+MULTIPLIERS = (
+    6364136223846793005,
+    3935559000370003845,
+    2862933555777941757,
+    3202034522624059733,
+)  # odd, of a hash of NGRAM ids
 
 
 def _mean_std(values: torch.Tensor) -> tuple[float, float]:

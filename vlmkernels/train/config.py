@@ -89,7 +89,7 @@ class GRPOConfig(TrainingArguments):
       and vllm_fingerprint_tolerance are new.
     - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
-      on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic and router_replay are new.
+      on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic, router_replay and diagnose are new.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -230,6 +230,7 @@ class GRPOConfig(TrainingArguments):
     allow_image_urls: bool = _field(False, "Allow images that are given by an http or https URL, and fetch them.")
 
     log_completions: bool = _field(False, "Store completions and a page of them at each log, and send them to report_to.")
+    diagnose: bool = _field(False, "Check every log with the rules of `vlmkernels doctor`, and warn about what they find.")
     num_completions_to_print: int | None = _field(64, "Maximum number of completions stored at a log. None stores all.")
 
     def __post_init__(self) -> None:
