@@ -9,26 +9,11 @@ __all__ = ["NOTE", "PROBLEM", "RULES", "Example", "Finding", "Rule", "Run", "dia
 
 
 def diagnose(run: Run) -> list[Finding]:
-    """Return what the rules find, problems first, then in order of steps. A rule that lacks its inputs is silent."""
-    findings = []
-    for rule in RULES:
-        if rule.lacks(run) is None and (found := rule.check(run)):
-            findings.append(
-                Finding(
-                    rule.name,
-                    found.step,
-                    found.text,
-                    found.example,
-                    rule.remedy,
-                    found.severity,
-                    found.metric,
-                    found.value,
-                    found.baseline,
-                )
-            )
+    """Return what the rules find, problems first, then in order of steps. A rule that lacks its inputs finds nothing."""
+    findings = [finding for rule in RULES if (finding := rule.finding(run))]
     return sorted(findings, key=lambda finding: (finding.severity != PROBLEM, finding.step))
 
 
 def unchecked(run: Run) -> dict[str, str]:
-    """Return the rules that cannot be checked, each with the input that is missing."""
+    """Return the rules that cannot be checked, each with the input that the run lacks."""
     return {rule.name: missing for rule in RULES if (missing := rule.lacks(run))}

@@ -1,21 +1,17 @@
 """What the rules see of a run, and the statistics that they compare."""
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from statistics import fmean, median
+from typing import Any
 
-WINDOW = 5  # logs whose median is compared with the median of the first logs
-
-
-class Log(NamedTuple):
-    """One logged value."""
-
-    step: int
-    value: float
+WINDOW = 5  # logs at the beginning whose median is the baseline, and the smallest number of logs that is compared with it
+MAX_WINDOW, WINDOWS = 50, 20  # a longer run is compared in windows of a twentieth of its logs, of at most 50
 
 
 @dataclass
@@ -28,7 +24,7 @@ class Run:
         arguments: the arguments of the trainer, empty if they are unknown.
         checkpoints: steps of the checkpoints that exist.
         source: the file that the log was read from, or None for a run in training.
-        notes: what was ignored while the run was read.
+        notes: what was ignored or is missing.
     """
 
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -38,33 +34,83 @@ class Run:
     source: Path | None = None
     notes: list[str] = field(default_factory=list)
 
-    def logs(self, name: str) -> list[Log]:
-        """Return the values of a metric that are finite."""
-        values = ((entry["step"], entry.get(name)) for entry in self.steps)
-        return [Log(step, value) for step, value in values if is_number(value) and math.isfinite(value)]
+    def curve(self, name: str) -> "Curve":
+        """Return the finite values of a metric."""
+        logs = [(entry["step"], entry[name]) for entry in self.steps if is_finite(entry.get(name))]
+        return Curve([step for step, _ in logs], [value for _, value in logs])
 
     def names(self, pattern: str) -> list[str]:
         """Return the names of the metrics that match a pattern such as ``rewards/*/mean``."""
-        return sorted({name for entry in self.steps for name in entry if fnmatchcase(name, pattern)})
+        return sorted(name for name in set(itertools.chain.from_iterable(self.steps)) if fnmatchcase(name, pattern))
 
-    def rows(self, since: int = 0) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
-        """Yield (step, group, completion) of every stored completion since a step."""
-        for step in sorted(self.completions):
-            if step >= since:
-                for group in self.completions[step]:
-                    for row in group["completions"]:
-                        yield step, group, row
+    def improved(self, step: int, name: str = "reward") -> bool:
+        """Whether a metric has risen from its beginning to a step by more than its noise; False if it is not logged."""
+        curve = self.curve(name)
+        before = curve.count(step)
+        return before > WINDOW and curve.window(before) - curve.start > 2 * curve.noise
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of a log is a number; it may be NaN or infinite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_finite(value: Any) -> bool:
+    """Whether a value of a log is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def noise(values: Sequence[float]) -> float:
-    """Return the standard deviation of the values around their trend.
+@dataclass(frozen=True)
+class Curve:
+    """The values of a metric with their steps, in ascending order."""
 
-    It is estimated from the median absolute difference of neighbors, so that neither a trend nor single jumps increase it.
-    """
-    differences = [abs(b - a) for a, b in zip(values, values[1:], strict=False)]
-    return 1.4826 * median(differences) / math.sqrt(2) if differences else 0.0
+    steps: list[int]
+    values: list[float]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def width(self) -> int:
+        """The number of logs of a window."""
+        return min(max(WINDOW, len(self) // WINDOWS), MAX_WINDOW)
+
+    @property
+    def start(self) -> float:
+        """The median of the first ``WINDOW`` logs."""
+        return median(self.values[:WINDOW])
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation of the values around their trend.
+
+        It is estimated from the median absolute difference of neighbors, so that neither a trend nor a few jumps increase it;
+        from the mean absolute difference if most neighbors are equal.
+        """
+        differences = [abs(b - a) for a, b in itertools.pairwise(self.values)]
+        if not differences:
+            return 0.0
+        return (1.4826 * median(differences) or 1.2533 * fmean(differences)) / math.sqrt(2)
+
+    def window(self, end: int | None = None) -> float:
+        """Return the median of the ``width`` values before index ``end``; by default the last ones."""
+        end = len(self) if end is None else end
+        return median(self.values[max(0, end - self.width) : end])
+
+    def count(self, step: int) -> int:
+        """Return the number of logs up to a step."""
+        return bisect_right(self.steps, step)
+
+    def since(self, holds: Callable[[float, int], bool], logs: int = 2 * WINDOW) -> int | None:
+        """Return the step since which ``holds(window, step)`` is true without a break up to the end; None if it is false there.
+
+        Args:
+            logs: number of logs before the first window that is judged.
+        """
+        found = None
+        for end in range(len(self), logs - 1, -1):
+            if not holds(self.window(end), self.steps[end - 1]):
+                break
+            found = self.steps[end - 1]
+        return found
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Return the correlation of two sequences with mean 0; 0 if one is constant."""
+    norm = math.hypot(*xs) * math.hypot(*ys)
+    return sum(x * y for x, y in zip(xs, ys, strict=True)) / norm if norm else 0.0

@@ -1,7 +1,7 @@
-"""A rule, what it returns, and which inputs it lacks."""
+"""A rule, what it finds, and which inputs it lacks."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vlmkernels.doctor.history import WINDOW, Run
@@ -21,10 +21,10 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a rule found.
+    """What the check of a rule returns.
 
-    Args:
-        step: the first step since which the rule holds.
+    Attributes:
+        step: the step since which the rule holds.
         text: a sentence with the numbers.
         metric: the metric whose curve shows it, if there is one.
         value: the number that the rule compared.
@@ -44,7 +44,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Finding:
-    """A rule that holds for a run. ``evidence`` is a sentence; the other fields are those of ``Evidence``."""
+    """A rule that holds for a run. ``evidence`` is the sentence; the other attributes are those of ``Evidence``."""
 
     rule: str
     step: int
@@ -65,14 +65,14 @@ class Finding:
 class Rule:
     """A rule.
 
-    Args:
+    Attributes:
         name: the name of what it finds.
         meaning: when it holds.
-        remedy: which argument to change.
+        remedy: what to change.
         needs: its inputs: names of metrics with * for any name, ``completions`` or ``checkpoints``. "a or b": one suffices.
         check: returns what the rule found, or None.
         source: where its threshold comes from.
-        logs: the number of logs that it needs.
+        logs: the number of logs of a metric that it needs.
     """
 
     name: str
@@ -81,10 +81,17 @@ class Rule:
     needs: tuple[str, ...]
     check: Callable[[Run], Evidence | None]
     source: str
-    logs: int = field(default=2 * WINDOW)
+    logs: int = 2 * WINDOW
+
+    def finding(self, run: Run) -> Finding | None:
+        """Return what the rule finds, or None if it finds nothing or lacks an input."""
+        if self.lacks(run) or not (found := self.check(run)):
+            return None
+        shown = found.severity, found.metric, found.value, found.baseline
+        return Finding(self.name, found.step, found.text, found.example, self.remedy, *shown)
 
     def lacks(self, run: Run) -> str | None:
-        """Say which input a run lacks, or return None if the rule can be checked."""
+        """Say which input a run lacks; None if the rule can be checked."""
         for need in self.needs:
             reasons = [self._lacks(run, name) for name in need.split(" or ")]
             if all(reasons):
@@ -93,10 +100,10 @@ class Rule:
 
     def _lacks(self, run: Run, name: str) -> str | None:
         if name == COMPLETIONS:
-            return None if run.completions else "no completions are stored (log_completions)"
+            return None if run.completions else "no completions are stored (log_completions=True)"
         if name == CHECKPOINTS:
             return None if run.checkpoints else "there is no checkpoint"
-        count = max((len(run.logs(found)) for found in run.names(name)), default=0)
+        count = max((len(run.curve(found)) for found in run.names(name)), default=0)
         if count >= self.logs:
             return None
-        return f"{name} has {count} logs of at least {self.logs}" if count else f"{name} is not logged"
+        return f"{name} has {count} of at least {self.logs} logs" if count else f"{name} is not logged"

@@ -1,0 +1,134 @@
+"""What the rules read from stored completions."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from vlmkernels.doctor.history import Run, correlation
+from vlmkernels.doctor.rule import Example
+
+RECENT = 3  # stored steps that are compared with the first ones
+NGRAM = 4  # words of the sequences whose repetition is counted
+MAX_UNITS = 2000  # words of a completion that are read
+_ANSWERS = (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}", r"(?:final answer|answer is|answer:)\s*(.+)")
+ANSWERS = tuple(re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in _ANSWERS)
+SPECIAL = re.compile(
+    r"<\|?(?:image|video|audio|vision)_?(?:pad|start|end|token|soft_token)?\|?>|<\|?(?:pad|padding|endoftext|unk)\|?>|\[PAD\]|<img>"
+    r"|<image_soft_token>|<IMG_CONTEXT>"
+)
+
+
+class Row(NamedTuple):
+    """A stored completion, the group that holds it, and its step."""
+
+    step: int
+    group: dict[str, Any]
+    row: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        return self.row["text"]
+
+    @property
+    def advantage(self) -> float:
+        return self.row["advantage"] or 0.0
+
+    def example(self) -> Example:
+        return Example(self.step, self.group["prompt"], self.text, self.row["rewards"])
+
+
+def rows_of(run: Run, steps: list[int]) -> list[Row]:
+    """Return the completions of stored steps."""
+    return [Row(step, group, row) for step in steps for group in run.completions[step] for row in group["completions"]]
+
+
+def groups_of(run: Run, steps: list[int]) -> list[dict[str, Any]]:
+    """Return the groups of stored steps. Batches that several steps train on are counted once."""
+    groups: list[dict[str, Any]] = []
+    previous: list[dict[str, Any]] = []
+    for step in steps:
+        if run.completions[step] != previous:
+            groups += run.completions[step]
+        previous = run.completions[step]
+    return groups
+
+
+def recent(run: Run) -> Iterator[list[int]]:
+    """Yield windows of ``RECENT`` stored steps, the last one first."""
+    steps = sorted(run.completions)
+    for end in range(len(steps), 0, -1):
+        yield steps[max(0, end - RECENT) : end]
+
+
+def since(run: Run, holds: Callable[[list[int]], bool]) -> list[int]:
+    """Return the steps of the earliest window since which ``holds`` is true without a break; [] if it is false at the end."""
+    found: list[int] = []
+    for steps in recent(run):
+        if not holds(steps):
+            break
+        found = steps
+    return found
+
+
+def example(run: Run, step: int, key: Callable[[Row], Any]) -> Example | None:
+    """Return the completion with the largest key, of the first stored step from ``step`` on, else of the last one."""
+    stored = sorted(run.completions)
+    chosen = [s for s in stored if s >= step][:1] or stored[-1:]
+    rows = rows_of(run, chosen)
+    return max(rows, key=key).example() if rows else None
+
+
+def answer_of(text: str) -> str:
+    """Return the final answer of a completion in a form that can be compared."""
+    for pattern in ANSWERS:
+        if found := pattern.findall(text):
+            text = found[-1]
+            break
+    else:
+        text = text.rpartition("</think>")[2]
+    lines = [line for line in text.splitlines() if line.strip()]
+    return " ".join(lines[-1].casefold().split())[:200] if lines else ""
+
+
+def has_answer(text: str) -> bool:
+    """Whether a completion marks its answer with a tag, a box or the word."""
+    return any(pattern.search(text) for pattern in ANSWERS)
+
+
+def context(group: dict[str, Any]) -> tuple | None:
+    """Return what makes the prompt of a group the same as another; None if its images are not stored."""
+    if group.get("images_missing"):
+        return None
+    return group["prompt"], tuple(image[0] for image in group["images"]), tuple(sorted(group["references"].items()))
+
+
+def repetition(text: str) -> float:
+    """Return the share of the sequences of ``NGRAM`` words that occurred before; of characters for a text without words."""
+    units: Any = text.split()[:MAX_UNITS]
+    units = units if len(units) >= 2 * NGRAM else text[:MAX_UNITS]
+    if len(units) < 2 * NGRAM:
+        return 0.0
+    grams = [tuple(units[k : k + NGRAM]) for k in range(len(units) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams)
+
+
+def length_correlation(run: Run, steps: list[int]) -> float:
+    """Return the correlation of advantages and lengths within the groups of stored steps."""
+    advantages: list[float] = []
+    lengths: list[float] = []
+    for group in groups_of(run, steps):
+        rows = group["completions"]
+        mean_advantage, mean_length = (
+            fmean(v) for v in zip(*((r["advantage"] or 0.0, len(r["text"])) for r in rows), strict=True)
+        )
+        advantages += [(row["advantage"] or 0.0) - mean_advantage for row in rows]
+        lengths += [len(row["text"]) - mean_length for row in rows]
+    return correlation(advantages, lengths)
+
+
+def most_common(values: list[Any]) -> tuple[Any, float]:
+    """Return the most common of the values, and its share."""
+    (value, count), *_ = Counter(values).most_common(1)
+    return value, count / len(values)
