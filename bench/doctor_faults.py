@@ -3,6 +3,7 @@
 python bench/doctor_faults.py                       # all runs; writes bench/results/doctor.json
 python bench/doctor_faults.py --only grey_images    # some runs
 python bench/doctor_faults.py --recorded            # apply the rules to recorded runs again
+python bench/doctor_faults.py --recorded --fixtures # and store them, trimmed, for the tests
 
 Every run starts from the demo's warm-up with its seed, which is kept in the folder of the runs.
 """
@@ -13,15 +14,17 @@ import math
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import RESULTS, commit, device_name
+from harness import RESULTS, ROOT, commit, device_name
 from PIL import Image
 from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
@@ -39,6 +42,13 @@ from vlmkernels.train import GRPOConfig, GRPOTrainer
 
 FAULT_STEPS, DEMO_STEPS = 20, 150
 HEALTHY_SEEDS = (0, 1, 2, 3, 4)
+FOLDER = ROOT / "tests" / "support" / "doctor_runs"
+# The metrics that rules read.
+READ = (
+    *("step", "epoch", "loss", "policy_loss", "grad_norm", "learning_rate", "entropy", "kl", "reward", "reward_*", "frac_*"),
+    *("rewards/*/mean", "rewards/*/std", "rewards/*/unparsed", "completions/mean_length", "completions/clipped_ratio"),
+    *("completions/frac_*", "image_use/*", "sampling/sampling_logp_difference/mean", "sampling/effective_sample_size"),
+)
 
 
 @dataclass
@@ -61,12 +71,12 @@ def constant(completions, **kwargs):
 
 
 def length(completions, **kwargs):
-    return [len(text_of(completion)) / 16 for completion in completions]
+    return [len(text_of(completion)) / 32 for completion in completions]
 
 
 def repetition(completions, **kwargs):
     texts = [text_of(completion) for completion in completions]
-    return [sum(a == b for a, b in pairwise(text)) / 16 for text in texts]
+    return [sum(a == b for a, b in pairwise(text)) / 32 for text in texts]
 
 
 def three_digits_format(completions, **kwargs):
@@ -86,11 +96,11 @@ def constant_reward(run: Run) -> None:
 
 
 def length_reward(run: Run) -> None:
-    run.rewards, run.options = [length], {"max_completion_length": 16}
+    run.rewards, run.options = [length], {"max_completion_length": 32}
 
 
 def repetition_reward(run: Run) -> None:
-    run.rewards, run.options = [repetition], {"max_completion_length": 16}
+    run.rewards, run.options = [repetition], {"max_completion_length": 32}
 
 
 def format_only(run: Run) -> None:
@@ -135,16 +145,10 @@ def other_temperature(run: Run) -> None:
     run.prepare = prepare
 
 
-def image_tokens(run: Run) -> None:
-    head, names = run.model.get_output_embeddings().weight, ("<|image_pad|>", "7")
-    image, digit = map(run.processor.tokenizer.convert_tokens_to_ids, names)
+def padding_tokens(run: Run) -> None:
+    head, tokenizer = run.model.get_output_embeddings().weight, run.processor.tokenizer
     with torch.no_grad():
-        head[image] = head[digit]
-
-    def prepare(trainer: GRPOTrainer) -> None:
-        trainer.engine.sampling = trainer.engine.sampling.__class__(**{**vars(trainer.engine.sampling), "suppress_tokens": []})
-
-    run.prepare = prepare
+        head[tokenizer.pad_token_id] = head[tokenizer.convert_tokens_to_ids("7")]
 
 
 def majority_answer(run: Run) -> None:
@@ -167,21 +171,24 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
-    "grey_images": Fault("the processor gets grey images", grey_images, ("image_ignored",)),
-    "constant_reward": Fault("the reward is 1 for every completion", constant_reward, ()),
-    "length_reward": Fault("the reward is the length", length_reward, ()),
-    "repetition_reward": Fault("the reward counts repeated characters", repetition_reward, ()),
-    "format_only": Fault("the reward is that of the format, 0.1 times that of the task", format_only, ()),
-    "bf16_weights": Fault("weights in bf16, learning rate 1e-6", bf16_weights, ()),
-    "large_learning_rate": Fault("learning rate times 100", large_learning_rate, ()),
-    "kl_runaway": Fault("learning rate times 20, beta 0.001", kl_runaway, ()),
-    "short_completions": Fault("max_completion_length 2 for answers of up to 3 digits", short_completions, ()),
-    "failing_parser": Fault("a reward that finds no answer in any completion", failing_parser, ()),
-    "one_prompt": Fault("all rows of the dataset are the same", one_prompt, ()),
-    "other_temperature": Fault("completions are sampled at twice the temperature", other_temperature, ()),
-    "image_tokens": Fault("image tokens can be sampled, and are as likely as a digit", image_tokens, ()),
-    "majority_answer": Fault("the model gives one answer to every image", majority_answer, ()),
+    "grey_images": Fault("the processor gets grey images", grey_images, ("image-ignored",)),
+    "constant_reward": Fault("the reward is 1 for every completion", constant_reward, ("reward-flat", "groups-without-spread")),
+    "length_reward": Fault("the reward is the length", length_reward, ("reward-by-length",)),
+    "repetition_reward": Fault("the reward counts repeated characters", repetition_reward, ("repetition",)),
+    "format_only": Fault("the reward is that of the format, 0.1 times that of the task", format_only, ("format-not-task",)),
+    "bf16_weights": Fault("weights in bf16, learning rate 1e-6", bf16_weights, ("updates-lost",)),
+    "large_learning_rate": Fault("learning rate times 100", large_learning_rate, ("reward-collapse",)),
+    "kl_runaway": Fault("learning rate times 20, beta 0.001", kl_runaway, ("reward-collapse", "kl-runaway")),
+    "short_completions": Fault("max_completion_length 2 for answers of up to 3 digits", short_completions, ("truncation",)),
+    "failing_parser": Fault("a reward that finds no answer in any completion", failing_parser, ("unparsed-as-zero",)),
+    "one_prompt": Fault("all rows of the dataset are the same", one_prompt, ("data-repeated",)),
+    "other_temperature": Fault("completions are sampled at twice the temperature", other_temperature, ("sampling-mismatch",)),
+    "padding_tokens": Fault("padding is as likely as a digit", padding_tokens, ("special-tokens",)),
+    "majority_answer": Fault("the model gives one answer to every image", majority_answer, ("one-answer",)),
 }
+
+
+FIXTURES = (*FAULTS, "healthy-0", "healthy-1")
 
 
 def warm_model(seed: int, processor: ProcessorMixin, folder: Path) -> PreTrainedModel:
@@ -253,6 +260,8 @@ def result(folder: Path, name: str, seed: int, fault: Fault | None) -> dict:
     problems = {rule: values for rule, values in found.items() if values["severity"] == PROBLEM}
     row = {"name": name, "seed": seed, "steps": max(entry["step"] for entry in run.steps), "found": found}
     if fault is None:
+        reward = run.curve("reward")
+        row |= {"reward": [reward.start, reward.window()]}
         return {**row, "fault": None, "passed": not problems}
     first = min((values["step"] for values in problems.values()), default=math.inf)
     hits = [rule for rule in fault.rules if rule in found and found[rule]["step"] <= min(first, FAULT_STEPS)]
@@ -265,11 +274,43 @@ def result(folder: Path, name: str, seed: int, fault: Fault | None) -> dict:
     }
 
 
+def trimmed(run: DoctorRun) -> dict:
+    """Return what the rules read of a run, rounded: metrics by name, and the completions of a few steps without images."""
+    steps = [entry for entry in run.steps if "loss" in entry]
+    steps = steps[:: max(len(steps) // 50, 1)]
+    names = sorted({name for entry in steps for name in entry if any(fnmatchcase(name, pattern) for pattern in READ)})
+    chosen = [step for step in sorted(run.completions) if step <= steps[-1]["step"]][-3:]
+    return {
+        "arguments": {name: run.arguments[name] for name in ("max_completion_length", "num_generations")},
+        "metrics": {name: [_short(entry.get(name)) for entry in steps] for name in names},
+        "completions": {step: [_without_images(group) for group in run.completions[step]] for step in chosen},
+    }
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
+def _without_images(group: dict) -> dict:
+    """Replace the images of a group by names that differ as the images do, and round the numbers of its completions."""
+    images = [[f"data:image/{zlib.crc32(image.source.encode()):08x}", *image[1:]] for image in group["images"]]
+    rows = [
+        {
+            "text": row["text"],
+            "rewards": {name: _short(value) for name, value in row["rewards"].items()},
+            "advantage": _short(row["advantage"]),
+        }
+        for row in group["completions"]
+    ]
+    return {**group, "images": images, "completions": rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=Path("doctor-runs"), help="where runs are recorded [doctor-runs]")
     parser.add_argument("--only", nargs="+", help="names of runs; the results of others are kept")
     parser.add_argument("--recorded", action="store_true", help="only apply the rules to the runs that were recorded")
+    parser.add_argument("--fixtures", action="store_true", help="write trimmed runs to tests/support/doctor_runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
@@ -283,6 +324,10 @@ def main() -> int:
         if not (args.folder / name / "found.json").exists():
             continue
         rows.append(row := result(args.folder, name, seed, fault))
+        if args.fixtures and name in FIXTURES:
+            FOLDER.mkdir(exist_ok=True)
+            text = json.dumps(trimmed(read_run(args.folder / name)), separators=(",", ":"))
+            (FOLDER / f"{name}.json").write_text(text + "\n")
         print(f"{'pass' if row['passed'] else 'FAIL'}  {name}")
         for rule, values in row["found"].items():
             print(f"      {values['severity']} at step {values['step']}: {rule}: {values['evidence']}", flush=True)

@@ -11,7 +11,7 @@ from vlmkernels.doctor import NOTE, Finding, Run, diagnose
 logger = logging.get_logger(__name__)
 
 STATE_KEY = "vlmkernels.doctor"  # of what trainer_state.json remembers
-FIRST, LAST = 20, 500  # logs that are kept; rules compare the first of a run with the last
+FIRST, LAST = 20, 100  # logs that are kept; rules compare the first of a run with the last
 FIRST_STORED, LAST_STORED = 2, 20  # logs whose completions are kept
 
 
