@@ -81,7 +81,7 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only if the GPU supports it. Gradient checkpointing is off, as in ``TrainingArguments``.
     - Every process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation.
     - The defaults of importance_sampling_level and epsilon_high depend on loss_type.
-    - num_completions_to_print is 64; None stores all completions.
+    - num_completions_to_print is 64; None stores all completions. diagnose is new.
     - The rollout_* fields replace vllm_importance_sampling_* and work with every engine. They are off by default; see
       docs/mismatch.md.
     - rollout_engine names the engine; use_vllm and vllm_mode are synonyms for it, and their defaults follow from it.
@@ -89,7 +89,7 @@ class GRPOConfig(TrainingArguments):
       and vllm_fingerprint_tolerance are new.
     - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
-      on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic, router_replay and diagnose are new.
+      on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic and router_replay are new.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
