@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -33,11 +34,16 @@ class Run:
     checkpoints: list[int] = field(default_factory=list)
     source: Path | None = None
     notes: list[str] = field(default_factory=list)
+    _curves: dict[str, tuple[int, "Curve"]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def curve(self, name: str) -> "Curve":
         """Return the finite values of a metric."""
-        logs = [(entry["step"], entry[name]) for entry in self.steps if is_finite(entry.get(name))]
-        return Curve([step for step, _ in logs], [value for _, value in logs])
+        count, curve = self._curves.get(name, (-1, Curve([], [])))
+        if count != len(self.steps):  # steps have been added
+            logs = [(entry["step"], entry[name]) for entry in self.steps if is_finite(entry.get(name))]
+            curve = Curve([step for step, _ in logs], [value for _, value in logs])
+            self._curves[name] = len(self.steps), curve
+        return curve
 
     def names(self, pattern: str) -> list[str]:
         """Return the names of the metrics that match a pattern such as ``rewards/*/mean``."""
@@ -45,14 +51,17 @@ class Run:
 
     def improved(self, step: int, name: str = "reward") -> bool:
         """Whether a metric has risen from its beginning to a step by more than its noise; False if it is not logged."""
-        curve = self.curve(name)
-        before = curve.count(step)
-        return before > WINDOW and curve.window(before) - curve.start > 2 * curve.noise
+        return self.curve(name).gain(step) > 2
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a log is a number, which may be NaN or infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_finite(value: Any) -> bool:
     """Whether a value of a log is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number(value) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -70,12 +79,12 @@ class Curve:
         """The number of logs of a window."""
         return min(max(WINDOW, len(self) // WINDOWS), MAX_WINDOW)
 
-    @property
+    @cached_property
     def start(self) -> float:
         """The median of the first ``WINDOW`` logs."""
         return median(self.values[:WINDOW])
 
-    @property
+    @cached_property
     def noise(self) -> float:
         """The standard deviation of the values around their trend.
 
@@ -95,6 +104,17 @@ class Curve:
     def count(self, step: int) -> int:
         """Return the number of logs up to a step."""
         return bisect_right(self.steps, step)
+
+    def at(self, step: int, default: float) -> float:
+        """Return the window up to a step, or the default if nothing was logged up to there."""
+        count = self.count(step)
+        return self.window(count) if count else default
+
+    def gain(self, step: int) -> float:
+        """Return by how many standard deviations of the noise the window up to a step is above the beginning."""
+        count = self.count(step)
+        change = self.window(count) - self.start if count > WINDOW else 0.0
+        return change / self.noise if self.noise else math.copysign(math.inf, change) if change else 0.0
 
     def since(self, holds: Callable[[float, int], bool], logs: int = 2 * WINDOW) -> int | None:
         """Return the step since which ``holds(window, step)`` is true without a break up to the end; None if it is false there.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from vlmkernels.doctor.history import WINDOW, Run
 
 PROBLEM, NOTE = "problem", "note"
-COMPLETIONS, CHECKPOINTS = "completions", "checkpoints"
+COMPLETIONS = "completions"
 
 
 class Example(NamedTuple):
@@ -69,7 +69,7 @@ class Rule:
         name: the name of what it finds.
         meaning: when it holds.
         remedy: what to change.
-        needs: its inputs: names of metrics with * for any name, ``completions`` or ``checkpoints``. "a or b": one suffices.
+        needs: its inputs: names of metrics with * for any name, or ``completions``. "a or b": one suffices.
         check: returns what the rule found, or None.
         source: where its threshold comes from.
         logs: the number of logs of a metric that it needs.
@@ -101,9 +101,7 @@ class Rule:
     def _lacks(self, run: Run, name: str) -> str | None:
         if name == COMPLETIONS:
             return None if run.completions else "no completions are stored (log_completions=True)"
-        if name == CHECKPOINTS:
-            return None if run.checkpoints else "there is no checkpoint"
-        count = max((len(run.curve(found)) for found in run.names(name)), default=0)
-        if count >= self.logs:
-            return None
-        return f"{name} has {count} of at least {self.logs} logs" if count else f"{name} is not logged"
+        if not (names := run.names(name)):
+            return f"{name} is not logged"
+        count = max(len(run.curve(found)) for found in names)
+        return None if count >= self.logs else f"{name} has {count} of at least {self.logs} logs"

@@ -12,8 +12,11 @@ from vlmkernels.doctor.rule import Example
 RECENT = 3  # stored steps that are compared with the first ones
 NGRAM = 4  # words of the sequences whose repetition is counted
 MAX_UNITS = 2000  # words of a completion that are read
-_ANSWERS = (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}", r"(?:final answer|answer is|answer:)\s*(.+)")
-ANSWERS = tuple(re.compile(pattern, re.DOTALL | re.IGNORECASE) for pattern in _ANSWERS)
+ANSWERS = (
+    re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
+    re.compile(r"\\boxed\{([^{}]*)\}"),
+    re.compile(r"(?:final answer|answer is|answer:)\W*(.+)", re.IGNORECASE),
+)
 SPECIAL = re.compile(
     r"<\|?(?:image|video|audio|vision)_?(?:pad|start|end|token|soft_token)?\|?>|<\|?(?:pad|padding|endoftext|unk)\|?>|\[PAD\]|<img>"
     r"|<image_soft_token>|<IMG_CONTEXT>"
@@ -29,11 +32,23 @@ class Row(NamedTuple):
 
     @property
     def text(self) -> str:
-        return self.row["text"]
+        return str(self.row["text"])
 
     @property
     def advantage(self) -> float:
         return self.row["advantage"] or 0.0
+
+    @property
+    def is_scored(self) -> bool:
+        return any(value is not None for value in self.row["rewards"].values())
+
+    @property
+    def total(self) -> float:
+        """The sum of the rewards, without weights."""
+        return sum(value or 0.0 for value in self.row["rewards"].values())
+
+    def reward(self, name: str) -> float:
+        return self.row["rewards"].get(name) or 0.0
 
     def example(self) -> Example:
         return Example(self.step, self.group["prompt"], self.text, self.row["rewards"])
@@ -81,15 +96,9 @@ def example(run: Run, step: int, key: Callable[[Row], Any]) -> Example | None:
 
 
 def answer_of(text: str) -> str:
-    """Return the final answer of a completion in a form that can be compared."""
-    for pattern in ANSWERS:
-        if found := pattern.findall(text):
-            text = found[-1]
-            break
-    else:
-        text = text.rpartition("</think>")[2]
-    lines = [line for line in text.splitlines() if line.strip()]
-    return " ".join(lines[-1].casefold().split())[:200] if lines else ""
+    """Return the marked answer of a completion, else all of its text after the reasoning, in a form that can be compared."""
+    marked = [found[-1] for pattern in ANSWERS if (found := pattern.findall(text))]
+    return " ".join((marked[0] if marked else text.rpartition("</think>")[2]).casefold().split())[:200]
 
 
 def has_answer(text: str) -> bool:
@@ -97,7 +106,7 @@ def has_answer(text: str) -> bool:
     return any(pattern.search(text) for pattern in ANSWERS)
 
 
-def context(group: dict[str, Any]) -> tuple | None:
+def context(group: dict[str, Any]) -> tuple[Any, ...] | None:
     """Return what makes the prompt of a group the same as another; None if its images are not stored."""
     if group.get("images_missing"):
         return None
@@ -120,12 +129,14 @@ def length_correlation(run: Run, steps: list[int]) -> float:
     lengths: list[float] = []
     for group in groups_of(run, steps):
         rows = group["completions"]
-        mean_advantage, mean_length = (
-            fmean(v) for v in zip(*((r["advantage"] or 0.0, len(r["text"])) for r in rows), strict=True)
-        )
-        advantages += [(row["advantage"] or 0.0) - mean_advantage for row in rows]
-        lengths += [len(row["text"]) - mean_length for row in rows]
+        advantages += _centered([row["advantage"] or 0.0 for row in rows])
+        lengths += _centered([len(row["text"]) for row in rows])
     return correlation(advantages, lengths)
+
+
+def _centered(values: list[float]) -> list[float]:
+    mean = fmean(values)
+    return [value - mean for value in values]
 
 
 def most_common(values: list[Any]) -> tuple[Any, float]:

@@ -50,18 +50,19 @@ def checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(step), path) for path, step in steps.items() if step.isdecimal()))
 
 
-def find_log(folder: Path) -> Path:
-    """Return the file with the log of a run: ``metrics.jsonl``, else ``trainer_state.json`` there or in the newest checkpoint.
+def find_logs(folder: Path) -> list[Path]:
+    """Return the files with the log of a run, the newest first: ``metrics.jsonl``, else each ``trainer_state.json``.
 
     Raises:
         ValueError: the folder does not exist, or has no such file.
     """
     if not folder.is_dir():
         raise ValueError(f"RUN must be an existing folder, got {folder}")
-    saved = [path / STATE_FILE for path in reversed(checkpoints(folder).values())]
-    for path in (folder / METRICS_FILE, folder / STATE_FILE, *saved):
-        if path.exists():
-            return path
+    if (metrics := folder / METRICS_FILE).exists():
+        return [metrics]
+    states = [folder / STATE_FILE, *(path / STATE_FILE for path in reversed(checkpoints(folder).values()))]
+    if found := [path for path in states if path.exists()]:
+        return found
     names = sorted(path.name for path in folder.iterdir())
     listed = f"which contains {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "which is empty"
     raise ValueError(
@@ -70,8 +71,16 @@ def find_log(folder: Path) -> Path:
     )
 
 
+def is_complete(path: Path) -> bool:
+    """Whether a file of lines is empty or ends with a line break."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        return size == 0 or file.read() == b"\n"
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the entries of a log that ``find_log`` found, sorted by step."""
+    """Read the entries of a log that ``find_logs`` found, sorted by step."""
     entries = read_lines(path) if path.name == METRICS_FILE else read_state(path)
     return sorted(entries, key=lambda entry: entry["step"])
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vlmkernels.record.completions import stored_steps
 from vlmkernels.record.files import COMPLETIONS_FOLDER, RUN_FILE
-from vlmkernels.record.reading import find_log, read_about, read_log
+from vlmkernels.record.reading import find_logs, read_about, read_log
 from vlmkernels.report.curves import Point
 
 
@@ -36,7 +36,7 @@ class Run:
             ValueError: the folder does not exist, or has no valid log.
         """
         folder = Path(folder)
-        source = find_log(folder)
+        source = find_logs(folder)[0]
         completions = stored_steps(folder / COMPLETIONS_FOLDER)
         return cls(folder, source, read_log(source), read_about(folder / RUN_FILE), completions)
 

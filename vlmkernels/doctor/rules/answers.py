@@ -4,7 +4,8 @@ from statistics import fmean
 
 from vlmkernels.doctor.history import WINDOW, Run
 from vlmkernels.doctor.rule import COMPLETIONS, Evidence, Rule
-from vlmkernels.doctor.texts import SPECIAL, answer_of, example, groups_of, most_common, recent, rows_of, since
+from vlmkernels.doctor.rules.common import large_share
+from vlmkernels.doctor.texts import SPECIAL, Row, answer_of, example, groups_of, most_common, recent, rows_of, since
 from vlmkernels.record.html import short
 
 IMAGE_USE = "image_use/kl"
@@ -17,25 +18,15 @@ def _excess(run: Run, steps: list[int]) -> float:
 
     Without references, equal answers must have got different rewards, which shows that the references differ.
     """
-    groups = [group for group in groups_of(run, steps) if group["completions"]]
-    if len(groups) < MIN_GROUPS:
+    groups = groups_of(run, steps)
+    answers = [(answer_of(row["text"]), tuple(row["rewards"].values())) for group in groups for row in group["completions"]]
+    if len(groups) < MIN_GROUPS or not answers:
         return 0.0
-    answers = [[answer_of(row["text"]) for row in group["completions"]] for group in groups]
-    answer, share = most_common([answer for group in answers for answer in group])
-    references = [tuple(sorted(group["references"].items())) for group in groups]
+    answer, share = most_common([given for given, _ in answers])
+    references = [tuple(group["references"].items()) for group in groups]
     if any(references):
-        return (
-            share - most_common(references)[1]
-            if len(set(references)) > 2
-            else max(0.0, share - 0.5) * (len(set(references)) > 1)
-        )
-    rewards = {
-        tuple(row["rewards"].values())
-        for group, found in zip(groups, answers, strict=True)
-        for row, own in zip(group["completions"], found, strict=True)
-        if own == answer
-    }
-    return share - 0.5 if len(rewards) > 1 else 0.0
+        return share - most_common(references)[1]
+    return share - 0.5 if len({rewards for given, rewards in answers if given == answer}) > 1 else 0.0
 
 
 def _one_answer(run: Run) -> Evidence | None:
@@ -44,72 +35,68 @@ def _one_answer(run: Run) -> Evidence | None:
     groups = groups_of(run, next(recent(run)))
     answer, share = most_common([answer_of(row["text"]) for group in groups for row in group["completions"]])
     text = f"{share:.0%} of the completions of {len(groups)} prompts answer {answer[:60]!r}."
-    shown = example(run, steps[-1], lambda row: (answer_of(row.text) == answer, -row.advantage))
+    shown = example(run, steps[-1], lambda row: (answer_of(row.text) == answer, -row.total))
     return Evidence(steps[-1], text, None, share, example=shown)
 
 
 def _image_ignored(run: Run) -> Evidence | None:
     use, entropy = run.curve(IMAGE_USE), run.curve("entropy")
-
-    def holds(value: float, step: int) -> bool:
-        count = entropy.count(step)
-        return value <= 0.01 * max(entropy.window(count) if count else 0.0, 0.1)
-
-    if (step := use.since(holds, 2)) is None:
+    if (step := use.since(lambda value, step: value <= 0.01 * max(entropy.at(step, 0.0), 0.1), 2)) is None:
         return None
     text = f"Without the image, the log-probabilities of the completions change by {short(use.window())} nats per token"
     shown = example(run, step, lambda row: -row.advantage)
     return Evidence(step, f"{text} (KL divergence).", IMAGE_USE, use.window(), use.values[0], shown)
 
 
+def _count_special(row: Row) -> int:
+    return len(SPECIAL.findall(row.text))
+
+
 def _special_tokens(run: Run) -> Evidence | None:
-    share = run.curve(SPECIAL_TOKENS)
-    if len(share) >= WINDOW:
-        if (step := share.since(lambda value, _: value >= 0.005, WINDOW)) is None:
-            return None
-        text = f"{share.window():.1%} of the sampled tokens are padding or image tokens."
-        shown = example(run, step, lambda row: len(SPECIAL.findall(row.text)))
-        return Evidence(step, text, SPECIAL_TOKENS, share.window(), share.start, shown)
+    return _sampled_special(run) if len(run.curve(SPECIAL_TOKENS)) >= WINDOW else _written_special(run)
 
-    def stored(steps: list[int]) -> float:
-        rows = rows_of(run, steps)
-        return fmean([SPECIAL.search(row.text) is not None for row in rows] or [0])
 
-    if not (steps := since(run, lambda steps: stored(steps) >= 0.05)):
+_sampled_special = large_share(
+    SPECIAL_TOKENS, 0.005, "{share} of the sampled tokens are padding or image tokens.", _count_special
+)
+
+
+def _written_special(run: Run) -> Evidence | None:
+    def share(steps: list[int]) -> float:
+        return fmean([_count_special(row) > 0 for row in rows_of(run, steps)] or [0])
+
+    if not (steps := since(run, lambda steps: share(steps) >= 0.05)):
         return None
-    value = stored(next(recent(run)))
-    shown = example(run, steps[-1], lambda row: len(SPECIAL.findall(row.text)))
-    return Evidence(
-        steps[-1], f"{value:.0%} of the completions contain tokens of padding or images.", None, value, example=shown
-    )
+    value, shown = share(next(recent(run))), example(run, steps[-1], _count_special)
+    return Evidence(steps[-1], f"{value:.0%} of the completions contain padding or image tokens.", None, value, example=shown)
 
 
 RULES = (
     Rule(
         "one-answer",
         "completions for prompts with different references have the same answer",
-        "Lower learning_rate or set beta > 0; balance the answers in the dataset, and check that the images reach the model.",
+        "Check that the images reach the model, and balance the answers of the dataset; lower learning_rate or set beta > 0.",
         (COMPLETIONS,),
         _one_answer,
-        "the most common answer is more common than the most common reference, by 0.4 of the completions",
+        "among completions, the most common answer has 0.4 more than the most common reference has among prompts",
     ),
     Rule(
         "image-ignored",
         "completions are as probable without the image as with it",
-        "Check that images reach the model (resolution, placeholders in the chat template) and that the prompts need them;"
+        "Check that the images reach the model (placeholders of the chat template, resolution) and that the prompts need them;"
         " then set perception_loss_weight > 0.",
         (IMAGE_USE,),
         _image_ignored,
-        "1 % of the entropy; PAPO (arXiv 2507.06448), section 3",
+        "1 % of the entropy, which counts as at least 0.1 nats; PAPO (arXiv 2507.06448), section 3",
         logs=2,
     ),
     Rule(
         "special-tokens",
         "the model samples padding or image tokens",
-        "Ban these tokens with suppress_tokens in generation_kwargs, and check the chat template and the end-of-sequence tokens.",
+        "Exclude these tokens (suppress_tokens in generation_kwargs); check the chat template and the end-of-sequence tokens.",
         (f"{SPECIAL_TOKENS} or {COMPLETIONS}",),
         _special_tokens,
-        "one of 200 tokens; untrained models sample one of 1000",
+        "one of 200 tokens; a model trained from scratch samples one of 1000",
         logs=WINDOW,
     ),
 )

@@ -1,13 +1,16 @@
 """Rules about the rewards: whether they give a signal, rise, and mean what they should."""
 
-import itertools
+import math
+from itertools import accumulate, pairwise
 from statistics import fmean
 
 from vlmkernels.doctor.history import WINDOW, Curve, Run
-from vlmkernels.doctor.rule import NOTE, Evidence, Rule
-from vlmkernels.doctor.texts import example, has_answer, rows_of, since
+from vlmkernels.doctor.rule import COMPLETIONS, NOTE, Evidence, Rule
+from vlmkernels.doctor.rules.common import large_share
+from vlmkernels.doctor.texts import Row, example, has_answer, recent, rows_of, since
 from vlmkernels.record.html import short
 
+ZERO_SPREAD = "frac_reward_zero_std"
 NO_SPREAD = 0.8  # share of completions in groups with equal rewards: of a batch, a fifth or less is left to learn from
 SLOW = 40  # logs after which a reward that has not risen is flat
 FORMAT = ("format", "tag", "xml", "json", "struct", "think", "template", "syntax")  # in the names of rewards of the format
@@ -15,18 +18,13 @@ FORMAT = ("format", "tag", "xml", "json", "struct", "think", "template", "syntax
 
 def _flat(run: Run) -> Evidence | None:
     reward = run.curve("reward")
-    first = reward.values[0]
-    if max(reward.values) - min(reward.values) <= 1e-9 * max(1.0, abs(first)):
-        text = f"The reward is {short(first)} in all {len(reward)} logs."
-        step = reward.steps[2 * WINDOW - 1]
-    elif ends := [end for end in range(SLOW, len(reward) + 1) if _is_flat(reward, end)]:
-        if ends[-1] < len(reward):
-            return None
-        step = reward.steps[next(a for a, b in zip(ends[::-1], [*ends[-2::-1], 0], strict=True) if a - b > 1) - 1]
-        text = (
-            f"The reward was {short(reward.start)} at the beginning and is {short(reward.window())} after {len(reward)} logs."
-        )
+    if max(reward.values) - min(reward.values) <= 1e-9 * max(1.0, abs(reward.start)):
+        text = f"The reward is {short(reward.start)} in all {len(reward)} logs."
+        step: int | None = reward.steps[2 * WINDOW - 1]
     else:
+        text = f"The reward was {short(reward.start)} at first and is {short(reward.window())} after {len(reward)} logs."
+        step = reward.since(lambda _, step: _is_flat(reward, reward.count(step)), SLOW)
+    if step is None:
         return None
     return Evidence(step, text, "reward", reward.window(), reward.start, example(run, step, lambda row: row.advantage))
 
@@ -35,164 +33,162 @@ def _is_flat(reward: Curve, end: int) -> bool:
     """Whether even an optimistic estimate of the gain up to log ``end`` is less than the noise of one log."""
     quarter = end // 4
     gain = fmean(reward.values[end - quarter : end]) - fmean(reward.values[:quarter])
-    return gain + 2 * reward.noise * (2 / quarter) ** 0.5 < reward.noise
+    return gain + 2 * reward.noise * math.sqrt(2 / quarter) < reward.noise
 
 
-def _spread(run: Run, improved: bool) -> tuple[int, float, float] | None:
-    """Return since when groups have no spread, their share and the reward, if the reward has improved or not as given."""
-    share, reward = run.curve("frac_reward_zero_std"), run.curve("reward")
-    step = share.since(
-        lambda value, step: value >= NO_SPREAD and value >= share.start - 3 * share.noise and run.improved(step) is improved
-    )
-    return None if step is None else (step, share.window(), reward.window() if len(reward) else float("nan"))
+def _spread_is_lost(run: Run, improved: bool) -> int | None:
+    """Return since when groups have no spread although the reward has, or because it has not, improved."""
+    share = run.curve(ZERO_SPREAD)
+    limit = max(NO_SPREAD, share.start - 3 * share.noise)
+    return share.since(lambda value, step: value >= limit and run.improved(step) is improved)
 
 
 def _no_spread(run: Run) -> Evidence | None:
-    if (found := _spread(run, improved=False)) is None:
+    if (step := _spread_is_lost(run, improved=False)) is None:
         return None
-    step, share, reward = found
-    text = f"{share:.0%} of the completions are in groups with equal rewards; the mean reward is {short(reward)}."
-    shown = example(run, step, lambda row: not row.advantage)
-    return Evidence(step, text, "frac_reward_zero_std", share, run.curve("frac_reward_zero_std").start, shown)
+    share, reward = run.curve(ZERO_SPREAD), run.curve("reward")
+    level = f"; the mean reward is {short(reward.window())}" if len(reward) else ""
+    text = f"{share.window():.0%} of the completions are in groups with equal rewards{level}."
+    return Evidence(step, text, ZERO_SPREAD, share.window(), share.start, example(run, step, lambda row: -abs(row.advantage)))
 
 
 def _saturated(run: Run) -> Evidence | None:
-    if (found := _spread(run, improved=True)) is None:
+    if (step := _spread_is_lost(run, improved=True)) is None:
         return None
-    step, share, reward = found
-    start = run.curve("reward").start
+    share, reward = run.curve(ZERO_SPREAD), run.curve("reward")
     text = (
-        f"The reward rose from {short(start)} to {short(reward)}, and {share:.0%} of the completions are in groups with equal"
+        f"The reward rose from {short(reward.start)} to {short(reward.window())}, and {share.window():.0%} of the completions"
     )
-    return Evidence(step, f"{text} rewards: the prompts are too easy now.", "frac_reward_zero_std", share, start, severity=NOTE)
+    return Evidence(step, f"{text} are in groups with equal rewards.", ZERO_SPREAD, share.window(), share.start, severity=NOTE)
 
 
 def _collapsed(run: Run) -> Evidence | None:
     reward = run.curve("reward")
     noise, start = reward.noise, reward.start
-    pairs = list(itertools.accumulate(map(fmean, itertools.pairwise(reward.values)), max))  # best mean of two neighbors
-    windows = list(itertools.accumulate(map(reward.window, range(WINDOW, len(reward) + 1)), max))
+    # A run can collapse within the first logs, so that pairs of them count too.
+    early = max(fmean(pair) for pair in pairwise(reward.values[:WINDOW]))
+    best = list(accumulate(map(reward.window, range(WINDOW, len(reward) + 1)), max))
 
-    def best_at(step: int) -> tuple[float, float]:
-        end = reward.count(step) - reward.width
-        return pairs[max(end - 2, 0)], windows[max(end - WINDOW, 0)]
+    def best_before(step: int) -> float:
+        return max(early, best[max(0, reward.count(step) - reward.width - WINDOW)])
 
     def holds(value: float, step: int) -> bool:
-        pair, window = best_at(step)
-        lost_half = value <= pair - abs(pair) / 2
-        lost_gain = window - start >= 5 * noise and window - value >= (window - start) / 2
-        return (lost_half or lost_gain) and max(pair, window) - value >= max(5 * noise, 1e-9)
+        top = best_before(step)
+        lost_half = value <= top - abs(top) / 2
+        lost_gain = top - start >= 5 * noise and top - value >= (top - start) / 2
+        return (lost_half or lost_gain) and top - value > 5 * noise
 
     if (step := reward.since(holds, WINDOW + 2)) is None:
         return None
-    best, now = max(best_at(step)), reward.window()
+    top, now = best_before(step), reward.window()
     shown = example(run, step, lambda row: -row.advantage)
-    return Evidence(step, f"The reward fell from {short(best)} to {short(now)}.", "reward", now, best, shown)
+    return Evidence(step, f"The reward fell from {short(top)} to {short(now)}.", "reward", now, top, shown)
 
 
 def _format_only(run: Run) -> Evidence | None:
     names = [name.split("/")[1] for name in run.names("rewards/*/mean")]
     formats = [name for name in names if any(word in name.lower() for word in FORMAT)]
     tasks = [name for name in names if name not in formats]
-    for name in formats:
-        learnt = run.curve(f"rewards/{name}/mean")
-        step = learnt.since(
-            lambda _, step, name=name: (
-                _is_saturated(run, name, step)  # type: ignore[misc]
-                and not any(_is_saturated(run, task, step) or run.improved(step, f"rewards/{task}/mean") for task in tasks)
-            )
-        )
-        if step is not None and tasks:
-            others = ", ".join(f"{task} is {short(run.curve(f'rewards/{task}/mean').window())}" for task in tasks)
-            text = f"{name} is {short(learnt.window())}, but {others} and has not risen."
-            best = example(run, step, lambda row, name=name: row.row["rewards"].get(name) or 0.0)  # type: ignore[misc]
-            return Evidence(step, text, f"rewards/{tasks[0]}/mean", learnt.window(), learnt.start, best)
-    return None
+    return next(filter(None, (_format_without(run, name, tasks) for name in formats)), None)
+
+
+def _format_without(run: Run, name: str, tasks: list[str]) -> Evidence | None:
+    """Return evidence if the format is learnt, but the task is not: its rewards fell, or did not rise in ``SLOW`` logs."""
+    learnt = run.curve(f"rewards/{name}/mean")
+    curves = [run.curve(f"rewards/{task}/mean") for task in tasks]
+
+    def holds(_: float, step: int) -> bool:
+        if not _is_saturated(run, name, step) or any(_is_saturated(run, task, step) for task in tasks):
+            return False
+        gains = [curve.gain(step) for curve in curves]
+        fell = run.improved(step, f"rewards/{name}/mean") and min(gains) < -2
+        return max(gains) <= 2 and (fell or learnt.count(step) >= SLOW)
+
+    if not tasks or (step := learnt.since(holds)) is None:
+        return None
+    others = ", ".join(
+        f"{task} went from {short(c.start)} to {short(c.window())}" for task, c in zip(tasks, curves, strict=True)
+    )
+    text = f"{name} is {short(learnt.window())} (at first {short(learnt.start)}), but {others}."
+    shown = example(run, step, lambda row: row.reward(name) - sum(map(row.reward, tasks)))
+    return Evidence(step, text, f"rewards/{tasks[0]}/mean", curves[0].window(), curves[0].start, shown)
 
 
 def _is_saturated(run: Run, name: str, step: int) -> bool:
     """Whether nearly all completions have the same positive value of a reward: for values 0 and 1, nine of ten have 1."""
     mean, std = run.curve(f"rewards/{name}/mean"), run.curve(f"rewards/{name}/std")
-    count = mean.count(step)
-    return count >= WINDOW and mean.window(count) > 0 and std.window(std.count(step)) <= mean.window(count) / 3
+    count, spread = mean.count(step), std.count(step)
+    return count >= WINDOW and spread > 0 and std.window(spread) <= mean.window(count) / 3
 
 
 def _unparsed(run: Run) -> Evidence | None:
-    for name in run.names("rewards/*/unparsed"):
-        share = run.curve(name)
-        step = share.since(lambda value, _, share=share: value >= max(0.25, share.start / 2))  # type: ignore[misc]
-        if len(share) and step is not None:
-            reward = name.split("/")[1]
-            text = f"{reward} found no answer in {share.window():.0%} of the completions, which therefore got its lowest value."
-            shown = example(run, step, lambda row, reward=reward: -(row.row["rewards"].get(reward) or 0.0))  # type: ignore[misc]
-            return Evidence(step, text, name, share.window(), share.start, shown)
-    return _unmarked(run)
+    return _logged_unparsed(run) if run.names("rewards/*/unparsed") else _unmarked(run)
+
+
+_logged_unparsed = large_share(
+    "rewards/*/unparsed",
+    0.25,
+    "{reward} found no answer in {share} of the completions, and gave them its value for such completions.",
+    lambda row: (not has_answer(row.text), -row.total),
+    kept=0.8,
+)
 
 
 def _unmarked(run: Run) -> Evidence | None:
     """Compare marks of the answer in completions with and without reward, for runs that do not log unparsed answers."""
 
-    def share(steps: list[int]) -> float:
-        rows = [row for row in rows_of(run, steps) if any(value is not None for value in row.row["rewards"].values())]
-        zeros = [row for row in rows if not any(row.row["rewards"].values())]
-        wants = [
-            row
-            for row in rows
-            if has_answer(row.group["prompt"]) or (any(row.row["rewards"].values()) and has_answer(row.text))
-        ]
-        if len(rows) < 16 or len(zeros) < len(rows) / 4 or len(wants) < len(rows) / 10:
+    def unmarked(steps: list[int]) -> float:
+        rows = [row for row in rows_of(run, steps) if row.is_scored]
+        zeros = [row for row in rows if not row.total]
+        is_asked = any(has_answer(row.group["prompt"]) or (row.total and has_answer(row.text)) for row in rows)
+        if len(rows) < 16 or len(zeros) < len(rows) / 4 or not is_asked:
             return 0.0
-        return sum(not has_answer(row.text) for row in zeros) / len(zeros)
+        return fmean(not has_answer(row.text) for row in zeros)
 
-    if run.names("rewards/*/unparsed") or not (steps := since(run, lambda steps: share(steps) >= 0.5)):
+    if not (steps := since(run, lambda steps: unmarked(steps) >= 0.5)):
         return None
-    value = share(max([sorted(run.completions)[-3:]]))
-    text = f"{value:.0%} of the completions with a reward of 0 do not mark an answer with <answer>, \\boxed{{}} or similar."
-    shown = example(run, steps[-1], lambda row: not any(row.row["rewards"].values()) and not has_answer(row.text))
+    value = unmarked(next(recent(run)))
+    text = f"{value:.0%} of the completions with a reward of 0 do not mark an answer (<answer>, \\boxed or similar)."
+    shown = example(run, steps[-1], lambda row: (not has_answer(row.text), -row.total))
     return Evidence(steps[-1], text, None, value, example=shown)
 
 
-def _failed(run: Run) -> Evidence | None:
-    for name in run.names("rewards/*/failed"):
-        share = run.curve(name)
-        if len(share) and (step := share.since(lambda value, _: value >= 0.05, WINDOW)) is not None:
-            reward = name.split("/")[1]
-            return Evidence(step, f"{reward} failed for {share.window():.0%} of the completions.", name, share.window())
-    return None
+def _lowest(row: Row) -> float:
+    return -row.total
 
 
 RULES = (
     Rule(
         "reward-flat",
         "the reward is constant, or has not risen in 40 logs by more than its noise",
-        "Check the reward on a few completions by hand, then learning_rate; if the groups have no spread, see"
-        " groups-without-spread.",
+        "Check the reward on a few completions by hand, then learning_rate. If groups-without-spread or no-update is found too,"
+        " begin there.",
         ("reward",),
         _flat,
         "two standard errors of the difference between the first and the last quarter of the logs",
     ),
     Rule(
         "reward-saturated",
-        "the reward has risen, and most groups have equal rewards now",
+        "the reward has risen, and most groups have equal rewards now: the prompts have become too easy",
         "Nothing is wrong with what was learnt. To learn more, use harder prompts, or set dynamic_sampling=True to resample"
-        " the groups without spread.",
-        ("reward", "frac_reward_zero_std"),
+        " groups without spread.",
+        ("reward", ZERO_SPREAD),
         _saturated,
-        "DAPO (arXiv 2503.14476), section 3.2",
+        "four of five completions; DAPO (arXiv 2503.14476), section 3.2",
     ),
     Rule(
         "groups-without-spread",
         "most groups have equal rewards, and so no gradient, and the reward does not rise",
-        "Choose prompts that the model solves sometimes, increase num_generations or temperature, use a reward with partial"
-        " credit, or set dynamic_sampling=True to resample these groups.",
-        ("frac_reward_zero_std",),
+        "Choose prompts that the model solves sometimes, increase num_generations or temperature, give partial credit, or set"
+        " dynamic_sampling=True to resample these groups.",
+        (ZERO_SPREAD,),
         _no_spread,
-        "DAPO (arXiv 2503.14476), section 3.2",
+        "four of five completions; DAPO (arXiv 2503.14476), section 3.2",
     ),
     Rule(
         "reward-collapse",
         "the reward lost half of its best value, or half of what it had gained",
-        "Lower learning_rate, lower max_grad_norm or set beta > 0, and resume from a checkpoint before the collapse.",
+        "Resume from a checkpoint before the collapse with a lower learning_rate or max_grad_norm, or with beta > 0.",
         ("reward",),
         _collapsed,
         "five standard deviations of the noise between neighboring logs",
@@ -200,27 +196,27 @@ RULES = (
     ),
     Rule(
         "format-not-task",
-        "a reward of the format is saturated, but no other reward rises",
+        "a reward of the format is high, but the others fall, or do not rise in 40 logs",
         "Lower the weight of the format in reward_weights, or give it only together with a correct answer.",
-        ("rewards/*format*/mean or rewards/*/mean",),
+        ("rewards/*/mean", "rewards/*/std"),
         _format_only,
-        "nine of ten completions have the format; the other rewards are within two standard deviations of their noise",
+        "nine of ten completions have the format; two standard deviations of the noise of the other rewards",
     ),
     Rule(
         "unparsed-as-zero",
         "many completions get a reward of 0 because no answer was found in them",
-        "Say in the prompt how to mark the answer, as the reward expects it; if answers are cut off, increase"
+        "Say in the prompt how to mark the answer, as the reward expects it. If answers are cut off, increase"
         " max_completion_length.",
-        ("rewards/*/unparsed or completions",),
+        (f"rewards/*/unparsed or {COMPLETIONS}",),
         _unparsed,
-        "a quarter of the completions, and no less than half of the share at the beginning",
+        "a quarter of the completions, and at least 0.8 times the share at the beginning",
     ),
     Rule(
         "reward-fails",
         "a reward function raises or times out",
-        "Look at the warnings of the reward function; increase its timeout or correct it.",
+        "Look at the warnings of the reward function; correct it or increase its timeout.",
         ("rewards/*/failed",),
-        _failed,
+        large_share("rewards/*/failed", 0.05, "{reward} failed for {share} of the completions.", _lowest),
         "one of twenty completions",
         logs=WINDOW,
     ),
