@@ -40,7 +40,7 @@ def trainer_of(folder, reward, **options) -> GRPOTrainer:
 def test_a_run_warns_once_and_not_again_when_it_resumes(tmp_path, said):
     options = {"save_strategy": "steps", "save_steps": 12}
     trainer_of(tmp_path, constant, max_steps=12, **options).train()
-    assert any(level == "warning" and "groups without spread" in text for level, text in said)
+    assert any(level == "warning" and "groups-without-spread" in text for level, text in said)
     assert said[0][1].startswith("step 10: ")
     assert len({text.split(": ")[1] for _, text in said}) == len(said)  # no rule twice
     said.clear()
@@ -52,7 +52,7 @@ def test_a_healthy_run_is_silent(tmp_path, said):
     trainer = trainer_of(tmp_path, letters, max_steps=3)
     trainer.train()
     assert not said
-    assert [entry["step"] for entry in doctor_of(trainer).run.steps] == [1, 2, 3]
+    assert [entry["step"] for entry in doctor_of(trainer).run.steps] == [1, 2, 3, 3]  # the last one is the summary
     groups = doctor_of(trainer).run.completions[3]
     assert [len(group["completions"]) for group in groups] == [4]
 
@@ -62,11 +62,14 @@ def doctor_of(trainer) -> DoctorCallback:
 
 
 def test_trl_runs_are_checked_too(tmp_path, said):
-    args = config(tmp_path, cls=trl.GRPOConfig, gradient_accumulation_steps=1, max_steps=12, use_cpu=True)
+    options = {"gradient_accumulation_steps": 1, "max_steps": 11, "log_completions": True, "use_cpu": True}
+    args = config(tmp_path, cls=trl.GRPOConfig, **options)
     doctor, data = DoctorCallback(), Dataset.from_list([{"prompt": "hello", "answer": "x"}] * 24)
     trl.GRPOTrainer(tiny.text_model(), constant, args, data, processing_class=tiny.tokenizer(), callbacks=[doctor]).train()
-    assert doctor.found["groups without spread"] == 10
-    assert any("groups without spread" in text for _, text in said)
+    assert doctor.found["groups-without-spread"] == 10
+    assert any("groups-without-spread" in text for _, text in said)
+    assert max(doctor.run.completions) == 11
+    assert [len(group["completions"]) for group in doctor.run.completions[11]] == [4]
 
 
 @pytest.fixture
@@ -110,4 +113,4 @@ def test_long_runs_keep_their_first_and_last_logs(logged, monkeypatch):
         logged(doctor)
     last = FIRST + LAST + 30
     assert [entry["step"] for entry in doctor.run.steps] == [*range(1, FIRST + 1), *range(last - LAST + 1, last + 1)]
-    assert sorted(doctor.run.completions) == [1, 2, *range(last - callback.LAST_STORED + 1, last + 1)]
+    assert sorted(doctor.run.completions) == [1, 2, 3, *range(last - callback.LAST_STORED + 1, last + 1)]
