@@ -74,6 +74,12 @@ SAMPLED = (
 )
 METRICS = (
     *SAMPLED,
+    LoggedMetric("reward_length_correlation", REWARDS,
+                 "correlation of the rewards and the lengths of completions of the same group"),
+    LoggedMetric("completions/frac_special_tokens", COMPLETIONS,
+                 "share of sampled tokens that are padding, image or video tokens, or have no text"),
+    LoggedMetric("completions/frac_repeated", COMPLETIONS,
+                 "share of the sequences of four tokens that occurred before in the same completion"),
     LoggedMetric("loss", POLICY, "the loss"),
     LoggedMetric("policy_loss", POLICY, "the loss without its KL and entropy terms"),
     LoggedMetric("kl", POLICY, "KL divergence from the reference, mean over tokens (beta > 0)"),
