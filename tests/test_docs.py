@@ -116,7 +116,7 @@ def test_commands_have_these_flags():
     for page in PAGES:
         for command, *arguments in commands(page):
             named.setdefault(command, set()).update(a.split("=")[0] for a in arguments if a.startswith("--"))
-    assert {"train", "eval", "report", "plan", "env"} <= named.keys()
+    assert {"train", "eval", "report", "doctor", "plan", "env"} <= named.keys()
     for command, flags in named.items():
         assert flags <= flags_of(command), f"vlmkernels {command} has no {flags - flags_of(command)}"
 
