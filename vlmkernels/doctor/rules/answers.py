@@ -40,9 +40,9 @@ def _one_answer(run: Run) -> Evidence | None:
 
 
 def _image_ignored(run: Run) -> Evidence | None:
-    use, entropy = run.curve(IMAGE_USE), run.curve("entropy")
+    use = run.curve(IMAGE_USE)
     first = use.values[0]
-    step = use.since(lambda value, step: value <= max(0.005, 0.01 * entropy.at(step, 0.0)), 2)
+    step = use.since(lambda value, _: value <= 0.005, 2)
     fell = use.since(lambda value, _: value <= 0.1 * first, 2) if step is None else None
     if (since := step or fell) is None:
         return None
@@ -90,7 +90,7 @@ RULES = (
         " then set perception_loss_weight > 0.",
         (IMAGE_USE,),
         _image_ignored,
-        "1 % of the entropy, or 0.005 nats, more than rounding in bf16 causes; a note below a tenth of the first measurement",
+        "0.005 nats, more than rounding in bf16 causes; a note below a tenth of the first measurement",
         logs=2,
     ),
     Rule(
