@@ -87,7 +87,9 @@ def test_pages_start_with_an_example():
 def commands(page: Path) -> list[list[str]]:
     """The vlmkernels commands in a page's shell blocks and in its text."""
     shell = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
-    found = re.findall(r"(?:^|[ /])vlmkernels(?:\.cli)? ((?:train|report|doctor|eval|plan|env|demo)\b[^#|&\n]*)", shell, re.MULTILINE)
+    found = re.findall(
+        r"(?:^|[ /])vlmkernels(?:\.cli)? ((?:train|report|doctor|eval|plan|env|demo)\b[^#|&\n]*)", shell, re.MULTILINE
+    )
     found += re.findall(r"`vlmkernels ((?:train|report|doctor|eval|plan|env|demo)\b[^`]*)`", page.read_text())
     return [shlex.split(command.replace("\n", " ")) for command in found]
 

@@ -251,6 +251,11 @@ def test_the_task_may_fall_while_the_format_is_learnt():
     assert "format-not-task" not in found(history(20, **changes, **{"rewards/accuracy/mean": 0.1}))  # too early to say
 
 
+def test_a_task_that_is_never_solved():
+    changes = {"rewards/format/mean": ramp(0.1, 0.98, 0, 10), "rewards/format/std": 0.1}
+    assert "format-not-task" in found(history(**changes, **{"rewards/accuracy/mean": 0.0, "rewards/accuracy/std": 0.0}))
+
+
 def test_a_format_without_a_task_is_no_fault():
     run = history(**{"rewards/format/mean": 0.98, "rewards/format/std": 0.1, "rewards/accuracy/mean": None})
     assert "format-not-task" not in found(run)
@@ -280,6 +285,10 @@ def test_the_learning_rate_ends_at_0():
 def test_skipped_steps():
     assert found(history(frac_steps_skipped=lambda step: 1.0 if step == 7 else 0.0))["not-finite"].severity == NOTE
     assert found(history(frac_steps_skipped=0.5))["not-finite"].severity == PROBLEM
+
+
+def test_the_first_groups_have_no_gradient():
+    assert "gradient-explosion" not in found(history(grad_norm=lost_at(10, 0.0, 0.5), reward=0.2))
 
 
 def test_gradients_that_stay_infinite():
@@ -353,6 +362,11 @@ def test_one_answer_of_a_balanced_choice():
 
     assert "one-answer" in found(with_completions(choice(["Yes", "yes ", "\\boxed{yes}", "The answer is: yes"])))
     assert "one-answer" not in found(with_completions(choice(["yes", "yes", "yes", "no"])))
+
+
+def test_empty_completions():
+    run = with_completions(stored(lambda step, index: group([" "] * 4, prompt=f"user: {step}", reference=f"{step}{index}")))
+    assert found(run)["one-answer"].evidence == "100% of the completions of 12 prompts are empty."
 
 
 def test_one_answer_without_references():

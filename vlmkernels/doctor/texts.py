@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ RECENT = 3  # stored steps that are compared with the first ones
 NGRAM = 4  # words of the sequences whose repetition is counted
 MAX_IMAGES = 4  # of an example
 MAX_UNITS = 2000  # words of a completion that are read
+MAX_CACHED = 2**14  # completions: windows of steps overlap, and a run in training is checked at every log
+MARKS = ("<answer>", "\\boxed")  # of answers, in prompts that ask for them
 ANSWERS = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
     re.compile(r"\\boxed\{([^{}]*)\}"),
@@ -62,12 +65,12 @@ def rows_of(run: Run, steps: list[int]) -> list[Row]:
 
 
 def groups_of(run: Run, steps: list[int]) -> list[dict[str, Any]]:
-    """Return the groups of stored steps. Batches that several steps train on are counted once."""
+    """Return the groups of stored steps that have completions. Batches that several steps train on are counted once."""
     groups: list[dict[str, Any]] = []
     previous: list[dict[str, Any]] = []
     for step in steps:
         if run.completions[step] != previous:
-            groups += run.completions[step]
+            groups += [group for group in run.completions[step] if group["completions"]]
         previous = run.completions[step]
     return groups
 
@@ -97,6 +100,7 @@ def example(run: Run, step: int, key: Callable[[Row], Any]) -> Example | None:
     return max(rows, key=key).example() if rows else None
 
 
+@lru_cache(MAX_CACHED)
 def answer_of(text: str) -> str:
     """Return the marked answer of a completion, else all of its text after the reasoning, in a form that can be compared."""
     marked = [found[-1] for pattern in ANSWERS if (found := pattern.findall(text))]
@@ -115,6 +119,7 @@ def context(group: dict[str, Any]) -> tuple[Any, ...] | None:
     return group["prompt"], tuple(image[0] for image in group["images"]), tuple(sorted(group["references"].items()))
 
 
+@lru_cache(MAX_CACHED)
 def repetition(text: str) -> float:
     """Return the share of the sequences of ``NGRAM`` words that occurred before; of characters for a text without words."""
     units: Any = text.split()[:MAX_UNITS]

@@ -34,7 +34,8 @@ def _one_answer(run: Run) -> Evidence | None:
         return None
     groups = groups_of(run, next(recent(run)))
     answer, share = most_common([answer_of(row["text"]) for group in groups for row in group["completions"]])
-    text = f"{share:.0%} of the completions of {len(groups)} prompts answer {answer[:60]!r}."
+    given = f"answer {answer[:60]!r}" if answer else "are empty"
+    text = f"{share:.0%} of the completions of {len(groups)} prompts {given}."
     shown = example(run, steps[-1], lambda row: (answer_of(row.text) == answer, -row.total))
     return Evidence(steps[-1], text, None, share, example=shown)
 

@@ -56,7 +56,7 @@ def changed(name: str, factor: float, what: str, key: Key | None = None, least: 
         def holds(value: float, step: int) -> bool:
             difference = sign * (value - curve.start)
             beyond = sign * (value - factor * curve.start) >= 0 and difference >= least and difference > 3 * curve.noise
-            return beyond and not run.improved(step)
+            return curve.start > 0 and beyond and not run.improved(step)
 
         if (step := curve.since(holds)) is None:
             return None

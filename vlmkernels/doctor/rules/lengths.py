@@ -1,5 +1,6 @@
 """Rules about the length of completions, and about rewards that are gained by length or repetition."""
 
+from itertools import accumulate
 from statistics import fmean
 
 from vlmkernels.doctor.history import WINDOW, Run
@@ -24,10 +25,12 @@ def _by_length(run: Run) -> Evidence | None:
 
 def _by_logged_length(run: Run) -> Evidence | None:
     length, correlation = run.curve(LENGTH), run.curve(CORRELATION)
+    # The largest one so far counts: when all completions have the maximum length, there is no correlation.
+    largest = list(accumulate(map(correlation.window, range(WINDOW, len(correlation) + 1)), max))
 
     def strongest(step: int) -> float:
-        """Return the largest correlation so far: when all completions have the maximum length, there is none."""
-        return max((correlation.window(end) for end in range(WINDOW, correlation.count(step) + 1)), default=0.0)
+        count = correlation.count(step)
+        return largest[count - WINDOW] if count >= WINDOW else 0.0
 
     def holds(value: float, step: int) -> bool:
         has_grown = value >= 1.5 * length.start and value - length.start > 3 * length.noise

@@ -7,7 +7,7 @@ from statistics import fmean
 from vlmkernels.doctor.history import WINDOW, Curve, Run, reward_of
 from vlmkernels.doctor.rule import COMPLETIONS, NOTE, PROBLEM, Evidence, Rule
 from vlmkernels.doctor.rules.common import large_share
-from vlmkernels.doctor.texts import Row, example, has_answer, recent, rows_of, since
+from vlmkernels.doctor.texts import MARKS, Row, example, has_answer, recent, rows_of, since
 from vlmkernels.record.html import short
 
 ZERO_SPREAD = "frac_reward_zero_std"
@@ -59,9 +59,9 @@ def _saturated(run: Run) -> Evidence | None:
         return None
     share, reward = run.curve(ZERO_SPREAD), run.curve("reward")
     text = (
-        f"The reward rose from {short(reward.start)} to {short(reward.window())}, and {share.window():.0%} of the completions"
+        f"The reward rose from {short(reward.start)} to {short(reward.window())}; {share.window():.0%} of the completions are"
     )
-    return Evidence(step, f"{text} are in groups with equal rewards.", ZERO_SPREAD, share.window(), share.start, severity=NOTE)
+    return Evidence(step, f"{text} in groups with equal rewards.", ZERO_SPREAD, share.window(), share.start, severity=NOTE)
 
 
 def _collapsed(run: Run) -> Evidence | None:
@@ -120,7 +120,7 @@ def _is_saturated(run: Run, name: str, step: int) -> bool:
     """Whether nearly all completions have the same positive value of a reward: for values 0 and 1, nine of ten have 1."""
     mean, std = run.curve(f"rewards/{name}/mean"), run.curve(f"rewards/{name}/std")
     count, spread = mean.count(step), std.count(step)
-    return count >= WINDOW and spread > 0 and std.window(spread) <= mean.window(count) / 3
+    return count >= WINDOW and spread > 0 and mean.window(count) > 0 and std.window(spread) <= mean.window(count) / 3
 
 
 def _unparsed(run: Run) -> Evidence | None:
@@ -141,11 +141,12 @@ def _unmarked(run: Run) -> Evidence | None:
 
     def unmarked(steps: list[int]) -> float:
         rows = [row for row in rows_of(run, steps) if row.is_scored]
-        zeros = [row for row in rows if not row.total]
-        is_asked = any(has_answer(row.group["prompt"]) or (row.total and has_answer(row.text)) for row in rows)
-        if len(rows) < 16 or len(zeros) < len(rows) / 4 or not is_asked:
+        zeros, others = [row for row in rows if not row.total], [row for row in rows if row.total]
+        if len(rows) < 16 or len(zeros) < len(rows) / 4:
             return 0.0
-        return fmean(not has_answer(row.text) for row in zeros)
+        is_asked = any(mark in row.group["prompt"] for row in zeros for mark in MARKS)
+        is_rewarded = bool(others) and fmean(has_answer(row.text) for row in others) > 0.9
+        return fmean(not has_answer(row.text) for row in zeros) if is_asked or is_rewarded else 0.0
 
     if not (steps := since(run, lambda steps: unmarked(steps) >= 0.5)):
         return None
