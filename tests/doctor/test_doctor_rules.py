@@ -279,7 +279,8 @@ def test_a_small_effective_sample_size_is_a_note():
 def test_the_learning_rate_ends_at_0():
     finding = found(history(learning_rate=ramp(1e-5, 0.0, 0, 40), grad_norm=0.5))["no-update"]
     assert finding.severity == NOTE
-    assert found(history(grad_norm=0.0))["no-update"].severity == PROBLEM
+    assert found(history(grad_norm=0.0, reward=0.2))["no-update"].severity == PROBLEM
+    assert found(history(grad_norm=ramp(1.0, 0.0, 0, 40)))["no-update"].severity == NOTE  # everything is learnt
 
 
 def test_skipped_steps():
@@ -347,6 +348,7 @@ NOTHING_LOGGED = {
             lambda step, index: group(["<image of a cat>"]),
         ),
         ("unparsed-as-zero", unmarked(3), unmarked(1)),
+        ("unparsed-as-zero", unmarked(4), lambda *_: group(["4"] * 4, prompt="user: Answer: in one word")),
     ],
 )
 def test_rules_read_completions_if_the_metric_is_not_logged(name, faulty, similar):

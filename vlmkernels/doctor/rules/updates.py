@@ -32,7 +32,8 @@ def _no_update(run: Run) -> Evidence | None:
     for name, what in (("learning_rate", "The learning rate"), ("grad_norm", "The norm of the gradient")):
         curve = run.curve(name)
         if (step := curve.since(lambda value, _: value == 0)) is not None:
-            is_end = name == "learning_rate" and max(curve.values) > 0  # of a schedule
+            # The end of a schedule, or of what there is to learn.
+            is_end = max(curve.values) > 0 if name == "learning_rate" else run.improved(step)
             return Evidence(step, f"{what} is 0 in most logs.", name, 0.0, severity=NOTE if is_end else PROBLEM)
     return None
 
