@@ -279,6 +279,13 @@ def metrics() -> list[str]:
     return markdown()
 
 
+def doctor() -> list[str]:
+    from vlmkernels.doctor import RULES
+    from vlmkernels.doctor.text import markdown
+
+    return markdown(RULES)
+
+
 def doctor_runs(which: str) -> list[str]:
     """The planted faults, or the runs without a fault ("healthy"), of bench/doctor_faults.py."""
     content = json.loads((RESULTS / "doctor.json").read_text())
@@ -327,6 +334,7 @@ def conformance(what: str) -> list[str]:
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
+    "doctor": doctor,
     "doctor-runs": doctor_runs,
     "families": families,
     "gpu": gpu,

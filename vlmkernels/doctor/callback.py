@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from vlmkernels.doctor import NOTE, Finding, Run, diagnose
-from vlmkernels.doctor.trl import read_groups, stored_tables
+from vlmkernels.doctor.history import reward_of
+from vlmkernels.doctor.trl import in_groups, read_rows, stored_tables
 from vlmkernels.record.reading import checkpoints
 
 logger = logging.get_logger(__name__)
@@ -42,14 +43,14 @@ class DoctorCallback(TrainerCallback):
         self.run, self.found = Run(), dict[str, int]()
         self._completions = completions
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.found = dict(state.stateful_callbacks.get(STATE_KEY, {}))
         self.run = Run(list(state.log_history), {}, args.to_dict(), list(checkpoints(Path(args.output_dir))))
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run = replace(self.run, checkpoints=list(checkpoints(Path(args.output_dir))))
 
-    def on_log(self, args, state, control, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         completions = self.run.completions | self._new_completions(args, state.global_step)
@@ -69,11 +70,15 @@ class DoctorCallback(TrainerCallback):
         if not (self.run.steps and getattr(args, "log_completions", False) and find_spec("pyarrow")):
             return {}
         before, tables = self.run.steps[-1]["step"], stored_tables(Path(args.output_dir))
-        names = [name.split("/")[1] for name in self.run.names("rewards/*/mean")]
-        return {before: read_groups(tables[before], names)} if before in tables else {}
+        names = [reward_of(name) for name in self.run.names("rewards/*/mean")]
+        try:
+            return in_groups({before: read_rows(tables[before])}, names) if before in tables else {}
+        except (OSError, ValueError) as error:
+            logger.warning_once(f"the doctor cannot read completions: {error}")
+            return {}
 
 
-def _ends(values: list, first: int, last: int) -> list:
+def _ends(values: list[Any], first: int, last: int) -> list[Any]:
     """Return the first and the last values, so that a check takes the same time in a long run."""
     return values[:first] + values[max(len(values) - last, first) :]
 

@@ -54,6 +54,11 @@ class Run:
         return self.curve(name).gain(step) > 2
 
 
+def reward_of(metric: str) -> str:
+    """Return the name of the reward function of a metric such as ``rewards/NAME/mean``."""
+    return metric.removeprefix("rewards/").rpartition("/")[0]
+
+
 def is_number(value: Any) -> bool:
     """Whether a value of a log is a number, which may be NaN or infinite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

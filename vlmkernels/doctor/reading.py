@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmkernels.doctor import trl
-from vlmkernels.doctor.history import Run
+from vlmkernels.doctor.history import Run, reward_of
 from vlmkernels.record.completions import MAX_STEPS, load_step, stored_steps
 from vlmkernels.record.files import COMPLETIONS_FOLDER, METRICS_FILE, PREVIOUS_FOLDER, RUN_FILE, STATE_FILE
 from vlmkernels.record.reading import checkpoints, find_logs, is_complete, read_about, read_log
@@ -51,15 +51,15 @@ def _or_note(notes: list[str], read: Callable[[], Any], default: Any) -> Any:
 
 def _read_completions(folder: Path, run: Run) -> dict[int, list[dict[str, Any]]]:
     """Return the groups of each stored step."""
-    names = [name.split("/")[1] for name in run.names("rewards/*/mean")]
+    names = [reward_of(name) for name in run.names("rewards/*/mean")]
     stored, tables = stored_steps(folder / COMPLETIONS_FOLDER), trl.stored_tables(folder)
     if tables and find_spec("pyarrow") is None:
         run.notes.append(f"{len(tables)} tables of completions are not read, because pyarrow is not installed")
         tables = {}
-    read: dict[int, Callable[[], list[Any]]] = {step: partial(_stored_groups, path) for step, path in stored.items()}
-    read |= {step: partial(trl.read_groups, tables[step], names) for step in _spread(list(tables))}
-    found = {step: _or_note(run.notes, read[step], []) for step in sorted(read)}
-    return {step: groups for step, groups in found.items() if groups}
+    found = {step: _or_note(run.notes, partial(_stored_groups, path), []) for step, path in stored.items()}
+    rows = {step: _or_note(run.notes, partial(trl.read_rows, tables[step]), []) for step in _spread(list(tables))}
+    found |= trl.in_groups(rows, names)
+    return {step: groups for step, groups in sorted(found.items()) if groups}
 
 
 def _stored_groups(path: Path) -> list[dict[str, Any]]:
@@ -81,8 +81,8 @@ def _remarks(folder: Path, run: Run) -> list[str]:
         notes.append(f"the last line of {METRICS_FILE} is not complete and was ignored")
     if not any("loss" in entry or "reward" in entry for entry in run.steps):
         every = run.arguments.get("logging_steps")
-        notes.append("no step of training is logged" + (f" yet: logging_steps={every}" if every else "; see logging_steps"))
-    if earlier := [path for path in folder.glob(f"{PREVIOUS_FOLDER}/*") if path.is_dir()]:
+        notes.append("no step of training is logged; " + (f"logging_steps={every}" if every else "see logging_steps"))
+    if earlier := [path for path in folder.glob(f"{PREVIOUS_FOLDER}/*") if path.name.isdecimal()]:
         notes.append(f"{len(earlier)} earlier starts in {PREVIOUS_FOLDER}/ are not judged")
     if folder.resolve().name.startswith("checkpoint-"):
         notes.append("RUN is a checkpoint: later steps and the completions are in the folder that holds it")

@@ -5,18 +5,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vlmkernels.doctor.history import WINDOW, Run
+from vlmkernels.record.html import Thumbnail
 
 PROBLEM, NOTE = "problem", "note"
 COMPLETIONS = "completions"
 
 
 class Example(NamedTuple):
-    """A completion that shows what a rule found."""
+    """A completion that shows what a rule found, with the first images of its prompt."""
 
     step: int
     prompt: str
     completion: str
     rewards: dict[str, float | None]
+    references: dict[str, str]
+    images: tuple[Thumbnail, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Finding:
     baseline: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Return an object for JSON."""
-        return {**vars(self), "example": self.example and self.example._asdict()}
+        """Return an object for JSON, without images."""
+        shown = self.example and {name: value for name, value in self.example._asdict().items() if name != "images"}
+        return {**vars(self), "example": shown}
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from vlmkernels.doctor.history import Run
-from vlmkernels.doctor.rule import NOTE, PROBLEM, Example, Finding
+from vlmkernels.doctor.rule import NOTE, PROBLEM, Example, Finding, Rule
 from vlmkernels.record.html import short
 
 WIDTH = 110
 MAX_SHOWN = 300  # characters of a prompt or completion
+
+
+def markdown(rules: Sequence[Rule]) -> list[str]:
+    """Return the lines of the table in docs/doctor.md."""
+    lines = ["| rule | holds when | threshold | remedy |", "| --- | --- | --- | --- |"]
+    return [*lines, *(f"| `{rule.name}` | {rule.meaning} | {rule.source} | {rule.remedy} |" for rule in rules)]
 
 
 def count(number: int, noun: str) -> str:
@@ -68,19 +74,19 @@ def _wrapped(label: str, text: str) -> list[str]:
 
 
 def example_text(example: Example) -> str:
-    """Return one line about a completion: its step, the end of its prompt, itself and its rewards."""
+    """Return one line about a completion: its step, the end of its prompt, itself, its rewards and references."""
     prompt, completion = example.prompt.strip(), example.completion
-    shown = (
-        completion if len(completion) <= MAX_SHOWN else f"{completion[: MAX_SHOWN // 2]} ... {completion[-MAX_SHOWN // 2 :]}"
-    )
     asked = prompt if len(prompt) <= 100 else f"... {prompt[-100:]}"
-    return f"step {example.step}, {asked!r} -> {shown!r} ({rewards_text(example)})"
+    if len(completion) > MAX_SHOWN:
+        completion = f"{completion[: MAX_SHOWN // 2]} ... {completion[-MAX_SHOWN // 2 :]}"
+    return f"step {example.step}, {asked!r} -> {completion!r} ({values_text(example)})"
 
 
-def rewards_text(example: Example) -> str:
-    """Return the rewards of a completion."""
-    values = [f"{name} {'not scored' if value is None else short(value)}" for name, value in example.rewards.items()]
-    return ", ".join(values) or "no reward"
+def values_text(example: Example) -> str:
+    """Return the rewards and the references of a completion."""
+    rewards = [f"{name} {'not scored' if value is None else short(value)}" for name, value in example.rewards.items()]
+    references = [f"reference {name} {value[:60]!r}" for name, value in example.references.items()]
+    return ", ".join([*rewards, *references]) or "no reward"
 
 
 def as_json(folder: Path, run: Run, findings: Sequence[Finding], unchecked: dict[str, str]) -> dict[str, Any]:

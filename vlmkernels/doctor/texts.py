@@ -11,6 +11,7 @@ from vlmkernels.doctor.rule import Example
 
 RECENT = 3  # stored steps that are compared with the first ones
 NGRAM = 4  # words of the sequences whose repetition is counted
+MAX_IMAGES = 4  # of an example
 MAX_UNITS = 2000  # words of a completion that are read
 ANSWERS = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
@@ -51,7 +52,8 @@ class Row(NamedTuple):
         return self.row["rewards"].get(name) or 0.0
 
     def example(self) -> Example:
-        return Example(self.step, self.group["prompt"], self.text, self.row["rewards"])
+        images = tuple(self.group["images"][:MAX_IMAGES])
+        return Example(self.step, self.group["prompt"], self.text, self.row["rewards"], self.group["references"], images)
 
 
 def rows_of(run: Run, steps: list[int]) -> list[Row]:

@@ -23,14 +23,8 @@ def stored_tables(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_groups(path: Path, reward_names: list[str]) -> list[dict[str, Any]]:
-    """Read a table as groups of completions in the schema of ``vlmkernels.record.completions``.
-
-    A group whose prompt has images also has "images_missing": true, because the table does not hold them.
-
-    Args:
-        path: the table.
-        reward_names: names of the reward functions; other columns become references.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a table.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -38,26 +32,46 @@ def read_groups(path: Path, reward_names: list[str]) -> list[dict[str, Any]]:
     """
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     if rows and (missing := [name for name in COLUMNS if name not in rows[0]]):
         raise ValueError(f"{path.name} must have the columns {', '.join(COLUMNS)}, got none named {', '.join(missing)}")
-    runs = [list(run) for _, run in groupby(rows, key=lambda row: row["prompt"])]
-    size = _group_size(runs)
-    parts = [run[start : start + (size or len(run))] for run in runs for start in range(0, len(run), size or len(run))]
-    return [_group(part, reward_names) for part in parts]
+    return rows
+
+
+def in_groups(tables: dict[int, list[dict[str, Any]]], reward_names: list[str]) -> dict[int, list[dict[str, Any]]]:
+    """Return the rows of the tables of a run as groups of completions in the schema of ``vlmkernels.record.completions``.
+
+    A group whose prompt has images also has "images_missing": true, because a table does not hold them.
+
+    Args:
+        tables: step -> rows.
+        reward_names: names of the reward functions; other columns become references.
+    """
+    runs = {step: [list(run) for _, run in groupby(rows, key=lambda row: row["prompt"])] for step, rows in tables.items()}
+    size = next(filter(None, map(_group_size, runs.values())), None)
+    return {
+        step: [_group(part, reward_names) for run in adjacent for part in _parts(run, size)] for step, adjacent in runs.items()
+    }
+
+
+def _parts(rows: list[dict[str, Any]], size: int | None) -> list[list[dict[str, Any]]]:
+    """Split rows into groups of a size, unless it does not divide their number."""
+    if size is None or len(rows) % size:
+        return [rows]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _group_size(runs: list[list[dict[str, Any]]]) -> int | None:
-    """Return the size of groups, from adjacent rows with equal prompts. The advantages of a group add up to 0.
+    """Return the size of groups, from adjacent rows with equal prompts; None if no completion has an advantage.
 
-    Different images can have the same text, so that several groups look like one.
+    Different images can have the same text, so that several groups look like one. The advantages of a group add up to 0.
     """
     advantages = [[row["advantage"] or 0.0 for row in run] for run in runs]
     if not any(any(run) for run in advantages):
         return None
     for size in range(2, min(map(len, runs)) + 1):
         chunks = [run[start : start + size] for run in advantages for start in range(0, len(run), size)]
-        if all(len(run) % size == 0 for run in runs) and all(abs(sum(chunk)) < 1e-3 * size for chunk in chunks):
+        if all(len(chunk) == size and abs(sum(chunk)) < 1e-3 * size for chunk in chunks):
             return size
     return None
 

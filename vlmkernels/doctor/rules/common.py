@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from vlmkernels.doctor.history import WINDOW, Run
+from vlmkernels.doctor.history import WINDOW, Run, reward_of
 from vlmkernels.doctor.rule import Evidence
 from vlmkernels.doctor.texts import Row, example
 from vlmkernels.record.html import short
@@ -27,7 +27,7 @@ def large_share(pattern: str, least: float, text: str, key: Key | None = None, k
             share = run.curve(name)
             limit = max(least, kept * share.start) if len(share) else least
             if (step := share.since(partial(_is_above, limit), 2 * WINDOW if kept else WINDOW)) is not None:
-                sentence = text.format(share=f"{share.window():.0%}", reward=name.split("/")[1])
+                sentence = text.format(share=f"{share.window():.0%}", reward=reward_of(name))
                 shown = key and example(run, step, key)
                 return Evidence(step, sentence, name, share.window(), share.start, shown)
         return None

@@ -4,15 +4,15 @@ import math
 from itertools import accumulate, pairwise
 from statistics import fmean
 
-from vlmkernels.doctor.history import WINDOW, Curve, Run
-from vlmkernels.doctor.rule import COMPLETIONS, NOTE, Evidence, Rule
+from vlmkernels.doctor.history import WINDOW, Curve, Run, reward_of
+from vlmkernels.doctor.rule import COMPLETIONS, NOTE, PROBLEM, Evidence, Rule
 from vlmkernels.doctor.rules.common import large_share
 from vlmkernels.doctor.texts import Row, example, has_answer, recent, rows_of, since
 from vlmkernels.record.html import short
 
 ZERO_SPREAD = "frac_reward_zero_std"
 NO_SPREAD = 0.8  # share of completions in groups with equal rewards: of a batch, a fifth or less is left to learn from
-SLOW = 40  # logs after which a reward that has not risen is flat
+SLOW, VERY_SLOW = 40, 100  # logs after which a reward that has not risen is worth a note, and a problem
 FORMAT = ("format", "tag", "xml", "json", "struct", "think", "template", "syntax")  # in the names of rewards of the format
 
 
@@ -20,20 +20,22 @@ def _flat(run: Run) -> Evidence | None:
     reward = run.curve("reward")
     if max(reward.values) - min(reward.values) <= 1e-9 * max(1.0, abs(reward.start)):
         text = f"The reward is {short(reward.start)} in all {len(reward)} logs."
-        step: int | None = reward.steps[2 * WINDOW - 1]
-    else:
+        step, is_certain = reward.steps[2 * WINDOW - 1], True
+    elif (since := reward.since(lambda _, step: _is_flat(reward, reward.count(step)), SLOW)) is not None:
         text = f"The reward was {short(reward.start)} at first and is {short(reward.window())} after {len(reward)} logs."
-        step = reward.since(lambda _, step: _is_flat(reward, reward.count(step)), SLOW)
-    if step is None:
+        step, is_certain = since, len(reward) >= VERY_SLOW
+    else:
         return None
-    return Evidence(step, text, "reward", reward.window(), reward.start, example(run, step, lambda row: row.advantage))
+    shown, severity = example(run, step, lambda row: row.advantage), PROBLEM if is_certain else NOTE
+    return Evidence(step, text, "reward", reward.window(), reward.start, shown, severity)
 
 
 def _is_flat(reward: Curve, end: int) -> bool:
-    """Whether even an optimistic estimate of the gain up to log ``end`` is less than the noise of one log."""
+    """Whether the gain up to log ``end`` is not significant, and an optimistic estimate of it little more than the noise."""
     quarter = end // 4
     gain = fmean(reward.values[end - quarter : end]) - fmean(reward.values[:quarter])
-    return gain + 2 * reward.noise * math.sqrt(2 / quarter) < reward.noise
+    error = reward.noise * math.sqrt(2 / quarter)
+    return gain < 1.5 * error and gain + 2 * error < 1.5 * reward.noise
 
 
 def _spread_is_lost(run: Run, improved: bool) -> int | None:
@@ -53,7 +55,7 @@ def _no_spread(run: Run) -> Evidence | None:
 
 
 def _saturated(run: Run) -> Evidence | None:
-    if (step := _spread_is_lost(run, improved=True)) is None:
+    if (step := _spread_is_lost(run, improved=True)) is None or _collapsed(run):
         return None
     share, reward = run.curve(ZERO_SPREAD), run.curve("reward")
     text = (
@@ -65,8 +67,8 @@ def _saturated(run: Run) -> Evidence | None:
 def _collapsed(run: Run) -> Evidence | None:
     reward = run.curve("reward")
     noise, start = reward.noise, reward.start
-    # A run can collapse within the first logs, so that pairs of them count too.
-    early = max(fmean(pair) for pair in pairwise(reward.values[:WINDOW]))
+    # A run can collapse within the first logs, so that two neighbors of them are enough; a single one may be chance.
+    early = max(map(min, pairwise(reward.values[:WINDOW])))
     best = list(accumulate(map(reward.window, range(WINDOW, len(reward) + 1)), max))
 
     def best_before(step: int) -> float:
@@ -86,7 +88,7 @@ def _collapsed(run: Run) -> Evidence | None:
 
 
 def _format_only(run: Run) -> Evidence | None:
-    names = [name.split("/")[1] for name in run.names("rewards/*/mean")]
+    names = [reward_of(name) for name in run.names("rewards/*/mean")]
     formats = [name for name in names if any(word in name.lower() for word in FORMAT)]
     tasks = [name for name in names if name not in formats]
     return next(filter(None, (_format_without(run, name, tasks) for name in formats)), None)
@@ -160,12 +162,12 @@ def _lowest(row: Row) -> float:
 RULES = (
     Rule(
         "reward-flat",
-        "the reward is constant, or has not risen in 40 logs by more than its noise",
+        "the reward is constant, or has not risen in 40 logs (a note) or 100 logs by more than its noise",
         "Check the reward on a few completions by hand, then learning_rate. If groups-without-spread or no-update is found too,"
         " begin there.",
         ("reward",),
         _flat,
-        "two standard errors of the difference between the first and the last quarter of the logs",
+        "1.5 standard errors of the difference between the first and the last quarter of the logs",
     ),
     Rule(
         "reward-saturated",

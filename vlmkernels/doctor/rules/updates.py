@@ -84,7 +84,7 @@ def _equal_prompts(run: Run) -> Evidence | None:
     window = next(recent(run))
     found = contexts(window)
     (prompt, *_), share = most_common(found)
-    text = f"Of {len(found)} prompts of steps {window[0]} to {window[-1]}, {len(set(found))} are different."
+    text = f"Steps {window[0]} to {window[-1]} have {len(found)} prompts, but only {len(set(found))} distinct ones."
     return Evidence(steps[-1], text, None, share, example=example(run, steps[-1], lambda row: row.group["prompt"] == prompt))
 
 
