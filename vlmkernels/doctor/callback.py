@@ -57,11 +57,18 @@ class DoctorCallback(TrainerCallback):
         stored = _ends(sorted(completions), FIRST_STORED, LAST_STORED)
         steps = _ends([*self.run.steps, state.log_history[-1]], FIRST, LAST)
         self.run = replace(self.run, steps=steps, completions={step: completions[step] for step in stored})
-        for finding in diagnose(self.run):
+        for finding in self._findings():
             if finding.rule not in self.found:
                 self.found[finding.rule] = state.global_step
                 _report(finding, state.global_step)
         state.stateful_callbacks[STATE_KEY] = dict(self.found)
+
+    def _findings(self) -> list[Finding]:
+        try:
+            return diagnose(self.run)
+        except Exception as error:  # must not end training, least of all on one of several processes
+            logger.warning_once(f"the doctor cannot check this log: {error!r}")
+            return []
 
     def _new_completions(self, args: Any, step: int) -> dict[int, list[dict[str, Any]]]:
         """Return the completions of this log, or those of the log before if TRL stores them."""
