@@ -332,6 +332,38 @@ def metrics() -> list[str]:
     return markdown()
 
 
+def doctor() -> list[str]:
+    from vlmkernels.doctor import RULES
+    from vlmkernels.doctor.text import markdown
+
+    return markdown(RULES)
+
+
+def doctor_runs(which: str) -> list[str]:
+    """The planted faults, or the runs without a fault ("healthy"), of bench/doctor_faults.py."""
+    content = json.loads((RESULTS / "doctor.json").read_text())
+
+    def rules(row: dict, severity: str) -> str:
+        found = row["found"].items()
+        names = [rule for rule, values in found if values["severity"] == severity and rule != row.get("rule")]
+        return ", ".join(f"`{name}`" for name in names) or "none"
+
+    faults = [row for row in content["runs"] if row["fault"]]
+    healthy = [row for row in content["runs"] if not row["fault"]]
+    if which == "healthy":
+        lines = ["| seed | steps | mean reward | problems | notes |", "| ---: | ---: | --- | --- | --- |"]
+        for row in healthy:
+            start, end = row["reward"]
+            found = f"{rules(row, 'problem')} | {rules(row, 'note')}"
+            lines.append(f"| {row['seed']} | {row['steps']} | {start:.2f} to {end:.2f} | {found} |")
+        return lines
+    lines = ["| fault | step | rule | evidence | other problems up to step 20 |", "| --- | ---: | --- | --- | --- |"]
+    for row in faults:
+        found = row["found"][row["rule"]]
+        lines.append(f"| {row['fault']} | {found['step']} | `{row['rule']}` | {found['evidence']} | {rules(row, 'problem')} |")
+    return [*lines, "", f"By `python bench/doctor_faults.py` on {content['device']}, commit {content['commit']}."]
+
+
 def conformance(what: str) -> list[str]:
     """A table of docs/conformance.md, from the results of `make conformance`. Projects link to the reports on them."""
     from vlmkernels.conformance import page
@@ -355,6 +387,8 @@ def conformance(what: str) -> list[str]:
 TABLES = {
     "accuracy": accuracy,
     "demo": demo,
+    "doctor": doctor,
+    "doctor-runs": doctor_runs,
     "families": families,
     "gpu": gpu,
     "gpu-tests": gpu_tests,

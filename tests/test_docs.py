@@ -87,8 +87,10 @@ def test_pages_start_with_an_example():
 def commands(page: Path) -> list[list[str]]:
     """The vlmkernels commands in a page's shell blocks and in its text."""
     shell = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
-    found = re.findall(r"(?:^|[ /])vlmkernels(?:\.cli)? ((?:train|report|eval|plan|env|demo)\b[^#|&\n]*)", shell, re.MULTILINE)
-    found += re.findall(r"`vlmkernels ((?:train|report|eval|plan|env|demo)\b[^`]*)`", page.read_text())
+    found = re.findall(
+        r"(?:^|[ /])vlmkernels(?:\.cli)? ((?:train|report|doctor|eval|plan|env|demo)\b[^#|&\n]*)", shell, re.MULTILINE
+    )
+    found += re.findall(r"`vlmkernels ((?:train|report|doctor|eval|plan|env|demo)\b[^`]*)`", page.read_text())
     return [shlex.split(command.replace("\n", " ")) for command in found]
 
 
@@ -116,7 +118,7 @@ def test_commands_have_these_flags():
     for page in PAGES:
         for command, *arguments in commands(page):
             named.setdefault(command, set()).update(a.split("=")[0] for a in arguments if a.startswith("--"))
-    assert {"train", "eval", "report", "plan", "env"} <= named.keys()
+    assert {"train", "eval", "report", "doctor", "plan", "env"} <= named.keys()
     for command, flags in named.items():
         assert flags <= flags_of(command), f"vlmkernels {command} has no {flags - flags_of(command)}"
 

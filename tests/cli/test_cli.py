@@ -288,7 +288,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["fly"])
     assert exit.value.code == 2
-    assert "COMMAND must be one of demo, train, report, eval, plan, env, got 'fly'" in capsys.readouterr().err
+    assert "COMMAND must be one of demo, train, report, doctor, eval, plan, env, got 'fly'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate"])
     assert "got 'evaluate' (did you mean eval?)" in capsys.readouterr().err

@@ -14,9 +14,9 @@ from vlmkernels import cli
 from vlmkernels.record.callback import json_line
 from vlmkernels.record.completions import CompletionRow, save_step
 from vlmkernels.record.metrics import PHASES
+from vlmkernels.record.reading import read_lines
 from vlmkernels.record.turns import turn_rows
 from vlmkernels.report.curves import MAX_POINTS, Point, curve, thin
-from vlmkernels.report.run import read_lines
 
 torch.set_num_threads(1)
 

@@ -1,4 +1,4 @@
-"""The command line: ``vlmkernels demo | train | report | eval | plan | env``, one module per command.
+"""The command line: ``vlmkernels demo | train | report | doctor | eval | plan | env``, one module per command.
 
 A command's module is imported when the command runs, so that ``vlmkernels --help`` does not wait for transformers.
 """
@@ -16,6 +16,7 @@ COMMANDS = {
     "demo": ("demo", "train a small VLM to read handwritten numbers on the CPU"),
     "train": ("train", "train a model with GRPO"),
     "report": ("report", "write one HTML page about a training run, finished or not"),
+    "doctor": ("doctor", "look for faults in a training run, finished or not, of this package or of TRL"),
     "eval": ("evaluate", "measure a model, or saved predictions, on a dataset"),
     "plan": ("plan", "estimate time and memory of a training step before running it"),
     "env": ("env", "show versions, devices, and which backend serves each op"),

@@ -9,9 +9,9 @@ from typing import Any
 from vlmkernels.evaluate.evaluation import Comparison, Evaluation
 from vlmkernels.evaluate.page import number, p_value, signed
 from vlmkernels.evaluate.statistics import Difference
+from vlmkernels.record.reading import read_lines, read_state
 from vlmkernels.report.curves import Point
 from vlmkernels.report.run import curves_of as curves_of_entries
-from vlmkernels.report.run import read_lines, read_state
 
 
 def _plain(value: Any) -> Any:

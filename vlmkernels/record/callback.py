@@ -17,10 +17,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from vlmkernels.env import PACKAGES, version
 from vlmkernels.record.completions import Groups, save_step, stored_steps
-from vlmkernels.record.files import COMPLETIONS_FOLDER, METRICS_FILE, RUN_FILE, append_atomic, write_atomic
+from vlmkernels.record.files import COMPLETIONS_FOLDER, METRICS_FILE, PREVIOUS_FOLDER, RUN_FILE, append_atomic, write_atomic
 from vlmkernels.record.loggers import LOGGERS
 
-PREVIOUS_FOLDER = "previous"  # holds a numbered folder with the files of each earlier start in the same output_dir
 SECRET = re.compile(r"token$|api_?key|password|secret|authorization|credential", re.IGNORECASE)
 # The user and password of a URL, and the value of a secret in its query.
 SECRET_IN_URL = re.compile(

@@ -62,8 +62,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _group_content(rows: list[CompletionRow]) -> dict:
-    """Return the JSON object of the completions of one prompt."""
+def group_content(rows: list[CompletionRow]) -> dict:
+    """Return the JSON object of a group, the completions of one prompt."""
     places: dict[Thumbnail, int] = {}
     turns = [to_json(_own_prompt(row, rows[0]) + row.turns, places) for row in rows]
     return {
@@ -104,7 +104,7 @@ def remove_step(path: Path) -> None:
 
 def save_step(folder: Path, step: int, groups: Groups) -> None:
     """Write the JSON file of a step and its page. With more than ``MAX_STEPS`` steps, remove every second earlier one."""
-    content = {"step": step, "groups": [_group_content(rows) for rows in groups]}
+    content = {"step": step, "groups": [group_content(rows) for rows in groups]}
     path = folder / f"step-{step:06d}.json"
     write_atomic(path, json.dumps(content))
     write_atomic(path.with_suffix(".html"), document(f"Step {step}", f"<h1>Step {step}</h1>{step_html(content)}"))

@@ -6,6 +6,7 @@ from pathlib import Path
 METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "run.json"
 COMPLETIONS_FOLDER = "completions"
+PREVIOUS_FOLDER = "previous"  # holds a numbered folder with the files of each earlier start in the same output_dir
 STATE_FILE = "trainer_state.json"  # written by transformers.Trainer
 
 

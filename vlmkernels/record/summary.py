@@ -6,6 +6,14 @@ import torch
 
 from vlmkernels.ops.group_advantages import GroupAdvantages
 
+NGRAM = 4  # tokens of the sequences whose repetition is counted
+MULTIPLIERS = (
+    6364136223846793005,
+    3935559000370003845,
+    2862933555777941757,
+    3202034522624059733,
+)  # odd, of a hash of NGRAM ids
+
 
 def _mean_std(values: torch.Tensor) -> tuple[float, float]:
     """Mean and standard deviation (ddof 1) of the values that are not NaN; NaN if there are too few values."""
@@ -46,3 +54,46 @@ def completion_metrics(lengths: torch.Tensor, truncated: torch.Tensor) -> dict[s
         metrics[f"completions/min_{name}"] = values.min().item()
         metrics[f"completions/max_{name}"] = values.max().item()
     return metrics
+
+
+def token_metrics(ids: torch.Tensor, mask: torch.Tensor, unwanted: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Compute the metrics of the sampled tokens of N completions. Does not synchronize the device.
+
+    Args:
+        ids: (N, C) int64.
+        mask: (N, C) bool, the tokens that the model sampled.
+        unwanted: (V,) bool, the tokens that must not be sampled.
+    """
+    tokens = mask.sum(1).clamp(min=1)
+    return {
+        "completions/frac_special_tokens": ((unwanted[ids] & mask).sum(1) / tokens).mean(),
+        "completions/frac_repeated": repeated_share(ids, mask).mean(),
+    }
+
+
+def repeated_share(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the share of each completion's sequences of ``NGRAM`` tokens that occurred in it before, (N,) fp32.
+
+    It is 0 for a completion with fewer tokens.
+    """
+    if ids.shape[1] < NGRAM:
+        return torch.zeros(len(ids), device=ids.device)
+    is_sampled = mask.unfold(1, NGRAM, 1).all(2)
+    hashes = (ids.unfold(1, NGRAM, 1) * torch.tensor(MULTIPLIERS, device=ids.device)).sum(2)
+    places = torch.arange(hashes.shape[1], device=ids.device)
+    ordered = hashes.where(is_sampled, -1 - places).sort(1).values  # different numbers where a token was not sampled
+    return (ordered.diff(dim=1) == 0).sum(1) / is_sampled.sum(1).clamp(min=1)
+
+
+def length_correlation(advantages: GroupAdvantages, lengths: torch.Tensor, num_generations: int) -> float:
+    """Return the correlation of rewards and lengths within groups, over all of N completions; NaN if either never differs.
+
+    Args:
+        advantages: the result of ``group_advantages`` for the rewards of the completions.
+        lengths: (N,), in tokens.
+        num_generations: size of the groups, which are adjacent.
+    """
+    reward = (advantages.rewards - advantages.mean).nan_to_num().double()  # not scored: as the mean of the group
+    groups = lengths.to(reward).view(-1, num_generations)
+    length = (groups - groups.mean(1, keepdim=True)).flatten()
+    return ((reward @ length) / (reward.norm() * length.norm())).item()

@@ -11,7 +11,7 @@ COLORS = (
     *("#3b82f6", "#e08a1e", "#475569", "#2ea043", "#c026d3", "#0ea5a5", "#b07a4f", "#dc4c4c"),
     *("#8b5cf6", "#eab308", "#db2777", "#84cc16", "#0369a1", "#94a3b8"),
 )
-GRAY = COLORS[-1]
+GRAY, MARK = COLORS[-1], COLORS[6]
 WIDTH, HEIGHT = 300, 120
 MAX_POINTS = 300  # maximum number of points of a drawn curve
 LABEL = 'font-size="10" fill="currentColor" opacity=".7"'
@@ -85,13 +85,14 @@ def _frame(title: str, note: str, drawing: str, bounds: tuple[float, float], ste
     )
 
 
-def curve(title: str, points: Sequence[Point], note: str = "") -> str:
+def curve(title: str, points: Sequence[Point], note: str = "", mark: float | None = None) -> str:
     """Draw a line over steps, with intervals as a band, and with the running mean if there are many points.
 
     Args:
         title: caption of the figure.
         points: in any order. Values that are not finite are left out.
         note: tooltip of the title.
+        mark: a step to mark with a vertical line.
 
     Returns:
         HTML; an empty string if the curve is constant or covers fewer than 2 steps.
@@ -117,8 +118,10 @@ def curve(title: str, points: Sequence[Point], note: str = "") -> str:
     edge = [*((p.step, p.low) for p in banded), *((p.step, p.high) for p in reversed(banded))]
     band = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in edge)
     marks = "".join(f'<circle cx="{x(p.step):.1f}" cy="{y(p.value):.1f}" r="2.5" fill="{COLORS[0]}"/>' for p in points)
+    marked = mark is not None and first <= mark <= last
+    line_at = f'<path d="M{x(mark or 0):.1f} 0V{HEIGHT}" stroke="{MARK}" stroke-dasharray="4 3"/>' if marked else ""
     drawing = (
-        f'<polygon points="{band}" fill="{COLORS[0]}" opacity=".2"/>'
+        f'{line_at}<polygon points="{band}" fill="{COLORS[0]}" opacity=".2"/>'
         f'<polyline class="line" points="{line}" fill="none" stroke="{COLORS[0]}" opacity="{0.3 if noisy else 1}"/>'
         f"{smooth if noisy else marks}"
     )

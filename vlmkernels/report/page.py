@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from vlmkernels.doctor import read_run
 from vlmkernels.record.completions import load_step, step_html
 from vlmkernels.record.html import document, number, short
 from vlmkernels.record.metrics import (
@@ -25,6 +26,8 @@ from vlmkernels.record.metrics import (
 )
 from vlmkernels.report.curves import COLORS, GRAY, Point, bars, curve, stack
 from vlmkernels.report.curves import SCRIPT as CURVES_SCRIPT
+from vlmkernels.report.findings import STYLE as FINDINGS_STYLE
+from vlmkernels.report.findings import findings_html
 from vlmkernels.report.run import Run
 
 MAX_STEPS, MAX_GROUPS = 8, 8  # maximum numbers of steps in the section of samples, and of prompts per step
@@ -275,6 +278,7 @@ def run_page(run: Run) -> str:
         empty,
         _warnings(curves),
         _tiles(curves) if curves else "",
+        findings_html(read_run(run.folder)),
         _curves({name: points for name, points in curves.items() if _section_of(name) in (REWARDS, EVALUATION)}),
         _phases(run),
         _throughput(curves),
@@ -283,4 +287,4 @@ def run_page(run: Run) -> str:
         _configuration(run.about),
         f"<script>{CURVES_SCRIPT}</script>",
     ]
-    return document(name, "".join(parts), STYLE)
+    return document(name, "".join(parts), STYLE + FINDINGS_STYLE)

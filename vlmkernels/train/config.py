@@ -82,7 +82,7 @@ class GRPOConfig(TrainingArguments):
     - bf16 is on by default only if the GPU supports it. Gradient checkpointing is off, as in ``TrainingArguments``.
     - Every process holds whole groups: num_generations divides per_device_train_batch_size * steps_per_generation.
     - The defaults of importance_sampling_level and epsilon_high depend on loss_type.
-    - num_completions_to_print is 64; None stores all completions.
+    - num_completions_to_print is 64; None stores all completions. diagnose is new.
     - The rollout_* fields replace vllm_importance_sampling_* and work with every engine. They are off by default; see
       docs/mismatch.md.
     - rollout_engine names the engine; use_vllm and vllm_mode are synonyms for it, and their defaults follow from it.
@@ -250,6 +250,7 @@ class GRPOConfig(TrainingArguments):
     allow_image_urls: bool = _field(False, "Allow images that are given by an http or https URL, and fetch them.")
 
     log_completions: bool = _field(False, "Store completions and a page of them at each log, and send them to report_to.")
+    diagnose: bool = _field(False, "Check every log with the rules of `vlmkernels doctor`, and warn about what they find.")
     num_completions_to_print: int | None = _field(64, "Maximum number of completions stored at a log. None stores all.")
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ def steps_between(args: GRPOConfig, media: set[str], *, has_tools: bool) -> int 
     Args:
         media: the kinds of media that training can have.
     """
-    if args.image_use_steps is None and getattr(args, "diagnose", False) and media and not has_tools:
+    if args.image_use_steps is None and args.diagnose and media and not has_tools:
         return DEFAULT_STEPS
     return args.image_use_steps
 

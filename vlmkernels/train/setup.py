@@ -1,5 +1,6 @@
 """Steps of ``GRPOTrainer.__init__``: check the datasets, load the model, prepare the policy, the reference and the engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,14 @@ from vlmkernels.data.dataset import RowChecks, SampleDataset, check_dataset
 from vlmkernels.data.samples import Sample, SampleError, encode, read_sample, tokenizer_of
 from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.deterministic import use_deterministic
-from vlmkernels.models.families import TEXT, Family, family_of, prefix_sharing_unsupported
+from vlmkernels.models.families import (
+    TEXT,
+    Family,
+    family_of,
+    media_token_ids,
+    missing_token_ids,
+    prefix_sharing_unsupported,
+)
 from vlmkernels.models.head import logit_arguments, output_head
 from vlmkernels.models.hunyuan import number_images_per_sample
 from vlmkernels.models.image_features import accepts_image_features, feature_reuse_unsupported, use_image_features
@@ -100,6 +108,18 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
     if args.disable_dropout:
         disable_dropout(model)
     return model
+
+
+def unwanted_tokens(model: PreTrainedModel, processor: Any, eos_token_id: Sequence[int], num_embeddings: int) -> torch.Tensor:
+    """Return which ids no completion should have, (num_embeddings,) bool.
+
+    They are image and video tokens, ids without a token, and padding, except those that end a completion.
+    """
+    config = model.config
+    ids = {*media_token_ids(config, processor), *missing_token_ids(config, processor), tokenizer_of(processor).pad_token_id}
+    unwanted = torch.zeros(num_embeddings, dtype=torch.bool)
+    unwanted[sorted(ids - {*eos_token_id, None})] = True
+    return unwanted
 
 
 def make_agent(tools: Any, environment_factory: Any, args: GRPOConfig) -> Agent | None:

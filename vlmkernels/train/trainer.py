@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from vlmkernels.data.dataset import SampleDataset
 from vlmkernels.data.samples import Sample, tokenizer_of
+from vlmkernels.doctor.callback import DoctorCallback
 from vlmkernels.models.head import completion_loss, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.inputs import ModelInputs
@@ -36,8 +37,10 @@ from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.group_advantages.turns import turn_advantages
 from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.record.callback import RunRecord
+from vlmkernels.record.completions import Groups, group_content
 from vlmkernels.record.phases import Phases, phase
 from vlmkernels.record.progress import RewardProgress
+from vlmkernels.record.summary import length_correlation, token_metrics
 from vlmkernels.rewards import Scores
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episodes
@@ -129,6 +132,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         every = steps_between(args, media, has_tools=self.agent is not None)
         self.image_use = None if every is None else ImageUse(processor, self.prepared, args, media, every)
         self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
+        eos = self.engine.sampling.eos_token_id
+        self.unwanted_tokens = setup.unwanted_tokens(model, processor, eos, num_embeddings).to(args.device)
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
             self.agent.prepare(processor, family, *options)
@@ -158,6 +163,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.add_callback(self.phases)
         self.add_callback(UpdateCheck(self.accelerator, self.metrics.add))
         self.add_callback(self.record)
+        if self.args.diagnose:
+            self.add_callback(DoctorCallback(lambda: list(map(group_content, self._last_groups()))))
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
             self.add_callback(RewardProgress)
@@ -300,6 +307,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             for index, sample in rows:
                 self.metrics.add({"frac_samples_replaced": sample.index != index})
         self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
+        self.metrics.add(token_metrics(rollout.completion_ids, rollout.sampled_mask, self.unwanted_tokens))
         completions.add(rollout, scored)
         return Sampled(rollout, scored)
 
@@ -315,6 +323,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.state.num_input_tokens_seen += int(gathered.lengths.sum() + gathered.prompt_lengths.sum())
         self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
         self.metrics.add(sampling_metrics(gathered, result, self.rewards.names))
+        correlation = length_correlation(result, gathered.lengths, self.args.num_generations)
+        self.metrics.add({"reward_length_correlation": correlation})
 
     # Log-probabilities and loss
 
@@ -487,8 +497,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             logs.update(self.metrics.flush(self.accelerator) | self.mismatch.flush(self.accelerator))
         super().log(logs, start_time)
         if is_training and args.log_completions and self._last_scored and self.is_world_process_zero():
-            groups = completion_groups(*self._last_scored, self.rewards, args)
-            self.record.save_completions(args, self.state, groups, self.callback_handler.callbacks)
+            self.record.save_completions(args, self.state, self._last_groups(), self.callback_handler.callbacks)
+
+    def _last_groups(self) -> Groups:
+        return completion_groups(*self._last_scored, self.rewards, self.args) if self._last_scored else []
 
     # Checkpoints
 

@@ -1,0 +1,141 @@
+"""What the rules see of a run, and the statistics that they compare."""
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+WINDOW = 5  # logs at the beginning whose median is the baseline, and the smallest number of logs that is compared with it
+MAX_WINDOW, WINDOWS = 50, 20  # a longer run is compared in windows of a twentieth of its logs, of at most 50
+
+
+@dataclass
+class Run:
+    """The history of a training run.
+
+    Attributes:
+        steps: entries of the log in ascending order, each with "step", as in ``metrics.jsonl``.
+        completions: step -> groups of completions, as in ``completions/step-*.json`` (``vlmkernels.record.completions``).
+        arguments: the arguments of the trainer, empty if they are unknown.
+        checkpoints: steps of the checkpoints that exist.
+        source: the file that the log was read from, or None for a run in training.
+        notes: what was ignored or is missing.
+    """
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    completions: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    checkpoints: list[int] = field(default_factory=list)
+    source: Path | None = None
+    notes: list[str] = field(default_factory=list)
+    _curves: dict[str, tuple[int, "Curve"]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def curve(self, name: str) -> "Curve":
+        """Return the finite values of a metric."""
+        count, curve = self._curves.get(name, (-1, Curve([], [])))
+        if count != len(self.steps):  # steps have been added
+            logs = [(entry["step"], entry[name]) for entry in self.steps if is_finite(entry.get(name))]
+            curve = Curve([step for step, _ in logs], [value for _, value in logs])
+            self._curves[name] = len(self.steps), curve
+        return curve
+
+    def names(self, pattern: str) -> list[str]:
+        """Return the names of the metrics that match a pattern such as ``rewards/*/mean``."""
+        return sorted(name for name in set(itertools.chain.from_iterable(self.steps)) if fnmatchcase(name, pattern))
+
+    def improved(self, step: int, name: str = "reward") -> bool:
+        """Whether a metric has risen from its beginning to a step by more than its noise; False if it is not logged."""
+        return self.curve(name).gain(step) > 2
+
+
+def reward_of(metric: str) -> str:
+    """Return the name of the reward function of a metric such as ``rewards/NAME/mean``."""
+    return metric.removeprefix("rewards/").rpartition("/")[0]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a log is a number, which may be NaN or infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value of a log is a finite number."""
+    return is_number(value) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The values of a metric with their steps, in ascending order."""
+
+    steps: list[int]
+    values: list[float]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def width(self) -> int:
+        """The number of logs of a window."""
+        return min(max(WINDOW, len(self) // WINDOWS), MAX_WINDOW)
+
+    @cached_property
+    def start(self) -> float:
+        """The median of the first ``WINDOW`` logs."""
+        return median(self.values[:WINDOW])
+
+    @cached_property
+    def noise(self) -> float:
+        """The standard deviation of the values around their trend.
+
+        It is estimated from the median absolute difference of neighbors, so that neither a trend nor a few jumps increase it;
+        from the mean absolute difference if most neighbors are equal.
+        """
+        differences = [abs(b - a) for a, b in itertools.pairwise(self.values)]
+        if not differences:
+            return 0.0
+        return (1.4826 * median(differences) or 1.2533 * fmean(differences)) / math.sqrt(2)
+
+    def window(self, end: int | None = None) -> float:
+        """Return the median of the ``width`` values before index ``end``; by default the last ones."""
+        end = len(self) if end is None else end
+        return median(self.values[max(0, end - self.width) : end])
+
+    def count(self, step: int) -> int:
+        """Return the number of logs up to a step."""
+        return bisect_right(self.steps, step)
+
+    def at(self, step: int, default: float) -> float:
+        """Return the window up to a step, or the default if nothing was logged up to there."""
+        count = self.count(step)
+        return self.window(count) if count else default
+
+    def gain(self, step: int) -> float:
+        """Return by how many standard deviations of the noise the window up to a step is above the beginning."""
+        count = self.count(step)
+        change = self.window(count) - self.start if count > WINDOW else 0.0
+        return change / self.noise if self.noise else math.copysign(math.inf, change) if change else 0.0
+
+    def since(self, holds: Callable[[float, int], bool], logs: int = 2 * WINDOW) -> int | None:
+        """Return the step since which ``holds(window, step)`` is true without a break up to the end; None if it is false there.
+
+        Args:
+            logs: number of logs before the first window that is judged.
+        """
+        found = None
+        for end in range(len(self), logs - 1, -1):
+            if not holds(self.window(end), self.steps[end - 1]):
+                break
+            found = self.steps[end - 1]
+        return found
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Return the correlation of two sequences with mean 0; 0 if one is constant."""
+    norm = math.hypot(*xs) * math.hypot(*ys)
+    return sum(x * y for x, y in zip(xs, ys, strict=True)) / norm if norm else 0.0
