@@ -1,5 +1,7 @@
 """Parts of rollouts that are joined again score as the whole rollout does."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from support import tiny
@@ -12,6 +14,7 @@ from vlmkernels.models.families import family_of
 from vlmkernels.models.image_features import encode_images, use_image_features
 from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns
+from vlmkernels.rollout import base
 from vlmkernels.rollout.base import Rollout
 
 PLAIN_PAD = tiny.tokenizer().pad_token_id
@@ -63,6 +66,12 @@ def assert_equal(one, other):
             torch.testing.assert_close(value, other.inputs[name], rtol=0, atol=0, msg=name)
     assert torch.equal(one.rows, other.rows)
     assert torch.equal(one.targets, other.targets)
+
+
+def test_every_field_has_parts():
+    """A new field of rollouts must be a row of one of the tables, or be handled by ``select`` and ``join``."""
+    handled = {*base._PADDING, *base._OF_PROMPTS, "group", "truncated", "turns", "routed_experts"}
+    assert {field.name for field in fields(Rollout)} == handled
 
 
 @pytest.mark.parametrize("case", CASES)
