@@ -1,6 +1,6 @@
 """Parts of rollouts that are joined again score as the whole rollout does."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from vlmkernels.models.image_features import encode_images, use_image_features
 from vlmkernels.models.masked_images import BLACK, mask_images, uniform_pixels
 from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns
+from vlmkernels.rollout import base
 from vlmkernels.rollout.base import Rollout
 
 PLAIN_PAD = tiny.tokenizer().pad_token_id
@@ -74,6 +75,12 @@ def assert_equal(one, other):
             torch.testing.assert_close(value, other.inputs[name], rtol=0, atol=0, msg=name)
     assert torch.equal(one.rows, other.rows)
     assert torch.equal(one.targets, other.targets)
+
+
+def test_every_field_has_parts():
+    """A new field of rollouts must be a row of one of the tables, or be handled by ``select`` and ``join``."""
+    handled = {*base._PADDING, *base._OF_PROMPTS, "group", "truncated", "turns", "routed_experts"}
+    assert {field.name for field in fields(Rollout)} == handled
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -199,14 +199,14 @@ class Rollout:
         chosen, group = self.group[completions].unique_consecutive(return_inverse=True)
         width = int(self.completion_mask[completions].any(0).sum())
         columns = {name: x[completions, :width] for name in _PADDING if (x := getattr(self, name)) is not None}
-        prompts, experts = self.prompts.select(chosen).trim(), self.routed_experts
-        masked = None if self.masked_prompts is None else self.masked_prompts.select(chosen).trim()
+        prompts = {name: x.select(chosen).trim() for name in _OF_PROMPTS if (x := getattr(self, name)) is not None}
+        experts = self.routed_experts
         if experts is not None:
-            length = prompts.inputs["input_ids"].shape[1]
+            length = prompts["prompts"].inputs["input_ids"].shape[1]
             experts = RoutedExperts(experts.prompts[chosen, -length:], experts.completions[completions, :width])
         turns = None if self.turns is None else self.turns.select(completions)
-        columns |= {"truncated": self.truncated[completions], "turns": turns, "routed_experts": experts}
-        return replace(self, prompts=prompts, masked_prompts=masked, group=group, **columns)
+        parts: dict[str, Any] = {**prompts, **columns}
+        return replace(self, group=group, truncated=self.truncated[completions], turns=turns, routed_experts=experts, **parts)
 
     @classmethod
     def join(cls, rollouts: Sequence["Rollout"], pad_token_id: int) -> "Rollout":
@@ -226,17 +226,20 @@ class Rollout:
             for name, value in _PADDING.items()
             if getattr(first, name) is not None
         }
-        turns = experts = masked = None
-        if first.masked_prompts is not None:
-            masked = join([r.masked_prompts for r in rollouts if r.masked_prompts is not None], pad_token_id)
+        turns = experts = None
         if first.turns is not None:
             turns = Turns.join([r.turns for r in rollouts if r.turns is not None], list(map(len, groups)), pad_token_id)
         if first.routed_experts is not None:
             of_prompts, of_completions = zip(*(r.routed_experts for r in rollouts if r.routed_experts is not None), strict=True)
             experts = RoutedExperts(_cat_padded(of_prompts, -1, left=True), _cat_padded(of_completions, -1))
-        prompts = join([rollout.prompts for rollout in rollouts], pad_token_id)
-        columns |= {"turns": turns, "routed_experts": experts, "masked_prompts": masked}
-        return cls(prompts, torch.cat(groups), truncated=torch.cat([rollout.truncated for rollout in rollouts]), **columns)
+        prompts = {
+            name: join([getattr(rollout, name) for rollout in rollouts], pad_token_id)
+            for name in _OF_PROMPTS
+            if getattr(first, name) is not None
+        }
+        truncated = torch.cat([rollout.truncated for rollout in rollouts])
+        parts: dict[str, Any] = {**prompts, **columns}
+        return cls(group=torch.cat(groups), truncated=truncated, turns=turns, routed_experts=experts, **parts)
 
     @cached_property
     def sampled_mask(self) -> torch.Tensor:
@@ -407,6 +410,8 @@ class Rollout:
         return batch
 
 
+# The fields of a rollout that are model inputs of its P prompts.
+_OF_PROMPTS = ("prompts", "masked_prompts")
 # The fields of a rollout with a value per token of the completions, and the value of padding; None for pad_token_id.
 _PADDING = {"completion_ids": None, "completion_mask": False, "logps": 0, "log_kept_mass": 0, "sampling_logps": 0}
 
