@@ -178,7 +178,7 @@ FAULTS = {
     "format_only": Fault("the reward is that of the format, 0.1 times that of the task", format_only, ("format-not-task",)),
     "bf16_weights": Fault("weights in bf16, learning rate 1e-6", bf16_weights, ("updates-lost",)),
     "large_learning_rate": Fault("learning rate times 100", large_learning_rate, ("reward-collapse",)),
-    "kl_runaway": Fault("learning rate times 20, beta 0.001", kl_runaway, ("reward-collapse", "kl-runaway")),
+    "kl_runaway": Fault("learning rate times 20 with beta 0.001", kl_runaway, ("reward-collapse", "kl-runaway")),
     "short_completions": Fault("max_completion_length 2 for answers of up to 3 digits", short_completions, ("truncation",)),
     "failing_parser": Fault("a reward that finds no answer in any completion", failing_parser, ("unparsed-as-zero",)),
     "one_prompt": Fault("all rows of the dataset are the same", one_prompt, ("data-repeated",)),
