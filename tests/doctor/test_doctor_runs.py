@@ -20,7 +20,9 @@ def write_run(folder, num=30, **changes):
     (folder / "metrics.jsonl").write_text("".join(map(json_line, run.steps)))
     (folder / "run.json").write_text(json.dumps({"max_steps": 30, "arguments": {"logging_steps": 1}}))
     (folder / "completions").mkdir(exist_ok=True)
-    for step, groups in stored(lambda step, index: group([f"{step}{index}", "b"], [1.0, 0.0], f"user: {step}{index}")).items():
+    for step, groups in stored(
+        lambda step, index: group([f"{step}{index}", "b"], [1.0, 0.0], f"user: {step}{index}", "AAAA")
+    ).items():
         content = json.dumps({"step": 3 * step, "groups": groups})
         (folder / "completions" / f"step-{3 * step:06d}.json").write_text(content)
     return folder
@@ -260,6 +262,8 @@ def test_page(tmp_path, capsys):
     assert "<h3>truncation <small>problem, since step 10</small></h3>" in section
     assert "completions/clipped_ratio</figcaption>" in section
     assert section.count("stroke-dasharray") == 1  # marks the step
+    assert '<img class="small" width="8" height="8" alt="" src="data:image/png;base64,AAAA">' in section
+    assert "<pre>user: 40</pre><pre>40</pre>" in section
     assert "<b>Remedy</b> Increase max_completion_length" in section
     assert "<td>not checked: kl is not logged</td>" in section
     assert section.count("<td>not found</td>") == 26

@@ -23,8 +23,8 @@ def _kl(run: Run) -> Evidence | None:
     )
     if step is None:
         return None
-    text = f"The KL divergence from the reference is {short(kl.window())} nats per token; the entropy was {short(scale)}."
-    return Evidence(step, text, "kl", kl.window(), scale, example(run, step, lambda row: -row.advantage))
+    text = f"The KL divergence from the reference is {short(kl.window())} nats per token; the entropy at first was"
+    return Evidence(step, f"{text} {short(scale)}.", "kl", kl.window(), scale, example(run, step, lambda row: -row.advantage))
 
 
 def _ratio(run: Run) -> Evidence | None:
