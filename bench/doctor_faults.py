@@ -178,7 +178,7 @@ FAULTS = {
     "format_only": Fault("the reward is that of the format, 0.1 times that of the task", format_only, ("format-not-task",)),
     "bf16_weights": Fault("weights in bf16, learning rate 1e-6", bf16_weights, ("updates-lost",)),
     "large_learning_rate": Fault("learning rate times 100", large_learning_rate, ("reward-collapse",)),
-    "kl_runaway": Fault("learning rate times 20, beta 0.001", kl_runaway, ("reward-collapse", "kl-runaway")),
+    "kl_runaway": Fault("learning rate times 20 with beta 0.001", kl_runaway, ("reward-collapse", "kl-runaway")),
     "short_completions": Fault("max_completion_length 2 for answers of up to 3 digits", short_completions, ("truncation",)),
     "failing_parser": Fault("a reward that finds no answer in any completion", failing_parser, ("unparsed-as-zero",)),
     "one_prompt": Fault("all rows of the dataset are the same", one_prompt, ("data-repeated",)),
@@ -261,25 +261,24 @@ def result(folder: Path, name: str, seed: int, fault: Fault | None) -> dict:
     row = {"name": name, "seed": seed, "steps": max(entry["step"] for entry in run.steps), "found": found}
     if fault is None:
         reward = run.curve("reward")
-        row |= {"reward": [reward.start, reward.window()]}
-        return {**row, "fault": None, "passed": not problems}
+        return {**row, "reward": [reward.start, reward.window()], "fault": None, "rule": None, "passed": not problems}
     first = min((values["step"] for values in problems.values()), default=math.inf)
-    hits = [rule for rule in fault.rules if rule in found and found[rule]["step"] <= min(first, FAULT_STEPS)]
-    return {
-        **row,
-        "fault": fault.meaning,
-        "expected": list(fault.rules),
-        "passed": bool(hits),
-        "rule": hits[0] if hits else None,
-    }
+    hits = [rule for rule in fault.rules if rule in problems and problems[rule]["step"] == first <= FAULT_STEPS]
+    return {**row, "fault": fault.meaning, "rule": hits[0] if hits else None, "passed": bool(hits)}
 
 
-def trimmed(run: DoctorRun) -> dict:
-    """Return what the rules read of a run, rounded: metrics by name, and the completions of a few steps without images."""
+def trimmed(run: DoctorRun, rule: str | None) -> dict:
+    """Return what the rules read of a run, rounded: metrics by name, and the completions of a few steps without images.
+
+    Args:
+        rule: the rule that finds the fault of the run. Completions are left out if it finds the fault without them.
+    """
     steps = [entry for entry in run.steps if "loss" in entry]
     steps = steps[:: max(len(steps) // 50, 1)]
     names = sorted({name for entry in steps for name in entry if any(fnmatchcase(name, pattern) for pattern in READ)})
     chosen = [step for step in sorted(run.completions) if step <= steps[-1]["step"]][-3:]
+    if rule in {finding.rule for finding in diagnose(replace(run, completions={}))}:
+        chosen = []
     return {
         "arguments": {name: run.arguments[name] for name in ("max_completion_length", "num_generations")},
         "metrics": {name: [_short(entry.get(name)) for entry in steps] for name in names},
@@ -326,7 +325,7 @@ def main() -> int:
         rows.append(row := result(args.folder, name, seed, fault))
         if args.fixtures and name in FIXTURES:
             FOLDER.mkdir(exist_ok=True)
-            text = json.dumps(trimmed(read_run(args.folder / name)), separators=(",", ":"))
+            text = json.dumps(trimmed(read_run(args.folder / name), row["rule"]), separators=(",", ":"))
             (FOLDER / f"{name}.json").write_text(text + "\n")
         print(f"{'pass' if row['passed'] else 'FAIL'}  {name}")
         for rule, values in row["found"].items():

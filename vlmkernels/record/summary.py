@@ -93,7 +93,8 @@ def length_correlation(advantages: GroupAdvantages, lengths: torch.Tensor, num_g
         lengths: (N,), in tokens.
         num_generations: size of the groups, which are adjacent.
     """
-    reward = (advantages.rewards - advantages.mean).nan_to_num().double()  # not scored: as the mean of the group
+    reward = (advantages.rewards - advantages.mean).nan_to_num()  # not scored: as the mean of the group
+    reward = reward.masked_fill(advantages.degenerate, 0.0)  # the mean of equal rewards may be rounded
     groups = lengths.to(reward).view(-1, num_generations)
     length = (groups - groups.mean(1, keepdim=True)).flatten()
     return ((reward @ length) / (reward.norm() * length.norm())).item()

@@ -111,14 +111,14 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
 
 
 def unwanted_tokens(model: PreTrainedModel, processor: Any, eos_token_id: Sequence[int], num_embeddings: int) -> torch.Tensor:
-    """Return which ids no completion should have, (num_embeddings,) bool.
+    """Return which ids no completion should have, (V,) bool, where V is greater than any id.
 
     They are image and video tokens, ids without a token, and padding, except those that end a completion.
     """
     config = model.config
     ids = {*media_token_ids(config, processor), *missing_token_ids(config, processor), tokenizer_of(processor).pad_token_id}
-    unwanted = torch.zeros(num_embeddings, dtype=torch.bool)
-    unwanted[sorted(ids - {*eos_token_id, None})] = True
+    unwanted = torch.zeros(max(num_embeddings, *(token + 1 for token in ids)), dtype=torch.bool)
+    unwanted[sorted(ids - {*eos_token_id})] = True
     return unwanted
 
 

@@ -135,7 +135,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         eos = self.engine.sampling.eos_token_id
         self.unwanted_tokens = setup.unwanted_tokens(model, processor, eos, num_embeddings).to(args.device)
         if self.agent is not None:
-            options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
+            options = args.chat_template_kwargs, self.prepared.processor_arguments, eos
             self.agent.prepare(processor, family, *options)
         self.loss_config = args.loss_config()
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
