@@ -122,7 +122,7 @@ def test_half_precision(need, device, nan_filled, backend, dtype, upstream):
     """On policy, because there no rounding moves a token across a bound; one chunk, and several; loss scales for fp16."""
     operands, targets, batch = problem(device, 5, 7, dtype)
     need("linear_grpo_loss", backend, operands[0])
-    config = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1)
+    config = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1, perception_loss_weight=0.3)
     del batch["old_logps"]
     rows = torch.arange(35, device=device).view(5, 7) // 2
     for chunk_bytes in (None, 9 * VOCAB * ROW):
@@ -473,6 +473,8 @@ def test_checkpointing(device):
         ({"config": GRPOLossConfig(beta=0.1)}, "ref_logps must be given with beta = 0.1"),
         ({"loss_mask": torch.full((2, 4), 0.5)}, "loss_mask must hold only 0 and 1, got 0.5"),
         ({"rollout_logps": torch.zeros(2, 4)}, "rollout_logps must be None unless"),
+        ({"config": "papo_d"}, "masked_logps must be given with perception_loss_weight = 0.01"),
+        ({"config": "papo_d", "masked_logps": torch.zeros(2, 3)}, "masked_logps must have the shape of logps"),
         ({"chunk_bytes": 100}, "chunk_bytes must hold one row of logits, 844 bytes, got 100"),
         ({"hidden": torch.zeros(2, 4, 5)}, r"weight must be \(V, H\)"),
         ({"softcap": 0.0}, "softcap must be finite and > 0"),

@@ -160,6 +160,8 @@ void grpo(GrpoSurrogate surrogate, bool sequence_level) {
     GrpoLoss p{};
     p.variant.surrogate = surrogate;
     p.variant.kl = KlEstimator::k3;
+    p.variant.perception = true;
+    p.variant.perception_loss_weight = 0.01f;
     p.variant.sequence_level = sequence_level;
     p.variant.beta = 0.04f;
     p.variant.epsilon_low = p.variant.epsilon_high = 0.2f;
@@ -171,10 +173,12 @@ void grpo(GrpoSurrogate surrogate, bool sequence_level) {
     p.logp = random<float>(kTokens);
     p.old_logp = random<float>(kTokens);
     p.ref_logp = random<float>(kTokens);
+    p.masked_logp = random<float>(kTokens);
     p.entropy = random<float>(kTokens);
     p.advantages = random<float>(kSequences);
     p.loss_mask = random_mask(kTokens);
-    p.logp_stride = p.old_logp_stride = p.ref_logp_stride = p.entropy_stride = p.loss_mask_stride = kLength;
+    p.logp_stride = p.old_logp_stride = p.ref_logp_stride = p.masked_logp_stride = kLength;
+    p.entropy_stride = p.loss_mask_stride = kLength;
     p.advantages_stride = 1;
     p.divisor = p.accumulation_steps = 1;
     p.divide_by_tokens = true;
@@ -182,6 +186,7 @@ void grpo(GrpoSurrogate surrogate, bool sequence_level) {
     p.partial = empty<float>(kSequences * GrpoColumn::count);
     p.dlogp = empty<float>(kTokens);
     p.dentropy = empty<float>(kTokens);
+    p.dmasked = empty<float>(kTokens);
     p.loss = empty<float>(1);
     p.stats = empty<float>(GrpoStat::count);
     cuda::grpo_loss(p, 0, 0);

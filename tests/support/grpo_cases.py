@@ -24,7 +24,6 @@ VARIANTS = {
     "sequence mask": {"rollout_correction": "sequence_mask", "rollout_clip_max": 1.4, "rollout_sequence_ratio": "mean"},
     "off policy": {"off_policy_mask_threshold": 0.02, "loss_type": "dapo"},
     "papo": {"perception_loss_weight": 0.3, "der_loss_weight1": 0.2, "der_loss_weight2": 0.1, "beta": 0.1},
-    "papo gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "perception_loss_weight": 0.3, "beta": 0.1},
 }
 
 

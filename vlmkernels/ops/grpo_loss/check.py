@@ -70,7 +70,7 @@ def check_layout(inputs: LossInputs) -> None:
 
 
 def check_config(inputs: LossInputs, config: GRPOLossConfig) -> None:
-    """Check that the inputs that the configuration requires are given, and rollout_logps and masked_logps only if it uses them."""
+    """Check that the required inputs are given, and rollout_logps and masked_logps only if the configuration uses them."""
     for setting, name, needed in (
         *((weight, "masked_logps", getattr(config, weight) > 0) for weight in PERCEPTION_WEIGHTS),
         ("beta", "ref_logps", config.beta > 0),

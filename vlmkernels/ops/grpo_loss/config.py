@@ -82,8 +82,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
     "two_sided": {"loss_type": "grpo", "delta": 4.0, "beta": 0.001},
     "high_entropy": {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.2},
+    "papo": {"loss_type": "grpo", "beta": 0.01, "epsilon_high": 0.3, "perception_loss_weight": 0.01},
+    "papo_d": {
+        "loss_type": "dapo",
+        "epsilon_high": 0.28,
+        "perception_loss_weight": 0.01,
+        "der_loss_weight1": 0.03,
+        "der_loss_weight2": 0.03,
+    },
 }
-PRESET_SOURCES = {"gspo": "2507.18071", "two_sided": "2505.07291", "high_entropy": "2506.01939"}
+PRESET_SOURCES = {
+    "gspo": "2507.18071",
+    "two_sided": "2505.07291",
+    "high_entropy": "2506.01939",
+    "papo": "2507.06448",
+    "papo_d": "2507.06448",
+}
 
 
 class Scalars(NamedTuple):
@@ -136,10 +150,10 @@ class GRPOLossConfig:
         top_entropy_quantile: the fraction of tokens, those with the highest entropy, that enter the policy term,
             https://arxiv.org/abs/2506.01939.
         entropy_coef: subtract this times the mean entropy of these tokens from the loss.
-        perception_loss_weight: γ of PAPO, https://arxiv.org/abs/2507.06448: subtract this times an estimate of KL(policy || policy
-            given masked images) from the loss of each token. The estimate is k3 from ``masked_logps``, at most 10.
-        der_loss_weight1, der_loss_weight2: η1 and η2 of its double entropy loss: add these times -logps and -masked_logps, which
-            estimate the entropies of the two policies, to the loss of each token.
+        perception_loss_weight: γ of PAPO, https://arxiv.org/abs/2507.06448: subtract this times an estimate of
+            KL(policy || policy given masked images) from the loss of each token: k3 of ``masked_logps``, at most 10.
+        der_loss_weight1, der_loss_weight2: η1 and η2 of PAPO: add these times -logps and -masked_logps, which estimate the
+            entropies of the two policies, to the loss of each token.
         check_finite: raise an error if an input is not finite. This waits for the device.
 
     Raises:
@@ -259,7 +273,7 @@ class GRPOLossConfig:
     @property
     def perception(self) -> bool:
         """Whether the loss has the terms of PAPO, which need ``masked_logps``."""
-        return any(getattr(self, name) for name in PERCEPTION_WEIGHTS)
+        return bool(self.perception_loss_weight or self.der_loss_weight1 or self.der_loss_weight2)
 
     @property
     def clip_high(self) -> float:

@@ -2,8 +2,9 @@
 
 Let r be the ratio, c the weight of a token after masks and corrections, and w its weight in the aggregation. Then
     loss = sum_t w_t (c_t surrogate(r_t, A_t) + beta kl_t [r_t] + perception_t) / divisor - entropy_coef mean(entropy)
-where the factor [r_t] is present with use_bias_correction_kl, and perception_t is PAPO's, see ``perception``. The logarithm of a ratio per sequence is the mean of the
-log-ratios of its tokens, so the gradients through this ratio are added and spread evenly over the tokens.
+where the factor [r_t] is present with use_bias_correction_kl, and ``perception`` computes perception_t, the terms of PAPO.
+The logarithm of a ratio per sequence is the mean of the log-ratios of its tokens, so the gradients through this ratio are added
+and spread evenly over the tokens.
 """
 
 from collections.abc import Callable

@@ -156,7 +156,7 @@ KL = {"none": no_kl, "k1": k1, "k2": k2, "k3": k3}
 
 @triton.jit
 def perception(logp, masked, p):
-    """-gamma min(k3, 10) - eta1 logp - eta2 masked, its derivatives by logp and masked, and four statistics; 0 if masked is NaN"""
+    """-gamma min(k3, 10) - eta1 logp - eta2 masked, its derivatives by logp and masked, four statistics; 0 if masked is NaN"""
     seen = masked == masked
     kl, dkl = k3(bounded(masked - logp))
     dkl = p.perception_loss_weight * tl.where(kl > MAX_PERCEPTION_KL, 0.0, dkl)
@@ -335,7 +335,7 @@ def grpo_loss_kernel(
     rollout_sum = tl.zeros((BLOCK_T,), tl.float32)
     effective_sum = tl.zeros((BLOCK_T,), tl.float32)
     through_sum = tl.zeros((BLOCK_T,), tl.float32)
-    if masked_logp_ptr is not None:
+    if dmasked_ptr is not None:
         masked_kl_sum = tl.zeros((BLOCK_T,), tl.float32)
         masked_entropy_sum = tl.zeros((BLOCK_T,), tl.float32)
         masked_clipped_sum = tl.zeros((BLOCK_T,), tl.float32)
@@ -378,7 +378,7 @@ def grpo_loss_kernel(
             through += weight * dlogp
         else:
             direct += weight * dlogp
-        if masked_logp_ptr is not None:
+        if dmasked_ptr is not None:
             masked = at_least(tl.load(masked_logp_ptr + t, mask=valid, other=NAN), MIN_LOGP)
             value, dvalue, dmasked, masked_kl, masked_entropy, masked_clipped, masked_tokens = perception(logp, masked, p)
             tl.store(dmasked_ptr + begin + t, dmasked * share, mask=t < length)
@@ -429,7 +429,7 @@ def grpo_loss_kernel(
     tl.store(out + COLUMN_RATIO, tl.sum(ratio_sum, 0))
     tl.store(out + COLUMN_ROLLOUT, tl.sum(rollout_sum, 0) if ROLLOUT != "" else tokens)
     tl.store(out + COLUMN_EFFECTIVE, tl.sum(effective_sum, 0))
-    if masked_logp_ptr is not None:
+    if dmasked_ptr is not None:
         tl.store(out + COLUMN_MASKED_KL, tl.sum(masked_kl_sum, 0))
         tl.store(out + COLUMN_MASKED_ENTROPY, tl.sum(masked_entropy_sum, 0))
         tl.store(out + COLUMN_MASKED_CLIPPED, tl.sum(masked_clipped_sum, 0))

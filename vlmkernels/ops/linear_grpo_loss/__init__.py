@@ -212,7 +212,8 @@ def _fwd(*args: Any) -> Outputs:
     dentropy = torch.empty_like(logps) if config.entropy_coef else logps.new_empty(0)
     dmasked = torch.empty_like(logps) if config.perception else logps.new_empty(0)
     select("grpo_loss", inputs.backend, logps).fwd(loss_inputs, config, loss, dlogp, dentropy, dmasked, stats)
-    dmasked *= stats[STATS.index("policy_scale")]
+    if config.perception:
+        dmasked *= stats[STATS.index("policy_scale")]
     gradients = [hidden.new_empty(0) for _ in range(3)] if segments is None else segments.gradients.results()
     return Outputs(loss, stats, logps, entropy, dmasked, scale, dlogits, *gradients)
 
