@@ -42,21 +42,22 @@ struct GrpoVariant {
     VLMK_FIELD(float, off_policy_threshold);
 };
 
-// Partial results of a sequence: sums over its tokens, then minima and maxima from ratio_min on.
+// Partial results of a sequence: sums over its tokens, then minima and maxima from ratio_min on. The columns masked_* are used
+// with perception.
 VLMK_INDEX(GrpoColumn,
-           loss,          // sum of share * value
-           tokens,        // number of tokens in the loss
-           units,         // divisor of low and high: number of tokens, or 1 for statistics of the sequence
-           low,           //
-           high,          //
-           kl,            //
-           entropy,       //
-           kept,          // number of tokens at or above the entropy threshold
-           kept_entropy,  // their entropy
-           ratio,         //
-           rollout,       //
-           effective,     // number of tokens whose policy term is not 0
-           masked_kl,     //
+           loss,            // sum of share * value
+           tokens,          // number of tokens in the loss
+           units,           // divisor of low and high: number of tokens, or 1 for statistics of the sequence
+           low,             //
+           high,            //
+           kl,              //
+           entropy,         //
+           kept,            // number of tokens at or above the entropy threshold
+           kept_entropy,    // their entropy
+           ratio,           //
+           rollout,         //
+           effective,       // number of tokens whose policy term is not 0
+           masked_kl,       //
            masked_entropy,  //
            masked_clipped,  // number of tokens whose perception KL has reached its bound
            masked_tokens,   // number of tokens that have masked images
@@ -65,7 +66,8 @@ VLMK_INDEX(GrpoColumn,
            low_min,         // low / units
            high_max)        // high / units
 
-// The results of the batch in GrpoLoss::stats. vlmkernels/ops/grpo_loss has the same names in its STATS.
+// The results of the batch in GrpoLoss::stats. vlmkernels/ops/grpo_loss has the same names in its STATS. The last four are
+// written with perception.
 VLMK_INDEX(GrpoStat, policy_scale, entropy_scale, policy_loss, kl, entropy, low_mean, low_min, high_mean, high_max, ratio_mean,
            ratio_min, ratio_max, tokens, effective_tokens, rollout_mean, region_mean, masked_kl, masked_entropy, masked_clipped,
            masked_tokens)

@@ -148,8 +148,13 @@ VLMK_HD PerceptionTerm<F> perception_term(M loss_mask, F logp, F masked, const G
     F kl = at_most(k3.kl, kMaxPerceptionKl), dkl = v.perception_loss_weight * (clipped ? F{} : k3.dlogp);
     F loss = -v.perception_loss_weight * kl - v.der_loss_weight1 * logp - v.der_loss_weight2 * masked;
     auto where_seen = [&](F x) { return seen ? x : F{}; };
-    return {where_seen(loss),    where_seen(-dkl - v.der_loss_weight1), where_seen(dkl - v.der_loss_weight2), where_seen(kl),
-            where_seen(-masked), one_where<F>(clipped),                 one_where<F>(seen)};
+    return {where_seen(loss),
+            where_seen(-dkl - v.der_loss_weight1),
+            where_seen(dkl - v.der_loss_weight2),
+            where_seen(kl),
+            where_seen(-masked),
+            one_where<F>(clipped),
+            one_where<F>(seen)};
 }
 
 // Calls f with the struct of the surrogate.
@@ -337,6 +342,7 @@ VLMK_HD void finish(const GrpoLoss& p, const float (&total)[GrpoColumn::count], 
     stats[GrpoStat::effective_tokens] = total[GrpoColumn::effective];
     stats[GrpoStat::rollout_mean] = ratio_of(total[GrpoColumn::rollout], tokens);
     stats[GrpoStat::region_mean] = low_mean + high_mean;  // a token is clipped at one bound at most
+    if (p.dmasked == nullptr) return;
     float seen = total[GrpoColumn::masked_tokens];
     stats[GrpoStat::masked_kl] = ratio_of(total[GrpoColumn::masked_kl], seen);
     stats[GrpoStat::masked_entropy] = ratio_of(total[GrpoColumn::masked_entropy], seen);

@@ -206,10 +206,12 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
             column[GrpoColumn::kept_entropy] += hsum(kept_entropy);
             column[GrpoColumn::rollout] += hsum(rollout);
             column[GrpoColumn::effective] += hsum(effective);
-            column[GrpoColumn::masked_kl] += hsum(masked_kl);
-            column[GrpoColumn::masked_entropy] += hsum(masked_entropy);
-            column[GrpoColumn::masked_clipped] += hsum(masked_clipped);
-            column[GrpoColumn::masked_tokens] += hsum(masked_tokens);
+            if (p.dmasked != nullptr) {
+                column[GrpoColumn::masked_kl] += hsum(masked_kl);
+                column[GrpoColumn::masked_entropy] += hsum(masked_entropy);
+                column[GrpoColumn::masked_clipped] += hsum(masked_clipped);
+                column[GrpoColumn::masked_tokens] += hsum(masked_tokens);
+            }
         }
     }
     column[GrpoColumn::tokens] = column[GrpoColumn::units] = q.tokens;

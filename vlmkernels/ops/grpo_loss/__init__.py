@@ -12,7 +12,7 @@ from vlmkernels.ops.checks import require_tensor
 from vlmkernels.ops.dispatch import needs_dispatcher, schema, unpack
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
 from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, as_config, parse
-from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, entropy_quantile, metrics, require_finite
+from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, entropy_quantile, metrics, num_stats, require_finite
 
 __all__ = ["GRPOLossConfig", "GRPOLossOutput", "grpo_loss"]
 
@@ -44,7 +44,7 @@ def _outputs(inputs: LossInputs, config: GRPOLossConfig) -> Outputs:
     dlogp = torch.empty_like(logps, memory_format=torch.contiguous_format)
     dentropy = torch.empty_like(dlogp) if config.entropy_coef else logps.new_empty(0)
     dmasked = torch.empty_like(dlogp) if config.perception else logps.new_empty(0)
-    return Outputs(logps.new_empty(()), dlogp, dentropy, dmasked, logps.new_empty(len(STATS)))
+    return Outputs(logps.new_empty(()), dlogp, dentropy, dmasked, logps.new_empty(num_stats(config)))
 
 
 def _run(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> Outputs:

@@ -72,7 +72,6 @@ def check_layout(inputs: LossInputs) -> None:
 def check_config(inputs: LossInputs, config: GRPOLossConfig) -> None:
     """Check that the required inputs are given, and rollout_logps and masked_logps only if the configuration uses them."""
     for setting, name, needed in (
-        *((weight, "masked_logps", getattr(config, weight) > 0) for weight in PERCEPTION_WEIGHTS),
         ("beta", "ref_logps", config.beta > 0),
         ("rollout_correction", "rollout_logps", config.rollout_correction is not None),
         ("top_entropy_quantile", "entropy", config.top_entropy_quantile < 1),
@@ -86,6 +85,9 @@ def check_config(inputs: LossInputs, config: GRPOLossConfig) -> None:
             "rollout_logps must be None unless config.rollout_correction or config.off_policy_mask_threshold uses it,"
             " got a tensor"
         )
+    if config.perception and inputs.masked_logps is None:
+        setting = next(name for name in PERCEPTION_WEIGHTS if getattr(config, name))
+        raise ValueError(f"masked_logps must be given with {setting} = {getattr(config, setting)!r}, got None")
     if not config.perception and inputs.masked_logps is not None:
         raise ValueError(
             "masked_logps must be None unless config.perception_loss_weight, der_loss_weight1 or der_loss_weight2 is > 0,"

@@ -123,7 +123,7 @@ COLUMNS = (
 
 # The elements of ``stats``, an output of the forward pass. The gradients that it writes are not yet multiplied by the two
 # scales, which are known only when the whole batch has been read. GrpoStat in csrc/common/grpo_loss.h and STAT_* in triton.py
-# repeat this list, and a test compares them.
+# repeat this list, and a test compares them. The last four are left out without the terms of PAPO.
 STATS = (
     "policy_scale",
     "entropy_scale",
@@ -147,6 +147,12 @@ STATS = (
     "masked_tokens",
 )
 
+
+def num_stats(config: GRPOLossConfig) -> int:
+    """Return the number of elements of ``stats``."""
+    return len(STATS) if config.perception else STATS.index("masked_kl")
+
+
 # Means over the tokens that have masked images, except the last, which is the number of these tokens.
 PERCEPTION_METRICS = {
     "perception/kl": "masked_kl",
@@ -158,7 +164,7 @@ PERCEPTION_METRICS = {
 
 def metrics(stats: torch.Tensor, inputs: LossInputs, config: GRPOLossConfig) -> dict[str, torch.Tensor]:
     """Return the elements of ``stats`` that have a meaning in this configuration, under TRL's names."""
-    value, loss = dict(zip(STATS, stats.unbind(), strict=True)), config.loss
+    value, loss = dict(zip(STATS, stats.unbind(), strict=False)), config.loss
     result = {"policy_loss": value["policy_loss"]}
     if config.beta:
         result["kl"] = value["kl"]

@@ -250,7 +250,7 @@ def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, dmask
         "masked_tokens": with_images.sum(),
     }
     values["region_mean"] = values["low_mean"] + values["high_mean"]  # a token is clipped at one bound at most
-    stats.copy_(torch.stack([values[name] for name in STATS]))
+    stats.copy_(torch.stack([values[name] for name in STATS[: len(stats)]]))
 
 
 def greatest(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

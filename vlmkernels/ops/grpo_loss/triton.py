@@ -473,11 +473,6 @@ def column_max(partial_ptr, column, S, sign, BLOCK_S: tl.constexpr):
     return tl.where(result == -INFINITY, 0.0, sign * result)
 
 
-@triton.jit
-def masked_mean(partial_ptr, column, S, seen, PERCEPTION: tl.constexpr, BLOCK_S: tl.constexpr):
-    return ratio_of(column_sum(partial_ptr, column, S, BLOCK_S), seen) if PERCEPTION else 0.0
-
-
 @triton.jit(do_not_specialize=["S"])
 def grpo_loss_finish_kernel(
     partial_ptr,  # (S, NUM_COLUMNS)
@@ -517,11 +512,12 @@ def grpo_loss_finish_kernel(
     tl.store(stats_ptr + STAT_EFFECTIVE_TOKENS, column_sum(partial_ptr, COLUMN_EFFECTIVE, S, BLOCK_S))
     tl.store(stats_ptr + STAT_ROLLOUT_MEAN, ratio_of(column_sum(partial_ptr, COLUMN_ROLLOUT, S, BLOCK_S), tokens))
     tl.store(stats_ptr + STAT_REGION_MEAN, low + high)  # a token is clipped at one bound at most
-    seen = column_sum(partial_ptr, COLUMN_MASKED_TOKENS, S, BLOCK_S) if PERCEPTION else 0.0
-    tl.store(stats_ptr + STAT_MASKED_TOKENS, seen)
-    tl.store(stats_ptr + STAT_MASKED_KL, masked_mean(partial_ptr, COLUMN_MASKED_KL, S, seen, PERCEPTION, BLOCK_S))
-    tl.store(stats_ptr + STAT_MASKED_ENTROPY, masked_mean(partial_ptr, COLUMN_MASKED_ENTROPY, S, seen, PERCEPTION, BLOCK_S))
-    tl.store(stats_ptr + STAT_MASKED_CLIPPED, masked_mean(partial_ptr, COLUMN_MASKED_CLIPPED, S, seen, PERCEPTION, BLOCK_S))
+    if PERCEPTION:
+        seen = column_sum(partial_ptr, COLUMN_MASKED_TOKENS, S, BLOCK_S)
+        tl.store(stats_ptr + STAT_MASKED_KL, ratio_of(column_sum(partial_ptr, COLUMN_MASKED_KL, S, BLOCK_S), seen))
+        tl.store(stats_ptr + STAT_MASKED_ENTROPY, ratio_of(column_sum(partial_ptr, COLUMN_MASKED_ENTROPY, S, BLOCK_S), seen))
+        tl.store(stats_ptr + STAT_MASKED_CLIPPED, ratio_of(column_sum(partial_ptr, COLUMN_MASKED_CLIPPED, S, BLOCK_S), seen))
+        tl.store(stats_ptr + STAT_MASKED_TOKENS, seen)
 
 
 def _row_major(x: torch.Tensor | None, whole_rows: bool = True) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ from vlmkernels.ops.dispatch import schema
 from vlmkernels.ops.grpo_loss import grpo_loss
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
 from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, as_config, parse
-from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, metrics, require_finite, token_weights
+from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, metrics, num_stats, require_finite, token_weights
 from vlmkernels.ops.linear_grpo_loss.tokens import Tokens
 from vlmkernels.ops.linear_logps import linear_logps
 from vlmkernels.ops.linear_logps.check import budget, check, check_logits, operands
@@ -208,7 +208,7 @@ def _fwd(*args: Any) -> Outputs:
     write_results(selected, entropy, results.entropy)
     if config.check_finite:
         require_finite(loss_inputs)
-    loss, stats, dlogp = logps.new_empty(()), logps.new_empty(len(STATS)), torch.empty_like(logps)
+    loss, stats, dlogp = logps.new_empty(()), logps.new_empty(num_stats(config)), torch.empty_like(logps)
     dentropy = torch.empty_like(logps) if config.entropy_coef else logps.new_empty(0)
     dmasked = torch.empty_like(logps) if config.perception else logps.new_empty(0)
     select("grpo_loss", inputs.backend, logps).fwd(loss_inputs, config, loss, dlogp, dentropy, dmasked, stats)
@@ -244,8 +244,9 @@ def _fwd_fake(*args: Any) -> Outputs:
     dlogits = hidden.new_empty(inputs.targets.numel() if kept else 0, len(weight))
     scale = logps.new_empty(() if is_scaled(hidden) else 0)
     gradients = empty_gradients(hidden, weight, inputs.bias, [False] * 3 if kept else inputs.needed, is_scaled(hidden))
-    dmasked = logps.new_empty(logps.shape if parse(inputs.config).perception else 0)
-    results = logps.new_empty(()), logps.new_empty(len(STATS)), logps, torch.empty_like(logps), dmasked
+    config = parse(inputs.config)
+    dmasked = logps.new_empty(logps.shape if config.perception else 0)
+    results = logps.new_empty(()), logps.new_empty(num_stats(config)), logps, torch.empty_like(logps), dmasked
     return Outputs(*results, scale, dlogits, *gradients)
 
 
