@@ -267,7 +267,8 @@ VLMK_HD bool is_plain(const GrpoVariant& v, const float* entropy_threshold) {
     return !v.sequence_level && !v.rollout && !v.off_policy_mask && !v.perception && entropy_threshold == nullptr;
 }
 
-template <class Surrogate, bool kPlain, class F, class M>
+// kPerception: the variant may have the terms of PAPO.
+template <class Surrogate, bool kPlain, bool kPerception, class F, class M>
 VLMK_HD TokenTerms<F> token_terms(const Token<F, M>& t, const Sequence& q, float entropy_threshold, const GrpoVariant& v) {
     TokenTerms<F> r;
     F valid = one_where<F>(t.loss_mask);
@@ -304,7 +305,7 @@ VLMK_HD TokenTerms<F> token_terms(const Token<F, M>& t, const Sequence& q, float
         r.value += v.beta * r.kl;
     }
     (Surrogate::kThroughRatio ? r.through_ratio : r.direct) += weight * term.dlogp;
-    if (!kPlain && v.perception) {
+    if (kPerception && v.perception) {
         r.perception = perception_term(t.loss_mask, t.logp, t.masked_logp, v);
         r.value += r.perception.loss;
         r.direct += r.perception.dlogp;

@@ -140,7 +140,7 @@ SequenceSums<float> sums_of(const Rows& r, const GrpoVariant& v) {
     return total;
 }
 
-template <class Surrogate, bool kPlain>
+template <class Surrogate, bool kPlain, bool kPerception>
 void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
     const GrpoVariant& v = p.variant;
     Rows r = rows_of(p, s);
@@ -158,11 +158,11 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
             if (r.loss_mask != nullptr && none(load_bytes<kWhole>(r.loss_mask + i, r.size - i))) {  // no token is in the loss
                 write(dlogp, f32{});
                 if (p.dentropy != nullptr) write(p.dentropy + r.begin, f32{});
-                if (p.dmasked != nullptr) write(p.dmasked + r.begin, f32{});
+                if constexpr (kPerception) write(p.dmasked + r.begin, f32{});
                 return;
             }
             Token<f32, i32> t = load_token<kWhole>(r, i);
-            TokenTerms<f32> terms = token_terms<Surrogate, kPlain>(t, q, threshold, v);
+            TokenTerms<f32> terms = token_terms<Surrogate, kPlain, kPerception>(t, q, threshold, v);
             f32 gradient = terms.direct;
             if (!kPlain && v.sequence_level) {
                 through += terms.through_ratio;
@@ -182,13 +182,13 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
                 kept_entropy += terms.kept * t.entropy;
                 rollout += terms.rollout;
                 effective += terms.effective;
-                if (p.dmasked != nullptr) {
-                    write(p.dmasked + r.begin, terms.perception.dmasked * q.share);
-                    masked_kl += terms.perception.kl;
-                    masked_entropy += terms.perception.entropy;
-                    masked_clipped += terms.perception.clipped;
-                    masked_tokens += terms.perception.seen;
-                }
+            }
+            if constexpr (kPerception) {
+                write(p.dmasked + r.begin, terms.perception.dmasked * q.share);
+                masked_kl += terms.perception.kl;
+                masked_entropy += terms.perception.entropy;
+                masked_clipped += terms.perception.clipped;
+                masked_tokens += terms.perception.seen;
             }
             f32 at_valid = t.loss_mask ? terms.ratio : splat(kInfinity);
             least = at_valid < least ? at_valid : least;
@@ -206,12 +206,12 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
             column[GrpoColumn::kept_entropy] += hsum(kept_entropy);
             column[GrpoColumn::rollout] += hsum(rollout);
             column[GrpoColumn::effective] += hsum(effective);
-            if (p.dmasked != nullptr) {
-                column[GrpoColumn::masked_kl] += hsum(masked_kl);
-                column[GrpoColumn::masked_entropy] += hsum(masked_entropy);
-                column[GrpoColumn::masked_clipped] += hsum(masked_clipped);
-                column[GrpoColumn::masked_tokens] += hsum(masked_tokens);
-            }
+        }
+        if constexpr (kPerception) {
+            column[GrpoColumn::masked_kl] += hsum(masked_kl);
+            column[GrpoColumn::masked_entropy] += hsum(masked_entropy);
+            column[GrpoColumn::masked_clipped] += hsum(masked_clipped);
+            column[GrpoColumn::masked_tokens] += hsum(masked_tokens);
         }
     }
     column[GrpoColumn::tokens] = column[GrpoColumn::units] = q.tokens;
@@ -247,7 +247,10 @@ void grpo_loss(const GrpoLoss& p, int threads) {
     bool plain = is_plain(p.variant, p.entropy_threshold);
     threads = static_cast<int>(std::clamp<int64_t>(p.num_tokens / kPerThread, 1, threads));
     with_surrogate(p.variant, [&](auto surrogate) {
-        auto run = plain ? run_sequence<decltype(surrogate), true> : run_sequence<decltype(surrogate), false>;
+        using Surrogate = decltype(surrogate);
+        auto run = plain                  ? run_sequence<Surrogate, true, false>
+                   : p.variant.perception ? run_sequence<Surrogate, false, true>
+                                          : run_sequence<Surrogate, false, false>;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
         for (int64_t s = 0; s < p.num_sequences; ++s) run(p, s, &columns[s * GrpoColumn::count]);
     });

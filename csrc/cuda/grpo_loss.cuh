@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_co
     float through_ratio[1] = {0.0f};
     for (int64_t i = threadIdx.x; i < r.size; i += kGrpoThreads) {
         Token<float, bool> t = load_token(r, i);
-        TokenTerms<float> terms = token_terms<Surrogate, false>(t, q, threshold, v);
+        TokenTerms<float> terms = token_terms<Surrogate, false, true>(t, q, threshold, v);
         float gradient = terms.direct;
         if (v.sequence_level) {
             through_ratio[0] += terms.through_ratio;

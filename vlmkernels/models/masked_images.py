@@ -3,9 +3,9 @@
 What the image adds to a prediction shows in the difference between both (PAPO, https://arxiv.org/abs/2507.06448).
 """
 
+import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -84,7 +84,7 @@ def mask_images(
         patch_size: the side of the squares, in pixels.
 
     Returns:
-        The inputs. Their ``image_keys`` differ from those of ``batch``, so that features are not mistaken for one another.
+        The inputs. Their ``image_keys`` are new, so that features are not mistaken for those of other images.
 
     Raises:
         ValueError: ``ratio`` is not in [0, 1], the inputs have features in place of pixels, or ``color`` has no value for one
@@ -105,7 +105,7 @@ def mask_images(
         masked = _mask_rows(rows, color[name].to(rows), ratio, generator, patch_size, _real_patches(name, rows, inputs))
         inputs[name] = from_rows(masked, family.spec(name))
     keys = batch.image_keys
-    return replace(batch, inputs=inputs, image_keys=None if keys is None else _other_keys(keys))
+    return replace(batch, inputs=inputs, image_keys=None if keys is None else _new_keys(keys))
 
 
 def exchange_images(batch: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
@@ -117,8 +117,7 @@ def exchange_images(batch: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
         batch: model inputs with pixels.
 
     Returns:
-        The inputs, and which samples have other images than before, (B,) bool on the CPU. Their ``image_keys`` differ from
-        those of ``batch``.
+        The inputs, and which samples have other images than before, (B,) bool on the CPU. Their ``image_keys`` are new.
 
     Raises:
         ValueError: the inputs have features in place of pixels.
@@ -145,7 +144,7 @@ def exchange_images(batch: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
             source[sample] = next((other for other, same in zip(following, equal, strict=True) if not same), sample)
     moved = {name: torch.cat([parts[name][sample] for sample in source.tolist()]) for name in pixels}
     inputs = batch.inputs | {name: from_rows(rows, family.spec(name)) for name, rows in moved.items()}
-    keys = None if batch.image_keys is None else _other_keys(batch.image_keys)
+    keys = None if batch.image_keys is None else _new_keys(batch.image_keys)
     return replace(batch, inputs=inputs, image_keys=keys), source != torch.arange(len(batch))
 
 
@@ -159,10 +158,9 @@ def has_media(batch: ModelInputs) -> torch.Tensor:
     return batch.rows["image"] + batch.rows["video"] > 0
 
 
-def _other_keys(keys: torch.Tensor) -> torch.Tensor:
-    known = set(keys.tolist())
-    unused = (key for key in count() if key not in known)
-    return torch.tensor([*islice(unused, len(keys))], dtype=torch.int64)
+def _new_keys(keys: torch.Tensor) -> torch.Tensor:
+    """Return keys that no other image has, in this or another batch. No random state changes."""
+    return torch.tensor([secrets.randbits(63) for _ in keys], dtype=torch.int64)
 
 
 def _real_patches(name: str, rows: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

@@ -122,12 +122,11 @@ class _Trainer:
             if options.regroup:
                 check_regroup(config)
         original(self, *args, **kwargs)
-        if options.masks_images:
-            check_masks(self, options, overrides_loss=self._overrides_loss())
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
         self._make_loss_config(self.args)
         if options.masks_images:
+            check_masks(self, options, overrides_loss=self._overrides_loss())
             self._loss_config = self._loss_config.replace(**options.perception)
         if options.fast_images:
             self.processing_class = with_fast_images(self.processing_class)

@@ -107,8 +107,8 @@ class Perception(NamedTuple):
 def perception(logp, masked, config) -> Perception:
     """-gamma min(k3, 10) - eta1 logp - eta2 masked, with k3 = e^x - x - 1 and x = masked - logp. https://arxiv.org/abs/2507.06448
 
-    k3 estimates KL(policy || policy given masked images) from tokens of the policy. The paper prints it with -x for x, which
-    does not; the code of its authors has this sign and this bound, beyond which k3 has no gradient.
+    k3 estimates KL(policy || policy given masked images) from tokens of the policy. The paper prints -x for x, with which it
+    would not. The code of its authors has this x, and this bound, beyond which the estimate has no gradient.
     """
     seen = ~masked.isnan()
     masked = torch.where(seen, masked, logp)
