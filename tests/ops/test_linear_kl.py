@@ -142,9 +142,8 @@ def test_beta_is_that_of_liger():
         (torch.float32, (1,), 2, (1, 1)),
         (torch.float32, (2, 3), 1003, (33, 16)),
         (torch.float32, (2,), 5003, (16, 8)),
-        (torch.bfloat16, (2, 3), 7, (5, 3)),
-        (torch.bfloat16, (5,), 1003, (33, 16)),
-        (torch.float16, (5,), 1003, (33, 16)),
+        (torch.bfloat16, (3,), 1003, (33, 16)),
+        (torch.float16, (3,), 1003, (33, 16)),
     ],
     ids=str,
 )
@@ -416,13 +415,13 @@ def test_without_gradients(device):
 
 
 def test_gradcheck_of_the_reference(device):
-    operands = small(device, torch.float64, rows=(4,), vocab=11)
-    rows = torch.tensor([0, 3, 3, 2], device=device)
+    operands = small(device, torch.float64, rows=(3,), vocab=7)
+    rows = torch.tensor([0, 2, 2], device=device)
     leaves = [operands.pop(name).requires_grad_() for name in NAMES[:3]]
     for beta, top_k in ((0, None), (0.3, None), (1, 4)):
 
         def function(hidden, weight, bias, beta=beta, top_k=top_k):
-            options = {"rows": rows, "teacher_rows": rows, "softcap": 3.0, "chunk_bytes": 8 * 11 * 3, "backend": "reference"}
+            options = {"rows": rows, "teacher_rows": rows, "softcap": 3.0, "chunk_bytes": 8 * 7 * 2, "backend": "reference"}
             return linear_kl(hidden, weight, bias=bias, beta=beta, top_k=top_k, **operands, **options)
 
         assert torch.autograd.gradcheck(function, leaves)

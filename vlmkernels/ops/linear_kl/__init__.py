@@ -119,8 +119,8 @@ class Chunk(NamedTuple):
     rows: slice
     states: torch.Tensor
     room: torch.Tensor
-    teacher_states: torch.Tensor
-    teacher_room: torch.Tensor
+    teacher_states: torch.Tensor | None  # None: the teacher's logits are not needed
+    teacher_room: torch.Tensor | None
 
 
 class Sweeps:
@@ -152,12 +152,17 @@ class Sweeps:
         for (rows, states, room), (_, *teacher) in zip(self.student, self.teacher, strict=True):
             yield Chunk(rows, states, room, *teacher)
 
-    def logits(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the logits of both sides."""
-        return (
-            self.student.logits(chunk.states, chunk.room),
-            self.teacher.logits(chunk.teacher_states, chunk.teacher_room),
-        )
+    def of_student(self) -> Iterator[Chunk]:
+        """Iterate over the rows of the student only."""
+        for rows, states, room in self.student:
+            yield Chunk(rows, states, room, None, None)
+
+    def logits(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the logits of the sides in the chunk."""
+        teacher_logits = None
+        if chunk.teacher_states is not None and chunk.teacher_room is not None:
+            teacher_logits = self.teacher.logits(chunk.teacher_states, chunk.teacher_room)
+        return self.student.logits(chunk.states, chunk.room), teacher_logits
 
     def results(self, outputs: Outputs, upstream: torch.Tensor | None = None) -> SelectedRows:
         """Return memory for the results of the selected rows."""
@@ -223,12 +228,8 @@ def _bwd(*args: Any) -> tuple[torch.Tensor, ...]:
         upstream=select_results(selected, gradient.ddivergence),
     )
     segments = _segments(inputs, settings, sweeps.student, gradient.needed)
-    for chunk in sweeps:
-        logits, teacher_logits = chunk.room, chunk.teacher_room
-        if chunk.rows.stop > kept:
-            sweeps.student.logits(chunk.states, logits)
-            if not k:
-                sweeps.teacher.logits(chunk.teacher_states, teacher_logits)
+    for chunk in sweeps.of_student() if k else sweeps:
+        logits, teacher_logits = (chunk.room, chunk.teacher_room) if chunk.rows.stop <= kept else sweeps.logits(chunk)
         out = segments.room(chunk.rows, logits)
         kernels.bwd(logits, teacher_logits, results.chunk(chunk.rows), pair, out)
         segments.add(chunk.rows, out)
