@@ -78,8 +78,8 @@ class EvaluatedCompletions:
 
 
 def sampling_metrics(
-    rewards: torch.Tensor,
-    advantages: GroupAdvantages,
+    rewards: torch.Tensor | None,
+    advantages: GroupAdvantages | None,
     lengths: torch.Tensor,
     truncated: torch.Tensor,
     scores: Scores,
@@ -88,11 +88,12 @@ def sampling_metrics(
     """Compute the metrics of N sampled completions that both training and evaluation log.
 
     Args:
-        rewards, advantages, names: see ``reward_metrics``.
+        rewards, advantages, names: see ``reward_metrics``; advantages are None without reward functions.
         lengths, truncated: see ``completion_metrics``.
         scores: the scores of these completions, or only of this process's share of them.
     """
-    return reward_metrics(rewards, names, advantages) | completion_metrics(lengths, truncated) | scores.metrics(names)
+    of_rewards = {} if advantages is None else reward_metrics(rewards, names, advantages)
+    return of_rewards | completion_metrics(lengths, truncated) | scores.metrics(names)
 
 
 def tool_counts(rollout: Rollout, trajectories: Sequence[Episode], tools: Tools) -> torch.Tensor:
