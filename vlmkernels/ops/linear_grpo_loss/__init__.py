@@ -1,6 +1,5 @@
 """The GRPO objective from hidden states and the head. Imports only torch: triton and ``_C`` load on first use."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +26,8 @@ from vlmkernels.ops.linear_logps.sweep import (
     Sweep,
     default_dlogits_bytes,
     empty_gradients,
+    gradient_scale,
+    is_scaled,
     result_dtype,
     select_results,
     selected_indices,
@@ -131,26 +132,9 @@ def in_one_sweep(config: GRPOLossConfig) -> bool:
     return per_token and corrected and config.off_policy_mask_threshold is None and config.top_entropy_quantile == 1
 
 
-def is_scaled(hidden: torch.Tensor) -> bool:
-    """Return whether the gradients of the logits are multiplied by ``gradient_scale``, because fp16 cannot hold 1e-8."""
-    return hidden.dtype == torch.float16
-
-
-# The largest weight of a token times gradient_scale is between half of this and this. The gradient of a logit then fits in fp16
-# up to |advantage| * ratio = 255, and small probabilities do not underflow in it.
-LARGEST_WEIGHT = 256.0
-
-
-def gradient_scale(tokens: Tokens) -> float:
-    """Return a power of two that makes the weights of the tokens large enough for gradients in fp16.
-
-    The loss scale cannot take its place, because it is a factor of dloss, which is known only in the backward pass. On a GPU
-    this waits for the weights.
-    """
-    largest = max(tokens.share.amax().item() if len(tokens.share) else 0.0, abs(tokens.entropy_scale))
-    if not 0 < largest < math.inf:
-        return 1.0
-    return 2.0 ** min(math.floor(math.log2(LARGEST_WEIGHT / largest)), 120)  # finite in fp32
+def largest_weight(tokens: Tokens) -> float:
+    """Return the largest weight of a token in the loss. On a GPU this waits for the weights."""
+    return max(tokens.share.amax().item() if len(tokens.share) else 0.0, abs(tokens.entropy_scale))
 
 
 @impl(FWD, "default")
@@ -186,7 +170,7 @@ def _fwd(*args: Any) -> Outputs:
     tokens = _tokens(loss_inputs, config, selected, sweep.num)
     scale = logps.new_empty(0)
     if is_scaled(hidden):
-        number = gradient_scale(tokens)
+        number = gradient_scale(largest_weight(tokens))
         scale, tokens = logps.new_full((), number), tokens.scaled(number)
     results = SelectedRows(
         targets=select_results(selected, targets),
