@@ -324,7 +324,7 @@ def prepare_policy(
     prepare_head(accelerator, head)
     with gathered_zero3(model):
         arguments = logit_arguments(model, head)
-    processor_arguments = use_vision_ops(plain, processor)
+    processor_arguments = use_vision_ops(plain, processor) if media or not is_teacher else {}  # it may have another family
     copies_reason = _choose_prefix_sharing(plain, args)
     if args.router_replay and not is_teacher:
         use_router_replay(plain)
@@ -397,11 +397,20 @@ def load_reference(
 
 
 def prepare_engine(
-    model: PreTrainedModel, processor: Any, policy: PreparedPolicy, args: GRPOConfig, accelerator: Accelerator
+    model: PreTrainedModel,
+    processor: Any,
+    policy: PreparedPolicy,
+    args: GRPOConfig,
+    accelerator: Accelerator,
+    *,
+    keeps_pixels: bool = False,
 ) -> Engine:
     """Make the engine that ``args`` select and check that it supports the rollout correction; see ``make_engine``.
 
     The main process reports whether training and sampling share prefixes.
+
+    Args:
+        keeps_pixels: whether rollouts must have the pixels of images that tools return, for a teacher.
     """
     engine = make_engine(
         model,
@@ -421,7 +430,7 @@ def prepare_engine(
             f"got {args.rollout_correction!r}"
         )
     if isinstance(engine, Generate):
-        engine.reuses_image_features = policy.reuses_image_features
+        engine.reuses_image_features = policy.reuses_image_features and not keeps_pixels
     if accelerator.is_main_process:
         sampling = {"sampling": policy.copies_reason or engine.copies_reason} if isinstance(engine, Generate) else {}
         report_prefix_sharing({"training": policy.copies_reason, **sampling})

@@ -131,7 +131,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.prepared = setup.prepare_policy(model, processor, args, self.accelerator, self.datasets.media)
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
-        self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
+        prepared = model, processor, self.prepared, args, self.accelerator
+        self.engine = setup.prepare_engine(*prepared, keeps_pixels=teacher is not None)
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
             self.agent.prepare(processor, family, *options)
@@ -143,6 +144,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if loaded is not None:
             details["teacher"] = distillation.describe_teacher(loaded)
             self.teacher = distillation.prepare_teacher(loaded, self.micro_batches, processor, self.datasets.media)
+            details["teacher"]["shares prefix"] = self.teacher.prepared.shares_prefix
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
         self._experience: Experience | None = None
         # With advantages and whether the loss counts any of their tokens, for log_completions.
