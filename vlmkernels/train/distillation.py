@@ -25,7 +25,7 @@ from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.generate import report_prefix_sharing
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.micro_batches import MicroBatches, Split
-from vlmkernels.train.parallel import prepare_reference, zero_stage
+from vlmkernels.train.parallel import is_zero3_sharded, prepare_reference, zero_stage
 from vlmkernels.train.setup import PreparedPolicy, prepare_policy
 
 logger = logging.get_logger(__name__)
@@ -311,11 +311,12 @@ def prepare_teacher(loaded: LoadedTeacher, policy: MicroBatches, processor: Any,
 def describe_teacher(loaded: LoadedTeacher) -> dict[str, Any]:
     """Return the section "teacher" of ``run.json``. Call it before the model is sharded."""
     model = loaded.model
-    sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters()]  # ds_: under ZeRO-3
+    # transformers knows how many numbers a quantized parameter holds, but not how many one that ZeRO-3 sharded.
+    size = sum(p.ds_numel for p in model.parameters()) if is_zero3_sharded(model) else model.num_parameters()
     return {
         "path": loaded.path or None,
         "model type": model.config.model_type,
-        "parameters": sum(sizes),
+        "parameters": size,
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
         "adapters": is_peft_model(model),
         "notes": loaded.notes,
