@@ -163,7 +163,7 @@ class Sweeps:
         """Return memory for the results of the selected rows."""
         num, dims = self.student.num, outputs.divergence.dim()
         parts = [x.new_empty((num, *x.shape[dims:])) for x in outputs[:4]]
-        return SelectedRows(*parts, upstream=upstream)
+        return SelectedRows._make([*parts, upstream])
 
     def check(self, inputs: Operands, results: SelectedRows) -> None:
         """Check that no logit of fp16 overflowed."""

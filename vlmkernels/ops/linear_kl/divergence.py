@@ -13,8 +13,8 @@ import torch
 
 
 def _terms(x: torch.Tensor, log_ratio: torch.Tensor) -> torch.Tensor:
-    """x log(x / y), or 0 where x is 0."""
-    return torch.where(x > 0, x * log_ratio, 0)
+    """x log(x / y), or 0 where x is 0. A NaN stays NaN."""
+    return torch.where(x > 0, x * log_ratio, x)
 
 
 def _log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
@@ -46,4 +46,4 @@ def gradient(log_p: torch.Tensor, log_q: torch.Tensor, mean: torch.Tensor, beta:
         return p - log_q.exp()
     other = log_q if beta == 1 else _log_mixture(log_p, log_q, beta)
     factor = 1.0 if beta == 1 else 1 - beta
-    return factor * torch.where(p > 0, p * (log_p - other - mean.unsqueeze(-1)), 0)
+    return factor * _terms(p, log_p - other - mean.unsqueeze(-1))
