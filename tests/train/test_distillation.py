@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from support import tiny
-from support.training import FixedGenerate, Gradients, config, fixed_completions, length_reward, lora, run_ours
+from support.training import FixedGenerate, Gradients, config, fixed_completions, length_reward, lora
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vlmkernels.train import GRPOTrainer, distillation

@@ -97,8 +97,7 @@ def build(output_dir, name: str) -> GRPOTrainer:
     options |= CASES[name] if processes > 1 else options_alone(name)
     options.pop("resumes", None)
     images, samples, frozen, adapters, evaluates, zero, configured, teaches = (
-        options.pop(key, False)
-        for key in ("images", "samples", "frozen", "lora", "evaluates", "zero", "configured", "teaches")
+        options.pop(key, False) for key in ("images", "samples", "frozen", "lora", "evaluates", "zero", "configured", "teaches")
     )
     if evaluates:
         options |= {"num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
