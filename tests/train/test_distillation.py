@@ -171,6 +171,9 @@ def test_a_run_without_rewards(tmp_path, teacher):
     assert about["teacher"]["shares prefix"]
     assert "first 50 rows" in about["teacher"]["notes"][0]
     stored = json.loads((tmp_path / "completions" / "step-000001.json").read_text())
+    evaluated = trainer.evaluate(DATA)
+    assert evaluated["eval_completions/mean_length"] == 3.5
+    assert not {name for name in evaluated if "reward" in name}
     assert {row["advantage"] for group in stored["groups"] for row in group["completions"]} == {None}
     checkpoint = tmp_path / "checkpoint-3"
     assert (checkpoint / "experience_0.pt").exists()
@@ -253,4 +256,4 @@ def test_vocabularies():
     with pytest.raises(ValueError, match="a row for each of the 50 token ids of model, got 49 rows"):
         distillation.compare_vocabularies((50, 49), own, tiny.tokenizer())
     (note,) = distillation.compare_vocabularies((50, 50), own, None, "no files")
-    assert note == "only the sizes of the vocabularies were compared, 50 rows, because of the tokenizer: no files"
+    assert note == "only the sizes of the vocabularies were compared, 50 rows, without a tokenizer (no files)"

@@ -6,11 +6,12 @@ the policy computes the divergence from both models' hidden states (``vlmkernels
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from vlmkernels.data.samples import tokenizer_of
@@ -61,7 +62,9 @@ def check_arguments(teacher: Any, model: Any, rewards: Rewards, args: GRPOConfig
             if getattr(args, name) != defaults[name]:
                 raise ValueError(f"{name} must be {defaults[name]} without a teacher, got {getattr(args, name)!r}")
         return
-    if not isinstance(teacher, (str, torch.nn.Module)):
+    if not isinstance(teacher, (str, PreTrainedModel)) and not (
+        isinstance(teacher, torch.nn.Module) and is_peft_model(teacher)
+    ):
         raise TypeError(f"teacher must be a model or its path, got {type(teacher).__name__}")
     if not isinstance(teacher, str):
         if args.teacher_model_init_kwargs is not None:
@@ -130,7 +133,7 @@ def load_teacher(
     notes = compare_vocabularies(rows, tokenizer_of(processor), None if own is None else tokenizer_of(own), reason)
     if media:
         compare_images(model.config, config, media)
-        if own is not None:
+        if hasattr(own, "image_processor"):
             _compare("image processor", processor.image_processor, own.image_processor, _IMAGE_PROCESSOR)
     if not given:
         teacher = load_model(teacher, {"dtype": "auto"} | (args.teacher_model_init_kwargs or {}))
@@ -138,13 +141,19 @@ def load_teacher(
 
 
 def _processor_at(path: str, args: GRPOConfig) -> tuple[Any, str]:
-    """Load a processor. Returns None, and the reason, if that fails: a teacher can be given as a model, without a tokenizer."""
+    """Load the processor or the tokenizer at a path. Returns None, and the reason, if there is none."""
+    folder, reason = Path(path), ""
     if not path:
         return None, "the teacher has no path"
-    try:
-        return load_processor(path, args.teacher_model_init_kwargs), ""
-    except (ValueError, OSError, ImportError) as error:
-        return None, str(error)
+    # Without files, transformers returns an empty tokenizer. The tokenizer of adapters is that of their base model.
+    if folder.is_dir() and not [*folder.glob("*token*"), *folder.glob("adapter_config.json")]:
+        return None, f"no tokenizer in {path}"
+    for auto in (AutoProcessor, AutoTokenizer):
+        try:
+            return load_processor(path, args.teacher_model_init_kwargs, auto=auto), ""
+        except (ValueError, OSError, ImportError) as error:
+            reason = str(error.__cause__ or error).partition(". ")[0]
+    return None, reason
 
 
 def compare_vocabularies(
@@ -174,7 +183,7 @@ def compare_vocabularies(
                 f"teacher must have the {rows[0]} rows of the vocabulary of model, or a tokenizer that shows which rows have "
                 f"no token, got {rows[1]} rows and no tokenizer ({reason})"
             )
-        return [f"only the sizes of the vocabularies were compared, {common} rows, because of the tokenizer: {reason}"]
+        return [f"only the sizes of the vocabularies were compared, {common} rows, without a tokenizer ({reason})"]
     tokens, others = ({index: token for token, index in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer))
     for index in sorted(tokens.keys() | others.keys()):
         if tokens.get(index) != others.get(index):
