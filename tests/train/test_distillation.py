@@ -195,8 +195,9 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         make(None)
     with pytest.raises(ValueError, match=r"distillation_beta must be 1.0 without a teacher, got 0.5"):
         make(None, funcs=length_reward, distillation_beta=0.5)
-    with pytest.raises(TypeError, match="teacher must be a model or its path, got int"):
-        make(3)
+    for teacher, name in {3: "int", torch.nn.Linear(1, 1): "Linear"}.items():
+        with pytest.raises(TypeError, match=f"teacher must be a model of transformers or its path, got {name}"):
+            make(teacher)
     for name, value in {"beta": 0.1, "entropy_coef": 0.1, "rollout_correction": "token_mask"}.items():
         with pytest.raises(ValueError, match=f"{name} must be .* without reward functions, because there is no GRPO loss"):
             make(**{name: value})

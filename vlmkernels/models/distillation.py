@@ -52,7 +52,7 @@ def divergence_term(teacher: TeacherOutput, *, token_weight: float, **options: A
     ``tokens``, their number.
 
     Args:
-        teacher: the teacher's output for the same N tokens, in the same order.
+        teacher: the teacher's output for N tokens, which must be the first N that the batch of the model scores.
         token_weight: the weight of each token.
         options: further arguments of ``linear_kl``.
     """
@@ -60,7 +60,7 @@ def divergence_term(teacher: TeacherOutput, *, token_weight: float, **options: A
     def term(
         hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, rows: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        count, num_tokens = min(len(weight), len(teacher.weight)), len(targets)
+        count, num_tokens = min(len(weight), len(teacher.weight)), len(teacher.hidden)
         loss = linear_kl(
             hidden,
             _first(weight, count),
@@ -68,7 +68,7 @@ def divergence_term(teacher: TeacherOutput, *, token_weight: float, **options: A
             _first(teacher.weight, count),
             bias=_first(bias, count),
             teacher_bias=_first(teacher.bias, count),
-            rows=rows,
+            rows=rows[:num_tokens],
             token_weights=torch.full((num_tokens,), token_weight, device=hidden.device),
             **options,
         )

@@ -62,21 +62,25 @@ def check_arguments(teacher: Any, model: Any, rewards: Rewards, args: GRPOConfig
             if getattr(args, name) != defaults[name]:
                 raise ValueError(f"{name} must be {defaults[name]} without a teacher, got {getattr(args, name)!r}")
         return
-    if not isinstance(teacher, (str, PreTrainedModel)) and not (
-        isinstance(teacher, torch.nn.Module) and is_peft_model(teacher)
-    ):
-        raise TypeError(f"teacher must be a model or its path, got {type(teacher).__name__}")
     if not isinstance(teacher, str):
-        if args.teacher_model_init_kwargs is not None:
-            raise ValueError(
-                "teacher_model_init_kwargs must be None for a teacher that is given as a model, got "
-                f"{args.teacher_model_init_kwargs!r}"
-            )
-        own = set() if isinstance(model, str) else {id(parameter) for parameter in model.parameters()}
-        if any(id(parameter) in own for parameter in teacher.parameters()):
-            raise ValueError("teacher must not share parameters with model, which training changes, got shared parameters")
-    if rewards:
-        return
+        _check_given(teacher, model, args)
+    if not rewards:
+        _check_without_rewards(args)
+
+
+def _check_given(teacher: Any, model: Any, args: GRPOConfig) -> None:
+    """Check a teacher that is given as a model."""
+    if not isinstance(teacher, torch.nn.Module) or not hasattr(teacher, "config"):
+        raise TypeError(f"teacher must be a model of transformers or its path, got {type(teacher).__name__}")
+    if (kwargs := args.teacher_model_init_kwargs) is not None:
+        raise ValueError(f"teacher_model_init_kwargs must be None for a teacher that is given as a model, got {kwargs!r}")
+    own = set() if isinstance(model, str) else {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) in own for parameter in teacher.parameters()):
+        raise ValueError("teacher must not share parameters with model, which training changes, got shared parameters")
+
+
+def _check_without_rewards(args: GRPOConfig) -> None:
+    """Check that no setting belongs to the GRPO loss or to rewards."""
     for name, value in WITHOUT_REWARDS.items():
         if getattr(args, name) != value:
             raise ValueError(
