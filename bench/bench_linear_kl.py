@@ -1,8 +1,8 @@
-"""The divergence between the heads of a student and a teacher, with gradients to the student, compared with its peers and GEMMs.
+"""The divergence between the heads of a student and a teacher, with gradients to the student, compared with its peers.
 
-The loss is the mean over the tokens. Errors are one minus the cosine between gradients (of hidden states and weight) and those of
-the reference in a wider dtype: fp32 for bf16, fp64 for fp32. Useful FLOPs: 2 N (H + H') V for the logits of both sides and 4 N H V
-for the gradients.
+The loss is the mean over the tokens. Errors are one minus the cosine between gradients (of hidden states and weight) and those
+of the reference in a wider dtype: fp32 for bf16, fp64 for fp32. Useful FLOPs: 2 N (H + H') V for the logits of both sides and
+4 N H V for the gradients.
 """
 
 import importlib.util
