@@ -21,17 +21,12 @@ void with_row(const LinearKlSide& side, int64_t k, int64_t vocab, Function f) {
     });
 }
 
-// A block of a row, padded to whole vectors: u, and y = log2 of the probability, -infinity in the padding.
+// A block of a row, padded to whole vectors: u, and the logarithm of the probability, -infinity in the padding.
 struct Block {
-    f32 u[kBlock / kLanes], y[kBlock / kLanes];
+    f32 u[kBlock / kLanes], log[kBlock / kLanes];
 };
 
-// log2 of the probability of u is (u - m) scale - log2_sum.
-struct Normalization {
-    float m, scale, log2_sum;
-};
-
-void read_block(const LinearKlSide& side, int64_t k, int64_t vocab, int64_t start, Normalization norm, Block& block) {
+void read_block(const LinearKlSide& side, int64_t k, int64_t vocab, int64_t start, const float* stats, Block& block) {
     int64_t size = std::min(kBlock, vocab - start);
     with_row(side, k, vocab, [&](const auto& row) {
         int64_t i = 0;
@@ -40,16 +35,18 @@ void read_block(const LinearKlSide& side, int64_t k, int64_t vocab, int64_t star
             block.u[i] = row.tail(start + i * kLanes, size - i * kLanes, -std::numeric_limits<float>::infinity());
         }
     });
-    for (int64_t i = 0; i * kLanes < size; ++i) block.y[i] = (block.u[i] - norm.m) * norm.scale - norm.log2_sum;
+    for (int64_t i = 0; i * kLanes < size; ++i) block.log[i] = (block.u[i] - stats[0]) * side.inverse - stats[1];
 }
 
-// 2^y, and 0 for y = -infinity.
-f32 probability(f32 y) { return exp2_clamp(y); }
+f32 probability(f32 log) {
+    f32 y = log * kLog2e;
+    return exp2_clamp(y);
+}
 
-// x log(x / y) for a probability x, given log2(x / y): 0 for x = 0, where the logarithm may not be finite. A NaN stays NaN.
-f32 term(f32 x, f32 log2_ratio) { return x > 0.0f ? x * log2_ratio * kLn2 : x; }
+// x log(x / y) for a probability x, given the logarithm: 0 for x = 0, where it may not be finite. A NaN stays NaN.
+f32 term(f32 x, f32 log_ratio) { return x > 0.0f ? x * log_ratio : x; }
 
-// Each divergence adds the terms of D and K for log2 p and log2 q, and computes G. See divergence.py.
+// Each divergence adds the terms of D and K for log p and log q, and computes G. See divergence.py.
 struct Forward {
     void add(f32 log_p, f32 log_q, float, f32& total, f32&) const {
         f32 q = probability(log_q);
@@ -66,7 +63,7 @@ struct Reverse {
     }
     f32 gradient(f32 log_p, f32 log_q, float, float mean) const {
         f32 p = probability(log_p);
-        return term(p, log_p - log_q - mean * kLog2e);
+        return term(p, log_p - log_q - mean);
     }
 };
 
@@ -74,13 +71,13 @@ struct Reverse {
 struct Mixture {
     void add(f32 log_p, f32 log_q, float beta, f32& total, f32& mean) const {
         f32 p = probability(log_p), q = probability(log_q), m = beta * q + (1.0f - beta) * p;
-        f32 of_p = term(p, -log2(m / p));
-        total += beta * term(q, -log2(m / q)) + (1.0f - beta) * of_p;
+        f32 of_p = term(p, -log(m / p));
+        total += beta * term(q, -log(m / q)) + (1.0f - beta) * of_p;
         mean += of_p;
     }
     f32 gradient(f32 log_p, f32 log_q, float beta, float mean) const {
         f32 p = probability(log_p), m = beta * probability(log_q) + (1.0f - beta) * p;
-        return (1.0f - beta) * term(p, -log2(m / p) - mean * kLog2e);
+        return (1.0f - beta) * term(p, -log(m / p) - mean);
     }
 };
 
@@ -88,12 +85,10 @@ struct Mixture {
 template <class Function>
 void for_blocks(const LinearKl& p, int64_t k, Function f) {
     const float* stats = p.stats + 5 * k;
-    Normalization student{stats[0], p.student.inverse * kLog2e, stats[1] * kLog2e};
-    Normalization teacher{stats[2], p.teacher.inverse * kLog2e, stats[3] * kLog2e};
     Block own, other;
     for (int64_t start = 0; start < p.vocab; start += kBlock) {
-        read_block(p.student, k, p.vocab, start, student, own);
-        read_block(p.teacher, k, p.vocab, start, teacher, other);
+        read_block(p.student, k, p.vocab, start, stats, own);
+        read_block(p.teacher, k, p.vocab, start, stats + 2, other);
         f(start, std::min(kBlock, p.vocab - start), own, other);
     }
 }
@@ -113,7 +108,7 @@ void read(const LinearKl& p, int64_t k, Divergence divergence) {
     double total = 0, mean = 0;
     for_blocks(p, k, [&](int64_t, int64_t size, const Block& own, const Block& other) {
         f32 of_block{}, mean_of_block{};
-        for (int64_t i = 0; i * kLanes < size; ++i) divergence.add(own.y[i], other.y[i], p.beta, of_block, mean_of_block);
+        for (int64_t i = 0; i * kLanes < size; ++i) divergence.add(own.log[i], other.log[i], p.beta, of_block, mean_of_block);
         total += hsum(of_block);
         mean += hsum(mean_of_block);
     });
@@ -131,7 +126,7 @@ void write(const LinearKl& p, int64_t k, Divergence divergence) {
                 using Out = decltype(element);
                 Out* dx = static_cast<Out*>(p.dlogits) + k * p.dlogits_stride + start;
                 for (int64_t i = 0; i * kLanes < size; ++i) {
-                    f32 value = divergence.gradient(own.y[i], other.y[i], p.beta, mean) * row.slope(own.u[i]) * factor;
+                    f32 value = divergence.gradient(own.log[i], other.log[i], p.beta, mean) * row.slope(own.u[i]) * factor;
                     if ((i + 1) * kLanes <= size) {
                         store(dx + i * kLanes, value);
                     } else {

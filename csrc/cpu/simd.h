@@ -221,8 +221,8 @@ inline f32 exp(f32 x) {
     return tiny ? f32{} : power;
 }
 
-// log2 of positive, normal numbers, with a relative error of 2e-7.
-inline f32 log2(f32 x) {
+// log of positive, normal numbers, with a relative error of 2e-7; a NaN stays NaN.
+inline f32 log(f32 x) {
     i32 bits = bit_cast<i32>(x);
     i32 exponent = (bits - 0x3f3504f3) >> 23;  // so that the significand is in [sqrt(0.5), sqrt(2))
     f32 significand = bit_cast<f32>(bits - (exponent << 23));
@@ -231,7 +231,8 @@ inline f32 log2(f32 x) {
     series = series * square + 2 / 5.0f;
     series = series * square + 2 / 3.0f;
     series = series * square + 2.0f;
-    return __builtin_convertvector(exponent, f32) + s * series * 1.44269504088896340736f;
+    f32 result = __builtin_convertvector(exponent, f32) * 0.69314718055994530942f + s * series;
+    return x == x ? result : x;
 }
 
 }  // namespace vlmk::VLMK_ISA

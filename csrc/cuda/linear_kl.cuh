@@ -47,41 +47,43 @@ VLMK_DEVICE void load_group(const LinearKlSide& side, int64_t k, uint32_t v, uin
     }
 }
 
-// x log(x / y) for a probability x, given log2(x / y): 0 for x = 0, where the logarithm may not be finite. A NaN stays NaN.
-VLMK_DEVICE float term(float x, float log2_ratio) { return x > 0.0f ? x * log2_ratio * kLn2 : x; }
+VLMK_DEVICE float probability(float log) { return exp2_approx(log * kLog2e); }
+
+// x log(x / y) for a probability x, given the logarithm: 0 for x = 0, where it may not be finite. A NaN stays NaN.
+VLMK_DEVICE float term(float x, float log_ratio) { return x > 0.0f ? x * log_ratio : x; }
 
 struct Terms {
     float total = 0, mean = 0;
 };
 
-// The terms of D and K for log2 p and log2 q.
+// The terms of D and K for log p and log q.
 template <int kKind>
 VLMK_DEVICE Terms terms(float log_p, float log_q, float beta) {
-    float p = exp2_approx(log_p), q = exp2_approx(log_q);
+    float p = probability(log_p), q = probability(log_q);
     if constexpr (kKind == kForward) return {term(q, log_q - log_p) + (p - q), 0.0f};
     if constexpr (kKind == kReverse) {
         float value = term(p, log_p - log_q) + (q - p);
         return {value, value};
     }
     // The logarithms are those of m / p and m / q, not of m, so that the rounding of p and q has little effect.
-    float m = fmaf(beta, q, (1.0f - beta) * p), of_p = term(p, -log2f(m / p));
-    return {fmaf(beta, term(q, -log2f(m / q)), (1.0f - beta) * of_p), of_p};
+    float m = fmaf(beta, q, (1.0f - beta) * p), of_p = term(p, -logf(m / p));
+    return {fmaf(beta, term(q, -logf(m / q)), (1.0f - beta) * of_p), of_p};
 }
 
-// G for log2 p and log2 q.
+// G for log p and log q.
 template <int kKind>
 VLMK_DEVICE float gradient(float log_p, float log_q, float beta, float mean) {
-    float p = exp2_approx(log_p), q = exp2_approx(log_q);
+    float p = probability(log_p), q = probability(log_q);
     if constexpr (kKind == kForward) return p - q;
-    if constexpr (kKind == kReverse) return term(p, log_p - log_q - mean * kLog2e);
+    if constexpr (kKind == kReverse) return term(p, log_p - log_q - mean);
     float m = fmaf(beta, q, (1.0f - beta) * p);
-    return (1.0f - beta) * term(p, -log2f(m / p) - mean * kLog2e);
+    return (1.0f - beta) * term(p, -logf(m / p) - mean);
 }
 
-// log2 of the probability of u is (u - m) scale - log2_sum.
-struct Normalization {
-    float m, scale, log2_sum;
-    VLMK_DEVICE float operator()(float u) const { return fmaf(u - m, scale, -log2_sum); }
+// The logarithm of the probability of u.
+struct LogProbability {
+    float m, inverse, log_sum;
+    VLMK_DEVICE float operator()(float u) const { return fmaf(u - m, inverse, -log_sum); }
 };
 
 // Writes m and L of a side; thread 0 does.
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 4)
         if (threadIdx.x < 5) stats[threadIdx.x] = p.stats[5 * k + threadIdx.x];
         __syncthreads();
     }
-    Normalization of_student{stats[0], scale, stats[1] * kLog2e}, of_teacher{stats[2], teacher_scale, stats[3] * kLog2e};
+    LogProbability of_student{stats[0], p.student.inverse, stats[1]}, of_teacher{stats[2], p.teacher.inverse, stats[3]};
     float u[kGroup], other[kGroup];
     if (p.read) {
         Terms sum;

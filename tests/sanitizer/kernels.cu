@@ -155,6 +155,28 @@ void linear(int64_t num, int64_t vocab, bool in_place, float softcap) {
     expect_finite("linear_logps", p.logp, num);
 }
 
+// T: the type of the student's logits; those of the teacher have type Out.
+template <class T, class Out>
+void divergence(int64_t num, int64_t vocab, bool in_place, float softcap, float beta) {
+    constexpr int64_t kRatio = sizeof(T) / sizeof(Out);
+    LinearKl p{};
+    T* logits = random<T>(num * vocab);
+    p.student = {logits, sizeof(T) == 4 ? DType::float32 : DType::bfloat16, 1.2f, softcap, 1.0f};
+    p.teacher = {random<Out>(num * vocab), sizeof(Out) == 4 ? DType::float32 : DType::bfloat16, 0.8f, 0.0f, 1.0f};
+    p.num_rows = num;
+    p.vocab = vocab;
+    p.beta = beta;
+    p.read = p.write = true;
+    p.divergence = empty<float>(num);
+    p.stats = empty<float>(5 * num);
+    p.dlogits = in_place ? static_cast<void*>(logits) : empty<Out>(num * vocab);
+    p.gradient_dtype = p.teacher.dtype;
+    p.dlogits_stride = in_place ? vocab * kRatio : vocab;
+    p.upstream = random<float>(num);
+    cuda::linear_kl(p, 0, 0);
+    expect_finite("linear_kl", p.divergence, num);
+}
+
 void grpo(GrpoSurrogate surrogate, bool sequence_level) {
     constexpr int64_t kSequences = 5, kLength = 601, kTokens = kSequences * kLength;
     GrpoLoss p{};
@@ -346,6 +368,10 @@ int main() {
         linear<float, uint16_t>(7, 4099, in_place, 4.0f);
         linear<float, float>(7, 2051, in_place, 0.0f);
         linear<uint16_t, uint16_t>(7, 2051, in_place, 0.0f);
+        for (float beta : {0.0f, 0.3f, 1.0f}) {
+            divergence<float, uint16_t>(7, 9001, in_place, 4.0f, beta);
+            divergence<uint16_t, uint16_t>(7, 2051, in_place, 0.0f, beta);
+        }
     }
     using S = GrpoSurrogate;
     for (S surrogate : {S::ppo_clip, S::cispo, S::sapo, S::vespo}) {

@@ -131,6 +131,13 @@ FUSED_FORWARD = {
 }  # fmt: skip
 WITHOUT_LOGITS = {"step_weight": 1, "WIDEN": False, "TMA": False, "GROUP": linear_logps_fused.GROUP}
 LINEAR_MERGE = {**FUSED_FORWARD, **MERGE, "inverse": "fp32"}
+KL_ROWS = {
+    **dict.fromkeys(("logits_ptr", "teacher_ptr", "divergence_ptr", "stats_ptr", "upstream_ptr"), "*fp32:16"),
+    "dx_ptr": "*bf16:16", "V": "i32:16", "stride_dx": "i32:16",
+    **dict.fromkeys(("beta", "inverse", "softcap", "logit_scale", "teacher_inverse", "teacher_softcap"), "fp32"),
+    "teacher_logit_scale": "fp32",
+}  # fmt: skip
+KL_STAGES = {"CAP": False, "TEACHER_CAP": False, "READ": True, "WRITE": True, "BLOCK_V": 4096}
 SAMPLE = {
     "logits_ptr": "*bf16:16", "seen_ptr": "*i1:16", "banned_ptr": "*i1:16", "banned_rows_ptr": "*i64:16",
     "sums_ptr": "*fp32:16", "uniform_ptr": "*fp64:16", "ids_ptr": "*i64:16", "logps_ptr": "*fp32:16",
@@ -169,6 +176,8 @@ KERNELS = [
     ),
     ("linear_logps", "linear_logps_kernel", LINEAR | {"logits_ptr": "*bf16:16"}, {**ALONE, "WRITE": False}, 8),
     ("linear_logps", "linear_logps_kernel", LINEAR, {**ALONE, **FP32, "READ": False, "CAP": True}, 8),
+    *(("linear_kl", "linear_kl_kernel", KL_ROWS, {**KL_STAGES, "KIND": kind}, 8) for kind in range(3)),
+    ("linear_kl", "linear_kl_kernel", KL_ROWS, {**KL_STAGES, "KIND": 2, "CAP": True, "TEACHER_CAP": True, "READ": False}, 8),
     *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
     ("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **ON_POLICY, **surrogate("ppo_clip"), "KL": KL["none"]}, 8),
     (

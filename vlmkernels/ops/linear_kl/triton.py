@@ -1,13 +1,10 @@
-"""linear_kl on a chunk of logits in Triton, one program per row. The formulas are in reference.py and divergence.py.
-
-c = log2(e) inverse, y_v = (u_v - m) c - log2 sum_v 2^((u_v - m) c) = log2 of the probability of v.
-"""
+"""linear_kl on a chunk of logits in Triton, one program per row. The formulas are in reference.py and divergence.py."""
 
 import torch
 import triton
 import triton.language as tl
 
-from vlmkernels.ops.gather_logps.triton import BLOCK_V, LN2, LOG2E, LOWEST, NUM_WARPS
+from vlmkernels.ops.gather_logps.triton import BLOCK_V, LOG2E, LOWEST, NUM_WARPS
 from vlmkernels.ops.launch import unsupported_dtype
 from vlmkernels.ops.linear_kl.inputs import Pair, SelectedRows
 from vlmkernels.ops.linear_logps.triton import capped, slope_of
@@ -28,9 +25,10 @@ def load_capped(x_ptr, v, V, softcap, logit_scale, CAP: tl.constexpr):
 
 
 @triton.jit
-def read_softmax(x_ptr, V, scale, softcap, logit_scale, CAP: tl.constexpr, BLOCK_V: tl.constexpr):
+def read_softmax(x_ptr, V, inverse, softcap, logit_scale, CAP: tl.constexpr, BLOCK_V: tl.constexpr):
     """Return m and log sum exp((u - m) inverse) of a row."""
     offset = tl.arange(0, BLOCK_V)
+    scale = inverse * LOG2E
     m = tl.full((), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
@@ -42,42 +40,42 @@ def read_softmax(x_ptr, V, scale, softcap, logit_scale, CAP: tl.constexpr, BLOCK
 
 
 @triton.jit
-def term(x, log2_ratio):
-    """x log(x / y) for a probability x: 0 for x = 0, where the logarithm may not be finite. A NaN stays NaN."""
-    return tl.where(x > 0.0, x * (log2_ratio * LN2), x)
+def term(x, log_ratio):
+    """x log(x / y) for a probability x, given the logarithm: 0 for x = 0, where it may not be finite. A NaN stays NaN."""
+    return tl.where(x > 0.0, x * log_ratio, x)
 
 
 @triton.jit
-def terms(y, y_teacher, beta, KIND: tl.constexpr):
-    """Return the terms of D and K for log2 of the probabilities p and q."""
-    p = tl.exp2(y)
-    q = tl.exp2(y_teacher)
+def terms(log_p, log_q, beta, KIND: tl.constexpr):
+    """Return the terms of D and K."""
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
     if KIND == 0:
-        total = term(q, y_teacher - y) + (p - q)
+        total = term(q, log_q - log_p) + (p - q)
         mean = tl.zeros_like(p)
     elif KIND == 1:
-        total = term(p, y - y_teacher) + (q - p)
+        total = term(p, log_p - log_q) + (q - p)
         mean = total
     else:
         # The logarithms are those of m / p and m / q, not of m, so that the rounding of p and q has little effect.
         m = beta * q + (1.0 - beta) * p
-        mean = term(p, -tl.log2(m / p))
-        total = beta * term(q, -tl.log2(m / q)) + (1.0 - beta) * mean
+        mean = term(p, -tl.log(m / p))
+        total = beta * term(q, -tl.log(m / q)) + (1.0 - beta) * mean
     return total, mean
 
 
 @triton.jit
-def gradient(y, y_teacher, mean, beta, KIND: tl.constexpr):
+def gradient(log_p, log_q, mean, beta, KIND: tl.constexpr):
     """Return G."""
-    p = tl.exp2(y)
-    q = tl.exp2(y_teacher)
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
     if KIND == 0:
         return p - q
     elif KIND == 1:
-        return term(p, y - y_teacher - mean * LOG2E)
+        return term(p, log_p - log_q - mean)
     else:
         m = beta * q + (1.0 - beta) * p
-        return (1.0 - beta) * term(p, -tl.log2(m / p) - mean * LOG2E)
+        return (1.0 - beta) * term(p, -tl.log(m / p) - mean)
 
 
 @triton.jit
@@ -110,19 +108,17 @@ def linear_kl_kernel(
     xt_ptr = teacher_ptr + k * V
     stats_ptr += 5 * k
     offset = tl.arange(0, BLOCK_V)
-    scale = inverse * LOG2E
-    teacher_scale = teacher_inverse * LOG2E
     if READ:
-        m, log_sum = read_softmax(x_ptr, V, scale, softcap, logit_scale, CAP, BLOCK_V)
-        mt, log_sum_t = read_softmax(xt_ptr, V, teacher_scale, teacher_softcap, teacher_logit_scale, TEACHER_CAP, BLOCK_V)
+        m, log_sum = read_softmax(x_ptr, V, inverse, softcap, logit_scale, CAP, BLOCK_V)
+        mt, log_sum_t = read_softmax(xt_ptr, V, teacher_inverse, teacher_softcap, teacher_logit_scale, TEACHER_CAP, BLOCK_V)
         totals = tl.zeros((BLOCK_V,), tl.float32)
         means = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, V, BLOCK_V):
             u = load_capped(x_ptr, start + offset, V, softcap, logit_scale, CAP)
             ut = load_capped(xt_ptr, start + offset, V, teacher_softcap, teacher_logit_scale, TEACHER_CAP)
-            y = (u - m) * scale - log_sum / LN2
-            yt = (ut - mt) * teacher_scale - log_sum_t / LN2
-            of_total, of_mean = terms(y, yt, beta, KIND)
+            log_p = (u - m) * inverse - log_sum
+            log_q = (ut - mt) * teacher_inverse - log_sum_t
+            of_total, of_mean = terms(log_p, log_q, beta, KIND)
             totals += of_total
             means += of_mean
         mean = tl.sum(means, 0)
@@ -145,9 +141,9 @@ def linear_kl_kernel(
             v = start + offset
             u = load_capped(x_ptr, v, V, softcap, logit_scale, CAP)
             ut = load_capped(xt_ptr, v, V, teacher_softcap, teacher_logit_scale, TEACHER_CAP)
-            y = (u - m) * scale - log_sum / LN2
-            yt = (ut - mt) * teacher_scale - log_sum_t / LN2
-            dx = gradient(y, yt, mean, beta, KIND) * (factor * slope_of(u, softcap, logit_scale, CAP))
+            log_p = (u - m) * inverse - log_sum
+            log_q = (ut - mt) * teacher_inverse - log_sum_t
+            dx = gradient(log_p, log_q, mean, beta, KIND) * (factor * slope_of(u, softcap, logit_scale, CAP))
             tl.debug_barrier()  # a narrower dx overwrites elements that other threads read
             tl.store(dx_ptr + k * stride_dx + v, dx.to(dx_ptr.dtype.element_ty), mask=v < V)
 
