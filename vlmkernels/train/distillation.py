@@ -256,12 +256,7 @@ class Teacher:
         micro_batches: the model inputs of the teacher.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        prepared: PreparedPolicy,
-        policy: MicroBatches,
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, prepared: PreparedPolicy, policy: MicroBatches) -> None:
         args, accelerator = policy.args, policy.accelerator
         self.model, self.prepared, self.args = model, prepared, args
         self.micro_batches = MicroBatches(prepared, args, accelerator)
