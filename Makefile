@@ -5,14 +5,16 @@ BIN := .venv/bin
 .PHONY: setup demo demo-suite demo-tools test soak test-deepspeed test-versions test-vllm conformance bench lint wheel gpu-check gpu-wheels clean
 setup: .venv/.installed
 
-# If nvcc is found, CUDA code is compiled for the GPU of this machine, or without one for 90a, which shows that it compiles.
-GPU_ARCH = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/;s/^100$$/100a/')
+# CUDA code is built for the GPU of this machine. Without a GPU none is built; tests/ops/test_cuda_compile.py compiles it anyway.
+GPU_ARCH := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d . | sed 's/^90$$/90a/;s/^100$$/100a/')
+VLMKERNELS_CUDA ?= $(if $(GPU_ARCH),auto,0)
+VLMKERNELS_CUDA_ARCHS ?= $(or $(GPU_ARCH),90a)
 
 # constraints.txt pins every package. Trainers and harnesses with which tests compare are installed in .venv/peers, outside the
 # environment and without their dependencies.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
-	VLMKERNELS_CUDA_ARCHS="$${VLMKERNELS_CUDA_ARCHS:-$(or $(GPU_ARCH),90a)}" \
+	VLMKERNELS_CUDA="$(VLMKERNELS_CUDA)" VLMKERNELS_CUDA_ARCHS="$(VLMKERNELS_CUDA_ARCHS)" \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python --upgrade \
 		--target .venv/peers hf-processors-rs kernels lmms-eval ms-swift verl

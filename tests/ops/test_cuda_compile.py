@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-CACHE = ROOT / "build" / "cubin"
+CACHE = ROOT / "build" / "cuda"
 ARCHS = ["80", "90a", "100a"]
 
 # 65536 registers / (48 x 256 threads) = 5 blocks per multiprocessor, the launch bounds of the two large kernels.
@@ -40,43 +40,45 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is neither on PATH no
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.DOTALL)
 
 
-def compile_cubin(source: Path, arch: str) -> tuple[Path, str]:
-    """The machine code of ``source`` and the output of ptxas, from an earlier run if the text is the same."""
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v"]
+def compile_object(source: Path) -> tuple[Path, str]:
+    """The object file of ``source`` and the output of ptxas, from an earlier run if the text is the same."""
+    command = [NVCC, "-std=c++17", "-O3", "-c", "-Xcompiler=-fPIC", "-Xptxas", "-v"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
     digest = hashlib.sha256(repr(command).encode())
     for path in [source, *sorted((ROOT / "csrc").rglob("*.*h"))]:
         digest.update(path.read_bytes())
-    cubin = CACHE / f"{source.stem}-{arch}-{digest.hexdigest()[:16]}.cubin"
-    log = cubin.with_suffix(".log")
+    target = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+    log = target.with_suffix(".log")
     if not log.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        for old in CACHE.glob(f"{source.stem}-{arch}-*"):
+        for old in CACHE.glob(f"{source.stem}-*"):
             old.unlink(missing_ok=True)
-        done = subprocess.run([*command, source, "-o", cubin], capture_output=True, text=True)
+        done = subprocess.run([*command, source, "-o", target], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         log.write_text(done.stderr)
-    return cubin, log.read_text()
+    return target, log.read_text()
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[tuple[str, str], tuple[Path, str]]:
-    pairs = [(source, arch) for source in SOURCES for arch in ARCHS]
+def compiled() -> dict[str, tuple[Path, str]]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda pair: compile_cubin(*pair), pairs)
-        return {(source.stem, arch): result for (source, arch), result in zip(pairs, results, strict=True)}
+        results = pool.map(compile_object, SOURCES)
+        return {source.stem: result for source, result in zip(SOURCES, results, strict=True)}
 
 
 @pytest.fixture(scope="module")
 def entries(compiled) -> list[dict]:
     """One row per compiled kernel: its name, its architecture and the counts of ptxas."""
     rows = []
-    for (_, arch), (_, log) in compiled.items():
+    for _, log in compiled.values():
         for symbol, target, text in ENTRY.findall(log):
-            assert target == f"sm_{arch}"
             kernel = re.search(r"\d([a-z_]+_kernel)", symbol)[1]
             counts = {name: re.search(rf"(\d+) bytes {name}", text) for name in ("stack frame", "spill stores", "spill loads")}
             counts["registers"] = re.search(r"Used (\d+) registers", text)
-            rows.append({"kernel": kernel, "symbol": symbol, "arch": arch} | {k: int(m[1]) for k, m in counts.items()})
+            rows.append(
+                {"kernel": kernel, "symbol": symbol, "arch": target.removeprefix("sm_")}
+                | {k: int(m[1]) for k, m in counts.items()}
+            )
     return rows
 
 
@@ -101,11 +103,12 @@ def test_registers(entries):
     assert not [row for row in entries if row["registers"] > MAX_REGISTERS[row["kernel"]]]
 
 
-def instructions(cubin: Path) -> dict[str, list[str]]:
-    """The instructions of each function of a cubin."""
+def instructions(target: Path, arch: str) -> dict[str, list[str]]:
+    """The instructions of each function of an object file for an architecture."""
     triton = pytest.importorskip("triton")
     tool = shutil.which("cuobjdump") or triton.knobs.nvidia.cuobjdump.path
-    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    command = [tool, "-sass", "-arch", f"sm_{arch}", target]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
         text.partition("\n")[0].strip(): re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
         for text in re.split(r"Function : ", sass)[1:]
@@ -115,9 +118,8 @@ def instructions(cubin: Path) -> dict[str, list[str]]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_decode_attention_uses_tensor_cores(compiled, arch):
     """16-bit products are HMMA, and keys and values are copied to shared memory and read from it by vectors of 16 bytes."""
-    cubin, _ = compiled["decode_attention", arch]
     found = 0
-    for name, names in instructions(cubin).items():
+    for name, names in instructions(compiled["decode_attention"][0], arch).items():
         if "decode_parts" not in name or not re.search(r"\db?f16", name):
             continue
         found += 1
@@ -131,8 +133,8 @@ def test_decode_attention_uses_tensor_cores(compiled, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gather_logps_has_four_vectors_in_flight(compiled, arch):
     """The loop over a row issues four 16-byte loads, with only address arithmetic between them."""
-    cubin, _ = compiled["gather_logps", arch]
-    large = {name: found for name, found in instructions(cubin).items() if re.match(r"\w*(fwd|bwd)_kernel", name)}
+    functions = instructions(compiled["gather_logps"][0], arch).items()
+    large = {name: found for name, found in functions if re.match(r"\w*(fwd|bwd)_kernel", name)}
     assert len(large) == 12  # three dtypes, with and without entropy
     for name, found in large.items():
         memory = [i for i in found if i.startswith(("LDG", "STG", "MUFU.EX2", "BAR", "BRA", "LDL", "STL"))]
