@@ -110,9 +110,14 @@ def test_long_prompts_of_evaluation_are_named_or_skipped(tmp_path):
         ("max_num_seqs", 1.5, "must be an integer, got 1.5"),
         ("num_iterations", True, "must be an integer, got True"),
         ("max_completion_length", None, "must be an integer, got None"),
-        ("num_generations", 1, "must be >= 2, to compare completions, got 1"),
+        ("num_generations", 0, "must be >= 1, got 0"),
+        ("distillation_top_k", 1.5, "must be an integer, got 1.5"),
+        ("distillation_top_k", 0, "must be >= 1, got 0"),
+        ("distillation_beta", 1.5, r"must be in \[0, 1\], got 1.5"),
+        ("distillation_coef", 0.0, "must be finite and > 0, got 0.0"),
+        ("distillation_coef", float("inf"), "must be finite and > 0, got inf"),
     ],
 )
-def test_counts_are_integers(tmp_path, name, value, rule):
+def test_numbers_are_in_range(tmp_path, name, value, rule):
     with pytest.raises((TypeError, ValueError), match=f"{name} {rule}"):
         config(tmp_path, **{name: value})

@@ -42,10 +42,16 @@ def _from_pretrained(auto: Any, path: str, **kwargs: Any) -> Any:
         raise ValueError(f"model must be the folder of a model or its name on the hub, got {path}: {reason}") from error
 
 
-def load_processor(path: str, model_init_kwargs: dict[str, Any] | None = None) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Load the processor or tokenizer of the model at ``path``, or of its base model if the folder holds adapters."""
+def load_processor(
+    path: str, model_init_kwargs: dict[str, Any] | None = None, *, auto: Any = AutoProcessor
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """Load the processor or tokenizer of the model at ``path``, or of its base model if the folder holds adapters.
+
+    Args:
+        auto: ``AutoTokenizer`` loads only the tokenizer.
+    """
     kwargs = _shared_kwargs(_NO_REMOTE_CODE | (model_init_kwargs or {}))
-    return _from_pretrained(AutoProcessor, _base_path(path), **kwargs)
+    return _from_pretrained(auto, _base_path(path), **kwargs)
 
 
 def load_config(path: str, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedConfig:

@@ -5,7 +5,7 @@ See docs/rollout.md. ``make_engine`` in ``vlmkernels.rollout.make`` builds the e
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.branches import branch_lengths, pack_branches, pad_branches
 from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.families import media_token_ids, missing_token_ids
-from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images
+from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images, with_pixels
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
@@ -258,17 +258,29 @@ class Rollout:
         values = torch.nn.functional.pad(values, (0, max(missing, 0)))
         return values.gather(1, numbers).masked_fill(~self.sampled_mask, 0)
 
-    def with_image_features(self, model: PreTrainedModel) -> "Rollout":
-        """Replace the pixels of the prompts, and of the results of tools, by features; see ``encode_images``."""
+    def with_inputs(self, change: Callable[[ModelInputs], ModelInputs]) -> "Rollout":
+        """Return the same completions with changed model inputs of the prompts and of the results of tools."""
+        turns = None if self.turns is None else replace(self.turns, inputs=change(self.turns.inputs))
+        return replace(self, prompts=change(self.prompts), turns=turns)
+
+    def with_image_features(self, model: PreTrainedModel, pixels: ModelInputs | None = None) -> "Rollout":
+        """Replace the pixels of the prompts, and of the results of tools, by features; see ``encode_images``.
+
+        Args:
+            pixels: the prompts with their pixels. If given, the pixels stay beside the features; see ``with_pixels``.
+        """
         turns = self.turns
         if turns is not None and "pixel_values" in turns.inputs.inputs:
             # In parts with about as many images as the prompts have, because there are many more results than prompts.
             number = -(-int(turns.inputs.num_images.sum()) // max(int(self.prompts.num_images.sum()), 16))
             parts = torch.arange(len(turns.inputs)).tensor_split(number)
             encoded = [encode_images(model, turns.inputs.select(part)) for part in parts]
-            turns = replace(turns, inputs=join(encoded))
+            inputs = join(encoded)
+            turns = replace(turns, inputs=inputs if pixels is None else with_pixels(inputs, turns.inputs))
         masked = None if self.masked_prompts is None else encode_images(model, self.masked_prompts)
-        return replace(self, prompts=encode_images(model, self.prompts), masked_prompts=masked, turns=turns)
+        prompts = encode_images(model, self.prompts)
+        prompts = prompts if pixels is None else with_pixels(prompts, pixels)
+        return replace(self, prompts=prompts, masked_prompts=masked, turns=turns)
 
     def token_ids(self) -> list[list[int]]:
         """Return the token ids of each completion, without padding."""

@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +94,8 @@ class GRPOConfig(TrainingArguments):
       allow_image_urls, deterministic and router_replay are new.
     - perception_loss_weight, der_loss_weight1, der_loss_weight2 and mask_ratio have the names of TRL's former ``PAPOConfig``;
       the objective is that of the paper (docs/objective.md). image_use_steps is new.
+    - teacher_model_init_kwargs and the distillation_* fields belong to the argument ``teacher`` of the trainer, which TRL's
+      ``GRPOTrainer`` does not have; see docs/distillation.md.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -106,6 +108,7 @@ class GRPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "teacher_model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
     ]
@@ -129,7 +132,7 @@ class GRPOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = _field(None, "from_pretrained arguments, if the model is given by path.")
     disable_dropout: bool = _field(False, "Set all dropout probabilities of the model to 0.")
 
-    num_generations: int = _field(8, "Number of completions per prompt, at least 2.")
+    num_generations: int = _field(8, "Number of completions per prompt, at least 2; 1 with a teacher and no reward functions.")
     num_generations_eval: int | None = _field(None, "Completions per prompt in evaluation; by default num_generations.")
     max_prompt_length: int | None = _field(
         None,
@@ -242,6 +245,17 @@ class GRPOConfig(TrainingArguments):
     reward_weights: list[float] | None = _field(None, "Weight per reward function; by default the function's own, or 1.")
     mask_truncated_completions: bool = _field(False, "Exclude completions cut off at max_completion_length from the loss.")
 
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _field(
+        None, "from_pretrained arguments, if the teacher is given by path. dtype is by default that of its files."
+    )
+    distillation_coef: float = _field(1.0, "Weight of the divergence from the teacher in the loss.")
+    distillation_beta: float = _field(
+        1.0,
+        "Divergence from the teacher: 0 is KL(teacher || policy), 1 is KL(policy || teacher), and a value between them is the "
+        "generalized Jensen-Shannon divergence.",
+    )
+    distillation_top_k: int | None = _field(None, "Compare only the teacher's most probable tokens, so many; by default all.")
+
     on_save_error: str = _field("raise", "What to do if a checkpoint cannot be written: 'raise', or 'skip' it.")
     on_bad_sample: str = _field("raise", "What to do with an unreadable row: 'raise', or 'skip' to the next row.")
     on_nonfinite: str = _field("raise", "What to do if a loss or gradient is not finite: 'raise', or 'skip' the step.")
@@ -272,6 +286,7 @@ class GRPOConfig(TrainingArguments):
         self._check_correction()
         self._check_resampling()
         self._check_perception()
+        self._check_distillation()
         if self.use_vllm:
             self._check_vllm()
         self._derive_batches()
@@ -296,8 +311,6 @@ class GRPOConfig(TrainingArguments):
             require_number(name, getattr(self, name), "be an integer", Integral)
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_generations < 2:
-            raise ValueError(f"num_generations must be >= 2, to compare completions, got {self.num_generations}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if self.eval_temperature < 0:
@@ -318,7 +331,7 @@ class GRPOConfig(TrainingArguments):
             raise ValueError("auto_find_batch_size must be False, because a smaller batch would split groups, got True")
 
     def _check_sampling(self) -> None:
-        for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name} must map names to values (in JSON), got {value!r}")
@@ -367,6 +380,18 @@ class GRPOConfig(TrainingArguments):
     def masks_images(self) -> bool:
         """Whether the loss has terms of masked images."""
         return any(getattr(self, name) for name in PERCEPTION_WEIGHTS)
+
+    def _check_distillation(self) -> None:
+        for name in ("distillation_coef", "distillation_beta"):
+            require_number(name, getattr(self, name), "be a number", Real)
+        if not 0 < self.distillation_coef < math.inf:
+            raise ValueError(f"distillation_coef must be finite and > 0, got {self.distillation_coef}")
+        if not 0 <= self.distillation_beta <= 1:
+            raise ValueError(f"distillation_beta must be in [0, 1], got {self.distillation_beta}")
+        if self.distillation_top_k is not None:
+            require_number("distillation_top_k", self.distillation_top_k, "be an integer", Integral)
+            if self.distillation_top_k < 1:
+                raise ValueError(f"distillation_top_k must be >= 1, got {self.distillation_top_k}")
 
     def _check_vllm(self) -> None:
         if self.deterministic:

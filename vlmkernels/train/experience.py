@@ -18,7 +18,7 @@ class Experience:
 
     Args:
         rollout: prompts and completions.
-        advantages: (B,), or (B, C) per token if a reward function scores turns.
+        advantages: (B,), or (B, C) per token if a reward function scores turns. None without reward functions.
         loss_mask: (B, C) bool, the tokens that count in the loss.
         num_items: number of tokens that count in the loss, averaged over processes.
         old_logps: (B, C), log-probabilities under the policy that sampled; None if every micro-batch is on policy.
@@ -27,7 +27,7 @@ class Experience:
     """
 
     rollout: Rollout
-    advantages: torch.Tensor
+    advantages: torch.Tensor | None
     loss_mask: torch.Tensor
     num_items: float
     old_logps: torch.Tensor | None = None
@@ -61,13 +61,16 @@ class Experience:
         values = {name: None if x is None else x.to(device) for name, x in rollout.items()}
         return cls(Rollout(prompts, group, **values, masked_prompts=masked, turns=turns, routed_experts=experts), **state)
 
-    def check_arguments(self, args: GRPOConfig, checkpoint: str) -> None:
+    def check_arguments(self, args: GRPOConfig, checkpoint: str, *, has_rewards: bool, has_teacher: bool) -> None:
         """Check that a run with these arguments can continue the batch of a checkpoint.
+
+        Args:
+            has_rewards, has_teacher: whether the run has reward functions and a teacher.
 
         Raises:
             ValueError: the batch was made with other arguments.
         """
-        size, saved_size = args.per_device_train_batch_size * args.steps_per_generation, len(self.advantages)
+        size, saved_size = args.per_device_train_batch_size * args.steps_per_generation, len(self.loss_mask)
         uses, window = args.steps_per_rollout, args.gradient_accumulation_steps
         saved = f"resume_from_checkpoint {checkpoint} was saved mid-batch"
         if saved_size != size:
@@ -90,9 +93,14 @@ class Experience:
                 f"{saved}: perception_loss_weight, der_loss_weight1 and der_loss_weight2 must be 0, because its batch has no "
                 f"masked images, got {args.perception_loss_weight}, {args.der_loss_weight1} and {args.der_loss_weight2}"
             )
+        if has_rewards and self.advantages is None:
+            raise ValueError(f"{saved}: reward_funcs must be None, because its batch has no advantages, got reward functions")
+        inputs = [self.rollout.prompts.inputs, {} if self.rollout.turns is None else self.rollout.turns.inputs.inputs]
+        if has_teacher and any("image_features" in x and "pixel_values" not in x for x in inputs):
+            raise ValueError(f"{saved}: teacher must be None, because its batch has no pixels for a teacher, got a teacher")
         if args.beta != 0 and self.ref_logps is None:
             raise ValueError(f"{saved}: beta must be 0, because its batch has no reference log-probabilities, got {args.beta}")
-        if uses > window and self.old_logps is None:
+        if has_rewards and uses > window and self.old_logps is None:
             raise ValueError(
                 f"{saved}: steps_per_generation * num_iterations must be at most gradient_accumulation_steps = {window}, "
                 f"because its batch has no old log-probabilities, got {uses}"

@@ -101,16 +101,19 @@ class SampledCompletions:
         return GatheredCompletions(joined, torch.cat(lengths), torch.cat(prompt_lengths), torch.cat(truncated), metrics)
 
 
-def sampling_metrics(completions: GatheredCompletions, advantages: GroupAdvantages, names: list[str]) -> dict[str, float]:
+def sampling_metrics(
+    completions: GatheredCompletions, advantages: GroupAdvantages | None, names: list[str]
+) -> dict[str, float]:
     """Compute the metrics of sampled completions that both training and evaluation log.
 
     Args:
         completions: the completions.
-        advantages: the result of ``group_advantages`` for their rewards.
+        advantages: the result of ``group_advantages`` for their rewards; None without reward functions.
         names: the names of the reward functions.
     """
     scores = completions.scores
-    metrics = reward_metrics(scores.rewards, names, advantages) | scores.metrics(names)
+    metrics = {} if advantages is None else reward_metrics(scores.rewards, names, advantages)
+    metrics |= scores.metrics(names)
     return metrics | completion_metrics(completions.lengths, completions.truncated) | completions.of_tools
 
 

@@ -1,6 +1,6 @@
 """Division of a generation batch into micro-batches, splits within a token budget, and the model inputs of each split."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -34,15 +34,30 @@ class MicroBatches:
     """Divides generation batches into the inputs of forward passes.
 
     Args:
-        policy: how the policy runs.
+        policy: how the model runs: the policy, or a teacher.
 
     Attributes:
         token_counts: the tokens and images of all passes.
+        share_splits: whether splits are cut as packs. If another model runs them as copies of the prompts, they must be cut as
+            copies, which take more tokens than packs.
+        view: returns of a rollout with the inputs of several models one with the inputs of this model. None: no change.
     """
+
+    view: Callable[[Rollout], Rollout] | None = None
 
     def __init__(self, policy: PreparedPolicy, args: GRPOConfig, accelerator: Accelerator) -> None:
         self.policy, self.args, self.accelerator, self.token_counts = policy, args, accelerator, TokenCounts()
+        self.share_splits = policy.shares_prefix
         self._hidden_size = policy.model.config.get_text_config().hidden_size
+        self._viewed: tuple[Rollout | None, Rollout | None] = None, None
+
+    def own(self, rollout: Rollout) -> Rollout:
+        """Return the rollout with the inputs of this model. Keeps the last one, which caches what is computed from it."""
+        if self.view is None:
+            return rollout
+        if self._viewed[0] is not rollout:
+            self._viewed = rollout, self.view(rollout)
+        return self._viewed[1]
 
     def splits(self, rollout: Rollout, index: int, *, branches: bool = False) -> list[Split]:
         """Split micro-batch ``index`` of a generation batch within ``max_tokens_per_microbatch``.
@@ -54,7 +69,7 @@ class MicroBatches:
         """
         size, budget = self.args.per_device_train_batch_size, self.args.max_tokens_per_microbatch
         micro_batch = slice(index * size, (index + 1) * size)
-        options = {"shared": self.policy.shares_prefix, "hidden_size": self._hidden_size, "branches": branches}
+        options = {"shared": self.share_splits, "hidden_size": self._hidden_size, "branches": branches}
         parts = rollout.parts(micro_batch, budget, **options)
         splits = [Split(samples, False) for samples in parts]
         if budget is not None and requires_lockstep(self.accelerator):
@@ -63,7 +78,7 @@ class MicroBatches:
 
     def scoring_batch(self, rollout: Rollout, split: Split) -> ScoringBatch:
         """Return the model inputs of a split, and count its tokens and images."""
-        policy, samples = self.policy, split.samples
+        policy, samples, rollout = self.policy, split.samples, self.own(rollout)
         batch = rollout.packed(samples, policy.model) if policy.shares_prefix else rollout.padded(samples)
         return self._completed(rollout, split, batch)
 
@@ -76,6 +91,7 @@ class MicroBatches:
         samples = split.samples
         if not self.args.masks_images:
             return self.scoring_batch(rollout, split).select(loss_mask[rollout.sampled_mask[samples]]), None
+        rollout = self.own(rollout)
         batch = rollout.branches(samples, self.policy.model if self.policy.shares_prefix else None, loss_mask)
         masked = has_media(rollout.prompts)[rollout.group[samples]].to(loss_mask.device)
         return self._completed(rollout, split, batch, branches=True), masked

@@ -128,11 +128,17 @@ def make_agent(tools: Any, environment_factory: Any, args: GRPOConfig) -> Agent 
     return Agent(found, args.tool_options()) if found else None
 
 
-def make_rewards(reward_funcs: Any, agent: Agent | None, args: GRPOConfig) -> Rewards:
-    """Build the rewards of ``reward_funcs`` and of the environments that have ``get_reward``."""
+def make_rewards(reward_funcs: Any, agent: Agent | None, args: GRPOConfig, *, has_teacher: bool = False) -> Rewards:
+    """Build the rewards of ``reward_funcs`` and of the environments that have ``get_reward``.
+
+    Args:
+        has_teacher: whether the run has a teacher, with which it needs no rewards.
+    """
     names = [] if agent is None else agent.tools.reward_names
     if reward_funcs is None and not names:
-        raise ValueError("reward_funcs must be given without an environment that has get_reward, got None")
+        if has_teacher:
+            return Rewards(None, args.reward_weights)
+        raise ValueError("reward_funcs must be given without a teacher or an environment that has get_reward, got None")
     functions = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     weights = args.reward_weights
     if weights is not None and len(weights) == len(functions):  # TRL's list has no weights of environments either
@@ -317,26 +323,35 @@ class PreparedPolicy:
 
 
 def prepare_policy(
-    model: PreTrainedModel, processor: Any, args: GRPOConfig, accelerator: Accelerator, media: set[str]
+    model: PreTrainedModel,
+    processor: Any,
+    args: GRPOConfig,
+    accelerator: Accelerator,
+    media: set[str],
+    *,
+    is_teacher: bool = False,
 ) -> PreparedPolicy:
     """Let the policy use the ops of this package and choose how it runs. Changes the model in place.
 
     Args:
         model: the policy, perhaps with adapters, before Trainer wraps it.
+        processor: the policy's processor or tokenizer.
         media: the kinds of media that training can have.
+        is_teacher: whether the model is a teacher instead, which always reads pixels, and does not replay routers.
     """
     plain, head = base_model(model), output_head(model)
     family = family_of(plain.config)
     prepare_head(accelerator, head)
     with gathered_zero3(model):
         arguments = logit_arguments(model, head)
-    processor_arguments = use_vision_ops(plain, processor)
+    processor_arguments = use_vision_ops(plain, processor) if media or not is_teacher else {}  # it may have another family
     copies_reason = _choose_prefix_sharing(plain, args)
-    if args.router_replay:
+    if args.router_replay and not is_teacher:
         use_router_replay(plain)
     if args.deterministic:
         use_deterministic(plain)
-    reuses_features = copies_reason is None and family is not TEXT and feature_reuse_unsupported(plain) is None
+    can_reuse = copies_reason is None and family is not TEXT and feature_reuse_unsupported(plain) is None
+    reuses_features = can_reuse and not is_teacher
     use_image_features(plain)  # even if this run reuses no features, because a checkpoint's generation batch may hold some
     policy = PreparedPolicy(plain, family, head, arguments, processor_arguments, copies_reason, reuses_features)
     kinds = media - {"image"} if reuses_features else media
@@ -402,11 +417,20 @@ def load_reference(
 
 
 def prepare_engine(
-    model: PreTrainedModel, processor: Any, policy: PreparedPolicy, args: GRPOConfig, accelerator: Accelerator
+    model: PreTrainedModel,
+    processor: Any,
+    policy: PreparedPolicy,
+    args: GRPOConfig,
+    accelerator: Accelerator,
+    *,
+    keeps_pixels: bool = False,
 ) -> Engine:
     """Make the engine that ``args`` select and check that it supports the rollout correction; see ``make_engine``.
 
     The main process reports whether training and sampling share prefixes.
+
+    Args:
+        keeps_pixels: whether rollouts must have the pixels of images that tools return, for a teacher.
     """
     engine = make_engine(
         model,
@@ -426,7 +450,7 @@ def prepare_engine(
             f"got {args.rollout_correction!r}"
         )
     if isinstance(engine, Generate):
-        engine.reuses_image_features = policy.reuses_image_features
+        engine.reuses_image_features = policy.reuses_image_features and not keeps_pixels
     if accelerator.is_main_process:
         sampling = {"sampling": policy.copies_reason or engine.copies_reason} if isinstance(engine, Generate) else {}
         report_prefix_sharing({"training": policy.copies_reason, **sampling})

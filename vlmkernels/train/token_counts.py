@@ -16,7 +16,7 @@ class TokenCounts:
     """Counts tokens and images of one process since the last ``flush``. It uses shapes and lengths that are on the host.
 
     tokens_run: tokens of prompts (including image tokens), completions and padding in every pass: in sampling, and in the
-        passes of the old policy, the reference and the policy, where forward and backward count as one pass.
+        passes of the old policy, the reference, the teacher and the policy, where forward and backward count as one pass.
     tokens_if_unshared: tokens of the same passes if every completion had its own copy of the prompt, without padding:
         G * (P + C) for a group of G completions of C tokens and a prompt of P tokens.
     images_run, images_if_unshared: the same for images that the vision tower processes.
@@ -24,12 +24,12 @@ class TokenCounts:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._measured: Rollout | None = None
+        self._measured: torch.Tensor | None = None  # the completion mask of the last rollout
 
     def _measure(self, rollout: Rollout) -> None:
         """Store the tokens and images of each completion with its prompt, once per generation batch."""
-        if self._measured is not rollout:
-            self._measured = rollout
+        if self._measured is not rollout.completion_mask:
+            self._measured = rollout.completion_mask
             prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1).cpu()
             self._lengths = prompt_lengths[rollout.group] + rollout.completion_mask.sum(1).cpu()
             self._images = rollout.prompts.num_images[rollout.group]

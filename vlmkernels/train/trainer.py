@@ -9,6 +9,9 @@ One generation batch serves ``steps_per_generation * num_iterations`` micro-batc
       _add_fixed_logps     computes the old and the reference log-probabilities
     compute_loss         runs one micro-batch in splits of at most max_tokens_per_microbatch tokens:
       _split_loss          runs the forward pass; the language-model head computes the loss (``vlmkernels.ops``)
+
+With a teacher, ``_split_loss`` runs it first (``vlmkernels.train.distillation``). Without reward functions there is no GRPO
+loss: no advantages and no log-probabilities, only the divergence from the teacher.
 """
 
 import math
@@ -29,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from vlmkernels.data.dataset import SampleDataset
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.doctor.callback import DoctorCallback
-from vlmkernels.models.head import completion_loss, top_entropy_threshold
+from vlmkernels.models.head import completion_loss, term_alone, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
@@ -45,7 +48,7 @@ from vlmkernels.rewards import Scores
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episodes
 from vlmkernels.rollout.score import Scored, score_rollout
-from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
+from vlmkernels.train import checkpoint, distillation, parallel, reference, sampler, setup
 from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.dynamic_sampling import BatchSampler, Sampled
@@ -74,7 +77,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         model: a model or its path. With beta > 0 the reference is a frozen copy of the model as it is given, or of its adapter
             if it has one, or, with peft_config, the model without adapters.
         reward_funcs: one or more functions, names of built-in functions, import paths, or dicts of a name, a weight and
-            options; see ``vlmkernels.rewards.compose``.
+            options; see ``vlmkernels.rewards.compose``. May be None with a teacher.
         args: see ``GRPOConfig``.
         train_dataset, eval_dataset: rows with a length (``datasets.Dataset``, a list of dicts, ...); see
             ``vlmkernels.data.samples``. Every row is checked. eval_dataset may be a dict of datasets.
@@ -83,11 +86,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         peft_config: configuration of adapters to train instead of the model's own weights.
         tools, environment_factory: functions that the model may call while it writes a completion, and a function or class that
             creates the environment of each completion, whose methods the model may call; see docs/tools.md.
+        teacher: a model with the vocabulary and the image processing of ``model``, or its path. Its divergence from the policy
+            on the sampled tokens is added to the loss; see docs/distillation.md. A model is frozen in place.
 
     Attributes:
         engine: the rollout engine, which samples the completions.
         prepared: how the policy runs; see ``PreparedPolicy``.
         ref_model: the copy that is the reference, or None.
+        teacher: how the teacher runs, or None.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         peft_config: Any = None,
         tools: Sequence[Callable] | None = None,
         environment_factory: Callable | Mapping[str, Callable] | None = None,
+        teacher: str | PreTrainedModel | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
         self.processes = Processes(args.ddp_timeout)
@@ -111,19 +118,22 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             processor, family, num_embeddings = setup.load_processing(model, processing_class, args)
             self.tokenizer = tokenizer_of(processor)
             self.agent = setup.make_agent(tools, environment_factory, args)
-            self.rewards = setup.make_rewards(reward_funcs, self.agent, args)
+            self.rewards = setup.make_rewards(reward_funcs, self.agent, args, has_teacher=teacher is not None)
+            distillation.check_arguments(teacher, model, self.rewards, args)
             train_dataset, eval_dataset = data = setup.with_prompts(train_dataset, eval_dataset, self.agent, args)
             self.datasets = setup.check_datasets(data, processor, family, num_embeddings, self.rewards, self.agent, args)
             self.samples = self.datasets.samples(train_dataset, "train_dataset")
             check_perception(args, family, self.datasets.media, has_tools=self.agent is not None)
             model = setup.load_policy(model, processor, peft_config, args)
+            loaded = distillation.load_teacher(teacher, model, processor, self.datasets.media, args)
         super().__init__(
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=processor, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # compute_loss normalizes over the accumulated batch; see training_step
         parallel.check_parallelism(self.accelerator, model, args.n_gpu)
-        self.processes.compare(**describe_process(args, model, self.tokenizer, self.rewards, train_dataset))
+        described = describe_process(args, model, self.tokenizer, self.rewards, train_dataset, loaded and loaded.model)
+        self.processes.compare(**described)
         self.prepared = setup.prepare_policy(model, processor, args, self.accelerator, self.datasets.media)
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
@@ -131,7 +141,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.masks = PerceptionMasks(processor, self.prepared, args, media) if args.masks_images else None
         every = steps_between(args, media, has_tools=self.agent is not None)
         self.image_use = None if every is None else ImageUse(processor, self.prepared, args, media, every)
-        self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
+        prepared = model, processor, self.prepared, args, self.accelerator
+        self.engine = setup.prepare_engine(*prepared, keeps_pixels=teacher is not None)
         eos = self.engine.sampling.eos_token_id
         self.unwanted_tokens = setup.unwanted_tokens(model, processor, eos, num_embeddings).to(args.device)
         if self.agent is not None:
@@ -139,7 +150,13 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             self.agent.prepare(processor, family, *options)
         self.loss_config = args.loss_config()
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
-        self.micro_batches = MicroBatches(self.prepared, args, self.accelerator)
+        details = run_details(*data, self.datasets.columns, self.rewards, model)
+        details["model"]["shares prefix"] = self.prepared.shares_prefix
+        self.micro_batches, self.teacher = MicroBatches(self.prepared, args, self.accelerator), None
+        if loaded is not None:
+            details["teacher"] = distillation.describe_teacher(loaded)
+            self.teacher = distillation.prepare_teacher(loaded, self.micro_batches, processor, self.datasets.media)
+            details["teacher"]["shares prefix"] = self.teacher.prepared.shares_prefix
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
         self._batch_sampler: BatchSampler | None = None
         self._experience: Experience | None = None
@@ -147,8 +164,6 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self._last_scored: tuple[Scored, torch.Tensor, torch.Tensor] | None = None
         self.metrics = MetricBuffer()
         self._step_time = 0.0
-        details = run_details(*data, self.datasets.columns, self.rewards, model)
-        details["model"]["shares prefix"] = self.prepared.shares_prefix
         with self.processes.stop_together("the agreement of rollout and training"):  # only the main process samples
             found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
         if found is not None:
@@ -236,6 +251,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             step = self.state.global_step
             masked = self.masks(prompts, step) if is_training and self.masks is not None else None
             measure = self.image_use.prepare(prompts, step) if is_training and self.image_use is not None else None
+        pixels = None if self.teacher is None else prompts
         with self.phases("generate"), self._gathered_policy():
             if prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
                 prompts = encode_images(prepared.model, prompts)
@@ -244,10 +260,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             rollout = self.engine(self.policy, prompts, num_generations, temperature, prompt_samples, **tools)
             rollout = replace(rollout, masked_prompts=masked)
             if prepared.reuses_image_features:
-                rollout = rollout.with_image_features(prepared.model)
+                rollout = rollout.with_image_features(prepared.model, pixels)
             if measure is not None:
                 with self.phases("image_use"):
-                    self.metrics.add(measure(self.policy, rollout))
+                    self.metrics.add(measure(self.policy, self.micro_batches.own(rollout)))
         with self.phases("reward"):
             options = {"columns": not args.remove_unused_columns, "trainer_state": self.state}
             scored = score_rollout(self.rewards, prompt_samples, rollout, self.processing_class, episodes, **options)
@@ -272,27 +288,36 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             else:
                 (rollout, scored), metrics = self._batch_sampler(sample, self._wait_for_samples)
                 self.metrics.add(metrics)
+        loss_mask = rollout.sampled_mask
+        if args.mask_truncated_completions:
+            loss_mask = loss_mask & ~rollout.truncated.unsqueeze(1)
+        num_items = self.accelerator.reduce(loss_mask.sum().float(), "mean").item()
+        experience = Experience(rollout, None, loss_mask, max(num_items, 1.0))
+        self._last_scored = scored, torch.full((len(loss_mask),), math.nan), loss_mask.any(1)
+        if self.rewards:
+            self._add_advantages(experience, scored)
+        self._record_sampling(completions)
+        if self.rewards:
+            self._add_fixed_logps(experience)
+        return experience
+
+    def _add_advantages(self, experience: Experience, scored: Scored) -> None:
+        """Compute the advantages of a rollout from the rewards of all processes."""
+        args, rollout, loss_mask = self.args, experience.rollout, experience.loss_mask
         with self.phases("wait"):
             outcomes = self.accelerator.gather(scored.scores.outcomes.to(args.device))
         result = self._advantages(outcomes, args.num_generations)
         start = args.process_index * len(scored.samples)
         advantages = result.advantages[start : start + len(scored.samples)]
-        loss_mask = rollout.sampled_mask
-        if args.mask_truncated_completions:
-            loss_mask = loss_mask & ~rollout.truncated.unsqueeze(1)
-        num_items = self.accelerator.reduce(loss_mask.sum().float(), "mean").item()
         per_token = advantages
         if self.agent is not None and (turns := Scores.cat(gather_object([scored.scores])).turns) is not None:
             of_turns = turn_advantages(turns, args.num_generations, scale=args.scale_rewards)
             of_turns = of_turns[start : start + len(scored.samples)].to(args.device)
             per_token = advantages.unsqueeze(1) + rollout.per_token(of_turns)
-        experience = Experience(rollout, per_token, loss_mask, max(num_items, 1.0))
+        experience.advantages = per_token
         if per_token.dim() == 2:  # of turns: show the mean over the tokens in the loss
             advantages = (per_token * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
         self._last_scored = scored, advantages, loss_mask.any(1)
-        self._record_sampling(completions)
-        self._add_fixed_logps(experience)
-        return experience
 
     def _sample_prompts(self, completions: SampledCompletions, indices: list[int]) -> Sampled:
         """Sample and score completions of these rows of train_dataset, and add them to ``completions``."""
@@ -318,13 +343,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
 
     def _record_sampling(self, completions: SampledCompletions) -> None:
         """Add the metrics of all completions that were sampled for a batch, on all processes."""
-        gathered = completions.gather()
-        result = self._advantages(gathered.scores.rewards, self.args.num_generations)  # with the sums of rewards of turns
+        gathered, result = completions.gather(), None
+        if self.rewards:
+            result = self._advantages(gathered.scores.rewards, self.args.num_generations)  # with the sums of rewards of turns
+            correlation = length_correlation(result, gathered.lengths, self.args.num_generations)
+            self.metrics.add({"reward_length_correlation": correlation})
         self.state.num_input_tokens_seen += int(gathered.lengths.sum() + gathered.prompt_lengths.sum())
         self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
         self.metrics.add(sampling_metrics(gathered, result, self.rewards.names))
-        correlation = length_correlation(result, gathered.lengths, self.args.num_generations)
-        self.metrics.add({"reward_length_correlation": correlation})
 
     # Log-probabilities and loss
 
@@ -388,8 +414,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             inputs: how many micro-batches of this generation batch were trained on before this one.
         """
         experience, total = self._experience, 0.0
-        number = inputs % self.args.steps_per_generation
-        splits = self.micro_batches.splits(experience.rollout, number, branches=self.args.masks_images)
+        micro_batch, branches = inputs % self.args.steps_per_generation, self.args.masks_images
+        splits = self.micro_batches.splits(experience.rollout, micro_batch, branches=branches)
         counted = [split.samples for split in splits if not split.is_padding]
         sizes, tokens = [len(samples) for samples in counted], [1]
         if len(counted) > 1:  # with one split the number of tokens does not matter, and reading it would wait for the device
@@ -405,7 +431,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
                     loss = 0.0 * loss
                 else:
                     metrics.append(split_metrics)
-                    if inputs < self.args.steps_per_generation:
+                    if old_logps is not None and inputs < self.args.steps_per_generation:
                         loss_mask = experience.loss_mask[split.samples]
                         self.mismatch.add(experience.rollout, split.samples, loss_mask, old_logps)
                 if not is_last:
@@ -420,18 +446,25 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     @phase("forward")
     def _split_loss(
         self, model: torch.nn.Module, experience: Experience, use: int, split: Split, part: Part
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """Compute the loss, the metrics and the old log-probabilities (n, C) of a split.
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Compute the loss, the metrics and the old log-probabilities (n, C) of a split; without rewards, these are None.
 
         Args:
             use: see ``inputs`` of ``compute_loss``.
             part: the weight of the split in the loss of its micro-batch.
         """
         args, rollout, samples = self.args, experience.rollout, split.samples
+        window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
+        num_items, tokens = experience.num_items * window / args.steps_per_generation, loss_mask[rollout.sampled_mask[samples]]
+        term = None
+        if self.teacher is not None:
+            with self.phases("teacher"):
+                term = self.teacher.term(rollout, split, tokens, num_items)
+        batch, masked = self.micro_batches.loss_batch(rollout, split, loss_mask)
+        if not self.rewards:
+            return *term_alone(model, batch, term, head=self.prepared.head), None
         is_on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         old_logps = None if is_on_policy else experience.old_logps[samples]
-        window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
-        batch, masked = self.micro_batches.loss_batch(rollout, split, loss_mask)
         threshold = None  # then the loss uses the quantile of this split's entropies
         if args.top_entropy_quantile < 1 and args.world_size > 1:
             threshold = partial(top_entropy_threshold, self.accelerator, args.top_entropy_quantile)
@@ -447,7 +480,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             ref_logps=None if experience.ref_logps is None else experience.ref_logps[samples],
             rollout_logps=self.mismatch.rollout_logps(rollout, samples),
             entropy_threshold=threshold,
-            num_items=experience.num_items * window / args.steps_per_generation,
+            num_items=num_items,
+            term=term,
             **part._asdict(),
         )
         if is_on_policy:
@@ -483,7 +517,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             for _ in range(num_batches - len(dataloader)):  # other ranks have more rows
                 self._wait_for_samples()
         gathered = completions.gather()
-        result = self._advantages(gathered.scores.rewards, num_generations)
+        result = self._advantages(gathered.scores.rewards, num_generations) if self.rewards else None
         metrics = sampling_metrics(gathered, result, self.rewards.names)
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(gathered.lengths) // num_generations)
@@ -521,7 +555,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             self._restore_reference(path)
             if self.is_world_process_zero():
                 print(f"resuming from {path}", flush=True)
-            self._experience = checkpoint.load_experience(path, args.process_index, self.prepared.family, args)
+            kept = {"has_rewards": bool(self.rewards), "has_teacher": self.teacher is not None}
+            self._experience = checkpoint.load_experience(path, args.process_index, self.prepared.family, args, **kept)
             if self._batch_sampler is not None:
                 self._batch_sampler.stream.restore(path)
         with name_lost_processes(self.accelerator):
