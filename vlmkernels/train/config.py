@@ -1,5 +1,6 @@
 """The configuration of GRPO training: TRL's field names, on top of ``transformers.TrainingArguments``."""
 
+import json
 import os
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -10,6 +11,8 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmkernels.data.images import ImageLimits
+from vlmkernels.data.resolution import ResolutionSchedule
+from vlmkernels.models.quantized import quantized_arguments
 from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
@@ -18,6 +21,7 @@ from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.make import engine_name
 from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sampling
 from vlmkernels.tools.options import ToolOptions
+from vlmkernels.train.optimizers import check_optimizer
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
@@ -90,6 +94,7 @@ class GRPOConfig(TrainingArguments):
     - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
       on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic and router_replay are new.
+    - image_resolution_schedule is new. activation_offloading is a field of TRL's SFTConfig.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -229,6 +234,14 @@ class GRPOConfig(TrainingArguments):
     max_image_bytes: int = _field(ImageLimits.max_bytes, "Maximum size of an image file in bytes.")
     allow_image_urls: bool = _field(False, "Allow images that are given by an http or https URL, and fetch them.")
 
+    activation_offloading: bool = _field(
+        False, "Keep the activations of forward passes in host memory until the backward pass."
+    )
+    image_resolution_schedule: list[dict[str, Any]] | str | None = _field(
+        None,
+        "Limits of image sizes by optimizer step: a JSON list of {step, min_pixels, max_pixels}; by default the processor's.",
+    )
+
     log_completions: bool = _field(False, "Store completions and a page of them at each log, and send them to report_to.")
     num_completions_to_print: int | None = _field(64, "Maximum number of completions stored at a log. None stores all.")
 
@@ -252,6 +265,8 @@ class GRPOConfig(TrainingArguments):
         if self.use_vllm:
             self._check_vllm()
         self._derive_batches()
+        self._check_memory()
+        self._check_image_resolution()
         self.loss_config()
         self.tool_options()
 
@@ -329,6 +344,25 @@ class GRPOConfig(TrainingArguments):
         if self.vllm_mode == "colocate" and self.world_size > 1:
             raise ValueError(f"vllm_mode must be 'server' on several processes, got 'colocate' on {self.world_size}")
 
+    def _check_memory(self) -> None:
+        """Check what saves memory: quantization and the optimizer."""
+        quantized_arguments(self.model_init_kwargs, self.compute_dtype)
+        check_optimizer(self)
+
+    def _check_image_resolution(self) -> None:
+        if isinstance(self.image_resolution_schedule, str):
+            try:
+                self.image_resolution_schedule = json.loads(self.image_resolution_schedule)
+            except ValueError as error:
+                raise ValueError(
+                    f"image_resolution_schedule must be a JSON list, got {self.image_resolution_schedule!r} ({error})"
+                ) from error
+        if self.resolution_schedule() is not None and self.use_vllm:
+            raise ValueError(
+                "image_resolution_schedule must be None with use_vllm, whose engines resize images by settings of their own, "
+                f"got {self.image_resolution_schedule!r}"
+            )
+
     def _derive_batches(self) -> None:
         """Derive generation_batch_size from steps_per_generation, or the reverse, and check that batches divide evenly."""
         step_size = self.per_device_train_batch_size * self.world_size
@@ -371,6 +405,11 @@ class GRPOConfig(TrainingArguments):
         """Number of micro-batches that are trained on between two generations."""
         return self.steps_per_generation * self.num_iterations
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
     def sampling(self) -> Sampling:
         """Return how completions are sampled in training. Values of ``generation_kwargs`` replace the fields' values."""
         options = {"max_new_tokens": self.max_completion_length, "temperature": self.temperature}
@@ -393,7 +432,7 @@ class GRPOConfig(TrainingArguments):
         return VLLMConfig(
             **shared,
             max_num_seqs=self.max_num_seqs,
-            autocast_dtype=torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32,
+            autocast_dtype=self.compute_dtype,
             seed=self.seed,
             num_generations=max(self.num_generations, self.num_generations_eval),
             chat_template_kwargs=self.chat_template_kwargs or {},
@@ -404,6 +443,11 @@ class GRPOConfig(TrainingArguments):
     def image_limits(self) -> ImageLimits:
         """Return the limits of images."""
         return ImageLimits(self.max_image_pixels, self.max_image_bytes, self.allow_image_urls)
+
+    def resolution_schedule(self) -> ResolutionSchedule | None:
+        """Return the sizes of images by step; None for the processor's own."""
+        given = self.image_resolution_schedule
+        return None if given is None else ResolutionSchedule.from_list(given)
 
     def tool_options(self) -> ToolOptions:
         """Return how tools are called."""

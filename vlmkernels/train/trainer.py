@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from vlmkernels.data.dataset import SampleDataset
+from vlmkernels.data.resolution import Resolution
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.models.head import completion_loss, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
@@ -50,6 +51,7 @@ from vlmkernels.train.logs import (
     EvaluatedCompletions,
     MetricBuffer,
     completion_groups,
+    image_metrics,
     sampling_metrics,
     step_metrics,
     tool_counts,
@@ -125,7 +127,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, self.engine.sampling.eos_token_id
             self.agent.prepare(processor, family, *options)
-        self.loss_config = args.loss_config()
+        self.loss_config, self.resolutions = args.loss_config(), args.resolution_schedule()
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         self.micro_batches = MicroBatches(self.prepared, args, self.accelerator)
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
@@ -184,19 +186,29 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             yield
 
     def _sample(
-        self, dataset: SampleDataset, rows: list[tuple[int, Sample]], num_generations: int, temperature: float
+        self,
+        dataset: SampleDataset,
+        rows: list[tuple[int, Sample]],
+        num_generations: int,
+        temperature: float,
+        resolution: Resolution | None,
     ) -> tuple[list[tuple[int, Sample]], Rollout, Scored]:
         """Sample completions and call the reward functions on them.
 
         Args:
             dataset, rows: pairs of an index and a sample that the dataset returned.
+            resolution: limits of image sizes, if they follow a schedule.
 
         Returns:
             The rows, in which other samples may have replaced those that cannot be encoded, the rollout and its scores.
         """
         args, prepared = self.args, self.prepared
         with self.phases("data"):
-            encode = partial(setup.encode_prompts, processor=self.processing_class, policy=prepared, args=args)
+            arguments = prepared.encoding_arguments(self.processing_class, resolution)
+            options = {"policy": prepared, "args": args, "arguments": arguments}
+            encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
+            if self.agent is not None:
+                self.agent.encoder.processor_arguments = arguments
             if self.agent is None:
                 episodes, (rows, prompts) = None, dataset.encode(rows, encode)
                 prompt_samples = [sample for _, sample in rows]
@@ -238,7 +250,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         with self.processes.stop_together(f"the completions of step {self.state.global_step}"), inference(self.policy):
             with self.phases("data"):
                 rows = self.samples.__getitems__(indices)
-            rows, rollout, scored = self._sample(self.samples, rows, args.num_generations, args.temperature)
+            resolution = None if self.resolutions is None else self.resolutions.at(self.state.global_step)
+            sampling = args.num_generations, args.temperature, resolution
+            rows, rollout, scored = self._sample(self.samples, rows, *sampling)
             if args.router_replay and rollout.routed_experts is None:
                 name = type(self.engine).__name__
                 raise ValueError(
@@ -247,6 +261,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if args.on_bad_sample == "skip":
             replaced = [sample.index != index for index, sample in rows]
             self.metrics.add({"frac_samples_replaced": sum(replaced) / len(replaced)})
+        if resolution is not None:
+            self.metrics.add(image_metrics(rollout.prompts, self.processing_class))
         self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
         with self.phases("wait"):
             rewards = self.accelerator.gather(scored.scores.rewards.to(args.device))
@@ -432,7 +448,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         num_batches = parallel.max_over_ranks(self.accelerator, len(dataloader))
         with self.processes.stop_together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
-                sampling = num_generations, self.args.eval_temperature
+                resolution = None if self.resolutions is None else self.resolutions.last  # the same at all steps
+                sampling = num_generations, self.args.eval_temperature, resolution
                 rows, rollout, scored = self._sample(dataloader.dataset, rows, *sampling)
                 # A sample that replaces an unusable row runs, so that ranks stay in lockstep, but it is not evaluated.
                 is_own = torch.tensor([sample.index == index for index, sample in rows])
