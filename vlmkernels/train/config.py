@@ -94,7 +94,7 @@ class GRPOConfig(TrainingArguments):
     - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
     - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
       on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic and router_replay are new.
-    - image_resolution_schedule is new. activation_offloading is a field of TRL's SFTConfig.
+    - freeze_vision and image_resolution_schedule are new. activation_offloading is a field of TRL's SFTConfig.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -234,6 +234,7 @@ class GRPOConfig(TrainingArguments):
     max_image_bytes: int = _field(ImageLimits.max_bytes, "Maximum size of an image file in bytes.")
     allow_image_urls: bool = _field(False, "Allow images that are given by an http or https URL, and fetch them.")
 
+    freeze_vision: bool = _field(False, "Do not train the vision tower and what connects it to the decoder.")
     activation_offloading: bool = _field(
         False, "Keep the activations of forward passes in host memory until the backward pass."
     )

@@ -26,6 +26,7 @@ from vlmkernels.models.loading import (
     base_model,
     disable_dropout,
     embedding_rows,
+    freeze_vision,
     frozen_copy,
     load_config,
     load_model,
@@ -95,6 +96,8 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
         if is_peft_model(model):
             raise ValueError("peft_config must be None for a model that has adapters (or merge_and_unload them), got both")
         model = get_peft_model(model, peft_config)
+    if args.freeze_vision:
+        freeze_vision(model)
     prepare_quantized(model)
     if args.beta != 0 and is_peft_model(model) and (peft_config is None or reference.changes_base(peft_config)):
         reference.add_adapter(model)
