@@ -1,6 +1,10 @@
 """QLoRA: models in 4 bits train, sample, save and resume like their dequantized copies, and faults are named."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,16 +17,35 @@ from vlmkernels.data.samples import encode
 from vlmkernels.models import quantized
 from vlmkernels.models.head import call_in_head, output_head
 from vlmkernels.models.loading import load_model
-from vlmkernels.models.quantized import prepare_quantized, quantized_arguments
+from vlmkernels.models.quantized import has_bitsandbytes, prepare_quantized, quantized_arguments
+from vlmkernels.plan.workload import NF4, OPTIMIZERS
 from vlmkernels.train import GRPOTrainer
 
 IN_4_BITS = {"load_in_4bit": True}
+APART = Path(sys.prefix) / "bitsandbytes"  # where make setup installs it
+
+
+def test_in_a_process_with_bitsandbytes():
+    """Run the other tests of this file where bitsandbytes can be imported."""
+    if has_bitsandbytes():
+        pytest.skip("the other tests run in this process")
+    if not APART.exists():
+        pytest.skip(f"bitsandbytes is not there: pip install --no-deps --target {APART} bitsandbytes")
+    paths = [str(APART), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "6 passed, 1 skipped" in done.stdout
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def bnb():
+    return pytest.importorskip("bitsandbytes", reason="test_in_a_process_with_bitsandbytes runs this test")
+
+
+@pytest.fixture(scope="module")
+def folder(bnb, tmp_path_factory):
     """A tiny VLM with its processor, as a folder."""
-    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes, which tests of QLoRA need")
     path = tmp_path_factory.mktemp("model")
     tiny.vlm().save_pretrained(path)
     tiny.processor().save_pretrained(path)
@@ -121,14 +144,15 @@ def test_faults_are_named(folder, tmp_path, monkeypatch):
         trainer_of(folder, tmp_path, deterministic=True)
     with pytest.raises(ValueError, match=r"language-model head, of which the loss .*llm_int8_skip_modules.*Linear4bit"):
         trainer_of(folder, tmp_path, {**IN_4_BITS, "llm_int8_skip_modules": ["visual"]})
+    with pytest.raises(ValueError, match="rollout_engine must be 'transformers' with a quantized model.*, got 'vllm_server'"):
+        trainer_of(folder, tmp_path, use_vllm=True, vllm_mode="server")
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'vlmkernels\[qlora\]'"):
         config(tmp_path, model_init_kwargs={"quantization_config": IN_4_BITS})
 
 
-def test_settings():
+def test_settings(bnb):
     """What a dict leaves out is that of QLoRA; a BitsAndBytesConfig stays as it is."""
-    pytest.importorskip("bitsandbytes")
     found = quantized_arguments({"quantization_config": IN_4_BITS, "dtype": "bfloat16"}, torch.bfloat16)
     assert found["dtype"] == "bfloat16"
     settings = found["quantization_config"]
@@ -144,3 +168,19 @@ def test_settings():
         quantized_arguments({"quantization_config": {"load_in_4bits": True}}, torch.float32)
     with pytest.raises(ValueError, match="must set load_in_4bit or load_in_8bit to true"):
         quantized_arguments({"quantization_config": {"load_in_4bit": False}}, torch.float32)
+
+
+def test_bytes_match_those_of_the_planner(bnb):
+    layer = bnb.nn.Linear4bit(1024, 512, bias=False, quant_type="nf4", compress_statistics=True)
+    layer.load_state_dict({"weight": torch.randn(512, 1024)})
+    weight = layer.to("cpu").weight
+    state = weight.quant_state
+    assert weight.dtype == torch.uint8
+    assert weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes == pytest.approx(NF4 * 512 * 1024, rel=0.001)
+    parameter = torch.nn.Parameter(torch.randn(512, 1024))
+    parameter.grad = torch.randn(512, 1024)
+    optimizer = bnb.optim.AdamW8bit([parameter])
+    optimizer.step()
+    state = optimizer.state[parameter]
+    held = sum(state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2"))
+    assert held == pytest.approx(OPTIMIZERS["adamw_8bit"] * parameter.numel(), rel=0.001)

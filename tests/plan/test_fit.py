@@ -29,23 +29,6 @@ def test_names_of_models(tmp_path):
         ModelShape.from_name("qwen2.5-vl-3b-base")
 
 
-def test_bytes_of_weights_and_moments_match_bitsandbytes():
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear4bit(1024, 512, bias=False, quant_type="nf4", compress_statistics=True)
-    layer.load_state_dict({"weight": torch.randn(512, 1024)})
-    weight = layer.to("cpu").weight
-    state = weight.quant_state
-    assert weight.dtype == torch.uint8
-    assert weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes == pytest.approx(NF4 * 512 * 1024, rel=0.001)
-    parameter = torch.nn.Parameter(torch.randn(512, 1024))
-    parameter.grad = torch.randn(512, 1024)
-    optimizer = bnb.optim.AdamW8bit([parameter])
-    optimizer.step()
-    state = optimizer.state[parameter]
-    held = sum(state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2"))
-    assert held == pytest.approx(OPTIMIZERS["adamw_8bit"] * parameter.numel(), rel=0.001)
-
-
 def test_quantizable_weights_are_those_of_linear_layers_without_the_head():
     model = tiny.vlm(tied=False)
     layers = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
