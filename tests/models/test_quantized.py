@@ -144,14 +144,14 @@ def test_faults_are_named(folder, tmp_path, monkeypatch):
         trainer_of(folder, tmp_path, deterministic=True)
     with pytest.raises(ValueError, match=r"language-model head, of which the loss .*llm_int8_skip_modules.*Linear4bit"):
         trainer_of(folder, tmp_path, {**IN_4_BITS, "llm_int8_skip_modules": ["visual"]})
-    with pytest.raises(ValueError, match="rollout_engine must be 'transformers' with a quantized model.*, got 'vllm_server'"):
+    with pytest.raises(ValueError, match=r"rollout_engine must be 'transformers' with a quantized model.*, got 'vllm_server'"):
         trainer_of(folder, tmp_path, use_vllm=True, vllm_mode="server")
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'vlmkernels\[qlora\]'"):
         config(tmp_path, model_init_kwargs={"quantization_config": IN_4_BITS})
 
 
-def test_settings(bnb):
+def test_settings(bnb, tmp_path):
     """What a dict leaves out is that of QLoRA; a BitsAndBytesConfig stays as it is."""
     found = quantized_arguments({"quantization_config": IN_4_BITS, "dtype": "bfloat16"}, torch.bfloat16)
     assert found["dtype"] == "bfloat16"
@@ -161,8 +161,11 @@ def test_settings(bnb):
     given = {**IN_4_BITS, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float16", "quant_method": "bitsandbytes"}
     settings = quantized_arguments({"quantization_config": given}, torch.bfloat16)["quantization_config"]
     assert (settings.bnb_4bit_quant_type, settings.bnb_4bit_compute_dtype) == ("fp4", torch.float16)
-    own = BitsAndBytesConfig(load_in_4bit=True)
-    assert quantized_arguments({"quantization_config": own}, torch.float32)["quantization_config"] is own
+    own = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
+    args = config(tmp_path, model_init_kwargs={"quantization_config": own})
+    found = quantized_arguments(args.model_init_kwargs, torch.bfloat16)["quantization_config"]
+    assert found.to_dict() == own.to_dict()
+    assert '"bnb_4bit_compute_dtype": "float16"' in args.to_json_string()  # as loggers store it
     assert quantized_arguments(None, torch.float32) == {}
     with pytest.raises(ValueError, match=r"keys of BitsAndBytesConfig, got 'load_in_4bits'.*load_in_4bit"):
         quantized_arguments({"quantization_config": {"load_in_4bits": True}}, torch.float32)

@@ -19,6 +19,17 @@ def has_bitsandbytes() -> bool:
     return find_spec("bitsandbytes") is not None
 
 
+_KEYS = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
+
+
+def as_values(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return ``model_init_kwargs`` with the settings of a ``BitsAndBytesConfig`` in its place, which JSON can hold."""
+    config = (model_init_kwargs or {}).get("quantization_config")
+    if not isinstance(config, BitsAndBytesConfig):
+        return model_init_kwargs
+    return {**model_init_kwargs, "quantization_config": {k: v for k, v in config.to_dict().items() if k in _KEYS}}
+
+
 def quantized_arguments(model_init_kwargs: dict[str, Any] | None, compute_dtype: torch.dtype) -> dict[str, Any]:
     """Return ``model_init_kwargs`` with a ``BitsAndBytesConfig`` in place of a dict ``quantization_config``.
 
@@ -26,7 +37,7 @@ def quantized_arguments(model_init_kwargs: dict[str, Any] | None, compute_dtype:
     of the run. ``BitsAndBytesConfig`` itself has other defaults: FP4, and products in fp32.
 
     Args:
-        model_init_kwargs: arguments of ``from_pretrained``. Other kinds of ``quantization_config`` stay as they are.
+        model_init_kwargs: arguments of ``from_pretrained``. Other kinds of ``quantization_config`` than such a dict stay.
         compute_dtype: the dtype of the run's products.
 
     Raises:
@@ -39,10 +50,9 @@ def quantized_arguments(model_init_kwargs: dict[str, Any] | None, compute_dtype:
         return kwargs
     if isinstance(config, dict) and config.get("quant_method", "bitsandbytes") == "bitsandbytes":
         given = {name: value for name, value in config.items() if name != "quant_method"}
-        known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
-        if unknown := [name for name in given if name not in known]:
+        if unknown := [name for name in given if name not in _KEYS]:
             raise ValueError(
-                f"quantization_config must have keys of BitsAndBytesConfig, got {unknown[0]!r}{did_you_mean(unknown[0], known)}"
+                f"quantization_config must have keys of BitsAndBytesConfig, got {unknown[0]!r}{did_you_mean(unknown[0], _KEYS)}"
             )
         if not given.get("load_in_4bit") and not given.get("load_in_8bit"):
             raise ValueError(f"quantization_config must set load_in_4bit or load_in_8bit to true, got {config!r}")
