@@ -7,6 +7,7 @@ from support.tiny_families import case
 from support.training import FixedGenerate, config
 
 from vlmkernels.data.resolution import Resolution, ResolutionSchedule
+from vlmkernels.rewards.builtin import build
 from vlmkernels.train import GRPOTrainer
 
 TOKEN = 28 * 28  # pixels of an image token
@@ -24,9 +25,14 @@ class Run:
 
     def __init__(self, folder, data=None, resume=None, processor=None, **options):
         self.seen: list[tuple[int, tuple[int, int]]] = []
+        self.overlaps: list[float] = []  # of a fixed box in the frame that the model sees with one in that of the dataset
+        iou = build("iou", frame="resized")
 
         def reward(completions, resized_sizes, image_sizes, trainer_state, **kwargs):
             assert all(sizes == [(56, 56)] for sizes in image_sizes)
+            texts = [[{"role": "assistant", "content": "[0, 0, 28, 28]"}]] * len(completions)
+            answers = [[0, 0, 28, 28]] * len(completions)
+            self.overlaps += iou(texts, answer=answers, image_sizes=image_sizes, resized_sizes=resized_sizes)[:1]
             self.seen += {(trainer_state.global_step, *sizes) for sizes in resized_sizes}
             return [float(len(completion)) for completion in completions]
 
@@ -42,6 +48,7 @@ class Run:
 def test_the_model_and_the_rewards_see_the_size_of_the_step(tmp_path):
     run = Run(tmp_path)
     assert run.seen == [(0, (28, 28)), (1, (28, 28)), (2, (56, 56)), (3, (56, 56))]
+    assert run.overlaps == pytest.approx([0.25, 0.25, 1, 1])
     assert [entry["image_pixels"] for entry in run.logs] == [TOKEN, TOKEN, 4 * TOKEN, 4 * TOKEN]
     grid = run.trainer._experience.rollout.prompts.inputs["image_grid_thw"]
     assert grid.tolist() == [[1, 4, 4]] * 2

@@ -135,3 +135,16 @@ def test_equals_trl_over_five_steps(tmp_path, name, how):
         assert a["grad_norm"] > 0.01
     for key, x in their_weights.items():
         torch.testing.assert_close(our_weights[key], x, rtol=1e-4, atol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_images_of_results_follow_the_resolution_of_the_step(tmp_path):
+    made = tool_model("qwen2_5_vl")
+    largest = []
+    for schedule in (None, [{"step": 0, "max_pixels": 28 * 28}]):
+        model = copy.deepcopy(made.model)
+        trainer, _ = trained(tmp_path, made, model, image_reward, image_resolution_schedule=schedule)
+        rollout = trainer._experience.rollout
+        inputs = rollout.prompts.inputs, rollout.turns.inputs.inputs
+        largest.append([int(x["image_grid_thw"].prod(1).max()) for x in inputs])
+    assert largest[1] == [4, 4]  # patches
+    assert min(largest[0]) > 4
