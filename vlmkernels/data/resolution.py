@@ -136,8 +136,10 @@ class LengthCheck:
         self._images: dict[tuple[int, int], int] = {}
 
     def __call__(self, sample: Sample, text: str) -> None:
-        """Raise SampleError if a rendered prompt is too long at some step. Not counted are tokens of videos, and those that
-        HunyuanVL adds for each row of an image."""
+        """Raise SampleError if a rendered prompt is too long at some step.
+
+        Tokens of videos are not counted, and neither are those that HunyuanVL adds for each row of an image.
+        """
         length = len(prompt_ids(sample, text, self.processor))
         length += sum(self._image_tokens(image.width, image.height) - 1 for image in sample.images)
         if length > self.max_prompt_length:
@@ -152,6 +154,6 @@ class LengthCheck:
         if (width, height) not in self._images:
             sizes = [entry.size(self.processor) for entry in self.schedule.entries]
             limits = [{"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} for size in sizes]
-            patches = max(images.get_number_of_image_patches(height, width, {**limit}) for limit in limits)
+            patches = max(images.get_number_of_image_patches(height, width, limit) for limit in limits)
             self._images[width, height] = patches // images.merge_size**2
         return self._images[width, height]

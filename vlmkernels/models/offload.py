@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-MIN_BYTES = 2**16  # smaller tensors would take longer to launch than to copy
+MIN_BYTES = 2**16  # smaller copies take longer to launch than to run
 _VIEWS = ("TBackward0", "ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0", "TransposeBackward0", "PermuteBackward0")
 
 
@@ -23,7 +23,7 @@ class _OnHost(NamedTuple):
 
 
 def is_moved(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is on a device with memory of its own and large enough to be worth a copy."""
+    """Return whether a tensor is on a device with memory of its own, and large enough to be worth a copy."""
     return tensor.device.type != "cpu" and tensor.untyped_storage().nbytes() >= MIN_BYTES
 
 
@@ -33,7 +33,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_weight(tensor: torch.Tensor) -> bool:
-    """Whether a saved tensor is a parameter that is trained, or a view of it or its copy in another dtype."""
+    """Return whether a saved tensor is a trained parameter, a view of one, or its copy in another dtype."""
     node = tensor.grad_fn
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]

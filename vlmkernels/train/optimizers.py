@@ -23,13 +23,13 @@ IN_BACKWARD = re.compile("layerwise$|lomo$")
 def check_optimizer(args: TrainingArguments) -> None:
     """Check that the optimizer's package is installed, and that no option contradicts steps within the backward pass.
 
+    Args:
+        args: a ``GRPOConfig``.
+
     Raises:
         ImportError: the package is missing.
         ValueError: an optimizer that steps within the backward pass, which leaves no gradients, is used with an option that
             needs the gradients of the whole batch.
-
-    Args:
-        args: a ``GRPOConfig``.
     """
     name = args.optim.value
     needed = next(((module, source) for pattern, module, source in PACKAGES if re.search(pattern, name)), None)

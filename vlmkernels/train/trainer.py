@@ -207,12 +207,11 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             arguments = prepared.encoding_arguments(self.processing_class, resolution)
             options = {"policy": prepared, "args": args, "arguments": arguments}
             encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
-            if self.agent is not None:
-                self.agent.encoder.processor_arguments = arguments
             if self.agent is None:
                 episodes, (rows, prompts) = None, dataset.encode(rows, encode)
                 prompt_samples = [sample for _, sample in rows]
             else:
+                self.agent.encoder.processor_arguments = arguments  # of images in results
                 # The seed is of the CPU's random state, which a checkpoint restores.
                 seed = int(torch.randint(2**31, ()))
 
@@ -444,12 +443,12 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Sample and score the rows, without a loss. The metrics are named as in training, with a prefix."""
         tools = None if self.agent is None else self.agent.tools
         num_generations, completions = self.args.num_generations_eval, EvaluatedCompletions(tools)
+        resolution = None if self.resolutions is None else self.resolutions.last  # the same at all steps
+        sampling = num_generations, self.args.eval_temperature, resolution
         self.callback_handler.eval_dataloader = dataloader
         num_batches = parallel.max_over_ranks(self.accelerator, len(dataloader))
         with self.processes.stop_together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
-                resolution = None if self.resolutions is None else self.resolutions.last  # the same at all steps
-                sampling = num_generations, self.args.eval_temperature, resolution
                 rows, rollout, scored = self._sample(dataloader.dataset, rows, *sampling)
                 # A sample that replaces an unusable row runs, so that ranks stay in lockstep, but it is not evaluated.
                 is_own = torch.tensor([sample.index == index for index, sample in rows])
