@@ -28,9 +28,10 @@ def installed(monkeypatch):
     [
         ("adamw_8bit", "bitsandbytes", "'vlmkernels[qlora]'"),
         ("paged_adamw_8bit", "bitsandbytes", "'vlmkernels[qlora]'"),
-        ("lion_32bit", "bitsandbytes", "'vlmkernels[qlora]'"),
+        ("lion_8bit", "bitsandbytes", "'vlmkernels[qlora]'"),
         ("adamw_torch_8bit", "torchao", "torchao"),
         ("galore_adamw_8bit_layerwise", "galore_torch", "galore-torch"),
+        ("apollo_adamw_layerwise", "apollo_torch", "apollo-torch"),
         ("adalomo", "lomo_optim", "lomo-optim"),
     ],
 )

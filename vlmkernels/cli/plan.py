@@ -67,8 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    machine = f"the device: {', '.join(MACHINES)} (data sheets), or a file written by --calibrate [h100; rtx-4090 for a --fit"
-    machine += " of at most 32 GB]"
+    machine = (
+        f"the device: {', '.join(MACHINES)} (data sheets), or a file written by --calibrate; by default h100, and rtx-4090"
+    )
+    machine += " with a --fit of at most 32 GB"
     fitted = (
         "find a configuration that fits into this memory, as 24GB or 16GiB; arguments with other values than the defaults stay"
     )
@@ -132,13 +134,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _describe_workload(found: Plan) -> list[str]:
     work, shape, machine, tokens = found.work, found.shape, found.machine, found.tokens
     tower = f", {_params(shape.vision_params)} of them in its vision tower" if shape.vision else ""
-    trained = (
-        f"{'Q' * (work.weights == 'nf4')}LoRA of rank {work.lora_r}"
-        if work.lora_r
-        else "all but the tower"
-        if work.frozen_vision
-        else "all parameters"
-    )
+    lora = f"{'QLoRA' if work.weights == 'nf4' else 'LoRA'} of rank {work.lora_r}"
+    trained = lora if work.lora_r else "all but the tower" if work.frozen_vision else "all parameters"
     devices = f"{work.gpus} x {machine.name}" + (f" ({work.parallel})" if work.gpus > 1 else "")
     server = f" on {work.server_gpus} other GPUs" if work.engine == "vllm_server" else ""
     unshared = Workload(**asdict(work) | {"share_prefix": False, "microbatch_tokens": None})
@@ -196,18 +193,17 @@ def limits(found: Plan) -> str:
 
 def fit_to_text(found: Fit, model: str) -> str:
     """Format the result of ``fit`` for a terminal."""
-    budget, plan_found = _gib(found.plan.machine.memory), found.plan
-    lines = []
+    budget, best, lines = _gib(found.plan.machine.memory), found.plan, []
     for name, smallest in found.smaller.items():
         item = max(smallest.memory, key=lambda item: smallest.memory[item])
         need = _gib(sum(smallest.memory.values()))
         lines.append(f"does not fit: {name} needs at least {need} ({smallest.moment}; the largest item is: {item})")
-    if not plan_found.fits:
-        need = _gib(sum(plan_found.memory.values()))
+    if not best.fits:
+        need = _gib(sum(best.memory.values()))
         lines += ["", f"Nothing fits into {budget}. The smallest configuration, {found.level.name}, needs {need}:", ""]
-        return "\n".join([*lines, to_text(plan_found)])
+        return "\n".join([*lines, to_text(best)])
     lines += [f"fits into {budget}: {found.level.name}", *(f"given up: {text}" for text in found.gives_up), ""]
-    return "\n".join([*lines, to_text(plan_found), "", command(found, model)])
+    return "\n".join([*lines, to_text(best), "", command(found, model)])
 
 
 def command(found: Fit, model: str) -> str:

@@ -32,7 +32,7 @@ class Level:
     scale: float = 1.0
 
     def allows(self, work: Workload, kept: Collection[str]) -> bool:
-        """Whether the level agrees with the fields of ``work`` that are kept."""
+        """Return whether the level agrees with the fields of ``work`` that are kept."""
         if "lora_r" in kept and (work.lora_r > 0) != (self.changes["lora_r"] > 0):
             return False
         if "weights" in kept and (work.weights == "nf4") != (self.changes["weights"] == "nf4"):
@@ -129,7 +129,9 @@ def fit(shape: ModelShape, work: Workload, machine: Machine, kept: Collection[st
     """
     levels = [level for level in LEVELS if level.allows(work, kept)]
     if shape.vision is None or not work.images:
-        levels = [level for level in levels if not level.changes.get("freeze_vision") and level.scale == 1]
+        levels = [level for level in levels if not level.changes.get("freeze_vision")]
+    if shape.vision is None or not work.images or shape.vision.side or work.image_tokens:  # the size of images changes nothing
+        levels = [level for level in levels if level.scale == 1]
     smaller: dict[str, Plan] = {}
     impossible: list[ValueError] = []
     for level in levels:
