@@ -222,6 +222,12 @@ def plans() -> list[str]:
     return lines[:-1]
 
 
+def plans_gpu() -> list[str]:
+    from bench_plan import gpu_steps
+
+    return gpu_steps()
+
+
 def suite() -> list[str]:
     content = json.loads((RESULTS / "suite.json").read_text())
     runs, first = content["runs"], content["runs"][0]
@@ -398,6 +404,7 @@ TABLES = {
     "backends": backends,
     "conformance": conformance,
     "plans": plans,
+    "plans_gpu": plans_gpu,
     "rewards": rewards,
     "tasks": tasks,
     "harnesses": harnesses,

@@ -171,3 +171,16 @@ def test_dynamic_sampling(tmp_path):
     log = trainer.state.log_history[0]
     calls = [message["role"] == "tool" for c in (*first, *second) for message in c]
     assert log["tools/call_frequency"] == pytest.approx(sum(calls) / len(first + second))
+
+
+def test_images_of_results_follow_the_resolution_of_the_step(tmp_path):
+    made = tool_model("qwen2_5_vl")
+    largest = []
+    for schedule in (None, [{"step": 0, "max_pixels": 28 * 28}]):
+        model = copy.deepcopy(made.model)
+        trainer, _ = trained(tmp_path, made, model, image_reward, image_resolution_schedule=schedule)
+        rollout = trainer._experience.rollout
+        inputs = rollout.prompts.inputs, rollout.turns.inputs.inputs
+        largest.append([int(x["image_grid_thw"].prod(1).max()) for x in inputs])
+    assert largest[1] == [4, 4]  # patches
+    assert min(largest[0]) > 4

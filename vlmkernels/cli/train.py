@@ -1,6 +1,7 @@
 """``vlmkernels train``: train a model with GRPO."""
 
 import argparse
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,7 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
         "lora_target_modules",
         nargs="+",
         default="all-linear",
-        help="names of the modules to which LoRA adapters are added",
+        help="names of the modules to which LoRA adapters are added, or one regular expression",
     )
     parser.add_argument("--help-all", action="help", help="also show every argument of transformers.TrainingArguments")
     return parser
@@ -179,6 +180,12 @@ def lora_config(args: argparse.Namespace) -> "LoraConfig | None":
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
+        target_modules=target_modules(args.lora_target_modules),
         task_type="CAUSAL_LM",
     )
+
+
+def target_modules(given: str | list[str]) -> str | list[str]:
+    """Return the value of --lora_target_modules for PEFT, which takes a list for names, and a string for what selects them."""
+    only = given[0] if isinstance(given, list) and len(given) == 1 else None
+    return only if only is not None and (only == "all-linear" or not re.fullmatch(r"[\w.]+", only)) else given

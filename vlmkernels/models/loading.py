@@ -159,6 +159,24 @@ def dropout_rates(module: torch.nn.Module) -> dict[str, float]:
     return {name: rate for name, rate in rates.items() if isinstance(rate, float) and rate > 0}
 
 
+def freeze_vision(model: torch.nn.Module) -> None:
+    """Let the parameters of the vision tower, and of what connects it to the decoder, need no gradient, with their adapters.
+
+    Args:
+        model: the model, perhaps with adapters.
+
+    Raises:
+        ValueError: the model is a text model.
+    """
+    plain = base_model(model)
+    if family_of(plain.config) is TEXT:
+        raise ValueError(f"freeze_vision must be False for a text model, got True for {type(plain).__name__}")
+    kept = {*plain.base_model.get_decoder().parameters()}
+    for parameter in plain.base_model.parameters():
+        if parameter not in kept:
+            parameter.requires_grad_(False)
+
+
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of ``model`` in evaluation mode, whose parameters need no gradient."""
     return copy.deepcopy(model).requires_grad_(False).eval()

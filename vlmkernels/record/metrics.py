@@ -151,6 +151,8 @@ METRICS = (
     LoggedMetric("images_if_unshared", THROUGHPUT,
                  "images per optimizer step if each completion had its own copy of them, in all passes",
                  is_detail=True),
+    LoggedMetric("image_pixels", THROUGHPUT,
+                 "mean of width x height of images as the model sees them, with image_resolution_schedule"),
     LoggedMetric("tokens_per_second", THROUGHPUT, "tokens_run divided by the time without evaluation and checkpoints"),
     LoggedMetric("num_tokens", THROUGHPUT,
                  "tokens of prompts and completions sampled since training began; a prompt counts once per completion"),

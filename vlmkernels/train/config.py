@@ -1,5 +1,6 @@
 """The configuration of GRPO training: TRL's field names, on top of ``transformers.TrainingArguments``."""
 
+import json
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,8 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmkernels.data.images import ImageLimits
+from vlmkernels.data.resolution import ResolutionSchedule
+from vlmkernels.models.quantized import as_values, quantized_arguments
 from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
@@ -19,6 +22,7 @@ from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.make import engine_name
 from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sampling
 from vlmkernels.tools.options import ToolOptions
+from vlmkernels.train.optimizers import check_optimizer
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
@@ -96,6 +100,7 @@ class GRPOConfig(TrainingArguments):
       the objective is that of the paper (docs/objective.md). image_use_steps is new.
     - teacher_model_init_kwargs and the distillation_* fields belong to the argument ``teacher`` of the trainer, which TRL's
       ``GRPOTrainer`` does not have; see docs/distillation.md.
+    - freeze_vision and image_resolution_schedule are new. activation_offloading is a field of TRL's SFTConfig.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -263,6 +268,15 @@ class GRPOConfig(TrainingArguments):
     max_image_bytes: int = _field(ImageLimits.max_bytes, "Maximum size of an image file in bytes.")
     allow_image_urls: bool = _field(False, "Allow images that are given by an http or https URL, and fetch them.")
 
+    freeze_vision: bool = _field(False, "Do not train the vision tower and what connects it to the decoder.")
+    activation_offloading: bool = _field(
+        False, "Keep the activations of forward passes in host memory until the backward pass."
+    )
+    image_resolution_schedule: list[dict[str, Any]] | str | None = _field(
+        None,
+        "Limits of image sizes by optimizer step: a JSON list of {step, min_pixels, max_pixels}; by default the processor's.",
+    )
+
     log_completions: bool = _field(False, "Store completions and a page of them at each log, and send them to report_to.")
     diagnose: bool = _field(False, "Check every log with the rules of `vlmkernels doctor`, and warn about what they find.")
     num_completions_to_print: int | None = _field(64, "Maximum number of completions stored at a log. None stores all.")
@@ -290,6 +304,8 @@ class GRPOConfig(TrainingArguments):
         if self.use_vllm:
             self._check_vllm()
         self._derive_batches()
+        self._check_memory()
+        self._check_image_resolution()
         self.loss_config()
         self.tool_options()
 
@@ -403,6 +419,26 @@ class GRPOConfig(TrainingArguments):
         if self.vllm_mode == "colocate" and self.world_size > 1:
             raise ValueError(f"vllm_mode must be 'server' on several processes, got 'colocate' on {self.world_size}")
 
+    def _check_memory(self) -> None:
+        """Check what saves memory: quantization and the optimizer."""
+        self.model_init_kwargs = as_values(self.model_init_kwargs)
+        quantized_arguments(self.model_init_kwargs, self.compute_dtype)
+        check_optimizer(self)
+
+    def _check_image_resolution(self) -> None:
+        if isinstance(self.image_resolution_schedule, str):
+            try:
+                self.image_resolution_schedule = json.loads(self.image_resolution_schedule)
+            except ValueError as error:
+                raise ValueError(
+                    f"image_resolution_schedule must be a JSON list, got {self.image_resolution_schedule!r} ({error})"
+                ) from error
+        if self.resolution_schedule() is not None and self.use_vllm:
+            raise ValueError(
+                "image_resolution_schedule must be None with use_vllm, whose engines resize images by settings of their own, "
+                f"got {self.image_resolution_schedule!r}"
+            )
+
     def _derive_batches(self) -> None:
         """Derive generation_batch_size from steps_per_generation, or the reverse, and check that batches divide evenly."""
         step_size = self.per_device_train_batch_size * self.world_size
@@ -455,6 +491,11 @@ class GRPOConfig(TrainingArguments):
         """Number of micro-batches that are trained on between two generations."""
         return self.steps_per_generation * self.num_iterations
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
     def sampling(self) -> Sampling:
         """Return how completions are sampled in training. Values of ``generation_kwargs`` replace the fields' values."""
         options = {"max_new_tokens": self.max_completion_length, "temperature": self.temperature}
@@ -477,7 +518,7 @@ class GRPOConfig(TrainingArguments):
         return VLLMConfig(
             **shared,
             max_num_seqs=self.max_num_seqs,
-            autocast_dtype=torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32,
+            autocast_dtype=self.compute_dtype,
             seed=self.seed,
             num_generations=max(self.num_generations, self.num_generations_eval),
             chat_template_kwargs=self.chat_template_kwargs or {},
@@ -488,6 +529,11 @@ class GRPOConfig(TrainingArguments):
     def image_limits(self) -> ImageLimits:
         """Return the limits of images."""
         return ImageLimits(self.max_image_pixels, self.max_image_bytes, self.allow_image_urls)
+
+    def resolution_schedule(self) -> ResolutionSchedule | None:
+        """Return the sizes of images by step; None for the processor's own."""
+        given = self.image_resolution_schedule
+        return None if given is None else ResolutionSchedule.from_list(given)
 
     def tool_options(self) -> ToolOptions:
         """Return how tools are called."""

@@ -1,16 +1,18 @@
 """What the trainer logs: metrics since the last log, and completions of the last generation batch."""
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlmkernels.data.samples import prompt_text, still_images
+from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.ops.group_advantages import GroupAdvantages
 from vlmkernels.record.completions import CompletionRow, Groups
 from vlmkernels.record.phases import Phases
@@ -20,7 +22,7 @@ from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.answers import text_of
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episode, episode_counts, episode_metrics
-from vlmkernels.rollout.score import Scored
+from vlmkernels.rollout.score import Scored, resized_sizes
 from vlmkernels.tools.functions import Tools
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.token_counts import NAMES, TokenCounts
@@ -115,6 +117,12 @@ def sampling_metrics(
     metrics = {} if advantages is None else reward_metrics(scores.rewards, names, advantages)
     metrics |= scores.metrics(names)
     return metrics | completion_metrics(completions.lengths, completions.truncated) | completions.of_tools
+
+
+def image_metrics(prompts: ModelInputs, processor: Any) -> dict[str, float]:
+    """Compute the mean number of pixels of the images of prompts after resizing; NaN without images."""
+    sizes = [size for of_prompt in resized_sizes(prompts, processor) for size in of_prompt or ()]
+    return {"image_pixels": statistics.fmean(width * height for width, height in sizes) if sizes else math.nan}
 
 
 def tool_counts(rollout: Rollout, trajectories: Sequence[Episode], tools: Tools) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from vlmkernels.data.dataset import RowChecks, SampleDataset, check_dataset
+from vlmkernels.data.resolution import LengthCheck, Resolution
 from vlmkernels.data.samples import Sample, SampleError, encode, read_sample, tokenizer_of
 from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.deterministic import use_deterministic
@@ -33,11 +34,14 @@ from vlmkernels.models.loading import (
     base_model,
     disable_dropout,
     embedding_rows,
+    freeze_vision,
     frozen_copy,
     load_config,
     load_model,
     load_processor,
 )
+from vlmkernels.models.offload import use_activation_offloading
+from vlmkernels.models.quantized import is_quantized, prepare_quantized, quantized_arguments
 from vlmkernels.models.router_replay import use_router_replay
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.rewards import Rewards
@@ -89,7 +93,7 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
             saved.
     """
     if isinstance(model, str):
-        model = load_model(model, args.model_init_kwargs)
+        model = load_model(model, quantized_arguments(args.model_init_kwargs, args.compute_dtype))
     else:
         number_images_per_sample(base_model(model))
     if peft_config is not None:
@@ -100,6 +104,9 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
         if is_peft_model(model):
             raise ValueError("peft_config must be None for a model that has adapters (or merge_and_unload them), got both")
         model = get_peft_model(model, peft_config)
+    if args.freeze_vision:
+        freeze_vision(model)
+    prepare_quantized(model)
     if args.beta != 0 and is_peft_model(model) and (peft_config is None or reference.changes_base(peft_config)):
         reference.add_adapter(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -264,12 +271,17 @@ def check_datasets(
     def check_columns(names: list[str], name: str) -> None:
         rewards.check_columns([] if args.remove_unused_columns else names, name)
 
+    check_length, schedule = None, args.resolution_schedule()
+    if schedule is not None:
+        schedule.check(processor)
+        if args.max_prompt_length is not None:  # otherwise, a prompt would become too long in the middle of the run
+            check_length = LengthCheck(processor, schedule, args.max_prompt_length)
     for name, dataset in datasets.items():
         if dataset is None:
             continue
         bad = unusable[name] = {}
         skipped = bad if args.on_bad_sample == "skip" else None
-        checks = RowChecks(partial(check_columns, name=name), check_row, num_embeddings, family)
+        checks = RowChecks(partial(check_columns, name=name), check_row, num_embeddings, family, check_length)
         kinds, columns[name] = check_dataset(
             dataset, name, processor, args.chat_template_kwargs, checks, bad=skipped, limits=args.image_limits()
         )
@@ -316,6 +328,13 @@ class PreparedPolicy:
     reuses_image_features: bool
     idle_media: dict[str, dict[str, torch.Tensor]] | None = None
 
+    def encoding_arguments(self, processor: Any, resolution: Resolution | None) -> dict[str, dict]:
+        """Return the arguments of a call of the processor, with the limits of image sizes if there is a schedule."""
+        if resolution is None:
+            return self.processor_arguments
+        size = {"size": resolution.size(processor)}
+        return self.processor_arguments | {"images_kwargs": self.processor_arguments.get("images_kwargs", {}) | size}
+
     @property
     def shares_prefix(self) -> bool:
         """Whether the completions of a group run after one shared copy of their prompt."""
@@ -341,6 +360,8 @@ def prepare_policy(
     """
     plain, head = base_model(model), output_head(model)
     family = family_of(plain.config)
+    if requires_lockstep(accelerator):
+        _check_unsharded(model, args)
     prepare_head(accelerator, head)
     with gathered_zero3(model):
         arguments = logit_arguments(model, head)
@@ -350,6 +371,8 @@ def prepare_policy(
         use_router_replay(plain)
     if args.deterministic:
         use_deterministic(plain)
+    if args.activation_offloading:
+        use_activation_offloading(plain)
     can_reuse = copies_reason is None and family is not TEXT and feature_reuse_unsupported(plain) is None
     reuses_features = can_reuse and not is_teacher
     use_image_features(plain)  # even if this run reuses no features, because a checkpoint's generation batch may hold some
@@ -362,6 +385,16 @@ def prepare_policy(
         raise ValueError(f"FSDP2 and ZeRO need a {name} that accepts mm_encoder_outputs (transformers >= 5.18); use DDP")
     idle_media = {kind: encode_prompts([_idle_sample(kind)], processor, policy, args).inputs for kind in sorted(kinds)}
     return replace(policy, idle_media=idle_media)
+
+
+def _check_unsharded(model: PreTrainedModel, args: GRPOConfig) -> None:
+    """Raise ValueError for what saves memory on one GPU and does not work with sharded parameters."""
+    if is_quantized(model):
+        raise ValueError("quantization_config must be None under FSDP2 and DeepSpeed: use DDP, got a quantized model")
+    if args.activation_offloading:
+        raise ValueError(
+            "activation_offloading must be False under FSDP2 and DeepSpeed, as it would also copy gathered weights, got True"
+        )
 
 
 def _choose_prefix_sharing(model: PreTrainedModel, args: GRPOConfig) -> str | None:
@@ -383,13 +416,23 @@ def _idle_sample(kind: str) -> Sample:
     return read_sample({"prompt": [{"role": "user", "content": "?"}], **media}, 0)
 
 
-def encode_prompts(samples: list[Sample], processor: Any, policy: PreparedPolicy, args: GRPOConfig) -> ModelInputs:
+def encode_prompts(
+    samples: list[Sample],
+    processor: Any,
+    policy: PreparedPolicy,
+    args: GRPOConfig,
+    arguments: dict[str, dict] | None = None,
+) -> ModelInputs:
     """Return the model inputs of the samples' prompts on the device of the run.
+
+    Args:
+        arguments: the processor's arguments; by default those of ``policy``.
 
     Raises:
         SampleError: a sample cannot be encoded, or is longer than ``max_prompt_length``.
     """
-    prompts = encode(samples, processor, policy.family, args.chat_template_kwargs, **policy.processor_arguments)
+    arguments = policy.processor_arguments if arguments is None else arguments
+    prompts = encode(samples, processor, policy.family, args.chat_template_kwargs, **arguments)
     lengths = prompts.inputs["attention_mask"].sum(1).tolist()
     for sample, length in zip(samples, lengths, strict=True):
         if args.max_prompt_length is not None and length > args.max_prompt_length:
@@ -432,6 +475,11 @@ def prepare_engine(
     Args:
         keeps_pixels: whether rollouts must have the pixels of images that tools return, for a teacher.
     """
+    if args.use_vllm and is_quantized(model):
+        raise ValueError(
+            "rollout_engine must be 'transformers' with a quantized model, whose weights vLLM engines do not load, "
+            f"got {args.rollout_engine!r}"
+        )
     engine = make_engine(
         model,
         processor,

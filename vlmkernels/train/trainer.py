@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from vlmkernels.data.dataset import SampleDataset
+from vlmkernels.data.resolution import Resolution
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.doctor.callback import DoctorCallback
 from vlmkernels.models.head import completion_loss, term_alone, top_entropy_threshold
@@ -59,6 +60,7 @@ from vlmkernels.train.logs import (
     MetricBuffer,
     SampledCompletions,
     completion_groups,
+    image_metrics,
     sampling_metrics,
     step_metrics,
 )
@@ -148,7 +150,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, eos
             self.agent.prepare(processor, family, *options)
-        self.loss_config = args.loss_config()
+        self.loss_config, self.resolutions = args.loss_config(), args.resolution_schedule()
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
         details = run_details(*data, self.datasets.columns, self.rewards, model)
         details["model"]["shares prefix"] = self.prepared.shares_prefix
@@ -219,6 +221,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         rows: list[tuple[int, Sample]],
         num_generations: int,
         temperature: float,
+        resolution: Resolution | None,
         *,
         is_training: bool = False,
     ) -> tuple[list[tuple[int, Sample]], Rollout, Scored]:
@@ -226,6 +229,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
 
         Args:
             dataset, rows: pairs of an index and a sample that the dataset returned.
+            resolution: limits of image sizes, if they follow a schedule.
             is_training: whether to mask images and to measure their use, if ``args`` say so.
 
         Returns:
@@ -233,11 +237,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """
         args, prepared = self.args, self.prepared
         with self.phases("data"):
-            encode = partial(setup.encode_prompts, processor=self.processing_class, policy=prepared, args=args)
+            arguments = prepared.encoding_arguments(self.processing_class, resolution)
+            options = {"policy": prepared, "args": args, "arguments": arguments}
+            encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
             if self.agent is None:
                 episodes, (rows, prompts) = None, dataset.encode(rows, encode)
                 prompt_samples = [sample for _, sample in rows]
             else:
+                self.agent.encoder.processor_arguments = arguments  # of images in results
                 # The seed is of the CPU's random state, which a checkpoint restores.
                 seed = int(torch.randint(2**31, ()))
 
@@ -323,7 +330,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Sample and score completions of these rows of train_dataset, and add them to ``completions``."""
         with self.phases("data"):
             rows = self.samples.__getitems__(indices)
-        sampling = self.args.num_generations, self.args.temperature
+        resolution = None if self.resolutions is None else self.resolutions.at(self.state.global_step)
+        sampling = self.args.num_generations, self.args.temperature, resolution
         rows, rollout, scored = self._sample(self.samples, rows, *sampling, is_training=True)
         if self.args.router_replay and rollout.routed_experts is None:
             name = type(self.engine).__name__
@@ -331,6 +339,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if self.args.on_bad_sample == "skip":
             for index, sample in rows:
                 self.metrics.add({"frac_samples_replaced": sample.index != index})
+        if resolution is not None:
+            self.metrics.add(image_metrics(rollout.prompts, self.processing_class))
         self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
         self.metrics.add(token_metrics(rollout.completion_ids, rollout.sampled_mask, self.unwanted_tokens))
         completions.add(rollout, scored)
@@ -504,11 +514,12 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Sample and score the rows, without a loss. The metrics are named as in training, with a prefix."""
         tools = None if self.agent is None else self.agent.tools
         num_generations, completions = self.args.num_generations_eval, SampledCompletions(tools)
+        resolution = None if self.resolutions is None else self.resolutions.last  # the same at all steps
+        sampling = num_generations, self.args.eval_temperature, resolution
         self.callback_handler.eval_dataloader = dataloader
         num_batches = parallel.max_over_ranks(self.accelerator, len(dataloader))
         with self.processes.stop_together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
-                sampling = num_generations, self.args.eval_temperature
                 rows, rollout, scored = self._sample(dataloader.dataset, rows, *sampling)
                 # A sample that replaces an unusable row runs, so that ranks stay in lockstep, but it is not evaluated.
                 is_own = torch.tensor([sample.index == index for index, sample in rows])
