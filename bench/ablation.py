@@ -109,7 +109,7 @@ def train(method: str, seed: int, settings: dict, output: Path) -> None:
     """Train one run, unless it is finished."""
     torch.set_num_threads(1)
     folder = folder_of(method, seed, output)
-    if (folder / "run.json").exists():
+    if (folder / "result.json").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -123,7 +123,7 @@ def train(method: str, seed: int, settings: dict, output: Path) -> None:
     means = {name: [e[key] for e in log if (key := f"dynamic_sampling/{name}") in e] for name in names}
     run = {"method": method, "seed": seed, "commit": commit(), "device": device_name(), "points": evaluate.points}
     run |= {name: sum(values) / len(values) for name, values in means.items() if values}
-    with finished(folder / "run.json") as partial:
+    with finished(folder / "result.json") as partial:
         partial.write_text(json.dumps(run))
 
 
@@ -159,7 +159,7 @@ def compared(ours: list[dict], theirs: list[dict], cost: str, read: Callable) ->
 
 def summarize(settings: dict, output: Path) -> None:
     """Write the results of all finished runs."""
-    paths = [folder_of(method, seed, output) / "run.json" for seed in settings["seeds"] for method in METHODS]
+    paths = [folder_of(method, seed, output) / "result.json" for seed in settings["seeds"] for method in METHODS]
     runs = [json.loads(path.read_text()) for path in paths if path.exists()]
     rows = EvaluationRows(suite.suite.ShapesAndDigits("test"), Scoring(metrics=tuple(dict.fromkeys(REPORTED.values()))))
 
