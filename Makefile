@@ -11,13 +11,14 @@ VLMKERNELS_CUDA ?= $(if $(GPU_ARCH),auto,0)
 VLMKERNELS_CUDA_ARCHS ?= $(or $(GPU_ARCH),90a)
 
 # constraints.txt pins every package. Trainers and harnesses with which tests compare are installed in .venv/peers, outside the
-# environment and without their dependencies.
+# environment and without their dependencies. So is bitsandbytes, which peft would import in every process.
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
 	VLMKERNELS_CUDA="$(VLMKERNELS_CUDA)" VLMKERNELS_CUDA_ARCHS="$(VLMKERNELS_CUDA_ARCHS)" \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python --upgrade \
 		--target .venv/peers hf-processors-rs kernels lmms-eval ms-swift verl
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/bitsandbytes bitsandbytes
 	touch $@
 
 demo: setup

@@ -6,12 +6,14 @@ and every phase of at least a tenth of the step are predicted within 25 %.
 
     python bench/bench_plan.py             # all shapes; also writes bench/results/plan-<device>.json
     python bench/bench_plan.py --scale     # the tables of docs/scale.md, by data sheets
+    python bench/bench_plan.py --gpu       # steps that bench_step.py has measured on a GPU, and their plans
     pytest bench/bench_plan.py
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -226,6 +228,35 @@ def test_plan(benchmark):
     assert not outside
 
 
+def gpu_steps() -> list[str]:
+    """A table of the training steps in bench/results/nvidia-h200.json and their plans; nothing runs.
+
+    Measured memory is above weights and optimizer states. 30 stands for the text tokens of the prompt.
+    """
+    from vlmkernels.plan import MACHINES, ModelShape, Workload, plan
+
+    cases = json.loads((harness.RESULTS / "nvidia-h200.json").read_text())["cases"]
+    parts = {"forward and loss": "forward", "backward": "backward", "optimizer": "optimizer"}
+    lines = [f"| planned / measured | {' | '.join(parts)} | memory above weights and optimizer |", "| --- |" + " ---: |" * 4]
+    for title, case in cases.items():
+        name = re.match(r"training step (\S+),", title)
+        if name is None:
+            continue
+        sizes, measured = step_models.MODELS[name[1]], case["rows"][0]["detail"]
+        work = sizes["work"]
+        shape = ModelShape.from_config(step_models._config(sizes["text"], sizes["vision"]))
+        found = plan(shape, Workload(
+            prompts=1, group_size=work["generations"], prompt_tokens=30, completion_tokens=work["tokens"], width=work["side"],
+            height=work["side"], weights="bf16", checkpointing="checkpointing" in title,
+        ), MACHINES["h200"])  # fmt: skip
+        pairs = [(1e3 * found.phase(part).seconds, measured["ms"][key], "ms") for part, key in parts.items()]
+        above = sum(size for item, size in found.memory.items() if item not in ("weights", "optimizer", "reserve"))
+        pairs.append((above / 2**20, measured["peak_mib"], "MiB"))
+        cells = [f"{planned:.0f} / {real:.0f} {unit} ({planned / real:.2f})" for planned, real, unit in pairs]
+        lines.append(f"| {title.removeprefix('training step ')} | {' | '.join(cells)} |")
+    return lines
+
+
 def scale() -> None:
     """Print plans for 1 to 512 GPUs with eight prompts each, sampled on the same GPUs or by a server on a quarter as many."""
     from vlmkernels.plan import MACHINES, MODELS, ModelShape, Workload, plan
@@ -261,9 +292,12 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--verbose", action="store_true")
     parser.add_argument("--scale", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     arguments = parser.parse_args()
     if arguments.scale:
         scale()
+    elif arguments.gpu:
+        print(*gpu_steps(), sep="\n")
     elif arguments.shape:
         result = measure(**SHAPES[arguments.shape])
         print(json.dumps(result))

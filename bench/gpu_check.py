@@ -35,7 +35,8 @@ BUDGETS = {"correct": 240, "fast": 450, "why": 120, "system": 460}  # 21 minutes
 
 # Test files of tests/ in the order in which they start; "*" stands for all others.
 TESTS = (
-    *(f"ops/test_{name}" for name in ("gather_logps", "gather_logps_cuda", "linear_logps", "linear_grpo_loss", "grpo_loss")),
+    *(f"ops/test_{name}" for name in ("gather_logps", "gather_logps_cuda", "linear_logps", "linear_grpo_loss", "linear_kl")),
+    "ops/test_grpo_loss",
     *(f"ops/test_{name}" for name in ("decode_attention", "sample_logps", "linear_sample_logps", "linear_logps_fused")),
     *(f"ops/test_{name}" for name in ("group_advantages", "rotary", "pack_patches")),
     "*",
@@ -56,6 +57,7 @@ BENCHES = {
         ("bench_vision.py", "rotary or mrope or merge or varlen", 75, 2),
         ("bench_linear.py", "test_linear and not 8b", 90, 2),
         ("bench_linear.py", "stream", 30, 2),
+        ("bench_linear_kl.py", "8b", 60, 2),
     ],
     "system": [
         ("bench_tree_attention.py", "", 90, 2),
@@ -79,7 +81,16 @@ PROFILES = [
 # compute-sanitizer: its tools for the CUDA kernels (tests/sanitizer), and the cases of kernel_cases.py whose Triton kernels run
 # under memcheck.
 TOOLS = ("memcheck", "racecheck", "initcheck")
-SANITIZED = ("misaligned_rows", "linear_rows", "linear_grpo", "grpo_loss", "group_advantages", "rotary", "pack_patches")
+SANITIZED = (
+    "misaligned_rows",
+    "linear_rows",
+    "linear_grpo",
+    "linear_kl",
+    "grpo_loss",
+    "group_advantages",
+    "rotary",
+    "pack_patches",
+)
 SANITIZED += ("decode_attention", "sample")
 
 

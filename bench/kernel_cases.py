@@ -101,6 +101,21 @@ def linear_grpo(backend: str, large: bool) -> list[torch.Tensor]:
 
 
 @case
+def linear_kl(backend: str, large: bool) -> list[torch.Tensor]:
+    """linear_kl in one sweep, with all kinds of divergence: the 16-bit gradient overwrites the student's fp32 logits."""
+    num, vocab, widths = (2048, 151936, (1024, 2048)) if large else (21, 1003, (33, 16))
+    hidden, teacher_hidden = (randn(num, width, dtype=torch.bfloat16) for width in widths)
+    weight, teacher_weight = ((randn(vocab, width) / width**0.5).bfloat16() for width in widths)
+    operands = hidden.requires_grad_(), weight.requires_grad_()
+    results = []
+    for beta in (0.0, 0.3, 1.0):
+        options = {"beta": beta, "token_weights": randn(num), "backend": backend}
+        total = vk.linear_kl(*operands, teacher_hidden, teacher_weight, **options)
+        results += [total.detach(), *torch.autograd.grad(total, operands)]
+    return results
+
+
+@case
 def grpo_loss(backend: str, large: bool) -> list[torch.Tensor]:
     """Padded and packed batches, importance ratios of tokens and of sequences."""
     B, T = (64, 512) if large else (3, 70)

@@ -222,6 +222,12 @@ def plans() -> list[str]:
     return lines[:-1]
 
 
+def plans_gpu() -> list[str]:
+    from bench_plan import gpu_steps
+
+    return gpu_steps()
+
+
 def suite() -> list[str]:
     content = json.loads((RESULTS / "suite.json").read_text())
     runs, first = content["runs"], content["runs"][0]
@@ -237,6 +243,59 @@ def suite() -> list[str]:
     how = "by `vlmkernels demo --suite --seed N` (`python bench/suite_seeds.py` for several)"
     where = f"Version {first['version']}, on {content['device']}, {how}, commit {content['commit']}"
     return [*lines, "", f"{where}; {first['steps']} steps of GRPO; supervised start and GRPO: {times}."]
+
+
+def ablation() -> list[str]:
+    path = RESULTS / "ablation.json"
+    if not path.exists():
+        return ["Not measured yet."]
+    content = json.loads(path.read_text())
+    costs = {"step": "optimizer steps", "completions": "completions", "seconds": "CPU seconds"}
+    names = " | ".join(f"at equal {name}" for name in costs.values())
+    lines = [f"| method | test split | metric | start | GRPO | {names} |", "| --- | --- | --- | ---: | ---: |" + " ---: |" * 3]
+    verdicts = []
+    for comparison in content["comparisons"]:
+        method, at_equal = comparison["method"], comparison["at_equal"]
+        for group, metric in content["reported"].items():
+            cells = [_compared(at_equal[cost], group) for cost in costs]
+            values = f"{content['start'][group]:.1%} | {at_equal['step']['metrics'][group]['base']:.1%}"
+            name = "color" if group == "colour" else group  # the category has the word of its questions
+            lines.append(f"| {method} | {name} | `{metric}` | {values} | {' | '.join(cells)} |")
+        verdicts.append(_verdicts(comparison, content["runs"], costs))
+    settings = content["settings"]
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in content["runs"]})))
+    first, second = settings["start_steps"]
+    every, where = settings["evaluate_every"], f"{content['suite']} version {content['version']}, on {content['device']}"
+    note = [
+        "Cells show the method's value and, with a 95 % interval over questions and seeds, its paired difference from GRPO in",
+        f"points. {settings['steps']} steps after a supervised start of {first} + {second} steps, seeds {seeds}, evaluated",
+        f"every {every} steps; {where}, commit {content['commit']}.",
+    ]
+    return [*lines, "", *verdicts, "", " ".join(note)]
+
+
+def _compared(found: dict | None, group: str) -> str:
+    if found is None:
+        return "no evaluation"
+    row = found["metrics"][group]
+    return f"{row['ours']:.1%} ({100 * row['value']:+.1f}: {100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
+
+
+def _verdicts(comparison: dict, runs: list[dict], costs: dict[str, str]) -> str:
+    """Say whether the accuracy of a method over all questions differs from that of GRPO, and what a step costs."""
+    words = []
+    for cost, name in costs.items():
+        if (found := comparison["at_equal"][cost]) is not None:
+            row = found["metrics"]["all"]
+            word = "better" if row["low"] > 0 else "worse" if row["high"] < 0 else "no significant difference"
+            words.append(f"{word} at equal {name}")
+    last = {
+        name: [run["points"][-1] for run in runs if run["method"] == comparison[name] and run["seed"] in comparison["seeds"]]
+        for name in ("method", "base")
+    }
+    ratio = [sum(p[c] for p in last["method"]) / sum(p[c] for p in last["base"]) for c in ("completions", "seconds")]
+    cost = f"a step samples {ratio[0]:.2f} times as many completions and takes {ratio[1]:.2f} times as many CPU seconds"
+    return f"- **{comparison['method']}**, all questions, {len(comparison['seeds'])} seeds: {', '.join(words)}; {cost}."
 
 
 def families() -> list[str]:
@@ -345,12 +404,14 @@ TABLES = {
     "backends": backends,
     "conformance": conformance,
     "plans": plans,
+    "plans_gpu": plans_gpu,
     "rewards": rewards,
     "tasks": tasks,
     "harnesses": harnesses,
     "metrics": metrics,
     "speed": speed,
     "suite": suite,
+    "ablation": ablation,
 }
 
 

@@ -60,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
     def_struct<GroupAdvantages>(m);
     def_struct<GrpoVariant>(m);
     def_struct<GrpoLoss>(m);
+    def_struct<LinearKlSide>(m);
+    def_struct<LinearKl>(m);
     def_struct<LinearLogps>(m);
     def_struct<PackPatches>(m);
     def_struct<RotaryHeads>(m);

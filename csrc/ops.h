@@ -9,6 +9,7 @@
 #include "common/gather_logps.h"
 #include "common/group_advantages.h"
 #include "common/grpo_loss.h"
+#include "common/linear_kl.h"
 #include "common/linear_logps.h"
 #include "common/pack_patches.h"
 #include "common/rotary.h"
@@ -20,6 +21,7 @@
     OP(gather_logps_bwd, GatherLogps)     \
     OP(group_advantages, GroupAdvantages) \
     OP(grpo_loss, GrpoLoss)               \
+    OP(linear_kl, LinearKl)               \
     OP(linear_logps, LinearLogps)         \
     OP(pack_patches, PackPatches)         \
     OP(rotary, Rotary)                    \

@@ -9,10 +9,10 @@ cd "$(dirname "$0")/.."
 # name | python | what is installed. "oldest" has the lower bounds of pyproject.toml; numpy is what its Triton's interpreter
 # supports. TRL and transformers >= 5.21 do not support Python 3.10, and SmolVLM does not work in 5.18 to 5.20 (docs/versions.md).
 versions='
-oldest     python3.11 .[test,trl,liger] torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate==1.14.0 peft==0.18.0 datasets==4.7.0 trl==1.16.0 numpy==2.3.5
-newest     python3.13 .[test,trl,liger] --constraint constraints.txt
-python3.12 python3.12 .[test,trl,liger] --constraint constraints.txt
-python3.10 python3.10 .[test,liger] transformers==5.17.0
+oldest     python3.11 .[test,trl,liger,qlora] torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate==1.14.0 peft==0.18.0 datasets==4.7.0 trl==1.16.0 numpy==2.3.5
+newest     python3.13 .[test,trl,liger,qlora] --constraint constraints.txt
+python3.12 python3.12 .[test,trl,liger,qlora] --constraint constraints.txt
+python3.10 python3.10 .[test,liger,qlora] transformers==5.17.0
 '
 # These take minutes, or do not depend on the versions.
 slow='simt sanitizer demo bench examples train/faults train/distributed ops/test_cuda_compile.py ops/test_triton_compile.py'

@@ -8,6 +8,7 @@ from vlmkernels.ops.gather_logps import gather_logps
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.grpo_loss import GRPOLossConfig, GRPOLossOutput, grpo_loss
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
+from vlmkernels.ops.linear_kl import linear_kl
 from vlmkernels.ops.linear_logps import VocabParallel, linear_logps
 from vlmkernels.ops.linear_sample_logps import linear_sample_logps
 from vlmkernels.ops.merge_image_features import merge_image_features, placeholder_positions
@@ -40,6 +41,7 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "linear_grpo_loss",
+    "linear_kl",
     "linear_logps",
     "linear_sample_logps",
     "merge_image_features",

@@ -22,6 +22,7 @@ struct GrpoVariant {
     VLMK_FIELD(bool, rollout_mean);       // from the mean of the log-ratios instead of their sum
     VLMK_FIELD(bool, rollout_mask);       // a ratio outside of the bounds gives weight 0 instead of the bound
     VLMK_FIELD(bool, off_policy_mask);
+    VLMK_FIELD(bool, perception);  // with the terms of PAPO
 
     VLMK_FIELD(float, epsilon_low);
     VLMK_FIELD(float, epsilon_high);
@@ -33,33 +34,43 @@ struct GrpoVariant {
     VLMK_FIELD(float, vespo_k_neg);
     VLMK_FIELD(float, vespo_lambda_neg);
     VLMK_FIELD(float, beta);
+    VLMK_FIELD(float, perception_loss_weight);
+    VLMK_FIELD(float, der_loss_weight1);
+    VLMK_FIELD(float, der_loss_weight2);
     VLMK_FIELD(float, rollout_log_min);
     VLMK_FIELD(float, rollout_log_max);
     VLMK_FIELD(float, off_policy_threshold);
 };
 
-// Partial results of a sequence: sums over its tokens, then minima and maxima from ratio_min on.
+// Partial results of a sequence: sums over its tokens, then minima and maxima from ratio_min on. The columns masked_* are used
+// with perception.
 VLMK_INDEX(GrpoColumn,
-           loss,          // sum of share * value
-           tokens,        // number of tokens in the loss
-           units,         // divisor of low and high: number of tokens, or 1 for statistics of the sequence
-           low,           //
-           high,          //
-           kl,            //
-           entropy,       //
-           kept,          // number of tokens at or above the entropy threshold
-           kept_entropy,  // their entropy
-           ratio,         //
-           rollout,       //
-           effective,     // number of tokens whose policy term is not 0
-           ratio_min,     //
-           ratio_max,     //
-           low_min,       // low / units
-           high_max)      // high / units
+           loss,            // sum of share * value
+           tokens,          // number of tokens in the loss
+           units,           // divisor of low and high: number of tokens, or 1 for statistics of the sequence
+           low,             //
+           high,            //
+           kl,              //
+           entropy,         //
+           kept,            // number of tokens at or above the entropy threshold
+           kept_entropy,    // their entropy
+           ratio,           //
+           rollout,         //
+           effective,       // number of tokens whose policy term is not 0
+           masked_kl,       //
+           masked_entropy,  //
+           masked_clipped,  // number of tokens whose perception KL has reached its bound
+           masked_tokens,   // number of tokens that have masked images
+           ratio_min,       //
+           ratio_max,       //
+           low_min,         // low / units
+           high_max)        // high / units
 
-// The results of the batch in GrpoLoss::stats. vlmkernels/ops/grpo_loss has the same names in its STATS.
+// The results of the batch in GrpoLoss::stats. vlmkernels/ops/grpo_loss has the same names in its STATS. The last four are
+// written with perception.
 VLMK_INDEX(GrpoStat, policy_scale, entropy_scale, policy_loss, kl, entropy, low_mean, low_min, high_mean, high_max, ratio_mean,
-           ratio_min, ratio_max, tokens, effective_tokens, rollout_mean, region_mean)
+           ratio_min, ratio_max, tokens, effective_tokens, rollout_mean, region_mean, masked_kl, masked_entropy, masked_clipped,
+           masked_tokens)
 
 struct GrpoLoss {
     VLMK_STRUCT(GrpoLoss);
@@ -73,6 +84,7 @@ struct GrpoLoss {
     VLMK_FIELD(const float*, old_logp);
     VLMK_FIELD(const float*, ref_logp);
     VLMK_FIELD(const float*, rollout_logp);  // NaN: the engine returned none for this token
+    VLMK_FIELD(const float*, masked_logp);   // NaN: the token has no masked images
     VLMK_FIELD(const float*, entropy);
     VLMK_FIELD(const float*, advantages);
     VLMK_FIELD(const bool*, loss_mask);
@@ -80,6 +92,7 @@ struct GrpoLoss {
     VLMK_FIELD(int64_t, old_logp_stride);
     VLMK_FIELD(int64_t, ref_logp_stride);
     VLMK_FIELD(int64_t, rollout_logp_stride);
+    VLMK_FIELD(int64_t, masked_logp_stride);
     VLMK_FIELD(int64_t, entropy_stride);
     VLMK_FIELD(int64_t, advantages_stride);
     VLMK_FIELD(int64_t, loss_mask_stride);
@@ -95,6 +108,7 @@ struct GrpoLoss {
     VLMK_FIELD(float*, partial);   // CUDA: (S, GrpoColumn::count) workspace
     VLMK_FIELD(float*, dlogp);     // (S, T) or (N,), contiguous, not yet multiplied by policy_scale
     VLMK_FIELD(float*, dentropy);  // like dlogp, not yet multiplied by entropy_scale; null: not computed
+    VLMK_FIELD(float*, dmasked);   // like dlogp; null without perception
     VLMK_FIELD(float*, loss);      // ()
     VLMK_FIELD(float*, stats);     // (GrpoStat::count,)
 };

@@ -45,6 +45,7 @@ struct LinearLogps {
     VLMK_FIELD(const float*, old_logp);  // (n,) or null, as in grpo_loss.h
     VLMK_FIELD(const float*, ref_logp);
     VLMK_FIELD(const float*, rollout_logp);
+    VLMK_FIELD(const float*, masked_logp);
     VLMK_FIELD(const float*, advantages);
     VLMK_FIELD(const float*, share);   // (n,): weight of the token
     VLMK_FIELD(float, entropy_scale);  // dentropy of every token

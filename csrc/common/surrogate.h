@@ -15,6 +15,7 @@ namespace vlmk::VLMK_NS {
 
 constexpr float kMaxLogRatio = 20.0f;
 constexpr float kMinLogp = -1e4f;
+constexpr float kMaxPerceptionKl = 10.0f;
 constexpr float kVespoMinLogWeight = -18.420680743952367f;  // log 1e-8
 
 template <class F>
@@ -131,6 +132,31 @@ VLMK_HD KlTerm<F> kl_term(KlEstimator kl, F x) {
     return kl == KlEstimator::k1 ? K1::term(x) : kl == KlEstimator::k2 ? K2::term(x) : K3::term(x);
 }
 
+// ---- PAPO: -gamma min(k3, 10) - eta1 logp - eta2 masked, where k3 is of x = masked - logp; 0 if masked is NaN ----
+
+template <class F>
+struct PerceptionTerm {
+    F loss, dlogp, dmasked;
+    F kl, entropy, clipped, seen;
+};
+
+template <class F, class M>
+VLMK_HD PerceptionTerm<F> perception_term(M loss_mask, F logp, F masked, const GrpoVariant& v) {
+    auto seen = loss_mask & (masked == masked);
+    KlTerm<F> k3 = K3::term(bounded(masked - logp));
+    auto clipped = seen & (k3.kl > kMaxPerceptionKl);
+    F kl = at_most(k3.kl, kMaxPerceptionKl), dkl = v.perception_loss_weight * (clipped ? F{} : k3.dlogp);
+    F loss = -v.perception_loss_weight * kl - v.der_loss_weight1 * logp - v.der_loss_weight2 * masked;
+    auto where_seen = [&](F x) { return seen ? x : F{}; };
+    return {where_seen(loss),
+            where_seen(-dkl - v.der_loss_weight1),
+            where_seen(dkl - v.der_loss_weight2),
+            where_seen(kl),
+            where_seen(-masked),
+            one_where<F>(clipped),
+            one_where<F>(seen)};
+}
+
 // Calls f with the struct of the surrogate.
 template <class Function>
 void with_surrogate(const GrpoVariant& v, Function f) {
@@ -148,12 +174,12 @@ void with_surrogate(const GrpoVariant& v, Function f) {
 
 // ---- a token ----
 
-// The inputs of a token. Where a tensor is not given, old_logp and ref_logp equal logp, rollout_logp equals old_logp, and
-// entropy is 0.
+// The inputs of a token. Where a tensor is not given, old_logp, ref_logp and masked_logp equal logp, rollout_logp equals
+// old_logp, and entropy is 0.
 template <class F, class M>
 struct Token {
     M loss_mask;
-    F logp, old_logp, ref_logp, rollout_logp, entropy, adv;
+    F logp, old_logp, ref_logp, rollout_logp, masked_logp, entropy, adv;
 
     VLMK_HD F log_ratio() const { return logp - old_logp; }
     // Without a log-probability from the engine (NaN), the token counts as sampled from the policy before this step.
@@ -233,14 +259,16 @@ struct TokenTerms {
     F value, direct, through_ratio;
     F low, high, kl, ratio;
     F kept, rollout, effective;  // all three equal the loss mask if the variant is plain
+    PerceptionTerm<F> perception{};
 };
 
 // Whether tokens do not depend on each other and have no weights of their own: the common case, with a fast path.
 VLMK_HD bool is_plain(const GrpoVariant& v, const float* entropy_threshold) {
-    return !v.sequence_level && !v.rollout && !v.off_policy_mask && entropy_threshold == nullptr;
+    return !v.sequence_level && !v.rollout && !v.off_policy_mask && !v.perception && entropy_threshold == nullptr;
 }
 
-template <class Surrogate, bool kPlain, class F, class M>
+// kPerception: the variant may have the terms of PAPO.
+template <class Surrogate, bool kPlain, bool kPerception, class F, class M>
 VLMK_HD TokenTerms<F> token_terms(const Token<F, M>& t, const Sequence& q, float entropy_threshold, const GrpoVariant& v) {
     TokenTerms<F> r;
     F valid = one_where<F>(t.loss_mask);
@@ -277,6 +305,11 @@ VLMK_HD TokenTerms<F> token_terms(const Token<F, M>& t, const Sequence& q, float
         r.value += v.beta * r.kl;
     }
     (Surrogate::kThroughRatio ? r.through_ratio : r.direct) += weight * term.dlogp;
+    if (kPerception && v.perception) {
+        r.perception = perception_term(t.loss_mask, t.logp, t.masked_logp, v);
+        r.value += r.perception.loss;
+        r.direct += r.perception.dlogp;
+    }
     return r;
 }
 
@@ -310,6 +343,12 @@ VLMK_HD void finish(const GrpoLoss& p, const float (&total)[GrpoColumn::count], 
     stats[GrpoStat::effective_tokens] = total[GrpoColumn::effective];
     stats[GrpoStat::rollout_mean] = ratio_of(total[GrpoColumn::rollout], tokens);
     stats[GrpoStat::region_mean] = low_mean + high_mean;  // a token is clipped at one bound at most
+    if (p.dmasked == nullptr) return;
+    float seen = total[GrpoColumn::masked_tokens];
+    stats[GrpoStat::masked_kl] = ratio_of(total[GrpoColumn::masked_kl], seen);
+    stats[GrpoStat::masked_entropy] = ratio_of(total[GrpoColumn::masked_entropy], seen);
+    stats[GrpoStat::masked_clipped] = ratio_of(total[GrpoColumn::masked_clipped], seen);
+    stats[GrpoStat::masked_tokens] = seen;
 }
 
 }  // namespace vlmk::VLMK_NS

@@ -20,8 +20,9 @@ VLMK_HD TokenGradient token_gradient_of(const LinearLogps& p, int64_t k, float l
     t.old_logp = read(p.old_logp, t.logp);
     t.ref_logp = read(p.ref_logp, t.logp);
     t.rollout_logp = read(p.rollout_logp, t.old_logp);
+    t.masked_logp = read(p.masked_logp, t.logp);
     t.adv = p.advantages[k];
-    TokenTerms<float> terms = token_terms<Surrogate, false>(t, Sequence{}, -kMaxLogRatio, p.variant);
+    TokenTerms<float> terms = token_terms<Surrogate, false, true>(t, Sequence{}, -kMaxLogRatio, p.variant);
     return {(terms.direct + terms.through_ratio) * p.share[k], p.entropy_scale};
 }
 

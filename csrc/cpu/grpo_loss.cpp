@@ -14,7 +14,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // The tensors of a sequence.
 struct Rows {
     int64_t begin, size;  // its tokens in dlogp and dentropy
-    const float *logp, *old_logp, *ref_logp, *rollout_logp, *entropy, *advantages;
+    const float *logp, *old_logp, *ref_logp, *rollout_logp, *masked_logp, *entropy, *advantages;
     const bool* loss_mask;
     float advantage;  // if there is one per sequence
 };
@@ -31,6 +31,7 @@ Rows rows_of(const GrpoLoss& p, int64_t s) {
            row(p.old_logp, p.old_logp_stride),
            row(p.ref_logp, p.ref_logp_stride),
            row(p.rollout_logp, p.rollout_logp_stride),
+           row(p.masked_logp, p.masked_logp_stride),
            row(p.entropy, p.entropy_stride),
            nullptr,
            row(p.loss_mask, p.loss_mask_stride),
@@ -89,6 +90,7 @@ __attribute__((always_inline)) inline Token<f32, i32> load_token(const Rows& r, 
     t.old_logp = r.old_logp == nullptr ? t.logp : read_logp(r.old_logp);
     t.ref_logp = r.ref_logp == nullptr ? t.logp : read_logp(r.ref_logp);
     t.rollout_logp = r.rollout_logp == nullptr ? t.old_logp : read_logp(r.rollout_logp);
+    t.masked_logp = r.masked_logp == nullptr ? t.logp : read_logp(r.masked_logp);
     t.entropy = r.entropy == nullptr ? f32{} : read(r.entropy);
     t.adv = r.advantages == nullptr ? (t.loss_mask ? splat(r.advantage) : f32{}) : read(r.advantages);
     return t;
@@ -138,7 +140,7 @@ SequenceSums<float> sums_of(const Rows& r, const GrpoVariant& v) {
     return total;
 }
 
-template <class Surrogate, bool kPlain>
+template <class Surrogate, bool kPlain, bool kPerception>
 void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
     const GrpoVariant& v = p.variant;
     Rows r = rows_of(p, s);
@@ -149,16 +151,18 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
     double through_ratio = 0;
     for (int64_t start = 0; start < r.size; start += kBlock) {
         f32 value{}, low{}, high{}, kl{}, entropy{}, kept{}, kept_entropy{}, ratio{}, rollout{}, effective{}, through{};
+        f32 masked_kl{}, masked_entropy{}, masked_clipped{}, masked_tokens{};
         each(start, std::min(start + kBlock, r.size), [&](int64_t i, auto whole) {
             constexpr bool kWhole = decltype(whole)::value;
             auto write = [&](float* out, f32 x) { kWhole ? store(out + i, x) : store_tail(out + i, r.size - i, x); };
             if (r.loss_mask != nullptr && none(load_bytes<kWhole>(r.loss_mask + i, r.size - i))) {  // no token is in the loss
                 write(dlogp, f32{});
                 if (p.dentropy != nullptr) write(p.dentropy + r.begin, f32{});
+                if constexpr (kPerception) write(p.dmasked + r.begin, f32{});
                 return;
             }
             Token<f32, i32> t = load_token<kWhole>(r, i);
-            TokenTerms<f32> terms = token_terms<Surrogate, kPlain>(t, q, threshold, v);
+            TokenTerms<f32> terms = token_terms<Surrogate, kPlain, kPerception>(t, q, threshold, v);
             f32 gradient = terms.direct;
             if (!kPlain && v.sequence_level) {
                 through += terms.through_ratio;
@@ -179,6 +183,13 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
                 rollout += terms.rollout;
                 effective += terms.effective;
             }
+            if constexpr (kPerception) {
+                write(p.dmasked + r.begin, terms.perception.dmasked * q.share);
+                masked_kl += terms.perception.kl;
+                masked_entropy += terms.perception.entropy;
+                masked_clipped += terms.perception.clipped;
+                masked_tokens += terms.perception.seen;
+            }
             f32 at_valid = t.loss_mask ? terms.ratio : splat(kInfinity);
             least = at_valid < least ? at_valid : least;
             greatest = max(terms.ratio, greatest);
@@ -195,6 +206,12 @@ void run_sequence(const GrpoLoss& p, int64_t s, double* column) {
             column[GrpoColumn::kept_entropy] += hsum(kept_entropy);
             column[GrpoColumn::rollout] += hsum(rollout);
             column[GrpoColumn::effective] += hsum(effective);
+        }
+        if constexpr (kPerception) {
+            column[GrpoColumn::masked_kl] += hsum(masked_kl);
+            column[GrpoColumn::masked_entropy] += hsum(masked_entropy);
+            column[GrpoColumn::masked_clipped] += hsum(masked_clipped);
+            column[GrpoColumn::masked_tokens] += hsum(masked_tokens);
         }
     }
     column[GrpoColumn::tokens] = column[GrpoColumn::units] = q.tokens;
@@ -230,7 +247,10 @@ void grpo_loss(const GrpoLoss& p, int threads) {
     bool plain = is_plain(p.variant, p.entropy_threshold);
     threads = static_cast<int>(std::clamp<int64_t>(p.num_tokens / kPerThread, 1, threads));
     with_surrogate(p.variant, [&](auto surrogate) {
-        auto run = plain ? run_sequence<decltype(surrogate), true> : run_sequence<decltype(surrogate), false>;
+        using Surrogate = decltype(surrogate);
+        auto run = plain                  ? run_sequence<Surrogate, true, false>
+                   : p.variant.perception ? run_sequence<Surrogate, false, true>
+                                          : run_sequence<Surrogate, false, false>;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
         for (int64_t s = 0; s < p.num_sequences; ++s) run(p, s, &columns[s * GrpoColumn::count]);
     });

@@ -1,41 +1,10 @@
 // The rows of linear_logps and linear_grpo_loss on the CPU. A row is read from memory once; the second read is mostly from the
 // L2 cache. Formulas: common/linear_logps.h.
 #include "grpo.h"
-#include "softmax.h"
+#include "softcap.h"
 
 namespace vlmk::VLMK_ISA {
 namespace {
-
-// tanh within a few ulp. Near 0 it uses the series, because 1 - 2 / (e^(2x) + 1) would cancel.
-f32 tanh(f32 x) {
-    f32 square = x * x;
-    f32 series = x + x * square * (-1 / 3.0f + square * (2 / 15.0f + square * (-17 / 315.0f + square * (62 / 2835.0f))));
-    return square < 0.0625f ? series : 1.0f - 2.0f / (exp(2.0f * x) + 1.0f);
-}
-
-// A row of u, and du/dx. Without a softcap, u = x and the factor logit_scale is part of `inverse`.
-template <class T>
-struct Uncapped : PlainRow<T> {
-    Uncapped(const LinearLogps&, const T* x) : PlainRow<T>{x} {}
-    f32 cap(f32 x) const { return x; }
-    f32 slope(f32) const { return splat(1.0f); }
-};
-
-template <class T>
-struct Capped {
-    float softcap, logit_scale;
-    const T* x;
-
-    Capped(const LinearLogps& p, const T* x) : softcap(p.softcap), logit_scale(p.logit_scale), x(x) {}
-    f32 cap(f32 value) const { return softcap * tanh(value * (logit_scale / softcap)); }
-    f32 slope(f32 u) const { return logit_scale * (1.0f - u / softcap * (u / softcap)); }
-    f32 operator()(int64_t v) const { return cap(load(x + v)); }
-    f32 tail(int64_t v, int64_t n, float fill) const {
-        f32 u = cap(load_tail(x + v, n, 0.0f));
-        for (int i = n; i < kLanes; ++i) u[i] = fill;
-        return u;
-    }
-};
 
 // hidden . weight[target] + bias in fp32.
 template <class T>
@@ -104,7 +73,7 @@ void run(const LinearLogps& p, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t k = 0; k < p.num_rows; ++k) {
         T* x = static_cast<T*>(p.logits) + k * p.vocab;
-        Row row(p, x);
+        Row row(p.softcap, p.logit_scale, x);
         if (p.read) read<T, Out>(p, k, x, row);
         if (!p.write) continue;
         TokenGradient token = p.objective ? token_gradient(p, k, p.logp[k])

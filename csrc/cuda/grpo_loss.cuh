@@ -7,7 +7,6 @@ namespace vlmk::cuda {
 
 constexpr int kGrpoThreads = 512;
 constexpr int kGrpoWarps = kGrpoThreads / 32;
-static_assert(GrpoColumn::count <= kGrpoWarps, "each column of the batch is reduced by a warp");
 
 // Merges the values of a column of two parts, and the value of an empty part.
 VLMK_DEVICE float merge_column(int column, float a, float b) {
@@ -47,7 +46,7 @@ VLMK_DEVICE void merge_block(const int (&names)[kCount], float (&columns)[kCount
 // The tensors of a sequence.
 struct Rows {
     int64_t begin, size;  // its tokens in dlogp and dentropy
-    const float *logp, *old_logp, *ref_logp, *rollout_logp, *entropy, *advantages;
+    const float *logp, *old_logp, *ref_logp, *rollout_logp, *masked_logp, *entropy, *advantages;
     const bool* loss_mask;
     float advantage;  // if there is one per sequence
 };
@@ -73,6 +72,7 @@ VLMK_DEVICE Rows rows_of(const GrpoLoss& p, int64_t s) {
     r.old_logp = row_of(p.old_logp, offset(p.old_logp_stride));
     r.ref_logp = row_of(p.ref_logp, offset(p.ref_logp_stride));
     r.rollout_logp = row_of(p.rollout_logp, offset(p.rollout_logp_stride));
+    r.masked_logp = row_of(p.masked_logp, offset(p.masked_logp_stride));
     r.entropy = row_of(p.entropy, offset(p.entropy_stride));
     r.loss_mask = row_of(p.loss_mask, offset(p.loss_mask_stride));
     r.advantages = p.advantage_per_token ? p.advantages + offset(p.advantages_stride) : nullptr;
@@ -89,6 +89,7 @@ VLMK_DEVICE Token<float, bool> load_token(const Rows& r, int64_t i) {
     t.old_logp = read(r.old_logp, t.logp);
     t.ref_logp = read(r.ref_logp, t.logp);
     t.rollout_logp = read(r.rollout_logp, t.old_logp);
+    t.masked_logp = read(r.masked_logp, t.logp);
     t.entropy = r.entropy == nullptr ? 0.0f : r.entropy[i];
     t.adv = r.advantages == nullptr ? r.advantage : r.advantages[i];
     return t;
@@ -126,10 +127,13 @@ __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_co
     float columns[12];
 #pragma unroll
     for (int c = 0; c < 12; ++c) columns[c] = empty_column(names[c]);
+    const int masked_names[4] = {GrpoColumn::masked_kl, GrpoColumn::masked_entropy, GrpoColumn::masked_clipped,
+                                 GrpoColumn::masked_tokens};
+    float masked[4] = {};
     float through_ratio[1] = {0.0f};
     for (int64_t i = threadIdx.x; i < r.size; i += kGrpoThreads) {
         Token<float, bool> t = load_token(r, i);
-        TokenTerms<float> terms = token_terms<Surrogate, false>(t, q, threshold, v);
+        TokenTerms<float> terms = token_terms<Surrogate, false, true>(t, q, threshold, v);
         float gradient = terms.direct;
         if (v.sequence_level) {
             through_ratio[0] += terms.through_ratio;
@@ -138,6 +142,14 @@ __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_co
         }
         dlogp[i] = gradient * q.share;
         if (p.dentropy != nullptr) p.dentropy[r.begin + i] = terms.kept;
+        if (p.dmasked != nullptr) {
+            const PerceptionTerm<float>& term = terms.perception;
+            p.dmasked[r.begin + i] = term.dmasked * q.share;
+            masked[0] += term.kl;
+            masked[1] += term.entropy;
+            masked[2] += term.clipped;
+            masked[3] += term.seen;
+        }
         const float added[12] = {terms.value * q.share,
                                  terms.low,
                                  terms.high,
@@ -154,10 +166,13 @@ __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_co
         for (int c = 0; c < 12; ++c) columns[c] = merge_column(names[c], columns[c], added[c]);
     }
     merge_block(names, columns);
+    if (p.dmasked != nullptr) merge_block(masked_names, masked);
     if (threadIdx.x == 0) {
         float* out = p.partial + static_cast<int64_t>(blockIdx.x) * GrpoColumn::count;
 #pragma unroll
         for (int c = 0; c < 12; ++c) out[names[c]] = columns[c];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) out[masked_names[c]] = masked[c];
         float units = q.tokens;
         if ((v.sequence_level || Surrogate::kSequenceWeight) && !p.advantage_per_token) {
             Term<float> term = Surrogate::term(0.0f, q.ratio, q.log_weight, r.advantage, v);
@@ -180,11 +195,10 @@ __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_kernel(const __grid_co
 }
 
 // Writes the loss and the statistics.
-// Grid: (1,), one warp per column.
+// Grid: (1,). A warp reduces a column.
 __global__ void __launch_bounds__(kGrpoThreads) grpo_loss_finish_kernel(const __grid_constant__ GrpoLoss p) {
     VLMK_SHARED(float, totals, GrpoColumn::count);
-    int column = threadIdx.x / 32;
-    if (column < GrpoColumn::count) {
+    for (int column = threadIdx.x / 32; column < GrpoColumn::count; column += kGrpoWarps) {
         float x = empty_column(column);
         for (int64_t s = threadIdx.x % 32; s < p.num_sequences; s += 32) {
             x = merge_column(column, x, p.partial[s * GrpoColumn::count + column]);

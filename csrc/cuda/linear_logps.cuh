@@ -20,21 +20,6 @@ VLMK_DEVICE float slope(const LinearLogps& p, float u) {
 
 VLMK_DEVICE bool in_vocabulary(const LinearLogps& p, int64_t target) { return 0 <= target && target < p.vocab; }
 
-// The sum of x over the block; thread 0 gets it.
-VLMK_DEVICE float sum_block(float x) {
-    VLMK_SHARED(float, of_warp, kWarps);
-#pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(kFullWarp, x, lane);
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
-    __syncthreads();
-    float total = 0;
-    if (threadIdx.x == 0) {
-#pragma unroll
-        for (int warp = 0; warp < kWarps; ++warp) total += of_warp[warp];
-    }
-    return total;
-}
-
 // hidden . weight[target] + bias in fp32; thread 0 gets it.
 template <class T>
 VLMK_DEVICE float target_logit(const LinearLogps& p, int64_t k, int64_t target) {

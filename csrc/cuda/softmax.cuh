@@ -99,6 +99,21 @@ VLMK_DEVICE Softmax merge_block(Softmax softmax, float scale) {
     return threadIdx.x < 32 ? merge_warp(softmax, scale) : softmax;
 }
 
+// The sum of x over the block; thread 0 gets it.
+VLMK_DEVICE float sum_block(float x) {
+    VLMK_SHARED(float, of_warp, kWarps);
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(kFullWarp, x, lane);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0;
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int warp = 0; warp < kWarps; ++warp) total += of_warp[warp];
+    }
+    return total;
+}
+
 // The gradient of one row without the one-hot terms.
 struct RowGradient {
     float m, scale, log2_sum;  // log2 p_v = (x_v - m) scale - log2_sum

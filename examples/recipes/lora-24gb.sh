@@ -6,10 +6,11 @@
 #
 # DATASET has rows with prompt, image and answer (docs/data.md). Flags after the name of the script override the flags below.
 #
-# Not run on a 24 GB GPU yet. `vlmkernels plan` predicts a peak of 16.3 GiB for the 3B model and 12.5 GiB for the 2B model with
-# images of 672 x 672. Both include a reserve of 4 GiB:
-#     vlmkernels plan --model qwen2.5-vl-3b --image_size 672 --lora_r 32 --freeze_vision --checkpointing --parallel ddp \
+# Not run on a 24 GB GPU yet. `vlmkernels plan` predicts a peak of 13.8 GiB and a step of 27 s for the 3B model, and 10.0 GiB and
+# 19 s for the 2B model, with images of 672 x 672 on an RTX 4090. Both include a reserve of 1.5 GiB:
+#     vlmkernels plan --model qwen2.5-vl-3b --machine rtx-4090 --image_size 672 --lora_r 32 --checkpointing \
 #         --microbatch_tokens 8192 --weights bf16
+# `vlmkernels plan --fit 24GB --model qwen2.5-vl-3b` finds other configurations that fit.
 set -eu
 
 arguments=(

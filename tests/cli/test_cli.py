@@ -87,10 +87,25 @@ def test_the_shipped_configuration(files, tmp_path):
 
 
 def test_train_and_eval_lora(files, tmp_path):
-    flags = ["--reward", "cer", "--lora_r", "4", "--num_generations", "4", "--max_completion_length", "4", "--max_steps", "1"]
-    output = ["--output_dir", str(tmp_path), "--disable_tqdm", "true", "--beta", "0.1"]
+    """With new adapters the policy begins as its teacher, so that their divergence is 0 in the first step."""
+    flags = [
+        "--teacher",
+        str(files / "model"),
+        "--reward",
+        "cer",
+        "--lora_r",
+        "4",
+        "--num_generations",
+        "4",
+        "--max_completion_length",
+        "4",
+        "--max_steps",
+        "1",
+    ]
+    output = ["--output_dir", str(tmp_path), "--disable_tqdm", "true", "--beta", "0.1", "--logging_steps", "1"]
     assert main(["train", *arguments(files, *flags, *output)]) == 0
     assert (tmp_path / "adapter_config.json").exists()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["distillation/divergence"] < 1e-6
     dataset = ["--dataset", str(files / "data.jsonl"), "--output", str(tmp_path / "eval.json")]
     assert main(["eval", "--model", str(tmp_path), *dataset, "--max_completion_length", "4"]) == 0
     assert json.loads((tmp_path / "eval.json").read_text())["num_samples"] == 4
@@ -106,6 +121,7 @@ def test_train_and_eval_lora(files, tmp_path):
         (["--reward", "cer", "--cast-lm-head-to-fp32"], "arguments: --cast-lm-head-to-fp32: log-probabilities are always"),
         (["--reward", "cer", "--learning_rat", "1"], "unrecognized arguments: --learning_rat 1 .did you mean --learning_rate"),
         (["--reward", "cer", "--dataset", "nowhere.jsonl"], "--dataset: dataset must be an existing file .*nowhere.jsonl"),
+        (["--teacher", "/nowhere"], "teacher cannot be loaded: model must be an existing folder .*/nowhere"),
         (["--reward", "cer", "--model", "/nowhere"], "--model: .*/nowhere"),
         (["--reward", "cer", "--resume_from_checkpoint", "/nowhere"], "resume_from_checkpoint must be a complete .*/nowhere"),
         (["--reward", "cer", "--config", "/nowhere.yaml"], "--config /nowhere.yaml: .*No such file"),
@@ -198,7 +214,8 @@ def test_train_passes_tools_to_the_trainer(files, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             main(["train", *arguments(files, "--output_dir", str(tmp_path), *flags)])
     Microscope = tool_models.Microscope
-    assert made[0] == (["cer"], 3, 5.0, {"peft_config": None, "tools": [tool_models.zoom], "environment_factory": None})
+    unset = {"peft_config": None, "environment_factory": None, "teacher": None}
+    assert made[0] == (["cer"], 3, 5.0, {"tools": [tool_models.zoom], **unset})
     (rewards, limit, _, more) = made[1]
     assert (rewards, limit, more["tools"], more["environment_factory"].__name__) == (None, None, [], "Microscope")
     assert made[2][3]["tools"] == [tool_models.zoom, tool_models.describe]

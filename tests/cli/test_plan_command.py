@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,9 +11,13 @@ from support import tiny
 from support.planner import CPU
 
 from vlmkernels.cli import main
-from vlmkernels.plan import ModelShape, Workload, plan
+from vlmkernels.cli.plan import memory_size
+from vlmkernels.cli.train import build_parser, lora_config
+from vlmkernels.plan import MACHINES, ModelShape, Workload, fit, plan
+from vlmkernels.train import GRPOConfig
 
 torch.set_num_threads(1)
+SCHEDULE = '[{"step":0,"max_pixels":50176},{"step":3,"max_pixels":200704}]'
 
 
 def test_command(tmp_path, capsys):
@@ -42,9 +48,16 @@ def test_command(tmp_path, capsys):
         ("--group-size 1", "group_size must be >= 2, to compare completions, got 1"),
         ("--engine vllm_server", "server_gpus must be >= 1 with engine = vllm_server, else 0, got 0"),
         ("--microbatch-tokens 100", "microbatch_tokens must be >= 1792, a prompt of 1280 tokens .* got 100"),
-        ("--machine nowhere", "machine must be h100, h200 or a file written by --calibrate, got nowhere"),
+        ("--machine nowhere", "machine must be h100, h200, .*, l4 or a file written by --calibrate, got nowhere"),
         ("--precision fp32", "precision must be bf16 on h100, got fp32"),
         ("--machine h100 --calibrate", "--machine must not be used together with --calibrate, got h100"),
+        ("--fit much", "argument --fit: invalid memory_size value: 'much'"),
+        ("--activation_offloading --gpus 2", "activation_offloading must be false with fsdp2 on 2 GPUs, got true"),
+        (
+            "--max_steps 3 --image_resolution_schedule " + SCHEDULE,
+            "max_steps must be above the last step of the schedule, 3, got 3",
+        ),
+        ("--images 0 --max_steps 9 --image_resolution_schedule " + SCHEDULE, "images do not keep their size"),
         ("--image-size 3y", "invalid size value: '3y'"),
         ("--image-size 0x8", "argument --image_size.*: invalid size value: '0x8'"),
         ("--colour red", "unrecognized arguments: --colour red"),
@@ -55,3 +68,71 @@ def test_bad_arguments_are_named(capsys, flags, message):
         main(["plan", "--model", "qwen2.5-vl-7b", *flags.split()])
     assert exit.value.code == 2
     assert re.search(f"vlmkernels plan: error: .*{message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("size", ["24GB", "8gb"])
+def test_fit_prints_a_command_that_vlmkernels_train_accepts(capsys, monkeypatch, size):
+    assert main(["plan", "--fit", size, "--model", "Qwen2.5-VL-3B"]) == 0
+    text = capsys.readouterr().out
+    found = fit(ModelShape.from_name("qwen2.5-vl-3b"), Workload(), replace(MACHINES["rtx-4090"], memory=memory_size(size)))
+    assert f"fits into {memory_size(size) / 2**30:.1f} GiB: {found.level.name}" in text
+    assert "does not fit: all parameters needs at least " in text
+    assert f"of {memory_size(size) / 2**30:.1f} GiB" in text
+    printed = text[text.index("vlmkernels train") :]
+    words = shlex.split(printed.replace("\\\n", ""))
+    assert words[:4] == ["vlmkernels", "train", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"]
+    monkeypatch.setattr("vlmkernels.models.quantized.has_bitsandbytes", lambda: True)
+    words[words.index("--bf16") + 1] = "false"  # there is no GPU
+    args = build_parser().parse_args(words[2:])
+    config = GRPOConfig(**{field.name: getattr(args, field.name) for field in fields(GRPOConfig) if field.init})
+    work = found.plan.work
+    assert config.num_generations == work.group_size
+    assert config.prompts_per_generation == work.prompts
+    assert config.max_tokens_per_microbatch == work.microbatch_tokens
+    assert config.activation_checkpointing == work.checkpointing
+    assert config.activation_offloading == work.activation_offloading
+    quantizes = "quantization_config" in config.model_init_kwargs
+    assert quantizes == (work.weights == "nf4")
+    lora = lora_config(args)
+    names = [f"model.language_model.layers.3.{part}" for part in ("self_attn.q_proj", "mlp.down_proj")]
+    assert all(re.fullmatch(lora.target_modules, name) for name in names)
+    assert not re.fullmatch(lora.target_modules, "model.visual.blocks.3.mlp.down_proj")
+    assert (lora.r, lora.lora_alpha) == (work.lora_r, 64)
+
+
+def test_fit_that_finds_nothing(capsys):
+    assert main(["plan", "--fit", "3GiB", "--model", "qwen2.5-vl-3b", "--machine", "l4", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["fit"]["command"] is None
+    assert not found["fits"]
+    needs = found["fit"]["does_not_fit"]
+    assert found["fit"]["budget"] == 3 * 2**30 < sum(found["memory"].values()) == min(need["bytes"] for need in needs.values())
+    assert main(["plan", "--fit", "3GiB", "--model", "qwen2.5-vl-3b"]) == 1
+    text = capsys.readouterr().out
+    assert "Nothing fits into 3.0 GiB. The smallest configuration, QLoRA" in text
+    assert "GiB are missing" in text
+
+
+def test_schedule(capsys):
+    flags = [
+        "plan",
+        "--model",
+        "qwen2.5-vl-3b",
+        "--image_size",
+        "448",
+        "--max_steps",
+        "10",
+        "--image_resolution_schedule",
+        SCHEDULE,
+    ]
+    assert main([*flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, last = found["entries"]
+    assert (first["steps"], first["width"], first["prompt_tokens"]) == (3, 224, 256 + 64)
+    assert (last["steps"], last["width"], last["prompt_tokens"]) == (7, 448, 256 + 256)
+    expected = plan(ModelShape.from_name("qwen2.5-vl-3b"), Workload(width=448, height=448), MACHINES["h100"]).seconds
+    assert last["seconds"] == expected > first["seconds"]
+    assert found["seconds"] == pytest.approx(3 * first["seconds"] + 7 * expected)
+    assert found["constant_seconds"] == pytest.approx(10 * expected)
+    assert main(flags) == 0
+    assert "224 x 224" in capsys.readouterr().out

@@ -88,26 +88,48 @@ def test_lora_recipe(folder):
     assert set(adapters["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
-def test_full_recipe_has_valid_flags(folder):
-    """Programs that need GPUs are replaced by ones that print their arguments."""
+@pytest.fixture(scope="module")
+def launched(folder):
+    """launched(recipe, program): the arguments that a recipe gives to a program, in place of which nothing runs."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for name in ("vllm", "accelerate", "vlmkernels"):
+        (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/{name}.txt\n')
+        (programs / name).chmod(0o755)
+
+    def launch(recipe: str, program: str) -> list[str]:
+        command = f"PATH={programs}:$PATH exec bash {EXAMPLES / 'recipes' / recipe}"
+        run("bash", "-c", command, cwd=folder, MODEL="digits/model", DATASET="digits/train.jsonl")
+        return (folder / f"{program}.txt").read_text().splitlines()
+
+    return launch
+
+
+def config_of(flags: list[str]):
+    """The configuration that flags of ``vlmkernels train`` describe, on the CPU."""
     from vlmkernels.cli.train import build_parser
     from vlmkernels.train import GRPOConfig
 
-    programs = folder / "programs"
-    programs.mkdir()
-    for name in ("vllm", "accelerate"):
-        (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/{name}.txt\n')
-        (programs / name).chmod(0o755)
-    command = f"PATH={programs}:$PATH exec bash {EXAMPLES / 'recipes' / 'full-8xh100.sh'}"
-    run("bash", "-c", command, cwd=folder, MODEL="digits/model", DATASET="digits/train.jsonl")
-    launched = (folder / "accelerate.txt").read_text().splitlines()
-    assert Path(launched[launched.index("--config_file") + 1]).resolve() == ROOT / "configs" / "fsdp2.yaml"
-    flags = launched[launched.index("train") + 1 :]
     args = build_parser().parse_args(flags)
     names = [field.name for field in fields(GRPOConfig) if field.init]
-    config = GRPOConfig(**{name: getattr(args, name) for name in names} | {"use_cpu": True, "bf16": False})
+    return GRPOConfig(**{name: getattr(args, name) for name in names} | {"use_cpu": True, "bf16": False})
+
+
+def test_full_recipe_has_valid_flags(launched):
+    found = launched("full-8xh100.sh", "accelerate")
+    assert Path(found[found.index("--config_file") + 1]).resolve() == ROOT / "configs" / "fsdp2.yaml"
+    config = config_of(found[found.index("train") + 1 :])
     assert config.prompts_per_generation == 8
     assert config.vllm_mode == "server"
+
+
+def test_qlora_recipe_has_valid_flags(launched, monkeypatch):
+    monkeypatch.setattr("vlmkernels.models.quantized.has_bitsandbytes", lambda: True)
+    found = launched("qlora-16gb.sh", "vlmkernels")
+    assert found[0] == "train"
+    config = config_of(found[1:])
+    assert config.model_init_kwargs["quantization_config"] == {"load_in_4bit": True}
+    assert (config.max_tokens_per_microbatch, config.output_dir) == (4096, "qlora-run")
 
 
 @pytest.fixture(scope="module")

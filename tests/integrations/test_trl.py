@@ -20,6 +20,7 @@ from support.groups import SHARING, processed  # noqa: E402
 from support.paths import environment  # noqa: E402
 from support.trl_runs import STEPS, FixedEngine, build, rows, tiny_model, train  # noqa: E402
 
+from vlmkernels import linear_kl  # noqa: E402
 from vlmkernels.integrations import trl as ours  # noqa: E402
 from vlmkernels.integrations.trl import patch_trl  # noqa: E402
 from vlmkernels.integrations.trl.features import FeatureCache  # noqa: E402
@@ -553,3 +554,14 @@ def test_two_processes(tmp_path):
         assert len(mine) == len(theirs) > 2
         for own, other in zip(mine, theirs, strict=True):
             assert own == pytest.approx(other, rel=2e-5, abs=2e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.2, 1.0])
+def test_linear_kl_is_the_divergence_of_the_distillation_trainer(beta):
+    chunked = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = ([torch.randn(*shape, generator=rng) for shape in ((5, width), (30, width), (30,))] for width in (4, 6))
+    names = ("hidden", "weight", "bias")
+    operands = dict(zip(names, student, strict=True)) | {f"teacher_{k}": x for k, x in zip(names, teacher, strict=True)}
+    expected = chunked.apply(*student, *teacher, beta, 0.8)[0]
+    torch.testing.assert_close(linear_kl(**operands, beta=beta, temperature=0.8), expected, rtol=1e-4, atol=1e-5)

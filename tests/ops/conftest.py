@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from vlmkernels.ops import linear_kl as linear_kl_module
 from vlmkernels.ops import linear_logps as linear_logps_module
 from vlmkernels.ops.linear_logps import sweep
 
@@ -17,4 +18,5 @@ def fp32_results(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", widening)
     monkeypatch.setattr(sweep, "result_dtype", lambda hidden: torch.promote_types(hidden.dtype, torch.float32))
-    monkeypatch.setattr(linear_logps_module, "result_dtype", sweep.result_dtype)
+    for module in (linear_logps_module, linear_kl_module):
+        monkeypatch.setattr(module, "result_dtype", sweep.result_dtype)

@@ -184,6 +184,7 @@ def test_configurations_by_name(name):
     logps = torch.tensor([[-1.0, -2.0, -3.0]])
     options = {"ref_logps": logps - 0.1} if config.beta else {}
     options |= {"entropy": -logps} if config.top_entropy_quantile < 1 else {}
+    options |= {"masked_logps": logps - 0.1} if config.perception else {}
     if changes:
         with pytest.raises(ValueError, match="max_completion_length must be given with loss_type = 'dr_grpo', got None"):
             grpo_loss(logps, [1.0], config=name)

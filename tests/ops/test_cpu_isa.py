@@ -10,7 +10,7 @@ import pytest
 from vlmkernels import backend
 
 KERNELS = ("decode_attention", "few_rows_linear", "gather_logps", "group_advantages", "grpo_loss", "linear_logps")
-OPS = (*KERNELS, "pack_patches", "rotary", "sample_logps")
+OPS = (*KERNELS, "linear_kl", "pack_patches", "rotary", "sample_logps")
 VALUES = "matches_fp64 or extreme or leading_strides or narrowed_in_place or sizes or any_strides or many_images"
 VALUES += " or filters or never_a_token"
 

@@ -19,6 +19,7 @@ ARCHS = ["80", "90a", "100a"]
 MAX_REGISTERS = {"gather_logps_fwd_kernel": 48, "gather_logps_bwd_kernel": 48, "gather_logps_merge_kernel": 40}
 # 65536 registers / (4 x 256, 2 x 512 or 1 x 1024 threads); of the last two, 3 x 256 and 2 x 256.
 MAX_REGISTERS |= {
+    "linear_kl_kernel": 64,
     "linear_logps_kernel": 64,
     "pack_patches_kernel": 64,
     "pack_patches_general_kernel": 64,

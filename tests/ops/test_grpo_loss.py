@@ -1,5 +1,6 @@
 """grpo_loss against first principles and, for every backend, the fp64 reference; against TRL: test_grpo_loss_trl.py."""
 
+import itertools
 import math
 import pickle
 import re
@@ -126,6 +127,46 @@ def test_kl_estimators(name):
         assert (policy.exp() * kl).sum().item() == pytest.approx(exact)
 
 
+def test_perception_by_hand():
+    """PAPO, Eq. 2, as a loss: -gamma KL(policy || masked policy) + eta1 H(policy) + eta2 H(masked policy), per token."""
+    gamma, eta1, eta2 = 0.5, 0.03, 0.02
+    config = GRPOLossConfig(perception_loss_weight=gamma, der_loss_weight1=eta1, der_loss_weight2=eta2)
+    # The masked policy is less sure; surer; so much surer that the KL has reached its bound. The last has no masked images.
+    logps = torch.tensor([[-1.0, -2.0, -5.0, -3.0]], dtype=torch.float64, requires_grad=True)
+    masked = torch.tensor([[-2.0, -1.0, -1.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    loss, metrics = grpo_loss(logps, torch.zeros(1), masked_logps=masked, config=config, backend="reference")
+    kl = [math.exp(-1), math.e - 2, 10]  # e^x - x - 1 for x = masked - logp = -1, 1 and 4
+    assert loss.item() == pytest.approx((-gamma * sum(kl) + eta1 * 8 + eta2 * 4) / 4, rel=1e-14)
+    dlogps, dmasked = torch.autograd.grad(loss, (logps, masked))
+    slopes = [math.exp(-1) - 1, math.e - 1, 0.0]
+    assert dlogps[0].tolist() == pytest.approx([(gamma * x - eta1) / 4 for x in slopes] + [0.0], rel=1e-14)
+    assert dmasked[0].tolist() == pytest.approx([(-gamma * x - eta2) / 4 for x in slopes] + [0.0], rel=1e-14)
+    expected = {"kl": sum(kl) / 3, "masked_entropy": 4 / 3, "clip_ratio": 1 / 3, "tokens": 3}
+    assert {name: metrics[f"perception/{name}"].item() for name in expected} == pytest.approx(expected, rel=1e-14)
+
+
+def test_perception_is_an_estimate_of_the_divergence():
+    """Its mean over the tokens of the policy is KL(policy || masked policy)."""
+    policy, masked = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], dtype=torch.float64)
+    config = GRPOLossConfig(perception_loss_weight=1.0)
+    kl = [grpo_loss(p.view(1, 1).log(), [0.0], masked_logps=m.view(1, 1).log(), config=config).metrics["perception/kl"]
+          for p, m in zip(policy, masked, strict=True)]  # fmt: skip
+    assert (policy * torch.stack(kl)).sum().item() == pytest.approx((policy * (policy / masked).log()).sum().item())
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_perception_covers_all_tokens_of_the_mask(need, device, nan_filled, backend):
+    """As the KL term: also tokens that a ratio of the sequence, the entropy or a correction removes from the policy term."""
+    batch = on(device, make(dtype=torch.float32))
+    need("grpo_loss", backend, batch["logps"])
+    config = GRPOLossConfig("grpo", "sequence", top_entropy_quantile=0.3, rollout_correction="token_mask", rollout_clip_max=0.1)
+    config = config.replace(perception_loss_weight=0.3)
+    check(batch, config, backend)
+    exact = run(batch, config, "reference")
+    assert exact["effective_tokens"] == 0
+    torch.testing.assert_close(exact["dlogps"], -exact["dmasked"])
+
+
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if VARIANTS[v].get("loss_type", "dapo") not in ("cispo", "vespo")])
 def test_gradient_is_that_of_the_loss(variant):
     """The gradient equals finite differences of the loss.
@@ -138,11 +179,12 @@ def test_gradient_is_that_of_the_loss(variant):
     if config.rollout_correction or config.off_policy_mask_threshold:
         fixed["rollout_logps"] = batch["rollout_logps"]
     options = {"entropy_threshold": torch.tensor(1.2, dtype=torch.float64)} if config.top_entropy_quantile < 1 else {}
+    leaves = ("logps", "entropy", "masked_logps") if config.perception else ("logps", "entropy")
 
-    def loss(logps, entropy):
-        return grpo_loss(logps=logps, entropy=entropy, **fixed, **options, config=config, backend="reference").loss
+    def loss(*values):
+        return grpo_loss(**dict(zip(leaves, values, strict=True)), **fixed, **options, config=config, backend="reference").loss
 
-    assert torch.autograd.gradcheck(loss, (batch["logps"].requires_grad_(), batch["entropy"].requires_grad_()))
+    assert torch.autograd.gradcheck(loss, [batch[name].requires_grad_() for name in leaves])
 
 
 def test_numbers_chosen_by_the_advantage_are_fp64():
@@ -207,7 +249,8 @@ def test_properties(data):
     same(shuffled, base, scalars)
     torch.testing.assert_close(shuffled["dlogps"], base["dlogps"][order])
 
-    if config.loss.surrogate not in ("cispo", "vespo"):  # whose value, not whose gradient, has the log-probability in it
+    # The value, not the gradient, of these has the log-probability in it.
+    if config.loss.surrogate not in ("cispo", "vespo") and not config.der_loss_weight1:
         logs = ("logps", "old_logps", "ref_logps", "rollout_logps")
         same(total(batch | {name: batch[name] - 2.5 for name in logs}), base, ["loss", "dlogps"])
 
@@ -253,13 +296,14 @@ def test_always_finite(need, device, backend, variant):
     batch["old_logps"][1] = torch.tensor([0.0, -1e4, 0.0, -1e4, -65504.0, -65504.0, 0.0, -torch.inf])
     batch["ref_logps"][1] = torch.tensor([-torch.inf, 0.0, -1e4, -torch.inf, -65504.0, 0.0, 0.0, -torch.inf])
     batch["rollout_logps"][1] = torch.tensor([0.0, 0.0, -1e4, -torch.inf, torch.nan, -65504.0, 0.0, 0.0])
+    batch["masked_logps"][1] = torch.tensor([0.0, -1e4, -torch.inf, torch.nan, -65504.0, 0.0, -torch.inf, 0.0])
     batch = on(device, batch)
     batch["logps"][0] = batch["entropy"][0] = torch.nan  # masked
     need("grpo_loss", backend, batch["logps"])
     for sign in (1, -1):
         result = run(batch | {"advantages": sign * batch["advantages"].abs()}, config, backend)
         assert all(value.isfinite().all() for value in result.values()), result
-        assert result["dlogps"][~batch["loss_mask"]].eq(0).all()
+        assert all(x[~batch["loss_mask"]].eq(0).all() for x in result.values() if x.dim())
     nothing = run(batch | {"loss_mask": torch.zeros_like(batch["loss_mask"])}, config, backend)
     assert nothing["loss"] == 0
     assert nothing["dlogps"].eq(0).all()
@@ -284,6 +328,9 @@ def test_a_fault_upstream_shows(need, device, backend):
     batch["advantages"][0] = torch.nan  # of a sequence of which nothing counts
     for same in (batch, packed(batch)):
         assert run(same, GRPOLossConfig(check_finite=True), backend)["loss"].isfinite()
+    batch["masked_logps"][1, 2] = torch.inf
+    with pytest.raises(ValueError, match=r"masked_logps must be finite \(check_finite\), got inf at index \(1, 2\)"):
+        run(batch, GRPOLossConfig(perception_loss_weight=0.1, check_finite=True), backend)
     for num_items in (torch.nan, torch.inf, -1.0):
         with pytest.raises(ValueError, match=rf"num_items must be finite and >= 0 \(check_finite\), got {num_items}"):
             run(batch, GRPOLossConfig(check_finite=True), backend, num_items=torch.tensor(num_items, device=device))
@@ -311,14 +358,14 @@ def test_empty(need, device, backend):
 def test_half_precision_inputs(need, device, backend):
     batch = on(device, make(3, 5, dtype=torch.float32))
     need("grpo_loss", backend, batch["logps"])
-    config = GRPOLossConfig(beta=0.1)
+    config = GRPOLossConfig(beta=0.1, perception_loss_weight=0.3)
     for dtype in (torch.bfloat16, torch.float16):
         half = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
         result = run(half, config, backend)
         assert result["loss"].dtype == torch.float32
-        assert result["dlogps"].dtype == dtype
         wide = run({name: x.float() if x.is_floating_point() else x for name, x in half.items()}, config, backend)
-        torch.testing.assert_close(result["dlogps"], wide["dlogps"].to(dtype))
+        for name in ("dlogps", "dmasked"):
+            torch.testing.assert_close(result[name], wide[name].to(dtype))
     # Gradients of e^20 / N and of a large coefficient are beyond the range of fp16.
     far = {"logps": 0.0, "old_logps": -30.0, "entropy": 1.0}
     far = {name: torch.full((2, 3), x, dtype=torch.float16, device=device) for name, x in far.items()}
@@ -346,9 +393,10 @@ def test_backward_scales(need, device, backend):
     assert not grpo_loss(batch["logps"].detach(), batch["advantages"], backend=backend).loss.requires_grad
 
 
-@pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("variant", ["gspo kl", "luspo", "vespo"])
-def test_opcheck_and_compile(need, device, backend, variant):
+@pytest.mark.parametrize(
+    ("variant", "backend"), [*itertools.product(["gspo kl", "luspo", "vespo"], ALL), ("papo", "cpp")], ids=lambda x: x
+)
+def test_opcheck_and_compile(need, device, variant, backend):
     config = GRPOLossConfig(**VARIANTS[variant])
     batch = on(device, make(3, 5, dtype=torch.float32))
     need("grpo_loss", backend, batch["logps"])
@@ -356,10 +404,11 @@ def test_opcheck_and_compile(need, device, backend, variant):
     fixed |= {"rollout_logps": batch["rollout_logps"]} if config.rollout_correction else {}
     args = LossInputs(*(batch.get(name) for name in LossInputs._fields))._replace(accumulation_steps=2.0)
     torch.library.opcheck(torch.ops.vlmkernels.grpo_loss_fwd.default, (*args, config.text, backend))
-    leaves = (batch["logps"].requires_grad_(), batch["entropy"].requires_grad_())
+    leaves = [batch[name].requires_grad_() for name in ("logps", "entropy", "masked_logps")]
 
-    def loss(logps, entropy):
-        result = grpo_loss(logps * 2, entropy=entropy + 1, **fixed, num_items=9, config=config, backend=backend)
+    def loss(logps, entropy, masked_logps):
+        masked = {"masked_logps": masked_logps * 3} if config.perception else {}
+        result = grpo_loss(logps * 2, entropy=entropy + 1, **masked, **fixed, num_items=9, config=config, backend=backend)
         return result.loss + 0 * result.metrics["entropy"]
 
     torch._dynamo.reset()
@@ -398,6 +447,8 @@ CONFIG_ERRORS = {
     "beta nan": ({"beta": float("nan")}, "beta must be a finite number, got nan"),
     "epsilon_low": ({"epsilon_low": 1.5}, r"epsilon_low must be in \[0, 1\], got 1.5"),
     "epsilon_high": ({"epsilon_high": -1.0}, "epsilon_high must be >= 0, got -1.0"),
+    "perception": ({"perception_loss_weight": -0.1}, "perception_loss_weight must be >= 0, got -0.1"),
+    "double entropy": ({"der_loss_weight2": -1.0}, "der_loss_weight2 must be >= 0, got -1.0"),
     "delta": ({"delta": 0.0}, "delta must be > 0, got 0.0"),
     "quantile": ({"top_entropy_quantile": 1.2}, r"top_entropy_quantile must be in \[0, 1\], got 1.2"),
     "correction": ({"rollout_correction": "mask"}, "rollout_correction must be None or one of token_truncate, .* got 'mask'"),
@@ -484,6 +535,30 @@ ERRORS = {
         {"rollout_logps": X},
         ValueError,
         "rollout_logps must be None unless config.rollout_correction or",
+    ),
+    "masked": (
+        (X, S),
+        {"config": "papo_d"},
+        ValueError,
+        "masked_logps must be given with perception_loss_weight = 0.01, got None",
+    ),
+    "masked for entropy": (
+        (X, S),
+        {"config": GRPOLossConfig(der_loss_weight2=0.03)},
+        ValueError,
+        "masked_logps must be given with der_loss_weight2 = 0.03, got None",
+    ),
+    "masked shape": (
+        (X, S),
+        {"config": "papo_d", "masked_logps": S},
+        ValueError,
+        r"masked_logps must have the shape of logps, \(2, 3\), got \(2,\)",
+    ),
+    "unused masked": (
+        (X, S),
+        {"masked_logps": X},
+        ValueError,
+        "masked_logps must be None unless config.perception_loss_weight, der_loss_weight1 or der_loss_weight2 is > 0, got",
     ),
     "entropy": (
         (X, S),

@@ -33,7 +33,7 @@ def problem(device, B=5, T=6, dtype=torch.float32, bias=True, per_token=False):
     targets = torch.randint(VOCAB, (B, T), generator=rng).to(device)
     double = [x if x is None else x.double() for x in operands]
     logps = linear_logps(*double[:2], targets, bias=double[2], temperature=0.8, backend="reference")
-    for name in ("old_logps", "ref_logps", "rollout_logps"):
+    for name in ("old_logps", "ref_logps", "rollout_logps", "masked_logps"):
         batch[name] += logps - batch["logps"]
     del batch["entropy"], batch["logps"]
     return operands, targets, {name: x.float() if x.is_floating_point() else x for name, x in batch.items()}
@@ -44,6 +44,8 @@ def inputs_for(config, batch):
     batch = dict(batch)
     if config.rollout_correction is None and config.off_policy_mask_threshold is None:
         batch.pop("rollout_logps")
+    if not config.perception:
+        batch.pop("masked_logps")
     return batch
 
 
@@ -61,6 +63,9 @@ def fused(hidden, weight, targets, **options):
 def gradients(function, operands, targets, upstream=1.7, **options):
     """Return the gradients of ``upstream`` times the loss, and the output."""
     leaves = [None if x is None else x.detach().clone().requires_grad_() for x in operands]
+    if "masked_logps" in options:
+        leaves.append(options["masked_logps"].detach().clone().requires_grad_())
+        options["masked_logps"] = leaves[3]
     output = function(*leaves[:2], targets, bias=leaves[2], **options)
     wanted = [x for x in leaves if x is not None]
     return torch.autograd.grad(upstream * output.loss, wanted), output
@@ -76,7 +81,7 @@ def check(operands, targets, batch, config, backend, chunk_bytes=None, **options
     # The gradient of the bias sums a column of the logits' gradient, whose terms cancel.
     size = exact[0].abs().sum().item() if len(exact) > 2 else None
     if in_one_sweep(config):
-        for name, a, e, x in zip(("dhidden", "dweight", "dbias"), actual, eager, exact, strict=False):
+        for name, a, e, x in zip(("dhidden", "dweight", "dbias", "dmasked"), actual, eager, exact, strict=False):
             assert_within_budget(name, a, e, x, scale=size if name == "dbias" else None)
     elif chunk_bytes is None:
         expected, _ = gradients(composed, operands, targets, config=config, backend=backend, **batch)
@@ -95,7 +100,7 @@ def check(operands, targets, batch, config, backend, chunk_bytes=None, **options
 
 
 def test_one_sweep_is_for_objectives_of_tokens():
-    assert ONE_SWEEP == ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "token mask"]
+    assert ONE_SWEEP == ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "token mask", "papo"]
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
@@ -117,7 +122,7 @@ def test_half_precision(need, device, nan_filled, backend, dtype, upstream):
     """On policy, because there no rounding moves a token across a bound; one chunk, and several; loss scales for fp16."""
     operands, targets, batch = problem(device, 5, 7, dtype)
     need("linear_grpo_loss", backend, operands[0])
-    config = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1)
+    config = GRPOLossConfig("grpo", beta=0.1, entropy_coef=0.1, perception_loss_weight=0.3)
     del batch["old_logps"]
     rows = torch.arange(35, device=device).view(5, 7) // 2
     for chunk_bytes in (None, 9 * VOCAB * ROW):
@@ -144,7 +149,7 @@ def test_packed_and_repeated_rows(device, variant):
     before = score(rows, targets.flatten()[rows])
     rows[first] = 3
     targets = targets.flatten()[: len(rows)]
-    for name in ("old_logps", "ref_logps", "rollout_logps"):  # the policies stay around the model
+    for name in ("old_logps", "ref_logps", "rollout_logps", "masked_logps"):  # the policies stay around the model
         flat[name] += (score(rows, targets) - before).float()
     check(operands, targets, flat, config, "auto", rows=rows)
     check(operands, targets, flat, config, "auto", chunk_bytes=7 * VOCAB * ROW, rows=rows)
@@ -417,11 +422,11 @@ def test_opcheck(device, keep_logits_bytes, frozen_master_weight, half):
     if frozen_master_weight:  # fp32, with hidden states of 16 bits
         hidden = hidden.to(half)
     needed = [True, not frozen_master_weight, True]
-    names = ("advantages", "old_logps", "ref_logps", "loss_mask", "cu_seqlens", "rollout_logps")
+    names = ("advantages", "old_logps", "ref_logps", "loss_mask", "cu_seqlens", "rollout_logps", "masked_logps")
     if keep_logits_bytes:
         del batch["loss_mask"]  # the rows of dlogits behind those of the selected tokens are not written
     inputs = [batch.get(name) for name in names]
-    config = GRPOLossConfig(beta=0.1, rollout_correction="token_truncate").text
+    config = GRPOLossConfig(beta=0.1, rollout_correction="token_truncate", perception_loss_weight=0.3).text
     scalars = (None, 1.0, needed, config, "auto")
     arguments = (hidden, weight, bias, targets, None, 0.8, 1.0, None, 2**20, keep_logits_bytes, *inputs, *scalars)
     torch.library.opcheck(torch.ops.vlmkernels.linear_grpo_loss_fwd, arguments)
@@ -468,6 +473,8 @@ def test_checkpointing(device):
         ({"config": GRPOLossConfig(beta=0.1)}, "ref_logps must be given with beta = 0.1"),
         ({"loss_mask": torch.full((2, 4), 0.5)}, "loss_mask must hold only 0 and 1, got 0.5"),
         ({"rollout_logps": torch.zeros(2, 4)}, "rollout_logps must be None unless"),
+        ({"config": "papo_d"}, "masked_logps must be given with perception_loss_weight = 0.01"),
+        ({"config": "papo_d", "masked_logps": torch.zeros(2, 3)}, "masked_logps must have the shape of logps"),
         ({"chunk_bytes": 100}, "chunk_bytes must hold one row of logits, 844 bytes, got 100"),
         ({"hidden": torch.zeros(2, 4, 5)}, r"weight must be \(V, H\)"),
         ({"softcap": 0.0}, "softcap must be finite and > 0"),

@@ -67,7 +67,9 @@ def test_page_of_a_run(run, capsys):
         assert f"<h2>{heading}" in text
     assert "Other</h2>" not in text
     assert parser.tags.count("img") == text.count("data:image/png;base64,") > 0
-    assert [name for name in PHASES if f"<td>{name}</td>" in text] == [name for name in PHASES if name != "old_logps"]
+    assert [name for name in PHASES if f"<td>{name}</td>" in text] == [
+        name for name in PHASES if name not in ("old_logps", "image_use", "teacher")
+    ]
     assert all(f'value="{step}"' in text for step in (1, 2, 3, 4))
     assert "learning_rate" in text
     assert "<h2>Data and rewards</h2>" in text

@@ -155,11 +155,35 @@ void linear(int64_t num, int64_t vocab, bool in_place, float softcap) {
     expect_finite("linear_logps", p.logp, num);
 }
 
+// T: the type of the student's logits; those of the teacher have type Out.
+template <class T, class Out>
+void divergence(int64_t num, int64_t vocab, bool in_place, float softcap, float beta) {
+    constexpr int64_t kRatio = sizeof(T) / sizeof(Out);
+    LinearKl p{};
+    T* logits = random<T>(num * vocab);
+    p.student = {logits, sizeof(T) == 4 ? DType::float32 : DType::bfloat16, 1.2f, softcap, 1.0f};
+    p.teacher = {random<Out>(num * vocab), sizeof(Out) == 4 ? DType::float32 : DType::bfloat16, 0.8f, 0.0f, 1.0f};
+    p.num_rows = num;
+    p.vocab = vocab;
+    p.beta = beta;
+    p.read = p.write = true;
+    p.divergence = empty<float>(num);
+    p.stats = empty<float>(5 * num);
+    p.dlogits = in_place ? static_cast<void*>(logits) : empty<Out>(num * vocab);
+    p.gradient_dtype = p.teacher.dtype;
+    p.dlogits_stride = in_place ? vocab * kRatio : vocab;
+    p.upstream = random<float>(num);
+    cuda::linear_kl(p, 0, 0);
+    expect_finite("linear_kl", p.divergence, num);
+}
+
 void grpo(GrpoSurrogate surrogate, bool sequence_level) {
     constexpr int64_t kSequences = 5, kLength = 601, kTokens = kSequences * kLength;
     GrpoLoss p{};
     p.variant.surrogate = surrogate;
     p.variant.kl = KlEstimator::k3;
+    p.variant.perception = true;
+    p.variant.perception_loss_weight = 0.01f;
     p.variant.sequence_level = sequence_level;
     p.variant.beta = 0.04f;
     p.variant.epsilon_low = p.variant.epsilon_high = 0.2f;
@@ -171,10 +195,12 @@ void grpo(GrpoSurrogate surrogate, bool sequence_level) {
     p.logp = random<float>(kTokens);
     p.old_logp = random<float>(kTokens);
     p.ref_logp = random<float>(kTokens);
+    p.masked_logp = random<float>(kTokens);
     p.entropy = random<float>(kTokens);
     p.advantages = random<float>(kSequences);
     p.loss_mask = random_mask(kTokens);
-    p.logp_stride = p.old_logp_stride = p.ref_logp_stride = p.entropy_stride = p.loss_mask_stride = kLength;
+    p.logp_stride = p.old_logp_stride = p.ref_logp_stride = p.masked_logp_stride = kLength;
+    p.entropy_stride = p.loss_mask_stride = kLength;
     p.advantages_stride = 1;
     p.divisor = p.accumulation_steps = 1;
     p.divide_by_tokens = true;
@@ -182,6 +208,7 @@ void grpo(GrpoSurrogate surrogate, bool sequence_level) {
     p.partial = empty<float>(kSequences * GrpoColumn::count);
     p.dlogp = empty<float>(kTokens);
     p.dentropy = empty<float>(kTokens);
+    p.dmasked = empty<float>(kTokens);
     p.loss = empty<float>(1);
     p.stats = empty<float>(GrpoStat::count);
     cuda::grpo_loss(p, 0, 0);
@@ -346,6 +373,10 @@ int main() {
         linear<float, uint16_t>(7, 4099, in_place, 4.0f);
         linear<float, float>(7, 2051, in_place, 0.0f);
         linear<uint16_t, uint16_t>(7, 2051, in_place, 0.0f);
+        for (float beta : {0.0f, 0.3f, 1.0f}) {
+            divergence<float, uint16_t>(7, 9001, in_place, 4.0f, beta);
+            divergence<uint16_t, uint16_t>(7, 2051, in_place, 0.0f, beta);
+        }
     }
     using S = GrpoSurrogate;
     for (S surrogate : {S::ppo_clip, S::cispo, S::sapo, S::vespo}) {

@@ -35,9 +35,9 @@ BWD = {
     "V": "i32:16", "inner": "i32", "stride_outer": "i64:16", "stride_inner": "i32:16", "grad_stride_outer": "i64:16",
     "grad_stride_inner": "i32:16", "blocks": "i32", "temperature": "fp32", "scale": "fp32",
 }  # fmt: skip
-FLOATS = ("logp", "old_logp", "ref_logp", "rollout_logp", "entropy", "adv", "threshold", "dlogp", "dentropy", "partial")
-FLOATS += ("num_items", "loss", "stats")
-STRIDES = ("logp", "old", "ref", "rollout", "entropy", "adv", "loss_mask")
+FLOATS = ("logp", "old_logp", "ref_logp", "rollout_logp", "masked_logp", "entropy", "adv", "threshold", "dlogp", "dentropy")
+FLOATS += ("dmasked", "partial", "num_items", "loss", "stats")
+STRIDES = ("logp", "old", "ref", "rollout", "masked", "entropy", "adv", "loss_mask")
 GRPO = {
     **{f"{name}_ptr": "*fp32:16" for name in FLOATS},
     "loss_mask_ptr": "*i1:16", "cu_seqlens_ptr": "*i32:16", "T": "i32", "N": "i64", "S": "i32",
@@ -102,8 +102,10 @@ DECODE_KERNELS = [
     decode_parts(OWN_LEVEL, decode_attention.BLOCKS[2], 1),
     ("decode_attention", "decode_merge_kernel", DECODE, DECODE_LEVELS, 1),
 ]
-ON_POLICY = dict.fromkeys(f"{name}_ptr" for name in ("old_logp", "ref_logp", "rollout_logp", "entropy", "threshold"))
-ON_POLICY |= dict.fromkeys(("loss_mask_ptr", "dentropy_ptr", "num_items_ptr"))
+ON_POLICY = dict.fromkeys(
+    f"{name}_ptr" for name in ("old_logp", "ref_logp", "rollout_logp", "masked_logp", "entropy", "threshold")
+)
+ON_POLICY |= dict.fromkeys(("loss_mask_ptr", "dentropy_ptr", "dmasked_ptr", "num_items_ptr"))
 PADDED = ON_POLICY | {"cu_seqlens_ptr": None}
 RULES = {"SCALE": "batch", "NORMALIZE_FIRST": False, "GROUPS": 256, "BLOCK_G": 8}
 
@@ -121,8 +123,8 @@ STAGES = {
 # The arguments that are None with fp32 logits, with a fused objective, and without an objective.
 FP32 = dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "H", "stride_hidden", "stride_weight", "step_weight"))
 FUSED = STAGES | FP32 | dict.fromkeys(("dlogp_ptr", "dentropy_ptr"))
-ALONE = STAGES | dict.fromkeys(("old_logp_ptr", "ref_logp_ptr", "rollout_logp_ptr", "adv_ptr", "share_ptr", "entropy_scale"))
-ALONE |= {"SURROGATE": None, "KL": None, "p": None, "BIAS_CORRECTED": False, "ROLLOUT": False}
+ALONE = STAGES | dict.fromkeys(("old_logp_ptr", "ref_logp_ptr", "rollout_logp_ptr", "masked_logp_ptr", "adv_ptr", "share_ptr"))
+ALONE |= {"entropy_scale": None, "SURROGATE": None, "KL": None, "p": None, "BIAS_CORRECTED": False, "ROLLOUT": False}
 FUSED_FORWARD = {
     **dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr"), "*bf16:16"), "partial_ptr": "*fp32:16",
     **dict.fromkeys(("index_ptr", "targets_ptr"), "*i64:16"), **dict.fromkeys(("N", "R", "splits"), "i32"),
@@ -131,6 +133,13 @@ FUSED_FORWARD = {
 }  # fmt: skip
 WITHOUT_LOGITS = {"step_weight": 1, "WIDEN": False, "TMA": False, "GROUP": linear_logps_fused.GROUP}
 LINEAR_MERGE = {**FUSED_FORWARD, **MERGE, "inverse": "fp32"}
+KL_ROWS = {
+    **dict.fromkeys(("logits_ptr", "teacher_ptr", "divergence_ptr", "stats_ptr", "upstream_ptr"), "*fp32:16"),
+    "dx_ptr": "*bf16:16", "V": "i32:16", "stride_dx": "i32:16",
+    **dict.fromkeys(("beta", "inverse", "softcap", "logit_scale", "teacher_inverse", "teacher_softcap"), "fp32"),
+    "teacher_logit_scale": "fp32",
+}  # fmt: skip
+KL_STAGES = {"CAP": False, "TEACHER_CAP": False, "READ": True, "WRITE": True, "BLOCK_V": 4096}
 SAMPLE = {
     "logits_ptr": "*bf16:16", "seen_ptr": "*i1:16", "banned_ptr": "*i1:16", "banned_rows_ptr": "*i64:16",
     "sums_ptr": "*fp32:16", "uniform_ptr": "*fp64:16", "ids_ptr": "*i64:16", "logps_ptr": "*fp32:16",
@@ -169,6 +178,8 @@ KERNELS = [
     ),
     ("linear_logps", "linear_logps_kernel", LINEAR | {"logits_ptr": "*bf16:16"}, {**ALONE, "WRITE": False}, 8),
     ("linear_logps", "linear_logps_kernel", LINEAR, {**ALONE, **FP32, "READ": False, "CAP": True}, 8),
+    *(("linear_kl", "linear_kl_kernel", KL_ROWS, {**KL_STAGES, "KIND": kind}, 8) for kind in range(3)),
+    ("linear_kl", "linear_kl_kernel", KL_ROWS, {**KL_STAGES, "KIND": 2, "CAP": True, "TEACHER_CAP": True, "READ": False}, 8),
     *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
     ("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **ON_POLICY, **surrogate("ppo_clip"), "KL": KL["none"]}, 8),
     (
@@ -179,7 +190,7 @@ KERNELS = [
         8,
     ),
     ("grpo_loss", "grpo_loss_kernel", GRPO, {**EVERYTHING, **surrogate("ppo_clip"), "KL": KL["k2"]}, 8),
-    ("grpo_loss", "grpo_loss_finish_kernel", GRPO, {"BY_TOKENS": True, "BLOCK_S": 256}, 4),
+    ("grpo_loss", "grpo_loss_finish_kernel", GRPO, {"BY_TOKENS": True, "PERCEPTION": True, "BLOCK_S": 256}, 4),
     (
         "group_advantages",
         "group_advantages_kernel",

@@ -23,6 +23,7 @@ VARIANTS = {
     "sequence truncate": {"rollout_correction": "sequence_truncate", "rollout_clip_min": 0.9, "rollout_clip_max": 1.1},
     "sequence mask": {"rollout_correction": "sequence_mask", "rollout_clip_max": 1.4, "rollout_sequence_ratio": "mean"},
     "off policy": {"off_policy_mask_threshold": 0.02, "loss_type": "dapo"},
+    "papo": {"perception_loss_weight": 0.3, "der_loss_weight1": 0.2, "der_loss_weight2": 0.1, "beta": 0.1},
 }
 
 
@@ -45,21 +46,27 @@ def make(B=5, T=9, dtype=torch.float64, spread=0.4, per_token=False, seed=0):
     mask = torch.rand(B, T, generator=rng) < 0.7
     mask[0] = False
     mask[1] = True
+    # Some tokens have no masked images, and some are far more likely without their image.
+    batch["masked_logps"] = logps + 4 * spread * torch.randn(B, T, generator=rng, dtype=torch.float64)
+    batch["masked_logps"][torch.rand(B, T, generator=rng) < 0.2] = torch.nan
     return {name: x.to(dtype) for name, x in batch.items()} | {"loss_mask": mask}
 
 
 def run(batch, config, backend="auto", **options):
-    """The loss, its gradients with respect to logps and entropy, and the metrics. Passes only the inputs that config uses."""
+    """The loss, its gradients, and the metrics. Passes only the inputs that config uses."""
     batch = {name: x.detach().clone() for name, x in batch.items() if x is not None}
     if config.rollout_correction is None and config.off_policy_mask_threshold is None:
         batch.pop("rollout_logps", None)
-    leaves = [batch["logps"].requires_grad_()]
-    if config.entropy_coef:
-        leaves.append(batch["entropy"].requires_grad_())
+    if not config.perception:
+        batch.pop("masked_logps", None)
+    leaves = {"dlogps": batch["logps"]}
+    leaves |= {"dentropy": batch["entropy"]} if config.entropy_coef else {}
+    leaves |= {"dmasked": batch["masked_logps"]} if config.perception else {}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     loss, metrics = grpo_loss(**batch, config=config, backend=backend, **options)
-    grads = torch.autograd.grad(loss, leaves)
-    result = {"loss": loss.detach(), "dlogps": grads[0]} | metrics
-    return result | ({"dentropy": grads[1]} if config.entropy_coef else {})
+    gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return {"loss": loss.detach()} | gradients | metrics
 
 
 def on(device, batch):

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 import pytest
+from peft import LoraConfig
 from support import tiny
 from support.training import FixedGenerate, config, length_reward, run_ours
 
@@ -110,9 +111,27 @@ def test_long_prompts_of_evaluation_are_named_or_skipped(tmp_path):
         ("max_num_seqs", 1.5, "must be an integer, got 1.5"),
         ("num_iterations", True, "must be an integer, got True"),
         ("max_completion_length", None, "must be an integer, got None"),
-        ("num_generations", 1, "must be >= 2, to compare completions, got 1"),
+        ("num_generations", 0, "must be >= 1, got 0"),
+        ("distillation_top_k", 1.5, "must be an integer, got 1.5"),
+        ("distillation_top_k", 0, "must be >= 1, got 0"),
+        ("distillation_beta", 1.5, r"must be in \[0, 1\], got 1.5"),
+        ("distillation_coef", 0.0, "must be finite and > 0, got 0.0"),
+        ("distillation_coef", float("inf"), "must be finite and > 0, got inf"),
     ],
 )
-def test_counts_are_integers(tmp_path, name, value, rule):
+def test_numbers_are_in_range(tmp_path, name, value, rule):
     with pytest.raises((TypeError, ValueError), match=f"{name} {rule}"):
         config(tmp_path, **{name: value})
+
+
+def test_freeze_vision_leaves_only_the_decoder(tmp_path):
+    rows = tiny.rows(4)
+    for adapters in (None, LoraConfig(r=2, target_modules="all-linear")):
+        args = config(tmp_path, freeze_vision=True)
+        trainer = GRPOTrainer(tiny.vlm(), "exact_match", args, rows, processing_class=tiny.processor(), peft_config=adapters)
+        trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        assert trained
+        assert not any("visual" in name for name in trained)
+        assert trainer.prepared.reuses_image_features
+    with pytest.raises(ValueError, match="freeze_vision must be False for a text model"):
+        GRPOTrainer(tiny.text_model(), "exact_match", args, tiny.rows(4, "none"), processing_class=tiny.tokenizer())

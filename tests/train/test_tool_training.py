@@ -1,13 +1,14 @@
 """Training with tools, against plain code that runs each trajectory by itself, and against TRL."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import trl
 from datasets import Dataset
 from support.tool_models import Microscope, tool_model
-from support.training import Gradients, config
+from support.training import Gradients, config, perturb
 from trl import GRPOConfig as TRLConfig
 
 from vlmkernels.models.trajectories import chain
@@ -24,27 +25,30 @@ def image_reward(completions, **kwargs):
     return [sum(p["type"] == "image" for p in row) + k * k % 7 / 3 for k, row in enumerate(parts)]
 
 
-def trained(tmp_path, made, model, rewards, tools=None, **options):
+def trained(tmp_path, made, model, rewards, tools=None, teacher=None, **options):
     """A trainer after its steps, and their gradients."""
     args = config(tmp_path, **{**OPTIONS, **options})
     tools = {"tools": [made.tool]} if tools is None else tools
-    trainer = GRPOTrainer(model, rewards, args, made.rows, processing_class=made.processor, **tools)
+    trainer = GRPOTrainer(model, rewards, args, made.rows, processing_class=made.processor, teacher=teacher, **tools)
     gradients = Gradients()
     trainer.add_callback(gradients)
     trainer.train()
     return trainer, gradients.steps
 
 
-def plain_logps(model, rollout, k):
-    """The log-probabilities of all tokens of trajectory k after its prompt, from a forward pass of its own."""
+def plain_distributions(model, rollout, k):
+    """The log-probabilities of the vocabulary after each token of trajectory k, from a forward pass of its own."""
     turns, prompt = rollout.turns, rollout.prompts.select(rollout.group[[k]]).trim()
     segments = [turns.inputs.select(torch.tensor([s])).trim() for s in turns.members[k]]
     whole = chain([prompt, *segments])
     logits = model(**whole.inputs, use_cache=False).logits[0].float()
     count = int(rollout.completion_mask[k].sum())
-    targets = whole.inputs["input_ids"][0, -count:]
-    assert torch.equal(targets, rollout.completion_ids[k, :count])
-    return logits[-count - 1 : -1].log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    assert torch.equal(whole.inputs["input_ids"][0, -count:], rollout.completion_ids[k, :count])
+    return logits[-count - 1 : -1].log_softmax(-1)
+
+
+def with_pixels_only(inputs):
+    return replace(inputs, inputs={name: x for name, x in inputs.inputs.items() if "features" not in name})
 
 
 CASES = {
@@ -57,7 +61,7 @@ CASES = {
     "copies of the prompt": {"name": "qwen2_5_vl", "share_prefix": False},
     "a budget of tokens": {"name": "qwen2_5_vl", "max_tokens_per_microbatch": 330},
     "two slots": {"name": "qwen2_5_vl", "max_num_seqs": 2},
-    "frozen tower": {"name": "qwen2_5_vl", "freeze": True},
+    "frozen tower, and a teacher": {"name": "qwen2_5_vl", "freeze": True, "teacher": True},
 }
 
 
@@ -66,14 +70,16 @@ def test_loss_gradients_and_metrics_equal_trajectories_by_themselves(tmp_path, c
     """One step on policy: DAPO's loss over the tokens of the model, and nothing over those of its tools."""
     options = {"name": case, **CASES[case]}
     name, images = options.pop("name"), options.pop("images", True)
-    freeze = options.pop("freeze", False)
+    freeze, teacher = options.pop("freeze", False), options.pop("teacher", None)
     made = tool_model(name, images=images)
     model = copy.deepcopy(made.model)
+    if teacher:
+        perturb(teacher := copy.deepcopy(made.model))
     if freeze:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_("visual" not in key)
     before = {key: x.detach().clone() for key, x in model.state_dict().items()}
-    trainer, (gradients,) = trained(tmp_path, made, model, image_reward, **options)
+    trainer, (gradients,) = trained(tmp_path, made, model, image_reward, teacher=teacher, **options)
     experience = trainer._experience
     rollout, advantages = experience.rollout, experience.advantages
     assert len({tuple(row) for row in rollout.token_ids()}) > 1
@@ -85,7 +91,12 @@ def test_loss_gradients_and_metrics_equal_trajectories_by_themselves(tmp_path, c
     loss, total = 0.0, int(rollout.sampled_mask.sum())
     for k in range(8):
         mask = rollout.sampled_mask[k][rollout.completion_mask[k]]
-        logps = plain_logps(model, rollout, k)[mask]
+        ids, distributions = rollout.completion_ids[k, : len(mask)][mask], plain_distributions(model, rollout, k)[mask]
+        logps = distributions.gather(1, ids.unsqueeze(1)).squeeze(1)
+        if teacher:
+            with torch.no_grad():
+                others = plain_distributions(teacher, rollout.with_inputs(with_pixels_only), k)[mask]
+            loss = loss + torch.nn.functional.kl_div(others, distributions, log_target=True, reduction="sum") / total
         loss = loss - (advantages[k] * (logps - logps.detach()).exp()).sum() / total
         if rollout.logps is not None:
             torch.testing.assert_close(rollout.logps[k][rollout.sampled_mask[k]], logps.detach(), rtol=1e-4, atol=1e-4)
@@ -135,3 +146,41 @@ def test_equals_trl_over_five_steps(tmp_path, name, how):
         assert a["grad_norm"] > 0.01
     for key, x in their_weights.items():
         torch.testing.assert_close(our_weights[key], x, rtol=1e-4, atol=1e-5, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_dynamic_sampling(tmp_path):
+    """Trajectories of several rounds become one batch, in which images of results belong to their calls."""
+    made = tool_model("qwen2_5_vl")
+    rounds = []
+
+    def reward(completions, **kwargs):
+        """Only the last group of each round has different rewards."""
+        rounds.append(completions)
+        return [float(k == len(completions) - 1) for k in range(len(completions))]
+
+    options = {"dynamic_sampling": True, "max_tool_calling_iterations": 1, "num_generations": 2}
+    options["per_device_train_batch_size"] = 4
+    trainer, _ = trained(tmp_path, made, copy.deepcopy(made.model), reward, **options)
+    first, second = rounds
+    rollout, scored = trainer._experience.rollout, trainer._last_scored[0]
+    assert scored.completions == [*first[2:], *second[-2:]]
+    assert rollout.turns.inputs.num_images.any()
+    assert len(rollout.turns.members) == len(scored.episodes) == 4
+    images = [sum(int(rollout.turns.inputs.num_images[s]) for s in segments) for segments in rollout.turns.members]
+    assert images == [len(episode.images) for episode in scored.episodes]
+    log = trainer.state.log_history[0]
+    calls = [message["role"] == "tool" for c in (*first, *second) for message in c]
+    assert log["tools/call_frequency"] == pytest.approx(sum(calls) / len(first + second))
+
+
+def test_images_of_results_follow_the_resolution_of_the_step(tmp_path):
+    made = tool_model("qwen2_5_vl")
+    largest = []
+    for schedule in (None, [{"step": 0, "max_pixels": 28 * 28}]):
+        model = copy.deepcopy(made.model)
+        trainer, _ = trained(tmp_path, made, model, image_reward, image_resolution_schedule=schedule)
+        rollout = trainer._experience.rollout
+        inputs = rollout.prompts.inputs, rollout.turns.inputs.inputs
+        largest.append([int(x["image_grid_thw"].prod(1).max()) for x in inputs])
+    assert largest[1] == [4, 4]  # patches
+    assert min(largest[0]) > 4

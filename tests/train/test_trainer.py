@@ -355,7 +355,6 @@ def test_completions_page_holds_everything(tmp_path):
     ("options", "message"),
     [
         ({"num_generations": 3}, r"num_generations must divide per_device_train_batch_size \* steps_per_generation = 8, got 3"),
-        ({"num_generations": 1}, "num_generations must be >= 2, to compare completions, got 1"),
         ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
         ({"epsilon": 2.0}, r"epsilon must be in \[0, 1\], got 2.0"),
@@ -392,6 +391,8 @@ def test_constructor_errors(tmp_path):
 
     with pytest.raises(ValueError, match=r"reward_weights must have one number per reward function, 1, got \[1.0, 2.0\]"):
         make(["cer"], reward_weights=[1.0, 2.0])
+    with pytest.raises(ValueError, match="num_generations must be >= 2, to compare completions, got 1"):
+        make(["cer"], num_generations=1)
     with pytest.raises(ValueError, match="train_dataset must hold at least the 4 prompts of one generation batch, got 2"):
         make(["cer"], gradient_accumulation_steps=4)
     model = tiny.vlm()

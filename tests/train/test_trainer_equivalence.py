@@ -14,12 +14,14 @@ from vlmkernels.models.families import prefix_sharing_unsupported
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train import GRPOTrainer
 
+PAPO = {"perception_loss_weight": 0.3, "der_loss_weight1": 0.02, "der_loss_weight2": 0.05}
 CASES = {
     "images": {"images": "one", "loss_type": "dapo"},
     "mixed": {"images": "mixed", "loss_type": "grpo", "num_iterations": 2},
     "text": {"images": "none", "beta": 0.1, "importance_sampling_level": "sequence"},
     "kl": {"images": "several", "beta": 0.1, "gradient_checkpointing": True},
     "lora": {"images": "one", "beta": 0.1, "peft_config": True, "steps_per_generation": 4},
+    "masks": {"images": "mixed", "num_iterations": 2, "peft_config": True, "mask_truncated_completions": True, **PAPO},
 }
 
 
@@ -102,6 +104,7 @@ BUDGETS = {
     "masked": (False, 43, {"loss_type": "vespo", "mask_truncated_completions": True, "num_iterations": 2}),
     "entropy": (False, 43, {"loss_type": "grpo", "entropy_coef": 0.1, "mask_truncated_completions": True}),
     "copies": (False, 100, {"loss_type": "luspo", "steps_per_generation": 4}),
+    "masks": ("auto", 90, {"images": "mixed", "loss_type": "grpo", **PAPO}),
 }
 
 
@@ -109,7 +112,7 @@ BUDGETS = {
 def test_a_token_budget_changes_nothing_but_the_parts(tmp_path, monkeypatch, case):
     share, budget, options = BUDGETS[case]
     sizes = []
-    for engine in ("packed", "padded"):
+    for engine in ("packed", "padded", "branches"):
         make = getattr(Rollout, engine)
         monkeypatch.setattr(Rollout, engine, lambda *args, make=make: sizes.append(b := make(*args)) or b)
     whole = run(tmp_path / "whole", max_steps=3, share_prefix=share, **options)[1]

@@ -3,16 +3,19 @@
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from typing import Any
 
-from vlmkernels.cli.flags import Help, add_flag, parse_arguments, user_errors
+from vlmkernels.cli.flags import Help, add_flag, json_list, parse_arguments, user_errors
+from vlmkernels.data.resolution import ResolutionSchedule
 from vlmkernels.plan.calibration import calibrate
+from vlmkernels.plan.fit import Fit, fit, train_arguments
 from vlmkernels.plan.machine import MACHINES, Machine
-from vlmkernels.plan.shape import MODELS, ModelShape
+from vlmkernels.plan.shape import HUB, MODELS, ModelShape, published
 from vlmkernels.plan.step import Plan, plan
-from vlmkernels.plan.workload import ENGINES, PARALLEL, PRECISIONS, StepTokens, Workload
+from vlmkernels.plan.workload import ENGINES, OPTIMIZERS, PARALLEL, PRECISIONS, WEIGHTS, StepTokens, Workload
 
 # Fields of Workload that are flags -> help text, and the valid values if there are only a few.
 FLAGS = {
@@ -29,11 +32,13 @@ FLAGS = {
     "reference": ("add the KL term to the loss, which needs a forward pass of the reference model", None),
     "old": ("compute old log-probabilities in a separate pass, for several optimizer steps per generation batch", None),
     "checkpointing": ("recompute activations in the backward pass (activation checkpointing)", None),
+    "activation_offloading": ("keep activations in host memory until the backward pass", None),
+    "optim": ("the optimizer: moments of the dtype of the parameters, or in 8 bits", OPTIMIZERS),
     "microbatch_tokens": ("maximum number of tokens per forward and backward pass; by default no limit", None),
     "engine": ("rollout engine: transformers or vLLM on the training GPUs, or a vLLM server on other GPUs", ENGINES),
     "server_gpus": ("number of GPUs of the vLLM server", None),
     "precision": ("precision of matrix products; by default the machine's", PRECISIONS),
-    "weights": ("precision of the stored parameters; fp32 with bf16 products is mixed precision", PRECISIONS),
+    "weights": ("precision of the stored parameters; fp32 with bf16 products is mixed precision, nf4 is QLoRA", WEIGHTS),
     "reward_seconds": ("seconds that the reward functions take for the whole batch", None),
 }
 
@@ -46,6 +51,14 @@ def size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
+def memory_size(text: str) -> float:
+    """Parse "24GB" or "16GiB" to bytes. argparse replaces the ValueError for any other text with its own message."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise ValueError
+    return float(found[1]) * {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20}[(found[2] or "GB").lower()]
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "vlmkernels plan",
@@ -54,10 +67,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    machine = f"the device: {', '.join(MACHINES)} (data sheets), or a file written by --calibrate [h100]"
+    machine = (
+        f"the device: {', '.join(MACHINES)} (data sheets), or a file written by --calibrate; by default h100, and rtx-4090"
+    )
+    machine += " with a --fit of at most 32 GB"
+    fitted = (
+        "find a configuration that fits into this memory, as 24GB or 16GiB; arguments with other values than the defaults stay"
+    )
+    schedule = "the cost of image sizes that change, as in vlmkernels train: a JSON list of {step, min_pixels, max_pixels}"
     calibrated = "measure this machine's CPU and plan for it; with a path, save the measurement there for --machine"
     share = "run each prompt once per group: true, false, or auto (true if the model supports it)"
     add_flag(parser, "model", required=True, help=f"the model: {', '.join(MODELS)}, or the path of a model or its config.json")
+    add_flag(parser, "fit", type=memory_size, help=fitted)
     add_flag(parser, "machine", help=machine)
     add_flag(parser, "calibrate", nargs="?", const=True, help=calibrated)
     add_flag(parser, "image_size", type=size, default="896", help="size of an image in pixels, WIDTHxHEIGHT or one side")
@@ -73,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             kind = type(default) if default is not None and not choices else None if choices else int
             add_flag(parser, field.name, type=kind, choices=choices and tuple(choices), default=default, help=text)
+    add_flag(parser, "image_resolution_schedule", type=json_list, help=schedule)
+    add_flag(parser, "max_steps", type=int, help="number of optimizer steps, with --image_resolution_schedule")
     add_flag(parser, "json", action="store_true", help="print JSON")
     return parser
 
@@ -92,6 +115,10 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
 
 
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Format a table with the first and the last column left-aligned and the others right-aligned."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
@@ -107,7 +134,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _describe_workload(found: Plan) -> list[str]:
     work, shape, machine, tokens = found.work, found.shape, found.machine, found.tokens
     tower = f", {_params(shape.vision_params)} of them in its vision tower" if shape.vision else ""
-    trained = f"LoRA of rank {work.lora_r}" if work.lora_r else "all but the tower" if work.frozen_vision else "all parameters"
+    lora = f"{'QLoRA' if work.weights == 'nf4' else 'LoRA'} of rank {work.lora_r}"
+    trained = lora if work.lora_r else "all but the tower" if work.frozen_vision else "all parameters"
     devices = f"{work.gpus} x {machine.name}" + (f" ({work.parallel})" if work.gpus > 1 else "")
     server = f" on {work.server_gpus} other GPUs" if work.engine == "vllm_server" else ""
     unshared = Workload(**asdict(work) | {"share_prefix": False, "microbatch_tokens": None})
@@ -147,6 +175,8 @@ def to_text(found: Plan) -> str:
     held = [(name, f"{size / 2**30:.2f} GiB", f"{100 * size / total:.0f} %", "") for name, size in items]
     held.append(("total", f"{total / 2**30:.2f} GiB", "", f"of {found.machine.memory / 2**30:.1f} GiB"))
     lines += ["", *_table((f"peak memory ({found.moment})", "", "", ""), held)]
+    if found.work.activation_offloading:
+        lines.append(f"activations in host memory: {_gib(found.host_memory)}")
     return "\n".join([*lines, "", limits(found)])
 
 
@@ -161,8 +191,87 @@ def limits(found: Plan) -> str:
     return f"It does not fit: {missing / 2**30:.1f} GiB are missing ({found.moment}); the largest item is: {item}. {share}"
 
 
+def fit_to_text(found: Fit, model: str) -> str:
+    """Format the result of ``fit`` for a terminal."""
+    budget, best, lines = _gib(found.plan.machine.memory), found.plan, []
+    for name, smallest in found.smaller.items():
+        item = max(smallest.memory, key=lambda item: smallest.memory[item])
+        need = _gib(sum(smallest.memory.values()))
+        lines.append(f"does not fit: {name} needs at least {need} ({smallest.moment}; the largest item is: {item})")
+    if not best.fits:
+        need = _gib(sum(best.memory.values()))
+        lines += ["", f"Nothing fits into {budget}. The smallest configuration, {found.level.name}, needs {need}:", ""]
+        return "\n".join([*lines, to_text(best)])
+    lines += [f"fits into {budget}: {found.level.name}", *(f"given up: {text}" for text in found.gives_up), ""]
+    return "\n".join([*lines, to_text(best), "", command(found, model)])
+
+
+def command(found: Fit, model: str) -> str:
+    """Return the command line of ``vlmkernels train`` for a configuration that fits."""
+    arguments = train_arguments(found.plan, HUB.get(published(model) or "", model), resized=found.level.scale < 1)
+    flags = [f"--{name} {shlex.quote(value)}" for name, value in arguments.items()]
+    flags[1:1] = ["--dataset train.jsonl", "--reward exact_match"]
+    return " \\\n    ".join([f"vlmkernels train {flags[0]}", *flags[1:]])
+
+
+def schedule_costs(shape: ModelShape, work: Workload, machine: Machine, entries: list, max_steps: int | None) -> dict[str, Any]:
+    """Return the cost of each entry of an image resolution schedule, in total, and with the last size at every step.
+
+    Raises:
+        ValueError: the schedule is invalid, the model has no images of its own size, or max_steps is not above its last step.
+    """
+    schedule = ResolutionSchedule.from_list(entries)
+    if shape.vision is None or not work.images or shape.vision.side or shape.vision.chosen or work.image_tokens:
+        raise ValueError("image_resolution_schedule must be None for a model whose images do not keep their size")
+    if max_steps is None or max_steps <= schedule.last.step:
+        raise ValueError(f"max_steps must be above the last step of the schedule, {schedule.last.step}, got {max_steps}")
+    ends = [*(entry.step for entry in schedule.entries[1:]), max_steps]
+    rows = []
+    for entry, end in zip(schedule.entries, ends, strict=True):
+        pixels = work.width * work.height
+        limited = max(min(pixels, entry.max_pixels or pixels), entry.min_pixels or 0)
+        side = (limited / pixels) ** 0.5
+        sized = replace(work, width=max(1, round(side * work.width)), height=max(1, round(side * work.height)))
+        found = plan(shape, sized, machine)
+        row = {"step": entry.step, "steps": end - entry.step, "width": sized.width, "height": sized.height}
+        row |= {"prompt_tokens": found.tokens.prompt, "seconds": found.seconds, "memory": sum(found.memory.values())}
+        rows.append(row)
+    total = sum(row["steps"] * row["seconds"] for row in rows)
+    return {"entries": rows, "seconds": total, "constant_seconds": max_steps * rows[-1]["seconds"]}
+
+
+def schedule_to_text(costs: dict[str, Any]) -> str:
+    """Format the result of ``schedule_costs`` for a terminal."""
+    head = ("from step", "steps", "image", "tokens of a prompt", "step time", "peak memory")
+    rows = [
+        (
+            str(row["step"]), f"{row['steps']:,}", f"{row['width']} x {row['height']}", f"{row['prompt_tokens']:,}",
+            _seconds(row["seconds"]), _gib(row["memory"]),
+        )
+        for row in costs["entries"]
+    ]  # fmt: skip
+    share = costs["seconds"] / costs["constant_seconds"]
+    total = f"{costs['seconds'] / 3600:.2f} h in total, {share:.2f} times the {costs['constant_seconds'] / 3600:.2f} h"
+    return "\n".join([*_table(head, rows), f"{total} with the last size at every step"])
+
+
 def to_json(found: Plan) -> str:
     """Format a plan as JSON."""
+    return json.dumps(contents(found), indent=1)
+
+
+def fit_to_json(found: Fit, model: str) -> str:
+    """Format the result of ``fit`` as JSON."""
+    needs = {
+        name: {"bytes": sum(p.memory.values()), "memory": p.memory, "moment": p.moment} for name, p in found.smaller.items()
+    }
+    about: dict[str, Any] = {"budget": found.plan.machine.memory, "level": found.level.name, "gives_up": found.gives_up}
+    about |= {"does_not_fit": needs, "command": command(found, model) if found.plan.fits else None}
+    return json.dumps(contents(found.plan) | {"fit": about}, indent=1)
+
+
+def contents(found: Plan) -> dict[str, Any]:
+    """Return a plan as values that JSON has."""
     phases = [
         {"name": p.name, "tokens": p.tokens, "flops": p.flops, "bytes": p.traffic, "wire": p.wire, "seconds": p.seconds}
         | {"limit": p.limit}
@@ -170,11 +279,12 @@ def to_json(found: Plan) -> str:
     ]
     content: dict[str, Any] = {"model": found.shape.name, "machine": found.machine.name, "workload": asdict(found.work)}
     content |= {"tokens": asdict(found.tokens), "phases": phases, "seconds": found.seconds, "memory": found.memory}
-    return json.dumps(content | {"moment": found.moment, "fits": found.fits, "limits": limits(found)}, indent=1)
+    content |= {"host_memory": found.host_memory}
+    return content | {"moment": found.moment, "fits": found.fits, "limits": limits(found)}
 
 
 def main(argv: list[str]) -> int:
-    """Print the plan and return 0. Invalid arguments end the program with exit code 2."""
+    """Print the plan and return 0; 1 if ``--fit`` finds none. Invalid arguments end the program with exit code 2."""
     parser = build_parser()
     args = parse_arguments(parser, argv)
     if args.calibrate and args.machine:
@@ -188,9 +298,21 @@ def main(argv: list[str]) -> int:
         if shape.vision is None:
             values["images"] = 0
         Workload(**values)  # report invalid values before the calibration, which takes seconds
-        machine = calibrate() if args.calibrate else Machine.from_name(args.machine or "h100")
+        usual = "h100" if args.fit is None or args.fit > 32e9 else "rtx-4090"
+        machine = calibrate() if args.calibrate else Machine.from_name(args.machine or usual)
         if isinstance(args.calibrate, str):
             machine.save(args.calibrate)
-        found = plan(shape, Workload(**values, precision=args.precision or machine.precision), machine)
+        work = Workload(**values, precision=args.precision or machine.precision)
+        if args.image_resolution_schedule is not None:
+            costs = schedule_costs(shape, work, machine, args.image_resolution_schedule, args.max_steps)
+            print(json.dumps(costs, indent=1) if args.json else schedule_to_text(costs))
+            return 0
+        if args.fit is not None:
+            defaults = {field.name: field.default for field in fields(Workload)}
+            kept = [name for name in FLAGS if getattr(work, name) != defaults[name]]
+            fitted = fit(shape, work, replace(machine, memory=args.fit), kept)
+            print(fit_to_json(fitted, args.model) if args.json else fit_to_text(fitted, args.model))
+            return 0 if fitted.plan.fits else 1
+        found = plan(shape, work, machine)
     print(to_json(found) if args.json else to_text(found))
     return 0

@@ -1,6 +1,7 @@
 """``vlmkernels train``: train a model with GRPO."""
 
 import argparse
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,7 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     add_flag(own, "rewards", type=json_list, help=f"{REWARDS}; in --config a list")
     add_flag(own, "tools", action="append", help=f"{TOOL}; in --config a list")
     add_flag(own, "environment", action="append", help=f"{ENVIRONMENT}; in --config a list")
+    add_flag(own, "teacher", help="path of a model to distill from, besides the rewards or instead of them")
     lora = parser.add_argument_group("LoRA")
     add_flag(lora, "lora_r", type=int, help="rank of the LoRA adapters; without it, all parameters of the model are trained")
     add_flag(lora, "lora_alpha", type=int, default=32, help="LoRA alpha; the adapters are scaled by lora_alpha / lora_r")
@@ -93,7 +95,7 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
         "lora_target_modules",
         nargs="+",
         default="all-linear",
-        help="names of the modules to which LoRA adapters are added",
+        help="names of the modules to which LoRA adapters are added, or one regular expression",
     )
     parser.add_argument("--help-all", action="help", help="also show every argument of transformers.TrainingArguments")
     return parser
@@ -107,7 +109,8 @@ def main(argv: list[str]) -> int:
     if path := parser.parse_known_args(argv)[0].config:
         read_yaml(parser, path, TRL_FIELDS)
     args = parse_arguments(parser, argv, TRL_FIELDS)
-    require_given(parser, args, "model", "dataset", *([] if args.rewards or args.environment else ["reward"]))
+    needs_reward = not (args.rewards or args.environment or args.teacher)
+    require_given(parser, args, "model", "dataset", *(["reward"] if needs_reward else []))
     if args.rewards and args.reward:
         parser.error("--reward must not be used together with --rewards")
     trainer, checkpoint = build_trainer(parser, args)
@@ -149,7 +152,7 @@ def build_trainer(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         environments = environment_factory(args.environment)
     with user_errors(parser, more=(RolloutError,)):  # the trainer loads the model after it has checked the datasets
         data = dataset, eval_dataset, processor
-        more = {"peft_config": lora_config(args), "tools": tools, "environment_factory": environments}
+        more = {"peft_config": lora_config(args), "tools": tools, "environment_factory": environments, "teacher": args.teacher}
         trainer = GRPOTrainer(args.model, args.rewards or args.reward, config, *data, **more)
         if checkpoint:
             check_checkpoint(checkpoint, trainer.policy, config.world_size)
@@ -177,6 +180,12 @@ def lora_config(args: argparse.Namespace) -> "LoraConfig | None":
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
+        target_modules=target_modules(args.lora_target_modules),
         task_type="CAUSAL_LM",
     )
+
+
+def target_modules(given: str | list[str]) -> str | list[str]:
+    """Return the value of --lora_target_modules for PEFT, which takes a list for names, and a string for what selects them."""
+    only = given[0] if isinstance(given, list) and len(given) == 1 else None
+    return only if only is not None and (only == "all-linear" or not re.fullmatch(r"[\w.]+", only)) else given

@@ -258,6 +258,8 @@ class RowChecks:
     Args:
         columns: called once with the names of all columns; raises ValueError if one is missing.
         row: called with each row and its name for error messages; raises ValueError or TypeError for a bad row.
+        sample: called with each sample, of which only the sizes of images are known, and its rendered prompt; raises
+            ``SampleError`` for a bad one.
         num_embeddings: number of rows of the model's input embedding; None leaves the ids of prompts unchecked.
         family: the model's family, for ``check_media``: all rows may be in one batch. The default allows everything.
     """
@@ -266,6 +268,7 @@ class RowChecks:
     row: Callable[[dict, str], None] | None = None
     num_embeddings: int | None = None
     family: Family = TEXT
+    sample: Callable[[Sample, str], None] | None = None
 
 
 def check_dataset(
@@ -313,6 +316,8 @@ def check_dataset(
             check_media([sample], checks.family)
             sizes(sample)
             ids(sample, text)
+            if checks.sample is not None:
+                checks.sample(sample, text)
             if checks.row is not None:
                 checks.row(row, sample.name)
         except (ValueError, TypeError) as error:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -248,10 +248,29 @@ class PrintRewards(TrainerCallback):
             print(f"  step {state.global_step:3d}   {shown}   {time.perf_counter() - self.start:4.0f} s", flush=True)
 
 
-def train(model: PreTrainedModel, processor: ProcessorMixin, seed: int, steps: int, output: Path) -> list[dict]:
-    """Train with GRPO on the train split. Returns the trainer's log."""
+def train(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    seed: int,
+    steps: int,
+    output: Path,
+    *,
+    rows_per_prompt: int = 1,
+    callbacks: Sequence[TrainerCallback] = (),
+    **options: Any,
+) -> list[dict]:
+    """Train with GRPO on the train split.
+
+    Args:
+        rows_per_prompt: rows of the dataset per prompt that is trained on; more than 1 if further prompts are sampled.
+        callbacks: of the trainer.
+        options: arguments of ``GRPOConfig`` beside those in ``GRPO``.
+
+    Returns:
+        The trainer's log.
+    """
     config = GRPOConfig(
-        **GRPO,
+        **{**GRPO, **options},
         max_steps=steps,
         seed=seed,
         output_dir=str(output),
@@ -261,28 +280,43 @@ def train(model: PreTrainedModel, processor: ProcessorMixin, seed: int, steps: i
         report_to="none",
         disable_tqdm=True,
     )
-    rows = Rows(steps * config.prompts_per_generation)
-    trainer = GRPOTrainer(model, REWARDS, config, rows, processing_class=processor, callbacks=[PrintRewards()])
+    rows = Rows(rows_per_prompt * steps * config.prompts_per_generation)
+    callbacks = [PrintRewards(), *callbacks]
+    trainer = GRPOTrainer(model, REWARDS, config, rows, processing_class=processor, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.state.log_history
 
 
-def measure(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> Evaluation:
+def measure(
+    model: PreTrainedModel, processor: ProcessorMixin, path: Path, views: Sequence[str] = ("image", "grey")
+) -> Evaluation:
     """Evaluate greedy answers on the test split, with the image and with a gray image. ``path``: file for the predictions."""
     path.unlink(missing_ok=True)
     decoding = Decoding(max_completion_length=ANSWER_TOKENS, batch_size=600)
     rows = suite.ShapesAndDigits("test")
-    return Evaluation(predict(model, processor, rows, decoding, path, views=("image", "grey")), rows)
+    return Evaluation(predict(model, processor, rows, decoding, path, views=views), rows)
 
 
-def start_supervised(model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+def new_model(seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Return a model with random weights and its processor."""
+    processor = build_processor(words(suite.ShapesAndDigits("train", 1200)))
+    return build_model(processor, seed, num_layers=3), processor
+
+
+def start_supervised(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    seed: int,
+    seeing_steps: int = SEEING_STEPS,
+    answer_steps: int = ANSWER_STEPS,
+) -> None:
     """Run both supervised stages and print their results."""
     start = time.perf_counter()
-    print(f"\nSupervised: vision tower, {SEEING_STEPS} steps; then answers, {ANSWER_STEPS} steps", flush=True)
-    seen = learn_to_see(model, processor, SEEING_STEPS, seed)
+    print(f"\nSupervised: vision tower, {seeing_steps} steps; then answers, {answer_steps} steps", flush=True)
+    seen = learn_to_see(model, processor, seeing_steps, seed)
     print(f"  {seen:.0%} of cells recognized, {time.perf_counter() - start:.0f} s", flush=True)
-    answers, cells = learn_to_answer(model, processor, ANSWER_STEPS)
+    answers, cells = learn_to_answer(model, processor, answer_steps)
     print(f"  answer loss {answers:.2f}, cell loss {cells:.3f}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -326,8 +360,7 @@ def run(seed: int, steps: int, output: Path) -> int:
     torch.set_num_threads(1)  # the matrices are too small to benefit from more threads
     disable_progress_bar()
     output.mkdir(parents=True, exist_ok=True)
-    processor = build_processor(words(suite.ShapesAndDigits("train", 1200)))
-    model = build_model(processor, seed, num_layers=3)
+    model, processor = new_model(seed)
     print(f"A small vision-language model learns {suite.NAME}: {', '.join(suite.CATEGORIES)}.\n")
     print(f"Model     the Qwen2.5-VL architecture, {model.num_parameters():,} random weights, seed {seed}")
     start_supervised(model, processor, seed)

@@ -120,7 +120,7 @@ class Family:
         Raises:
             ValueError: the family has no input of this name.
         """
-        if name in _FEATURES:
+        if name in FEATURES:
             return Input("image_token")
         if name not in self.inputs:
             raise ValueError(f"model inputs of the family {self.name} must be among {', '.join(self.inputs)}, got {name!r}")
@@ -131,7 +131,7 @@ class Family:
         return self.spec(name).axis
 
 
-_FEATURES = ("image_features", "deepstack_features")  # replace pixels: see vlmkernels.models.image_features
+FEATURES = ("image_features", "deepstack_features")  # replace pixels: see vlmkernels.models.image_features
 _TOKEN, _IMAGE, _VIDEO = Input("token"), Input("image"), Input("video")
 _TEXT = {"input_ids": _TOKEN, "attention_mask": _TOKEN}
 # Images and videos of any size as rows of patches.

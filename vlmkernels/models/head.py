@@ -20,6 +20,9 @@ from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput, linear_grpo_loss
 from vlmkernels.ops.linear_logps import linear_logps
 
+# A further term of the loss, computed in place of the head: returns its value and its metrics. See ``call_in_head``.
+Term = Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
 
 @contextmanager
 def replaced_method(module: torch.nn.Module, name: str, function: Callable) -> Iterator[None]:
@@ -252,6 +255,33 @@ def completion_logps(
     return call_in_head(model, batch, head, function)[0]
 
 
+def with_masked_images(
+    loss: Callable[..., LinearGRPOLossOutput],
+    loss_mask: torch.Tensor,
+    masked: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    **arguments: Any,
+) -> LinearGRPOLossOutput:
+    """Compute a loss with the log-probabilities of its tokens after masked images, for ``call_in_head``.
+
+    Args:
+        loss: from ``packed_grpo_loss``.
+        loss_mask: (B, C) bool, the tokens of the loss.
+        masked: (B,) bool, the completions whose tokens are scored again: their rows follow those of all tokens of the loss.
+        arguments: ``temperature``, and those of ``logit_arguments``.
+    """
+    is_masked = masked.unsqueeze(1).expand_as(loss_mask)[loss_mask]
+    count = len(is_masked)
+    found = linear_logps(hidden, weight, targets[count:], rows=rows[count:], bias=bias, **arguments)
+    logps = found.new_full((count,), math.nan).masked_scatter(is_masked, found)
+    return loss(hidden, weight, targets[:count], rows=rows[:count], bias=bias, masked_logps=logps, **arguments)
+
+
 def completion_loss(
     model: torch.nn.Module,
     batch: ScoringBatch,
@@ -260,15 +290,51 @@ def completion_loss(
     head: torch.nn.Module,
     arguments: dict[str, float],
     temperature: float,
+    masked: torch.Tensor | None = None,
+    term: Term | None = None,
     **objective: Any,
 ) -> LinearGRPOLossOutput:
     """Compute the GRPO loss of a batch, with its metrics, log-probabilities and entropies.
 
     Args:
         model, batch, head, arguments, temperature: see ``completion_logps``.
+        term: a function of ``call_in_head`` that returns ``(loss, metrics)``, which are added to those of the GRPO loss.
         loss_mask, objective: see ``packed_grpo_loss``.
+        masked: (B,) bool, the completions whose tokens ``batch``, from ``pack_branches`` or ``pad_branches``, scores again with
+            masked images. None: it scores all tokens once.
     """
-    function = packed_grpo_loss(loss_mask, temperature=temperature, **arguments, **objective)
+    function = packed_grpo_loss(loss_mask, **objective)
+    if masked is not None:
+        function = partial(with_masked_images, function, loss_mask, masked)
+    function = partial(function, temperature=temperature, **arguments)
+    if term is not None:
+        function = _with_term(function, term)
     result, output = call_in_head(model, batch, head, function)
-    # DeepSpeed prepares the backward pass of a module only if the loss depends on the module's output.
-    return result._replace(loss=result.loss + 0.0 * output.logits.sum())
+    return result._replace(loss=_of_output(result.loss, output))
+
+
+def term_alone(
+    model: torch.nn.Module, batch: ScoringBatch, term: Term, *, head: torch.nn.Module
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Compute a term of the loss, and its metrics, without the GRPO loss.
+
+    Args:
+        model, batch, head: see ``completion_logps``.
+        term: see ``completion_loss``.
+    """
+    (loss, metrics), output = call_in_head(model, batch, head, term)
+    return _of_output(loss, output), metrics
+
+
+def _with_term(function: Callable[..., LinearGRPOLossOutput], term: Term) -> Callable[..., LinearGRPOLossOutput]:
+    def both(*tensors: torch.Tensor, **options: Any) -> LinearGRPOLossOutput:
+        result = function(*tensors, **options)
+        loss, metrics = term(*tensors, **options)
+        return result._replace(loss=result.loss + loss, metrics=result.metrics | metrics)
+
+    return both
+
+
+def _of_output(loss: torch.Tensor, output: Any) -> torch.Tensor:
+    """Let the loss depend on the output of a module: DeepSpeed prepares the backward pass of the module only then."""
+    return loss + 0.0 * output.logits.sum()

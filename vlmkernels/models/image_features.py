@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from vlmkernels.models.families import family_of
+from vlmkernels.models.families import FEATURES, family_of
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import dropout_rates
 from vlmkernels.models.positions import POSITION_INPUTS
@@ -104,9 +104,31 @@ def encode_images(model: PreTrainedModel, prompts: ModelInputs) -> ModelInputs:
     found = len(features["image_features"])
     if found != tokens.sum():
         raise ValueError(f"image_features must be one per image token, {int(tokens.sum())}, got {found}")
-    replaced = image_axes(prompts).keys() - {*POSITION_INPUTS}
-    kept = {name: x for name, x in prompts.inputs.items() if name not in replaced}
+    kept = _without_pixels(prompts)
     return replace(prompts, inputs=kept | features, rows=prompts.rows | {"image_token": tokens})
+
+
+def with_pixels(encoded: ModelInputs, pixels: ModelInputs) -> ModelInputs:
+    """Return the inputs of ``encoded`` together with the pixels that its features were computed from, for another model.
+
+    A model must get only one of the two: see ``without_pixels``.
+
+    Args:
+        encoded: the result of ``encode_images``.
+        pixels: its argument.
+    """
+    return replace(encoded, inputs=pixels.inputs | encoded.inputs)
+
+
+def without_pixels(inputs: ModelInputs) -> ModelInputs:
+    """Remove the pixels of images that have features; undoes ``with_pixels``."""
+    return replace(inputs, inputs=_without_pixels(inputs)) if "image_features" in inputs.inputs else inputs
+
+
+def _without_pixels(inputs: ModelInputs) -> dict[str, torch.Tensor]:
+    """Return the inputs without those that only the vision tower reads, features excepted."""
+    removed = image_axes(inputs).keys() - {*POSITION_INPUTS, *FEATURES}
+    return {name: x for name, x in inputs.inputs.items() if name not in removed}
 
 
 def deduplicate_images(prompts: ModelInputs) -> dict[str, torch.Tensor]:

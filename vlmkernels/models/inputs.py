@@ -46,7 +46,7 @@ class ModelInputs:
         batch = cls(inputs, _count_rows(inputs, family, num_images, num_videos), family)
         for name, value in inputs.items():
             axis = family.axis(name)
-            total, count = int(batch.rows[axis].sum()), len(_to_rows(value, family.spec(name)))
+            total, count = int(batch.rows[axis].sum()), len(to_rows(value, family.spec(name)))
             if count != total:
                 raise ValueError(f"{name} must have {total} rows, one for each of: {AXES[axis]}, got {count}")
             if axis == "stack" and not batch.has(axis):
@@ -81,7 +81,7 @@ class ModelInputs:
         index = {axis: _row_indices(counts, samples) for axis, counts in self.rows.items() if chosen.has(axis)}
         for name, tensor in self.inputs.items():
             if (axis := (spec := self.family.spec(name)).axis) in index:
-                chosen.inputs[name] = _from_rows(_to_rows(tensor, spec)[index[axis].to(tensor.device)], spec)
+                chosen.inputs[name] = from_rows(to_rows(tensor, spec)[index[axis].to(tensor.device)], spec)
                 if target := spec.indexes:
                     counts, picked = self.rows[self.family.axis(target)], rows[self.family.axis(target)]
                     moved = (picked.cumsum(0) - picked) - (counts.cumsum(0) - counts)[samples]
@@ -95,7 +95,7 @@ class ModelInputs:
         Padding is ignored. On a GPU this waits for the device for each pair of samples with the same tokens.
         """
         ids = self.inputs["input_ids"].masked_fill(self.inputs["attention_mask"] == 0, -1).tolist()
-        rows = {name: _to_rows(self.inputs[name], self.family.spec(name)) for name in self._media_axes()}
+        rows = {name: to_rows(self.inputs[name], self.family.spec(name)) for name in self._media_axes()}
         parts = [rows[name].split(self.rows[axis].tolist()) for name, axis in self._media_axes().items()]
         return _first_equal(list(map(tuple, ids)), parts)
 
@@ -316,13 +316,13 @@ def _shift_indices(values: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return torch.where(values < 0, values, values + shift.to(values).view(-1, 1))
 
 
-def _to_rows(tensor: torch.Tensor, spec: Input) -> torch.Tensor:
+def to_rows(tensor: torch.Tensor, spec: Input) -> torch.Tensor:
     """Return an input with its rows along the first axis. Patches side by side, (1, C, P, N * P), become (N, C, P, P)."""
     return tensor[0].unflatten(-1, (-1, tensor.shape[2])).movedim(2, 0) if spec.side_by_side else tensor
 
 
-def _from_rows(rows: torch.Tensor, spec: Input) -> torch.Tensor:
-    """Undo ``_to_rows``."""
+def from_rows(rows: torch.Tensor, spec: Input) -> torch.Tensor:
+    """Undo ``to_rows``."""
     return rows.movedim(0, 2).flatten(2).unsqueeze(0) if spec.side_by_side else rows
 
 
@@ -352,7 +352,7 @@ def _input_or_empty(batch: ModelInputs, name: str, like: torch.Tensor) -> torch.
     if batch.has(axis):
         raise ValueError(f"inputs must have {name} in all batches or none, got {', '.join(batch.inputs)}")
     spec = batch.family.spec(name)
-    return _from_rows(like.new_zeros(int(batch.rows[axis].sum()), *_to_rows(like, spec).shape[1:]), spec)
+    return from_rows(like.new_zeros(int(batch.rows[axis].sum()), *to_rows(like, spec).shape[1:]), spec)
 
 
 def _join(name: str, parts: list[torch.Tensor], family: Family, pad_token_id: int) -> torch.Tensor:

@@ -42,10 +42,16 @@ def _from_pretrained(auto: Any, path: str, **kwargs: Any) -> Any:
         raise ValueError(f"model must be the folder of a model or its name on the hub, got {path}: {reason}") from error
 
 
-def load_processor(path: str, model_init_kwargs: dict[str, Any] | None = None) -> ProcessorMixin | PreTrainedTokenizerBase:
-    """Load the processor or tokenizer of the model at ``path``, or of its base model if the folder holds adapters."""
+def load_processor(
+    path: str, model_init_kwargs: dict[str, Any] | None = None, *, auto: Any = AutoProcessor
+) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """Load the processor or tokenizer of the model at ``path``, or of its base model if the folder holds adapters.
+
+    Args:
+        auto: ``AutoTokenizer`` loads only the tokenizer.
+    """
     kwargs = _shared_kwargs(_NO_REMOTE_CODE | (model_init_kwargs or {}))
-    return _from_pretrained(AutoProcessor, _base_path(path), **kwargs)
+    return _from_pretrained(auto, _base_path(path), **kwargs)
 
 
 def load_config(path: str, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedConfig:
@@ -151,6 +157,24 @@ def dropout_rates(module: torch.nn.Module) -> dict[str, float]:
     names = ("p",) if isinstance(module, torch.nn.modules.dropout._DropoutNd) else ("attention_dropout", "dropout")
     rates = {name: getattr(module, name, None) for name in names}
     return {name: rate for name, rate in rates.items() if isinstance(rate, float) and rate > 0}
+
+
+def freeze_vision(model: torch.nn.Module) -> None:
+    """Let the parameters of the vision tower, and of what connects it to the decoder, need no gradient, with their adapters.
+
+    Args:
+        model: the model, perhaps with adapters.
+
+    Raises:
+        ValueError: the model is a text model.
+    """
+    plain = base_model(model)
+    if family_of(plain.config) is TEXT:
+        raise ValueError(f"freeze_vision must be False for a text model, got True for {type(plain).__name__}")
+    kept = {*plain.base_model.get_decoder().parameters()}
+    for parameter in plain.base_model.parameters():
+        if parameter not in kept:
+            parameter.requires_grad_(False)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

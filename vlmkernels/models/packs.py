@@ -97,7 +97,7 @@ def pack_trees(
     if tuple(loss_mask.shape) != tuple(ids.shape):
         raise ValueError(f"loss_mask must have the shape of input_ids, {tuple(ids.shape)}, got {tuple(loss_mask.shape)}")
     per_token = {name: x for name, x in inputs.items() if family.axis(name) == "token"}
-    marks = {"loss": loss_mask.to(ids.device), **_vision_marks(segments)}
+    marks = {"loss": loss_mask.to(ids.device), **media_marks(segments)}
     count, width = ids.shape
     tokens = _Tokens(
         {name: x.flatten() for name, x in per_token.items()},
@@ -218,7 +218,7 @@ def _loss_mask(segments: ModelInputs, parents: Sequence[int]) -> torch.Tensor:
     return mask & torch.tensor([parent >= 0 for parent in parents]).unsqueeze(1).to(mask.device, non_blocking=True)
 
 
-def _vision_marks(segments: ModelInputs) -> dict[str, torch.Tensor]:
+def media_marks(segments: ModelInputs) -> dict[str, torch.Tensor]:
     """Return which tokens belong to images and videos, (S, L) bool. GLM-4V has one token for both."""
     inputs, family = segments.inputs, segments.family
     types = inputs.get("mm_token_type_ids")

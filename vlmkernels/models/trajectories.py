@@ -69,6 +69,22 @@ class Turns:
         inputs = join(batches, pad_token_id).select(order.argsort())
         return cls(inputs, torch.tensor(owners), torch.tensor(is_text))
 
+    @classmethod
+    def join(cls, parts: Sequence["Turns"], counts: Sequence[int], pad_token_id: int) -> "Turns":
+        """Join the trajectories of several batches. ``counts``: the number of trajectories of each batch."""
+        starts = [sum(counts[:k]) for k in range(len(parts))]
+        trajectory = torch.cat([part.trajectory + start for part, start in zip(parts, starts, strict=True)])
+        inputs = join([part.inputs for part in parts], pad_token_id)
+        return cls(inputs, trajectory, torch.cat([part.sampled for part in parts]))
+
+    def select(self, trajectories: torch.Tensor) -> "Turns":
+        """Return the trajectories with the given ascending indices, (n,) int64 on the CPU."""
+        place = torch.full((len(self.members),), -1)
+        place[trajectories] = torch.arange(len(trajectories))
+        trajectory = place[self.trajectory]
+        segments = (trajectory >= 0).nonzero()[:, 0]
+        return Turns(self.inputs.select(segments).trim(), trajectory[segments], self.sampled[segments])
+
     @cached_property
     def lengths(self) -> list[int]:
         """The number of tokens of each segment."""

@@ -9,12 +9,14 @@
 | ``layers`` | bytes per token of a transformer layer |
 | ``costs``, ``memory`` | operations and memory traffic of each pass; peak memory |
 | ``step`` | the phases of a step, with their time and limiting resource |
+| ``fit`` | a search for a plan that fits into given memory |
 """
 
 from vlmkernels.plan.calibration import calibrate
+from vlmkernels.plan.fit import Fit, fit
 from vlmkernels.plan.machine import MACHINES, Machine
 from vlmkernels.plan.shape import MODELS, ModelShape
 from vlmkernels.plan.step import Plan, plan
 from vlmkernels.plan.workload import Workload
 
-__all__ = ["MACHINES", "MODELS", "Machine", "ModelShape", "Plan", "Workload", "calibrate", "plan"]
+__all__ = ["MACHINES", "MODELS", "Fit", "Machine", "ModelShape", "Plan", "Workload", "calibrate", "fit", "plan"]

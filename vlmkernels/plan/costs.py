@@ -11,11 +11,11 @@ size V.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vlmkernels.plan.layers import FP32_BYTES, kind_of
+from vlmkernels.plan.layers import FP32_BYTES, kind_of, saved_bytes
 from vlmkernels.plan.machine import Cost, Machine
 from vlmkernels.plan.mixers import Mixer, Span
 from vlmkernels.plan.shape import ModelShape
-from vlmkernels.plan.workload import PRECISIONS, StepTokens, Workload
+from vlmkernels.plan.workload import NF4, PRECISIONS, StepTokens, Workload
 
 # Bytes per logit that sampling a token reads and writes in a decoding step: logits are fp32, their cumulative sums fp64.
 DRAW = 44
@@ -35,6 +35,8 @@ class StepCosts:
         trainable: number of trainable parameters.
         scored: completion tokens on one device.
         sharded: whether parameters are sharded over the devices.
+        weight_bytes: bytes that a product reads of each weight of a layer.
+        stored: bytes of all parameters.
         tree_cache: whether ``TreeCache`` stores the keys and values of sampling: those of all tokens in all attention layers,
             even of tokens outside of a window, which it masks.
     """
@@ -50,6 +52,11 @@ class StepCosts:
         self.trainable = self.adapters or shape.params - shape.vision_params + vision_params
         self.scored = work.completions * work.completion_tokens
         self.sharded = work.parallel == "fsdp2" and work.gpus > 1
+        quantized = work.weights == "nf4"
+        # A layer in 4 bits is dequantized: a copy in the precision of the product is written and read.
+        self.weight_bytes = NF4 + 2 * self.bytes if quantized else self.bytes
+        in_4_bits = shape.quantizable if quantized else 0
+        self.stored = NF4 * in_4_bits + PRECISIONS.get(work.weights, 2) * (shape.params - in_4_bits)
         self.tree_cache = work.engine == "transformers" and work.share_prefix
 
     def decoder(self, spans: Sequence[Span], passes: int, backward: bool = False) -> Cost:
@@ -73,7 +80,7 @@ class StepCosts:
             gemm=times * stack.linear * tokens + (4 if backward else 2) * self.adapters * tokens,
             rows=tokens / passes,
             attention=(10 if backward else 4) * mixed,
-            weights=(2 if backward else 1) * self.bytes * stack.linear * passes,
+            weights=(2 if backward and self.full else 1) * self.weight_bytes * stack.linear * passes,
             traffic=self.bytes * traffic * stack.layers * tokens + gradients,
             calls={"backward" if backward else "forward": stack.layers * passes},
         )
@@ -87,7 +94,7 @@ class StepCosts:
             gemm=(4 if backward else 2) * (stack.linear * patches + merger * image_tokens),
             rows=patches / passes,
             attention=(10 if backward else 4) * stack.hidden * pairs,
-            weights=(2 if backward else 1) * self.bytes * (stack.linear + merger) * passes,
+            weights=(2 if backward else 1) * self.weight_bytes * (stack.linear + merger) * passes,
             traffic=self.bytes * traffic * stack.layers * patches + (FP32_BYTES * stack.params if backward else 0),
             calls={"backward" if backward else "forward": stack.layers * passes},
         )
@@ -115,7 +122,8 @@ class StepCosts:
     def forward(self, loss: bool = False) -> list[Cost]:
         """Return the costs of a forward pass over the batch that computes log-probabilities, or with ``loss`` the loss."""
         t = self.tokens
-        return [self.decoder(t.spans, t.packs), *self.images(), self.scores(loss)]
+        moved = [Cost(host=self.activations()[1] * t.packs)] if loss and self.work.activation_offloading else []
+        return [self.decoder(t.spans, t.packs), *self.images(), self.scores(loss), *moved]
 
     def backward(self) -> list[Cost]:
         """Return the costs of the backward pass below the head, including recomputation under activation checkpointing."""
@@ -123,10 +131,32 @@ class StepCosts:
         costs = [self.decoder(t.spans, t.packs, backward=True), *self.images(backward=True)]
         if self.work.checkpointing:
             costs += [self.decoder(t.spans, t.packs), *self.images()]
+        if self.work.activation_offloading:
+            costs.append(Cost(host=self.activations()[1] * t.packs))
         if self.full:  # the gradient of the embedding is dense; if tied, it is added to the gradient of the head
             head = FP32_BYTES * self.shape.head
             costs.append(Cost(fresh=head, traffic=3 * head * self.shape.tied))
         return costs
+
+    def activations(self) -> tuple[float, float]:
+        """Return the bytes that autograd saves for one pack, on the device and in host memory.
+
+        With activation checkpointing, these are the activations of one layer and the input of each layer. Offloading leaves
+        the activations of one layer on the device.
+        """
+        work, t = self.work, self.tokens
+        parts = [(self.shape.decoder, False, t.passed / t.packs)]
+        if self.vision is not None and t.patches and not work.frozen_vision:
+            parts.append((self.vision.stack, True, t.patches / t.packs))
+        device = host = 0.0
+        for stack, tower, tokens in parts:
+            layer = saved_bytes(stack, tower, work.precision) * tokens
+            kept = (FP32_BYTES * stack.hidden * tokens if work.checkpointing else layer) * stack.layers
+            if work.activation_offloading:
+                device, host = max(device, layer), host + kept
+            else:
+                device += kept + (layer if work.checkpointing else 0)
+        return device, host
 
     def sampling(self) -> list[Cost]:
         """Return the costs of sampling on one sampling device: the prefill of the prompts, then the decoding steps."""
@@ -177,7 +207,7 @@ class StepCosts:
             gemm=2 * (stack.linear + shape.head) * count * steps,
             rows=count,
             attention=4 * mixed * steps,
-            weights=self.bytes * (stack.linear + shape.head) * steps,
+            weights=(self.weight_bytes * stack.linear + self.bytes * shape.head) * steps,
             traffic=(keys + scores + states + DRAW * count * shape.vocab + layers) * steps,
             calls={"decode": stack.layers * steps, "step": steps} if in_process else {"engine": steps},
         )

@@ -24,6 +24,7 @@ class Cost:
         traffic: bytes of activations and states that other operations read and write.
         fresh: bytes of newly allocated large tensors.
         calls: name of an operation in ``CALLS`` -> how often it runs.
+        host: bytes that are copied to or from host memory.
     """
 
     gemm: float = 0.0
@@ -33,6 +34,7 @@ class Cost:
     traffic: float = 0.0
     fresh: float = 0.0
     calls: dict[str, float] = field(default_factory=dict)
+    host: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Machine:
         reserve: bytes of memory that are not available to tensors.
         link: bytes/s of a device to and from the other devices of its node, in each direction.
         network: bytes/s of a device to and from other nodes, in each direction.
+        host: bytes/s of a device to and from pinned host memory, in each direction; infinite if they are the same.
         devices: number of devices per node.
     """
 
@@ -72,6 +75,7 @@ class Machine:
     reserve: float = 0.0
     link: float = math.inf
     network: float = math.inf
+    host: float = math.inf
     devices: int = 1
 
     def gemm_rate(self, rows: float) -> float:
@@ -92,19 +96,20 @@ class Machine:
             "activations from memory": cost.traffic / self.bandwidth,
             "new memory": cost.fresh / self.fresh,
             "calls": sum(self.calls[name] * count for name, count in cost.calls.items()),
+            "PCIe": cost.host / self.host,
         }
 
     def seconds(self, by_resource: dict[str, float]) -> float:
         """Return the seconds of a cost from the result of ``seconds_by_resource``.
 
         Even if resources overlap, GEMMs and attention add up, because they share the arithmetic units, and so do all kinds of
-        memory traffic.
+        memory traffic. Copies to host memory run in the stream of the computation, and do not overlap.
         """
         if not self.overlaps:
             return sum(by_resource.values())
         compute = by_resource["GEMMs"] + by_resource["attention"]
         memory = sum(value for name, value in by_resource.items() if "memory" in name)
-        return max(compute, memory, by_resource["calls"])
+        return max(compute, memory, by_resource["calls"]) + by_resource["PCIe"]
 
     def collective(self, size: float, devices: int) -> float:
         """Return the seconds of an all-gather or reduce-scatter. ``size``: bytes of the full tensors."""
@@ -131,39 +136,65 @@ class Machine:
             raise ValueError(f"machine must be a file written by --calibrate, got {name}: {error}") from error
 
 
-def _from_data_sheet(name: str, flops: float, bandwidth: float, memory: float) -> Machine:
-    """Return a Hopper GPU in a node of 8, from its data sheet and assumed efficiencies.
+# Seconds that the host needs to launch an eager layer. Forward and backward are measured on an H200 (the training step 0.5b in
+# bench/results/nvidia-h200.json): 60.5 and 77.5 ms for 32 layers. The other overheads are assumed.
+CALL_SECONDS = {"forward": 1.9e-3, "backward": 2.4e-3, "decode": 0.8e-3, "step": 5e-3, "engine": 3e-3}
+# Shares of the data sheet's numbers that are reached. On an H200, a GEMM of 8192^3 reaches 0.70 to 0.79 of the FLOP/s, and the
+# fused head 0.63; tree_attention with a prefix of 2048 and 8 x 512 tokens 0.24 forward and 0.16 backward; a copy
+# 0.88 of the bandwidth. Other GPUs are assumed to reach the same shares. The share of PCIe and NVLink is assumed.
+GEMM, ATTENTION, ATTENTION_BACKWARD, MEMORY, LINKS = 0.6, 0.24, 0.16, 0.88, 0.7
+
+
+def _from_data_sheet(
+    name: str, flops: float, bandwidth: float, memory: float, host: float, link: float = math.inf, reserve: float = 4 * 2**30
+) -> Machine:
+    """Return a GPU from its data sheet, with the shares of its rates that an H200 reaches.
 
     The rate of matrix products is the rate for many rows. Products with few rows are bound by reading their weights, which the
     cost model counts separately.
 
     Args:
-        flops: FLOP/s of dense bf16 matrix products.
-        bandwidth: bytes/s of HBM.
-        memory: bytes of HBM.
+        flops: FLOP/s of dense bf16 matrix products with fp32 accumulation.
+        bandwidth: bytes/s of its memory.
+        memory: bytes of its memory.
+        host: bytes/s of PCIe in each direction.
+        link: bytes/s of NVLink in each direction. With it, nodes of 8 GPUs have a network of 400 Gb/s per GPU.
+        reserve: bytes for the CUDA context and fragmentation, an assumption.
     """
+    rates = f"{flops / 1e12:.0f} TFLOP/s, memory {bandwidth / 1e9:.0f} GB/s, PCIe {host / 1e9:.0f} GB/s"
     return Machine(
         name,
-        source="data sheet (dense bf16, HBM, NVLink 450 GB/s each way, 400 Gb/s per GPU) times assumed efficiencies: GEMM 0.6, "
-        "attention 0.4 forward and 0.3 backward, memory 0.8, links 0.7; assumed call overheads",
+        source=f"data sheet ({rates}) times the shares that an H200 reaches; launches of layers as measured there, those of "
+        "decoding assumed",
         precision="bf16",
-        gemm=((1, 0.6 * flops),),
-        attention=0.4 * flops,
-        attention_backward=0.3 * flops,
-        bandwidth=0.8 * bandwidth,
-        weights=0.8 * bandwidth,
+        gemm=((1, GEMM * flops),),
+        attention=ATTENTION * flops,
+        attention_backward=ATTENTION_BACKWARD * flops,
+        bandwidth=MEMORY * bandwidth,
+        weights=MEMORY * bandwidth,
         fresh=math.inf,  # the caching allocator reuses freed memory
-        calls={"forward": 0.4e-3, "backward": 0.8e-3, "decode": 0.8e-3, "step": 5e-3, "engine": 3e-3},  # assumed
+        calls=CALL_SECONDS,
         overlaps=True,
         memory=memory,
-        reserve=4 * 2**30,
-        link=0.7 * 450e9,
-        network=0.7 * 50e9,
-        devices=8,
+        reserve=reserve,
+        link=LINKS * link,
+        network=LINKS * 50e9 if link < math.inf else math.inf,
+        host=LINKS * host,
+        devices=8 if link < math.inf else 1,
     )
 
 
+# From NVIDIA's data sheets of the H100, H200, A100, L40S, L4 and A10 Tensor Core GPUs, and its white papers on RTX Blackwell
+# (RTX 5090), Ada (RTX 4090) and Ampere GA102 (RTX 3090). FLOP/s without sparsity. 16 lanes of PCIe 4.0 have 32 GB/s.
+_SMALL = {"host": 32e9, "reserve": 1.5 * 2**30}
 MACHINES = {
-    "h100": _from_data_sheet("h100", 989.4e12, 3.35e12, 80e9),
-    "h200": _from_data_sheet("h200", 989.4e12, 4.8e12, 141e9),
+    "h100": _from_data_sheet("h100", 989.4e12, 3.35e12, 80e9, host=64e9, link=450e9),
+    "h200": _from_data_sheet("h200", 989.4e12, 4.8e12, 141e9, host=64e9, link=450e9),
+    "a100": _from_data_sheet("a100", 312e12, 2.039e12, 80e9, host=32e9, link=300e9),
+    "l40s": _from_data_sheet("l40s", 362e12, 0.864e12, 48e9, **_SMALL),
+    "rtx-5090": _from_data_sheet("rtx-5090", 209.5e12, 1.792e12, 32e9, **_SMALL | {"host": 64e9}),
+    "rtx-4090": _from_data_sheet("rtx-4090", 165.2e12, 1.008e12, 24e9, **_SMALL),
+    "rtx-3090": _from_data_sheet("rtx-3090", 71e12, 0.936e12, 24e9, **_SMALL),
+    "a10": _from_data_sheet("a10", 125e12, 0.6e12, 24e9, **_SMALL),
+    "l4": _from_data_sheet("l4", 121e12, 0.3e12, 24e9, **_SMALL),
 }

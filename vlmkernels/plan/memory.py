@@ -1,8 +1,8 @@
 """Peak memory of one training GPU."""
 
 from vlmkernels.plan.costs import StepCosts
-from vlmkernels.plan.layers import FP32_BYTES, saved_bytes
-from vlmkernels.plan.workload import PRECISIONS
+from vlmkernels.plan.layers import FP32_BYTES
+from vlmkernels.plan.workload import OPTIMIZERS, PRECISIONS
 
 
 def peak_memory(costs: StepCosts) -> tuple[dict[str, float], str]:
@@ -23,36 +23,24 @@ def _gradients(costs: StepCosts) -> float:
     return (PRECISIONS[costs.work.weights] if costs.full else FP32_BYTES) * costs.trainable / _shards(costs)
 
 
+def _moments(costs: StepCosts) -> float:
+    per_parameter = OPTIMIZERS[costs.work.optim]
+    return 2 * _gradients(costs) if per_parameter is None else per_parameter * costs.trainable / _shards(costs)
+
+
 def _always(costs: StepCosts) -> dict[str, float]:
     """Return the bytes of the items that stay in memory during the whole step."""
     work, shape, shards = costs.work, costs.shape, _shards(costs)
-    weight = PRECISIONS[work.weights]
+    stack, quantized = shape.decoder, work.weights == "nf4"
     return {
-        "weights": weight * shape.params / shards,
+        "weights": costs.stored / shards,
+        "dequantized layer": float(costs.bytes * stack.hidden * stack.intermediate) if quantized else 0.0,
         "adapters": FP32_BYTES * costs.adapters / shards,
-        "reference": weight * shape.params / shards if work.reference and costs.full else 0.0,
-        "optimizer": 2 * _gradients(costs),
+        "reference": costs.stored / shards if work.reference and costs.full else 0.0,
+        "optimizer": _moments(costs),
         "engine's weights": 2.0 * shape.params if work.engine == "vllm_colocate" else 0.0,
         "reserve": costs.machine.reserve,
     }
-
-
-def _activations(costs: StepCosts) -> float:
-    """Return the bytes that autograd saves for one pack.
-
-    With activation checkpointing, these are the activations of one layer and the input of each layer.
-    """
-    work, t, stack = costs.work, costs.tokens, costs.shape.decoder
-    passed, patches = t.passed / t.packs, t.patches / t.packs
-    layer = saved_bytes(stack, False, work.precision) * passed
-    inputs = FP32_BYTES * stack.hidden * stack.layers * passed
-    total = layer + inputs if work.checkpointing else layer * stack.layers
-    if costs.vision is not None and patches and not work.frozen_vision:
-        tower = costs.vision.stack
-        layer = saved_bytes(tower, True, work.precision) * patches
-        inputs = FP32_BYTES * tower.layers * tower.hidden * patches
-        total += layer + inputs if work.checkpointing else layer * tower.layers
-    return total
 
 
 def _forward(costs: StepCosts) -> dict[str, float]:
@@ -69,7 +57,7 @@ def _forward(costs: StepCosts) -> dict[str, float]:
         "gradients": _gradients(costs) if t.packs > 1 else 0.0,
         "bf16 copies of weights": copies,
         "gathered layers": gathered,
-        "activations": _activations(costs),
+        "activations": costs.activations()[0],
         "logits": min(FP32_BYTES * shape.vocab * rows, work.logits_bytes),
         "gradients of logits": min(2.0 * shape.vocab * rows, work.dlogits_bytes) if work.precision == "bf16" else 0.0,
         "head's gradient": FP32_BYTES * shape.head if costs.full else 0.0,

@@ -68,6 +68,18 @@ MODELS = {
     },
 }  # fmt: skip
 
+# Names on the hub, which differ from those above in their case and their endings.
+HUB = {name: f"Qwen/{name.title().replace('Vl', 'VL')}-Instruct" for name in MODELS}
+
+
+def published(name: str) -> str | None:
+    """Return the key of ``MODELS`` that a name means, or None. The name may have any case, and be that on the hub."""
+    if Path(name).exists():
+        return None
+    plain = name.lower().rpartition("/")[2].removesuffix("-instruct")
+    return plain if plain in MODELS else None
+
+
 # Modules of a vision tower that run once per image token, not once per patch.
 _AFTER_MERGE = re.compile(r"(?<!vit_)merger|projector|connector|multi_modal|resampler")
 # MiniCPM-V also merges 2 x 2 patches within its tower, after layer insert_layer_id, except in downsample mode 4x. The MLP of
@@ -205,6 +217,8 @@ class ModelShape:
         tied: whether the language model head shares its weights with the embedding.
         params: number of parameters.
         unshared: why the completions of a group cannot share one prompt; None if they can.
+        quantizable: number of weights that bitsandbytes stores in 4 bits: those of linear layers, without the head.
+        adapted: a regular expression of the names of the decoder's linear layers, as ``target_modules`` of LoRA.
     """
 
     name: str
@@ -214,6 +228,8 @@ class ModelShape:
     tied: bool
     params: int
     unshared: str | None = None
+    quantizable: int = 0
+    adapted: str = ""
 
     @property
     def head(self) -> int:
@@ -231,12 +247,13 @@ class ModelShape:
 
     @classmethod
     def from_name(cls, name: str) -> "ModelShape":
-        """Return the shape of a model: a name in ``MODELS``, or the path of a model or of its configuration file."""
+        """Return the shape of a model: a name in ``MODELS`` or on the hub (see ``published``), or a path of a model or of its
+        configuration file.
+        """
         from transformers import AutoConfig
 
-        if name in MODELS:
-            content = MODELS[name]
-            return cls.from_config(AutoConfig.for_model(**content), name)
+        if (known := published(name)) is not None:
+            return cls.from_config(AutoConfig.for_model(**MODELS[known]), known)
         if not Path(name).exists():
             raise ValueError(f"model must be {', '.join(MODELS)} or the path of a model or its configuration, got {name}")
         return cls.from_config(AutoConfig.from_pretrained(name, trust_remote_code=False), name)
@@ -263,7 +280,21 @@ class ModelShape:
             inside = {*decoder.modules()}
             tower = {n: m for n, m in base.named_modules() if m not in inside and m is not base}
             vision = _vision(tower, config)
-        return cls(name, stack, vision, text.vocab_size, embedding is head, params, prefix_sharing_unsupported(config))
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight is not head}
+        inside = {*decoder.layers.modules()}
+        ports = sorted({n.rpartition(".")[2] for n, m in linear.items() if m in inside})
+        where = next(n for n, m in model.named_modules() if m is decoder.layers)
+        return cls(
+            name,
+            stack,
+            vision,
+            text.vocab_size,
+            embedding is head,
+            params,
+            prefix_sharing_unsupported(config),
+            quantizable=sum(m.weight.numel() for m in linear.values()),
+            adapted=rf".*{re.escape(where)}\..*\.({'|'.join(ports)})",
+        )
 
 
 def _product_weights(module: nn.Module) -> int:

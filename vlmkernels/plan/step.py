@@ -7,11 +7,11 @@ from vlmkernels.plan.costs import StepCosts
 from vlmkernels.plan.machine import Cost, Machine
 from vlmkernels.plan.memory import peak_memory
 from vlmkernels.plan.shape import ModelShape
-from vlmkernels.plan.workload import StepTokens, Workload
+from vlmkernels.plan.workload import OPTIMIZERS, StepTokens, Workload
 
 # Bytes per parameter that gradient clipping and AdamW read and write: the gradient is read three times and written once; the
-# parameter and both moments are read and written.
-ADAM = 40
+# parameter and both moments are read and written. A number has 4 bytes, except in moments of 8 bits.
+ADAM, MOMENTS = 24, 8
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Plan:
         phases: phases of the step, in order.
         memory: name of an item -> its bytes at peak memory.
         moment: when memory peaks: "forward pass", "optimizer" or "sampling".
+        host_memory: bytes of activations in host memory.
     """
 
     shape: ModelShape
@@ -82,6 +83,7 @@ class Plan:
     phases: tuple[Phase, ...]
     memory: dict[str, float]
     moment: str
+    host_memory: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -115,7 +117,7 @@ def _phases(costs: StepCosts) -> list[Phase]:
     wire = gathered * t.packs + reduced
     phases.append(Phase("backward", tuple(costs.backward()), t.passed, wire, hidden=True, backward=True))
     own = costs.trainable / (work.gpus if costs.sharded else 1)
-    phases.append(Phase("optimizer", (Cost(traffic=ADAM * own),)))
+    phases.append(Phase("optimizer", (Cost(traffic=(ADAM + 2 * (OPTIMIZERS[work.optim] or MOMENTS)) * own),)))
     return phases
 
 
@@ -143,4 +145,4 @@ def plan(shape: ModelShape, work: Workload, machine: Machine) -> Plan:
     costs = StepCosts(shape, work, machine)
     memory, moment = peak_memory(costs)
     phases = tuple(phase.timed(machine, _wire_seconds(phase, work, machine)) for phase in _phases(costs))
-    return Plan(shape, work, machine, costs.tokens, phases, memory, moment)
+    return Plan(shape, work, machine, costs.tokens, phases, memory, moment, host_memory=costs.activations()[1])

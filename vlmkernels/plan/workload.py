@@ -9,6 +9,11 @@ from vlmkernels.rollout.make import ENGINES
 
 PARALLEL = ("ddp", "fsdp2")
 PRECISIONS = {"bf16": 2, "fp32": 4}
+# Bytes per weight in 4 bits: with double quantization, blocks of 64 have a scale in 8 bits, and 256 of these one in fp32.
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+WEIGHTS = (*PRECISIONS, "nf4")
+# Bytes of both moments per parameter; None if they have its dtype. In 8 bits, blocks of 256 have a scale in fp32.
+OPTIMIZERS = {"adamw_torch_fused": None, "adamw_8bit": 2 * (1 + 4 / 256)}
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,15 @@ class Workload:
         reference: whether the loss has a KL term, which needs a forward pass of the reference model.
         old: whether a separate pass computes the old log-probabilities, as for several optimizer steps per generation batch.
         checkpointing: whether activation checkpointing is used, which saves only the input of each layer.
+        activation_offloading: whether activations are in host memory between the forward and the backward pass.
+        optim: the optimizer, with moments of the dtype of the parameters or in 8 bits.
         microbatch_tokens: maximum number of tokens per forward and backward pass; None = no limit.
         engine: rollout engine: "transformers" or "vllm_colocate" on the training GPUs, or a "vllm_server" on ``server_gpus``
             other GPUs.
         server_gpus: number of GPUs of the server.
         precision: precision of matrix products.
-        weights: precision of the stored parameters. fp32 weights with bf16 products are mixed precision.
+        weights: precision of the stored parameters. fp32 weights with bf16 products are mixed precision. With "nf4", the linear
+            layers have 4 bits and all other parameters are in bf16 (QLoRA).
         reward_seconds: seconds that the reward functions take for the whole batch.
         logits_bytes: size of the chunk of logits that the fused head computes.
         dlogits_bytes: maximum size of the bf16 gradients of logits that the head keeps for the backward pass.
@@ -61,6 +69,8 @@ class Workload:
     reference: bool = False
     old: bool = False
     checkpointing: bool = False
+    activation_offloading: bool = False
+    optim: str = "adamw_torch_fused"
     microbatch_tokens: int | None = None
     engine: str = "transformers"
     server_gpus: int = 0
@@ -85,8 +95,18 @@ class Workload:
             )
         require_one_of("engine", self.engine, ENGINES)
         require_one_of("parallel", self.parallel, PARALLEL)
-        for name in ("precision", "weights"):
-            require_one_of(name, getattr(self, name), PRECISIONS)
+        require_one_of("precision", self.precision, PRECISIONS)
+        require_one_of("weights", self.weights, WEIGHTS)
+        require_one_of("optim", self.optim, OPTIMIZERS)
+        if self.weights == "nf4" and (
+            not self.lora_r or (self.gpus > 1 and self.parallel != "ddp") or self.engine != ENGINES[0]
+        ):
+            raise ValueError(
+                "weights must not be nf4 without LoRA, with fsdp2 or with a vLLM engine, "
+                f"got lora_r = {self.lora_r}, parallel = {self.parallel} and engine = {self.engine}"
+            )
+        if self.activation_offloading and self.gpus > 1 and self.parallel != "ddp":
+            raise ValueError(f"activation_offloading must be false with fsdp2 on {self.gpus} GPUs, got true")
         if (self.engine == "vllm_server") != (self.server_gpus > 0):
             raise ValueError(f"server_gpus must be >= 1 with engine = vllm_server, else 0, got {self.server_gpus}")
         for name in ("microbatch_tokens", "image_tokens"):

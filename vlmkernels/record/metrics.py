@@ -24,10 +24,12 @@ class LoggedMetric(NamedTuple):
 PHASES = {
     "data": "reading rows, the chat template, the image processor and the transfer to the device",
     "generate": "sampling completions, and encoding images if the vision tower is frozen",
+    "image_use": "measuring how much predictions depend on images (image_use_steps)",
     "reward": "calling the reward functions",
     "wait": "waiting for other processes, for example before rewards are compared",
     "old_logps": "log-probabilities under the policy that sampled, for micro-batches after the first optimizer step",
     "ref_logps": "log-probabilities under the reference model",
+    "teacher": "forward passes of the teacher",
     "forward": "forward passes and loss of the policy; a fused head computes its gradients here too",
     "backward": "backward passes of the policy and the averaging of gradients over processes",
     "optimizer": "gradient clipping and the optimizer step",
@@ -39,6 +41,7 @@ PHASES = {
 
 REWARDS, COMPLETIONS, TOOLS, POLICY, MISMATCH = "Rewards", "Completions", "Tools", "Policy", "Training and rollout"
 OPTIMIZER, TIME, THROUGHPUT = "Optimizer", "Time", "Throughput"
+CHOICE = "Dynamic sampling"
 
 # fmt: off
 # Metrics of sampled completions, which evaluation logs too, with EVAL_PREFIX.
@@ -74,6 +77,15 @@ SAMPLED = (
 )
 METRICS = (
     *SAMPLED,
+    LoggedMetric("dynamic_sampling/kept", CHOICE, "share of the sampled groups whose rewards differ"),
+    LoggedMetric("dynamic_sampling/filled", CHOICE, "share of the groups of a batch whose rewards are equal"),
+    LoggedMetric("dynamic_sampling/rounds", CHOICE, "rounds of sampling per batch"),
+    LoggedMetric("dynamic_sampling/prompts_sampled", CHOICE, "prompts sampled per batch, on all processes"),
+    LoggedMetric("dynamic_sampling/tokens_per_kept", CHOICE,
+                 "tokens sampled per completion of a batch that is in a group whose rewards differ"),
+    LoggedMetric("dynamic_sampling/seconds_per_kept", CHOICE,
+                 "seconds of sampling and scoring per completion of a batch that is in a group whose rewards differ"),
+    LoggedMetric("dynamic_sampling/epochs", CHOICE, "passes over the training prompts, with all that were sampled"),
     LoggedMetric("reward_length_correlation", REWARDS,
                  "correlation of the rewards and the lengths of completions of the same group"),
     LoggedMetric("completions/frac_special_tokens", COMPLETIONS,
@@ -84,6 +96,13 @@ METRICS = (
     LoggedMetric("policy_loss", POLICY, "the loss without its KL and entropy terms"),
     LoggedMetric("kl", POLICY, "KL divergence from the reference, mean over tokens (beta > 0)"),
     LoggedMetric("entropy", POLICY, "entropy of the next-token distribution, mean over tokens, in nats"),
+    LoggedMetric("image_use/kl", POLICY,
+                 "KL divergence from the predictions with grey images, mean over tokens of a few completions, in nats"),
+    LoggedMetric("perception/kl", POLICY, "KL divergence from the policy with masked images, mean over tokens (PAPO)"),
+    LoggedMetric("perception/masked_entropy", POLICY, "mean of -log-probability of the tokens with masked images (PAPO)"),
+    LoggedMetric("perception/clip_ratio", POLICY, "share of tokens whose perception KL is capped (PAPO)", is_detail=True),
+    LoggedMetric("perception/tokens", POLICY, "tokens of a micro-batch that are scored with masked images (PAPO)",
+                 is_detail=True),
     LoggedMetric("clip_ratio/low_mean", POLICY, "share of tokens (sequence level: completions) clipped at the lower bound"),
     LoggedMetric("clip_ratio/low_min", POLICY, "smallest share of tokens of one completion clipped at the lower bound",
                  is_detail=True),
@@ -96,6 +115,7 @@ METRICS = (
     LoggedMetric("ratio/mean", POLICY, "mean over tokens of the probability ratio of the policy to the policy that sampled"),
     LoggedMetric("ratio/min", POLICY, "smallest probability ratio of a token", is_detail=True),
     LoggedMetric("ratio/max", POLICY, "largest probability ratio of a token", is_detail=True),
+    LoggedMetric("distillation/divergence", POLICY, "divergence of the policy from the teacher, mean over tokens, in nats"),
     LoggedMetric("sampling/sampling_logp_difference/mean", MISMATCH,
                  "mean absolute difference between the trainer's and the engine's log-probabilities"),
     LoggedMetric("sampling/sampling_logp_difference/max", MISMATCH,
@@ -117,7 +137,7 @@ METRICS = (
                  is_detail=True),
     LoggedMetric("grad_norm", OPTIMIZER, "norm of the gradient before clipping"),
     LoggedMetric("learning_rate", OPTIMIZER, "the learning rate"),
-    LoggedMetric("epoch", OPTIMIZER, "passes over the training prompts"),
+    LoggedMetric("epoch", OPTIMIZER, "passes over the training prompts; with dynamic sampling, without prompts beyond a batch"),
     LoggedMetric("frac_weights_changed", OPTIMIZER, "share of the weights with a gradient that an optimizer step changed"),
     LoggedMetric("frac_steps_skipped", OPTIMIZER, "share of steps skipped because the loss or a gradient was not finite"),
     LoggedMetric("frac_samples_replaced", OPTIMIZER, "share of prompts that replaced a row that cannot be read"),
@@ -131,6 +151,8 @@ METRICS = (
     LoggedMetric("images_if_unshared", THROUGHPUT,
                  "images per optimizer step if each completion had its own copy of them, in all passes",
                  is_detail=True),
+    LoggedMetric("image_pixels", THROUGHPUT,
+                 "mean of width x height of images as the model sees them, with image_resolution_schedule"),
     LoggedMetric("tokens_per_second", THROUGHPUT, "tokens_run divided by the time without evaluation and checkpoints"),
     LoggedMetric("num_tokens", THROUGHPUT,
                  "tokens of prompts and completions sampled since training began; a prompt counts once per completion"),

@@ -7,6 +7,7 @@ SHOWN = {
     "reward": ("reward", "{:.3g}"),
     "tokens_per_second": ("tok/s", "{:,.0f}"),
     "completions/mean_length": ("length", "{:.0f}"),
+    "distillation/divergence": ("divergence", "{:.2g}"),
     "kl": ("kl", "{:.2g}"),
     "entropy": ("entropy", "{:.2g}"),
     "eval_reward": ("eval", "{:.3g}"),
@@ -14,7 +15,7 @@ SHOWN = {
 
 
 class RewardProgress(ProgressCallback):
-    """A progress bar with the last logged reward, speed, completion length, KL divergence and entropy."""
+    """A progress bar with the last logged metrics of ``SHOWN``."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         super().on_train_begin(args, state, control, **kwargs)

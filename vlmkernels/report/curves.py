@@ -8,8 +8,8 @@ from typing import NamedTuple
 from vlmkernels.record.html import number, short
 
 COLORS = (
-    *("#3b82f6", "#e08a1e", "#2ea043", "#c026d3", "#0ea5a5", "#b07a4f", "#dc4c4c"),
-    *("#8b5cf6", "#eab308", "#db2777", "#84cc16", "#0369a1", "#94a3b8"),
+    *("#3b82f6", "#e08a1e", "#475569", "#2ea043", "#c026d3", "#0ea5a5", "#b07a4f", "#dc4c4c"),
+    *("#8b5cf6", "#eab308", "#db2777", "#84cc16", "#0369a1", "#7c2d12", "#94a3b8"),
 )
 GRAY, MARK = COLORS[-1], COLORS[6]
 WIDTH, HEIGHT = 300, 120

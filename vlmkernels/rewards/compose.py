@@ -206,7 +206,8 @@ class Rewards:
     """The reward functions of a run, with distinct names.
 
     Args:
-        rewards: one or more functions, names, import paths, or dicts; see the module's docstring.
+        rewards: one or more functions, names, import paths, or dicts; see the module's docstring. None: there are none, and
+            completions have scores (N, 0).
         weights: one weight per function. Default: ``weight`` of its dict, else 1.
 
     Attributes:
@@ -217,12 +218,14 @@ class Rewards:
 
     def __init__(
         self,
-        rewards: RewardSpec | Sequence[RewardSpec],
+        rewards: RewardSpec | Sequence[RewardSpec] | None,
         weights: Sequence[float] | None = None,
     ):
-        rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [cast(RewardSpec, rewards)]
-        if not rewards:
+        if isinstance(rewards, (list, tuple)) and not rewards:
             raise ValueError("reward_funcs must have at least one function, got none")
+        if rewards is None:
+            rewards = []
+        rewards = list(rewards) if isinstance(rewards, (list, tuple)) else [cast(RewardSpec, rewards)]
         self.specs = rewards
         self.entries = [to_entry(reward) for reward in rewards]
         self.names = [entry.name for entry in self.entries]
@@ -235,6 +238,10 @@ class Rewards:
             if len(weights) != len(self.names):
                 raise ValueError(f"reward_weights must have one number per reward function, {len(self.names)}, got {weights}")
         self.weights = torch.tensor([e.weight for e in self.entries] if weights is None else weights, dtype=torch.float32)
+
+    def __bool__(self) -> bool:
+        """Whether there are functions."""
+        return bool(self.entries)
 
     @property
     def columns(self) -> list[str]:
@@ -298,6 +305,9 @@ class Rewards:
             RuntimeError: a function raised or exceeded its timeout, and its ``on_error`` is "raise".
             ValueError: a function did not return one finite number or None per completion, or per turn of a completion.
         """
+        if not self:
+            nothing = torch.zeros(num_completions, 0)
+            return Scores(nothing, nothing.bool(), nothing.bool(), torch.zeros(0, dtype=torch.float64))
         results = self._call(num_completions, arguments)
         values = [results[name][0] for name in self.names]
         seconds = [results[name][1] for name in self.names]

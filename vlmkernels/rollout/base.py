@@ -5,7 +5,7 @@ See docs/rollout.md. ``make_engine`` in ``vlmkernels.rollout.make`` builds the e
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlmkernels.data.samples import Sample, tokenizer_of
+from vlmkernels.models.branches import branch_lengths, pack_branches, pad_branches
 from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.families import media_token_ids, missing_token_ids
-from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images
+from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images, with_pixels
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
@@ -174,6 +175,7 @@ class Rollout:
             ``vlmkernels.models.router_replay``. None if routers choose in training too.
         sampling_logps: (B, C) fp32, log-probabilities with which the tokens were sampled, from an engine that returns them
             alone. None: they are ``logps - log_kept_mass``, if the engine returns both.
+        masked_prompts: the P prompts with masked images, for ``branches``. None if there are none.
     """
 
     prompts: ModelInputs
@@ -186,6 +188,58 @@ class Rollout:
     turns: Turns | None = None
     routed_experts: RoutedExperts | None = None
     sampling_logps: torch.Tensor | None = None
+    masked_prompts: ModelInputs | None = None
+
+    def select(self, completions: torch.Tensor) -> "Rollout":
+        """Return some completions with their prompts, without the columns that are all padding then.
+
+        Args:
+            completions: (n,) int64 on the CPU, ascending indices.
+        """
+        chosen, group = self.group[completions].unique_consecutive(return_inverse=True)
+        width = int(self.completion_mask[completions].any(0).sum())
+        columns = {name: x[completions, :width] for name in _PADDING if (x := getattr(self, name)) is not None}
+        prompts = {name: x.select(chosen).trim() for name in _OF_PROMPTS if (x := getattr(self, name)) is not None}
+        experts = self.routed_experts
+        if experts is not None:
+            length = prompts["prompts"].inputs["input_ids"].shape[1]
+            experts = RoutedExperts(experts.prompts[chosen, -length:], experts.completions[completions, :width])
+        turns = None if self.turns is None else self.turns.select(completions)
+        parts: dict[str, Any] = {**prompts, **columns}
+        return replace(self, group=group, truncated=self.truncated[completions], turns=turns, routed_experts=experts, **parts)
+
+    @classmethod
+    def join(cls, rollouts: Sequence["Rollout"], pad_token_id: int) -> "Rollout":
+        """Join the completions of several rollouts, whose tokens ``pad_token_id`` pads to a common size.
+
+        Raises:
+            ValueError: only some of the rollouts have log-probabilities, turns or experts; see ``concat`` for others.
+        """
+        for f in fields(cls):
+            missing = sum(getattr(rollout, f.name) is None for rollout in rollouts)
+            if missing not in (0, len(rollouts)):
+                raise ValueError(f"rollouts must all have {f.name} or none, got {missing} of {len(rollouts)} without")
+        first, counts = rollouts[0], [len(rollout.prompts) for rollout in rollouts]
+        groups = [rollout.group + sum(counts[:k]) for k, rollout in enumerate(rollouts)]
+        columns = {
+            name: _cat_padded([getattr(rollout, name) for rollout in rollouts], pad_token_id if value is None else value)
+            for name, value in _PADDING.items()
+            if getattr(first, name) is not None
+        }
+        turns = experts = None
+        if first.turns is not None:
+            turns = Turns.join([r.turns for r in rollouts if r.turns is not None], list(map(len, groups)), pad_token_id)
+        if first.routed_experts is not None:
+            of_prompts, of_completions = zip(*(r.routed_experts for r in rollouts if r.routed_experts is not None), strict=True)
+            experts = RoutedExperts(_cat_padded(of_prompts, -1, left=True), _cat_padded(of_completions, -1))
+        prompts = {
+            name: join([getattr(rollout, name) for rollout in rollouts], pad_token_id)
+            for name in _OF_PROMPTS
+            if getattr(first, name) is not None
+        }
+        truncated = torch.cat([rollout.truncated for rollout in rollouts])
+        parts: dict[str, Any] = {**prompts, **columns}
+        return cls(group=torch.cat(groups), truncated=truncated, turns=turns, routed_experts=experts, **parts)
 
     @cached_property
     def sampled_mask(self) -> torch.Tensor:
@@ -204,16 +258,29 @@ class Rollout:
         values = torch.nn.functional.pad(values, (0, max(missing, 0)))
         return values.gather(1, numbers).masked_fill(~self.sampled_mask, 0)
 
-    def with_image_features(self, model: PreTrainedModel) -> "Rollout":
-        """Replace the pixels of the prompts, and of the results of tools, by features; see ``encode_images``."""
+    def with_inputs(self, change: Callable[[ModelInputs], ModelInputs]) -> "Rollout":
+        """Return the same completions with changed model inputs of the prompts and of the results of tools."""
+        turns = None if self.turns is None else replace(self.turns, inputs=change(self.turns.inputs))
+        return replace(self, prompts=change(self.prompts), turns=turns)
+
+    def with_image_features(self, model: PreTrainedModel, pixels: ModelInputs | None = None) -> "Rollout":
+        """Replace the pixels of the prompts, and of the results of tools, by features; see ``encode_images``.
+
+        Args:
+            pixels: the prompts with their pixels. If given, the pixels stay beside the features; see ``with_pixels``.
+        """
         turns = self.turns
         if turns is not None and "pixel_values" in turns.inputs.inputs:
             # In parts with about as many images as the prompts have, because there are many more results than prompts.
             number = -(-int(turns.inputs.num_images.sum()) // max(int(self.prompts.num_images.sum()), 16))
             parts = torch.arange(len(turns.inputs)).tensor_split(number)
             encoded = [encode_images(model, turns.inputs.select(part)) for part in parts]
-            turns = replace(turns, inputs=join(encoded))
-        return replace(self, prompts=encode_images(model, self.prompts), turns=turns)
+            inputs = join(encoded)
+            turns = replace(turns, inputs=inputs if pixels is None else with_pixels(inputs, turns.inputs))
+        masked = None if self.masked_prompts is None else encode_images(model, self.masked_prompts)
+        prompts = encode_images(model, self.prompts)
+        prompts = prompts if pixels is None else with_pixels(prompts, pixels)
+        return replace(self, prompts=prompts, masked_prompts=masked, turns=turns)
 
     def token_ids(self) -> list[list[int]]:
         """Return the token ids of each completion, without padding."""
@@ -223,7 +290,9 @@ class Rollout:
         """Return the token ids of each completion that the model sampled."""
         return _rows(self.completion_ids, self.sampled_mask)
 
-    def parts(self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int) -> list[torch.Tensor]:
+    def parts(
+        self, samples: slice, max_tokens: int | None, *, shared: bool, hidden_size: int, branches: bool = False
+    ) -> list[torch.Tensor]:
         """Split completions into parts of at most ``max_tokens`` tokens, as ``packed`` (or ``padded``) lays them out.
 
         Args:
@@ -231,6 +300,7 @@ class Rollout:
             max_tokens: token budget of a part; None for one part.
             shared: whether completions share their prompt (``packed``).
             hidden_size: hidden size of the model, from which ``cut_packs`` computes the cost of a pack.
+            branches: whether ``branches`` lays them out. Without sharing, each completion then is two rows.
 
         Returns:
             The indices of each part's completions, (n,) int64.
@@ -243,6 +313,10 @@ class Rollout:
             return [chosen]
         prefixes = self.prompts.inputs["attention_mask"].sum(1).tolist()
         group, lengths = self.group.tolist(), self.completion_mask.sum(1).tolist()
+        if branches and shared:
+            prefixes, times = branch_lengths(self.prompts)
+            lengths = [length * times[prompt] for prompt, length in zip(group, lengths, strict=True)]
+        rows = 2 if branches and not shared else 1
         if shared and self.turns is not None:
             parts = self.turns.cut(prefixes, group, chosen.tolist(), max_tokens, hidden_size)
             return [torch.tensor(part) for part in parts]
@@ -251,12 +325,13 @@ class Rollout:
         def largest(rows: list[tuple[int, int]]) -> tuple[int, int]:  # copies are padded to the longest prompt and completion
             return max(rows, key=sum) if shared else (max(prefix for prefix, _ in rows), max(length for _, length in rows))
 
-        needed = sum(largest(sizes[samples]))
-        if needed > max_tokens:
-            prefix, length = largest(sizes)  # of the whole generation batch: other parts may need more
+        needed = rows * sum(largest(sizes[samples]))
+        if needed > max_tokens:  # the error counts those of the whole generation batch: other parts may need more
+            prefix, length = (rows * size for size in largest(sizes))
+            twice = " (with those of the masked images)" if branches else ""
             raise ValueError(
                 f"max_tokens_per_microbatch must be at least {prefix + length}, a prompt of {prefix} tokens and a completion "
-                f"of {length}, got {max_tokens}"
+                f"of {length}{twice}, got {max_tokens}"
             )
         if shared:
             packs = cut_packs(prefixes, group[samples], lengths[samples], max_tokens, hidden_size)
@@ -299,6 +374,20 @@ class Rollout:
         ]
         return self._with_experts(batch, self._segments([segment for part in parts for segment in part]))
 
+    def branches(self, samples: torch.Tensor, model: PreTrainedModel | None, loss_mask: torch.Tensor) -> ScoringBatch:
+        """Return completions after their prompts and after ``masked_prompts``; see ``pack_branches``.
+
+        Args:
+            samples: (n,) int64, the completions.
+            model: computes the position ids of a pack. None: rows with copies of the prompts, as ``padded`` returns them.
+            loss_mask: (n, C) bool, the tokens to score.
+        """
+        assert self.masked_prompts is not None
+        completions = self.group[samples], self.completion_ids[samples], self.completion_mask[samples], loss_mask
+        if model is None:
+            return pad_branches(self.prompts, self.masked_prompts, *completions)
+        return pack_branches(model, self.prompts, self.masked_prompts, *completions)
+
     # Routed experts. A place is the index of a token among those of all prompts and then of all completions, with padding.
 
     @cached_property
@@ -331,6 +420,21 @@ class Rollout:
         assert self.routed_experts is not None
         batch.inputs["routed_experts"] = self.routed_experts.at(places)
         return batch
+
+
+# The fields of a rollout that are model inputs of its P prompts.
+_OF_PROMPTS = ("prompts", "masked_prompts")
+# The fields of a rollout with a value per token of the completions, and the value of padding; None for pad_token_id.
+_PADDING = {"completion_ids": None, "completion_mask": False, "logps": 0, "log_kept_mass": 0, "sampling_logps": 0}
+
+
+def _cat_padded(parts: Sequence[torch.Tensor], value: float, left: bool = False) -> torch.Tensor:
+    """Concatenate tensors (n, L, ...) of different lengths, which ``value`` pads on the right or the left."""
+    length = max(part.shape[1] for part in parts)
+    result = parts[0].new_full((sum(map(len, parts)), length, *parts[0].shape[2:]), value)
+    for part, rows in zip(parts, result.split([len(part) for part in parts]), strict=True):
+        rows[:, length - part.shape[1] if left else 0 :][:, : part.shape[1]] = part
+    return result
 
 
 def _rows(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

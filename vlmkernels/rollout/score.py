@@ -37,6 +37,21 @@ class Scored:
     scores: Scores
     episodes: list[Episode] | None = None
 
+    def select(self, completions: torch.Tensor) -> "Scored":
+        """Return the completions with these indices, (n,) int64."""
+        picked: dict[str, list] = {}
+        for name in ("samples", "completions", "episodes"):
+            if (values := getattr(self, name)) is not None:
+                picked[name] = [values[k] for k in completions.tolist()]
+        return Scored(scores=self.scores.select(completions), **picked)
+
+    @classmethod
+    def join(cls, parts: Sequence["Scored"]) -> "Scored":
+        """Join the completions of several batches, all with tools or all without."""
+        episodes = None if parts[0].episodes is None else [e for part in parts for e in part.episodes or ()]
+        samples, completions = [s for part in parts for s in part.samples], [c for part in parts for c in part.completions]
+        return cls(samples, completions, Scores.cat([part.scores for part in parts]), episodes)
+
 
 def score(
     rewards: Rewards,

@@ -61,6 +61,7 @@ class TurnEncoder:
         end_tokens: tokens that end a turn of the model, as in ``Sampling.eos_token_id``. Default: that of the tokenizer.
 
     Attributes:
+        processor_arguments: may be replaced between batches, when the size of images changes.
         images_unsupported: why results must not have images; None if they can. A text model has no images.
 
     Raises:
@@ -77,7 +78,7 @@ class TurnEncoder:
         end_tokens: Sequence[int] = (),
     ) -> None:
         self.processor, self.family = processor, family
-        self._arguments = dict(processor_arguments or {})
+        self.processor_arguments = dict(processor_arguments or {})
         self._prompt_options = dict(chat_template_kwargs or {})
         options = {k: v for k, v in self._prompt_options.items() if k != "continue_final_message"}
         self._options = {**options, "add_generation_prompt": True}
@@ -115,7 +116,7 @@ class TurnEncoder:
             before = prompt_ids(sample, head, self.processor)
             short = self._after(before, prompt_ids(sample, text, self.processor))
             if images:
-                whole = encode([sample], self.processor, self.family, self._options, **self._arguments)
+                whole = encode([sample], self.processor, self.family, self._options, **self.processor_arguments)
                 self._after(before, whole.inputs["input_ids"][0].tolist())
                 inputs = _without_first(whole, len(before))
             else:

@@ -192,8 +192,13 @@ def save_experience(experience: Experience, checkpoint: str, process: int) -> No
     torch.save(experience.state_dict(), _experience_path(checkpoint, process))
 
 
-def load_experience(checkpoint: str, process: int, family: Family, args: GRPOConfig) -> Experience | None:
+def load_experience(
+    checkpoint: str, process: int, family: Family, args: GRPOConfig, *, has_rewards: bool, has_teacher: bool
+) -> Experience | None:
     """Load the generation batch in use when the checkpoint was written, or None if the batch was used up.
+
+    Args:
+        has_rewards, has_teacher: see ``Experience.check_arguments``.
 
     Raises:
         ValueError: the batch was made with other arguments.
@@ -202,7 +207,7 @@ def load_experience(checkpoint: str, process: int, family: Family, args: GRPOCon
     if not path.exists():
         return None
     experience = Experience.from_state_dict(torch.load(path, weights_only=True), family, args.device)
-    experience.check_arguments(args, checkpoint)
+    experience.check_arguments(args, checkpoint, has_rewards=has_rewards, has_teacher=has_teacher)
     return experience
 
 

@@ -1,8 +1,10 @@
 """The configuration of GRPO training: TRL's field names, on top of ``transformers.TrainingArguments``."""
 
+import json
+import math
 import os
 from dataclasses import dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -10,14 +12,17 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmkernels.data.images import ImageLimits
+from vlmkernels.data.resolution import ResolutionSchedule
+from vlmkernels.models.quantized import as_values, quantized_arguments
 from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
-from vlmkernels.ops.grpo_loss.config import PRESETS
+from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS, PRESETS
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.make import engine_name
 from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sampling
 from vlmkernels.tools.options import ToolOptions
+from vlmkernels.train.optimizers import check_optimizer
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
@@ -88,8 +93,14 @@ class GRPOConfig(TrainingArguments):
     - vllm_server_base_url is the only address of a vLLM server. vllm_request_timeout, vllm_weight_transfer, vllm_weights_dir
       and vllm_fingerprint_tolerance are new.
     - tool_timeout, max_tool_images and tool_format are new. max_completion_length counts the results of tools too, as in TRL.
-    - eval_temperature, max_num_seqs, kl_estimator, share_prefix, max_tokens_per_microbatch, on_save_error, on_bad_sample,
-      on_nonfinite, max_image_pixels, max_image_bytes, allow_image_urls, deterministic and router_replay are new.
+    - eval_temperature, max_num_seqs, dynamic_sampling, max_resample_times, oversampling, kl_estimator, share_prefix,
+      max_tokens_per_microbatch, on_save_error, on_bad_sample, on_nonfinite, max_image_pixels, max_image_bytes,
+      allow_image_urls, deterministic and router_replay are new.
+    - perception_loss_weight, der_loss_weight1, der_loss_weight2 and mask_ratio have the names of TRL's former ``PAPOConfig``;
+      the objective is that of the paper (docs/objective.md). image_use_steps is new.
+    - teacher_model_init_kwargs and the distillation_* fields belong to the argument ``teacher`` of the trainer, which TRL's
+      ``GRPOTrainer`` does not have; see docs/distillation.md.
+    - freeze_vision and image_resolution_schedule are new. activation_offloading is a field of TRL's SFTConfig.
     - preset sets the fields of a row of ``vlmkernels.ops.grpo_loss.config.PRESETS`` that have their default values.
     - max_prompt_length never cuts a prompt: a longer one is an error, or is skipped under on_bad_sample.
     - Fields of TRL that are not listed here do not exist; ``TRL_FIELDS`` says what serves instead.
@@ -102,6 +113,7 @@ class GRPOConfig(TrainingArguments):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
         "model_init_kwargs",
+        "teacher_model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
     ]
@@ -125,7 +137,7 @@ class GRPOConfig(TrainingArguments):
     model_init_kwargs: dict[str, Any] | str | None = _field(None, "from_pretrained arguments, if the model is given by path.")
     disable_dropout: bool = _field(False, "Set all dropout probabilities of the model to 0.")
 
-    num_generations: int = _field(8, "Number of completions per prompt, at least 2.")
+    num_generations: int = _field(8, "Number of completions per prompt, at least 2; 1 with a teacher and no reward functions.")
     num_generations_eval: int | None = _field(None, "Completions per prompt in evaluation; by default num_generations.")
     max_prompt_length: int | None = _field(
         None,
@@ -135,6 +147,13 @@ class GRPOConfig(TrainingArguments):
     shuffle_dataset: bool = _field(True, "Visit the training prompts in a new random order in each epoch.")
     generation_batch_size: int | None = _field(None, "Completions per generation batch, over all processes.")
     steps_per_generation: int | None = _field(None, "Micro-batches per generation; by default gradient_accumulation_steps.")
+    dynamic_sampling: bool = _field(
+        False, "Sample further prompts until all groups of a generation batch have different rewards (DAPO)."
+    )
+    max_resample_times: int = _field(10, "Maximum number of further rounds of dynamic_sampling.")
+    oversampling: float = _field(
+        1.0, "Prompts sampled per prompt of a generation batch, which keeps groups with different rewards; first round only."
+    )
     temperature: float = _field(1.0, "Sampling temperature. Log-probabilities in the loss use it too.")
     eval_temperature: float | None = _field(None, "Temperature in evaluation, 0 for greedy decoding; by default temperature.")
     top_p: float = _field(1.0, "Sample from the most probable tokens whose probabilities add up to top_p. 1 keeps all tokens.")
@@ -218,9 +237,29 @@ class GRPOConfig(TrainingArguments):
     )
     top_entropy_quantile: float = _field(1.0, "Fraction of tokens that enter the loss, those with the highest entropy.")
     entropy_coef: float = _field(0.0, "Weight of the entropy bonus.")
+    perception_loss_weight: float = _field(
+        0.0, "Weight gamma of the KL divergence from the policy with masked images, which is maximized (PAPO)."
+    )
+    der_loss_weight1: float = _field(0.0, "Weight eta1 of the entropy with the images, which is minimized (PAPO).")
+    der_loss_weight2: float = _field(0.0, "Weight eta2 of the entropy with masked images, which is minimized (PAPO).")
+    mask_ratio: float = _field(0.6, "Share of the patches of each image that masks blacken.")
+    image_use_steps: int | None = _field(
+        None, "Optimizer steps between measurements of how much predictions depend on images; by default never."
+    )
     scale_rewards: str = _field("group", "Standard deviation that advantages are divided by: 'group', 'batch' or 'none'.")
     reward_weights: list[float] | None = _field(None, "Weight per reward function; by default the function's own, or 1.")
     mask_truncated_completions: bool = _field(False, "Exclude completions cut off at max_completion_length from the loss.")
+
+    teacher_model_init_kwargs: dict[str, Any] | str | None = _field(
+        None, "from_pretrained arguments, if the teacher is given by path. dtype is by default that of its files."
+    )
+    distillation_coef: float = _field(1.0, "Weight of the divergence from the teacher in the loss.")
+    distillation_beta: float = _field(
+        1.0,
+        "Divergence from the teacher: 0 is KL(teacher || policy), 1 is KL(policy || teacher), and a value between them is the "
+        "generalized Jensen-Shannon divergence.",
+    )
+    distillation_top_k: int | None = _field(None, "Compare only the teacher's most probable tokens, so many; by default all.")
 
     on_save_error: str = _field("raise", "What to do if a checkpoint cannot be written: 'raise', or 'skip' it.")
     on_bad_sample: str = _field("raise", "What to do with an unreadable row: 'raise', or 'skip' to the next row.")
@@ -228,6 +267,15 @@ class GRPOConfig(TrainingArguments):
     max_image_pixels: int = _field(ImageLimits.max_pixels, "Maximum number of pixels of an image or of a video frame.")
     max_image_bytes: int = _field(ImageLimits.max_bytes, "Maximum size of an image file in bytes.")
     allow_image_urls: bool = _field(False, "Allow images that are given by an http or https URL, and fetch them.")
+
+    freeze_vision: bool = _field(False, "Do not train the vision tower and what connects it to the decoder.")
+    activation_offloading: bool = _field(
+        False, "Keep the activations of forward passes in host memory until the backward pass."
+    )
+    image_resolution_schedule: list[dict[str, Any]] | str | None = _field(
+        None,
+        "Limits of image sizes by optimizer step: a JSON list of {step, min_pixels, max_pixels}; by default the processor's.",
+    )
 
     log_completions: bool = _field(False, "Store completions and a page of them at each log, and send them to report_to.")
     diagnose: bool = _field(False, "Check every log with the rules of `vlmkernels doctor`, and warn about what they find.")
@@ -250,9 +298,14 @@ class GRPOConfig(TrainingArguments):
         self._check_values()
         self._check_sampling()
         self._check_correction()
+        self._check_resampling()
+        self._check_perception()
+        self._check_distillation()
         if self.use_vllm:
             self._check_vllm()
         self._derive_batches()
+        self._check_memory()
+        self._check_image_resolution()
         self.loss_config()
         self.tool_options()
 
@@ -274,8 +327,6 @@ class GRPOConfig(TrainingArguments):
             require_number(name, getattr(self, name), "be an integer", Integral)
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if self.num_generations < 2:
-            raise ValueError(f"num_generations must be >= 2, to compare completions, got {self.num_generations}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if self.eval_temperature < 0:
@@ -296,7 +347,7 @@ class GRPOConfig(TrainingArguments):
             raise ValueError("auto_find_batch_size must be False, because a smaller batch would split groups, got True")
 
     def _check_sampling(self) -> None:
-        for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name} must map names to values (in JSON), got {value!r}")
@@ -320,6 +371,44 @@ class GRPOConfig(TrainingArguments):
                 f"got {self.rollout_sequence_ratio!r}"
             )
 
+    def _check_resampling(self) -> None:
+        require_number("max_resample_times", self.max_resample_times, "be an integer", Integral)
+        if self.max_resample_times < 1:
+            raise ValueError(f"max_resample_times must be >= 1, got {self.max_resample_times}")
+        require_number("oversampling", self.oversampling, "be a number")
+        if not 1 <= self.oversampling < math.inf:
+            raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
+
+    def _check_perception(self) -> None:
+        if not 0 < self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must be in (0, 1], got {self.mask_ratio}")
+        if self.image_use_steps is not None:
+            require_number("image_use_steps", self.image_use_steps, "be an integer", Integral)
+            if self.image_use_steps < 1:
+                raise ValueError(f"image_use_steps must be >= 1, got {self.image_use_steps}")
+        if self.masks_images and self.router_replay:
+            raise ValueError(
+                "router_replay must be False with perception_loss_weight, der_loss_weight1 or der_loss_weight2, because the "
+                "rollout has no experts for masked images, got True"
+            )
+
+    @property
+    def masks_images(self) -> bool:
+        """Whether the loss has terms of masked images."""
+        return any(getattr(self, name) for name in PERCEPTION_WEIGHTS)
+
+    def _check_distillation(self) -> None:
+        for name in ("distillation_coef", "distillation_beta"):
+            require_number(name, getattr(self, name), "be a number", Real)
+        if not 0 < self.distillation_coef < math.inf:
+            raise ValueError(f"distillation_coef must be finite and > 0, got {self.distillation_coef}")
+        if not 0 <= self.distillation_beta <= 1:
+            raise ValueError(f"distillation_beta must be in [0, 1], got {self.distillation_beta}")
+        if self.distillation_top_k is not None:
+            require_number("distillation_top_k", self.distillation_top_k, "be an integer", Integral)
+            if self.distillation_top_k < 1:
+                raise ValueError(f"distillation_top_k must be >= 1, got {self.distillation_top_k}")
+
     def _check_vllm(self) -> None:
         if self.deterministic:
             raise ValueError("deterministic must be False with use_vllm, whose log-probabilities depend on batches, got True")
@@ -329,6 +418,26 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(f"eval_temperature must be at most {MAX_TEMPERATURE:g} with use_vllm, got {self.eval_temperature}")
         if self.vllm_mode == "colocate" and self.world_size > 1:
             raise ValueError(f"vllm_mode must be 'server' on several processes, got 'colocate' on {self.world_size}")
+
+    def _check_memory(self) -> None:
+        """Check what saves memory: quantization and the optimizer."""
+        self.model_init_kwargs = as_values(self.model_init_kwargs)
+        quantized_arguments(self.model_init_kwargs, self.compute_dtype)
+        check_optimizer(self)
+
+    def _check_image_resolution(self) -> None:
+        if isinstance(self.image_resolution_schedule, str):
+            try:
+                self.image_resolution_schedule = json.loads(self.image_resolution_schedule)
+            except ValueError as error:
+                raise ValueError(
+                    f"image_resolution_schedule must be a JSON list, got {self.image_resolution_schedule!r} ({error})"
+                ) from error
+        if self.resolution_schedule() is not None and self.use_vllm:
+            raise ValueError(
+                "image_resolution_schedule must be None with use_vllm, whose engines resize images by settings of their own, "
+                f"got {self.image_resolution_schedule!r}"
+            )
 
     def _derive_batches(self) -> None:
         """Derive generation_batch_size from steps_per_generation, or the reverse, and check that batches divide evenly."""
@@ -368,9 +477,24 @@ class GRPOConfig(TrainingArguments):
         return self.per_device_train_batch_size * self.steps_per_generation // self.num_generations
 
     @property
+    def chooses_groups(self) -> bool:
+        """Whether more prompts than ``prompts_per_generation`` may be sampled for a generation batch."""
+        return self.dynamic_sampling or self.oversampling > 1
+
+    @property
+    def prompts_per_round(self) -> int:
+        """Number of prompts that one process samples first for a generation batch."""
+        return math.ceil(round(self.prompts_per_generation * self.oversampling, 6))  # 1.1 * 10 is a little more than 11
+
+    @property
     def steps_per_rollout(self) -> int:
         """Number of micro-batches that are trained on between two generations."""
         return self.steps_per_generation * self.num_iterations
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def sampling(self) -> Sampling:
         """Return how completions are sampled in training. Values of ``generation_kwargs`` replace the fields' values."""
@@ -394,7 +518,7 @@ class GRPOConfig(TrainingArguments):
         return VLLMConfig(
             **shared,
             max_num_seqs=self.max_num_seqs,
-            autocast_dtype=torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32,
+            autocast_dtype=self.compute_dtype,
             seed=self.seed,
             num_generations=max(self.num_generations, self.num_generations_eval),
             chat_template_kwargs=self.chat_template_kwargs or {},
@@ -405,6 +529,11 @@ class GRPOConfig(TrainingArguments):
     def image_limits(self) -> ImageLimits:
         """Return the limits of images."""
         return ImageLimits(self.max_image_pixels, self.max_image_bytes, self.allow_image_urls)
+
+    def resolution_schedule(self) -> ResolutionSchedule | None:
+        """Return the sizes of images by step; None for the processor's own."""
+        given = self.image_resolution_schedule
+        return None if given is None else ResolutionSchedule.from_list(given)
 
     def tool_options(self) -> ToolOptions:
         """Return how tools are called."""

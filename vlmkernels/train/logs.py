@@ -1,15 +1,18 @@
 """What the trainer logs: metrics since the last log, and completions of the last generation batch."""
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlmkernels.data.samples import prompt_text, still_images
+from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.ops.group_advantages import GroupAdvantages
 from vlmkernels.record.completions import CompletionRow, Groups
 from vlmkernels.record.phases import Phases
@@ -19,7 +22,7 @@ from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.answers import text_of
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episode, episode_counts, episode_metrics
-from vlmkernels.rollout.score import Scored
+from vlmkernels.rollout.score import Scored, resized_sizes
 from vlmkernels.tools.functions import Tools
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.token_counts import NAMES, TokenCounts
@@ -53,8 +56,25 @@ class MetricBuffer:
         return {name: None if math.isnan(mean) else mean for name, mean in zip(names, means, strict=True)}
 
 
-class EvaluatedCompletions:
-    """Collects the scores and lengths of evaluated completions, and gathers them from all processes.
+class GatheredCompletions(NamedTuple):
+    """The completions of all processes, by group.
+
+    Attributes:
+        scores: their scores, with the mean time of a call of each reward function.
+        lengths, prompt_lengths: (N,), in tokens.
+        truncated: (N,) bool.
+        of_tools: the metrics of tools.
+    """
+
+    scores: Scores
+    lengths: torch.Tensor
+    prompt_lengths: torch.Tensor
+    truncated: torch.Tensor
+    of_tools: dict[str, float]
+
+
+class SampledCompletions:
+    """Collects the scores and lengths of sampled completions, and gathers them from all processes.
 
     Args:
         tools: the tools of the run, or None.
@@ -62,37 +82,47 @@ class EvaluatedCompletions:
 
     def __init__(self, tools: Tools | None = None) -> None:
         self._tools = tools
-        self._parts: list[tuple[Scores, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._parts: list[tuple[Scores, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def add(self, rollout: Rollout, scored: Scored, mask: torch.Tensor) -> None:
-        """Add the completions of a rollout that are selected by ``mask``, (N,) bool."""
+    def add(self, rollout: Rollout, scored: Scored, mask: torch.Tensor | None = None) -> None:
+        """Add the completions of a rollout that are selected by ``mask``, (N,) bool. Default: all."""
+        mask = torch.ones(len(rollout.group), dtype=torch.bool) if mask is None else mask
         lengths, truncated = rollout.sampled_mask.sum(1).cpu(), rollout.truncated.cpu()
+        prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1).cpu()[rollout.group]
         counts = lengths[:, None] if scored.episodes is None else tool_counts(rollout, scored.episodes, self._tools)
-        self._parts.append((scored.scores.select(mask), lengths[mask], truncated[mask], counts[mask]))
+        values = lengths, prompt_lengths, truncated, counts
+        self._parts.append((scored.scores.select(mask), *(value[mask] for value in values)))
 
-    def gather(self) -> tuple[Scores, torch.Tensor, torch.Tensor, dict[str, float]]:
-        """Return, for all processes, the scores, the lengths (N,), ``truncated`` (N,) bool, and the metrics of tools."""
-        scores, lengths, truncated, counts = zip(*gather_object(self._parts), strict=True)
+    def gather(self) -> GatheredCompletions:
+        """Return the completions of all processes."""
+        parts = gather_object(self._parts)
+        scores, lengths, prompt_lengths, truncated, counts = zip(*parts, strict=True)
+        joined = Scores.cat(scores)
+        joined = joined._replace(seconds=joined.seconds / len(parts))
         metrics = {} if self._tools is None else tool_metrics(torch.cat(counts), self._tools)
-        return Scores.cat(scores), torch.cat(lengths), torch.cat(truncated), metrics
+        return GatheredCompletions(joined, torch.cat(lengths), torch.cat(prompt_lengths), torch.cat(truncated), metrics)
 
 
 def sampling_metrics(
-    rewards: torch.Tensor,
-    advantages: GroupAdvantages,
-    lengths: torch.Tensor,
-    truncated: torch.Tensor,
-    scores: Scores,
-    names: list[str],
+    completions: GatheredCompletions, advantages: GroupAdvantages | None, names: list[str]
 ) -> dict[str, float]:
-    """Compute the metrics of N sampled completions that both training and evaluation log.
+    """Compute the metrics of sampled completions that both training and evaluation log.
 
     Args:
-        rewards, advantages, names: see ``reward_metrics``.
-        lengths, truncated: see ``completion_metrics``.
-        scores: the scores of these completions, or only of this process's share of them.
+        completions: the completions.
+        advantages: the result of ``group_advantages`` for their rewards; None without reward functions.
+        names: the names of the reward functions.
     """
-    return reward_metrics(rewards, names, advantages) | completion_metrics(lengths, truncated) | scores.metrics(names)
+    scores = completions.scores
+    metrics = {} if advantages is None else reward_metrics(scores.rewards, names, advantages)
+    metrics |= scores.metrics(names)
+    return metrics | completion_metrics(completions.lengths, completions.truncated) | completions.of_tools
+
+
+def image_metrics(prompts: ModelInputs, processor: Any) -> dict[str, float]:
+    """Compute the mean number of pixels of the images of prompts after resizing; NaN without images."""
+    sizes = [size for of_prompt in resized_sizes(prompts, processor) for size in of_prompt or ()]
+    return {"image_pixels": statistics.fmean(width * height for width, height in sizes) if sizes else math.nan}
 
 
 def tool_counts(rollout: Rollout, trajectories: Sequence[Episode], tools: Tools) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """Division of a generation batch into micro-batches, splits within a token budget, and the model inputs of each split."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
 from vlmkernels.models.head import completion_logps
+from vlmkernels.models.masked_images import has_media
 from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
@@ -33,24 +34,43 @@ class MicroBatches:
     """Divides generation batches into the inputs of forward passes.
 
     Args:
-        policy: how the policy runs.
+        policy: how the model runs: the policy, or a teacher.
 
     Attributes:
         token_counts: the tokens and images of all passes.
+        share_splits: whether splits are cut as packs. If another model runs them as copies of the prompts, they must be cut as
+            copies, which take more tokens than packs.
+        view: returns of a rollout with the inputs of several models one with the inputs of this model. None: no change.
     """
+
+    view: Callable[[Rollout], Rollout] | None = None
 
     def __init__(self, policy: PreparedPolicy, args: GRPOConfig, accelerator: Accelerator) -> None:
         self.policy, self.args, self.accelerator, self.token_counts = policy, args, accelerator, TokenCounts()
+        self.share_splits = policy.shares_prefix
         self._hidden_size = policy.model.config.get_text_config().hidden_size
+        self._viewed: tuple[Rollout | None, Rollout | None] = None, None
 
-    def splits(self, rollout: Rollout, index: int) -> list[Split]:
+    def own(self, rollout: Rollout) -> Rollout:
+        """Return the rollout with the inputs of this model. Keeps the last one, which caches what is computed from it."""
+        if self.view is None:
+            return rollout
+        if self._viewed[0] is not rollout:
+            self._viewed = rollout, self.view(rollout)
+        return self._viewed[1]
+
+    def splits(self, rollout: Rollout, index: int, *, branches: bool = False) -> list[Split]:
         """Split micro-batch ``index`` of a generation batch within ``max_tokens_per_microbatch``.
 
         If ranks must run in lockstep, every rank returns the same number of splits.
+
+        Args:
+            branches: whether the splits run with masked images too.
         """
         size, budget = self.args.per_device_train_batch_size, self.args.max_tokens_per_microbatch
         micro_batch = slice(index * size, (index + 1) * size)
-        parts = rollout.parts(micro_batch, budget, shared=self.policy.shares_prefix, hidden_size=self._hidden_size)
+        options = {"shared": self.share_splits, "hidden_size": self._hidden_size, "branches": branches}
+        parts = rollout.parts(micro_batch, budget, **options)
         splits = [Split(samples, False) for samples in parts]
         if budget is not None and requires_lockstep(self.accelerator):
             splits += [Split(parts[-1], True)] * (max_over_ranks(self.accelerator, len(parts)) - len(parts))
@@ -58,12 +78,30 @@ class MicroBatches:
 
     def scoring_batch(self, rollout: Rollout, split: Split) -> ScoringBatch:
         """Return the model inputs of a split, and count its tokens and images."""
-        policy, samples = self.policy, split.samples
+        policy, samples, rollout = self.policy, split.samples, self.own(rollout)
         batch = rollout.packed(samples, policy.model) if policy.shares_prefix else rollout.padded(samples)
-        self.token_counts.add_pass(rollout, samples, batch, is_padding=split.is_padding)
-        if policy.idle_media is not None:
-            missing = {kind: inputs for kind, inputs in policy.idle_media.items() if _PIXELS[kind] not in batch.inputs}
-            batch.inputs["idle_media"] = missing
+        return self._completed(rollout, split, batch)
+
+    def loss_batch(self, rollout: Rollout, split: Split, loss_mask: torch.Tensor) -> tuple[ScoringBatch, torch.Tensor | None]:
+        """Return the model inputs for the loss of a split, and which of its completions run with masked images too, (n,) bool.
+
+        Args:
+            loss_mask: (n, C) bool, the tokens that count in the loss.
+        """
+        samples = split.samples
+        if not self.args.masks_images:
+            return self.scoring_batch(rollout, split).select(loss_mask[rollout.sampled_mask[samples]]), None
+        rollout = self.own(rollout)
+        batch = rollout.branches(samples, self.policy.model if self.policy.shares_prefix else None, loss_mask)
+        masked = has_media(rollout.prompts)[rollout.group[samples]].to(loss_mask.device)
+        return self._completed(rollout, split, batch, branches=True), masked
+
+    def _completed(self, rollout: Rollout, split: Split, batch: ScoringBatch, *, branches: bool = False) -> ScoringBatch:
+        """Count the tokens and images of a pass, and add the media that keep ranks in lockstep."""
+        self.token_counts.add_pass(rollout, split.samples, batch, is_padding=split.is_padding, branches=branches)
+        if self.policy.idle_media is not None:
+            idle = self.policy.idle_media.items()
+            batch.inputs["idle_media"] = {kind: inputs for kind, inputs in idle if _PIXELS[kind] not in batch.inputs}
         return batch
 
     def logps(self, model: torch.nn.Module, head: torch.nn.Module, rollout: Rollout, indices: Iterable[int]) -> torch.Tensor:

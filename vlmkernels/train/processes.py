@@ -163,28 +163,38 @@ def digest_rows(dataset: Any) -> str:
 
 
 def describe_process(
-    args: TrainingArguments, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, dataset: Any
+    args: TrainingArguments,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rewards: Rewards,
+    dataset: Any,
+    teacher: torch.nn.Module | None = None,
 ) -> dict[str, dict[str, object]]:
     """Return what must be alike on all processes, for ``Processes.compare``. Weights and prompts are hashed in part."""
-    parameters = dict(model.named_parameters())
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
-    # Parameters that ZeRO-3 sharded differ between processes.
-    samples = (p.detach().flatten()[:8].tolist() for p in parameters.values() if not hasattr(p, "ds_id"))
     return {
         "versions": {"vlmkernels": __version__, **{lib.__name__: lib.__version__ for lib in (torch, transformers, accelerate)}},
         "argument": {name: value for name, value in args.to_dict().items() if name not in _LOCAL_ARGUMENTS},
-        "model": {
-            "class": type(model).__name__,
-            "parameters": sum(shape.numel() for shape in shapes.values()),
-            "dtypes": ", ".join(sorted({str(p.dtype) for p in parameters.values()})),
-            "trained": sum(shapes[name].numel() for name, p in parameters.items() if p.requires_grad),
-            "names and shapes": _digest((name, tuple(shape)) for name, shape in shapes.items()),
-            "weights": _digest(samples),
-        },
+        "model": _describe_model(model),
+        "teacher": {} if teacher is None else _describe_model(teacher),
         "tokenizer": {"size": len(tokenizer), "chat template": _digest([tokenizer.chat_template])},
         "rewards": {"names": rewards.names, "weights": rewards.weights.tolist()},
         "train_dataset": {
             "rows": None if dataset is None else len(dataset),
             "prompts": None if dataset is None else digest_rows(dataset),
         },
+    }
+
+
+def _describe_model(model: torch.nn.Module) -> dict[str, object]:
+    parameters = dict(model.named_parameters())
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items()}
+    # Parameters that ZeRO-3 sharded differ between processes.
+    samples = (p.detach().flatten()[:8].tolist() for p in parameters.values() if not hasattr(p, "ds_id"))
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(shape.numel() for shape in shapes.values()),
+        "dtypes": ", ".join(sorted({str(p.dtype) for p in parameters.values()})),
+        "trained": sum(shapes[name].numel() for name, p in parameters.items() if p.requires_grad),
+        "names and shapes": _digest((name, tuple(shape)) for name, shape in shapes.items()),
+        "weights": _digest(samples),
     }

@@ -1,11 +1,22 @@
 """The order in which training visits prompts."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Sampler
+from transformers.trainer import TRAINER_STATE_NAME
 
 from vlmkernels.train.config import GRPOConfig
+
+
+def order_of_epoch(num_prompts: int, args: GRPOConfig, epoch: int) -> Sequence[int]:
+    """Return the indices of all prompts in the order in which an epoch visits them. It depends only on seed and epoch."""
+    if not args.shuffle_dataset:
+        return range(num_prompts)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return torch.randperm(num_prompts, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
 
 
 class PromptSampler(Sampler):
@@ -21,9 +32,8 @@ class PromptSampler(Sampler):
     """
 
     def __init__(self, num_prompts: int, args: GRPOConfig, global_step: Callable[[], int]) -> None:
-        self.num_prompts, self.shuffle, self.global_step = num_prompts, args.shuffle_dataset, global_step
+        self.num_prompts, self.args, self.global_step = num_prompts, args, global_step
         self.chunk, self.repeats = args.prompts_per_generation * args.world_size, args.steps_per_rollout
-        self.seed = args.seed if args.data_seed is None else args.data_seed
         micro_batches = num_prompts // self.chunk * self.repeats
         self.steps_per_epoch = max(-(-micro_batches // args.gradient_accumulation_steps), 1)
 
@@ -31,11 +41,7 @@ class PromptSampler(Sampler):
         return self.num_prompts // self.chunk * self.chunk * self.repeats
 
     def __iter__(self) -> Iterator[int]:
-        order = range(self.num_prompts)
-        if self.shuffle:
-            epoch = self.global_step() // self.steps_per_epoch
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            order = torch.randperm(self.num_prompts, generator=generator).tolist()
+        order = order_of_epoch(self.num_prompts, self.args, self.global_step() // self.steps_per_epoch)
         for start in range(0, self.num_prompts - self.chunk + 1, self.chunk):
             for _ in range(self.repeats):
                 yield from order[start : start + self.chunk]
@@ -48,3 +54,59 @@ def prompt_dataloader(num_prompts: int, args: GRPOConfig, global_step: Callable[
     """
     sampler = PromptSampler(num_prompts, args, global_step)
     return DataLoader(range(num_prompts), batch_size=args.prompts_per_generation, sampler=sampler, collate_fn=list)
+
+
+class PromptStream:
+    """The order of prompts if the number of prompts of a batch varies: the epochs of ``PromptSampler``, one after another.
+
+    Every epoch visits every prompt once. All processes take their prompts from one stream.
+
+    Args:
+        num_prompts: length of the dataset.
+
+    Attributes:
+        position: the number of prompts that all processes have taken together since training began.
+    """
+
+    FILE = "prompt_stream.json"  # in a checkpoint
+
+    def __init__(self, num_prompts: int, args: GRPOConfig) -> None:
+        self.num_prompts, self.args, self.position = num_prompts, args, 0
+        self._epoch, self._order = 0, order_of_epoch(num_prompts, args, 0)
+
+    @property
+    def epochs(self) -> float:
+        """The number of passes over the dataset so far."""
+        return self.position / self.num_prompts
+
+    def take(self, counts: Sequence[int]) -> list[int]:
+        """Return the next prompts of this process.
+
+        Args:
+            counts: how many prompts each process takes now, the same on all processes.
+        """
+        start = self.position + sum(counts[: self.args.process_index])
+        self.position += sum(counts)
+        return [self._prompt(place) for place in range(start, start + counts[self.args.process_index])]
+
+    def _prompt(self, place: int) -> int:
+        epoch, index = divmod(place, self.num_prompts)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, order_of_epoch(self.num_prompts, self.args, epoch)
+        return self._order[index]
+
+    def save(self, checkpoint: str) -> None:
+        """Write the position to a checkpoint."""
+        Path(checkpoint, self.FILE).write_text(json.dumps({"position": self.position}))
+
+    def restore(self, checkpoint: str) -> None:
+        """Continue after the prompts of the run of a checkpoint. If it had no stream, ``PromptSampler`` visited them."""
+        file = Path(checkpoint, self.FILE)
+        if file.exists():
+            self.position = json.loads(file.read_text())["position"]
+            return
+        step = json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
+        sampler = PromptSampler(self.num_prompts, self.args, lambda: step)
+        epoch, steps = divmod(step, sampler.steps_per_epoch)
+        batches = -(-steps * self.args.gradient_accumulation_steps // sampler.repeats)
+        self.position = epoch * self.num_prompts + batches * sampler.chunk

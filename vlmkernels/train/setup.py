@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from vlmkernels.data.dataset import RowChecks, SampleDataset, check_dataset
+from vlmkernels.data.resolution import LengthCheck, Resolution
 from vlmkernels.data.samples import Sample, SampleError, encode, read_sample, tokenizer_of
 from vlmkernels.models.attention import use_tree_attention
 from vlmkernels.models.deterministic import use_deterministic
@@ -33,11 +34,14 @@ from vlmkernels.models.loading import (
     base_model,
     disable_dropout,
     embedding_rows,
+    freeze_vision,
     frozen_copy,
     load_config,
     load_model,
     load_processor,
 )
+from vlmkernels.models.offload import use_activation_offloading
+from vlmkernels.models.quantized import is_quantized, prepare_quantized, quantized_arguments
 from vlmkernels.models.router_replay import use_router_replay
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.rewards import Rewards
@@ -89,7 +93,7 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
             saved.
     """
     if isinstance(model, str):
-        model = load_model(model, args.model_init_kwargs)
+        model = load_model(model, quantized_arguments(args.model_init_kwargs, args.compute_dtype))
     else:
         number_images_per_sample(base_model(model))
     if peft_config is not None:
@@ -100,6 +104,9 @@ def load_policy(model: str | PreTrainedModel, processor: Any, peft_config: Any, 
         if is_peft_model(model):
             raise ValueError("peft_config must be None for a model that has adapters (or merge_and_unload them), got both")
         model = get_peft_model(model, peft_config)
+    if args.freeze_vision:
+        freeze_vision(model)
+    prepare_quantized(model)
     if args.beta != 0 and is_peft_model(model) and (peft_config is None or reference.changes_base(peft_config)):
         reference.add_adapter(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -128,11 +135,17 @@ def make_agent(tools: Any, environment_factory: Any, args: GRPOConfig) -> Agent 
     return Agent(found, args.tool_options()) if found else None
 
 
-def make_rewards(reward_funcs: Any, agent: Agent | None, args: GRPOConfig) -> Rewards:
-    """Build the rewards of ``reward_funcs`` and of the environments that have ``get_reward``."""
+def make_rewards(reward_funcs: Any, agent: Agent | None, args: GRPOConfig, *, has_teacher: bool = False) -> Rewards:
+    """Build the rewards of ``reward_funcs`` and of the environments that have ``get_reward``.
+
+    Args:
+        has_teacher: whether the run has a teacher, with which it needs no rewards.
+    """
     names = [] if agent is None else agent.tools.reward_names
     if reward_funcs is None and not names:
-        raise ValueError("reward_funcs must be given without an environment that has get_reward, got None")
+        if has_teacher:
+            return Rewards(None, args.reward_weights)
+        raise ValueError("reward_funcs must be given without a teacher or an environment that has get_reward, got None")
     functions = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     weights = args.reward_weights
     if weights is not None and len(weights) == len(functions):  # TRL's list has no weights of environments either
@@ -161,7 +174,7 @@ def with_prompts(train_dataset: Any, eval_dataset: Any, agent: Agent | None, arg
             )
         if args.max_steps <= 0:
             raise ValueError(f"max_steps must be > 0 without train_dataset, got {args.max_steps}")
-        train_dataset = [{"prompt": _PROMPT}] * (args.prompts_per_generation * args.world_size)
+        train_dataset = [{"prompt": _PROMPT}] * (args.prompts_per_round * args.world_size)
     if isinstance(eval_dataset, dict):
         eval_dataset = type(eval_dataset)({name: _with_prompt(dataset) for name, dataset in eval_dataset.items()})
     else:
@@ -258,12 +271,17 @@ def check_datasets(
     def check_columns(names: list[str], name: str) -> None:
         rewards.check_columns([] if args.remove_unused_columns else names, name)
 
+    check_length, schedule = None, args.resolution_schedule()
+    if schedule is not None:
+        schedule.check(processor)
+        if args.max_prompt_length is not None:  # otherwise, a prompt would become too long in the middle of the run
+            check_length = LengthCheck(processor, schedule, args.max_prompt_length)
     for name, dataset in datasets.items():
         if dataset is None:
             continue
         bad = unusable[name] = {}
         skipped = bad if args.on_bad_sample == "skip" else None
-        checks = RowChecks(partial(check_columns, name=name), check_row, num_embeddings, family)
+        checks = RowChecks(partial(check_columns, name=name), check_row, num_embeddings, family, check_length)
         kinds, columns[name] = check_dataset(
             dataset, name, processor, args.chat_template_kwargs, checks, bad=skipped, limits=args.image_limits()
         )
@@ -273,11 +291,11 @@ def check_datasets(
             reason = next(iter(bad.values()))
             message = "%s: %d of %d samples are not used (on_bad_sample='skip'); the first: %s"
             logger.warning(message, name, len(bad), len(dataset), reason)
-    num_prompts = args.prompts_per_generation * args.world_size
+    num_prompts, batch = args.prompts_per_round * args.world_size, "one generation batch"
+    if args.oversampling > 1:
+        batch = f"the first round of a generation batch with oversampling = {args.oversampling:g}"
     if train_dataset is not None and len(train_dataset) < num_prompts:
-        raise ValueError(
-            f"train_dataset must hold at least the {num_prompts} prompts of one generation batch, got {len(train_dataset)}"
-        )
+        raise ValueError(f"train_dataset must hold at least the {num_prompts} prompts of {batch}, got {len(train_dataset)}")
     return CheckedDatasets(media, columns, unusable, args)
 
 
@@ -310,6 +328,13 @@ class PreparedPolicy:
     reuses_image_features: bool
     idle_media: dict[str, dict[str, torch.Tensor]] | None = None
 
+    def encoding_arguments(self, processor: Any, resolution: Resolution | None) -> dict[str, dict]:
+        """Return the arguments of a call of the processor, with the limits of image sizes if there is a schedule."""
+        if resolution is None:
+            return self.processor_arguments
+        size = {"size": resolution.size(processor)}
+        return self.processor_arguments | {"images_kwargs": self.processor_arguments.get("images_kwargs", {}) | size}
+
     @property
     def shares_prefix(self) -> bool:
         """Whether the completions of a group run after one shared copy of their prompt."""
@@ -317,26 +342,39 @@ class PreparedPolicy:
 
 
 def prepare_policy(
-    model: PreTrainedModel, processor: Any, args: GRPOConfig, accelerator: Accelerator, media: set[str]
+    model: PreTrainedModel,
+    processor: Any,
+    args: GRPOConfig,
+    accelerator: Accelerator,
+    media: set[str],
+    *,
+    is_teacher: bool = False,
 ) -> PreparedPolicy:
     """Let the policy use the ops of this package and choose how it runs. Changes the model in place.
 
     Args:
         model: the policy, perhaps with adapters, before Trainer wraps it.
+        processor: the policy's processor or tokenizer.
         media: the kinds of media that training can have.
+        is_teacher: whether the model is a teacher instead, which always reads pixels, and does not replay routers.
     """
     plain, head = base_model(model), output_head(model)
     family = family_of(plain.config)
+    if requires_lockstep(accelerator):
+        _check_unsharded(model, args)
     prepare_head(accelerator, head)
     with gathered_zero3(model):
         arguments = logit_arguments(model, head)
-    processor_arguments = use_vision_ops(plain, processor)
+    processor_arguments = use_vision_ops(plain, processor) if media or not is_teacher else {}  # it may have another family
     copies_reason = _choose_prefix_sharing(plain, args)
-    if args.router_replay:
+    if args.router_replay and not is_teacher:
         use_router_replay(plain)
     if args.deterministic:
         use_deterministic(plain)
-    reuses_features = copies_reason is None and family is not TEXT and feature_reuse_unsupported(plain) is None
+    if args.activation_offloading:
+        use_activation_offloading(plain)
+    can_reuse = copies_reason is None and family is not TEXT and feature_reuse_unsupported(plain) is None
+    reuses_features = can_reuse and not is_teacher
     use_image_features(plain)  # even if this run reuses no features, because a checkpoint's generation batch may hold some
     policy = PreparedPolicy(plain, family, head, arguments, processor_arguments, copies_reason, reuses_features)
     kinds = media - {"image"} if reuses_features else media
@@ -347,6 +385,16 @@ def prepare_policy(
         raise ValueError(f"FSDP2 and ZeRO need a {name} that accepts mm_encoder_outputs (transformers >= 5.18); use DDP")
     idle_media = {kind: encode_prompts([_idle_sample(kind)], processor, policy, args).inputs for kind in sorted(kinds)}
     return replace(policy, idle_media=idle_media)
+
+
+def _check_unsharded(model: PreTrainedModel, args: GRPOConfig) -> None:
+    """Raise ValueError for what saves memory on one GPU and does not work with sharded parameters."""
+    if is_quantized(model):
+        raise ValueError("quantization_config must be None under FSDP2 and DeepSpeed: use DDP, got a quantized model")
+    if args.activation_offloading:
+        raise ValueError(
+            "activation_offloading must be False under FSDP2 and DeepSpeed, as it would also copy gathered weights, got True"
+        )
 
 
 def _choose_prefix_sharing(model: PreTrainedModel, args: GRPOConfig) -> str | None:
@@ -368,13 +416,23 @@ def _idle_sample(kind: str) -> Sample:
     return read_sample({"prompt": [{"role": "user", "content": "?"}], **media}, 0)
 
 
-def encode_prompts(samples: list[Sample], processor: Any, policy: PreparedPolicy, args: GRPOConfig) -> ModelInputs:
+def encode_prompts(
+    samples: list[Sample],
+    processor: Any,
+    policy: PreparedPolicy,
+    args: GRPOConfig,
+    arguments: dict[str, dict] | None = None,
+) -> ModelInputs:
     """Return the model inputs of the samples' prompts on the device of the run.
+
+    Args:
+        arguments: the processor's arguments; by default those of ``policy``.
 
     Raises:
         SampleError: a sample cannot be encoded, or is longer than ``max_prompt_length``.
     """
-    prompts = encode(samples, processor, policy.family, args.chat_template_kwargs, **policy.processor_arguments)
+    arguments = policy.processor_arguments if arguments is None else arguments
+    prompts = encode(samples, processor, policy.family, args.chat_template_kwargs, **arguments)
     lengths = prompts.inputs["attention_mask"].sum(1).tolist()
     for sample, length in zip(samples, lengths, strict=True):
         if args.max_prompt_length is not None and length > args.max_prompt_length:
@@ -402,12 +460,26 @@ def load_reference(
 
 
 def prepare_engine(
-    model: PreTrainedModel, processor: Any, policy: PreparedPolicy, args: GRPOConfig, accelerator: Accelerator
+    model: PreTrainedModel,
+    processor: Any,
+    policy: PreparedPolicy,
+    args: GRPOConfig,
+    accelerator: Accelerator,
+    *,
+    keeps_pixels: bool = False,
 ) -> Engine:
     """Make the engine that ``args`` select and check that it supports the rollout correction; see ``make_engine``.
 
     The main process reports whether training and sampling share prefixes.
+
+    Args:
+        keeps_pixels: whether rollouts must have the pixels of images that tools return, for a teacher.
     """
+    if args.use_vllm and is_quantized(model):
+        raise ValueError(
+            "rollout_engine must be 'transformers' with a quantized model, whose weights vLLM engines do not load, "
+            f"got {args.rollout_engine!r}"
+        )
     engine = make_engine(
         model,
         processor,
@@ -426,7 +498,7 @@ def prepare_engine(
             f"got {args.rollout_correction!r}"
         )
     if isinstance(engine, Generate):
-        engine.reuses_image_features = policy.reuses_image_features
+        engine.reuses_image_features = policy.reuses_image_features and not keeps_pixels
     if accelerator.is_main_process:
         sampling = {"sampling": policy.copies_reason or engine.copies_reason} if isinstance(engine, Generate) else {}
         report_prefix_sharing({"training": policy.copies_reason, **sampling})

@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.masked_images import has_media
 from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.rollout.base import Rollout
 
@@ -15,7 +16,7 @@ class TokenCounts:
     """Counts tokens and images of one process since the last ``flush``. It uses shapes and lengths that are on the host.
 
     tokens_run: tokens of prompts (including image tokens), completions and padding in every pass: in sampling, and in the
-        passes of the old policy, the reference and the policy, where forward and backward count as one pass.
+        passes of the old policy, the reference, the teacher and the policy, where forward and backward count as one pass.
     tokens_if_unshared: tokens of the same passes if every completion had its own copy of the prompt, without padding:
         G * (P + C) for a group of G completions of C tokens and a prompt of P tokens.
     images_run, images_if_unshared: the same for images that the vision tower processes.
@@ -23,12 +24,12 @@ class TokenCounts:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._measured: Rollout | None = None
+        self._measured: torch.Tensor | None = None  # the completion mask of the last rollout
 
     def _measure(self, rollout: Rollout) -> None:
         """Store the tokens and images of each completion with its prompt, once per generation batch."""
-        if self._measured is not rollout:
-            self._measured = rollout
+        if self._measured is not rollout.completion_mask:
+            self._measured = rollout.completion_mask
             prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1).cpu()
             self._lengths = prompt_lengths[rollout.group] + rollout.completion_mask.sum(1).cpu()
             self._images = rollout.prompts.num_images[rollout.group]
@@ -53,15 +54,21 @@ class TokenCounts:
             tokens, images = len(rollout.group) * width, self._images.sum()
             if "image_features" in prompts.inputs:  # encoded after sampling, for the scoring passes
                 images = images + len(keys.unique())
+        masked = rollout.masked_prompts
+        if masked is not None and "image_features" in masked.inputs:
+            images = images + masked.num_images.sum()
         self._add(tokens, self._lengths.sum(), images, self._images.sum())
 
-    def add_pass(self, rollout: Rollout, samples: torch.Tensor, batch: ScoringBatch, *, is_padding: bool) -> None:
+    def add_pass(
+        self, rollout: Rollout, samples: torch.Tensor, batch: ScoringBatch, *, is_padding: bool, branches: bool = False
+    ) -> None:
         """Count one scoring pass.
 
         Args:
             samples: (n,) int64, indices of the completions.
             batch: the inputs of the model.
             is_padding: whether the pass is a repetition that keeps ranks in lockstep; ``*_if_unshared`` do not count it.
+            branches: whether the pass runs completions with masked images too.
         """
         self._measure(rollout)
         index = batch.inputs.get("image_index")
@@ -77,8 +84,11 @@ class TokenCounts:
         else:
             prompts = rollout.group[samples]
             images = rollout.prompts.num_images[prompts.unique() if "tree_layout" in batch.inputs else prompts].sum()
+            images = images * (1 + branches)
         needed = samples[:0] if is_padding else samples
-        self._add(batch.inputs["input_ids"].numel(), self._lengths[needed].sum(), images, self._images[needed].sum())
+        times = 1 + branches * has_media(rollout.prompts)[rollout.group[needed]].long()  # of each completion
+        counts = (times * self._lengths[needed]).sum(), images, (times * self._images[needed]).sum()
+        self._add(batch.inputs["input_ids"].numel(), *counts)
 
     def _add(self, *values: int | torch.Tensor) -> None:
         for name, value in zip(NAMES, values, strict=True):

@@ -3,11 +3,15 @@
 One generation batch serves ``steps_per_generation * num_iterations`` micro-batches:
 
     _prepare_inputs      calls _new_experience when the last batch is used up:
-      _sample              encodes prompts, samples completions with the engine and calls the reward functions
+      _sample              encodes prompts, samples completions with the engine and calls the reward functions; with
+                           dynamic_sampling several times (``vlmkernels.train.dynamic_sampling``)
       group_advantages     computes advantages from the rewards of all processes
       _add_fixed_logps     computes the old and the reference log-probabilities
     compute_loss         runs one micro-batch in splits of at most max_tokens_per_microbatch tokens:
       _split_loss          runs the forward pass; the language-model head computes the loss (``vlmkernels.ops``)
+
+With a teacher, ``_split_loss`` runs it first (``vlmkernels.train.distillation``). Without reward functions there is no GRPO
+loss: no advantages and no log-probabilities, only the divergence from the teacher.
 """
 
 import math
@@ -26,9 +30,10 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from vlmkernels.data.dataset import SampleDataset
+from vlmkernels.data.resolution import Resolution
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.doctor.callback import DoctorCallback
-from vlmkernels.models.head import completion_loss, top_entropy_threshold
+from vlmkernels.models.head import completion_loss, term_alone, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
@@ -44,20 +49,22 @@ from vlmkernels.rewards import Scores
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episodes
 from vlmkernels.rollout.score import Scored, score_rollout
-from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
+from vlmkernels.train import checkpoint, distillation, parallel, reference, sampler, setup
 from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.config import GRPOConfig
+from vlmkernels.train.dynamic_sampling import BatchSampler, Sampled
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
+from vlmkernels.train.image_use import ImageUse, steps_between
 from vlmkernels.train.logs import (
-    EvaluatedCompletions,
     MetricBuffer,
+    SampledCompletions,
     completion_groups,
+    image_metrics,
     sampling_metrics,
     step_metrics,
-    tool_counts,
-    tool_metrics,
 )
+from vlmkernels.train.masks import PerceptionMasks, check_perception
 from vlmkernels.train.micro_batches import MicroBatches, Split
 from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.processes import Processes, describe_process
@@ -72,7 +79,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         model: a model or its path. With beta > 0 the reference is a frozen copy of the model as it is given, or of its adapter
             if it has one, or, with peft_config, the model without adapters.
         reward_funcs: one or more functions, names of built-in functions, import paths, or dicts of a name, a weight and
-            options; see ``vlmkernels.rewards.compose``.
+            options; see ``vlmkernels.rewards.compose``. May be None with a teacher.
         args: see ``GRPOConfig``.
         train_dataset, eval_dataset: rows with a length (``datasets.Dataset``, a list of dicts, ...); see
             ``vlmkernels.data.samples``. Every row is checked. eval_dataset may be a dict of datasets.
@@ -81,11 +88,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         peft_config: configuration of adapters to train instead of the model's own weights.
         tools, environment_factory: functions that the model may call while it writes a completion, and a function or class that
             creates the environment of each completion, whose methods the model may call; see docs/tools.md.
+        teacher: a model with the vocabulary and the image processing of ``model``, or its path. Its divergence from the policy
+            on the sampled tokens is added to the loss; see docs/distillation.md. A model is frozen in place.
 
     Attributes:
         engine: the rollout engine, which samples the completions.
         prepared: how the policy runs; see ``PreparedPolicy``.
         ref_model: the copy that is the reference, or None.
+        teacher: how the teacher runs, or None.
     """
 
     def __init__(
@@ -101,6 +111,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         peft_config: Any = None,
         tools: Sequence[Callable] | None = None,
         environment_factory: Callable | Mapping[str, Callable] | None = None,
+        teacher: str | PreTrainedModel | None = None,
     ) -> None:
         args = GRPOConfig() if args is None else args
         self.processes = Processes(args.ddp_timeout)
@@ -109,38 +120,52 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             processor, family, num_embeddings = setup.load_processing(model, processing_class, args)
             self.tokenizer = tokenizer_of(processor)
             self.agent = setup.make_agent(tools, environment_factory, args)
-            self.rewards = setup.make_rewards(reward_funcs, self.agent, args)
+            self.rewards = setup.make_rewards(reward_funcs, self.agent, args, has_teacher=teacher is not None)
+            distillation.check_arguments(teacher, model, self.rewards, args)
             train_dataset, eval_dataset = data = setup.with_prompts(train_dataset, eval_dataset, self.agent, args)
             self.datasets = setup.check_datasets(data, processor, family, num_embeddings, self.rewards, self.agent, args)
             self.samples = self.datasets.samples(train_dataset, "train_dataset")
+            check_perception(args, family, self.datasets.media, has_tools=self.agent is not None)
             model = setup.load_policy(model, processor, peft_config, args)
+            loaded = distillation.load_teacher(teacher, model, processor, self.datasets.media, args)
         super().__init__(
             model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
             processing_class=processor, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # compute_loss normalizes over the accumulated batch; see training_step
         parallel.check_parallelism(self.accelerator, model, args.n_gpu)
-        self.processes.compare(**describe_process(args, model, self.tokenizer, self.rewards, train_dataset))
+        described = describe_process(args, model, self.tokenizer, self.rewards, train_dataset, loaded and loaded.model)
+        self.processes.compare(**described)
         self.prepared = setup.prepare_policy(model, processor, args, self.accelerator, self.datasets.media)
         self.reference_adapter = reference.adapter_state(model)
         self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
-        self.engine = setup.prepare_engine(model, processor, self.prepared, args, self.accelerator)
+        media = self.datasets.media
+        self.masks = PerceptionMasks(processor, self.prepared, args, media) if args.masks_images else None
+        every = steps_between(args, media, has_tools=self.agent is not None)
+        self.image_use = None if every is None else ImageUse(processor, self.prepared, args, media, every)
+        prepared = model, processor, self.prepared, args, self.accelerator
+        self.engine = setup.prepare_engine(*prepared, keeps_pixels=teacher is not None)
         eos = self.engine.sampling.eos_token_id
         self.unwanted_tokens = setup.unwanted_tokens(model, processor, eos, num_embeddings).to(args.device)
         if self.agent is not None:
             options = args.chat_template_kwargs, self.prepared.processor_arguments, eos
             self.agent.prepare(processor, family, *options)
-        self.loss_config = args.loss_config()
+        self.loss_config, self.resolutions = args.loss_config(), args.resolution_schedule()
         self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
-        self.micro_batches = MicroBatches(self.prepared, args, self.accelerator)
+        details = run_details(*data, self.datasets.columns, self.rewards, model)
+        details["model"]["shares prefix"] = self.prepared.shares_prefix
+        self.micro_batches, self.teacher = MicroBatches(self.prepared, args, self.accelerator), None
+        if loaded is not None:
+            details["teacher"] = distillation.describe_teacher(loaded)
+            self.teacher = distillation.prepare_teacher(loaded, self.micro_batches, processor, self.datasets.media)
+            details["teacher"]["shares prefix"] = self.teacher.prepared.shares_prefix
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
+        self._batch_sampler: BatchSampler | None = None
         self._experience: Experience | None = None
         # With advantages and whether the loss counts any of their tokens, for log_completions.
         self._last_scored: tuple[Scored, torch.Tensor, torch.Tensor] | None = None
         self.metrics = MetricBuffer()
         self._step_time = 0.0
-        details = run_details(*data, self.datasets.columns, self.rewards, model)
-        details["model"]["shares prefix"] = self.prepared.shares_prefix
         with self.processes.stop_together("the agreement of rollout and training"):  # only the main process samples
             found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
         if found is not None:
@@ -191,23 +216,35 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             yield
 
     def _sample(
-        self, dataset: SampleDataset, rows: list[tuple[int, Sample]], num_generations: int, temperature: float
+        self,
+        dataset: SampleDataset,
+        rows: list[tuple[int, Sample]],
+        num_generations: int,
+        temperature: float,
+        resolution: Resolution | None,
+        *,
+        is_training: bool = False,
     ) -> tuple[list[tuple[int, Sample]], Rollout, Scored]:
         """Sample completions and call the reward functions on them.
 
         Args:
             dataset, rows: pairs of an index and a sample that the dataset returned.
+            resolution: limits of image sizes, if they follow a schedule.
+            is_training: whether to mask images and to measure their use, if ``args`` say so.
 
         Returns:
             The rows, in which other samples may have replaced those that cannot be encoded, the rollout and its scores.
         """
         args, prepared = self.args, self.prepared
         with self.phases("data"):
-            encode = partial(setup.encode_prompts, processor=self.processing_class, policy=prepared, args=args)
+            arguments = prepared.encoding_arguments(self.processing_class, resolution)
+            options = {"policy": prepared, "args": args, "arguments": arguments}
+            encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
             if self.agent is None:
                 episodes, (rows, prompts) = None, dataset.encode(rows, encode)
                 prompt_samples = [sample for _, sample in rows]
             else:
+                self.agent.encoder.processor_arguments = arguments  # of images in results
                 # The seed is of the CPU's random state, which a checkpoint restores.
                 seed = int(torch.randint(2**31, ()))
 
@@ -218,14 +255,22 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
                 rows, begun = dataset.encode(rows, begin)
                 episodes, prompts = begun
                 prompt_samples = episodes.samples
+            step = self.state.global_step
+            masked = self.masks(prompts, step) if is_training and self.masks is not None else None
+            measure = self.image_use.prepare(prompts, step) if is_training and self.image_use is not None else None
+        pixels = None if self.teacher is None else prompts
         with self.phases("generate"), self._gathered_policy():
             if prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
                 prompts = encode_images(prepared.model, prompts)
             self.metrics.add(self.engine.sync_weights(self.policy, self.state.global_step))
             tools = {} if episodes is None else {"episodes": episodes}
             rollout = self.engine(self.policy, prompts, num_generations, temperature, prompt_samples, **tools)
+            rollout = replace(rollout, masked_prompts=masked)
             if prepared.reuses_image_features:
-                rollout = rollout.with_image_features(prepared.model)
+                rollout = rollout.with_image_features(prepared.model, pixels)
+            if measure is not None:
+                with self.phases("image_use"):
+                    self.metrics.add(measure(self.policy, self.micro_batches.own(rollout)))
         with self.phases("reward"):
             options = {"columns": not args.remove_unused_columns, "trainer_state": self.state}
             scored = score_rollout(self.rewards, prompt_samples, rollout, self.processing_class, episodes, **options)
@@ -242,59 +287,80 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             indices: rows of train_dataset, one per prompt.
         """
         args = self.args
+        completions = SampledCompletions(None if self.agent is None else self.agent.tools)
+        sample = partial(self._sample_prompts, completions)
         with self.processes.stop_together(f"the completions of step {self.state.global_step}"), inference(self.policy):
-            with self.phases("data"):
-                rows = self.samples.__getitems__(indices)
-            rows, rollout, scored = self._sample(self.samples, rows, args.num_generations, args.temperature)
-            if args.router_replay and rollout.routed_experts is None:
-                name = type(self.engine).__name__
-                raise ValueError(
-                    f"router_replay must be False with an engine that returns no experts, such as {name}, got True"
-                )
-        if args.on_bad_sample == "skip":
-            replaced = [sample.index != index for index, sample in rows]
-            self.metrics.add({"frac_samples_replaced": sum(replaced) / len(replaced)})
-        self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
-        with self.phases("wait"):
-            rewards = self.accelerator.gather(scored.scores.rewards.to(args.device))
-            outcomes = self.accelerator.gather(scored.scores.outcomes.to(args.device))
-        result = self._advantages(outcomes, args.num_generations)
-        start = args.process_index * len(scored.samples)
-        advantages = result.advantages[start : start + len(scored.samples)]
+            if self._batch_sampler is None:
+                rollout, scored = sample(indices)
+            else:
+                (rollout, scored), metrics = self._batch_sampler(sample, self._wait_for_samples)
+                self.metrics.add(metrics)
         loss_mask = rollout.sampled_mask
         if args.mask_truncated_completions:
             loss_mask = loss_mask & ~rollout.truncated.unsqueeze(1)
         num_items = self.accelerator.reduce(loss_mask.sum().float(), "mean").item()
+        experience = Experience(rollout, None, loss_mask, max(num_items, 1.0))
+        self._last_scored = scored, torch.full((len(loss_mask),), math.nan), loss_mask.any(1)
+        if self.rewards:
+            self._add_advantages(experience, scored)
+        self._record_sampling(completions)
+        if self.rewards:
+            self._add_fixed_logps(experience)
+        return experience
+
+    def _add_advantages(self, experience: Experience, scored: Scored) -> None:
+        """Compute the advantages of a rollout from the rewards of all processes."""
+        args, rollout, loss_mask = self.args, experience.rollout, experience.loss_mask
+        with self.phases("wait"):
+            outcomes = self.accelerator.gather(scored.scores.outcomes.to(args.device))
+        result = self._advantages(outcomes, args.num_generations)
+        start = args.process_index * len(scored.samples)
+        advantages = result.advantages[start : start + len(scored.samples)]
         per_token = advantages
         if self.agent is not None and (turns := Scores.cat(gather_object([scored.scores])).turns) is not None:
             of_turns = turn_advantages(turns, args.num_generations, scale=args.scale_rewards)
             of_turns = of_turns[start : start + len(scored.samples)].to(args.device)
             per_token = advantages.unsqueeze(1) + rollout.per_token(of_turns)
-        experience = Experience(rollout, per_token, loss_mask, max(num_items, 1.0))
+        experience.advantages = per_token
         if per_token.dim() == 2:  # of turns: show the mean over the tokens in the loss
             advantages = (per_token * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
         self._last_scored = scored, advantages, loss_mask.any(1)
-        self._record_rollout(rollout, rewards, scored)
-        self._add_fixed_logps(experience)
-        return experience
 
-    def _record_rollout(self, rollout: Rollout, rewards: torch.Tensor, scored: Scored) -> None:
-        """Add the metrics of a rollout. ``rewards`` cover all processes, ``scored`` only this one."""
-        result = self._advantages(rewards, self.args.num_generations)  # with the sums of rewards of turns
-        lengths = self.accelerator.gather(rollout.sampled_mask.sum(1))
-        truncated = self.accelerator.gather(rollout.truncated)
-        prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1)[rollout.group.to(lengths.device)]
-        self.state.num_input_tokens_seen += int(lengths.sum() + self.accelerator.gather(prompt_lengths).sum())
-        self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
-        self.metrics.add(sampling_metrics(rewards, result, lengths, truncated, scored.scores, self.rewards.names))
-        correlation = length_correlation(result, lengths, self.args.num_generations)
-        self.metrics.add({"reward_length_correlation": correlation})
+    def _sample_prompts(self, completions: SampledCompletions, indices: list[int]) -> Sampled:
+        """Sample and score completions of these rows of train_dataset, and add them to ``completions``."""
+        with self.phases("data"):
+            rows = self.samples.__getitems__(indices)
+        resolution = None if self.resolutions is None else self.resolutions.at(self.state.global_step)
+        sampling = self.args.num_generations, self.args.temperature, resolution
+        rows, rollout, scored = self._sample(self.samples, rows, *sampling, is_training=True)
+        if self.args.router_replay and rollout.routed_experts is None:
+            name = type(self.engine).__name__
+            raise ValueError(f"router_replay must be False with an engine that returns no experts, such as {name}, got True")
+        if self.args.on_bad_sample == "skip":
+            for index, sample in rows:
+                self.metrics.add({"frac_samples_replaced": sample.index != index})
+        if resolution is not None:
+            self.metrics.add(image_metrics(rollout.prompts, self.processing_class))
+        self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
         self.metrics.add(token_metrics(rollout.completion_ids, rollout.sampled_mask, self.unwanted_tokens))
-        if self.agent is not None:
-            self.metrics.add(tool_metrics(self._gather_tool_counts(rollout, scored), self.agent.tools))
+        completions.add(rollout, scored)
+        return Sampled(rollout, scored)
 
-    def _gather_tool_counts(self, rollout: Rollout, scored: Scored) -> torch.Tensor:
-        return self.accelerator.gather(tool_counts(rollout, scored.episodes, self.agent.tools).to(self.args.device)).cpu()
+    def _wait_for_samples(self) -> None:
+        """Take part in the collectives of ``_sample`` on a process that has nothing to sample."""
+        with self._gathered_policy():
+            pass
+
+    def _record_sampling(self, completions: SampledCompletions) -> None:
+        """Add the metrics of all completions that were sampled for a batch, on all processes."""
+        gathered, result = completions.gather(), None
+        if self.rewards:
+            result = self._advantages(gathered.scores.rewards, self.args.num_generations)  # with the sums of rewards of turns
+            correlation = length_correlation(result, gathered.lengths, self.args.num_generations)
+            self.metrics.add({"reward_length_correlation": correlation})
+        self.state.num_input_tokens_seen += int(gathered.lengths.sum() + gathered.prompt_lengths.sum())
+        self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
+        self.metrics.add(sampling_metrics(gathered, result, self.rewards.names))
 
     # Log-probabilities and loss
 
@@ -358,7 +424,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             inputs: how many micro-batches of this generation batch were trained on before this one.
         """
         experience, total = self._experience, 0.0
-        splits = self.micro_batches.splits(experience.rollout, inputs % self.args.steps_per_generation)
+        micro_batch, branches = inputs % self.args.steps_per_generation, self.args.masks_images
+        splits = self.micro_batches.splits(experience.rollout, micro_batch, branches=branches)
         counted = [split.samples for split in splits if not split.is_padding]
         sizes, tokens = [len(samples) for samples in counted], [1]
         if len(counted) > 1:  # with one split the number of tokens does not matter, and reading it would wait for the device
@@ -374,7 +441,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
                     loss = 0.0 * loss
                 else:
                     metrics.append(split_metrics)
-                    if inputs < self.args.steps_per_generation:
+                    if old_logps is not None and inputs < self.args.steps_per_generation:
                         loss_mask = experience.loss_mask[split.samples]
                         self.mismatch.add(experience.rollout, split.samples, loss_mask, old_logps)
                 if not is_last:
@@ -389,18 +456,25 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     @phase("forward")
     def _split_loss(
         self, model: torch.nn.Module, experience: Experience, use: int, split: Split, part: Part
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-        """Compute the loss, the metrics and the old log-probabilities (n, C) of a split.
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+        """Compute the loss, the metrics and the old log-probabilities (n, C) of a split; without rewards, these are None.
 
         Args:
             use: see ``inputs`` of ``compute_loss``.
             part: the weight of the split in the loss of its micro-batch.
         """
         args, rollout, samples = self.args, experience.rollout, split.samples
+        window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
+        num_items, tokens = experience.num_items * window / args.steps_per_generation, loss_mask[rollout.sampled_mask[samples]]
+        term = None
+        if self.teacher is not None:
+            with self.phases("teacher"):
+                term = self.teacher.term(rollout, split, tokens, num_items)
+        batch, masked = self.micro_batches.loss_batch(rollout, split, loss_mask)
+        if not self.rewards:
+            return *term_alone(model, batch, term, head=self.prepared.head), None
         is_on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
         old_logps = None if is_on_policy else experience.old_logps[samples]
-        window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
-        batch = self.micro_batches.scoring_batch(rollout, split).select(loss_mask[rollout.sampled_mask[samples]])
         threshold = None  # then the loss uses the quantile of this split's entropies
         if args.top_entropy_quantile < 1 and args.world_size > 1:
             threshold = partial(top_entropy_threshold, self.accelerator, args.top_entropy_quantile)
@@ -410,12 +484,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             loss_mask,
             head=self.prepared.head,
             **self.micro_batches.head_arguments,
+            masked=masked,
             advantages=experience.advantages[samples],
             old_logps=old_logps,
             ref_logps=None if experience.ref_logps is None else experience.ref_logps[samples],
             rollout_logps=self.mismatch.rollout_logps(rollout, samples),
             entropy_threshold=threshold,
-            num_items=experience.num_items * window / args.steps_per_generation,
+            num_items=num_items,
+            term=term,
             **part._asdict(),
         )
         if is_on_policy:
@@ -437,25 +513,25 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     ) -> EvalLoopOutput:
         """Sample and score the rows, without a loss. The metrics are named as in training, with a prefix."""
         tools = None if self.agent is None else self.agent.tools
-        num_generations, completions = self.args.num_generations_eval, EvaluatedCompletions(tools)
+        num_generations, completions = self.args.num_generations_eval, SampledCompletions(tools)
+        resolution = None if self.resolutions is None else self.resolutions.last  # the same at all steps
+        sampling = num_generations, self.args.eval_temperature, resolution
         self.callback_handler.eval_dataloader = dataloader
         num_batches = parallel.max_over_ranks(self.accelerator, len(dataloader))
         with self.processes.stop_together(f"the evaluation at step {self.state.global_step}"), inference(self.policy):
             for rows in dataloader:
-                sampling = num_generations, self.args.eval_temperature
                 rows, rollout, scored = self._sample(dataloader.dataset, rows, *sampling)
                 # A sample that replaces an unusable row runs, so that ranks stay in lockstep, but it is not evaluated.
                 is_own = torch.tensor([sample.index == index for index, sample in rows])
                 completions.add(rollout, scored, is_own.repeat_interleave(num_generations))
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
             for _ in range(num_batches - len(dataloader)):  # other ranks have more rows
-                with self._gathered_policy():
-                    pass
-        scores, lengths, truncated, of_tools = completions.gather()
-        result = self._advantages(scores.rewards, num_generations)
-        metrics = sampling_metrics(scores.rewards, result, lengths, truncated, scores, self.rewards.names) | of_tools
+                self._wait_for_samples()
+        gathered = completions.gather()
+        result = self._advantages(gathered.scores.rewards, num_generations) if self.rewards else None
+        metrics = sampling_metrics(gathered, result, self.rewards.names)
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
-        return EvalLoopOutput(None, None, metrics, len(lengths) // num_generations)
+        return EvalLoopOutput(None, None, metrics, len(gathered.lengths) // num_generations)
 
     @phase("log")
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -479,6 +555,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset must be given to train, got None")
         self._experience = None
+        if args.chooses_groups:
+            options = self.rewards, len(self.train_dataset), self.tokenizer.pad_token_id
+            self._batch_sampler = BatchSampler(args, self.accelerator, self.processes, *options)
         if path:
             # One process first: find_checkpoint may rename a folder.
             with args.main_process_first(local=args.save_on_each_node, desc="the checkpoint"):
@@ -487,7 +566,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             self._restore_reference(path)
             if self.is_world_process_zero():
                 print(f"resuming from {path}", flush=True)
-            self._experience = checkpoint.load_experience(path, args.process_index, self.prepared.family, args)
+            kept = {"has_rewards": bool(self.rewards), "has_teacher": self.teacher is not None}
+            self._experience = checkpoint.load_experience(path, args.process_index, self.prepared.family, args, **kept)
+            if self._batch_sampler is not None:
+                self._batch_sampler.stream.restore(path)
         with name_lost_processes(self.accelerator):
             return super().train(path, **kwargs)
 
@@ -497,7 +579,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.reference_adapter = reference.adapter_state(self.policy)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Save the random states, and the generation batch if it is still in use, so that a resumed run continues it."""
+        """Save the random states, the position in the prompts, and the generation batch if it is still in use, to resume."""
         super()._save_rng_state(output_dir)
+        if self._batch_sampler is not None and self.args.should_save:
+            self._batch_sampler.stream.save(output_dir)
         if self._experience is not None and self._experience.uses < self.args.steps_per_rollout:
             checkpoint.save_experience(self._experience, output_dir, self.args.process_index)

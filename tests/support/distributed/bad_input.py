@@ -45,6 +45,19 @@ def failing(completions, **kwargs):
     return processes.length(completions)
 
 
+def fails_later():
+    """A reward of the second process that fails in the second round of sampling, while the batch of the first is full."""
+    calls = []
+
+    def failing(completions, **kwargs):
+        calls.append(len(completions))
+        if SECOND and len(calls) > 1:
+            raise KeyError("no such answer")
+        return [0.0] * len(completions) if SECOND else processes.length(completions)
+
+    return failing
+
+
 def renamed(completions, **kwargs):
     return processes.length(completions)
 
@@ -98,6 +111,11 @@ CASES = {
     "rewards": differing("rewards: names is ['renamed'], not ['length']", reward=lambda: renamed),
     "a reward that fails": (
         both(reward=lambda: failing),
+        "RuntimeError: process 1 stopped at the completions of step 0: RuntimeError: reward failing failed",
+        "RuntimeError: reward failing failed",
+    ),
+    "a reward that fails while the other process waits": (
+        both(reward=fails_later, dynamic_sampling=lambda: True),
         "RuntimeError: process 1 stopped at the completions of step 0: RuntimeError: reward failing failed",
         "RuntimeError: reward failing failed",
     ),

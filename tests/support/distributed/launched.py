@@ -1,4 +1,4 @@
-"""The program that tests launch with several processes: runs the named cases of ``processes`` and ``bad_input`` in order."""
+"""The program that tests launch with several processes: runs the named cases of three modules in order."""
 
 import json
 import os
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from support.distributed import bad_input, processes
+from support.distributed import bad_input, dynamic, processes
 
 folder, *names = sys.argv[1:]
-results = {name: (bad_input if name in bad_input.CASES else processes).run(folder, name) for name in names}
+modules = {name: module for module in (processes, bad_input, dynamic) for name in module.CASES}
+results = {name: modules[name].run(folder, name) for name in names}
 if os.environ["RANK"] == "0":
     Path(folder, "results.json").write_text(json.dumps(results))
 torch.distributed.barrier()

@@ -27,6 +27,8 @@ SAVES = {
     "save_strategy": "steps", "save_steps": 2,
 }  # fmt: skip
 CORRECTED = {"rollout_correction": "sequence_mask", "rollout_sequence_ratio": "mean", "rollout_clip_max": 1.0}
+# A mask of everything is the same on every number of processes.
+MASKS = {"perception_loss_weight": 0.1, "der_loss_weight1": 0.02, "der_loss_weight2": 0.05, "mask_ratio": 1.0}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": WRAPPED}}
 # The stage of DeepSpeed; parameters of every size are sharded.
 ZERO2, ZERO3 = {"zero": 2}, {"zero": 3}
@@ -39,13 +41,14 @@ DEEPSPEED = {
 CONFIGURED = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith(("ACCELERATE_", "FSDP_"))}
 # `images` are those of each row (tiny.rows). With three processes, each has one row of a step.
 CASES = {
-    "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True, "rollout_correction": "token_truncate"},
+    "ddp": {"images": "mixed", "beta": 0.1, "evaluates": True, "rollout_correction": "token_truncate", "teaches": True},
     "fsdp": {"images": "mixed", "beta": 0.1, "evaluates": True, **FSDP},
     "fsdp, videos": {"images": "videos", **FSDP},
     "fsdp, text": {"images": "none", "loss_type": "grpo", **FSDP},
     "fsdp, no shared prefix": {"images": "mixed", "share_prefix": "false", **FSDP},
     "fsdp, frozen tower": {"images": "one", "frozen": True, "num_iterations": 2, "max_steps": 4, **FSDP},
-    "fsdp, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **CORRECTED, **FSDP},
+    "fsdp, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, "teaches": True, **CORRECTED, **FSDP},
+    "fsdp, masks": {"images": "mixed", "max_tokens_per_microbatch": 90, **MASKS, **FSDP},
     "fsdp, lora": {"images": "one", "beta": 0.1, "lora": ["q_proj", "v_proj"], **FSDP},
     "fsdp, saved": {"images": "mixed", **SAVES, **FSDP},
     "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
@@ -57,7 +60,7 @@ CASES = {
     "zero3": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO3},
     "zero3, videos": {"images": "videos", **ZERO3},
     "zero3, text": {"images": "none", "loss_type": "grpo", **ZERO3},
-    "zero3, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **CORRECTED, **ZERO3},
+    "zero3, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, "teaches": True, **CORRECTED, **ZERO3},
     "zero3, lora": {"images": "one", "beta": 0.1, "lora": ["q_proj", "lm_head"], **ZERO3},
     "zero3, saved": {"images": "mixed", **SAVES, **ZERO3},
     "zero3, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **ZERO3},
@@ -67,7 +70,7 @@ SAMPLED = ("ddp, sampled", "fsdp, sampled")
 LAUNCHES = {
     2: [name for name in CASES if not name.startswith("zero") and name != "fsdp, resumed"],
     # One of three has no images or videos, one has fewer splits, one evaluates fewer rows. "resumed" loads what two saved.
-    3: ["as configured", "ddp", "fsdp", "fsdp, videos", "fsdp, token budget", "fsdp, resumed"],
+    3: ["as configured", "ddp", "fsdp", "fsdp, videos", "fsdp, token budget", "fsdp, masks", "fsdp, resumed"],
 }
 
 
@@ -96,8 +99,8 @@ def build(output_dir, name: str) -> GRPOTrainer:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     options |= CASES[name] if processes > 1 else options_alone(name)
     options.pop("resumes", None)
-    images, samples, frozen, adapters, evaluates, zero, configured = (
-        options.pop(key, False) for key in ("images", "samples", "frozen", "lora", "evaluates", "zero", "configured")
+    images, samples, frozen, adapters, evaluates, zero, configured, teaches = (
+        options.pop(key, False) for key in ("images", "samples", "frozen", "lora", "evaluates", "zero", "configured", "teaches")
     )
     if evaluates:
         options |= {"num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
@@ -138,6 +141,7 @@ def build(output_dir, name: str) -> GRPOTrainer:
     trainer = GRPOTrainer(
         model, length, args, data, data[:5] if evaluates else None, processing_class=tiny.processor(),
         peft_config=LoraConfig(r=4, target_modules=adapters, init_lora_weights=False) if adapters else None,
+        teacher=tiny.vlm(3, tied=False) if teaches else None,
     )  # fmt: skip
     if not samples:
         trainer.engine = FunctionEngine(completions_of)
@@ -171,7 +175,7 @@ def assert_same(result: dict, other: dict) -> None:
     assert len(result["logs"]) == len(other["logs"]) > 0
     for one, two in zip(result["logs"], other["logs"], strict=True):
         # Not compared: means over processes instead of tokens, what each process counts for itself, and samples of its shards.
-        own = r"weights_changed|time|per_second|tokens$|_run$|entropy|^kl|clip_ratio|policy_loss|ratio/m"
+        own = r"weights_changed|time|per_second|tokens$|_run$|entropy|^kl|divergence|clip_ratio|policy_loss|ratio/m|perception"
         names = [name for name in two if not re.search(own, name)]
         assert {name: one[name] for name in names} == pytest.approx({name: two[name] for name in names}, rel=1e-4, abs=1e-6)
     assert result["parameters"] == pytest.approx(other["parameters"], rel=1e-4)

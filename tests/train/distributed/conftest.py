@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from support.distributed import bad_input, processes
+from support.distributed import bad_input, dynamic, processes
 from support.paths import ROOT, environment
 
 
@@ -28,7 +28,7 @@ def launch(tmp_path_factory):
 @pytest.fixture(scope="session")
 def launched(launch):
     """The results of the cases without DeepSpeed, by the number of processes."""
-    names = {**processes.LAUNCHES, 2: [*processes.LAUNCHES[2], *bad_input.CASES]}
+    names = {**processes.LAUNCHES, 2: [*processes.LAUNCHES[2], *dynamic.CASES, *bad_input.CASES]}
     return {2: launch("fsdp2.yaml", 2, names[2]), 3: launch("ddp.yaml", 3, names[3])}
 
 

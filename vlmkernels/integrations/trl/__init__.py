@@ -14,12 +14,14 @@ metrics equal TRL's up to rounding. What changes:
   the model overrides ``generate``.
 - A frozen vision tower encodes each image once per generation batch.
 - ``FastImageProcessor`` prepares the images, for models that it supports.
+- With ``perception_loss_weight``, the objective has the terms of PAPO.
 
 ``_REPLACED`` lists the methods of TRL that the trainers here override and ``patch_trl`` replaces.
 """
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial, wraps
 from typing import Any
 
@@ -29,6 +31,7 @@ from transformers.utils import logging
 
 from vlmkernels.integrations.patch import Library, Patch
 from vlmkernels.integrations.trl.generation import grouped_generate, sampling_unsupported
+from vlmkernels.integrations.trl.masks import check_masks
 from vlmkernels.integrations.trl.scoring import Options, Scorer
 from vlmkernels.models.head import replaced_method
 from vlmkernels.models.image_processor import with_fast_images
@@ -122,6 +125,9 @@ class _Trainer:
         if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
             raise NotImplementedError("DeepSpeed and FSDP1 are not supported: use FSDP2 (fsdp_config with version: 2)")
         self._make_loss_config(self.args)
+        if options.masks_images:
+            check_masks(self, options, overrides_loss=self._overrides_loss())
+            self._loss_config = self._loss_config.replace(**options.perception)
         if options.fast_images:
             self.processing_class = with_fast_images(self.processing_class)
         self._scorer = Scorer(self, options)
@@ -150,11 +156,13 @@ class _Trainer:
         stub = scorer.model_stub(model, given["logits_to_keep"], given.get("num_images"), score)
         return original(self, stub, *args, **kwargs)
 
-    def _compute_loss(self, model, inputs):
-        # A user's subclass that overrides the log-probabilities or a method of the objective keeps TRL's loss.
+    def _overrides_loss(self) -> bool:
+        """Whether a user's subclass overrides the log-probabilities or a method of the objective, and so keeps TRL's loss."""
         overrides = getattr(type(self), _LOGPS) is not _Trainer._get_per_token_logps_and_entropies
-        overrides = overrides or any(getattr(type(self), name, None) is not part for name, part in _OVERRIDABLE.items())
-        if self._scorer is None or overrides or not isinstance(self, trl.GRPOTrainer):
+        return overrides or any(getattr(type(self), name, None) is not part for name, part in _OVERRIDABLE.items())
+
+    def _compute_loss(self, model, inputs):
+        if self._scorer is None or self._overrides_loss() or not isinstance(self, trl.GRPOTrainer):
             return _original(self, _LOSS)(self, model, inputs)
         return compute_loss(self, self._scorer, self._loss_config, _original(self, _LOGPS), model, inputs)
 
@@ -194,17 +202,16 @@ class _Trainer:
 
 
 class _Subclass(_Trainer):
-    def __init__(
-        self, *args: Any, share_prefix: str | bool = "auto", fast_images: bool = True, regroup: bool = False, **kwargs: Any
-    ) -> None:
-        self._construct(Options(share_prefix, fast_images, regroup), args, kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options = {field.name: kwargs.pop(field.name) for field in fields(Options) if field.name in kwargs}
+        self._construct(Options(**options), args, kwargs)
 
 
 class GRPOTrainer(_Subclass, trl.GRPOTrainer):
     """``trl.GRPOTrainer`` on this package's ops.
 
     Args:
-        share_prefix, fast_images, regroup: as in ``patch_trl``. All other arguments are TRL's.
+        kwargs: the options of ``patch_trl``. All other arguments are TRL's.
     """
 
 
@@ -212,11 +219,11 @@ class RLOOTrainer(_Subclass, trl.RLOOTrainer):
     """``trl.RLOOTrainer`` on this package's ops.
 
     Args:
-        share_prefix, fast_images, regroup: as in ``patch_trl``. All other arguments are TRL's.
+        kwargs: the options of ``patch_trl``. All other arguments are TRL's.
     """
 
 
-_ADDED = ("_scorer", "_regroups", "_construct", "_has_other_engine", "_make_loss_config")
+_ADDED = ("_scorer", "_regroups", "_construct", "_has_other_engine", "_make_loss_config", "_overrides_loss")
 
 
 def _constructor(cls: type, options: Options) -> Callable[..., None]:
@@ -227,7 +234,16 @@ def _constructor(cls: type, options: Options) -> Callable[..., None]:
     return __init__
 
 
-def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True, regroup: bool = False) -> Patch:
+def patch_trl(
+    *,
+    share_prefix: str | bool = "auto",
+    fast_images: bool = True,
+    regroup: bool = False,
+    perception_loss_weight: float = 0.0,
+    der_loss_weight1: float = 0.0,
+    der_loss_weight2: float = 0.0,
+    mask_ratio: float = 0.6,
+) -> Patch:
     """Run ``trl.GRPOTrainer``, ``trl.RLOOTrainer`` and their subclasses on this package's ops::
 
         patch_trl()  # until undo() of the result, or for one block:
@@ -247,6 +263,10 @@ def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True, re
         regroup: sort the rows of each optimizer step by prompt before they are split into micro-batches, so that more rows
             share a prompt. TRL shuffles them. Losses, gradients and parameters stay equal to TRL's; metrics that are means over
             a micro-batch cover other rows.
+        perception_loss_weight, der_loss_weight1, der_loss_weight2: add the terms of PAPO to the objective of ``GRPOTrainer``,
+            with these weights: the KL divergence from the policy with masked images, which is maximized, and the entropies with
+            the images and with masked images, which are minimized (docs/objective.md). Each completion runs twice.
+        mask_ratio: the share of the patches of each image that masks blacken.
 
     Returns:
         The patch.
@@ -256,10 +276,11 @@ def patch_trl(*, share_prefix: str | bool = "auto", fast_images: bool = True, re
             From the constructor of a trainer: FSDP1, DeepSpeed, or a model that does more to its logits than scale or cap them.
         RuntimeError: TRL is patched already.
         ValueError, TypeError: an option has an invalid value. From the constructor of a trainer: an option of TRL that is not
-            supported (torch_compile, and options that ``GRPOLossConfig.from_trl`` rejects), or share_prefix=True for a model
-            that does not support it.
+            supported (torch_compile, and options that ``GRPOLossConfig.from_trl`` rejects), share_prefix=True for a model
+            that does not support it, or the terms of PAPO for RLOO, with tools or without images.
     """
-    options = Options(share_prefix, fast_images, regroup)
+    weights = perception_loss_weight, der_loss_weight1, der_loss_weight2
+    options = Options(share_prefix, fast_images, regroup, *weights, mask_ratio)
     _check_trl()
     attributes = {}
     for cls in _ORIGINAL:

@@ -11,8 +11,9 @@ import torch
 from accelerate import Accelerator
 from trl.trainer.utils import nanmax, nanmin
 
+from vlmkernels.integrations.trl.masks import mask_seed
 from vlmkernels.integrations.trl.scoring import MicroBatch, Scorer
-from vlmkernels.models.head import packed_grpo_loss, top_entropy_threshold
+from vlmkernels.models.head import packed_grpo_loss, top_entropy_threshold, with_masked_images
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.linear_grpo_loss import LinearGRPOLossOutput
 
@@ -68,7 +69,8 @@ def compute_loss(
         config=config,
     )
     rows = _row_arguments(config, inputs)
-    result, aux_loss = _score(trainer, scorer, objective, rows, get_logps, model, inputs)
+    seed = mask_seed(trainer) if config.perception else None
+    result, aux_loss = _score(trainer, scorer, objective, rows, get_logps, model, inputs, seed)
     loss, metrics = result.loss, trainer._metrics["train" if train else "eval"]
     if trainer._entropy_bonus_enabled:
         active = result.entropy[result.entropy >= threshold.to(result.entropy.device)]
@@ -88,6 +90,7 @@ def _score(
     get_logps: Callable[..., tuple],
     model: torch.nn.Module,
     inputs: dict[str, Any],
+    seed: int | None,
 ) -> tuple[LinearGRPOLossOutput, torch.Tensor | None]:
     """Run the model through TRL's method and return the loss of the micro-batch and the auxiliary loss of the model.
 
@@ -95,6 +98,7 @@ def _score(
         objective: ``packed_grpo_loss``, which still needs the loss mask and ``rows``.
         rows: from ``_row_arguments``.
         trainer, scorer, get_logps, model, inputs: see ``compute_loss``.
+        seed: the seed of the masks of images, or None.
     """
     completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
     loss_mask = completion_mask.bool()
@@ -105,14 +109,17 @@ def _score(
     def score(micro: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Any]:
         micro = micro.select(loss_mask)
         ordered = {name: None if x is None else x[micro.order] for name, x in rows.items()}
-        result, output = scorer.run(model, micro, objective(micro.mask, **ordered))
+        loss = objective(micro.mask, **ordered)
+        if micro.masked is not None:
+            loss = partial(with_masked_images, loss, micro.mask, micro.masked)
+        result, output = scorer.run(model, micro, loss)
         results.append(result)
         return micro.unpack(result.logps), micro.unpack(result.entropy), output
 
     width = completion_ids.shape[1]
     _, _, aux_loss = get_logps(
         trainer,
-        scorer.model_stub(model, width, inputs.get("num_images"), score),
+        scorer.model_stub(model, width, inputs.get("num_images"), score, seed),
         torch.cat([inputs["prompt_ids"], completion_ids], 1),
         torch.cat([inputs["prompt_mask"], completion_mask], 1),
         width,
@@ -189,6 +196,9 @@ def _log_metrics(
     weights = dict.fromkeys(("kl", "entropy"), tokens)
     ratios = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio", "vespo/phi_seq_mean")
     weights |= dict.fromkeys(ratios, len(advantages) if by_sequence else tokens)
+    if config.perception:
+        seen = float(result.metrics["perception/tokens"])
+        weights |= dict.fromkeys(("perception/kl", "perception/masked_entropy", "perception/clip_ratio"), seen)
     named = {name: (result.metrics[name], weight) for name, weight in weights.items() if name in result.metrics}
     sums = [torch.stack([value * weight, value.new_tensor(weight)]) for value, weight in named.values()]
     totals = accelerator.reduce(torch.stack(sums), reduction="sum").tolist()

@@ -14,15 +14,24 @@ from transformers.utils import logging
 from vlmkernels.integrations.trl.features import FeatureCache
 from vlmkernels.integrations.trl.segments import shared_rows, single_images, split_rows, tokens_per_image
 from vlmkernels.models import attention
+from vlmkernels.models.branches import pack_branches, pad_branches
 from vlmkernels.models.families import TEXT, family_of, missing_token_ids, prefix_sharing_unsupported
 from vlmkernels.models.head import call_in_head, logit_arguments, output_head
 from vlmkernels.models.hunyuan import number_images_per_sample
-from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, feature_reuse_unsupported
+from vlmkernels.models.image_features import (
+    accepts_image_features,
+    deduplicate_images,
+    encode_images,
+    feature_reuse_unsupported,
+)
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
+from vlmkernels.models.masked_images import BLACK, has_media, mask_images, patch_size_of, uniform_pixels
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.models.trajectories import Turns, pack_turns
+from vlmkernels.ops.grpo_loss import GRPOLossConfig
+from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS
 from vlmkernels.ops.linear_logps import linear_logps
 
 if TYPE_CHECKING:
@@ -40,6 +49,10 @@ class Options:
     share_prefix: str | bool = "auto"
     fast_images: bool = True
     regroup: bool = False
+    perception_loss_weight: float = 0.0
+    der_loss_weight1: float = 0.0
+    der_loss_weight2: float = 0.0
+    mask_ratio: float = 0.6
 
     def __post_init__(self) -> None:
         if not isinstance(self.share_prefix, bool) and self.share_prefix != "auto":
@@ -47,6 +60,19 @@ class Options:
         for name in ("fast_images", "regroup"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        GRPOLossConfig(**self.perception)
+        if not 0 < self.mask_ratio <= 1:
+            raise ValueError(f"mask_ratio must be in (0, 1], got {self.mask_ratio}")
+
+    @property
+    def perception(self) -> dict[str, float]:
+        """The weights of the terms of masked images, by the names in ``GRPOLossConfig``."""
+        return {name: getattr(self, name) for name in PERCEPTION_WEIGHTS}
+
+    @property
+    def masks_images(self) -> bool:
+        """Whether the loss has terms of masked images."""
+        return any(self.perception.values())
 
 
 @dataclass(frozen=True)
@@ -57,16 +83,21 @@ class MicroBatch:
         batch: the model inputs and the tokens to score.
         order: (B,) int64, the index in TRL's micro-batch of each row of ``mask``.
         mask: (B, C) bool, the completion tokens that ``batch`` scores.
+        masked: (B,) bool, the rows of ``mask`` whose tokens ``batch`` scores again, with masked images. None: all tokens once.
     """
 
     batch: ScoringBatch
     order: torch.Tensor
     mask: torch.Tensor
+    masked: torch.Tensor | None = None
 
     def select(self, loss_mask: torch.Tensor) -> "MicroBatch":
         """Score only the tokens in ``loss_mask``, (B, C) bool in TRL's order."""
         mask = loss_mask[self.order] & self.mask
-        return replace(self, batch=self.batch.select(mask[self.mask]), mask=mask)
+        kept = mask[self.mask]
+        if self.masked is not None:
+            kept = torch.cat([kept, mask[self.masked][self.mask[self.masked]]])
+        return replace(self, batch=self.batch.select(kept), mask=mask)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """Return values (N,) of the scored tokens as (B, C) in TRL's order, with 0 elsewhere."""
@@ -127,6 +158,9 @@ class Scorer:
         if options.share_prefix is True and reason is not None:
             raise ValueError(f"share_prefix must be 'auto' or False: {reason}, got True")
         self.copies_reason = reason if options.share_prefix else "share_prefix is False"
+        if options.masks_images:
+            self._family, self._mask_ratio = family_of(base.config), options.mask_ratio
+            self._black = uniform_pixels(trainer.processing_class, BLACK)
         if self.shares_prefix:
             self._family = family_of(base.config)
             for each in models:
@@ -160,6 +194,7 @@ class Scorer:
         width: int,
         num_images: list[int] | None,
         score: Callable[[MicroBatch], tuple[torch.Tensor, torch.Tensor | None, Any]],
+        seed: int | None = None,
     ) -> Callable[..., SimpleNamespace]:
         """Return a function that TRL's ``_get_per_token_logps_and_entropies`` calls as its model.
 
@@ -171,12 +206,14 @@ class Scorer:
             width: C, the number of tokens of a completion with padding.
             num_images: the number of images of each row, or None without images.
             score: a function that scores a batch and returns the same as ``logps``.
+            seed: run the completions with masked images too; the seed of the masks.
         """
         remaining: Iterator[int] = iter(num_images or ())
 
         def forward(*, labels: Any, fused_lm_head: Any, **inputs: torch.Tensor) -> SimpleNamespace:
             images = list(islice(remaining, len(inputs["input_ids"]))) if num_images else None
-            logps, entropy, output = score(self.micro_batch(model, inputs, width, images))
+            convert = self.micro_batch if seed is None else partial(self.branches, seed=seed)
+            logps, entropy, output = score(convert(model, inputs, width, images))
             return SimpleNamespace(log_probs=logps, entropy=entropy, aux_loss=output.get("aux_loss"))
 
         return forward
@@ -196,6 +233,44 @@ class Scorer:
         batch.inputs.update(options)
         order = order.to(completion_mask.device)
         return MicroBatch(batch, order, completion_mask[order])
+
+    def branches(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        width: int,
+        num_images: list[int] | None,
+        *,
+        seed: int,
+    ) -> MicroBatch:
+        """Convert the model inputs from TRL, and add the completions after prompts with masked images.
+
+        Args:
+            seed: the seed of the masks.
+        """
+        base, axis = base_model(self._unwrap(model)), self._family.axis
+        options = {name: x for name, x in inputs.items() if not isinstance(x, torch.Tensor)}
+        tensors = self._accepted({name: x for name, x in inputs.items() if name not in options})
+        rows = self.rows({name: x[:, :-width] if axis(name) == "token" else x for name, x in tensors.items()}, num_images)
+        first, group = rows.originals().unique(return_inverse=True)
+        order = group.argsort(stable=True)
+        prompts = rows.select(first)
+        generator, size = torch.Generator().manual_seed(seed), patch_size_of(base.config)
+        masked = mask_images(prompts, self._black, self._mask_ratio, generator=generator, patch_size=size)
+        is_masked = has_media(prompts)[group[order]]
+        if self.features is not None and self.features.model is base:
+            with self._autocast():
+                masked = encode_images(base, masked)
+        prompts = self.encoded(base, prompts)
+        places = order.to(inputs["input_ids"].device)
+        ids, mask = inputs["input_ids"][places, -width:], inputs["attention_mask"][places, -width:].bool()
+        completions = group[order], ids, mask, mask
+        if self.shares_prefix:
+            batch = pack_branches(base, prompts, masked, *completions)
+        else:
+            batch = pad_branches(prompts, masked, *completions)
+        batch.inputs.update(options)
+        return MicroBatch(batch, places, mask, is_masked.to(places.device))
 
     def _pack(
         self, base: torch.nn.Module, inputs: dict[str, torch.Tensor], width: int, num_images: list[int] | None

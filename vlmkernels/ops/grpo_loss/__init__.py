@@ -12,7 +12,7 @@ from vlmkernels.ops.checks import require_tensor
 from vlmkernels.ops.dispatch import needs_dispatcher, schema, unpack
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
 from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, as_config, parse
-from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, entropy_quantile, metrics, require_finite
+from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, entropy_quantile, metrics, num_stats, require_finite
 
 __all__ = ["GRPOLossConfig", "GRPOLossOutput", "grpo_loss"]
 
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     backend: str
 
 
-define(FWD, f"({schema(LossInputs, Settings)}) -> (Tensor loss, Tensor dlogp, Tensor dentropy, Tensor stats)")
+define(FWD, f"({schema(LossInputs, Settings)}) -> (Tensor loss, Tensor dlogp, Tensor dentropy, Tensor dmasked, Tensor stats)")
 
 
 class Outputs(NamedTuple):
@@ -35,6 +35,7 @@ class Outputs(NamedTuple):
     loss: torch.Tensor  # ()
     dlogp: torch.Tensor  # like logps: the gradient without policy_scale
     dentropy: torch.Tensor  # like logps: the gradient without entropy_scale; (0,) without an entropy bonus
+    dmasked: torch.Tensor  # like masked_logps: the gradient without policy_scale; (0,) without the terms of PAPO
     stats: torch.Tensor  # see STATS
 
 
@@ -42,7 +43,8 @@ def _outputs(inputs: LossInputs, config: GRPOLossConfig) -> Outputs:
     logps = inputs.logps
     dlogp = torch.empty_like(logps, memory_format=torch.contiguous_format)
     dentropy = torch.empty_like(dlogp) if config.entropy_coef else logps.new_empty(0)
-    return Outputs(logps.new_empty(()), dlogp, dentropy, logps.new_empty(len(STATS)))
+    dmasked = torch.empty_like(dlogp) if config.perception else logps.new_empty(0)
+    return Outputs(logps.new_empty(()), dlogp, dentropy, dmasked, logps.new_empty(num_stats(config)))
 
 
 def _run(inputs: LossInputs, config: GRPOLossConfig, backend: str) -> Outputs:
@@ -75,8 +77,8 @@ register_fake(FWD, _fwd_fake)
 class _Loss(torch.autograd.Function):
     """The loss with its gradients, which the forward operator computes; https://pytorch.org/docs/stable/notes/extending.html
 
-    A call takes 40 us less than with ``register_autograd``. ``logps`` and ``entropy``, the fields of ``inputs`` that get
-    gradients, are arguments of their own so that autograd sees them.
+    A call takes 40 us less than with ``register_autograd``. The fields of ``inputs`` that get gradients are arguments of their
+    own so that autograd sees them.
     """
 
     @staticmethod
@@ -84,17 +86,18 @@ class _Loss(torch.autograd.Function):
         ctx: Any,
         logps: torch.Tensor,
         entropy: torch.Tensor | None,
+        masked_logps: torch.Tensor | None,
         inputs: LossInputs,
         config: GRPOLossConfig,
         backend: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs = inputs._replace(logps=logps, entropy=entropy)
+        inputs = inputs._replace(logps=logps, entropy=entropy, masked_logps=masked_logps)
         if needs_dispatcher(*inputs.tensors):
             outputs = torch.ops.vlmkernels.grpo_loss_fwd(*inputs, *Settings(config.text, backend))
         else:
             outputs = _run(inputs, config, backend)
-        loss, dlogp, dentropy, stats = outputs
-        ctx.save_for_backward(dlogp, dentropy, stats)
+        loss, dlogp, dentropy, dmasked, stats = outputs
+        ctx.save_for_backward(dlogp, dentropy, dmasked, stats)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         ctx.divided_by_tokens = inputs.divides_by_tokens(config)
@@ -103,19 +106,22 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
-        dlogps = dentropies = None
+        dlogps = dentropies = dmasked_logps = None
         if dloss is not None:
-            dlogp, dentropy, stats = ctx.saved_tensors
-            needs_logps, needs_entropy, *_ = ctx.needs_input_grad
+            dlogp, dentropy, dmasked, stats = ctx.saved_tensors
+            needs_logps, needs_entropy, needs_masked, *_ = ctx.needs_input_grad
+            # policy_scale is 1 unless the loss is divided by the number of tokens.
+            scale = stats[STATS.index("policy_scale")] * dloss if ctx.divided_by_tokens else dloss
+            # On the CPU reading the scale costs nothing, and it usually saves a pass over the gradient.
+            readable = not torch.compiler.is_compiling() and dlogp.device.type == "cpu"
+            is_one = readable and scale.item() == 1
             if needs_logps:
-                # policy_scale is 1 unless the loss is divided by the number of tokens.
-                scale = stats[STATS.index("policy_scale")] * dloss if ctx.divided_by_tokens else dloss
-                # On the CPU reading the scale costs nothing, and it usually saves a pass over the gradient.
-                readable = not torch.compiler.is_compiling() and dlogp.device.type == "cpu"
-                dlogps = dlogp if readable and scale.item() == 1 else dlogp * scale
+                dlogps = dlogp if is_one else dlogp * scale
+            if needs_masked:
+                dmasked_logps = dmasked if is_one else dmasked * scale
             if needs_entropy and dentropy.shape == dlogp.shape:
                 dentropies = dentropy * (stats[STATS.index("entropy_scale")] * dloss)
-        return dlogps, dentropies, None, None, None
+        return dlogps, dentropies, dmasked_logps, None, None, None
 
 
 class GRPOLossOutput(NamedTuple):
@@ -124,8 +130,10 @@ class GRPOLossOutput(NamedTuple):
     The metrics describe only the tokens of this call, also if ``num_items`` is given. Defined as in TRL 1.16 are policy_loss
     (without the entropy bonus), kl, entropy, clip_ratio/low_mean, low_min, high_mean, high_max and region_mean,
     cispo_clip_ratio and vespo/phi_seq_mean. The others are ratio/mean, min and max, sampling/importance_sampling_ratio/mean,
-    tokens (the sum of the loss mask) and effective_tokens (the number of tokens whose policy term is not masked). Metrics
-    that have no meaning in the configuration are left out.
+    tokens (the sum of the loss mask) and effective_tokens (the number of tokens whose policy term is not masked); and, over the
+    tokens that have masked images, perception/kl, perception/masked_entropy (the mean of -masked_logps), perception/clip_ratio
+    (the share of tokens whose KL has reached its bound) and perception/tokens (their number). Metrics that have no meaning in
+    the configuration are left out.
     """
 
     loss: torch.Tensor
@@ -141,6 +149,7 @@ def grpo_loss(
     loss_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     rollout_logps: torch.Tensor | None = None,
+    masked_logps: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
     entropy_threshold: torch.Tensor | float | None = None,
     num_items: torch.Tensor | float | None = None,
@@ -175,6 +184,9 @@ def grpo_loss(
             config.rollout_correction, and used by off_policy_mask_threshold. A token is not corrected if its value is NaN,
             which means that the engine returned none. With truncated sampling (top-p, ...) they may be log-probabilities of
             the truncated distribution or of the whole vocabulary; docs/mismatch.md explains the difference.
+        masked_logps: in the shape of ``logps``: log-probabilities of the policy given masked images. Required by
+            config.perception_loss_weight, der_loss_weight1 and der_loss_weight2, whose terms cover all tokens of the loss mask.
+            NaN means that a token has no masked images: its terms are 0.
         entropy: in the shape of ``logps``: reported as a metric; required by top_entropy_quantile and entropy_coef.
         entropy_threshold: a number or () tensor, with top_entropy_quantile < 1: tokens with a lower entropy are left out of the
             policy term. Default: the quantile over the tokens of this call. With several processes, pass the quantile over the
@@ -188,7 +200,7 @@ def grpo_loss(
 
     Returns:
         ``GRPOLossOutput(loss, metrics)``. Computed in fp32 (in fp64 for fp64 ``logps``, which the reference supports).
-        ``logps`` and, with entropy_coef, ``entropy`` get gradients.
+        ``logps``, ``masked_logps`` and, with entropy_coef, ``entropy`` get gradients.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or combination of arguments is wrong, or (on the CPU) cu_seqlens do not
@@ -208,6 +220,7 @@ def grpo_loss(
         loss_mask=as_mask("loss_mask", loss_mask, logps.device),
         cu_seqlens=None if cu_seqlens is None else as_cu_seqlens(cu_seqlens, logps.device),
         rollout_logps=rollout_logps,
+        masked_logps=masked_logps,
         entropy=entropy,
         entropy_threshold=entropy_threshold,  # type: ignore[arg-type]  # prepare converts numbers
         num_items=num_items,  # type: ignore[arg-type]
@@ -216,5 +229,6 @@ def grpo_loss(
     check_layout(inputs)
     check_config(inputs, config)
     inputs = prepare(inputs, config)
-    loss, stats = _Loss.apply(inputs.logps, inputs.entropy, inputs, config, resolve("grpo_loss", backend))
+    leaves = inputs.logps, inputs.entropy, inputs.masked_logps
+    loss, stats = _Loss.apply(*leaves, inputs, config, resolve("grpo_loss", backend))
     return GRPOLossOutput(loss, metrics(stats, inputs, config))

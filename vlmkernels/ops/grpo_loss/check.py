@@ -13,12 +13,12 @@ from vlmkernels.ops.checks import (
     require_shape,
     require_tensor,
 )
-from vlmkernels.ops.grpo_loss.config import GRPOLossConfig
+from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS, GRPOLossConfig
 from vlmkernels.ops.grpo_loss.inputs import LossInputs
 
 # The optional tensors in the shape of logps; and all optional tensors that are checked alike.
-PER_TOKEN = ("old_logps", "ref_logps", "loss_mask", "rollout_logps", "entropy")
-OPTIONAL = ("old_logps", "ref_logps", "loss_mask", "cu_seqlens", "rollout_logps", "entropy")
+PER_TOKEN = ("old_logps", "ref_logps", "loss_mask", "rollout_logps", "masked_logps", "entropy")
+OPTIONAL = ("old_logps", "ref_logps", "loss_mask", "cu_seqlens", "rollout_logps", "masked_logps", "entropy")
 
 
 def check_layout(inputs: LossInputs) -> None:
@@ -70,7 +70,7 @@ def check_layout(inputs: LossInputs) -> None:
 
 
 def check_config(inputs: LossInputs, config: GRPOLossConfig) -> None:
-    """Check that the inputs that the configuration requires are given, and rollout_logps only if it uses them."""
+    """Check that the required inputs are given, and rollout_logps and masked_logps only if the configuration uses them."""
     for setting, name, needed in (
         ("beta", "ref_logps", config.beta > 0),
         ("rollout_correction", "rollout_logps", config.rollout_correction is not None),
@@ -83,6 +83,14 @@ def check_config(inputs: LossInputs, config: GRPOLossConfig) -> None:
     if unused and inputs.rollout_logps is not None:
         raise ValueError(
             "rollout_logps must be None unless config.rollout_correction or config.off_policy_mask_threshold uses it,"
+            " got a tensor"
+        )
+    if config.perception and inputs.masked_logps is None:
+        setting = next(name for name in PERCEPTION_WEIGHTS if getattr(config, name))
+        raise ValueError(f"masked_logps must be given with {setting} = {getattr(config, setting)!r}, got None")
+    if not config.perception and inputs.masked_logps is not None:
+        raise ValueError(
+            "masked_logps must be None unless config.perception_loss_weight, der_loss_weight1 or der_loss_weight2 is > 0,"
             " got a tensor"
         )
 
@@ -134,6 +142,7 @@ def prepare(inputs: LossInputs, config: GRPOLossConfig) -> LossInputs:
         loss_mask=inputs.loss_mask,
         cu_seqlens=inputs.cu_seqlens,
         rollout_logps=constant(inputs.rollout_logps, dtype),
+        masked_logps=None if inputs.masked_logps is None else widened(inputs.masked_logps, dtype),
         entropy=None if inputs.entropy is None else widened(inputs.entropy, dtype),
         entropy_threshold=scalar(inputs.entropy_threshold, inputs.logps.device) if config.top_entropy_quantile < 1 else None,
         num_items=scalar(inputs.num_items, "cpu"),

@@ -12,6 +12,7 @@ from vlmkernels.ops.checks import require_number, require_one_of
 MAX_LOG_RATIO = 20.0  # log-ratios are clamped to [-20, 20]: e^20 times any advantage is finite in fp32
 MIN_LOGP = -1e4  # log-probabilities are clamped to at least this, so that their differences are finite
 VESPO_MIN_LOG_WEIGHT = math.log(1e-8)
+MAX_PERCEPTION_KL = 10.0  # bound of a token's perception KL, as in the code of its authors: it is maximized
 
 
 class Loss(NamedTuple):
@@ -66,6 +67,7 @@ LEVELS = ("token", "sequence")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 SEQUENCE_RATIOS = ("sum", "mean")
+PERCEPTION_WEIGHTS = ("perception_loss_weight", "der_loss_weight1", "der_loss_weight2")
 
 # The settings of papers; see GRPOLossConfig.preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -80,8 +82,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
     "two_sided": {"loss_type": "grpo", "delta": 4.0, "beta": 0.001},
     "high_entropy": {"loss_type": "dapo", "epsilon_high": 0.28, "top_entropy_quantile": 0.2},
+    "papo": {"loss_type": "grpo", "beta": 0.01, "epsilon_high": 0.3, "perception_loss_weight": 0.01},
+    "papo_d": {
+        "loss_type": "dapo",
+        "epsilon_high": 0.28,
+        "perception_loss_weight": 0.01,
+        "der_loss_weight1": 0.03,
+        "der_loss_weight2": 0.03,
+    },
 }
-PRESET_SOURCES = {"gspo": "2507.18071", "two_sided": "2505.07291", "high_entropy": "2506.01939"}
+PRESET_SOURCES = {
+    "gspo": "2507.18071",
+    "two_sided": "2505.07291",
+    "high_entropy": "2506.01939",
+    "papo": "2507.06448",
+    "papo_d": "2507.06448",
+}
 
 
 class Scalars(NamedTuple):
@@ -97,6 +113,9 @@ class Scalars(NamedTuple):
     vespo_k_neg: float
     vespo_lambda_neg: float
     beta: float
+    perception_loss_weight: float
+    der_loss_weight1: float
+    der_loss_weight2: float
     rollout_log_min: float
     rollout_log_max: float
     off_policy_threshold: float
@@ -131,6 +150,10 @@ class GRPOLossConfig:
         top_entropy_quantile: the fraction of tokens, those with the highest entropy, that enter the policy term,
             https://arxiv.org/abs/2506.01939.
         entropy_coef: subtract this times the mean entropy of these tokens from the loss.
+        perception_loss_weight: γ of PAPO, https://arxiv.org/abs/2507.06448: subtract this times an estimate of
+            KL(policy || policy given masked images) from the loss of each token: k3 of ``masked_logps``, at most 10.
+        der_loss_weight1, der_loss_weight2: η1 and η2 of PAPO: add these times -logps and -masked_logps, which estimate the
+            entropies of the two policies, to the loss of each token.
         check_finite: raise an error if an input is not finite. This waits for the device.
 
     Raises:
@@ -159,6 +182,9 @@ class GRPOLossConfig:
     off_policy_mask_threshold: float | None = None
     top_entropy_quantile: float = 1.0
     entropy_coef: float = 0.0
+    perception_loss_weight: float = 0.0
+    der_loss_weight1: float = 0.0
+    der_loss_weight2: float = 0.0
     check_finite: bool = False
 
     # The fields as JSON, so that a configuration is one argument of the operator (``parse`` reads it). Set per instance;
@@ -199,7 +225,7 @@ class GRPOLossConfig:
             object.__setattr__(self, name, kind(value))
 
     def _check_numbers(self) -> None:
-        for name in ("beta", "epsilon_high", "rollout_clip_min", "off_policy_mask_threshold"):
+        for name in ("beta", "epsilon_high", "rollout_clip_min", "off_policy_mask_threshold", *PERCEPTION_WEIGHTS):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
@@ -243,6 +269,11 @@ class GRPOLossConfig:
     def kl(self) -> str:
         """The row of the table ``KL`` of the backends: "none" without a KL term."""
         return self.kl_estimator if self.beta else "none"
+
+    @property
+    def perception(self) -> bool:
+        """Whether the loss has the terms of PAPO, which need ``masked_logps``."""
+        return bool(self.perception_loss_weight or self.der_loss_weight1 or self.der_loss_weight2)
 
     @property
     def clip_high(self) -> float:

@@ -22,6 +22,7 @@ class LossInputs(NamedTuple):
     loss_mask: torch.Tensor | None  # bool
     cu_seqlens: torch.Tensor | None  # (S + 1,) int32
     rollout_logps: torch.Tensor | None
+    masked_logps: torch.Tensor | None  # NaN: the token has no masked images
     entropy: torch.Tensor | None
     entropy_threshold: torch.Tensor | None  # (): the policy term leaves out tokens with a lower entropy
     num_items: torch.Tensor | None  # (), on the CPU if the caller passed a number
@@ -110,6 +111,10 @@ COLUMNS = (
     "ratio",
     "rollout",
     "effective",  # tokens whose policy term counts
+    "masked_kl",
+    "masked_entropy",
+    "masked_clipped",  # tokens whose perception KL has reached its bound
+    "masked_tokens",  # tokens that have masked images
     "ratio_min",
     "ratio_max",
     "low_min",  # low / units of the sequence
@@ -118,7 +123,7 @@ COLUMNS = (
 
 # The elements of ``stats``, an output of the forward pass. The gradients that it writes are not yet multiplied by the two
 # scales, which are known only when the whole batch has been read. GrpoStat in csrc/common/grpo_loss.h and STAT_* in triton.py
-# repeat this list, and a test compares them.
+# repeat this list, and a test compares them. The last four are left out without the terms of PAPO.
 STATS = (
     "policy_scale",
     "entropy_scale",
@@ -136,12 +141,30 @@ STATS = (
     "effective_tokens",
     "rollout_mean",
     "region_mean",
+    "masked_kl",
+    "masked_entropy",
+    "masked_clipped",
+    "masked_tokens",
 )
+
+
+def num_stats(config: GRPOLossConfig) -> int:
+    """Return the number of elements of ``stats``."""
+    return len(STATS) if config.perception else STATS.index("masked_kl")
+
+
+# Means over the tokens that have masked images, except the last, which is the number of these tokens.
+PERCEPTION_METRICS = {
+    "perception/kl": "masked_kl",
+    "perception/masked_entropy": "masked_entropy",
+    "perception/clip_ratio": "masked_clipped",
+    "perception/tokens": "masked_tokens",
+}
 
 
 def metrics(stats: torch.Tensor, inputs: LossInputs, config: GRPOLossConfig) -> dict[str, torch.Tensor]:
     """Return the elements of ``stats`` that have a meaning in this configuration, under TRL's names."""
-    value, loss = dict(zip(STATS, stats.unbind(), strict=True)), config.loss
+    value, loss = dict(zip(STATS, stats.unbind(), strict=False)), config.loss
     result = {"policy_loss": value["policy_loss"]}
     if config.beta:
         result["kl"] = value["kl"]
@@ -158,6 +181,9 @@ def metrics(stats: torch.Tensor, inputs: LossInputs, config: GRPOLossConfig) -> 
         result["ratio/min"], result["ratio/max"] = value["ratio_min"], value["ratio_max"]
     if config.rollout_correction:
         result["sampling/importance_sampling_ratio/mean"] = value["rollout_mean"]
+    if config.perception:
+        for name, stat in PERCEPTION_METRICS.items():
+            result[name] = value[stat]
     result["tokens"], result["effective_tokens"] = value["tokens"], value["effective_tokens"]
     return result
 
@@ -181,16 +207,16 @@ def entropy_quantile(entropy: torch.Tensor, mask: torch.Tensor | None, quantile:
 def require_finite(inputs: LossInputs) -> None:
     """Check that all values are finite where the loss mask is true, and the advantages of sequences with a token in the mask.
 
-    NaN in rollout_logps is valid: the engine returned no log-probability for the token.
+    NaN in rollout_logps and masked_logps is valid: the token has no log-probability of the engine, or no masked images.
     """
     loss_mask = torch.ones_like(inputs.logps, dtype=torch.bool) if inputs.loss_mask is None else inputs.loss_mask
-    for name in ("logps", "old_logps", "ref_logps", "rollout_logps", "entropy", "advantages"):
+    for name in ("logps", "old_logps", "ref_logps", "rollout_logps", "masked_logps", "entropy", "advantages"):
         tensor, used = getattr(inputs, name), loss_mask
         if tensor is None:
             continue
         if name == "advantages" and not inputs.per_token:
             used = Sequences(inputs).total(loss_mask.flatten().to(tensor.dtype)) > 0
-        bad = tensor.isinf() if name == "rollout_logps" else ~tensor.isfinite()
+        bad = tensor.isinf() if name in ("rollout_logps", "masked_logps") else ~tensor.isfinite()
         require_nowhere(bad & used, name, "be finite (check_finite)", tensor)
     if inputs.num_items is not None and not 0 <= inputs.num_items.item() < math.inf:
         raise ValueError(f"num_items must be finite and >= 0 (check_finite), got {inputs.num_items.item()}")

@@ -13,6 +13,7 @@ ROWS = (
     ("old_logps", "old_logp", "old_logp_stride"),
     ("ref_logps", "ref_logp", "ref_logp_stride"),
     ("rollout_logps", "rollout_logp", "rollout_logp_stride"),
+    ("masked_logps", "masked_logp", "masked_logp_stride"),
     ("entropy", "entropy", "entropy_stride"),
     ("advantages", "advantages", "advantages_stride"),
     ("loss_mask", "loss_mask", "loss_mask_stride"),
@@ -34,6 +35,7 @@ def variant(module, config: GRPOLossConfig):
         rollout_mean=config.rollout_sequence_ratio == "mean",
         rollout_mask=bound == "mask",
         off_policy_mask=config.off_policy_mask_threshold is not None,
+        perception=config.perception,
         **config.scalars._asdict(),
     )
 
@@ -42,7 +44,7 @@ class Native(Launcher):
     def unsupported(self, logps: torch.Tensor) -> str | None:
         return unless_fp32(logps)
 
-    def fwd(self, inputs, config, loss, dlogp, dentropy, stats):
+    def fwd(self, inputs, config, loss, dlogp, dentropy, dmasked, stats):
         divisor, num_items, by_tokens = inputs.divisor(config)
         per_token = inputs.per_token
         scalars = [t if t is None else t.contiguous() for t in (inputs.cu_seqlens, inputs.entropy_threshold, num_items)]
@@ -75,6 +77,7 @@ class Native(Launcher):
             partial=address(partial),
             dlogp=dlogp.data_ptr(),
             dentropy=dentropy.data_ptr() if dentropy.numel() else 0,
+            dmasked=dmasked.data_ptr() if dmasked.numel() else 0,
             loss=loss.data_ptr(),
             stats=stats.data_ptr(),
         )

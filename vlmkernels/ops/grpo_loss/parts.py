@@ -63,11 +63,13 @@ def combine_metrics(
     for name in metrics[0]:
         values = torch.stack([part[name] for part in metrics])
         counts = clipped if name.startswith(("clip_ratio", "cispo", "vespo")) else tokens
-        if name in ("policy_loss", "tokens", "effective_tokens"):
+        if name.startswith("perception"):
+            counts = torch.stack([part["perception/tokens"] for part in metrics])
+        if name in ("policy_loss", "tokens", "effective_tokens", "perception/tokens"):
             result[name] = values.sum()
         elif name.endswith(("min", "max")):
             measured = values[counts > 0]
             result[name] = (measured if len(measured) else values).aminmax()[name.endswith("max")]
         else:
-            result[name] = (values * counts).sum() / counts.sum()
+            result[name] = (values * counts).sum() / counts.sum().clamp(min=1)
     return result

@@ -1,9 +1,10 @@
 """The GRPO objective in plain PyTorch: the oracle of ``grpo_loss``.
 
 Let r be the ratio, c the weight of a token after masks and corrections, and w its weight in the aggregation. Then
-    loss = sum_t w_t (c_t surrogate(r_t, A_t) + beta kl_t [r_t]) / divisor - entropy_coef mean(entropy)
-where the factor [r_t] is present with use_bias_correction_kl. The logarithm of a ratio per sequence is the mean of the
-log-ratios of its tokens, so the gradients through this ratio are added and spread evenly over the tokens.
+    loss = sum_t w_t (c_t surrogate(r_t, A_t) + beta kl_t [r_t] + perception_t) / divisor - entropy_coef mean(entropy)
+where the factor [r_t] is present with use_bias_correction_kl, and ``perception`` computes perception_t, the terms of PAPO.
+The logarithm of a ratio per sequence is the mean of the log-ratios of its tokens, so the gradients through this ratio are added
+and spread evenly over the tokens.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from vlmkernels.ops.grpo_loss.config import MAX_LOG_RATIO, MIN_LOGP, VESPO_MIN_LOG_WEIGHT, GRPOLossConfig
+from vlmkernels.ops.grpo_loss.config import MAX_LOG_RATIO, MAX_PERCEPTION_KL, MIN_LOGP, VESPO_MIN_LOG_WEIGHT, GRPOLossConfig
 from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, token_weights
 
 
@@ -91,6 +92,35 @@ def bounded(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
+class Perception(NamedTuple):
+    """PAPO's terms of each token, their derivatives, and statistics."""
+
+    loss: torch.Tensor
+    dlogp: torch.Tensor
+    dmasked: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+    clipped: torch.Tensor
+    seen: torch.Tensor  # 1 where the token has masked images; where it has none everything is 0
+
+
+def perception(logp, masked, config) -> Perception:
+    """-gamma min(k3, 10) - eta1 logp - eta2 masked, with k3 = e^x - x - 1 and x = masked - logp. https://arxiv.org/abs/2507.06448
+
+    k3 estimates KL(policy || policy given masked images) from tokens of the policy. The paper prints -x for x, with which it
+    would not. The code of its authors has this x, and this bound, beyond which the estimate has no gradient.
+    """
+    seen = ~masked.isnan()
+    masked = torch.where(seen, masked, logp)
+    kl, dkl = KL["k3"](bounded(masked - logp))
+    clipped = kl > MAX_PERCEPTION_KL
+    dkl = config.perception_loss_weight * torch.where(clipped, 0, dkl)
+    kl = kl.clamp(max=MAX_PERCEPTION_KL)
+    loss = -config.perception_loss_weight * kl - config.der_loss_weight1 * logp - config.der_loss_weight2 * masked
+    terms = loss, -dkl - config.der_loss_weight1, dkl - config.der_loss_weight2, kl, -masked, clipped, seen
+    return Perception(*(torch.where(seen, x, 0).to(logp.dtype) for x in terms))
+
+
 def rollout_log_weight(log_ratio, sequences, length, p, config):
     """Return the logarithm of the weight that corrects for the sampling policy, truncated or masked, (N,)."""
     level, bound = config.rollout_correction.split("_")
@@ -115,8 +145,8 @@ def combine(term, logp, ref, ratio, weight, config):
     return weight * term.loss + config.beta * kl, kl, direct, through_ratio
 
 
-def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
-    """Write the loss, its derivatives by logp and entropy (without the two scales) and the statistics."""
+def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, dmasked, stats) -> None:
+    """Write the loss, its derivatives by logp, entropy and masked_logp (without the scales) and the statistics."""
     p, surrogate, sequences = config.scalars, SURROGATES[config.loss.surrogate], Sequences(inputs)
     mask = torch.ones_like(inputs.logps, dtype=torch.bool) if inputs.loss_mask is None else inputs.loss_mask
     mask = mask.flatten()
@@ -165,6 +195,10 @@ def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats
     term = surrogate.term(logp, ratio, sequences.per_token(log_weight), adv, p)
     ref = read(inputs.ref_logps).clamp(min=MIN_LOGP) if config.beta else logp
     value, kl, direct, through_ratio = combine(term, logp, ref, ratio, weight, config)
+    # Without masked images the terms of PAPO are 0.
+    masked = torch.full_like(logp, torch.nan) if inputs.masked_logps is None else read(inputs.masked_logps).clamp(min=MIN_LOGP)
+    seen = perception(logp, masked, config)
+    value, direct = value + seen.loss, direct + seen.dlogp
     if config.level == "sequence":
         through_ratio = sequences.per_token(sequences.total(m * through_ratio) / length)
 
@@ -176,6 +210,8 @@ def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats
     dlogp.copy_((share * (direct + through_ratio)).view(dlogp.shape))
     if dentropy.numel():
         dentropy.copy_(kept.view(dentropy.shape))
+    if dmasked.numel():
+        dmasked.copy_((share * seen.dmasked).view(dmasked.shape))
 
     # If ratio and advantage are per sequence, its statistics count once, not once per token.
     per_sequence = (config.level == "sequence" or config.loss.surrogate == "vespo") and not inputs.per_token
@@ -187,8 +223,10 @@ def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats
         low, high, units = sequences.total(m * term.low), sequences.total(m * term.high), sequences.total(m)
     counted = units > 0
 
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return (m * x).sum() / m.sum().clamp(min=1)
+    def mean(x: torch.Tensor, over: torch.Tensor = m) -> torch.Tensor:
+        return (over * x).sum() / over.sum().clamp(min=1)
+
+    with_images = m * seen.seen
 
     values = {
         "policy_scale": policy_scale,
@@ -206,9 +244,13 @@ def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats
         "tokens": m.sum(),
         "effective_tokens": (m * (weight != 0)).sum(),
         "rollout_mean": mean(log_rollout.exp()),
+        "masked_kl": mean(seen.kl, with_images),
+        "masked_entropy": mean(seen.entropy, with_images),
+        "masked_clipped": mean(seen.clipped, with_images),
+        "masked_tokens": with_images.sum(),
     }
     values["region_mean"] = values["low_mean"] + values["high_mean"]  # a token is clipped at one bound at most
-    stats.copy_(torch.stack([values[name] for name in STATS]))
+    stats.copy_(torch.stack([values[name] for name in STATS[: len(stats)]]))
 
 
 def greatest(x: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

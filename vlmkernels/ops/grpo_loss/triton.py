@@ -15,8 +15,10 @@ NUM_WARPS = 8
 
 MAX_LOG_RATIO = tl.constexpr(limits.MAX_LOG_RATIO)
 MIN_LOGP = tl.constexpr(limits.MIN_LOGP)
+MAX_PERCEPTION_KL = tl.constexpr(limits.MAX_PERCEPTION_KL)
 VESPO_MIN_LOG_WEIGHT = tl.constexpr(limits.VESPO_MIN_LOG_WEIGHT)
 INFINITY = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
 
 # The indices of COLUMNS.
 COLUMN_LOSS = tl.constexpr(0)
@@ -31,10 +33,14 @@ COLUMN_KEPT_ENTROPY = tl.constexpr(8)
 COLUMN_RATIO = tl.constexpr(9)
 COLUMN_ROLLOUT = tl.constexpr(10)
 COLUMN_EFFECTIVE = tl.constexpr(11)
-COLUMN_RATIO_MIN = tl.constexpr(12)
-COLUMN_RATIO_MAX = tl.constexpr(13)
-COLUMN_LOW_MIN = tl.constexpr(14)
-COLUMN_HIGH_MAX = tl.constexpr(15)
+COLUMN_MASKED_KL = tl.constexpr(12)
+COLUMN_MASKED_ENTROPY = tl.constexpr(13)
+COLUMN_MASKED_CLIPPED = tl.constexpr(14)
+COLUMN_MASKED_TOKENS = tl.constexpr(15)
+COLUMN_RATIO_MIN = tl.constexpr(16)
+COLUMN_RATIO_MAX = tl.constexpr(17)
+COLUMN_LOW_MIN = tl.constexpr(18)
+COLUMN_HIGH_MAX = tl.constexpr(19)
 NUM_COLUMNS = tl.constexpr(len(COLUMNS))
 
 # The indices of STATS.
@@ -54,6 +60,10 @@ STAT_TOKENS = tl.constexpr(12)
 STAT_EFFECTIVE_TOKENS = tl.constexpr(13)
 STAT_ROLLOUT_MEAN = tl.constexpr(14)
 STAT_REGION_MEAN = tl.constexpr(15)
+STAT_MASKED_KL = tl.constexpr(16)
+STAT_MASKED_ENTROPY = tl.constexpr(17)
+STAT_MASKED_CLIPPED = tl.constexpr(18)
+STAT_MASKED_TOKENS = tl.constexpr(19)
 
 
 def unsupported(logps: torch.Tensor) -> str | None:
@@ -145,6 +155,21 @@ KL = {"none": no_kl, "k1": k1, "k2": k2, "k3": k3}
 
 
 @triton.jit
+def perception(logp, masked, p):
+    """-gamma min(k3, 10) - eta1 logp - eta2 masked, its derivatives by logp and masked, four statistics; 0 if masked is NaN"""
+    seen = masked == masked
+    kl, dkl = k3(bounded(masked - logp))
+    dkl = p.perception_loss_weight * tl.where(kl > MAX_PERCEPTION_KL, 0.0, dkl)
+    clipped = (kl > MAX_PERCEPTION_KL).to(tl.float32)
+    kl = at_most(kl, MAX_PERCEPTION_KL)
+    loss = -p.perception_loss_weight * kl - p.der_loss_weight1 * logp - p.der_loss_weight2 * masked
+    dlogp = tl.where(seen, -dkl - p.der_loss_weight1, 0.0)
+    dmasked = tl.where(seen, dkl - p.der_loss_weight2, 0.0)
+    kl = tl.where(seen, kl, 0.0)
+    return tl.where(seen, loss, 0.0), dlogp, dmasked, kl, tl.where(seen, -masked, 0.0), clipped, seen.to(tl.float32)
+
+
+@triton.jit
 def read_logp(ptr, t, mask, otherwise):
     if ptr is None:
         return otherwise
@@ -188,7 +213,7 @@ def ratio_of(a, b):
 
 
 # Sizes that vary from batch to batch. The kernel is not recompiled for their values.
-STRIDES = ("logp", "old", "ref", "rollout", "entropy", "adv", "loss_mask")
+STRIDES = ("logp", "old", "ref", "rollout", "masked", "entropy", "adv", "loss_mask")
 VARYING = ["T", "N", *(f"stride_{name}" for name in STRIDES)]
 
 
@@ -198,6 +223,7 @@ def grpo_loss_kernel(
     old_logp_ptr,
     ref_logp_ptr,
     rollout_logp_ptr,
+    masked_logp_ptr,
     entropy_ptr,
     adv_ptr,  # likewise, or (S,)
     loss_mask_ptr,
@@ -205,6 +231,7 @@ def grpo_loss_kernel(
     threshold_ptr,  # () or None
     dlogp_ptr,  # (S, T) or (N,) out, without policy_scale
     dentropy_ptr,  # likewise or None, without entropy_scale
+    dmasked_ptr,  # likewise or None, without policy_scale
     partial_ptr,  # (S, NUM_COLUMNS) out
     num_items_ptr,  # () or None
     divisor,
@@ -214,6 +241,7 @@ def grpo_loss_kernel(
     stride_old,
     stride_ref,
     stride_rollout,
+    stride_masked,
     stride_entropy,
     stride_adv,
     stride_loss_mask,
@@ -249,6 +277,8 @@ def grpo_loss_kernel(
         ref_logp_ptr = row_ptr(ref_logp_ptr, s, begin, stride_ref, PACKED)
     if rollout_logp_ptr is not None:
         rollout_logp_ptr = row_ptr(rollout_logp_ptr, s, begin, stride_rollout, PACKED)
+    if masked_logp_ptr is not None:
+        masked_logp_ptr = row_ptr(masked_logp_ptr, s, begin, stride_masked, PACKED)
     if entropy_ptr is not None:
         entropy_ptr = row_ptr(entropy_ptr, s, begin, stride_entropy, PACKED)
     if loss_mask_ptr is not None:
@@ -305,6 +335,11 @@ def grpo_loss_kernel(
     rollout_sum = tl.zeros((BLOCK_T,), tl.float32)
     effective_sum = tl.zeros((BLOCK_T,), tl.float32)
     through_sum = tl.zeros((BLOCK_T,), tl.float32)
+    if dmasked_ptr is not None:
+        masked_kl_sum = tl.zeros((BLOCK_T,), tl.float32)
+        masked_entropy_sum = tl.zeros((BLOCK_T,), tl.float32)
+        masked_clipped_sum = tl.zeros((BLOCK_T,), tl.float32)
+        masked_tokens_sum = tl.zeros((BLOCK_T,), tl.float32)
     ratio_min = tl.full((BLOCK_T,), INFINITY, tl.float32)
     ratio_max = tl.full((BLOCK_T,), -INFINITY, tl.float32)
     for start in range(0, length, BLOCK_T):
@@ -343,6 +378,16 @@ def grpo_loss_kernel(
             through += weight * dlogp
         else:
             direct += weight * dlogp
+        if dmasked_ptr is not None:
+            masked = at_least(tl.load(masked_logp_ptr + t, mask=valid, other=NAN), MIN_LOGP)
+            value, dvalue, dmasked, masked_kl, masked_entropy, masked_clipped, masked_tokens = perception(logp, masked, p)
+            tl.store(dmasked_ptr + begin + t, dmasked * share, mask=t < length)
+            direct += dvalue
+            value_sum += value
+            masked_kl_sum += masked_kl
+            masked_entropy_sum += masked_entropy
+            masked_clipped_sum += masked_clipped
+            masked_tokens_sum += masked_tokens
         if SEQUENCE:
             through_sum += through
         else:
@@ -384,6 +429,11 @@ def grpo_loss_kernel(
     tl.store(out + COLUMN_RATIO, tl.sum(ratio_sum, 0))
     tl.store(out + COLUMN_ROLLOUT, tl.sum(rollout_sum, 0) if ROLLOUT != "" else tokens)
     tl.store(out + COLUMN_EFFECTIVE, tl.sum(effective_sum, 0))
+    if dmasked_ptr is not None:
+        tl.store(out + COLUMN_MASKED_KL, tl.sum(masked_kl_sum, 0))
+        tl.store(out + COLUMN_MASKED_ENTROPY, tl.sum(masked_entropy_sum, 0))
+        tl.store(out + COLUMN_MASKED_CLIPPED, tl.sum(masked_clipped_sum, 0))
+        tl.store(out + COLUMN_MASKED_TOKENS, tl.sum(masked_tokens_sum, 0))
     tl.store(out + COLUMN_RATIO_MIN, tl.min(ratio_min, 0))
     tl.store(out + COLUMN_RATIO_MAX, tl.max(ratio_max, 0))
     tl.store(out + COLUMN_LOW_MIN, tl.where(units > 0, ratio_of(low, units), INFINITY))
@@ -432,6 +482,7 @@ def grpo_loss_finish_kernel(
     entropy_coef,
     accumulation_steps,
     BY_TOKENS: tl.constexpr,
+    PERCEPTION: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """Grid (1,): write the loss and the statistics."""
@@ -461,15 +512,21 @@ def grpo_loss_finish_kernel(
     tl.store(stats_ptr + STAT_EFFECTIVE_TOKENS, column_sum(partial_ptr, COLUMN_EFFECTIVE, S, BLOCK_S))
     tl.store(stats_ptr + STAT_ROLLOUT_MEAN, ratio_of(column_sum(partial_ptr, COLUMN_ROLLOUT, S, BLOCK_S), tokens))
     tl.store(stats_ptr + STAT_REGION_MEAN, low + high)  # a token is clipped at one bound at most
+    if PERCEPTION:
+        seen = column_sum(partial_ptr, COLUMN_MASKED_TOKENS, S, BLOCK_S)
+        tl.store(stats_ptr + STAT_MASKED_KL, ratio_of(column_sum(partial_ptr, COLUMN_MASKED_KL, S, BLOCK_S), seen))
+        tl.store(stats_ptr + STAT_MASKED_ENTROPY, ratio_of(column_sum(partial_ptr, COLUMN_MASKED_ENTROPY, S, BLOCK_S), seen))
+        tl.store(stats_ptr + STAT_MASKED_CLIPPED, ratio_of(column_sum(partial_ptr, COLUMN_MASKED_CLIPPED, S, BLOCK_S), seen))
+        tl.store(stats_ptr + STAT_MASKED_TOKENS, seen)
 
 
 def _row_major(x: torch.Tensor | None, whole_rows: bool = True) -> torch.Tensor | None:
     return x if x is None or x.stride(-1) == 1 or not whole_rows else x.contiguous()
 
 
-def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats) -> None:
+def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, dmasked, stats) -> None:
     size = inputs.num_sequences
-    rows = [inputs.logps, inputs.old_logps, inputs.ref_logps, inputs.rollout_logps, inputs.entropy]
+    rows = [inputs.logps, inputs.old_logps, inputs.ref_logps, inputs.rollout_logps, inputs.masked_logps, inputs.entropy]
     rows = [*map(_row_major, rows), _row_major(inputs.advantages, inputs.per_token), _row_major(inputs.loss_mask)]
     divisor, num_items, by_tokens = inputs.divisor(config)
     partial = stats.new_empty(size, NUM_COLUMNS.value)
@@ -483,6 +540,7 @@ def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats
                 inputs.entropy_threshold,
                 dlogp,
                 dentropy if dentropy.numel() else None,
+                dmasked if config.perception else None,
                 partial,
                 num_items,
                 divisor,
@@ -513,6 +571,7 @@ def fwd(inputs: LossInputs, config: GRPOLossConfig, loss, dlogp, dentropy, stats
             config.entropy_coef,
             inputs.accumulation_steps,
             BY_TOKENS=by_tokens,
+            PERCEPTION=config.perception,
             BLOCK_S=BLOCK_S,
             num_warps=4,
         )

@@ -1,6 +1,5 @@
 """The GRPO objective from hidden states and the head. Imports only torch: triton and ``_C`` load on first use."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from vlmkernels.ops.dispatch import schema
 from vlmkernels.ops.grpo_loss import grpo_loss
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
 from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, as_config, parse
-from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, metrics, require_finite, token_weights
+from vlmkernels.ops.grpo_loss.inputs import STATS, LossInputs, Sequences, metrics, num_stats, require_finite, token_weights
 from vlmkernels.ops.linear_grpo_loss.tokens import Tokens
 from vlmkernels.ops.linear_logps import linear_logps
 from vlmkernels.ops.linear_logps.check import budget, check, check_logits, operands
@@ -27,6 +26,8 @@ from vlmkernels.ops.linear_logps.sweep import (
     Sweep,
     default_dlogits_bytes,
     empty_gradients,
+    gradient_scale,
+    is_scaled,
     result_dtype,
     select_results,
     selected_indices,
@@ -58,6 +59,7 @@ class Inputs(NamedTuple):
     loss_mask: torch.Tensor | None
     cu_seqlens: torch.Tensor | None
     rollout_logps: torch.Tensor | None
+    masked_logps: torch.Tensor | None
     num_items: torch.Tensor | None
     accumulation_steps: float
     needed: list[bool]  # whether hidden, weight and bias need gradients
@@ -79,6 +81,7 @@ class Inputs(NamedTuple):
             loss_mask=self.loss_mask,
             cu_seqlens=self.cu_seqlens,
             rollout_logps=self.rollout_logps,
+            masked_logps=self.masked_logps,
             entropy=entropy,
             entropy_threshold=None,
             num_items=self.num_items,
@@ -93,6 +96,7 @@ class Outputs(NamedTuple):
     stats: torch.Tensor
     logps: torch.Tensor
     entropy: torch.Tensor
+    dmasked: torch.Tensor  # the gradient of masked_logps, not yet multiplied by dloss
     scale: torch.Tensor  # (): with is_scaled, multiplies the gradients below
     dlogits: torch.Tensor  # with keeps_dlogits: the gradients of all logits, not yet multiplied by dloss
     dhidden: torch.Tensor  # without keeps_dlogits: the gradients of the operands, not yet multiplied by dloss
@@ -115,8 +119,8 @@ class Gradient(NamedTuple):
 
 define(
     FWD,
-    f"({schema(Inputs)}) -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor scale, Tensor dlogits,"
-    " Tensor dhidden, Tensor dweight, Tensor dbias)",
+    f"({schema(Inputs)}) -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor dmasked, Tensor scale,"
+    " Tensor dlogits, Tensor dhidden, Tensor dweight, Tensor dbias)",
 )
 define(BWD, f"({schema(Gradient)}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)")
 
@@ -131,26 +135,9 @@ def in_one_sweep(config: GRPOLossConfig) -> bool:
     return per_token and corrected and config.off_policy_mask_threshold is None and config.top_entropy_quantile == 1
 
 
-def is_scaled(hidden: torch.Tensor) -> bool:
-    """Return whether the gradients of the logits are multiplied by ``gradient_scale``, because fp16 cannot hold 1e-8."""
-    return hidden.dtype == torch.float16
-
-
-# The largest weight of a token times gradient_scale is between half of this and this. The gradient of a logit then fits in fp16
-# up to |advantage| * ratio = 255, and small probabilities do not underflow in it.
-LARGEST_WEIGHT = 256.0
-
-
-def gradient_scale(tokens: Tokens) -> float:
-    """Return a power of two that makes the weights of the tokens large enough for gradients in fp16.
-
-    The loss scale cannot take its place, because it is a factor of dloss, which is known only in the backward pass. On a GPU
-    this waits for the weights.
-    """
-    largest = max(tokens.share.amax().item() if len(tokens.share) else 0.0, abs(tokens.entropy_scale))
-    if not 0 < largest < math.inf:
-        return 1.0
-    return 2.0 ** min(math.floor(math.log2(LARGEST_WEIGHT / largest)), 120)  # finite in fp32
+def largest_weight(tokens: Tokens) -> float:
+    """Return the largest weight of a token in the loss. On a GPU this waits for the weights."""
+    return max(tokens.share.amax().item() if len(tokens.share) else 0.0, abs(tokens.entropy_scale))
 
 
 @impl(FWD, "default")
@@ -186,7 +173,7 @@ def _fwd(*args: Any) -> Outputs:
     tokens = _tokens(loss_inputs, config, selected, sweep.num)
     scale = logps.new_empty(0)
     if is_scaled(hidden):
-        number = gradient_scale(tokens)
+        number = gradient_scale(largest_weight(tokens))
         scale, tokens = logps.new_full((), number), tokens.scaled(number)
     results = SelectedRows(
         targets=select_results(selected, targets),
@@ -205,11 +192,14 @@ def _fwd(*args: Any) -> Outputs:
     write_results(selected, entropy, results.entropy)
     if config.check_finite:
         require_finite(loss_inputs)
-    loss, stats, dlogp = logps.new_empty(()), logps.new_empty(len(STATS)), torch.empty_like(logps)
+    loss, stats, dlogp = logps.new_empty(()), logps.new_empty(num_stats(config)), torch.empty_like(logps)
     dentropy = torch.empty_like(logps) if config.entropy_coef else logps.new_empty(0)
-    select("grpo_loss", inputs.backend, logps).fwd(loss_inputs, config, loss, dlogp, dentropy, stats)
+    dmasked = torch.empty_like(logps) if config.perception else logps.new_empty(0)
+    select("grpo_loss", inputs.backend, logps).fwd(loss_inputs, config, loss, dlogp, dentropy, dmasked, stats)
+    if config.perception:
+        dmasked *= stats[STATS.index("policy_scale")]
     gradients = [hidden.new_empty(0) for _ in range(3)] if segments is None else segments.gradients.results()
-    return Outputs(loss, stats, logps, entropy, scale, dlogits, *gradients)
+    return Outputs(loss, stats, logps, entropy, dmasked, scale, dlogits, *gradients)
 
 
 def _tokens(inputs: LossInputs, config: GRPOLossConfig, selected: torch.Tensor | None, num: int) -> Tokens:
@@ -217,15 +207,15 @@ def _tokens(inputs: LossInputs, config: GRPOLossConfig, selected: torch.Tensor |
     sequences = Sequences(inputs)
     share, factor = token_weights(inputs, config, sequences)
     advantages = inputs.advantages if inputs.per_token else sequences.per_token(inputs.advantages)
-    old_logps, ref_logps, rollout_logps = (
-        None if x is None else select_results(selected, x) for x in (inputs.old_logps, inputs.ref_logps, inputs.rollout_logps)
-    )
+    policies = inputs.old_logps, inputs.ref_logps, inputs.rollout_logps, inputs.masked_logps
+    old_logps, ref_logps, rollout_logps, masked_logps = (None if x is None else select_results(selected, x) for x in policies)
     return Tokens(
         advantages=select_results(selected, advantages),
         share=select_results(selected, share * factor),
         old_logps=old_logps,
         ref_logps=ref_logps,
         rollout_logps=rollout_logps,
+        masked_logps=masked_logps,
         entropy_scale=-config.entropy_coef / (max(num, 1) * inputs.accumulation_steps),
     )
 
@@ -238,7 +228,10 @@ def _fwd_fake(*args: Any) -> Outputs:
     dlogits = hidden.new_empty(inputs.targets.numel() if kept else 0, len(weight))
     scale = logps.new_empty(() if is_scaled(hidden) else 0)
     gradients = empty_gradients(hidden, weight, inputs.bias, [False] * 3 if kept else inputs.needed, is_scaled(hidden))
-    return Outputs(logps.new_empty(()), logps.new_empty(len(STATS)), logps, torch.empty_like(logps), scale, dlogits, *gradients)
+    config = parse(inputs.config)
+    dmasked = logps.new_empty(logps.shape if config.perception else 0)
+    results = logps.new_empty(()), logps.new_empty(num_stats(config)), logps, torch.empty_like(logps), dmasked
+    return Outputs(*results, scale, dlogits, *gradients)
 
 
 register_fake(FWD, _fwd_fake)
@@ -281,18 +274,23 @@ register_fake(BWD, _bwd_fake)
 class _LinearGRPOLoss(torch.autograd.Function):
     """Both operators; https://pytorch.org/docs/stable/notes/extending.html
 
-    ``hidden``, ``weight`` and ``bias`` are arguments of their own, besides ``inputs``, so that autograd sees them. The results
-    of the forward pass that the backward pass uses, ``ctx.dlogits`` or ``ctx.gradients``, are not saved tensors: the backward
-    pass overwrites or frees them, and hooks of saved tensors (offloading) would copy gigabytes.
+    ``hidden``, ``weight``, ``bias`` and ``masked_logps`` are arguments of their own, besides ``inputs``, so that autograd sees
+    them. The results of the forward pass that the backward pass uses, ``ctx.dlogits`` or ``ctx.gradients``, are not saved
+    tensors: the backward pass overwrites or frees them, and hooks of saved tensors (offloading) would copy gigabytes.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, inputs: Inputs
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        masked_logps: torch.Tensor | None,
+        inputs: Inputs,
     ) -> tuple[torch.Tensor, ...]:
-        inputs = inputs._replace(hidden=hidden, weight=weight, bias=bias)
+        inputs = inputs._replace(hidden=hidden, weight=weight, bias=bias, masked_logps=masked_logps)
         outputs = Outputs(*torch.ops.vlmkernels.linear_grpo_loss_fwd(*inputs))
-        ctx.needed, ctx.used = inputs.needed, False
+        ctx.needed, ctx.used, ctx.dmasked = inputs.needed, False, outputs.dmasked
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
         ctx.scale = outputs.scale if is_scaled(hidden) else None
         if inputs.keeps_dlogits:
@@ -308,12 +306,13 @@ class _LinearGRPOLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if dloss is None:
-            return None, None, None, None
+            return None, None, None, None, None
         if ctx.used:
             raise RuntimeError(
                 "linear_grpo_loss supports one backward pass, which frees what the forward pass kept; for several passes use"
                 " grpo_loss(linear_logps(...))"
             )
+        dmasked = ctx.dmasked * dloss if ctx.needs_input_grad[3] else None
         dloss = dloss if ctx.scale is None else dloss / ctx.scale
         dlogits, gradients = ctx.dlogits, ctx.gradients
         ctx.dlogits, ctx.gradients, ctx.used = None, None, True
@@ -325,7 +324,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
             gradients = [x.mul_(dloss) for x in gradients]
         results = zip(gradients, ctx.dtypes, ctx.needed, strict=True)
         dhidden, dweight, dbias = (x.to(dtype) if n else None for x, dtype, n in results)
-        return dhidden, dweight, dbias, None
+        return dhidden, dweight, dbias, dmasked, None
 
 
 class LinearGRPOLossOutput(NamedTuple):
@@ -356,6 +355,7 @@ def linear_grpo_loss(
     loss_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     rollout_logps: torch.Tensor | None = None,
+    masked_logps: torch.Tensor | None = None,
     entropy_threshold: torch.Tensor | float | Callable[[torch.Tensor], torch.Tensor] | None = None,
     num_items: torch.Tensor | float | None = None,
     accumulation_steps: float = 1,
@@ -392,8 +392,8 @@ def linear_grpo_loss(
         targets: (B, T) integers, -100 for tokens that are not in the loss; with cu_seqlens (N,), without -100. ``hidden`` is
             (B, T, H) or (N, H), or any shape that ``rows`` index.
             Without cu_seqlens a GPU always gets a mask, because of -100, and each pass waits for it as in ``linear_logps``.
-        advantages, old_logps, ref_logps, loss_mask, cu_seqlens, rollout_logps, num_items, accumulation_steps, config: see
-            ``grpo_loss``.
+        advantages, old_logps, ref_logps, loss_mask, cu_seqlens, rollout_logps, masked_logps, num_items, accumulation_steps,
+            config: see ``grpo_loss``. ``masked_logps`` are a result of ``linear_logps`` for the rows given masked images.
         entropy_threshold: see ``grpo_loss``; or a function that computes it from the entropies of the tokens in the loss mask,
             (N,).
         keep_logits_bytes: upper bound on the memory of logit gradients that are kept, in the dtype of ``hidden``. Default:
@@ -401,8 +401,8 @@ def linear_grpo_loss(
         backend: see ``vlmkernels.backend``.
 
     Returns:
-        ``LinearGRPOLossOutput(loss, metrics, logps, entropy)``. ``hidden``, ``weight`` and ``bias`` get gradients if they
-        require them.
+        ``LinearGRPOLossOutput(loss, metrics, logps, entropy)``. ``hidden``, ``weight``, ``bias`` and ``masked_logps`` get
+        gradients if they require them.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as ``linear_logps`` and ``grpo_loss``.
@@ -429,6 +429,7 @@ def linear_grpo_loss(
         "loss_mask": loss_mask,
         "cu_seqlens": cu_seqlens,
         "rollout_logps": rollout_logps,
+        "masked_logps": masked_logps,
         "num_items": num_items,
         "accumulation_steps": accumulation_steps,
     }
@@ -484,11 +485,12 @@ def linear_grpo_loss(
         loss_mask=checked.loss_mask,
         cu_seqlens=checked.cu_seqlens,
         rollout_logps=checked.rollout_logps,
+        masked_logps=checked.masked_logps,
         num_items=checked.num_items,
         accumulation_steps=checked.accumulation_steps,
         needed=needed,
         config=config.text,
         backend=backend,
     )
-    loss, stats, logps, entropy = _LinearGRPOLoss.apply(hidden, weight, bias, inputs)
+    loss, stats, logps, entropy = _LinearGRPOLoss.apply(hidden, weight, bias, checked.masked_logps, inputs)
     return LinearGRPOLossOutput(loss, metrics(stats, checked, config), logps, entropy)

@@ -18,6 +18,7 @@ class Native(native.Native):
             old_logp=address(tokens.old_logps),
             ref_logp=address(tokens.ref_logps),
             rollout_logp=address(tokens.rollout_logps),
+            masked_logp=address(tokens.masked_logps),
             advantages=address(tokens.advantages),
             share=address(tokens.share),
             entropy_scale=tokens.entropy_scale,

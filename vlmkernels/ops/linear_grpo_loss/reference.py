@@ -3,7 +3,7 @@
 import torch
 
 from vlmkernels.ops.grpo_loss.config import MIN_LOGP, GRPOLossConfig
-from vlmkernels.ops.grpo_loss.reference import SURROGATES, bounded, combine
+from vlmkernels.ops.grpo_loss.reference import SURROGATES, bounded, combine, perception
 from vlmkernels.ops.linear_grpo_loss.tokens import Tokens
 from vlmkernels.ops.linear_logps.inputs import SelectedRows
 from vlmkernels.ops.linear_logps.reference import bwd, fwd, unsupported
@@ -31,6 +31,8 @@ def token_gradient(logp: torch.Tensor, tokens: Tokens, config: GRPOLossConfig) -
         weight = correction
     term = SURROGATES[config.loss.surrogate].term(logp, ratio, torch.zeros_like(logp), tokens.advantages, p)
     _, _, direct, through_ratio = combine(term, logp, ref, ratio, weight, config)
+    if tokens.masked_logps is not None:
+        direct = direct + perception(logp, tokens.masked_logps.clamp(min=MIN_LOGP), config).dlogp
     return (direct + through_ratio) * tokens.share
 
 

@@ -13,6 +13,7 @@ class Tokens(NamedTuple):
     old_logps: torch.Tensor | None
     ref_logps: torch.Tensor | None
     rollout_logps: torch.Tensor | None
+    masked_logps: torch.Tensor | None
     entropy_scale: float  # the derivative of the loss by the entropy of a token
 
     def chunk(self, part: slice) -> "Tokens":

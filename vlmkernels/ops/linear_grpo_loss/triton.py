@@ -26,6 +26,7 @@ def sweep(logits, hidden, selected: SelectedRows, tokens: Tokens, config: GRPOLo
         old_logp_ptr=tokens.old_logps,
         ref_logp_ptr=tokens.ref_logps,
         rollout_logp_ptr=tokens.rollout_logps,
+        masked_logp_ptr=tokens.masked_logps,
         adv_ptr=tokens.advantages,
         share_ptr=tokens.share,
         entropy_scale=tokens.entropy_scale,

@@ -18,15 +18,18 @@ from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes, row_bytes
 
 
 def operands(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, prefix: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return hidden states, weight and bias as a linear layer would use them: cast under autocast, with DTensors gathered."""
-    require_tensor("hidden", hidden)
-    require_tensor("weight", weight)
-    weight = gather_dtensor("weight", weight)
+    """Return hidden states, weight and bias as a linear layer would use them: cast under autocast, with DTensors gathered.
+
+    ``prefix`` is that of the arguments, for example "teacher_".
+    """
+    require_tensor(f"{prefix}hidden", hidden)
+    require_tensor(f"{prefix}weight", weight)
+    weight = gather_dtensor(f"{prefix}weight", weight)
     if bias is not None:
-        require_tensor("bias", bias)
-        bias = gather_dtensor("bias", bias)
+        require_tensor(f"{prefix}bias", bias)
+        bias = gather_dtensor(f"{prefix}bias", bias)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -48,36 +51,54 @@ def check_parallel(weight: torch.Tensor, vocab_parallel: VocabParallel | None) -
         )
 
 
-def check(inputs: Operands, temperature: float, logit_scale: float, softcap: float | None, mask_name: str = "mask") -> None:
-    """Check shapes, dtypes, devices and factors."""
-    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
-    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    require_dtype("hidden", hidden, *floats)
-    require_dtype("weight", weight, *dict.fromkeys((hidden.dtype, torch.promote_types(hidden.dtype, torch.float32))))
+def check_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    prefix: str = "",
+) -> None:
+    """Check shapes, dtypes, devices and factors of a head; ``prefix`` is that of its arguments, for example "teacher_"."""
+    states, matrix, offset, scale, cap = (f"{prefix}{x}" for x in ("hidden", "weight", "bias", "logit_scale", "softcap"))
+    require_dtype(states, hidden, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    require_dtype(matrix, weight, *dict.fromkeys((hidden.dtype, torch.promote_types(hidden.dtype, torch.float32))))
     width = hidden.shape[-1] if hidden.dim() else 0
     if weight.dim() != 2 or weight.shape[1] != width or len(weight) == 0:
-        raise ValueError(f"weight must be (V, H) with V >= 1 and the width of hidden, H = {width}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"{matrix} must be (V, H) with V >= 1 and the width of {states}, H = {width}, got {tuple(weight.shape)}"
+        )
     if bias is not None:
-        require_dtype("bias", bias, weight.dtype)
-        require_shape("bias", bias, weight.shape[:1], "the rows of weight")
+        require_dtype(offset, bias, weight.dtype)
+        require_shape(offset, bias, weight.shape[:1], f"the rows of {matrix}")
     require_factor("temperature", temperature)
-    require_factor("logit_scale", logit_scale)
+    require_factor(scale, logit_scale)
     if softcap is None:
-        require_factor("logit_scale / temperature", logit_scale / temperature)
+        require_factor(f"{scale} / temperature", logit_scale / temperature)
     else:
-        require_factor("softcap", softcap)
-        require_factor("logit_scale / softcap", logit_scale / softcap)
-    for name, tensor in {"weight": weight, "bias": bias}.items():
+        require_factor(cap, softcap)
+        require_factor(f"{scale} / {cap}", logit_scale / softcap)
+    for name, tensor in {matrix: weight, offset: bias}.items():
         if tensor is not None:
-            require_device(name, tensor, hidden.device, "hidden")
+            require_device(name, tensor, hidden.device, states)
+
+
+def check(inputs: Operands, temperature: float, logit_scale: float, softcap: float | None, mask_name: str = "mask") -> None:
+    """Check shapes, dtypes, devices and factors."""
+    hidden = inputs.hidden
+    check_head(hidden, inputs.weight, inputs.bias, temperature, logit_scale, softcap)
     require_targets("hidden", hidden, "hidden without its width", inputs.targets, inputs.mask, inputs.rows, mask_name)
 
 
-def check_logits(hidden: torch.Tensor, stats: torch.Tensor) -> None:
-    """Check that no logit overflowed. Only those of fp16 on the CPU have a smaller range than fp32. ``stats``: (N, 2)."""
+def check_logits(hidden: torch.Tensor, stats: torch.Tensor, name: str = "hidden") -> None:
+    """Check that no logit overflowed. Only those of fp16 on the CPU have a smaller range than fp32.
+
+    The maximum of each row is stats[:, 0].
+    """
     if hidden.device.type == "cpu" and hidden.dtype == torch.float16:
         maximum = stats[:, 0]
-        require_nowhere(maximum.isposinf(), "hidden", "have logits within fp16's range, up to 65504", maximum)
+        require_nowhere(maximum.isposinf(), name, "have logits within fp16's range, up to 65504", maximum)
 
 
 def check_bytes(name: str, value: int) -> None:

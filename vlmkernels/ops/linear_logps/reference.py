@@ -14,22 +14,13 @@ def unsupported(hidden: torch.Tensor) -> str | None:
     return None
 
 
-def _capped(logits, head):
-    """u and du/dx, in the dtype of computation."""
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if head.softcap is None:
-        return x, 1.0
-    tanh = torch.tanh(x * (head.logit_scale / head.softcap))
-    return head.softcap * tanh, head.logit_scale * (1 - tanh.square())
-
-
 def fwd(logits, hidden, selected: SelectedRows, head) -> None:
     """Write logp, entropy and stats of each row: stats are the maximum m of u, and log sum exp((u - m) inverse).
 
     The logp of a target below 0, a token of another part of the vocabulary, is -inf. That of a target of V or more is NaN.
     """
     targets, logp = selected.targets, selected.logp
-    u, _ = _capped(logits, head)
+    u, _ = head.capped(logits)
     maximum = u.max(-1, keepdim=True).values
     z = (u - maximum) * head.inverse
     log_sum = z.logsumexp(-1, keepdim=True)
@@ -44,7 +35,7 @@ def fwd(logits, hidden, selected: SelectedRows, head) -> None:
 def bwd(logits, selected: SelectedRows, head, out) -> None:
     """Write the gradient of the logits to ``out``, which may share their memory."""
     targets, stats, dlogp, dentropy = selected.targets, selected.stats, selected.dlogp, selected.dentropy
-    u, slope = _capped(logits, head)
+    u, slope = head.capped(logits)
     log_p = (u - stats[:, :1]) * head.inverse - stats[:, 1:]
     dlogp = dlogp.masked_fill(targets >= logits.shape[1], torch.nan)
     coefficient = dlogp.unsqueeze(-1)

@@ -1,5 +1,6 @@
 """The GEMMs of a language-model head over chunks of rows, so that the logits of all rows are never in memory at once."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,14 @@ class Head(NamedTuple):
     @property
     def inverse(self) -> float:
         return (self.logit_scale if self.softcap is None else 1.0) / self.temperature
+
+    def capped(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Return u and du/dx of logits x, in fp32 if they are narrower."""
+        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.softcap is None:
+            return x, 1.0
+        tanh = torch.tanh(x * (self.logit_scale / self.softcap))
+        return self.softcap * tanh, self.logit_scale * (1 - tanh.square())
 
 
 def selected_indices(mask: torch.Tensor | None, rows: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -100,6 +109,27 @@ def default_chunk_bytes(device: torch.device) -> int:
     return 2**28 if device.type == "cpu" else 2**30
 
 
+# The largest weight of a token times gradient_scale is between half of this and this. The gradient of a logit then fits in fp16
+# if its derivative of the token's loss is at most 255, and small probabilities do not underflow in it.
+LARGEST_WEIGHT = 256.0
+
+
+def is_scaled(hidden: torch.Tensor) -> bool:
+    """Return whether gradients of logits that a forward pass computes are multiplied by ``gradient_scale``.
+
+    fp16 cannot hold 1e-8. The loss scale cannot take its place: it is a factor of the gradient that autograd passes to the
+    backward pass.
+    """
+    return hidden.dtype == torch.float16
+
+
+def gradient_scale(largest: float) -> float:
+    """Return a power of two that makes weights of tokens up to ``largest`` large enough for gradients in fp16."""
+    if not 0 < largest < math.inf:
+        return 1.0
+    return 2.0 ** min(math.floor(math.log2(LARGEST_WEIGHT / largest)), 120)  # finite in fp32
+
+
 def default_dlogits_bytes(device: torch.device) -> int | None:
     """Return the default memory of logit gradients that are held besides the chunk.
 
@@ -145,6 +175,7 @@ class Sweep:
         index: torch.Tensor | None,
         chunk_bytes: int,
         kept: torch.Tensor | None = None,
+        rows_of_chunk: int | None = None,
     ) -> None:
         """
         Args:
@@ -153,13 +184,16 @@ class Sweep:
             index: (N,) int64, the selected rows of ``hidden``; None: all.
             chunk_bytes: upper bound on the memory of the buffer.
             kept: (K, V): the logits of the first K rows are written to it, instead of to the buffer, as one chunk.
+            rows_of_chunk: the number of rows per chunk, instead of what ``chunk_bytes`` allows.
         """
         self.hidden = flat(hidden)
         self.head, self.index = head, index
         self.num = len(self.hidden) if index is None else len(index)
         self.kept = min(self.num, 0 if kept is None else len(kept))
         self.kept_logits = kept
-        self.rows_of_chunk = _rows_of_chunk(self.num - self.kept, chunk_bytes, row_bytes(hidden, len(head.weight)))
+        if rows_of_chunk is None:
+            rows_of_chunk = _rows_of_chunk(self.num - self.kept, chunk_bytes, row_bytes(hidden, len(head.weight)))
+        self.rows_of_chunk = rows_of_chunk
         self.num_chunks = bool(self.kept) + -(-(self.num - self.kept) // self.rows_of_chunk)
         self.buffer: torch.Tensor | None = None
 

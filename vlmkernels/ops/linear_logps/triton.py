@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from vlmkernels.ops.gather_logps.triton import BLOCK_V, LN2, LOG2E, LOWEST, NUM_WARPS, exp2_and_exponent
-from vlmkernels.ops.grpo_loss.triton import MIN_LOGP, at_least, bounded, rollout_log_weight
+from vlmkernels.ops.grpo_loss.triton import MIN_LOGP, at_least, bounded, perception, rollout_log_weight
 from vlmkernels.ops.launch import unsupported_dtype
 from vlmkernels.ops.linear_logps.inputs import SelectedRows
 
@@ -61,9 +61,10 @@ def linear_logps_kernel(
     stats_ptr,  # (n, 2) likewise: m, log sum exp((u - m) inverse)
     dlogp_ptr,  # (n,), without SURROGATE
     dentropy_ptr,  # (n,) or None
-    old_logp_ptr,  # (n,) each, with SURROGATE; the first three may be None
+    old_logp_ptr,  # (n,) each, with SURROGATE; the first four may be None
     ref_logp_ptr,
     rollout_logp_ptr,
+    masked_logp_ptr,
     adv_ptr,
     share_ptr,
     dx_ptr,  # (n, V) out with WRITE, row k at k * stride_dx; may share the memory of logits
@@ -159,6 +160,10 @@ def linear_logps_kernel(
             if BIAS_CORRECTED:
                 direct *= ratio
                 through_ratio = p.beta * kl * ratio
+            if masked_logp_ptr is not None:
+                masked = at_least(tl.load(masked_logp_ptr + k), MIN_LOGP)
+                _loss, dperception, _dmasked, _kl, _entropy, _clipped, _seen = perception(own, masked, p)
+                direct += dperception
             # The ratio is per token, so the derivative through it is a derivative by logp, too.
             dlogp = (direct + through_ratio + weight * dlogp) * tl.load(share_ptr + k)
             dentropy = entropy_scale
@@ -186,7 +191,7 @@ def linear_logps_kernel(
 # The arguments of a stage that does not run.
 NOTHING = {
     **dict.fromkeys(("hidden_ptr", "weight_ptr", "bias_ptr", "dlogp_ptr", "dentropy_ptr", "old_logp_ptr", "ref_logp_ptr")),
-    **dict.fromkeys(("rollout_logp_ptr", "adv_ptr", "share_ptr", "dx_ptr", "p", "SURROGATE", "KL")),
+    **dict.fromkeys(("rollout_logp_ptr", "masked_logp_ptr", "adv_ptr", "share_ptr", "dx_ptr", "p", "SURROGATE", "KL")),
     **dict.fromkeys(("H", "stride_hidden", "stride_weight", "step_weight", "stride_dx"), 0),
     **dict.fromkeys(("READ", "WRITE", "BIAS_CORRECTED", "ROLLOUT", "ROLLOUT_MASK"), False),
     "entropy_scale": 0.0,
