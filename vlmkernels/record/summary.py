@@ -86,7 +86,7 @@ def repeated_share(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def length_correlation(advantages: GroupAdvantages, lengths: torch.Tensor, num_generations: int) -> float:
-    """Return the correlation of rewards and lengths within groups, over all of N completions; NaN if either never differs.
+    """Return the correlation of rewards and lengths within groups, over all of N completions; 0 if either never differs.
 
     Args:
         advantages: the result of ``group_advantages`` for the rewards of the completions.
@@ -97,4 +97,4 @@ def length_correlation(advantages: GroupAdvantages, lengths: torch.Tensor, num_g
     reward = reward.masked_fill(advantages.degenerate, 0.0)  # the mean of equal rewards may be rounded
     groups = lengths.to(reward).view(-1, num_generations)
     length = (groups - groups.mean(1, keepdim=True)).flatten()
-    return ((reward @ length) / (reward.norm() * length.norm())).item()
+    return ((reward @ length) / (reward.norm() * length.norm())).nan_to_num(0.0).item()
