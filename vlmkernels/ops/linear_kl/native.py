@@ -6,8 +6,8 @@ from vlmkernels.ops.launch import DTYPES, Launcher, address, unsupported_dtype
 
 
 class Native(Launcher):
-    def unsupported(self, hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> str | None:
-        return unsupported_dtype(hidden) or unsupported_dtype(teacher_hidden)
+    def unsupported(self, *tensors: torch.Tensor) -> str | None:
+        return next(filter(None, map(unsupported_dtype, tensors)), None)
 
     def side(self, logits, head):
         """Build the struct of one side."""

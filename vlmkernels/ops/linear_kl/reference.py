@@ -13,7 +13,7 @@ from vlmkernels.ops.linear_kl.divergence import divergence, gradient
 from vlmkernels.ops.linear_kl.inputs import Pair, SelectedRows
 
 
-def unsupported(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> str | None:
+def unsupported(*tensors: torch.Tensor) -> str | None:
     return None
 
 

@@ -10,8 +10,8 @@ from vlmkernels.ops.linear_kl.inputs import Pair, SelectedRows
 from vlmkernels.ops.linear_logps.triton import capped, slope_of
 
 
-def unsupported(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> str | None:
-    return unsupported_dtype(hidden) or unsupported_dtype(teacher_hidden)
+def unsupported(*tensors: torch.Tensor) -> str | None:
+    return next(filter(None, map(unsupported_dtype, tensors)), None)
 
 
 @triton.jit
