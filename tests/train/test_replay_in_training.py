@@ -71,11 +71,12 @@ def test_training(tmp_path):
     for one, other in zip(restored.rollout.routed_experts, trainer._experience.rollout.routed_experts, strict=True):
         assert torch.equal(one, other)
     restored.uses = 1
-    restored.check_arguments(trainer.args, "here")
+    kept = {"has_rewards": True, "has_teacher": False}
+    restored.check_arguments(trainer.args, "here", **kept)
     with pytest.raises(
         ValueError, match="saved mid-batch: router_replay must be True, as when its batch was sampled, got False"
     ):
-        restored.check_arguments(config(tmp_path, **options), "here")
+        restored.check_arguments(config(tmp_path, **options), "here", **kept)
 
 
 def test_an_engine_without_experts(tmp_path):

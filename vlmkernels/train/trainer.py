@@ -221,7 +221,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         rows: list[tuple[int, Sample]],
         num_generations: int,
         temperature: float,
-        resolution: Resolution | None,
+        resolution: Resolution | None = None,
         *,
         is_training: bool = False,
     ) -> tuple[list[tuple[int, Sample]], Rollout, Scored]:
@@ -229,7 +229,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
 
         Args:
             dataset, rows: pairs of an index and a sample that the dataset returned.
-            resolution: limits of image sizes, if they follow a schedule.
+            resolution: limits of image sizes, if they follow a schedule; None: the processor's.
             is_training: whether to mask images and to measure their use, if ``args`` say so.
 
         Returns:
