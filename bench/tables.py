@@ -346,7 +346,7 @@ def metrics() -> list[str]:
 
 def doctor() -> list[str]:
     from vlmkernels.doctor import RULES
-    from vlmkernels.doctor.text import markdown
+    from vlmkernels.doctor.output import markdown
 
     return markdown(RULES)
 

@@ -68,7 +68,7 @@ LEVELS = (
         for s in SCALES
     ),
 )
-# What saves memory and costs time, within a level: every combination is tried, and the fastest that fits is taken.
+# What saves memory and costs time, within a level: the fastest combination that fits is chosen.
 BUDGETS = (None, 65536, 32768, 16384, 8192, 4096, 2048)  # of microbatch_tokens
 SAVINGS: dict[str, tuple[Any, ...]] = {
     "checkpointing": (False, True),

@@ -3,15 +3,21 @@
 One generation batch serves ``steps_per_generation * num_iterations`` micro-batches:
 
     _prepare_inputs      calls _new_experience when the last batch is used up:
-      _sample              encodes prompts, samples completions with the engine and calls the reward functions; with
-                           dynamic_sampling several times (``vlmkernels.train.dynamic_sampling``)
-      group_advantages     computes advantages from the rewards of all processes
+      _sample              encodes prompts, samples completions with the engine and calls the reward functions
+      _add_advantages      computes advantages from the rewards of all processes
+      _record_sampling     adds the metrics of all sampled completions
       _add_fixed_logps     computes the old and the reference log-probabilities
     compute_loss         runs one micro-batch in splits of at most max_tokens_per_microbatch tokens:
       _split_loss          runs the forward pass; the language-model head computes the loss (``vlmkernels.ops``)
 
-With a teacher, ``_split_loss`` runs it first (``vlmkernels.train.distillation``). Without reward functions there is no GRPO
-loss: no advantages and no log-probabilities, only the divergence from the teacher.
+Options change single steps:
+
+    dynamic_sampling, oversampling   call _sample several times for a batch (``vlmkernels.train.dynamic_sampling``)
+    image_resolution_schedule        limits the size of the images that _sample encodes (``vlmkernels.data.resolution``)
+    perception_loss_weight, ...      _sample masks the images (``vlmkernels.train.masks``), and _split_loss runs both prompts
+    image_use_steps                  _sample measures the use of images (``vlmkernels.train.image_use``)
+    teacher                          _split_loss runs the teacher first (``vlmkernels.train.distillation``). Without reward
+                                     functions there is no GRPO loss, and so no advantages and no fixed log-probabilities.
 """
 
 import math
@@ -94,6 +100,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     Attributes:
         engine: the rollout engine, which samples the completions.
         prepared: how the policy runs; see ``PreparedPolicy``.
+        masks: masks images for the perception terms, or None.
+        image_use: measures the use of images, or None.
+        resolutions: the schedule of image sizes, or None.
         ref_model: the copy that is the reference, or None.
         teacher: how the teacher runs, or None.
     """

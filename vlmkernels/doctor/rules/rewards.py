@@ -4,10 +4,10 @@ import math
 from itertools import accumulate, pairwise
 from statistics import fmean
 
+from vlmkernels.doctor.completions import MARKS, Row, example, has_answer, recent, rows_of, since
 from vlmkernels.doctor.history import WINDOW, Curve, Run, reward_of
 from vlmkernels.doctor.rule import COMPLETIONS, NOTE, PROBLEM, Evidence, Rule
 from vlmkernels.doctor.rules.common import large_share
-from vlmkernels.doctor.texts import MARKS, Row, example, has_answer, recent, rows_of, since
 from vlmkernels.record.html import short
 
 ZERO_SPREAD = "frac_reward_zero_std"

@@ -13,7 +13,7 @@ def check_masks(trainer: Any, options: Options, *, overrides_loss: bool) -> None
     """Check that a constructed trainer supports the perception terms of the options.
 
     Args:
-        overrides_loss: whether the trainer keeps TRL's loss.
+        overrides_loss: whether the trainer overrides a part of the loss, and so keeps TRL's loss.
 
     Raises:
         ValueError: it is an RLOO trainer, keeps TRL's loss, has tools, or its model or dataset has no images.
