@@ -81,7 +81,7 @@ def test_fit_prints_a_command_that_vlmkernels_train_accepts(capsys, monkeypatch,
     text = capsys.readouterr().out
     found = fit(ModelShape.from_name("qwen2.5-vl-3b"), Workload(), replace(MACHINES["rtx-4090"], memory=memory_size(size)))
     assert f"fits into {memory_size(size) / 2**30:.1f} GiB: {found.level.name}" in text
-    assert "does not fit: all parameters needs at least " in text
+    assert "does not fit: all parameters (at least " in text
     assert f"of {memory_size(size) / 2**30:.1f} GiB" in text
     printed = text[text.index("vlmkernels train") :]
     words = shlex.split(printed.replace("\\\n", ""))

@@ -193,12 +193,12 @@ def fit_to_text(found: Fit, model: str) -> str:
     for name, smallest in found.smaller.items():
         item = max(smallest.memory, key=lambda item: smallest.memory[item])
         need = _gib(sum(smallest.memory.values()))
-        lines.append(f"does not fit: {name} needs at least {need} ({smallest.moment}; the largest item is: {item})")
+        lines.append(f"does not fit: {name} (at least {need}, {smallest.moment}; the largest item is: {item})")
     if not best.fits:
         need = _gib(sum(best.memory.values()))
         lines += ["", f"Nothing fits into {budget}. The smallest configuration, {found.level.name}, needs {need}:", ""]
         return "\n".join([*lines, to_text(best)])
-    lines += [f"fits into {budget}: {found.level.name}", *(f"given up: {text}" for text in found.gives_up), ""]
+    lines += [f"fits into {budget}: {found.level.name}", *(f"compromise: {text}" for text in found.compromises), ""]
     return "\n".join([*lines, to_text(best), "", command(found, model)])
 
 
@@ -261,7 +261,7 @@ def fit_to_json(found: Fit, model: str) -> str:
     needs = {
         name: {"bytes": sum(p.memory.values()), "memory": p.memory, "moment": p.moment} for name, p in found.smaller.items()
     }
-    about: dict[str, Any] = {"budget": found.plan.machine.memory, "level": found.level.name, "gives_up": found.gives_up}
+    about: dict[str, Any] = {"budget": found.plan.machine.memory, "level": found.level.name, "compromises": found.compromises}
     about |= {"does_not_fit": needs, "command": command(found, model) if found.plan.fits else None}
     return json.dumps(contents(found.plan) | {"fit": about}, indent=1)
 
