@@ -14,7 +14,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from vlmkernels.data.images import ImageLimits
 from vlmkernels.data.resolution import ResolutionSchedule
 from vlmkernels.models.masked_images import MASK_RATIO, check_mask_ratio
-from vlmkernels.models.quantized import as_values, quantized_arguments
+from vlmkernels.models.quantized import json_values, quantized_arguments
 from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
@@ -426,7 +426,7 @@ class GRPOConfig(TrainingArguments):
 
     def _check_memory(self) -> None:
         """Check what saves memory: quantization and the optimizer."""
-        self.model_init_kwargs = as_values(self.model_init_kwargs)
+        self.model_init_kwargs = json_values(self.model_init_kwargs)
         quantized_arguments(self.model_init_kwargs, self.compute_dtype)
         check_optimizer(self)
 

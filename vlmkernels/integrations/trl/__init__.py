@@ -128,7 +128,7 @@ class _Trainer:
         self._make_loss_config(self.args)
         if options.masks_images:
             check_masks(self, options, overrides_loss=self._overrides_loss())
-            self._loss_config = self._loss_config.replace(**options.perception)
+            self._loss_config = self._loss_config.replace(**options.perception_weights)
         if options.fast_images:
             self.processing_class = with_fast_images(self.processing_class)
         self._scorer = Scorer(self, options)

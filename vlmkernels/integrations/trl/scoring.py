@@ -68,18 +68,18 @@ class Options:
         for name in ("fast_images", "regroup"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        GRPOLossConfig(**self.perception)
+        GRPOLossConfig(**self.perception_weights)
         check_mask_ratio(self.mask_ratio)
 
     @property
-    def perception(self) -> dict[str, float]:
+    def perception_weights(self) -> dict[str, float]:
         """The weights of the terms of masked images, by the names in ``GRPOLossConfig``."""
         return {name: getattr(self, name) for name in PERCEPTION_WEIGHTS}
 
     @property
     def masks_images(self) -> bool:
         """Whether the loss has terms of masked images."""
-        return any(self.perception.values())
+        return any(self.perception_weights.values())
 
 
 @dataclass(frozen=True)
