@@ -246,24 +246,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """
         args, prepared = self.args, self.prepared
         with self.phases("data"):
-            arguments = prepared.encoding_arguments(self.processing_class, resolution)
-            options = {"policy": prepared, "args": args, "arguments": arguments}
-            encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
-            if self.agent is None:
-                episodes, (rows, prompts) = None, dataset.encode(rows, encode)
-                prompt_samples = [sample for _, sample in rows]
-            else:
-                self.agent.encoder.processor_arguments = arguments  # of images in results
-                # The seed is of the CPU's random state, which a checkpoint restores.
-                seed = int(torch.randint(2**31, ()))
-
-                def begin(samples: list[Sample]) -> tuple[Episodes, ModelInputs]:
-                    episodes = self.agent.episodes(samples, num_generations, seed)
-                    return episodes, encode(episodes.samples)
-
-                rows, begun = dataset.encode(rows, begin)
-                episodes, prompts = begun
-                prompt_samples = episodes.samples
+            rows, prompts, episodes = self._encode(dataset, rows, num_generations, resolution)
+            prompt_samples = [sample for _, sample in rows] if episodes is None else episodes.samples
             step = self.state.global_step
             masked = self.masks(prompts, step) if is_training and self.masks is not None else None
             measure = self.image_use.prepare(prompts, step) if is_training and self.image_use is not None else None
@@ -284,6 +268,26 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             options = {"columns": not args.remove_unused_columns, "trainer_state": self.state}
             scored = score_rollout(self.rewards, prompt_samples, rollout, self.processing_class, episodes, **options)
         return rows, rollout, scored
+
+    def _encode(
+        self, dataset: SampleDataset, rows: list[tuple[int, Sample]], num_generations: int, resolution: Resolution | None
+    ) -> tuple[list[tuple[int, Sample]], ModelInputs, Episodes | None]:
+        """Encode the prompts of samples, and with tools begin their episodes. For the arguments see ``_sample``."""
+        arguments = self.prepared.encoding_arguments(self.processing_class, resolution)
+        options = {"policy": self.prepared, "args": self.args, "arguments": arguments}
+        encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
+        if self.agent is None:
+            return *dataset.encode(rows, encode), None
+        self.agent.encoder.processor_arguments = arguments  # of images in results
+        # The seed is of the CPU's random state, which a checkpoint restores.
+        seed = int(torch.randint(2**31, ()))
+
+        def begin(samples: list[Sample]) -> tuple[Episodes, ModelInputs]:
+            episodes = self.agent.episodes(samples, num_generations, seed)
+            return episodes, encode(episodes.samples)
+
+        rows, (episodes, prompts) = dataset.encode(rows, begin)
+        return rows, prompts, episodes
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.rewards.weights.to(rewards.device)
