@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from transformers import TrainerCallback
 from vlmkernels.demo import suite
 from vlmkernels.evaluate.evaluation import ALL, Evaluation, EvaluationRows, Scoring
 from vlmkernels.evaluate.predictions import Predictions
-from vlmkernels.train import GRPOConfig
 
 BASE = "GRPO"
 # The arguments of GRPOConfig of each method.
@@ -43,12 +41,6 @@ METHODS: dict[str, dict[str, Any]] = {
 REPORTED = {ALL: "accuracy", **suite.METRICS}
 COSTS = ("step", "completions", "seconds")
 ROWS_PER_PROMPT = 3  # of the dataset, for every method: dynamic sampling needs more prompts than GRPO
-
-
-def available() -> list[str]:
-    """The methods whose arguments exist."""
-    names = {field.name for field in fields(GRPOConfig)}
-    return [method for method, options in METHODS.items() if options.keys() <= names]
 
 
 class Evaluate(TrainerCallback):
@@ -217,12 +209,10 @@ def main() -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--evaluations", type=int, default=8, help="number of evaluations of each run")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=available())
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--processes", type=int, default=2, help="number of jobs at the same time, each on one core")
     parser.add_argument("--output", type=Path, default=Path("ablation-output"))
     args = parser.parse_args()
-    if missing := [method for method in METHODS if method not in available()]:
-        print(f"Left out, because GRPOConfig lacks the arguments: {', '.join(missing)}")
     settings = {"steps": args.steps, "start_steps": args.start_steps, "seeds": args.seeds}
     settings["evaluate_every"] = max(1, args.steps // args.evaluations)
     check_settings(settings, args.output)

@@ -324,6 +324,12 @@ def _axes(family) -> set[str]:
     return {kinds.get(spec.axis, spec.axis) for spec in family.inputs.values()}
 
 
+def resampling() -> list[str]:
+    from resampling import table
+
+    return table()
+
+
 def _mixing(models: list, family) -> list[str]:
     layers = {layer for m in models for layer in getattr(m.config.get_text_config(), "layer_types", None) or ()}
     names = {"sliding_attention": "sliding windows", "linear_attention": "gated delta rule", "conv": "convolutions"}
@@ -340,7 +346,7 @@ def metrics() -> list[str]:
 
 def doctor() -> list[str]:
     from vlmkernels.doctor import RULES
-    from vlmkernels.doctor.text import markdown
+    from vlmkernels.doctor.output import markdown
 
     return markdown(RULES)
 
@@ -412,6 +418,7 @@ TABLES = {
     "speed": speed,
     "suite": suite,
     "ablation": ablation,
+    "resampling": resampling,
 }
 
 

@@ -57,6 +57,11 @@ def test_command(tmp_path, capsys):
             "--max_steps 3 --image_resolution_schedule " + SCHEDULE,
             "max_steps must be above the last step of the schedule, 3, got 3",
         ),
+        (
+            "--fit 24GB --max_steps 9 --image_resolution_schedule " + SCHEDULE,
+            "--fit must not be used together",
+        ),
+        ("--max_steps 9", "--max_steps must be used together with --image_resolution_schedule, got 9"),
         ("--images 0 --max_steps 9 --image_resolution_schedule " + SCHEDULE, "images do not keep their size"),
         ("--image-size 3y", "invalid size value: '3y'"),
         ("--image-size 0x8", "argument --image_size.*: invalid size value: '0x8'"),
@@ -76,7 +81,7 @@ def test_fit_prints_a_command_that_vlmkernels_train_accepts(capsys, monkeypatch,
     text = capsys.readouterr().out
     found = fit(ModelShape.from_name("qwen2.5-vl-3b"), Workload(), replace(MACHINES["rtx-4090"], memory=memory_size(size)))
     assert f"fits into {memory_size(size) / 2**30:.1f} GiB: {found.level.name}" in text
-    assert "does not fit: all parameters needs at least " in text
+    assert "does not fit: all parameters (at least " in text
     assert f"of {memory_size(size) / 2**30:.1f} GiB" in text
     printed = text[text.index("vlmkernels train") :]
     words = shlex.split(printed.replace("\\\n", ""))

@@ -245,7 +245,7 @@ def test_a_sparse_reward_does_not_collapse():
     assert "reward-collapse" not in found(history(reward=lambda step: 0.25 if step in (3, 17, 18, 40) else 0.0))
 
 
-def test_the_task_may_fall_while_the_format_is_learnt():
+def test_the_task_may_fall_while_the_format_is_learned():
     changes = {"rewards/format/mean": ramp(0.1, 0.98, 0, 10), "rewards/format/std": 0.1}
     assert found(history(20, **changes, **{"rewards/accuracy/mean": ramp(0.4, 0.0, 0, 15)}))["format-not-task"].step <= 20
     assert "format-not-task" not in found(history(20, **changes, **{"rewards/accuracy/mean": 0.1}))  # too early to say
@@ -280,7 +280,7 @@ def test_the_learning_rate_ends_at_0():
     finding = found(history(learning_rate=ramp(1e-5, 0.0, 0, 40), grad_norm=0.5))["no-update"]
     assert finding.severity == NOTE
     assert found(history(grad_norm=0.0, reward=0.2))["no-update"].severity == PROBLEM
-    assert found(history(grad_norm=ramp(1.0, 0.0, 0, 40)))["no-update"].severity == NOTE  # everything is learnt
+    assert found(history(grad_norm=ramp(1.0, 0.0, 0, 40)))["no-update"].severity == NOTE  # everything is learned
 
 
 def test_skipped_steps():

@@ -105,7 +105,7 @@ def test_fit_takes_the_fastest_plan_of_the_first_level(three):
     assert names == ["all parameters", "all parameters", "all parameters, optimizer in 8 bits", "LoRA"]
     tight = fit(three, Workload(), replace(L4, memory=6.5 * 2**30))
     assert tight.level.name.startswith("QLoRA")
-    assert "weights in 16 bits: linear layers have 4" in tight.gives_up
+    assert "weights of linear layers have 4 bits" in tight.compromises
 
 
 def test_fit_keeps_what_is_given(three):
@@ -143,7 +143,7 @@ def test_models_without_images_and_several_gpus():
     shape = ModelShape.from_config(tiny.text_model().config)
     found = fit(shape, Workload(images=0, prompts=2), L4)
     assert found.level.name == "all parameters"
-    assert found.gives_up == []
+    assert found.compromises == []
     none = fit(shape, Workload(images=0, prompts=2), replace(L4, memory=1.0))
     assert [*none.smaller] == ["all parameters", "all parameters, optimizer in 8 bits", "LoRA", "QLoRA, 4 bits"]
     sharded = fit(shape, Workload(images=0, gpus=2), replace(MACHINES["h100"], memory=1.0), ["gpus"])

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parse_arguments(parser, argv)
     from vlmkernels.doctor import PROBLEM, RULES, diagnose, read_run, unchecked
-    from vlmkernels.doctor.text import as_json, as_text
+    from vlmkernels.doctor.output import as_json, as_text
 
     with user_errors(parser):
         run = read_run(args.run)

@@ -67,14 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    machine = (
-        f"the device: {', '.join(MACHINES)} (data sheets), or a file written by --calibrate; by default h100, and rtx-4090"
-    )
-    machine += " with a --fit of at most 32 GB"
-    fitted = (
-        "find a configuration that fits into this memory, as 24GB or 16GiB; arguments with other values than the defaults stay"
-    )
-    schedule = "the cost of image sizes that change, as in vlmkernels train: a JSON list of {step, min_pixels, max_pixels}"
+    machine = f"the device: {', '.join(MACHINES)} (data sheets), or a file written by --calibrate; by default h100, or rtx-4090"
+    machine += " with --fit of at most 32 GB"
+    fitted = "find a configuration that fits into this memory, such as 24GB or 16GiB; arguments that are set do not change"
+    schedule = "plan an image resolution schedule, as in vlmkernels train: a JSON list of {step, min_pixels, max_pixels}"
     calibrated = "measure this machine's CPU and plan for it; with a path, save the measurement there for --machine"
     share = "run each prompt once per group: true, false, or auto (true if the model supports it)"
     add_flag(parser, "model", required=True, help=f"the model: {', '.join(MODELS)}, or the path of a model or its config.json")
@@ -197,12 +193,12 @@ def fit_to_text(found: Fit, model: str) -> str:
     for name, smallest in found.smaller.items():
         item = max(smallest.memory, key=lambda item: smallest.memory[item])
         need = _gib(sum(smallest.memory.values()))
-        lines.append(f"does not fit: {name} needs at least {need} ({smallest.moment}; the largest item is: {item})")
+        lines.append(f"does not fit: {name} (at least {need}, {smallest.moment}; the largest item is: {item})")
     if not best.fits:
         need = _gib(sum(best.memory.values()))
         lines += ["", f"Nothing fits into {budget}. The smallest configuration, {found.level.name}, needs {need}:", ""]
         return "\n".join([*lines, to_text(best)])
-    lines += [f"fits into {budget}: {found.level.name}", *(f"given up: {text}" for text in found.gives_up), ""]
+    lines += [f"fits into {budget}: {found.level.name}", *(f"compromise: {text}" for text in found.compromises), ""]
     return "\n".join([*lines, to_text(best), "", command(found, model)])
 
 
@@ -265,7 +261,7 @@ def fit_to_json(found: Fit, model: str) -> str:
     needs = {
         name: {"bytes": sum(p.memory.values()), "memory": p.memory, "moment": p.moment} for name, p in found.smaller.items()
     }
-    about: dict[str, Any] = {"budget": found.plan.machine.memory, "level": found.level.name, "gives_up": found.gives_up}
+    about: dict[str, Any] = {"budget": found.plan.machine.memory, "level": found.level.name, "compromises": found.compromises}
     about |= {"does_not_fit": needs, "command": command(found, model) if found.plan.fits else None}
     return json.dumps(contents(found.plan) | {"fit": about}, indent=1)
 
@@ -287,6 +283,10 @@ def main(argv: list[str]) -> int:
     """Print the plan and return 0; 1 if ``--fit`` finds none. Invalid arguments end the program with exit code 2."""
     parser = build_parser()
     args = parse_arguments(parser, argv)
+    if args.fit is not None and args.image_resolution_schedule is not None:
+        parser.error("--fit must not be used together with --image_resolution_schedule, whose costs are those of one workload")
+    if args.max_steps is not None and args.image_resolution_schedule is None:
+        parser.error(f"--max_steps must be used together with --image_resolution_schedule, got {args.max_steps}")
     if args.calibrate and args.machine:
         parser.error(f"--machine must not be used together with --calibrate, got {args.machine}")
     with user_errors(parser, "--model"):

@@ -131,6 +131,7 @@ class Family:
         return self.spec(name).axis
 
 
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # the input of the pixels, by kind of media
 FEATURES = ("image_features", "deepstack_features")  # replace pixels: see vlmkernels.models.image_features
 _TOKEN, _IMAGE, _VIDEO = Input("token"), Input("image"), Input("video")
 _TEXT = {"input_ids": _TOKEN, "attention_mask": _TOKEN}

@@ -21,12 +21,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from vlmkernels.models.families import FEATURES, family_of
+from vlmkernels.models.families import FEATURES, PIXELS, family_of
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import dropout_rates
 from vlmkernels.models.positions import POSITION_INPUTS
 
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 _REQUIREMENT = "mm_encoder_outputs, transformers >= 5.18"
 
 
@@ -187,7 +186,7 @@ def _features_from_keywords(module: torch.nn.Module, args: tuple, kwargs: dict) 
     layers = kwargs.pop("deepstack_features", None)
     idle = kwargs.pop("idle_media", None) or {}
     outputs, zeros = {}, []
-    for kind, pixels in _PIXELS.items():  # in one order on every rank: under ZeRO-3 the towers' modules run collectives
+    for kind, pixels in PIXELS.items():  # in one order on every rank: under ZeRO-3 the towers' modules run collectives
         if kind in idle:
             zeros.append(_idle_features(module, kind, idle[kind]))
         elif kind == "image" and features is not None:
@@ -196,7 +195,7 @@ def _features_from_keywords(module: torch.nn.Module, args: tuple, kwargs: dict) 
             outputs[kind] = _run_tower(getattr(module, f"get_{kind}_features"), kwargs)
     if index is not None:
         outputs["image"] = _repeated_features(outputs["image"], index.tolist())
-    kwargs = {name: x for name, x in kwargs.items() if name not in _PIXELS.values()}
+    kwargs = {name: x for name, x in kwargs.items() if name not in PIXELS.values()}
     if zeros:
         kwargs["idle_features"] = sum(zeros)
     return args, {**kwargs, "mm_encoder_outputs": outputs}

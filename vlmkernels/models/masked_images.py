@@ -13,12 +13,19 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig
 
+from vlmkernels.models.families import PIXELS
 from vlmkernels.models.inputs import ModelInputs, from_rows, to_rows
 
 BLACK, GREY = 0, 128
+MASK_RATIO = 0.6  # that of PAPO
 PATCH_SIZE = 14  # pixels; that of PAPO
-_PIXELS = ("pixel_values", "pixel_values_videos")
 _SIDE = 64  # pixels of the image of one color
+
+
+def check_mask_ratio(ratio: float) -> None:
+    """Check the share of patches that the perception terms mask. Without masks there would be nothing to compare."""
+    if not 0 < ratio <= 1:
+        raise ValueError(f"mask_ratio must be in (0, 1], got {ratio}")
 
 
 def uniform_pixels(
@@ -46,7 +53,7 @@ def uniform_pixels(
         metadata = [{"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3]}]
         options = {"video_metadata": metadata, "do_sample_frames": False}
         found |= processor.video_processor(videos=[frames], return_tensors="pt", **options)
-    return {name: _one_patch(found[name]) for name in _PIXELS if name in found}
+    return {name: _one_patch(found[name]) for name in PIXELS.values() if name in found}
 
 
 def _one_patch(pixels: torch.Tensor) -> torch.Tensor:
@@ -93,10 +100,9 @@ def mask_images(
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
     family = batch.family
-    if "image_features" in batch.inputs:
-        raise ValueError(f"inputs must have the pixels of their images (family {family.name}), got image_features")
+    _require_pixels(batch)
     inputs = dict(batch.inputs)
-    for name in _PIXELS:
+    for name in PIXELS.values():
         if name not in inputs:
             continue
         if name not in color:
@@ -123,14 +129,13 @@ def exchange_images(batch: ModelInputs) -> tuple[ModelInputs, torch.Tensor]:
         ValueError: the inputs have features in place of pixels.
     """
     family = batch.family
-    if "image_features" in batch.inputs:
-        raise ValueError(f"inputs must have the pixels of their images (family {family.name}), got image_features")
+    _require_pixels(batch)
     parts = {}  # by input, of each sample
     for name, tensor in batch.inputs.items():
         spec = family.spec(name)
         if spec.axis != "token" and spec.indexes is None:
             parts[name] = to_rows(tensor, spec).split(batch.rows[spec.axis].tolist())
-    pixels = [name for name in _PIXELS if name in parts]
+    pixels = [name for name in PIXELS.values() if name in parts]
     alike: dict[tuple, list[int]] = {}
     for sample in has_media(batch).nonzero()[:, 0].tolist():
         shapes = tuple(parts[name][sample].shape for name in pixels)
@@ -156,6 +161,11 @@ def media_of(batch: ModelInputs) -> set[str]:
 def has_media(batch: ModelInputs) -> torch.Tensor:
     """Return which samples have an image or a video, (B,) bool on the CPU."""
     return batch.rows["image"] + batch.rows["video"] > 0
+
+
+def _require_pixels(batch: ModelInputs) -> None:
+    if "image_features" in batch.inputs:
+        raise ValueError(f"inputs must have the pixels of their images (family {batch.family.name}), got image_features")
 
 
 def _new_keys(keys: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ def has_bitsandbytes() -> bool:
 _KEYS = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
 
 
-def as_values(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
+def json_values(model_init_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return ``model_init_kwargs`` with the settings of a ``BitsAndBytesConfig`` in its place, which JSON can hold."""
     config = (model_init_kwargs or {}).get("quantization_config")
     if not isinstance(config, BitsAndBytesConfig):

@@ -22,13 +22,13 @@ class Level:
     Attributes:
         name: name in reports.
         changes: values of fields of ``Workload``. ``lora_r`` stands for any rank above 0.
-        gives_up: what is lost against the first level.
+        compromises: how it differs from the first level.
         scale: factor of the pixels of images.
     """
 
     name: str
     changes: dict[str, Any]
-    gives_up: tuple[str, ...] = ()
+    compromises: tuple[str, ...] = ()
     scale: float = 1.0
 
     def allows(self, work: Workload, kept: Collection[str]) -> bool:
@@ -50,25 +50,30 @@ class Level:
 _FULL = {"lora_r": 0, "weights": "fp32", "optim": "adamw_torch_fused", "freeze_vision": False}
 _8_BITS = {**_FULL, "optim": "adamw_8bit"}
 _LORA = {"lora_r": LORA_R, "weights": "bf16"}
-_NO_FP32_MOMENTS = ("moments of the optimizer in 32 bits",)
-_LORA_LOSES = ("training all parameters: LoRA adapters on the decoder",)
-_QLORA_LOSES = (*_LORA_LOSES, "weights in 16 bits: linear layers have 4")
+_8_BIT_MOMENTS = ("moments of the optimizer have 8 bits",)
+_LORA_CHANGES = ("LoRA adapters on the decoder are trained, not all parameters",)
+_QLORA_CHANGES = (*_LORA_CHANGES, "weights of linear layers have 4 bits")
 LEVELS = (
     Level("all parameters", _FULL),
-    Level("all parameters, optimizer in 8 bits", _8_BITS, _NO_FP32_MOMENTS),
+    Level("all parameters, optimizer in 8 bits", _8_BITS, _8_BIT_MOMENTS),
     Level(
         "all but the vision tower, optimizer in 8 bits",
         {**_8_BITS, "freeze_vision": True},
-        (*_NO_FP32_MOMENTS, "training the vision tower"),
+        (*_8_BIT_MOMENTS, "the vision tower is not trained"),
     ),
-    Level("LoRA", _LORA, _LORA_LOSES),
-    Level("QLoRA, 4 bits", {**_LORA, "weights": "nf4"}, _QLORA_LOSES),
+    Level("LoRA", _LORA, _LORA_CHANGES),
+    Level("QLoRA, 4 bits", {**_LORA, "weights": "nf4"}, _QLORA_CHANGES),
     *(
-        Level(f"QLoRA, images of {s:g} times the pixels", {**_LORA, "weights": "nf4"}, (*_QLORA_LOSES, "image resolution"), s)
+        Level(
+            f"QLoRA, images of {s:g} times the pixels",
+            {**_LORA, "weights": "nf4"},
+            (*_QLORA_CHANGES, f"images have {s:g} times the pixels"),
+            s,
+        )
         for s in SCALES
     ),
 )
-# What saves memory and costs time, within a level: every combination is tried, and the fastest that fits is taken.
+# What saves memory and costs time, within a level: the fastest combination that fits is chosen.
 BUDGETS = (None, 65536, 32768, 16384, 8192, 4096, 2048)  # of microbatch_tokens
 SAVINGS: dict[str, tuple[Any, ...]] = {
     "checkpointing": (False, True),
@@ -92,15 +97,15 @@ class Fit:
     smaller: dict[str, Plan] = field(default_factory=dict)
 
     @property
-    def gives_up(self) -> list[str]:
-        """What the plan gives up against training all parameters in one forward pass."""
+    def compromises(self) -> list[str]:
+        """How the plan differs from training all parameters in one forward pass."""
         work = self.plan.work
         slower = {
             "activations are computed twice (activation checkpointing)": work.checkpointing,
             "activations wait in host memory (activation offloading)": work.activation_offloading,
-            f"{self.plan.tokens.packs} passes in place of one": self.plan.tokens.packs > 1,
+            f"{self.plan.tokens.packs} passes instead of one": self.plan.tokens.packs > 1,
         }
-        return [*self.level.gives_up, *(text for text, applies in slower.items() if applies)]
+        return [*self.level.compromises, *(text for text, applies in slower.items() if applies)]
 
 
 def _plans(shape: ModelShape, work: Workload, machine: Machine, kept: Collection[str]) -> tuple[list[Plan], list[ValueError]]:

@@ -41,7 +41,7 @@ PHASES = {
 
 REWARDS, COMPLETIONS, TOOLS, POLICY, MISMATCH = "Rewards", "Completions", "Tools", "Policy", "Training and rollout"
 OPTIMIZER, TIME, THROUGHPUT = "Optimizer", "Time", "Throughput"
-CHOICE = "Dynamic sampling"
+DYNAMIC_SAMPLING = "Dynamic sampling"
 
 # fmt: off
 # Metrics of sampled completions, which evaluation logs too, with EVAL_PREFIX.
@@ -77,15 +77,15 @@ SAMPLED = (
 )
 METRICS = (
     *SAMPLED,
-    LoggedMetric("dynamic_sampling/kept", CHOICE, "share of the sampled groups whose rewards differ"),
-    LoggedMetric("dynamic_sampling/filled", CHOICE, "share of the groups of a batch whose rewards are equal"),
-    LoggedMetric("dynamic_sampling/rounds", CHOICE, "rounds of sampling per batch"),
-    LoggedMetric("dynamic_sampling/prompts_sampled", CHOICE, "prompts sampled per batch, on all processes"),
-    LoggedMetric("dynamic_sampling/tokens_per_kept", CHOICE,
+    LoggedMetric("dynamic_sampling/kept", DYNAMIC_SAMPLING, "share of the sampled groups whose rewards differ"),
+    LoggedMetric("dynamic_sampling/filled", DYNAMIC_SAMPLING, "share of the groups of a batch whose rewards are equal"),
+    LoggedMetric("dynamic_sampling/rounds", DYNAMIC_SAMPLING, "rounds of sampling per batch"),
+    LoggedMetric("dynamic_sampling/prompts_sampled", DYNAMIC_SAMPLING, "prompts sampled per batch, on all processes"),
+    LoggedMetric("dynamic_sampling/tokens_per_kept", DYNAMIC_SAMPLING,
                  "tokens sampled per completion of a batch that is in a group whose rewards differ"),
-    LoggedMetric("dynamic_sampling/seconds_per_kept", CHOICE,
+    LoggedMetric("dynamic_sampling/seconds_per_kept", DYNAMIC_SAMPLING,
                  "seconds of sampling and scoring per completion of a batch that is in a group whose rewards differ"),
-    LoggedMetric("dynamic_sampling/epochs", CHOICE, "passes over the training prompts, with all that were sampled"),
+    LoggedMetric("dynamic_sampling/epochs", DYNAMIC_SAMPLING, "passes over the training prompts, with all that were sampled"),
     LoggedMetric("reward_length_correlation", REWARDS,
                  "correlation of the rewards and the lengths of completions of the same group"),
     LoggedMetric("completions/frac_special_tokens", COMPLETIONS,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from html import escape
 
 from vlmkernels.doctor import PROBLEM, RULES, Finding, Run, diagnose, unchecked
-from vlmkernels.doctor.text import summary, values_text
+from vlmkernels.doctor.output import summary, values_text
 from vlmkernels.record.html import picture
 from vlmkernels.report.curves import Point, curve
 

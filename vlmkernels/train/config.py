@@ -13,7 +13,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from vlmkernels.data.images import ImageLimits
 from vlmkernels.data.resolution import ResolutionSchedule
-from vlmkernels.models.quantized import as_values, quantized_arguments
+from vlmkernels.models.masked_images import MASK_RATIO, check_mask_ratio
+from vlmkernels.models.quantized import json_values, quantized_arguments
 from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
@@ -242,16 +243,19 @@ class GRPOConfig(TrainingArguments):
     )
     der_loss_weight1: float = _field(0.0, "Weight eta1 of the entropy with the images, which is minimized (PAPO).")
     der_loss_weight2: float = _field(0.0, "Weight eta2 of the entropy with masked images, which is minimized (PAPO).")
-    mask_ratio: float = _field(0.6, "Share of the patches of each image that masks blacken.")
+    mask_ratio: float = _field(
+        MASK_RATIO, "Probability with which a patch of an image is masked (black) in the perception terms."
+    )
     image_use_steps: int | None = _field(
-        None, "Optimizer steps between measurements of how much predictions depend on images; by default never."
+        None,
+        "Optimizer steps between measurements of image use (docs/perception.md); by default 10 with diagnose, otherwise never.",
     )
     scale_rewards: str = _field("group", "Standard deviation that advantages are divided by: 'group', 'batch' or 'none'.")
     reward_weights: list[float] | None = _field(None, "Weight per reward function; by default the function's own, or 1.")
     mask_truncated_completions: bool = _field(False, "Exclude completions cut off at max_completion_length from the loss.")
 
     teacher_model_init_kwargs: dict[str, Any] | str | None = _field(
-        None, "from_pretrained arguments, if the teacher is given by path. dtype is by default that of its files."
+        None, "from_pretrained arguments, if the teacher is given by path; the default dtype is that of its files."
     )
     distillation_coef: float = _field(1.0, "Weight of the divergence from the teacher in the loss.")
     distillation_beta: float = _field(
@@ -259,7 +263,9 @@ class GRPOConfig(TrainingArguments):
         "Divergence from the teacher: 0 is KL(teacher || policy), 1 is KL(policy || teacher), and a value between them is the "
         "generalized Jensen-Shannon divergence.",
     )
-    distillation_top_k: int | None = _field(None, "Compare only the teacher's most probable tokens, so many; by default all.")
+    distillation_top_k: int | None = _field(
+        None, "Compare only this many of the teacher's most probable tokens, and all others as one; by default the vocabulary."
+    )
 
     on_save_error: str = _field("raise", "What to do if a checkpoint cannot be written: 'raise', or 'skip' it.")
     on_bad_sample: str = _field("raise", "What to do with an unreadable row: 'raise', or 'skip' to the next row.")
@@ -380,8 +386,7 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
 
     def _check_perception(self) -> None:
-        if not 0 < self.mask_ratio <= 1:
-            raise ValueError(f"mask_ratio must be in (0, 1], got {self.mask_ratio}")
+        check_mask_ratio(self.mask_ratio)
         if self.image_use_steps is not None:
             require_number("image_use_steps", self.image_use_steps, "be an integer", Integral)
             if self.image_use_steps < 1:
@@ -421,7 +426,7 @@ class GRPOConfig(TrainingArguments):
 
     def _check_memory(self) -> None:
         """Check what saves memory: quantization and the optimizer."""
-        self.model_init_kwargs = as_values(self.model_init_kwargs)
+        self.model_init_kwargs = json_values(self.model_init_kwargs)
         quantized_arguments(self.model_init_kwargs, self.compute_dtype)
         check_optimizer(self)
 

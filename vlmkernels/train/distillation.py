@@ -244,7 +244,7 @@ def _plain(value: Any) -> Any:
 # The prepared teacher
 
 
-def _policys_view(rollout: Rollout) -> Rollout:
+def _policy_view(rollout: Rollout) -> Rollout:
     return rollout.with_inputs(without_pixels)
 
 
@@ -266,7 +266,7 @@ class Teacher:
         self.micro_batches = MicroBatches(prepared, args, accelerator)
         self.micro_batches.token_counts = policy.token_counts
         policy.share_splits = policy.share_splits and prepared.shares_prefix
-        policy.view, self.micro_batches.view = _policys_view, self._view
+        policy.view, self.micro_batches.view = _policy_view, self._view
         self._copies_weight = accelerator.is_fsdp2 or zero_stage(accelerator) == 3
         teacher_arguments = {f"teacher_{name}": value for name, value in prepared.logit_arguments.items()}
         self._options = {"temperature": args.temperature, **policy.policy.logit_arguments, **teacher_arguments}

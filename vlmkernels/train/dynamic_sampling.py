@@ -149,7 +149,7 @@ class BatchSampler:
                 found[process] += new
                 tokens += length
             is_last = not args.dynamic_sampling or rounds > args.max_resample_times
-            counts = [0 if is_last else _next_count(size, size - n, sum(found), prompts) for n in found]
+            counts = [0 if is_last else next_count(size, size - n, sum(found), prompts) for n in found]
         used = sum(min(n, size) for n in found)
         if args.dynamic_sampling and not used:
             raise RuntimeError(self._describe_failure(batch, prompts, rounds))
@@ -195,7 +195,7 @@ class BatchSampler:
         )
 
 
-def _next_count(size: int, missing: int, found: int, prompts: int) -> int:
+def next_count(size: int, missing: int, found: int, prompts: int) -> int:
     """Return how many prompts to sample for ``missing`` groups, at most ``size``, if ``found`` of ``prompts`` had spread."""
     return min(size, -(-max(missing, 0) * prompts // found)) if found else size
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from vlmkernels.models.families import PIXELS
 from vlmkernels.models.head import completion_logps
 from vlmkernels.models.masked_images import has_media
 from vlmkernels.models.packs import ScoringBatch
@@ -14,8 +15,6 @@ from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.parallel import max_over_ranks, requires_lockstep
 from vlmkernels.train.setup import PreparedPolicy
 from vlmkernels.train.token_counts import TokenCounts
-
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 class Split(NamedTuple):
@@ -101,7 +100,7 @@ class MicroBatches:
         self.token_counts.add_pass(rollout, split.samples, batch, is_padding=split.is_padding, branches=branches)
         if self.policy.idle_media is not None:
             idle = self.policy.idle_media.items()
-            batch.inputs["idle_media"] = {kind: inputs for kind, inputs in idle if _PIXELS[kind] not in batch.inputs}
+            batch.inputs["idle_media"] = {kind: inputs for kind, inputs in idle if PIXELS[kind] not in batch.inputs}
         return batch
 
     def logps(self, model: torch.nn.Module, head: torch.nn.Module, rollout: Rollout, indices: Iterable[int]) -> torch.Tensor:

@@ -3,15 +3,21 @@
 One generation batch serves ``steps_per_generation * num_iterations`` micro-batches:
 
     _prepare_inputs      calls _new_experience when the last batch is used up:
-      _sample              encodes prompts, samples completions with the engine and calls the reward functions; with
-                           dynamic_sampling several times (``vlmkernels.train.dynamic_sampling``)
-      group_advantages     computes advantages from the rewards of all processes
+      _sample              encodes prompts, samples completions with the engine and calls the reward functions
+      _add_advantages      computes advantages from the rewards of all processes
+      _record_sampling     adds the metrics of all sampled completions
       _add_fixed_logps     computes the old and the reference log-probabilities
     compute_loss         runs one micro-batch in splits of at most max_tokens_per_microbatch tokens:
       _split_loss          runs the forward pass; the language-model head computes the loss (``vlmkernels.ops``)
 
-With a teacher, ``_split_loss`` runs it first (``vlmkernels.train.distillation``). Without reward functions there is no GRPO
-loss: no advantages and no log-probabilities, only the divergence from the teacher.
+Options change single steps:
+
+    dynamic_sampling, oversampling   call _sample several times for a batch (``vlmkernels.train.dynamic_sampling``)
+    image_resolution_schedule        limits the size of the images that _sample encodes (``vlmkernels.data.resolution``)
+    perception_loss_weight, ...      _sample masks the images (``vlmkernels.train.masks``), and _split_loss runs both prompts
+    image_use_steps                  _sample measures the use of images (``vlmkernels.train.image_use``)
+    teacher                          _split_loss runs the teacher first (``vlmkernels.train.distillation``). Without reward
+                                     functions there is no GRPO loss, and so no advantages and no fixed log-probabilities.
 """
 
 import math
@@ -94,6 +100,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     Attributes:
         engine: the rollout engine, which samples the completions.
         prepared: how the policy runs; see ``PreparedPolicy``.
+        masks: masks images for the perception terms, or None.
+        image_use: measures the use of images, or None.
+        resolutions: the schedule of image sizes, or None.
         ref_model: the copy that is the reference, or None.
         teacher: how the teacher runs, or None.
     """
@@ -237,24 +246,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """
         args, prepared = self.args, self.prepared
         with self.phases("data"):
-            arguments = prepared.encoding_arguments(self.processing_class, resolution)
-            options = {"policy": prepared, "args": args, "arguments": arguments}
-            encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
-            if self.agent is None:
-                episodes, (rows, prompts) = None, dataset.encode(rows, encode)
-                prompt_samples = [sample for _, sample in rows]
-            else:
-                self.agent.encoder.processor_arguments = arguments  # of images in results
-                # The seed is of the CPU's random state, which a checkpoint restores.
-                seed = int(torch.randint(2**31, ()))
-
-                def begin(samples: list[Sample]) -> tuple[Episodes, ModelInputs]:
-                    episodes = self.agent.episodes(samples, num_generations, seed)
-                    return episodes, encode(episodes.samples)
-
-                rows, begun = dataset.encode(rows, begin)
-                episodes, prompts = begun
-                prompt_samples = episodes.samples
+            rows, prompts, episodes = self._encode(dataset, rows, num_generations, resolution)
+            prompt_samples = [sample for _, sample in rows] if episodes is None else episodes.samples
             step = self.state.global_step
             masked = self.masks(prompts, step) if is_training and self.masks is not None else None
             measure = self.image_use.prepare(prompts, step) if is_training and self.image_use is not None else None
@@ -275,6 +268,26 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             options = {"columns": not args.remove_unused_columns, "trainer_state": self.state}
             scored = score_rollout(self.rewards, prompt_samples, rollout, self.processing_class, episodes, **options)
         return rows, rollout, scored
+
+    def _encode(
+        self, dataset: SampleDataset, rows: list[tuple[int, Sample]], num_generations: int, resolution: Resolution | None
+    ) -> tuple[list[tuple[int, Sample]], ModelInputs, Episodes | None]:
+        """Encode the prompts of samples, and with tools begin their episodes. For the arguments see ``_sample``."""
+        arguments = self.prepared.encoding_arguments(self.processing_class, resolution)
+        options = {"policy": self.prepared, "args": self.args, "arguments": arguments}
+        encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
+        if self.agent is None:
+            return *dataset.encode(rows, encode), None
+        self.agent.encoder.processor_arguments = arguments  # of images in results
+        # The seed is of the CPU's random state, which a checkpoint restores.
+        seed = int(torch.randint(2**31, ()))
+
+        def begin(samples: list[Sample]) -> tuple[Episodes, ModelInputs]:
+            episodes = self.agent.episodes(samples, num_generations, seed)
+            return episodes, encode(episodes.samples)
+
+        rows, (episodes, prompts) = dataset.encode(rows, begin)
+        return rows, prompts, episodes
 
     def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
         weights = self.rewards.weights.to(rewards.device)

@@ -2,10 +2,10 @@
 
 from statistics import fmean
 
+from vlmkernels.doctor.completions import SPECIAL, Row, answer_of, example, groups_of, most_common, recent, rows_of, since
 from vlmkernels.doctor.history import WINDOW, Run
 from vlmkernels.doctor.rule import COMPLETIONS, NOTE, PROBLEM, Evidence, Rule
 from vlmkernels.doctor.rules.common import large_share
-from vlmkernels.doctor.texts import SPECIAL, Row, answer_of, example, groups_of, most_common, recent, rows_of, since
 from vlmkernels.record.html import short
 
 IMAGE_USE = "image_use/kl"
@@ -43,13 +43,14 @@ def _one_answer(run: Run) -> Evidence | None:
 def _image_ignored(run: Run) -> Evidence | None:
     use = run.curve(IMAGE_USE)
     first = use.values[0]
-    step = use.since(lambda value, _: value <= 0.005, 2)
-    fell = use.since(lambda value, _: value <= 0.1 * first, 2) if step is None else None
-    if (since := step or fell) is None:
+    severity, step = PROBLEM, use.since(lambda value, _: value <= 0.005, 2)
+    if step is None:
+        severity, step = NOTE, use.since(lambda value, _: value <= 0.1 * first, 2)
+    if step is None:
         return None
     text = f"With a grey image, the distributions of the next token differ from those with the image by {short(use.window())}"
-    text, shown = f"{text} nats (KL divergence), at first by {short(first)}.", example(run, since, lambda row: -row.advantage)
-    return Evidence(since, text, IMAGE_USE, use.window(), first, shown, NOTE if step is None else PROBLEM)
+    text, shown = f"{text} nats (KL divergence), at first by {short(first)}.", example(run, step, lambda row: -row.advantage)
+    return Evidence(step, text, IMAGE_USE, use.window(), first, shown, severity)
 
 
 def _count_special(row: Row) -> int:

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from functools import partial
 
+from vlmkernels.doctor.completions import Row, example
 from vlmkernels.doctor.history import WINDOW, Run, reward_of
 from vlmkernels.doctor.rule import Evidence
-from vlmkernels.doctor.texts import Row, example
 from vlmkernels.record.html import short
 
 Check = Callable[[Run], Evidence | None]

@@ -3,10 +3,10 @@
 from itertools import accumulate
 from statistics import fmean
 
+from vlmkernels.doctor.completions import RECENT, Row, example, length_correlation, recent, repetition, rows_of, since
 from vlmkernels.doctor.history import WINDOW, Run
 from vlmkernels.doctor.rule import COMPLETIONS, Evidence, Rule
 from vlmkernels.doctor.rules.common import changed, large_share
-from vlmkernels.doctor.texts import RECENT, Row, example, length_correlation, recent, repetition, rows_of, since
 from vlmkernels.record.html import short
 
 LENGTH = "completions/mean_length"

@@ -1,9 +1,9 @@
 """Rules about the policy: entropy, KL divergence, ratios, and the mismatch of training and rollout."""
 
+from vlmkernels.doctor.completions import example
 from vlmkernels.doctor.history import WINDOW, Run
 from vlmkernels.doctor.rule import NOTE, Evidence, Rule
 from vlmkernels.doctor.rules.common import changed
-from vlmkernels.doctor.texts import example
 from vlmkernels.record.html import short
 
 DIFFERENCE = "sampling/sampling_logp_difference/mean"

@@ -4,10 +4,10 @@ import math
 from itertools import accumulate, pairwise
 from statistics import fmean
 
+from vlmkernels.doctor.completions import MARKS, Row, example, has_answer, recent, rows_of, since
 from vlmkernels.doctor.history import WINDOW, Curve, Run, reward_of
 from vlmkernels.doctor.rule import COMPLETIONS, NOTE, PROBLEM, Evidence, Rule
 from vlmkernels.doctor.rules.common import large_share
-from vlmkernels.doctor.texts import MARKS, Row, example, has_answer, recent, rows_of, since
 from vlmkernels.record.html import short
 
 ZERO_SPREAD = "frac_reward_zero_std"
@@ -95,8 +95,8 @@ def _format_only(run: Run) -> Evidence | None:
 
 
 def _format_without(run: Run, name: str, tasks: list[str]) -> Evidence | None:
-    """Return evidence if the format is learnt, but the task is not: its rewards fell, or did not rise in ``SLOW`` logs."""
-    learnt = run.curve(f"rewards/{name}/mean")
+    """Return evidence if the format is learned, but the task is not: its rewards fell, or did not rise in ``SLOW`` logs."""
+    learned = run.curve(f"rewards/{name}/mean")
     curves = [run.curve(f"rewards/{task}/mean") for task in tasks]
 
     def holds(_: float, step: int) -> bool:
@@ -104,14 +104,14 @@ def _format_without(run: Run, name: str, tasks: list[str]) -> Evidence | None:
             return False
         gains = [curve.gain(step) for curve in curves]
         fell = run.improved(step, f"rewards/{name}/mean") and min(gains) < -2
-        return max(gains) <= 2 and (fell or learnt.count(step) >= SLOW)
+        return max(gains) <= 2 and (fell or learned.count(step) >= SLOW)
 
-    if not tasks or (step := learnt.since(holds)) is None:
+    if not tasks or (step := learned.since(holds)) is None:
         return None
     others = ", ".join(
         f"{task} went from {short(c.start)} to {short(c.window())}" for task, c in zip(tasks, curves, strict=True)
     )
-    text = f"{name} is {short(learnt.window())} (at first {short(learnt.start)}), but {others}."
+    text = f"{name} is {short(learned.window())} (at first {short(learned.start)}), but {others}."
     shown = example(run, step, lambda row: row.reward(name) - sum(map(row.reward, tasks)))
     return Evidence(step, text, f"rewards/{tasks[0]}/mean", curves[0].window(), curves[0].start, shown)
 
@@ -173,8 +173,8 @@ RULES = (
     Rule(
         "reward-saturated",
         "the reward has risen, and most groups have equal rewards now: the prompts have become too easy",
-        "Nothing is wrong with what was learnt. To learn more, use harder prompts, or set dynamic_sampling=True to resample"
-        " groups without spread.",
+        "This is not a fault. For further progress, use harder prompts, or set dynamic_sampling=True to resample groups without"
+        " spread.",
         ("reward", ZERO_SPREAD),
         _saturated,
         "four of five completions; DAPO (arXiv 2503.14476), section 3.2",

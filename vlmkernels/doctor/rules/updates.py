@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from vlmkernels.doctor.completions import context, example, groups_of, most_common, recent, since
 from vlmkernels.doctor.history import WINDOW, Curve, Run, is_finite, is_number
 from vlmkernels.doctor.rule import COMPLETIONS, NOTE, PROBLEM, Evidence, Rule
 from vlmkernels.doctor.rules import lengths, policy, rewards
 from vlmkernels.doctor.rules.common import changed, large_share
-from vlmkernels.doctor.texts import context, example, groups_of, most_common, recent, since
 from vlmkernels.record.html import short
 
 CHANGED = "frac_weights_changed"

@@ -35,6 +35,7 @@ from vlmkernels.integrations.trl.masks import check_masks
 from vlmkernels.integrations.trl.scoring import Options, Scorer
 from vlmkernels.models.head import replaced_method
 from vlmkernels.models.image_processor import with_fast_images
+from vlmkernels.models.masked_images import MASK_RATIO
 from vlmkernels.rollout.generate import report_prefix_sharing
 
 _LIBRARY = Library("vlmkernels.integrations.trl", "trl", ("1.16.",))
@@ -127,7 +128,7 @@ class _Trainer:
         self._make_loss_config(self.args)
         if options.masks_images:
             check_masks(self, options, overrides_loss=self._overrides_loss())
-            self._loss_config = self._loss_config.replace(**options.perception)
+            self._loss_config = self._loss_config.replace(**options.perception_weights)
         if options.fast_images:
             self.processing_class = with_fast_images(self.processing_class)
         self._scorer = Scorer(self, options)
@@ -242,7 +243,7 @@ def patch_trl(
     perception_loss_weight: float = 0.0,
     der_loss_weight1: float = 0.0,
     der_loss_weight2: float = 0.0,
-    mask_ratio: float = 0.6,
+    mask_ratio: float = MASK_RATIO,
 ) -> Patch:
     """Run ``trl.GRPOTrainer``, ``trl.RLOOTrainer`` and their subclasses on this package's ops::
 
@@ -266,7 +267,7 @@ def patch_trl(
         perception_loss_weight, der_loss_weight1, der_loss_weight2: add the terms of PAPO to the objective of ``GRPOTrainer``,
             with these weights: the KL divergence from the policy with masked images, which is maximized, and the entropies with
             the images and with masked images, which are minimized (docs/objective.md). Each completion runs twice.
-        mask_ratio: the share of the patches of each image that masks blacken.
+        mask_ratio: the probability with which a patch of an image is masked (black).
 
     Returns:
         The patch.

@@ -13,13 +13,13 @@ def check_masks(trainer: Any, options: Options, *, overrides_loss: bool) -> None
     """Check that a constructed trainer supports the perception terms of the options.
 
     Args:
-        overrides_loss: whether the trainer keeps TRL's loss.
+        overrides_loss: whether the trainer overrides a part of the loss, and so keeps TRL's loss.
 
     Raises:
         ValueError: it is an RLOO trainer, keeps TRL's loss, has tools, or its model or dataset has no images.
         NotImplementedError: the model is of no known family.
     """
-    name, value = next((name, value) for name, value in options.perception.items() if value)
+    name, value = next((name, value) for name, value in options.perception_weights.items() if value)
     columns = getattr(trainer.train_dataset, "column_names", None)
     model = base_model(trainer.accelerator.unwrap_model(trainer.model))
     reasons = {

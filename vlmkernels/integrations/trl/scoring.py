@@ -26,7 +26,15 @@ from vlmkernels.models.image_features import (
 )
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
-from vlmkernels.models.masked_images import BLACK, has_media, mask_images, patch_size_of, uniform_pixels
+from vlmkernels.models.masked_images import (
+    BLACK,
+    MASK_RATIO,
+    check_mask_ratio,
+    has_media,
+    mask_images,
+    patch_size_of,
+    uniform_pixels,
+)
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.models.trajectories import Turns, pack_turns
@@ -52,7 +60,7 @@ class Options:
     perception_loss_weight: float = 0.0
     der_loss_weight1: float = 0.0
     der_loss_weight2: float = 0.0
-    mask_ratio: float = 0.6
+    mask_ratio: float = MASK_RATIO
 
     def __post_init__(self) -> None:
         if not isinstance(self.share_prefix, bool) and self.share_prefix != "auto":
@@ -60,19 +68,18 @@ class Options:
         for name in ("fast_images", "regroup"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
-        GRPOLossConfig(**self.perception)
-        if not 0 < self.mask_ratio <= 1:
-            raise ValueError(f"mask_ratio must be in (0, 1], got {self.mask_ratio}")
+        GRPOLossConfig(**self.perception_weights)
+        check_mask_ratio(self.mask_ratio)
 
     @property
-    def perception(self) -> dict[str, float]:
+    def perception_weights(self) -> dict[str, float]:
         """The weights of the terms of masked images, by the names in ``GRPOLossConfig``."""
         return {name: getattr(self, name) for name in PERCEPTION_WEIGHTS}
 
     @property
     def masks_images(self) -> bool:
         """Whether the loss has terms of masked images."""
-        return any(self.perception.values())
+        return any(self.perception_weights.values())
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ def check(
     scales: tuple[float, float],
     softcaps: tuple[float | None, float | None],
     token_weights: torch.Tensor | None,
-) -> torch.Size:
-    """Check shapes, dtypes, devices and factors. Return the shape of the results."""
+) -> None:
+    """Check shapes, dtypes, devices and factors."""
     hidden, teacher_hidden = inputs.hidden, inputs.teacher_hidden
     check_head(hidden, inputs.weight, inputs.bias, temperature, scales[0], softcaps[0])
     check_head(
@@ -55,7 +55,6 @@ def check(
         require_device("token_weights", token_weights, hidden.device, "hidden")
         if token_weights.requires_grad:
             raise ValueError("token_weights must not require gradients, got requires_grad=True")
-    return shape
 
 
 def check_rows(inputs: Operands) -> None:

@@ -76,10 +76,10 @@ def _wrapped(label: str, text: str) -> list[str]:
 def example_text(example: Example) -> str:
     """Return one line about a completion: its step, the end of its prompt, itself, its rewards and references."""
     prompt, completion = example.prompt.strip(), example.completion
-    asked = prompt if len(prompt) <= 100 else f"... {prompt[-100:]}"
+    prompt = prompt if len(prompt) <= 100 else f"... {prompt[-100:]}"
     if len(completion) > MAX_SHOWN:
         completion = f"{completion[: MAX_SHOWN // 2]} ... {completion[-MAX_SHOWN // 2 :]}"
-    return f"step {example.step}, {asked!r} -> {completion!r} ({values_text(example)})"
+    return f"step {example.step}, {prompt!r} -> {completion!r} ({values_text(example)})"
 
 
 def values_text(example: Example) -> str:
