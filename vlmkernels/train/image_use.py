@@ -90,6 +90,7 @@ class ImageUse:
 
     def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig, media: set[str], every: int) -> None:
         self._policy, self._args, self._every = policy, args, every
+        self._prepared_at: int | None = None
         self._grey = uniform_pixels(processor, GREY, media, policy.processor_arguments)
 
     def is_due(self, step: int) -> bool:
@@ -101,12 +102,15 @@ class ImageUse:
     def prepare(self, prompts: ModelInputs, step: int) -> Callable[[torch.nn.Module, Rollout], dict[str, float]] | None:
         """Return a function that measures the completions of ``prompts``, or None if it is not time to.
 
+        A step is measured once: dynamic sampling samples several times for a batch.
+
         Args:
             prompts: the prompts of a generation batch, with pixels.
             step: number of optimizer steps done.
         """
-        if not self.is_due(step):
+        if step == self._prepared_at or not self.is_due(step):
             return None
+        self._prepared_at = step
         chosen = has_media(prompts).nonzero()[:MAX_PROMPTS, 0]
         return partial(self._measure, chosen, mask_images(prompts.select(chosen), self._grey))
 
