@@ -1,6 +1,7 @@
 """Every rule finds its fault in a synthetic history, and nothing in a healthy one that looks similar."""
 
 import math
+import random
 
 import pytest
 from support.histories import group, history, ramp, stored
@@ -254,6 +255,38 @@ def test_the_task_may_fall_while_the_format_is_learned():
 def test_a_task_that_is_never_solved():
     changes = {"rewards/format/mean": ramp(0.1, 0.98, 0, 10), "rewards/format/std": 0.1}
     assert "format-not-task" in found(history(**changes, **{"rewards/accuracy/mean": 0.0, "rewards/accuracy/std": 0.0}))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_task_may_rise_by_less_than_its_noise(seed):
+    """The accuracy of 64 completions of 8 prompts, from 0.3 to 0.5, of a model that has the format from the beginning."""
+    draw = random.Random(seed)
+    changes = {"rewards/format/mean": ramp(0.9, 1.0), "rewards/format/std": 0.1}
+    assert "format-not-task" not in found(
+        history(**changes, **{"rewards/accuracy/mean": lambda s: draw.gauss(0.3 + s / 300, 0.09)})
+    )
+
+
+def test_a_task_without_progress_is_a_note_before_100_logs():
+    changes = {"rewards/format/mean": 0.98, "rewards/format/std": 0.1, "rewards/accuracy/mean": 0.1}
+    assert found(history(60, **changes))["format-not-task"].severity == NOTE
+    assert found(history(110, **changes))["format-not-task"].severity == PROBLEM
+
+
+def test_a_task_that_is_never_scored():
+    changes = {"rewards/format/mean": 0.98, "rewards/format/std": 0.1}
+    assert "format-not-task" not in found(history(**changes, **{"rewards/accuracy/mean": math.nan}))
+
+
+def test_groups_that_dynamic_sampling_dropped_are_no_fault():
+    changes = {"reward": 0.1, "frac_reward_zero_std": 0.9}
+    assert "groups-without-spread" not in found(history(**changes, **{"dynamic_sampling/filled": 0.0}))
+    assert "groups-without-spread" in found(history(**changes, **{"dynamic_sampling/filled": 0.9}))
+
+
+def test_completions_of_one_token_are_not_truncated():
+    changes = {"completions/mean_length": 1.0, "completions/clipped_ratio": 1.0}
+    assert "truncation" not in found(history(noise=0, **changes))
 
 
 def test_a_format_without_a_task_is_no_fault():

@@ -166,6 +166,13 @@ def test_a_run_that_is_being_written(tmp_path):
     assert diagnose(run) == []
 
 
+def test_a_last_line_without_a_line_break_is_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.1}')
+    run = read_run(tmp_path)
+    assert [entry["step"] for entry in run.steps] == [1, 2]
+    assert run.notes == []
+
+
 def test_truncated_files_become_notes(tmp_path):
     folder = write_run(tmp_path / "run")
     for name in ("run.json", "completions/step-000012.json"):

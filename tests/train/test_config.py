@@ -117,6 +117,15 @@ def test_long_prompts_of_evaluation_are_named_or_skipped(tmp_path):
         ("distillation_beta", 1.5, r"must be in \[0, 1\], got 1.5"),
         ("distillation_coef", 0.0, "must be finite and > 0, got 0.0"),
         ("distillation_coef", float("inf"), "must be finite and > 0, got inf"),
+        ("mask_ratio", "0.6", "must be a number, got '0.6'"),
+        ("temperature", None, "must be a number, got None"),
+        ("dynamic_sampling", "false", "must be true or false, got 'false'"),
+        ("gradient_accumulation_steps", 0, "must be >= 1, got 0"),
+        ("per_device_train_batch_size", "4", "must be an integer, got '4'"),
+        ("generation_batch_size", -8, "must be >= 1, got -8"),
+        ("steps_per_generation", -2, "must be >= 1, got -2"),
+        ("scale_rewards", ["group"], r"must be one of group, batch, none, got \['group'\]"),
+        ("rollout_correction", 3, "must be None or one of .*, got 3"),
     ],
 )
 def test_numbers_are_in_range(tmp_path, name, value, rule):

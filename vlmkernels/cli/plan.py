@@ -52,11 +52,12 @@ def size(text: str) -> tuple[int, int]:
 
 
 def memory_size(text: str) -> float:
-    """Parse "24GB" or "16GiB" to bytes. argparse replaces the ValueError for any other text with its own message."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)?", text, re.IGNORECASE)
+    """Parse "24GB" or "16GiB" to bytes. A number without a unit is in GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT]i?B)?", text.strip(), re.IGNORECASE)
     if not found or not float(found[1]):
-        raise ValueError
-    return float(found[1]) * {"gb": 1e9, "gib": 2**30, "mb": 1e6, "mib": 2**20}[(found[2] or "GB").lower()]
+        raise argparse.ArgumentTypeError(f"must be a size above 0 in MB, MiB, GB, GiB, TB or TiB, such as 24GB, got {text!r}")
+    prefix, *binary = (found[2] or "GB").upper().removesuffix("B")
+    return float(found[1]) * (1024 if binary else 1000) ** " KMGT".index(prefix)
 
 
 def build_parser() -> argparse.ArgumentParser:

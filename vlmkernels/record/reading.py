@@ -72,11 +72,12 @@ def find_logs(folder: Path) -> list[Path]:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a file of lines is empty or ends with a line break."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 1))
-        return size == 0 or file.read() == b"\n"
+    """Whether the last line of a file of JSON objects can be read."""
+    last = path.read_bytes().rpartition(b"\n")[2].strip()
+    try:
+        return not last or isinstance(json.loads(last), dict)
+    except ValueError:
+        return False
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

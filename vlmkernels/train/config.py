@@ -5,7 +5,7 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -27,6 +27,13 @@ from vlmkernels.train.optimizers import check_optimizer
 
 ON_FAULT = ("raise", "skip")
 ROLLOUT_POLICIES = ("truncated", "full")
+_NUMBERS = {int: ("be an integer", Integral), float: ("be a number", Real)}
+_BATCHES = {"per_device_train_batch_size": int, "gradient_accumulation_steps": int}  # fields of TrainingArguments
+_COUNTS = (
+    "num_generations", "num_generations_eval", "max_completion_length", "num_iterations", "max_prompt_length", "max_num_seqs",
+    "max_tokens_per_microbatch", "generation_batch_size", "steps_per_generation", "max_resample_times", "image_use_steps",
+    "distillation_top_k",
+)  # fmt: skip
 
 # Fields of trl.GRPOConfig, of this and of earlier versions, that GRPOConfig does not have, and what serves instead.
 _CORRECTION = "use rollout_correction, rollout_clip_min and rollout_clip_max (docs/mismatch.md)"
@@ -157,10 +164,12 @@ class GRPOConfig(TrainingArguments):
     )
     temperature: float = _field(1.0, "Sampling temperature. Log-probabilities in the loss use it too.")
     eval_temperature: float | None = _field(None, "Temperature in evaluation, 0 for greedy decoding; by default temperature.")
-    top_p: float = _field(1.0, "Sample from the most probable tokens whose probabilities add up to top_p. 1 keeps all tokens.")
-    top_k: int = _field(0, "Sample from the top_k most probable tokens. 0 keeps all tokens.")
+    top_p: float | None = _field(
+        1.0, "Sample from the most probable tokens whose probabilities add up to top_p. 1 keeps all tokens."
+    )
+    top_k: int | None = _field(0, "Sample from the top_k most probable tokens. 0 keeps all tokens.")
     min_p: float | None = _field(None, "Drop tokens less probable than min_p times the most probable one; by default none.")
-    repetition_penalty: float = _field(1.0, "Above 1, tokens that occurred before become less probable; 1 is off.")
+    repetition_penalty: float | None = _field(1.0, "Above 1, tokens that occurred before become less probable; 1 is off.")
     max_num_seqs: int | None = _field(None, "Maximum completions decoded at the same time; by default the whole batch.")
     generation_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of transformers.GenerationConfig.")
     chat_template_kwargs: dict[str, Any] | str | None = _field(None, "Further arguments of apply_chat_template.")
@@ -288,6 +297,7 @@ class GRPOConfig(TrainingArguments):
     num_completions_to_print: int | None = _field(64, "Maximum number of completions stored at a log. None stores all.")
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -297,11 +307,13 @@ class GRPOConfig(TrainingArguments):
         self.rollout_engine = engine_name(self.rollout_engine, self.use_vllm, self.vllm_mode)
         self.use_vllm = self.rollout_engine != "transformers"
         self.vllm_mode = self.rollout_engine.removeprefix("vllm_") if self.use_vllm else self.vllm_mode or "colocate"
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         self.share_prefix = {"true": True, "false": False}.get(str(self.share_prefix).lower(), self.share_prefix)
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         self._check_values()
+        self.loss_config()
         self._check_sampling()
         self._check_correction()
         self._check_resampling()
@@ -312,8 +324,19 @@ class GRPOConfig(TrainingArguments):
         self._derive_batches()
         self._check_memory()
         self._check_image_resolution()
-        self.loss_config()
         self.tool_options()
+
+    def _check_types(self) -> None:
+        """Check the types of numbers and flags, because a flag "false" would count as true."""
+        for name, hint in {**GRPOConfig.__annotations__, **_BATCHES}.items():
+            hints, value = get_args(hint) or (hint,), getattr(self, name, None)
+            if value is None and {bool, type(None)} & {*hints}:
+                continue
+            if bool in hints and value not in (True, False):
+                raise TypeError(f"{name} must be true or false, got {value!r}")
+            for kind, (rule, number) in _NUMBERS.items():
+                if kind in hints:
+                    require_number(name, value, rule, number)
 
     def _apply_preset(self) -> None:
         """Set the fields of the preset that have their default values."""
@@ -327,11 +350,8 @@ class GRPOConfig(TrainingArguments):
                 setattr(self, name, value)
 
     def _check_values(self) -> None:
-        counts = ["num_generations", "num_generations_eval", "max_completion_length", "num_iterations"]
-        limits = ["max_prompt_length", "max_num_seqs", "max_tokens_per_microbatch"]
-        for name in counts + [name for name in limits if getattr(self, name) is not None]:
-            require_number(name, getattr(self, name), "be an integer", Integral)
-            if getattr(self, name) < 1:
+        for name in (*_BATCHES, *_COUNTS):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
@@ -378,19 +398,11 @@ class GRPOConfig(TrainingArguments):
             )
 
     def _check_resampling(self) -> None:
-        require_number("max_resample_times", self.max_resample_times, "be an integer", Integral)
-        if self.max_resample_times < 1:
-            raise ValueError(f"max_resample_times must be >= 1, got {self.max_resample_times}")
-        require_number("oversampling", self.oversampling, "be a number")
         if not 1 <= self.oversampling < math.inf:
             raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
 
     def _check_perception(self) -> None:
         check_mask_ratio(self.mask_ratio)
-        if self.image_use_steps is not None:
-            require_number("image_use_steps", self.image_use_steps, "be an integer", Integral)
-            if self.image_use_steps < 1:
-                raise ValueError(f"image_use_steps must be >= 1, got {self.image_use_steps}")
         if self.masks_images and self.router_replay:
             raise ValueError(
                 "router_replay must be False with perception_loss_weight, der_loss_weight1 or der_loss_weight2, because the "
@@ -403,16 +415,10 @@ class GRPOConfig(TrainingArguments):
         return any(getattr(self, name) for name in PERCEPTION_WEIGHTS)
 
     def _check_distillation(self) -> None:
-        for name in ("distillation_coef", "distillation_beta"):
-            require_number(name, getattr(self, name), "be a number", Real)
         if not 0 < self.distillation_coef < math.inf:
             raise ValueError(f"distillation_coef must be finite and > 0, got {self.distillation_coef}")
         if not 0 <= self.distillation_beta <= 1:
             raise ValueError(f"distillation_beta must be in [0, 1], got {self.distillation_beta}")
-        if self.distillation_top_k is not None:
-            require_number("distillation_top_k", self.distillation_top_k, "be an integer", Integral)
-            if self.distillation_top_k < 1:
-                raise ValueError(f"distillation_top_k must be >= 1, got {self.distillation_top_k}")
 
     def _check_vllm(self) -> None:
         if self.deterministic:

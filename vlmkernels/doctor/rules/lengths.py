@@ -19,6 +19,15 @@ def _length(row: Row) -> int:
     return len(row.text)
 
 
+_cut_off = large_share(CLIPPED, 0.25, "{share} of the completions are cut off at max_completion_length.", _length, kept=0.8)
+
+
+def _truncated(run: Run) -> Evidence | None:
+    length = run.curve(LENGTH)
+    # Completions of one token, such as the letter of a choice, have no room for the end of the sequence.
+    return None if len(length) and length.window() <= 1 else _cut_off(run)
+
+
 def _by_length(run: Run) -> Evidence | None:
     return _by_logged_length(run) if len(run.curve(CORRELATION)) >= WINDOW else _by_stored_length(run)
 
@@ -112,7 +121,7 @@ RULES = (
         "many completions are cut off, and their number does not fall",
         "Increase max_completion_length, add the reward soft_overlong, or set mask_truncated_completions=True.",
         (CLIPPED,),
-        large_share(CLIPPED, 0.25, "{share} of the completions are cut off at max_completion_length.", _length, kept=0.8),
+        _truncated,
         "a quarter of the completions, and at least 0.8 times the share at the beginning; DAPO (arXiv 2503.14476), section 3.4",
     ),
     Rule(

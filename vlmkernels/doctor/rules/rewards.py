@@ -11,6 +11,7 @@ from vlmkernels.doctor.rules.common import large_share
 from vlmkernels.record.html import short
 
 ZERO_SPREAD = "frac_reward_zero_std"
+FILLED = "dynamic_sampling/filled"  # groups without spread in the batch; ZERO_SPREAD then counts dropped groups, too
 NO_SPREAD = 0.8  # share of completions in groups with equal rewards: of a batch, a fifth or less is left to learn from
 SLOW, VERY_SLOW = 40, 100  # logs after which a reward that has not risen is worth a note, and a problem
 FORMAT = ("format", "tag", "xml", "json", "struct", "think", "template", "syntax")  # in the names of rewards of the format
@@ -32,30 +33,36 @@ def _flat(run: Run) -> Evidence | None:
 
 def _is_flat(reward: Curve, end: int) -> bool:
     """Whether the gain up to log ``end`` is not significant, and an optimistic estimate of it little more than the noise."""
-    quarter = end // 4
-    gain = fmean(reward.values[end - quarter : end]) - fmean(reward.values[:quarter])
-    error = reward.noise * math.sqrt(2 / quarter)
+    gain, error = _gain(reward, end)
     return gain < 1.5 * error and gain + 2 * error < 1.5 * reward.noise
 
 
-def _spread_is_lost(run: Run, improved: bool) -> int | None:
+def _gain(reward: Curve, end: int) -> tuple[float, float]:
+    """Return the difference between the last and the first quarter of the logs up to ``end``, and its standard error."""
+    quarter = end // 4
+    gain = fmean(reward.values[end - quarter : end]) - fmean(reward.values[:quarter])
+    return gain, reward.noise * math.sqrt(2 / quarter)
+
+
+def _spread_is_lost(run: Run, metric: str, improved: bool) -> int | None:
     """Return since when groups have no spread although the reward has, or because it has not, improved."""
-    share = run.curve(ZERO_SPREAD)
+    share = run.curve(metric)
     limit = max(NO_SPREAD, share.start - 3 * share.noise)
     return share.since(lambda value, step: value >= limit and run.improved(step) is improved)
 
 
 def _no_spread(run: Run) -> Evidence | None:
-    if (step := _spread_is_lost(run, improved=False)) is None:
+    metric = FILLED if run.names(FILLED) else ZERO_SPREAD
+    if (step := _spread_is_lost(run, metric, improved=False)) is None:
         return None
-    share, reward = run.curve(ZERO_SPREAD), run.curve("reward")
+    share, reward = run.curve(metric), run.curve("reward")
     level = f"; the mean reward is {short(reward.window())}" if len(reward) else ""
     text = f"{share.window():.0%} of the completions are in groups with equal rewards{level}."
-    return Evidence(step, text, ZERO_SPREAD, share.window(), share.start, example(run, step, lambda row: -abs(row.advantage)))
+    return Evidence(step, text, metric, share.window(), share.start, example(run, step, lambda row: -abs(row.advantage)))
 
 
 def _saturated(run: Run) -> Evidence | None:
-    if (step := _spread_is_lost(run, improved=True)) is None or _collapsed(run):
+    if (step := _spread_is_lost(run, ZERO_SPREAD, improved=True)) is None or _collapsed(run):
         return None
     share, reward = run.curve(ZERO_SPREAD), run.curve("reward")
     text = (
@@ -97,23 +104,33 @@ def _format_only(run: Run) -> Evidence | None:
 def _format_without(run: Run, name: str, tasks: list[str]) -> Evidence | None:
     """Return evidence if the format is learned, but the task is not: its rewards fell, or did not rise in ``SLOW`` logs."""
     learned = run.curve(f"rewards/{name}/mean")
-    curves = [run.curve(f"rewards/{task}/mean") for task in tasks]
+    scored = {task: curve for task in tasks if len(curve := run.curve(f"rewards/{task}/mean"))}
+
+    def fell(step: int) -> bool:
+        gains = [curve.gain(step) for curve in scored.values()]
+        return run.improved(step, f"rewards/{name}/mean") and min(gains) < -2 and max(gains) <= 2
 
     def holds(_: float, step: int) -> bool:
-        if not _is_saturated(run, name, step) or any(_is_saturated(run, task, step) for task in tasks):
+        if not _is_saturated(run, name, step) or any(_is_saturated(run, task, step) for task in scored):
             return False
-        gains = [curve.gain(step) for curve in curves]
-        fell = run.improved(step, f"rewards/{name}/mean") and min(gains) < -2
-        return max(gains) <= 2 and (fell or learned.count(step) >= SLOW)
+        return fell(step) or (learned.count(step) >= SLOW and not any(_has_risen(c, step) for c in scored.values()))
 
-    if not tasks or (step := learned.since(holds)) is None:
+    if not scored or (step := learned.since(holds)) is None:
         return None
-    others = ", ".join(
-        f"{task} went from {short(c.start)} to {short(c.window())}" for task, c in zip(tasks, curves, strict=True)
-    )
+    others = ", ".join(f"{task} went from {short(c.start)} to {short(c.window())}" for task, c in scored.items())
     text = f"{name} is {short(learned.window())} (at first {short(learned.start)}), but {others}."
     shown = example(run, step, lambda row: row.reward(name) - sum(map(row.reward, tasks)))
-    return Evidence(step, text, f"rewards/{tasks[0]}/mean", curves[0].window(), curves[0].start, shown)
+    severity = PROBLEM if fell(learned.steps[-1]) or len(learned) >= VERY_SLOW else NOTE
+    task, curve = next(iter(scored.items()))
+    return Evidence(step, text, f"rewards/{task}/mean", curve.window(), curve.start, shown, severity)
+
+
+def _has_risen(curve: Curve, step: int) -> bool:
+    """Whether a reward has risen, be it by less than its noise: over many logs, a small gain is significant."""
+    if (count := curve.count(step)) < SLOW:
+        return curve.gain(step) > 2
+    gain, error = _gain(curve, count)
+    return gain > 2 * error or curve.gain(step) > 2
 
 
 def _is_saturated(run: Run, name: str, step: int) -> bool:
@@ -199,11 +216,11 @@ RULES = (
     ),
     Rule(
         "format-not-task",
-        "a reward of the format is high, but the others fall, or do not rise in 40 logs",
+        "a reward of the format is high, but the others fall, or do not rise in 40 logs (a note) or 100 logs",
         "Lower the weight of the format in reward_weights, or give it only together with a correct answer.",
         ("rewards/*/mean", "rewards/*/std"),
         _format_only,
-        "nine of ten completions have the format; two standard deviations of the noise of the other rewards",
+        "nine of ten completions have the format; the other rewards differ from the beginning by less than two standard errors",
     ),
     Rule(
         "unparsed-as-zero",
