@@ -113,7 +113,7 @@ def measure(sizes: dict, work: dict) -> dict:
     trainer = GRPOTrainer(model, length, args, rows * (STEPS + 2), processing_class=processor, peft_config=adapters)
     clock = Clock(now)
     clock.watch(type(trainer.engine), "__call__", "sampling")
-    clock.watch(trainer, "_add_fixed_logps", "reference log-probs")
+    clock.watch(trainer.objective, "add_fixed_logps", "reference log-probs")
     clock.watch(trainer.model, "forward", "forward and loss")
     clock.watch(trainer.accelerator, "backward", "backward")
     clock.watch(trainer.accelerator, "clip_grad_norm_", "optimizer")

@@ -281,7 +281,7 @@ def our_training(case: TrainingCase, spans: Spans) -> Trainer:
 
     trainer.engine = GivenCompletions()
     spans.watch(trainer, "_new_experience", "data")
-    spans.watch(trainer, "_add_fixed_logps", "reference")
+    spans.watch(trainer.objective, "add_fixed_logps", "reference")
     return trainer
 
 

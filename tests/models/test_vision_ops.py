@@ -23,7 +23,7 @@ def test_training_equals_the_original_tower(tmp_path, monkeypatch, name):
     runs = []
     for ours in (True, False):
         if not ours:
-            monkeypatch.setattr("vlmkernels.train.setup.use_vision_ops", lambda model, processor: {})
+            monkeypatch.setattr("vlmkernels.train.prepare.use_vision_ops", lambda model, processor: {})
         trainer, logs, gradients = run_ours(
             tmp_path / str(ours), tiny.rows(8, "mixed"), model=MODELS[name](), funcs=(length_reward, vowel_reward),
             max_steps=2, learning_rate=1e-3, beta=0.1,

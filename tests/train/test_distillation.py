@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support import tiny
+from support.fake_vllm import FakeVLLM
 from support.training import FixedGenerate, Gradients, config, fixed_completions, length_reward, lora
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -65,10 +66,10 @@ def logits(model, row, completion):
     return model(**inputs).logits[0, -len(completion) - 1 : -1]
 
 
-def expected(teacher, beta, temperature, coef, groups=2, size=4):
+def expected(teacher, beta, temperature, coef, completions=None, policy=None, size=4):
     """The mean divergence per token, and the gradients of the loss, over all tokens of a step."""
-    policy, teacher = tiny.vlm(), Qwen2_5_VLForConditionalGeneration.from_pretrained(teacher)
-    completions, total = fixed_completions(groups * size), 0.0
+    policy, teacher = policy or tiny.vlm(), Qwen2_5_VLForConditionalGeneration.from_pretrained(teacher)
+    completions, total = completions or fixed_completions(2 * size), 0.0
     for index, completion in enumerate(completions):
         row = DATA[index // size]
         log_p = (logits(policy, row, completion) / temperature).log_softmax(-1)
@@ -136,12 +137,32 @@ def test_the_divergence_is_added_to_the_grpo_loss(tmp_path, teacher, case):
     prompts = trainer._experience.rollout.prompts.inputs
     assert {"pixel_values", "image_features"} & prompts.keys() == {"pixel_values", *["image_features"][: case == "lora"]}
     assert trainer.teacher.prepared.shares_prefix == (case != "copies for the teacher")
-    assert trainer.micro_batches.share_splits == (case != "copies for the teacher")
+    assert trainer.objective.models.micro_batches.shares_prefix == (case != "copies for the teacher")
     assert log["loss"] == pytest.approx(grpo_log["loss"] + pure_log["loss"], rel=1e-4)
     assert log["distillation/divergence"] == pytest.approx(pure_log["distillation/divergence"], rel=1e-4)
     assert_close(both, {name: gradient + pure[name] for name, gradient in grpo.items()})
     assert "distillation/divergence" not in grpo_log
     assert not {name for name in pure_log if name.startswith("reward")} | {"entropy", "policy_loss"} & pure_log.keys()
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_completions_of_a_vllm_server(tmp_path, teacher, freeze):
+    """The teacher scores what vLLM sampled. With a frozen tower the policy reads features, and the teacher pixels."""
+    fake, gradients = FakeVLLM(), Gradients()
+    options = {"rollout_engine": "vllm_server", "vllm_server_base_url": fake.url, "use_cpu": True, "freeze_vision": freeze}
+    try:
+        model, args = tiny.vlm(tied=False), config(tmp_path, **options)
+        trainer = GRPOTrainer(model, None, args, DATA, processing_class=tiny.processor(), teacher=teacher)
+        trainer.add_callback(gradients)
+        trainer.train()
+    finally:
+        fake.http.shutdown()
+        fake.http.server_close()
+    rollout = trainer._experience.rollout
+    assert ("image_features" in rollout.prompts.inputs) == freeze
+    mean, other = expected(teacher, 1.0, 1.0, 1.0, rollout.token_ids(), tiny.vlm(tied=False))
+    assert trainer.state.log_history[0]["distillation/divergence"] == pytest.approx(mean, rel=1e-4)
+    assert_close(gradients.steps[0], {name: g for name, g in other.items() if not (freeze and "visual" in name)})
 
 
 def test_other_families(tmp_path):

@@ -13,8 +13,8 @@ from support.training import config, vowel_reward
 from vlmkernels.models.image_features import encode_images
 from vlmkernels.ops.group_advantages import group_advantages
 from vlmkernels.rewards import Rewards, Scores
-from vlmkernels.train import setup
 from vlmkernels.train.dynamic_sampling import has_spread
+from vlmkernels.train.prepare import encode_prompts
 from vlmkernels.train.sampler import PromptStream
 
 torch.set_num_threads(1)
@@ -205,7 +205,7 @@ def test_image_features_of_a_frozen_tower(tmp_path):
     trainer.train()
     prompts, indices = trainer._experience.rollout.prompts, rows_of_batch(trainer)
     assert indices == [2, 3, 4, 5]
-    encode = partial(setup.encode_prompts, processor=trainer.processing_class, policy=trainer.prepared, args=trainer.args)
+    encode = partial(encode_prompts, processor=trainer.processing_class, prepared=trainer.prepared, args=trainer.args)
     _, expected = trainer.samples.encode(trainer.samples.__getitems__(indices), encode)
     expected = encode_images(trainer.prepared.model, expected)
     assert torch.equal(prompts.image_keys, expected.image_keys)

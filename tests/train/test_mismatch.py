@@ -373,8 +373,8 @@ def test_weights_of_long_completions(tmp_path):
     old = rollout.logps + 0.3 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
     everything, results = torch.arange(len(mask)), []
     for shift in (0.0, -300.0, 300.0):
-        trainer.mismatch.add(rollout, everything, mask, torch.where(mask, old + shift / mask.sum(1, keepdim=True), 0))
-        results.append(trainer.mismatch.flush(trainer.accelerator)["sampling/effective_sample_size"])
+        trainer.objective.mismatch.add(rollout, everything, mask, torch.where(mask, old + shift / mask.sum(1, keepdim=True), 0))
+        results.append(trainer.objective.mismatch.flush(trainer.accelerator)["sampling/effective_sample_size"])
     assert results == pytest.approx([results[0]] * 3, rel=1e-3)
     assert results[0] < 0.9
 
@@ -387,19 +387,21 @@ def test_log_probabilities_of_sampling_without_those_of_the_vocabulary(tmp_path)
     alone = replace(rollout, logps=None, log_kept_mass=None, sampling_logps=rollout.logps - rollout.log_kept_mass)
     everything, old, found = torch.arange(len(mask)), rollout.logps.nan_to_num() - 0.1, []
     for each in (rollout, alone):
-        trainer.mismatch.add(each, everything, mask, old)
-        found.append(trainer.mismatch.flush(trainer.accelerator))
-    torch.testing.assert_close(*(trainer.mismatch.rollout_logps(each, everything) for each in (rollout, alone)), equal_nan=True)
+        trainer.objective.mismatch.add(each, everything, mask, old)
+        found.append(trainer.objective.mismatch.flush(trainer.accelerator))
+    torch.testing.assert_close(
+        *(trainer.objective.mismatch.rollout_logps(each, everything) for each in (rollout, alone)), equal_nan=True
+    )
     unknown = {"sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"}
     kept = {"sampling/kept_mass/mean", "sampling/kept_mass/min"}
     assert found[0].keys() - found[1].keys() == kept
     for name, value in found[1].items():
         assert value == (None if name in unknown else pytest.approx(found[0][name]))
-    trainer.mismatch.policy = "full"
+    trainer.objective.mismatch.policy = "full"
     with pytest.raises(
         ValueError, match="rollout_policy must be 'truncated' with an engine that does not return log-probabilities"
     ):
-        trainer.mismatch.rollout_logps(alone, everything)
+        trainer.objective.mismatch.rollout_logps(alone, everything)
 
 
 def test_off_policy_mask_uses_the_log_probabilities_of_the_engine(tmp_path):

@@ -50,7 +50,7 @@ def test_training(tmp_path):
     assert any(not given for given, _ in passes)  # of the rollout
     reference = []
     trainer.ref_model.model.layers[0].mlp.gate.register_forward_hook(lambda m, a, o: reference.append(m.expert_replay.given))
-    trainer._add_fixed_logps(trainer._experience)
+    trainer.objective.add_fixed_logps(trainer.model_wrapped, trainer.policy, trainer._experience)
     assert reference
     assert all(given is None for given in reference)
 

@@ -15,7 +15,7 @@ from vlmkernels.rollout.base import Engine
 from vlmkernels.rollout.generate import Generate
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.parallel import requires_lockstep
-from vlmkernels.train.setup import PreparedPolicy
+from vlmkernels.train.prepare import PreparedModel
 
 COMPLETIONS, TOKENS = 2, 4  # of one prompt
 PROMPT = "The quick brown fox"
@@ -41,11 +41,11 @@ def measure_agreement(
     model: PreTrainedModel,
     processor: object,
     engine: Engine,
-    policy: PreparedPolicy,
+    policy: PreparedModel,
     args: GRPOConfig,
     accelerator: Accelerator,
 ) -> Agreement | None:
-    """Sample a few tokens with the engine and compute their log-probabilities as in training.
+    """Sample a few tokens with the engine, compute their log-probabilities as in training, and print how far they differ.
 
     It changes no random state. The metrics ``sampling/sampling_logp_difference`` measure the same over all tokens of a step.
 
@@ -77,4 +77,6 @@ def measure_agreement(
     assert rollout.logps is not None
     difference = (logps - rollout.logps[rollout.completion_mask]).abs()
     dtype = torch.get_autocast_dtype(args.device.type) if accelerator.mixed_precision in ("bf16", "fp16") else model.dtype
-    return Agreement(difference.mean().item(), difference.max().item(), len(difference), str(dtype).removeprefix("torch."))
+    found = Agreement(difference.mean().item(), difference.max().item(), len(difference), str(dtype).removeprefix("torch."))
+    print(found, flush=True)
+    return found

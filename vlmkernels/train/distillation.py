@@ -5,11 +5,13 @@ the policy computes the divergence from both models' hidden states (``vlmkernels
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -18,17 +20,17 @@ from vlmkernels.data.samples import tokenizer_of
 from vlmkernels.models.distillation import divergence_term, teacher_output
 from vlmkernels.models.families import family_of
 from vlmkernels.models.head import Term
-from vlmkernels.models.image_features import without_pixels
-from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import embedding_rows, load_config, load_model, load_processor
 from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS
 from vlmkernels.rewards import Rewards
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.generate import report_prefix_sharing
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.micro_batches import MicroBatches, Split
+from vlmkernels.train.micro_batches import Split
 from vlmkernels.train.parallel import is_zero3_sharded, prepare_reference, zero_stage
-from vlmkernels.train.setup import PreparedPolicy, prepare_policy
+from vlmkernels.train.passes import Passes, teacher_view
+from vlmkernels.train.prepare import PreparedModel, prepare_model
+from vlmkernels.train.token_counts import TokenCounts
 
 logger = logging.get_logger(__name__)
 
@@ -103,24 +105,22 @@ class LoadedTeacher:
 
     Args:
         model: the teacher, frozen and in evaluation mode.
-        path: where it was loaded from, as far as that is known.
-        notes: how it was compared with the policy, where that is not obvious.
+        about: what ``run.json`` says about it. Its "notes" say how it was compared with the policy, where that is not obvious.
     """
 
     model: PreTrainedModel
-    path: str
-    notes: list[str]
+    about: dict[str, Any]
 
 
 def load_teacher(
-    teacher: str | PreTrainedModel | None, model: PreTrainedModel, processor: Any, media: set[str], args: GRPOConfig
-) -> LoadedTeacher | None:
+    teacher: str | PreTrainedModel, model: PreTrainedModel, processor: Any, media: set[str], args: GRPOConfig
+) -> LoadedTeacher:
     """Compare the vocabulary and the images of a teacher with those of the policy, and load it.
 
     A teacher that is given as a model is frozen and put into evaluation mode.
 
     Args:
-        teacher: the teacher or its path, or None for a run without one.
+        teacher: the teacher or its path.
         model: the policy.
         processor: the policy's processor or tokenizer.
         media: the kinds of media that training can have.
@@ -128,8 +128,6 @@ def load_teacher(
     Raises:
         ValueError: the teacher cannot be loaded, or has another vocabulary, or processes images in another way.
     """
-    if teacher is None:
-        return None
     given = isinstance(teacher, torch.nn.Module)
     try:
         config = teacher.config if given else load_config(teacher, args.teacher_model_init_kwargs)
@@ -145,7 +143,21 @@ def load_teacher(
             _compare("image processor", processor.image_processor, own.image_processor, _IMAGE_PROCESSOR)
     if not given:
         teacher = load_model(teacher, {"dtype": "auto"} | (args.teacher_model_init_kwargs or {}))
-    return LoadedTeacher(teacher.requires_grad_(False).eval(), path, notes)
+    return LoadedTeacher(teacher.requires_grad_(False).eval(), _describe(teacher, path, notes))
+
+
+def _describe(model: PreTrainedModel, path: str, notes: list[str]) -> dict[str, Any]:
+    """Return the section "teacher" of ``run.json``."""
+    # transformers knows how many numbers a quantized parameter holds, but not how many one that ZeRO-3 sharded.
+    size = sum(p.ds_numel for p in model.parameters()) if is_zero3_sharded(model) else model.num_parameters()
+    return {
+        "path": path or None,
+        "model type": model.config.model_type,
+        "parameters": size,
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
+        "adapters": is_peft_model(model),
+        "notes": notes,
+    }
 
 
 def _processor_at(path: str, args: GRPOConfig) -> tuple[Any, str]:
@@ -244,42 +256,28 @@ def _plain(value: Any) -> Any:
 # The prepared teacher
 
 
-def _policy_view(rollout: Rollout) -> Rollout:
-    return rollout.with_inputs(without_pixels)
-
-
 class Teacher:
     """A teacher as the trainer runs it.
 
     Args:
         model: the teacher, perhaps wrapped.
-        prepared: how it runs.
-        policy: the micro-batches of the policy, which are then cut so that the teacher can run them too.
+        passes: the inputs of its forward passes.
+        policy: how the policy runs.
+        args: the arguments of the run.
+        copies_weight: see ``teacher_output``.
 
     Attributes:
-        micro_batches: the model inputs of the teacher.
+        prepared: how the teacher runs.
     """
 
-    def __init__(self, model: torch.nn.Module, prepared: PreparedPolicy, policy: MicroBatches) -> None:
-        args, accelerator = policy.args, policy.accelerator
-        self.model, self.prepared, self.args = model, prepared, args
-        self.micro_batches = MicroBatches(prepared, args, accelerator)
-        self.micro_batches.token_counts = policy.token_counts
-        policy.share_splits = policy.share_splits and prepared.shares_prefix
-        policy.view, self.micro_batches.view = _policy_view, self._view
-        self._copies_weight = accelerator.is_fsdp2 or zero_stage(accelerator) == 3
-        teacher_arguments = {f"teacher_{name}": value for name, value in prepared.logit_arguments.items()}
-        self._options = {"temperature": args.temperature, **policy.policy.logit_arguments, **teacher_arguments}
+    def __init__(
+        self, model: torch.nn.Module, passes: Passes, policy: PreparedModel, args: GRPOConfig, *, copies_weight: bool
+    ) -> None:
+        self.model, self.prepared = model, passes.prepared
+        self._passes, self._args, self._copies_weight = passes, args, copies_weight
+        teacher_arguments = {f"teacher_{name}": value for name, value in self.prepared.logit_arguments.items()}
+        self._options = {"temperature": args.temperature, **policy.logit_arguments, **teacher_arguments}
         self._options |= {"beta": args.distillation_beta, "top_k": args.distillation_top_k}
-
-    def _view(self, rollout: Rollout) -> Rollout:
-        """Return the rollout with the inputs of the teacher: pixels, because features are those of the policy's tower."""
-        family = self.prepared.family
-
-        def own(inputs: ModelInputs) -> ModelInputs:
-            return replace(inputs, inputs={n: x for n, x in inputs.inputs.items() if n in family.inputs}, family=family)
-
-        return replace(rollout.with_inputs(own), routed_experts=None)
 
     def term(self, rollout: Rollout, split: Split, tokens: torch.Tensor, num_items: float) -> Term:
         """Run the teacher on a split, and return the term of the loss; see ``completion_loss``.
@@ -291,45 +289,41 @@ class Teacher:
             tokens: (N,) bool, which of the tokens that the policy sampled count in the loss.
             num_items: the number of tokens that count in an optimizer step, averaged over processes.
         """
-        batch = self.micro_batches.scoring_batch(rollout, split).select(tokens)
+        batch = self._passes.scoring_batch(rollout, split).select(tokens)
         output = teacher_output(self.model, batch, head=self.prepared.head, copies_weight=self._copies_weight)
-        return divergence_term(output, token_weight=self.args.distillation_coef / num_items, **self._options)
+        return divergence_term(output, token_weight=self._args.distillation_coef / num_items, **self._options)
 
 
-def prepare_teacher(loaded: LoadedTeacher, policy: MicroBatches, processor: Any, media: set[str]) -> Teacher:
-    """Prepare a teacher as the reference is prepared. Changes the model in place; see ``prepare_policy``.
+def prepare_teacher(
+    loaded: LoadedTeacher,
+    policy: PreparedModel,
+    processor: Any,
+    media: set[str],
+    args: GRPOConfig,
+    accelerator: Accelerator,
+    token_counts: TokenCounts,
+) -> Teacher:
+    """Prepare a teacher as the reference is prepared. Changes the model in place; see ``prepare_model``.
 
     Args:
-        policy: see ``Teacher``.
+        policy: how the policy runs.
         processor, media: see ``load_teacher``.
+        token_counts: see ``Passes``.
 
     Raises:
         NotImplementedError: the teacher cannot read the pixels in the form that the policy reads.
     """
-    model, args, accelerator = loaded.model, policy.args, policy.accelerator
-    prepared = prepare_policy(model, processor, args, accelerator, media, is_teacher=True)
-    if media and prepared.processor_arguments != policy.policy.processor_arguments:
-        kind = "uint8" if policy.policy.processor_arguments else "normalized"
+    model = loaded.model
+    prepared = prepare_model(model, processor, args, accelerator, media, is_teacher=True)
+    if media and prepared.processor_arguments != policy.processor_arguments:
+        kind = "uint8" if policy.processor_arguments else "normalized"
         raise NotImplementedError(f"teacher must read {kind} pixels, as model does, got {type(prepared.model).__name__}")
     if not (dtype := prepared.head.weight.dtype).is_floating_point:
         raise ValueError(f"teacher must have a head of floating-point numbers, which is not quantized, got {dtype}")
     if accelerator.is_main_process:
         report_prefix_sharing({"the teacher": prepared.copies_reason})
-        for note in loaded.notes:
+        for note in loaded.about["notes"]:
             logger.warning("teacher: %s", note)
-    return Teacher(prepare_reference(accelerator, model), prepared, policy)
-
-
-def describe_teacher(loaded: LoadedTeacher) -> dict[str, Any]:
-    """Return the section "teacher" of ``run.json``. Call it before the model is sharded."""
-    model = loaded.model
-    # transformers knows how many numbers a quantized parameter holds, but not how many one that ZeRO-3 sharded.
-    size = sum(p.ds_numel for p in model.parameters()) if is_zero3_sharded(model) else model.num_parameters()
-    return {
-        "path": loaded.path or None,
-        "model type": model.config.model_type,
-        "parameters": size,
-        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
-        "adapters": is_peft_model(model),
-        "notes": loaded.notes,
-    }
+    passes = Passes(prepared, args, token_counts, partial(teacher_view, family=prepared.family))
+    copies_weight = accelerator.is_fsdp2 or zero_stage(accelerator) == 3
+    return Teacher(prepare_reference(accelerator, model), passes, policy, args, copies_weight=copies_weight)

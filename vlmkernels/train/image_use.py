@@ -17,10 +17,11 @@ from vlmkernels.models.packs import ScoringBatch
 from vlmkernels.ops.linear_kl import linear_kl
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.setup import PreparedPolicy
+from vlmkernels.train.prepare import PreparedModel
 
 DEFAULT_STEPS = 10  # between measurements with diagnose
 MAX_PROMPTS, MAX_COMPLETIONS = 4, 8  # prompts and completions of a generation batch that are measured
+Measure = Callable[[torch.nn.Module, Rollout], dict[str, float]]  # of a model and a rollout: returns metrics
 
 
 def image_use(
@@ -88,7 +89,7 @@ class ImageUse:
         every: optimizer steps between measurements.
     """
 
-    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig, media: set[str], every: int) -> None:
+    def __init__(self, processor: Any, policy: PreparedModel, args: GRPOConfig, media: set[str], every: int) -> None:
         self._policy, self._args, self._every = policy, args, every
         self._prepared_at: int | None = None
         self._grey = uniform_pixels(processor, GREY, media, policy.processor_arguments)
@@ -99,7 +100,7 @@ class ImageUse:
         steps = max(args.steps_per_rollout // args.gradient_accumulation_steps, 1)  # that train on the batch
         return -step % self._every < steps
 
-    def prepare(self, prompts: ModelInputs, step: int) -> Callable[[torch.nn.Module, Rollout], dict[str, float]] | None:
+    def prepare(self, prompts: ModelInputs, step: int) -> Measure | None:
         """Return a function that measures the completions of ``prompts``, or None if it is not time to.
 
         A step is measured once: dynamic sampling samples several times for a batch.

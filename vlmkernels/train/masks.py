@@ -9,7 +9,7 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.masked_images import BLACK, mask_images, patch_size_of, uniform_pixels
 from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS
 from vlmkernels.train.config import GRPOConfig
-from vlmkernels.train.setup import PreparedPolicy
+from vlmkernels.train.prepare import PreparedModel
 
 
 def check_perception(args: GRPOConfig, family: Family, media: set[str], *, has_tools: bool) -> None:
@@ -43,7 +43,7 @@ class PerceptionMasks:
         media: the kinds of media that training can have.
     """
 
-    def __init__(self, processor: Any, policy: PreparedPolicy, args: GRPOConfig, media: set[str]) -> None:
+    def __init__(self, processor: Any, policy: PreparedModel, args: GRPOConfig, media: set[str]) -> None:
         self._args = args
         self._black = uniform_pixels(processor, BLACK, media, policy.processor_arguments)
         self._patch_size = patch_size_of(policy.model.config)

@@ -6,17 +6,17 @@ One generation batch serves ``steps_per_generation * num_iterations`` micro-batc
       _sample              encodes prompts, samples completions with the engine and calls the reward functions
       _add_advantages      computes advantages from the rewards of all processes
       _record_sampling     adds the metrics of all sampled completions
-      _add_fixed_logps     computes the old and the reference log-probabilities
+      add_fixed_logps      computes the old and the reference log-probabilities (``vlmkernels.train.objective``)
     compute_loss         runs one micro-batch in splits of at most max_tokens_per_microbatch tokens:
-      _split_loss          runs the forward pass; the language-model head computes the loss (``vlmkernels.ops``)
+      split_loss           runs the models; the language-model head computes the loss (``vlmkernels.ops``)
 
 Options change single steps:
 
     dynamic_sampling, oversampling   call _sample several times for a batch (``vlmkernels.train.dynamic_sampling``)
     image_resolution_schedule        limits the size of the images that _sample encodes (``vlmkernels.data.resolution``)
-    perception_loss_weight, ...      _sample masks the images (``vlmkernels.train.masks``), and _split_loss runs both prompts
-    image_use_steps                  _sample measures the use of images (``vlmkernels.train.image_use``)
-    teacher                          _split_loss runs the teacher first (``vlmkernels.train.distillation``). Without reward
+    perception_loss_weight, ...      add masked images to a rollout (``vlmkernels.train.batch_images``), and terms to the loss
+    image_use_steps                  measures the use of images of a rollout (``vlmkernels.train.batch_images``)
+    teacher                          adds its divergence to the loss (``vlmkernels.train.distillation``). Without reward
                                      functions there is no GRPO loss, and so no advantages and no fixed log-probabilities.
 """
 
@@ -24,7 +24,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,9 @@ from vlmkernels.data.dataset import SampleDataset
 from vlmkernels.data.resolution import Resolution
 from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.doctor.callback import DoctorCallback
-from vlmkernels.models.head import completion_loss, term_alone, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import inference
-from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
-from vlmkernels.ops.group_advantages.turns import turn_advantages
-from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
 from vlmkernels.record.callback import RunRecord
 from vlmkernels.record.completions import Groups, group_content
 from vlmkernels.record.phases import Phases, phase
@@ -55,13 +50,14 @@ from vlmkernels.rewards import Scores
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.rollout.episodes import Episodes
 from vlmkernels.rollout.score import Scored, score_rollout
-from vlmkernels.train import checkpoint, distillation, parallel, reference, sampler, setup
+from vlmkernels.train import checkpoint, parallel, reference, sampler, setup
+from vlmkernels.train.advantages import batch_advantages, compare_groups
 from vlmkernels.train.agreement import measure_agreement
+from vlmkernels.train.batch_images import BatchImages
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.dynamic_sampling import BatchSampler, Sampled
 from vlmkernels.train.experience import Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
-from vlmkernels.train.image_use import ImageUse, steps_between
 from vlmkernels.train.logs import (
     MetricBuffer,
     SampledCompletions,
@@ -70,11 +66,9 @@ from vlmkernels.train.logs import (
     sampling_metrics,
     step_metrics,
 )
-from vlmkernels.train.masks import PerceptionMasks, check_perception
-from vlmkernels.train.micro_batches import MicroBatches, Split
-from vlmkernels.train.mismatch import Mismatch
-from vlmkernels.train.processes import Processes, describe_process
-from vlmkernels.train.run_details import run_details
+from vlmkernels.train.objective import Objective
+from vlmkernels.train.prepare import encode_prompts
+from vlmkernels.train.processes import Processes
 from vlmkernels.train.updates import UpdateCheck
 
 
@@ -99,7 +93,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
 
     Attributes:
         engine: the rollout engine, which samples the completions.
-        prepared: how the policy runs; see ``PreparedPolicy``.
+        prepared: how the policy runs; see ``PreparedModel``.
         masks: masks images for the perception terms, or None.
         image_use: measures the use of images, or None.
         resolutions: the schedule of image sizes, or None.
@@ -126,65 +120,48 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         self.processes = Processes(args.ddp_timeout)
         set_seed(args.seed)  # adapters start from random weights
         with self.processes.stop_together("the set-up"):
-            processor, family, num_embeddings = setup.load_processing(model, processing_class, args)
-            self.tokenizer = tokenizer_of(processor)
-            self.agent = setup.make_agent(tools, environment_factory, args)
-            self.rewards = setup.make_rewards(reward_funcs, self.agent, args, has_teacher=teacher is not None)
-            distillation.check_arguments(teacher, model, self.rewards, args)
-            train_dataset, eval_dataset = data = setup.with_prompts(train_dataset, eval_dataset, self.agent, args)
-            self.datasets = setup.check_datasets(data, processor, family, num_embeddings, self.rewards, self.agent, args)
-            self.samples = self.datasets.samples(train_dataset, "train_dataset")
-            check_perception(args, family, self.datasets.media, has_tools=self.agent is not None)
-            model = setup.load_policy(model, processor, peft_config, args)
-            loaded = distillation.load_teacher(teacher, model, processor, self.datasets.media, args)
+            run = setup.load_run(
+                model, reward_funcs, args, train_dataset, eval_dataset, processing_class, peft_config, tools,
+                environment_factory, teacher,
+            )  # fmt: skip
+        self.rewards, self.agent, self.datasets = run.rewards, run.agent, run.datasets
+        self.samples = run.datasets.samples(run.datasets.train_dataset, "train_dataset")
+        self.tokenizer = tokenizer_of(run.processor)
+
         super().__init__(
-            model=model, args=args, data_collator=list, train_dataset=train_dataset, eval_dataset=eval_dataset,
-            processing_class=processor, callbacks=callbacks, optimizers=optimizers,
+            model=run.model, args=args, data_collator=list, train_dataset=run.datasets.train_dataset,
+            eval_dataset=run.datasets.eval_dataset, processing_class=run.processor, callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         self.model_accepts_loss_kwargs = True  # compute_loss normalizes over the accumulated batch; see training_step
-        parallel.check_parallelism(self.accelerator, model, args.n_gpu)
-        described = describe_process(args, model, self.tokenizer, self.rewards, train_dataset, loaded and loaded.model)
-        self.processes.compare(**described)
-        self.prepared = setup.prepare_policy(model, processor, args, self.accelerator, self.datasets.media)
-        self.reference_adapter = reference.adapter_state(model)
-        self.ref_model, self.ref_head = setup.load_reference(model, self.prepared, args, self.accelerator)
-        media = self.datasets.media
-        self.masks = PerceptionMasks(processor, self.prepared, args, media) if args.masks_images else None
-        every = steps_between(args, media, has_tools=self.agent is not None)
-        self.image_use = None if every is None else ImageUse(processor, self.prepared, args, media, every)
-        prepared = model, processor, self.prepared, args, self.accelerator
-        self.engine = setup.prepare_engine(*prepared, keeps_pixels=teacher is not None)
+        setup.check_processes(run, args, self.accelerator, self.processes)
+        self.phases, self.metrics = Phases(args.device), MetricBuffer()
+
+        models = setup.prepare_models(run, args, self.accelerator)
+        self.prepared, self.ref_model, self.teacher = models.policy.prepared, models.ref_model, models.teacher
+        self.reference_adapter = reference.adapter_state(run.model)
+        self.objective = Objective(models, args, self.accelerator, self.phases, has_rewards=bool(self.rewards))
+        self.token_counts = models.token_counts
+
+        self.engine = setup.prepare_engine(run, self.prepared, args, self.accelerator)
         eos = self.engine.sampling.eos_token_id
-        self.unwanted_tokens = setup.unwanted_tokens(model, processor, eos, num_embeddings).to(args.device)
-        if self.agent is not None:
-            options = args.chat_template_kwargs, self.prepared.processor_arguments, eos
-            self.agent.prepare(processor, family, *options)
-        self.loss_config, self.resolutions = args.loss_config(), args.resolution_schedule()
-        self.mismatch = Mismatch(self.loss_config, args.rollout_policy)
-        details = run_details(*data, self.datasets.columns, self.rewards, model)
-        details["model"]["shares prefix"] = self.prepared.shares_prefix
-        self.micro_batches, self.teacher = MicroBatches(self.prepared, args, self.accelerator), None
-        if loaded is not None:
-            details["teacher"] = distillation.describe_teacher(loaded)
-            self.teacher = distillation.prepare_teacher(loaded, self.micro_batches, processor, self.datasets.media)
-            details["teacher"]["shares prefix"] = self.teacher.prepared.shares_prefix
+        self.unwanted_tokens = setup.unwanted_tokens(run.model, run.processor, eos, run.num_embeddings).to(args.device)
+        self.resolutions = args.resolution_schedule()
+        self.images = setup.prepare_images(run, self.prepared, args, self.phases)
+        self.masks, self.image_use = self.images.masks, self.images.image_use
+        with self.processes.stop_together("the agreement of rollout and training"):  # only the main process samples
+            agreement = measure_agreement(run.model, run.processor, self.engine, self.prepared, args, self.accelerator)
+
+        self.record = RunRecord(setup.describe_run(run, models, agreement))
+        self._add_callbacks()
         self._finite_steps = FiniteSteps(self.accelerator, args.on_nonfinite)
         self._batch_sampler: BatchSampler | None = None
         self._experience: Experience | None = None
         # With advantages and whether the loss counts any of their tokens, for log_completions.
         self._last_scored: tuple[Scored, torch.Tensor, torch.Tensor] | None = None
-        self.metrics = MetricBuffer()
         self._step_time = 0.0
-        with self.processes.stop_together("the agreement of rollout and training"):  # only the main process samples
-            found = measure_agreement(model, processor, self.engine, self.prepared, args, self.accelerator)
-        if found is not None:
-            print(found, flush=True)
-            details["model"]["agreement of rollout and training"] = found._asdict()
-        self._add_callbacks(details)
         set_seed(args.seed, device_specific=True)  # processes sample different completions
 
-    def _add_callbacks(self, details: dict[str, Any]) -> None:
-        self.phases, self.record = Phases(self.args.device), RunRecord(details)
+    def _add_callbacks(self) -> None:
         self.processes.waiting = partial(self.phases, "wait")
         self.add_callback(self.phases)
         self.add_callback(UpdateCheck(self.accelerator, self.metrics.add))
@@ -231,42 +208,34 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         num_generations: int,
         temperature: float,
         resolution: Resolution | None = None,
-        *,
-        is_training: bool = False,
+        images: BatchImages | None = None,
     ) -> tuple[list[tuple[int, Sample]], Rollout, Scored]:
         """Sample completions and call the reward functions on them.
 
         Args:
             dataset, rows: pairs of an index and a sample that the dataset returned.
             resolution: limits of image sizes, if they follow a schedule; None: the processor's.
-            is_training: whether to mask images and to measure their use, if ``args`` say so.
+            images: what training adds to the rollout; None: nothing.
 
         Returns:
             The rows, in which other samples may have replaced those that cannot be encoded, the rollout and its scores.
         """
-        args, prepared = self.args, self.prepared
         with self.phases("data"):
             rows, prompts, episodes = self._encode(dataset, rows, num_generations, resolution)
-            prompt_samples = [sample for _, sample in rows] if episodes is None else episodes.samples
-            step = self.state.global_step
-            masked = self.masks(prompts, step) if is_training and self.masks is not None else None
-            measure = self.image_use.prepare(prompts, step) if is_training and self.image_use is not None else None
-        pixels = None if self.teacher is None else prompts
+            samples = [sample for _, sample in rows] if episodes is None else episodes.samples
+            complete = None if images is None else images.prepare(prompts, self.state.global_step)
         with self.phases("generate"), self._gathered_policy():
-            if prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
-                prompts = encode_images(prepared.model, prompts)
+            if self.prepared.reuses_image_features and self.engine.shares_prefix:  # other engines sample from pixels
+                prompts = encode_images(self.prepared.model, prompts)
             self.metrics.add(self.engine.sync_weights(self.policy, self.state.global_step))
             tools = {} if episodes is None else {"episodes": episodes}
-            rollout = self.engine(self.policy, prompts, num_generations, temperature, prompt_samples, **tools)
-            rollout = replace(rollout, masked_prompts=masked)
-            if prepared.reuses_image_features:
-                rollout = rollout.with_image_features(prepared.model, pixels)
-            if measure is not None:
-                with self.phases("image_use"):
-                    self.metrics.add(measure(self.policy, self.micro_batches.own(rollout)))
+            rollout = self.engine(self.policy, prompts, num_generations, temperature, samples, **tools)
+            if complete is not None:
+                rollout, metrics = complete(self.policy, rollout)
+                self.metrics.add(metrics)
         with self.phases("reward"):
-            options = {"columns": not args.remove_unused_columns, "trainer_state": self.state}
-            scored = score_rollout(self.rewards, prompt_samples, rollout, self.processing_class, episodes, **options)
+            options = {"columns": not self.args.remove_unused_columns, "trainer_state": self.state}
+            scored = score_rollout(self.rewards, samples, rollout, self.processing_class, episodes, **options)
         return rows, rollout, scored
 
     def _encode(
@@ -274,8 +243,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     ) -> tuple[list[tuple[int, Sample]], ModelInputs, Episodes | None]:
         """Encode the prompts of samples, and with tools begin their episodes. For the arguments see ``_sample``."""
         arguments = self.prepared.encoding_arguments(self.processing_class, resolution)
-        options = {"policy": self.prepared, "args": self.args, "arguments": arguments}
-        encode = partial(setup.encode_prompts, processor=self.processing_class, **options)
+        options = {"prepared": self.prepared, "args": self.args, "arguments": arguments}
+        encode = partial(encode_prompts, processor=self.processing_class, **options)
         if self.agent is None:
             return *dataset.encode(rows, encode), None
         self.agent.encoder.processor_arguments = arguments  # of images in results
@@ -288,10 +257,6 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
 
         rows, (episodes, prompts) = dataset.encode(rows, begin)
         return rows, prompts, episodes
-
-    def _advantages(self, rewards: torch.Tensor, num_generations: int) -> GroupAdvantages:
-        weights = self.rewards.weights.to(rewards.device)
-        return group_advantages(rewards, num_generations, weights=weights, scale=self.args.scale_rewards)
 
     def _new_experience(self, indices: list[int]) -> Experience:
         """Sample and score the completions of the next ``steps_per_rollout`` micro-batches.
@@ -318,26 +283,17 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             self._add_advantages(experience, scored)
         self._record_sampling(completions)
         if self.rewards:
-            self._add_fixed_logps(experience)
+            self.objective.add_fixed_logps(self.model_wrapped, self.policy, experience)
         return experience
 
     def _add_advantages(self, experience: Experience, scored: Scored) -> None:
         """Compute the advantages of a rollout from the rewards of all processes."""
-        args, rollout, loss_mask = self.args, experience.rollout, experience.loss_mask
         with self.phases("wait"):
-            outcomes = self.accelerator.gather(scored.scores.outcomes.to(args.device))
-        result = self._advantages(outcomes, args.num_generations)
-        start = args.process_index * len(scored.samples)
-        advantages = result.advantages[start : start + len(scored.samples)]
-        per_token = advantages
-        if self.agent is not None and (turns := Scores.cat(gather_object([scored.scores])).turns) is not None:
-            of_turns = turn_advantages(turns, args.num_generations, scale=args.scale_rewards)
-            of_turns = of_turns[start : start + len(scored.samples)].to(args.device)
-            per_token = advantages.unsqueeze(1) + rollout.per_token(of_turns)
-        experience.advantages = per_token
-        if per_token.dim() == 2:  # of turns: show the mean over the tokens in the loss
-            advantages = (per_token * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
-        self._last_scored = scored, advantages, loss_mask.any(1)
+            outcomes = self.accelerator.gather(scored.scores.outcomes.to(self.args.device))
+            turns = None if self.agent is None else Scores.cat(gather_object([scored.scores])).turns
+        batch = experience.rollout, experience.loss_mask
+        experience.advantages, shown = batch_advantages(outcomes, turns, *batch, self.rewards, self.args)
+        self._last_scored = scored, shown, experience.loss_mask.any(1)
 
     def _sample_prompts(self, completions: SampledCompletions, indices: list[int]) -> Sampled:
         """Sample and score completions of these rows of train_dataset, and add them to ``completions``."""
@@ -345,7 +301,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             rows = self.samples.__getitems__(indices)
         resolution = None if self.resolutions is None else self.resolutions.at(self.state.global_step)
         sampling = self.args.num_generations, self.args.temperature, resolution
-        rows, rollout, scored = self._sample(self.samples, rows, *sampling, is_training=True)
+        rows, rollout, scored = self._sample(self.samples, rows, *sampling, self.images)
         if self.args.router_replay and rollout.routed_experts is None:
             name = type(self.engine).__name__
             raise ValueError(f"router_replay must be False with an engine that returns no experts, such as {name}, got True")
@@ -354,7 +310,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
                 self.metrics.add({"frac_samples_replaced": sample.index != index})
         if resolution is not None:
             self.metrics.add(image_metrics(rollout.prompts, self.processing_class))
-        self.micro_batches.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
+        self.token_counts.add_sampling(rollout, shares_prefix=self.engine.shares_prefix)
         self.metrics.add(token_metrics(rollout.completion_ids, rollout.sampled_mask, self.unwanted_tokens))
         completions.add(rollout, scored)
         return Sampled(rollout, scored)
@@ -368,35 +324,15 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Add the metrics of all completions that were sampled for a batch, on all processes."""
         gathered, result = completions.gather(), None
         if self.rewards:
-            result = self._advantages(gathered.scores.rewards, self.args.num_generations)  # with the sums of rewards of turns
+            rewards = gathered.scores.rewards  # with the sums of rewards of turns
+            result = compare_groups(rewards, self.rewards, self.args.num_generations, self.args)
             correlation = length_correlation(result, gathered.lengths, self.args.num_generations)
             self.metrics.add({"reward_length_correlation": correlation})
         self.state.num_input_tokens_seen += int(gathered.lengths.sum() + gathered.prompt_lengths.sum())
         self.metrics.replace("num_tokens", self.state.num_input_tokens_seen)
         self.metrics.add(sampling_metrics(gathered, result, self.rewards.names))
 
-    # Log-probabilities and loss
-
-    def _add_fixed_logps(self, experience: Experience) -> None:
-        """Compute the log-probabilities that stay the same while the batch is used.
-
-        Micro-batches before the first optimizer step are on policy: their own forward pass gives their old log-probabilities.
-        """
-        args, rollout = self.args, experience.rollout
-        off_policy = range(args.gradient_accumulation_steps, args.steps_per_generation)
-        if off_policy or args.num_iterations > 1:
-            timed = self.phases("old_logps") if off_policy else nullcontext()
-            with timed, inference(self.model_wrapped):
-                old_logps = self.micro_batches.logps(self.model_wrapped, self.prepared.head, rollout, off_policy)
-            experience.old_logps = old_logps
-        if args.beta > 0:
-            model, as_reference = self.ref_model, nullcontext()
-            if model is None:
-                model, as_reference = self.model_wrapped, reference.as_reference(self.policy)
-            rollout = replace(rollout, routed_experts=None)  # of the policy: the reference routes as it did in its training
-            with self.phases("ref_logps"), inference(model), as_reference:
-                ref_logps = self.micro_batches.logps(model, self.ref_head, rollout, range(args.steps_per_generation))
-            experience.ref_logps = ref_logps
+    # Training
 
     @phase("other")
     def _prepare_inputs(self, inputs: list[int]) -> int:
@@ -412,7 +348,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     def training_step(self, model: torch.nn.Module, inputs: list[int], num_items_in_batch: Any = None) -> torch.Tensor:
         """Train on one micro-batch, and check losses and gradients before an optimizer step."""
         start = time.perf_counter()
-        with self.phases("backward"):  # the phases of _prepare_inputs and _split_loss are nested in it
+        with self.phases("backward"):  # the phases of _prepare_inputs and the objective are nested in it
             # If num_items_in_batch is given, Trainer does not divide the loss by the accumulation steps again.
             loss = super().training_step(model, inputs, num_items_in_batch=1)
         self._step_time += time.perf_counter() - start
@@ -436,82 +372,22 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             model: the policy, perhaps wrapped.
             inputs: how many micro-batches of this generation batch were trained on before this one.
         """
-        experience, total = self._experience, 0.0
-        micro_batch, branches = inputs % self.args.steps_per_generation, self.args.masks_images
-        splits = self.micro_batches.splits(experience.rollout, micro_batch, branches=branches)
-        counted = [split.samples for split in splits if not split.is_padding]
-        sizes, tokens = [len(samples) for samples in counted], [1]
-        if len(counted) > 1:  # with one split the number of tokens does not matter, and reading it would wait for the device
-            tokens = [int(experience.loss_mask[samples].sum()) for samples in counted]
-        parts = in_parts(self.loss_config, sizes, tokens, self.current_gradient_accumulation_steps)
-        parts += parts[-1:] * (len(splits) - len(counted))
-        metrics = []
-        for number, (split, part) in enumerate(zip(splits, parts, strict=True), 1):
+        experience, window = self._experience, self.current_gradient_accumulation_steps
+        splits, total, metrics = self.objective.splits(experience, inputs, window), 0.0, []
+        for number, (split, part) in enumerate(splits, 1):
             is_last = number == len(splits)
             with nullcontext() if is_last else self.accelerator.no_sync(model):
-                loss, split_metrics, old_logps = self._split_loss(model, experience, inputs, split, part)
-                if split.is_padding:
-                    loss = 0.0 * loss
-                else:
+                loss, split_metrics = self.objective.split_loss(model, experience, inputs, split, part, window)
+                if split_metrics is not None:
                     metrics.append(split_metrics)
-                    if old_logps is not None and inputs < self.args.steps_per_generation:
-                        loss_mask = experience.loss_mask[split.samples]
-                        self.mismatch.add(experience.rollout, split.samples, loss_mask, old_logps)
                 if not is_last:
                     parallel.backward(self.accelerator, loss)
                     loss = loss.detach()
             total = total + loss
-        combined = combine_metrics(self.loss_config, sizes, metrics)
+        combined = self.objective.combine(splits, metrics)
         self._finite_steps.observe(total, combined)
         self.metrics.add(combined)
         return total
-
-    @phase("forward")
-    def _split_loss(
-        self, model: torch.nn.Module, experience: Experience, use: int, split: Split, part: Part
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
-        """Compute the loss, the metrics and the old log-probabilities (n, C) of a split; without rewards, these are None.
-
-        Args:
-            use: see ``inputs`` of ``compute_loss``.
-            part: the weight of the split in the loss of its micro-batch.
-        """
-        args, rollout, samples = self.args, experience.rollout, split.samples
-        window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
-        num_items, tokens = experience.num_items * window / args.steps_per_generation, loss_mask[rollout.sampled_mask[samples]]
-        term = None
-        if self.teacher is not None:
-            with self.phases("teacher"):
-                term = self.teacher.term(rollout, split, tokens, num_items)
-        batch, masked = self.micro_batches.loss_batch(rollout, split, loss_mask)
-        if not self.rewards:
-            return *term_alone(model, batch, term, head=self.prepared.head), None
-        is_on_policy = use < min(args.gradient_accumulation_steps, args.steps_per_generation)
-        old_logps = None if is_on_policy else experience.old_logps[samples]
-        threshold = None  # then the loss uses the quantile of this split's entropies
-        if args.top_entropy_quantile < 1 and args.world_size > 1:
-            threshold = partial(top_entropy_threshold, self.accelerator, args.top_entropy_quantile)
-        loss, metrics, logps, _ = completion_loss(
-            model,
-            batch,
-            loss_mask,
-            head=self.prepared.head,
-            **self.micro_batches.head_arguments,
-            masked=masked,
-            advantages=experience.advantages[samples],
-            old_logps=old_logps,
-            ref_logps=None if experience.ref_logps is None else experience.ref_logps[samples],
-            rollout_logps=self.mismatch.rollout_logps(rollout, samples),
-            entropy_threshold=threshold,
-            num_items=num_items,
-            term=term,
-            **part._asdict(),
-        )
-        if is_on_policy:
-            old_logps = torch.zeros_like(loss_mask, dtype=logps.dtype).masked_scatter_(loss_mask, logps)
-            if experience.old_logps is not None:
-                experience.old_logps[samples] = old_logps
-        return loss, metrics, old_logps
 
     # Evaluation and logs
 
@@ -541,7 +417,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             for _ in range(num_batches - len(dataloader)):  # other ranks have more rows
                 self._wait_for_samples()
         gathered = completions.gather()
-        result = self._advantages(gathered.scores.rewards, num_generations) if self.rewards else None
+        result = None
+        if self.rewards:
+            result = compare_groups(gathered.scores.rewards, self.rewards, num_generations, self.args)
         metrics = sampling_metrics(gathered, result, self.rewards.names)
         metrics = {f"{metric_key_prefix}_{name}": None if math.isnan(value) else value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, metrics, len(gathered.lengths) // num_generations)
@@ -551,8 +429,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         """Add the metrics since the last log, and store the completions of the last generation batch."""
         args, is_training = self.args, "loss" in logs
         if is_training:
-            self.metrics.add(step_metrics(self.phases, self.micro_batches.token_counts, args.world_size))
-            logs.update(self.metrics.flush(self.accelerator) | self.mismatch.flush(self.accelerator))
+            self.metrics.add(step_metrics(self.phases, self.token_counts, args.world_size))
+            logs.update(self.metrics.flush(self.accelerator) | self.objective.mismatch.flush(self.accelerator))
         super().log(logs, start_time)
         if is_training and args.log_completions and self._last_scored and self.is_world_process_zero():
             self.record.save_completions(args, self.state, self._last_groups(), self.callback_handler.callbacks)

@@ -239,7 +239,7 @@ def limit_files(trainer, size: int, rank: int = 0, steps=(6,)) -> None:
 
 def spoil_loss(trainer, steps, rank: int = 0, always: bool = False) -> None:
     """The losses of one process are NaN at these steps (from 0): the first time a step runs, or always."""
-    of_parts, left = trainer._split_loss, set(steps)
+    of_parts, left = trainer.objective.split_loss, set(steps)
 
     def spoilt(*arguments):
         loss, metrics, *more = of_parts(*arguments)
@@ -249,7 +249,7 @@ def spoil_loss(trainer, steps, rank: int = 0, always: bool = False) -> None:
             loss, metrics = loss * float("nan"), metrics | {"kl": metrics["kl"] * float("nan")}
         return loss, metrics, *more
 
-    trainer._split_loss = spoilt
+    trainer.objective.split_loss = spoilt
 
 
 def spoil_gradient(trainer, steps, name: str) -> None:

@@ -15,7 +15,7 @@ from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train import GRPOConfig, GRPOTrainer
-from vlmkernels.train.setup import encode_prompts
+from vlmkernels.train.prepare import encode_prompts
 
 
 def _no_reward(completions: list, **columns: Any) -> list[float]:
@@ -73,7 +73,8 @@ class _Trainer(Adapter):
             completion_mask=pad([torch.ones_like(row) for row in rows]).bool(),
             truncated=torch.zeros(len(rows), dtype=torch.bool),
         )
-        logps = trainer.micro_batches.logps(trainer.model, trainer.prepared.head, rollout, [0])
+        models = trainer.objective.models
+        logps = models.policy.logps(trainer.model, rollout, models.micro_batches.splits(rollout, 0))
         return [row[: len(ids)] for row, ids in zip(logps, rows, strict=True)]
 
     def process(self, processor: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -103,8 +104,9 @@ class _Trainer(Adapter):
         )
         rows = trainer.samples.__getitems__([*range(len(samples))])
         _, rollout, _ = trainer._sample(trainer.samples, rows, num_generations, temperature)
-        (split,) = trainer.micro_batches.splits(rollout, 0)
-        targets = trainer.micro_batches.scoring_batch(rollout, split).targets
+        models = trainer.objective.models
+        (split,) = models.micro_batches.splits(rollout, 0)
+        targets = models.policy.scoring_batch(rollout, split).targets
         trained = targets.split(rollout.sampled_mask.sum(1).tolist())
         return [Sampled(ids, row.tolist()) for ids, row in zip(rollout.token_ids(), trained, strict=True)]
 
