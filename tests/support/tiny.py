@@ -18,6 +18,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 SPECIAL = {
@@ -126,6 +128,13 @@ def qwen3_vl(seed: int = 0) -> Qwen3VLForConditionalGeneration:
         "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
     }  # fmt: skip
     return _other_vlm(Qwen3VLForConditionalGeneration, Qwen3VLConfig, vision, seed, head_dim=8)
+
+
+def qwen3_vl_moe(seed: int = 0) -> Qwen3VLMoeForConditionalGeneration:
+    """``qwen3_vl`` with 2 of 4 experts in each layer."""
+    vision = qwen3_vl().config.vision_config.to_dict()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    return _other_vlm(Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig, vision, seed, head_dim=8, **experts)
 
 
 def qwen3_vl_large_patches(seed: int = 0) -> Qwen3VLForConditionalGeneration:

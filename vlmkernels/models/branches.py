@@ -68,8 +68,9 @@ def pack_branches(
         loss_mask: (n, C) bool, the tokens to score.
 
     Returns:
-        The pack. It scores the tokens of all completions after ``prompts``, and then those of the completions whose prompt has
-        an image or video after ``masked``. Without images both branches would be equal.
+        The pack: for each prompt the tokens before its images, the rest of it and its completions, and, with images, both
+        again after the other images. It scores the tokens of all completions after ``prompts``, and then those of the
+        completions whose prompt has an image or video after ``masked``. Without images both branches would be equal.
     """
     chosen, owner = group.unique_consecutive(return_inverse=True)
     count, owners, doubled = len(chosen), owner.tolist(), has_media(prompts)[chosen].tolist()

@@ -14,11 +14,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from vlmkernels.data.samples import Sample, tokenizer_of
-from vlmkernels.models.branches import branch_lengths, pack_branches, pad_branches
+from vlmkernels.models.branches import branch_lengths, pack_branches, pad_branches, split_at_images
 from vlmkernels.models.cut import cut_packs
 from vlmkernels.models.families import media_token_ids, missing_token_ids
 from vlmkernels.models.image_features import accepts_image_features, deduplicate_images, encode_images, with_pixels
 from vlmkernels.models.inputs import ModelInputs
+from vlmkernels.models.masked_images import has_media
 from vlmkernels.models.packs import ScoringBatch, pack_groups, pad_completions
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.models.router_replay import RoutedExperts
@@ -377,6 +378,8 @@ class Rollout:
     def branches(self, samples: torch.Tensor, model: PreTrainedModel | None, loss_mask: torch.Tensor) -> ScoringBatch:
         """Return completions after their prompts and after ``masked_prompts``; see ``pack_branches``.
 
+        From the first masked image on, routers choose their experts: the rollout has none for these tokens.
+
         Args:
             samples: (n,) int64, the completions.
             model: computes the position ids of a pack. None: rows with copies of the prompts, as ``padded`` returns them.
@@ -385,8 +388,13 @@ class Rollout:
         assert self.masked_prompts is not None
         completions = self.group[samples], self.completion_ids[samples], self.completion_mask[samples], loss_mask
         if model is None:
-            return pad_branches(self.prompts, self.masked_prompts, *completions)
-        return pack_branches(model, self.prompts, self.masked_prompts, *completions)
+            batch = pad_branches(self.prompts, self.masked_prompts, *completions)
+        else:
+            batch = pack_branches(model, self.prompts, self.masked_prompts, *completions)
+        if self.routed_experts is None:
+            return batch
+        places = self._places_of_rows(samples) if model is None else self._places_of_branches(samples)
+        return self._with_experts(batch, places[:, -batch.inputs["input_ids"].shape[1] :])
 
     # Routed experts. A place is the index of a token among those of all prompts and then of all completions, with padding.
 
@@ -415,6 +423,32 @@ class Rollout:
         group, count = self.group.tolist(), len(self.prompts)
         paths = [self._segments([group[k], *(count + segment for segment in self.turns.members[k])])[0] for k in samples]
         return torch.nn.utils.rnn.pad_sequence(paths, batch_first=True, padding_value=-1)
+
+    def _places_of_branches(self, samples: torch.Tensor) -> torch.Tensor:
+        """Return the places of the tokens of ``pack_branches``, (1, T); -1 from the first masked image on."""
+        prompts, (before, rest) = self._places[0], self._before_images
+        pieces: list[torch.Tensor] = []
+        for prompt in self.group[samples].unique().tolist():
+            members = samples[self.group[samples] == prompt].tolist()
+            own = [prompts[prompt][rest[prompt]], *(self._places_of_segments[len(prompts) + k] for k in members)]
+            masked = [torch.full_like(piece, -1) for piece in own] if has_media(self.prompts)[prompt] else []
+            pieces += [prompts[prompt][before[prompt]], *own, *masked]
+        return torch.cat(pieces).unsqueeze(0)
+
+    def _places_of_rows(self, samples: torch.Tensor) -> torch.Tensor:
+        """Return the places of the tokens of ``pad_branches``, with all columns of the prompts; see ``_places_of_branches``."""
+        group, width = self.group[samples], int(self.completion_mask[samples].any(0).sum())
+        prompts, completions = self._places[0][group], self._places[1][samples, :width]
+        doubled = has_media(self.prompts)[group]
+        masked = prompts.masked_fill(~self._before_images[0][group], -1)[doubled]
+        rows = torch.cat([prompts, completions], 1)
+        return torch.cat([rows, torch.cat([masked, torch.full_like(completions[doubled], -1)], 1)])
+
+    @cached_property
+    def _before_images(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens of the prompts are before their first image, and which are the rest, (P, L) bool on the CPU each."""
+        before, rest = (part.inputs["attention_mask"].bool().cpu() for part in split_at_images(self.prompts))
+        return before, rest
 
     def _with_experts(self, batch: ScoringBatch, places: torch.Tensor) -> ScoringBatch:
         assert self.routed_experts is not None

@@ -25,8 +25,6 @@ from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sa
 from vlmkernels.tools.options import ToolOptions
 from vlmkernels.train.optimizers import check_optimizer
 
-ON_FAULT = ("raise", "skip")
-ROLLOUT_POLICIES = ("truncated", "full")
 _NUMBERS = {int: ("be an integer", Integral), float: ("be a number", Real)}
 _BATCHES = {"per_device_train_batch_size": int, "gradient_accumulation_steps": int}  # fields of TrainingArguments
 _COUNTS = (
@@ -34,6 +32,12 @@ _COUNTS = (
     "max_tokens_per_microbatch", "generation_batch_size", "steps_per_generation", "max_resample_times", "image_use_steps",
     "distillation_top_k",
 )  # fmt: skip
+_CHOICES = {
+    "scale_rewards": SCALES,
+    "rollout_policy": ("truncated", "full"),
+    **dict.fromkeys(("on_save_error", "on_bad_sample", "on_nonfinite"), ("raise", "skip")),
+}
+_JSON_OBJECTS = ("model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs", "chat_template_kwargs")
 
 # Fields of trl.GRPOConfig, of this and of earlier versions, that GRPOConfig does not have, and what serves instead.
 _CORRECTION = "use rollout_correction, rollout_clip_min and rollout_clip_max (docs/mismatch.md)"
@@ -120,10 +124,7 @@ class GRPOConfig(TrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "teacher_model_init_kwargs",
-        "generation_kwargs",
-        "chat_template_kwargs",
+        *_JSON_OBJECTS,
     ]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "GRPOConfig":
@@ -304,27 +305,13 @@ class GRPOConfig(TrainingArguments):
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
         self._apply_preset()
-        self.rollout_engine = engine_name(self.rollout_engine, self.use_vllm, self.vllm_mode)
-        self.use_vllm = self.rollout_engine != "transformers"
-        self.vllm_mode = self.rollout_engine.removeprefix("vllm_") if self.use_vllm else self.vllm_mode or "colocate"
-        if isinstance(self.scale_rewards, bool):
-            self.scale_rewards = "group" if self.scale_rewards else "none"
-        self.share_prefix = {"true": True, "false": False}.get(str(self.share_prefix).lower(), self.share_prefix)
-        self.num_generations_eval = self.num_generations_eval or self.num_generations
-        self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
+        self._normalize()
         self._check_values()
-        self.loss_config()
-        self._check_sampling()
-        self._check_correction()
-        self._check_resampling()
-        self._check_perception()
-        self._check_distillation()
+        self._check_combinations()
         if self.use_vllm:
             self._check_vllm()
         self._derive_batches()
-        self._check_memory()
-        self._check_image_resolution()
-        self.tool_options()
+        check_optimizer(self)
 
     def _check_types(self) -> None:
         """Check the types of numbers and flags, because a flag "false" would count as true."""
@@ -349,7 +336,26 @@ class GRPOConfig(TrainingArguments):
             if getattr(self, name) == defaults[name]:
                 setattr(self, name, value)
 
+    def _normalize(self) -> None:
+        """Replace synonyms, and defaults that depend on other fields."""
+        self.rollout_engine = engine_name(self.rollout_engine, self.use_vllm, self.vllm_mode)
+        self.use_vllm = self.rollout_engine != "transformers"
+        self.vllm_mode = self.rollout_engine.removeprefix("vllm_") if self.use_vllm else self.vllm_mode or "colocate"
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
+        self.share_prefix = {"true": True, "false": False}.get(str(self.share_prefix).lower(), self.share_prefix)
+        self.num_generations_eval = self.num_generations_eval or self.num_generations
+        self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
+        if isinstance(self.image_resolution_schedule, str):
+            try:
+                self.image_resolution_schedule = json.loads(self.image_resolution_schedule)
+            except ValueError as error:
+                raise ValueError(
+                    f"image_resolution_schedule must be a JSON list, got {self.image_resolution_schedule!r} ({error})"
+                ) from error
+
     def _check_values(self) -> None:
+        """Check each value by itself. The configurations that are built from fields check theirs."""
         for name in (*_BATCHES, *_COUNTS):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -357,23 +363,20 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if self.eval_temperature < 0:
             raise ValueError(f"eval_temperature must be >= 0, got {self.eval_temperature}")
-        if not 0 <= self.epsilon <= 1:
+        if not 0 <= self.epsilon <= 1:  # epsilon_low of the loss
             raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
-        if self.max_tokens_per_microbatch is not None and self.top_entropy_quantile < 1 and self.world_size > 1:
-            raise ValueError(
-                "max_tokens_per_microbatch must be None with top_entropy_quantile < 1 and several processes, which may split a "
-                f"micro-batch into different numbers of parts, got {self.max_tokens_per_microbatch}"
-            )
-        require_one_of("scale_rewards", self.scale_rewards, SCALES)
+        if not 1 <= self.oversampling < math.inf:
+            raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
+        if not 0 < self.distillation_coef < math.inf:
+            raise ValueError(f"distillation_coef must be finite and > 0, got {self.distillation_coef}")
+        if not 0 <= self.distillation_beta <= 1:
+            raise ValueError(f"distillation_beta must be in [0, 1], got {self.distillation_beta}")
         if self.share_prefix not in ("auto", True, False):
             raise ValueError(f"share_prefix must be auto, true or false, got {self.share_prefix!r}")
-        for name in ("on_save_error", "on_bad_sample", "on_nonfinite"):
-            require_one_of(name, getattr(self, name), ON_FAULT)
-        if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size must be False, because a smaller batch would split groups, got True")
-
-    def _check_sampling(self) -> None:
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+        for name, values in _CHOICES.items():
+            require_one_of(name, getattr(self, name), values)
+        check_mask_ratio(self.mask_ratio)
+        for name in _JSON_OBJECTS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"{name} must map names to values (in JSON), got {value!r}")
@@ -383,72 +386,45 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(
                 f"generation_kwargs must not hold temperature or do_sample: use temperature and eval_temperature, got {names}"
             )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size must be False, because a smaller batch would split groups, got True")
+        self.loss_config()
         self.sampling()
+        self.resolution_schedule()
+        self.tool_options()
+        self.model_init_kwargs = json_values(self.model_init_kwargs)
+        quantized_arguments(self.model_init_kwargs, self.compute_dtype)
 
-    def _check_correction(self) -> None:
-        require_one_of("rollout_policy", self.rollout_policy, ROLLOUT_POLICIES)
-        if self.rollout_correction is None or self.rollout_policy == "full":
-            return
-        multiplies = self.rollout_correction.startswith("sequence") and self.rollout_sequence_ratio == "sum"
-        if multiplies and self.sampling().truncates:
+    def _check_combinations(self) -> None:
+        """Check values that exclude each other, whatever model, data and processes the run has."""
+        if self.max_tokens_per_microbatch is not None and self.top_entropy_quantile < 1 and self.world_size > 1:
+            raise ValueError(
+                "max_tokens_per_microbatch must be None with top_entropy_quantile < 1 and several processes, which may split a "
+                f"micro-batch into different numbers of parts, got {self.max_tokens_per_microbatch}"
+            )
+        multiplies = (self.rollout_correction or "").startswith("sequence") and self.rollout_sequence_ratio == "sum"
+        if multiplies and self.rollout_policy == "truncated" and self.sampling().truncates:
             raise ValueError(
                 "rollout_sequence_ratio must be 'mean', or rollout_policy 'full', with a correction per sequence and top_p, "
                 "top_k or min_p, because the product of the kept probability masses approaches 0 for long completions, "
                 f"got {self.rollout_sequence_ratio!r}"
             )
 
-    def _check_resampling(self) -> None:
-        if not 1 <= self.oversampling < math.inf:
-            raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
-
-    def _check_perception(self) -> None:
-        check_mask_ratio(self.mask_ratio)
-        if self.masks_images and self.router_replay:
-            raise ValueError(
-                "router_replay must be False with perception_loss_weight, der_loss_weight1 or der_loss_weight2, because the "
-                "rollout has no experts for masked images, got True"
-            )
-
-    @property
-    def masks_images(self) -> bool:
-        """Whether the loss has terms of masked images."""
-        return any(getattr(self, name) for name in PERCEPTION_WEIGHTS)
-
-    def _check_distillation(self) -> None:
-        if not 0 < self.distillation_coef < math.inf:
-            raise ValueError(f"distillation_coef must be finite and > 0, got {self.distillation_coef}")
-        if not 0 <= self.distillation_beta <= 1:
-            raise ValueError(f"distillation_beta must be in [0, 1], got {self.distillation_beta}")
-
     def _check_vllm(self) -> None:
+        """Check what vLLM engines do not support."""
         if self.deterministic:
             raise ValueError("deterministic must be False with use_vllm, whose log-probabilities depend on batches, got True")
+        if self.image_resolution_schedule is not None:
+            raise ValueError(
+                "image_resolution_schedule must be None with use_vllm, whose engines resize images by settings of their own, "
+                f"got {self.image_resolution_schedule!r}"
+            )
         config = self.vllm_config()
         check_sampling(self.sampling(), config.policy)
         if self.eval_temperature > MAX_TEMPERATURE:
             raise ValueError(f"eval_temperature must be at most {MAX_TEMPERATURE:g} with use_vllm, got {self.eval_temperature}")
         if self.vllm_mode == "colocate" and self.world_size > 1:
             raise ValueError(f"vllm_mode must be 'server' on several processes, got 'colocate' on {self.world_size}")
-
-    def _check_memory(self) -> None:
-        """Check what saves memory: quantization and the optimizer."""
-        self.model_init_kwargs = json_values(self.model_init_kwargs)
-        quantized_arguments(self.model_init_kwargs, self.compute_dtype)
-        check_optimizer(self)
-
-    def _check_image_resolution(self) -> None:
-        if isinstance(self.image_resolution_schedule, str):
-            try:
-                self.image_resolution_schedule = json.loads(self.image_resolution_schedule)
-            except ValueError as error:
-                raise ValueError(
-                    f"image_resolution_schedule must be a JSON list, got {self.image_resolution_schedule!r} ({error})"
-                ) from error
-        if self.resolution_schedule() is not None and self.use_vllm:
-            raise ValueError(
-                "image_resolution_schedule must be None with use_vllm, whose engines resize images by settings of their own, "
-                f"got {self.image_resolution_schedule!r}"
-            )
 
     def _derive_batches(self) -> None:
         """Derive generation_batch_size from steps_per_generation, or the reverse, and check that batches divide evenly."""
@@ -481,6 +457,11 @@ class GRPOConfig(TrainingArguments):
                 "gradient_accumulation_steps must divide, or be a multiple of, steps_per_generation * num_iterations = "
                 f"{self.steps_per_rollout}, got {window}"
             )
+
+    @property
+    def masks_images(self) -> bool:
+        """Whether the loss has terms of masked images."""
+        return any(getattr(self, name) for name in PERCEPTION_WEIGHTS)
 
     @property
     def prompts_per_generation(self) -> int:

@@ -16,7 +16,7 @@ from vlmkernels.train.experience import Experience
 from vlmkernels.train.micro_batches import Split
 from vlmkernels.train.mismatch import Mismatch
 from vlmkernels.train.reference import as_reference
-from vlmkernels.train.setup import Models
+from vlmkernels.train.run_models import Models
 
 
 class Objective:

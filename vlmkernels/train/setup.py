@@ -1,14 +1,17 @@
-"""The set-up of a run: the steps of ``GRPOTrainer.__init__``.
+"""The set-up of a run: the steps of ``GRPOTrainer.__init__``, in their order.
 
-load_run         before ``Trainer.__init__``: loads and checks all that the constructor was given, the weights last
-check_processes  after it, with its accelerator: whether the processes fit together
-prepare_models   how the policy, its reference and its teacher run
-prepare_engine   what samples completions
-describe_run     what ``run.json`` says about the run
+    load_run            loads and checks all that the constructor was given, the weights last
+    check_processes     whether the processes fit together
+    prepare_models      how the policy, its reference and its teacher run (``vlmkernels.train.run_models``)
+    prepare_engine      what samples completions, and its tools
+    prepare_images      what training adds to the images of a rollout
+    describe_run        what ``run.json`` says about the run
+
+``load_run`` runs before ``Trainer.__init__``, and the others after it, with the accelerator that it makes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +21,6 @@ from transformers import PreTrainedModel
 
 from vlmkernels.data.samples import tokenizer_of
 from vlmkernels.models.families import TEXT, Family, family_of, media_token_ids, missing_token_ids
-from vlmkernels.models.head import output_head
 from vlmkernels.models.hunyuan import number_images_per_sample
 from vlmkernels.models.image_processor import with_fast_images
 from vlmkernels.models.loading import (
@@ -26,7 +28,6 @@ from vlmkernels.models.loading import (
     disable_dropout,
     embedding_rows,
     freeze_vision,
-    frozen_copy,
     load_config,
     load_model,
     load_processor,
@@ -46,14 +47,12 @@ from vlmkernels.train.batch_images import BatchImages
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.datasets import CheckedDatasets, check_datasets, with_prompts
 from vlmkernels.train.masks import check_perception
-from vlmkernels.train.micro_batches import MicroBatches
-from vlmkernels.train.parallel import check_parallelism, gathered_zero3, prepare_reference
-from vlmkernels.train.passes import Passes, policy_view, reference_view
-from vlmkernels.train.prepare import PreparedModel, prepare_model
+from vlmkernels.train.parallel import check_parallelism
+from vlmkernels.train.prepare import PreparedModel
 from vlmkernels.train.processes import Processes, describe_process
 from vlmkernels.train.run_details import run_details
+from vlmkernels.train.run_models import Models
 from vlmkernels.train.saving import check_saving
-from vlmkernels.train.token_counts import TokenCounts
 
 # Loading
 
@@ -202,66 +201,6 @@ def check_processes(run: LoadedRun, args: GRPOConfig, accelerator: Accelerator, 
 
 
 # Preparing
-
-
-@dataclass(frozen=True)
-class Models:
-    """The models of a run as the trainer runs them: the result of ``prepare_models``.
-
-    Args:
-        policy: the inputs of the policy.
-        reference: the inputs of the reference, or None.
-        ref_model: the reference, if it is a copy. None: it is the policy with other adapters or without adapters.
-        teacher: the teacher, or None.
-        micro_batches: the splits that all of them run on.
-        token_counts: the tokens and images of all their passes.
-    """
-
-    policy: Passes
-    reference: Passes | None
-    ref_model: torch.nn.Module | None
-    teacher: distillation.Teacher | None
-    micro_batches: MicroBatches
-    token_counts: TokenCounts
-
-
-def prepare_models(run: LoadedRun, args: GRPOConfig, accelerator: Accelerator) -> Models:
-    """Prepare the policy, its reference, if beta > 0, and its teacher, if it has one. Changes the models in place."""
-    media, token_counts = run.datasets.media, TokenCounts()
-    prepared = prepare_model(run.model, run.processor, args, accelerator, media)
-    ref_model, ref_passes, teacher = None, None, None
-    if args.beta > 0:
-        ref_model, head = load_reference(run.model, prepared, accelerator)
-        ref_passes = Passes(replace(prepared, head=head), args, token_counts, reference_view)
-    if run.teacher is not None:
-        common = media, args, accelerator, token_counts
-        teacher = distillation.prepare_teacher(run.teacher, prepared, run.processor, *common)
-    models = [prepared, *([] if teacher is None else [teacher.prepared])]
-    return Models(
-        policy=Passes(prepared, args, token_counts, policy_view),
-        reference=ref_passes,
-        ref_model=ref_model,
-        teacher=teacher,
-        micro_batches=MicroBatches(models, args, accelerator),
-        token_counts=token_counts,
-    )
-
-
-def load_reference(
-    model: PreTrainedModel, policy: PreparedModel, accelerator: Accelerator
-) -> tuple[torch.nn.Module | None, torch.nn.Module]:
-    """Copy the reference model from the policy before training.
-
-    Returns:
-        The reference and its language-model head; None and the policy's head if the reference is the policy with other adapters
-        or without adapters.
-    """
-    if is_peft_model(model):
-        return None, policy.head
-    with gathered_zero3(model):
-        copied = frozen_copy(model)
-    head = output_head(copied)
-    return prepare_reference(accelerator, copied), head
 
 
 def prepare_engine(run: LoadedRun, policy: PreparedModel, args: GRPOConfig, accelerator: Accelerator) -> Engine:

@@ -69,6 +69,7 @@ from vlmkernels.train.logs import (
 from vlmkernels.train.objective import Objective
 from vlmkernels.train.prepare import encode_prompts
 from vlmkernels.train.processes import Processes
+from vlmkernels.train.run_models import prepare_models
 from vlmkernels.train.updates import UpdateCheck
 
 
@@ -136,7 +137,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         setup.check_processes(run, args, self.accelerator, self.processes)
         self.phases, self.metrics = Phases(args.device), MetricBuffer()
 
-        models = setup.prepare_models(run, args, self.accelerator)
+        models = prepare_models(run.model, run.teacher, run.processor, run.datasets.media, args, self.accelerator)
         self.prepared, self.ref_model, self.teacher = models.policy.prepared, models.ref_model, models.teacher
         self.reference_adapter = reference.adapter_state(run.model)
         self.objective = Objective(models, args, self.accelerator, self.phases, has_rewards=bool(self.rewards))
