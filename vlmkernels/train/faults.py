@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -78,15 +78,10 @@ class FiniteSteps:
     Call ``observe`` for each micro-batch, then the object itself before the optimizer step.
 
     Args:
-        on_nonfinite: "raise", or "skip" to skip such steps, which DeepSpeed does not support.
+        on_nonfinite: "raise", or "skip" to skip such steps.
     """
 
     def __init__(self, accelerator: Accelerator, on_nonfinite: str) -> None:
-        if accelerator.distributed_type == DistributedType.DEEPSPEED and on_nonfinite != "raise":
-            raise ValueError(
-                "on_nonfinite must be 'raise' under DeepSpeed, which takes the optimizer step inside the backward pass, "
-                f"got {on_nonfinite!r}"
-            )
         self.accelerator, self.on_nonfinite = accelerator, on_nonfinite
         self.losses: list[torch.Tensor] = []
         self.metrics: dict[str, torch.Tensor] = {}

@@ -118,10 +118,10 @@ class Objective:
             **models.policy.head_arguments,
             advantages=experience.advantages[samples],
             old_logps=old_logps,
-            rollout_logps=self.mismatch.rollout_logps(rollout, samples),
-            ref_logps=None if experience.ref_logps is None else experience.ref_logps[samples],
-            masked=masked,
-            term=distillation,
+            rollout_logps=self.mismatch.rollout_logps(rollout, samples),  # correction for the engine
+            ref_logps=None if experience.ref_logps is None else experience.ref_logps[samples],  # divergence from the reference
+            masked=masked,  # perception terms
+            term=distillation,  # divergence from the teacher
             entropy_threshold=self._entropy_threshold,
             num_items=num_items,
             **part._asdict(),

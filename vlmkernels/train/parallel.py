@@ -7,6 +7,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
+
+from vlmkernels.models.quantized import is_quantized
+from vlmkernels.train.config import GRPOConfig
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:
@@ -20,17 +24,20 @@ def requires_lockstep(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 or zero_stage(accelerator) is not None
 
 
-def check_parallelism(accelerator: Accelerator, model: torch.nn.Module, n_gpu: int) -> None:
-    """Check that the model can be trained in this distributed configuration.
+def check_parallelism(
+    accelerator: Accelerator, model: PreTrainedModel, teacher: PreTrainedModel | None, args: GRPOConfig
+) -> None:
+    """Check that a run is possible in this distributed configuration.
 
     Args:
-        n_gpu: GPUs that this process sees and that ``nn.DataParallel`` would use.
+        model: the policy.
+        teacher: its teacher, or None.
 
     Raises:
         NotImplementedError: the kind of parallelism is not supported.
-        ValueError: the dtype of the parameters or an option of FSDP2 or DeepSpeed is not supported.
+        ValueError: the dtype of the parameters, or an option of FSDP2, DeepSpeed or the run is not supported.
     """
-    if n_gpu > 1:
+    if args.n_gpu > 1:  # that this process sees
         raise NotImplementedError("nn.DataParallel is not supported: use torchrun, or show one GPU to the process")
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise NotImplementedError("FSDP1 is not supported: use FSDP2 (fsdp_config with version: 2)")
@@ -50,10 +57,18 @@ def check_parallelism(accelerator: Accelerator, model: torch.nn.Module, n_gpu: i
         )
     stage = zero_stage(accelerator)
     if stage is not None:
-        _check_zero(accelerator, stage)
+        _check_zero(accelerator, stage, args)
+    if not requires_lockstep(accelerator):
+        return
+    if is_quantized(model) or (teacher is not None and is_quantized(teacher)):
+        raise ValueError("quantization_config must be None under FSDP2 and DeepSpeed: use DDP, got a quantized model")
+    if args.activation_offloading:
+        raise ValueError(
+            "activation_offloading must be False under FSDP2 and DeepSpeed, as it would also copy gathered weights, got True"
+        )
 
 
-def _check_zero(accelerator: Accelerator, stage: int) -> None:
+def _check_zero(accelerator: Accelerator, stage: int, args: GRPOConfig) -> None:
     if stage < 2:
         raise NotImplementedError(f"DeepSpeed ZeRO-{stage} is not supported: use ZeRO-2, ZeRO-3, FSDP2 or DDP")
     zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -62,6 +77,11 @@ def _check_zero(accelerator: Accelerator, stage: int) -> None:
         raise ValueError(
             "stage3_gather_16bit_weights_on_model_save must be true (zero3_save_16bit_model in accelerate's configuration), "
             f"because checkpoints would hold no weights, got {saves_weights}"
+        )
+    if args.on_nonfinite != "raise":
+        raise ValueError(
+            "on_nonfinite must be 'raise' under DeepSpeed, which takes the optimizer step inside the backward pass, "
+            f"got {args.on_nonfinite!r}"
         )
 
 

@@ -18,7 +18,6 @@ from vlmkernels.models.image_features import accepts_image_features, feature_reu
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
 from vlmkernels.models.offload import use_activation_offloading
-from vlmkernels.models.quantized import is_quantized
 from vlmkernels.models.router_replay import use_router_replay
 from vlmkernels.models.vision import use_vision_ops
 from vlmkernels.train.config import GRPOConfig
@@ -83,8 +82,6 @@ def prepare_model(
     """
     plain, head = base_model(model), output_head(model)
     family = family_of(plain.config)
-    if requires_lockstep(accelerator):
-        _check_unsharded(model, args)
     prepare_head(accelerator, head)
     with gathered_zero3(model):
         arguments = logit_arguments(model, head)
@@ -108,16 +105,6 @@ def prepare_model(
         raise ValueError(f"FSDP2 and ZeRO need a {name} that accepts mm_encoder_outputs (transformers >= 5.18); use DDP")
     idle_media = {kind: encode_prompts([_idle_sample(kind)], processor, prepared, args).inputs for kind in sorted(kinds)}
     return replace(prepared, idle_media=idle_media)
-
-
-def _check_unsharded(model: PreTrainedModel, args: GRPOConfig) -> None:
-    """Raise ValueError for what saves memory on one GPU and does not work with sharded parameters."""
-    if is_quantized(model):
-        raise ValueError("quantization_config must be None under FSDP2 and DeepSpeed: use DDP, got a quantized model")
-    if args.activation_offloading:
-        raise ValueError(
-            "activation_offloading must be False under FSDP2 and DeepSpeed, as it would also copy gathered weights, got True"
-        )
 
 
 def _choose_prefix_sharing(model: PreTrainedModel, args: GRPOConfig) -> str | None:

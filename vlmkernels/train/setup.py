@@ -194,8 +194,8 @@ def make_rewards(reward_funcs: Any, agent: Agent | None, args: GRPOConfig, *, ha
 
 def check_processes(run: LoadedRun, args: GRPOConfig, accelerator: Accelerator, processes: Processes) -> None:
     """Check that the run supports this kind of parallelism, and that all processes have loaded the same."""
-    check_parallelism(accelerator, run.model, args.n_gpu)
     teacher = None if run.teacher is None else run.teacher.model
+    check_parallelism(accelerator, run.model, teacher, args)
     common = run.model, tokenizer_of(run.processor), run.rewards, run.datasets.train_dataset
     processes.compare(**describe_process(args, *common, teacher))
 
