@@ -121,7 +121,10 @@ def with_pixels(encoded: ModelInputs, pixels: ModelInputs) -> ModelInputs:
 
 def without_pixels(inputs: ModelInputs) -> ModelInputs:
     """Remove the pixels of images that have features; undoes ``with_pixels``."""
-    return replace(inputs, inputs=_without_pixels(inputs)) if "image_features" in inputs.inputs else inputs
+    if "image_features" not in inputs.inputs:
+        return inputs
+    kept = _without_pixels(inputs)
+    return inputs if len(kept) == len(inputs.inputs) else replace(inputs, inputs=kept)
 
 
 def _without_pixels(inputs: ModelInputs) -> dict[str, torch.Tensor]:

@@ -260,9 +260,14 @@ class Rollout:
         return values.gather(1, numbers).masked_fill(~self.sampled_mask, 0)
 
     def with_inputs(self, change: Callable[[ModelInputs], ModelInputs]) -> "Rollout":
-        """Return the same completions with changed model inputs of the prompts and of the results of tools."""
-        turns = None if self.turns is None else replace(self.turns, inputs=change(self.turns.inputs))
-        return replace(self, prompts=change(self.prompts), turns=turns)
+        """Return the same completions with changed model inputs of the prompts and of the results of tools.
+
+        If ``change`` returns its argument, what is computed from it stays cached.
+        """
+        prompts, turns = change(self.prompts), self.turns
+        if turns is not None and (inputs := change(turns.inputs)) is not turns.inputs:
+            turns = replace(turns, inputs=inputs)
+        return self if prompts is self.prompts and turns is self.turns else replace(self, prompts=prompts, turns=turns)
 
     def with_image_features(self, model: PreTrainedModel, pixels: ModelInputs | None = None) -> "Rollout":
         """Replace the pixels of the prompts, and of the results of tools, by features; see ``encode_images``.
