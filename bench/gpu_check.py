@@ -77,6 +77,7 @@ PROFILES = [
     ("gather", "triton", "gather_logps_bwd_kernel"),
     ("decode_attention", "cuda", "decode_parts_kernel"),
     ("sample", "cuda", "sample_draw_kernel"),
+    ("linear_kl", "cuda", "linear_kl_kernel"),
 ]
 # compute-sanitizer: its tools for the CUDA kernels (tests/sanitizer), and the cases of kernel_cases.py whose Triton kernels run
 # under memcheck.
@@ -91,7 +92,7 @@ SANITIZED = (
     "rotary",
     "pack_patches",
 )
-SANITIZED += ("decode_attention", "sample")
+SANITIZED += ("decode_attention", "sample", "tiles", "tree_attention")
 
 
 class Stage:

@@ -18,6 +18,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import vlmkernels as vk
+from vlmkernels.ops.fixed_matmul import fixed_matmul
+from vlmkernels.ops.tree_attention.merge import merge_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES: dict[str, Callable[[str, bool], list[torch.Tensor]]] = {}
@@ -78,6 +80,57 @@ def sample(backend: str, large: bool) -> list[torch.Tensor]:
 
 
 @case
+def linear_sample(backend: str, large: bool) -> list[torch.Tensor]:
+    """linear_sample_logps in two chunks: drawn tokens of capped logits, and the greatest."""
+    num, vocab, width = (64, 151936, 2048) if large else (5, 1003, 33)
+    hidden, weight = randn(num, width, dtype=torch.bfloat16), (randn(vocab, width) / width**0.5).bfloat16()
+    options = {"chunk_bytes": 4 * vocab * (num // 2 + 1), "backend": backend}
+    uniform = torch.rand(num, dtype=torch.float64, device=DEVICE)
+    drawn = vk.linear_sample_logps(hidden, weight, uniform, softcap=30.0, top_p=0.9, **options)
+    return [*drawn, *vk.linear_sample_logps(hidden, weight, None, **options)]
+
+
+@case
+def tiles(backend: str, large: bool) -> list[torch.Tensor]:
+    """fixed_matmul, with rows and columns that do not fill the last tile."""
+    m, k, n = (2000, 2048, 151936) if large else (70, 33, 130)
+    options = {"out_dtype": torch.float32, "backend": "triton" if backend == "triton" else "auto"}
+    operands = [(randn(m, k, dtype=x), randn(n, k, dtype=x).t(), randn(n, dtype=x)) for x in (torch.bfloat16, torch.float32)]
+    return [fixed_matmul(a, b, bias=bias, **options) for a, b, bias in operands]
+
+
+@case
+def tree_attention(backend: str, large: bool) -> list[torch.Tensor]:
+    """A tree of three levels, forward and backward; and the merge of two parts, by rows and whole."""
+    lengths, width = ((1300, 256, 300, 256), 128) if large else ((70, 5, 3, 9), 40)
+    layout = vk.TreeLayout(lengths, (-1, 0, 1, 0))
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    inputs = [randn(layout.num_tokens, heads, width, dtype=dtype).requires_grad_() for heads in (4, 2, 2)]
+    out = vk.tree_attention(*inputs, layout)
+    results = [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
+    if backend == "triton":
+        num = layout.num_tokens
+        for rows in (None, torch.randperm(num, device=DEVICE)[: num // 2].int()):
+            part = randn(num if rows is None else len(rows), 4, width, dtype=torch.bfloat16)
+            merged, lse = randn(num, 4, width), randn(4, num)
+            merge_(merged, lse, part, randn(4, len(part)), rows)
+            results += [merged, lse]
+    return results
+
+
+@case
+def linear_attention(backend: str, large: bool) -> list[torch.Tensor]:
+    """causal_conv1d and gated_delta_rule of a tree. They have no kernels of this package."""
+    lengths, heads, width = ((1300, 256, 300), 16, 128) if large else ((70, 5, 3), 2, 16)
+    layout = vk.TreeLayout(lengths, (-1, 0, 0))
+    x = randn(layout.num_tokens, heads * width).requires_grad_()
+    mixed = vk.causal_conv1d(x, randn(heads * width, 4), layout, activation="silu").view(-1, heads, width)
+    gate, beta = -torch.rand(layout.num_tokens, heads, device=DEVICE), torch.rand(layout.num_tokens, heads, device=DEVICE)
+    out = vk.gated_delta_rule(mixed, mixed, mixed, gate, beta, layout, backend="torch")
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), x)]
+
+
+@case
 def linear_rows(backend: str, large: bool) -> list[torch.Tensor]:
     """linear_logps, forward and backward: the 16-bit gradient overwrites the fp32 logits."""
     num, vocab, width = (2048, 151936, 2048) if large else (21, 1003, 33)
@@ -117,14 +170,16 @@ def linear_kl(backend: str, large: bool) -> list[torch.Tensor]:
 
 @case
 def grpo_loss(backend: str, large: bool) -> list[torch.Tensor]:
-    """Padded and packed batches, importance ratios of tokens and of sequences."""
+    """Padded and packed batches, importance ratios of tokens and of sequences, with the terms of PAPO."""
     B, T = (64, 512) if large else (3, 70)
     results = []
     for level in ("token", "sequence"):
-        config = vk.GRPOLossConfig("grpo", beta=0.1, importance_sampling_level=level, entropy_coef=0.01)
+        options = {"entropy_coef": 0.01, "perception_loss_weight": 0.01, "der_loss_weight2": 0.03}
+        config = vk.GRPOLossConfig("grpo", beta=0.1, importance_sampling_level=level, **options)
         logps = -torch.rand(B, T, device=DEVICE)
         old, ref, entropy, mask = logps + 0.1, logps - 0.1, torch.rand_like(logps), torch.rand_like(logps) < 0.7
-        padded = {"old_logps": old, "ref_logps": ref, "entropy": entropy, "loss_mask": mask}
+        masked = torch.where(torch.rand_like(logps) < 0.3, torch.nan, logps - 0.2)
+        padded = {"old_logps": old, "ref_logps": ref, "masked_logps": masked, "entropy": entropy, "loss_mask": mask}
         lengths = mask.sum(1)
         packed = {name: x[mask] for name, x in padded.items() if name != "loss_mask"}
         packed["cu_seqlens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()

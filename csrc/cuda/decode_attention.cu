@@ -10,7 +10,8 @@ DecodeArguments arguments(const DecodeAttention& p, int tile_rows) {
     const int64_t shared = p.query_heads / p.key_heads;
     a.tile_heads = static_cast<int32_t>(std::min<int64_t>(shared, tile_rows));
     a.head_tiles = static_cast<int32_t>((shared + a.tile_heads - 1) / a.tile_heads);
-    a.tile_slots = static_cast<int32_t>(std::min<int64_t>(tile_rows / a.tile_heads, p.slots));
+    // Not fewer for few slots: the result of a slot would depend on their number.
+    a.tile_slots = tile_rows / a.tile_heads;
     for (int64_t l = 0; l < p.num_levels; ++l) {
         const DecodeLevel& level = a.levels[l] = p.levels[l];
         const int64_t parts = level.num_segments == 0 ? 0 : decode_parts(level);

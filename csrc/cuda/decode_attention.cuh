@@ -580,7 +580,8 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_merge_kernel(const __gr
         if (held < 0) l = kNaN;
         if (held <= 0) continue;
         const int part = static_cast<int>(a.levels[level].part);
-        for (int i = decode_begin(a, level, slot) / part; i * part < held; ++i) {
+#pragma unroll 4
+        for (int i = decode_begin(a, level, slot) / part; i < (held + part - 1) / part; ++i) {
             const float* row = partial + (a.first_part[level] + i) * width;
             const float top = fmaxf(m, row[padded]), alpha = exp2_approx(m - top), weight = exp2_approx(row[padded] - top);
             l = fmaf(l, alpha, row[padded + 1] * weight);

@@ -230,8 +230,8 @@ def test_any_strides_of_new_tokens(need, device, backend):
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_slot_does_not_depend_on_the_others(need, device, backend, dtype):
-    """Bitwise: alone, in its group, and in a group in another order."""
-    case = Case([(530, [530, 520]), (70, [66, 0, 8, 1])], [[0, 0, 1, 0], None], (2, 1, 16, 16), dtype)
+    """Bitwise: alone, in its group of more rows than a tile of tensor cores has, and in a group in another order."""
+    case = Case([(530, [530, 520]), (70, [66, 0, 8, 1] + [2] * 8)], [[0, 0, 1] + [0] * 9, None], (2, 1, 16, 16), dtype)
     where = place(backend, device)
     need("decode_attention", backend, case.query.to(where))
     out, lse, _ = case.run(backend, where)
@@ -250,6 +250,18 @@ def test_a_slot_does_not_depend_on_the_others(need, device, backend, dtype):
     some([3, 2, 0], [0, 1, 0])
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_default_dtype(need, device, backend):
+    """The memory of partial results does not depend on torch's default dtype."""
+    case = Case([(300, [300]), (9, [3, 8])], [[0, 0], None], (2, 1, 16, 16))
+    need("decode_attention", backend, case.query.to(place(backend, device)))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        check(case, backend, device)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
 def test_grouped_once(need, device, backend):
     """A level that ``grouped`` returns gives the same result, and lists the slots of each segment."""
@@ -265,6 +277,13 @@ def test_grouped_once(need, device, backend):
     assert levels[1].order.tolist() == [0, 2, 1]
     assert levels[1].rank.tolist() == [-1, 0, 0]
     assert levels[2].order is None
+
+    def strided(level):
+        level = level.grouped()
+        columns = [x if x is None else torch.stack([x, -x], 1)[:, 0] for x in (level.order, level.rank)]
+        return level._replace(order=columns[0], rank=columns[1])
+
+    assert torch.equal(case.run(backend, where, strided)[0], out)
 
 
 @pytest.mark.parametrize("backend", ["reference", *KERNELS])
@@ -512,3 +531,26 @@ def test_values_that_a_gpu_does_not_check(need, device, monkeypatch, backend):
         assert lse.isnan().all(), name
         changed = (own.key.nan_to_num() != filled.nan_to_num()).flatten(2).any(2).any(1)
         assert changed.tolist() == [True, True, False, False, False, True], name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph(backend):
+    """The next step of a captured call: longer segments and another query."""
+    case = Case([(40, [40, 7]), (12, [3, 0, 8])], [[0, 1, 1], None], (4, 2, 64, 64), torch.bfloat16)
+    levels = [on("cuda", level).grouped() for level in case.levels]
+    query, key, value = (x.cuda() for x in (case.query, case.key, case.value))
+
+    def step():
+        return decode_attention(query, levels, key=key, value=value, window=30, return_lse=True, backend=backend)
+
+    step()  # compiles the kernels
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    levels[-1].lengths.add_(1)
+    query.mul_(0.5)
+    graph.replay()
+    for actual, expected in zip(results, step(), strict=True):
+        assert torch.equal(actual, expected)

@@ -539,6 +539,8 @@ BAD = {
         "token_weights must not require gradients",
     ),
     "beta": ({"beta": 1.5}, ValueError, r"beta must be in \[0, 1\], got 1.5"),
+    "beta next to 1": ({"beta": 1 - 1e-9}, ValueError, r"beta must be 0, 1 or in \[1e-06, 1 - 1e-06\], got 0.999999999"),
+    "beta next to 0": ({"beta": 1e-50}, ValueError, r"beta must be 0, 1 or in \[1e-06, 1 - 1e-06\], got 1e-50"),
     "text as beta": ({"beta": "forward"}, TypeError, r"beta must be in \[0, 1\], got 'forward'"),
     "top_k": ({"top_k": 0}, ValueError, "top_k must be a positive integer or None, got 0"),
     "fractional top_k": ({"top_k": 2.5}, TypeError, "top_k must be a positive integer or None, got 2.5"),
@@ -576,3 +578,23 @@ def test_the_backend_serves_both_sides(device):
     assert linear_kl(**operands).dtype == torch.float64
     with pytest.raises(NotImplementedError, match=r"no backend serves linear_kl: .*supports float32, bfloat16, float16, got"):
         linear_kl(**operands, backend="cuda" if device == "cuda" else "cpp")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_does_not_wait_for_the_device(backend, top_k):
+    operands = make((2, 3), 301, (8, 16), (torch.bfloat16, torch.bfloat16), "cuda")
+    hidden, token_weights = operands.pop("hidden").requires_grad_(), torch.rand(2, 3, device="cuda")
+
+    def step():
+        results = [linear_kl(hidden, **operands, top_k=top_k, token_weights=x, backend=backend) for x in (None, token_weights)]
+        return torch.autograd.grad(results[0].sum() + results[1], hidden)[0]
+
+    expected = step()  # loads libraries and compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        actual = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(actual, expected)

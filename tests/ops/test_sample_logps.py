@@ -444,6 +444,15 @@ def test_errors_name_argument_rule_and_value(case):
         sample_logps(*args, **options)
 
 
+def test_default_device():
+    """Filters are numbers on the host: torch's default device does not matter."""
+    logits, uniform, _ = make(2, 50)
+    expected = sample_logps(logits, uniform, top_p=0.9)
+    with torch.device("meta"):
+        actual = sample_logps(logits, uniform, top_p=0.9)
+    assert actual.ids.equal(expected.ids)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_bad_uniforms_on_a_gpu_are_clamped(backend):

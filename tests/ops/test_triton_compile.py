@@ -23,15 +23,32 @@ MAX_SHARED = {80: 163, 86: 99, 90: 227, 100: 227}  # KiB, of the CUDA C++ progra
 pytest.importorskip("triton")
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
+def rows_of(program: str, cache: Path) -> list[dict]:
+    """What a program of tests/support prints, without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, TESTS / "support" / "compile_gate.py"], env=environment, capture_output=True, text=True
-    )
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run([sys.executable, TESTS / "support" / program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    return rows_of("compile_gate.py", tmp_path_factory.mktemp("triton"))
+
+
+def test_what_is_launched_compiles(tmp_path):
+    """The launchers pass arguments that the kernels accept, also a second time, and that fit on a GPU."""
+    launched = rows_of("triton_launches.py", tmp_path)
+    assert {row["kernel"] for row in launched} >= {
+        "decode_merge_kernel",
+        "fixed_matmul_kernel",
+        "grpo_loss_finish_kernel",
+        "linear_kl_kernel",
+        "merge_kernel",
+        "sample_draw_kernel",
+    }
+    assert not [row for row in launched if row["LOCAL"] or row["shared"] > 1024 * MAX_SHARED[90]]
 
 
 def test_nothing_is_spilled(compiled):

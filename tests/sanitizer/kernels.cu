@@ -175,6 +175,11 @@ void divergence(int64_t num, int64_t vocab, bool in_place, float softcap, float 
     p.upstream = random<float>(num);
     cuda::linear_kl(p, 0, 0);
     expect_finite("linear_kl", p.divergence, num);
+    p.read = false;  // the backward pass alone, on other logits if the gradient is in their place
+    p.student.logits = random<T>(num * vocab);
+    p.dlogits = in_place ? const_cast<void*>(p.student.logits) : p.dlogits;
+    cuda::linear_kl(p, 0, 0);
+    expect_finite("linear_kl, backward", p.stats, 5 * num);
 }
 
 void grpo(GrpoSurrogate surrogate, bool sequence_level) {
@@ -332,9 +337,9 @@ void pack(int64_t patch, int64_t slots, int64_t offset) {
     expect_finite("pack_patches", static_cast<const float*>(p.rows), p.num_rows * features);
 }
 
-// T: float, or uint16_t for bf16. `offset` elements lie before the first row.
+// T: float, or uint16_t for bf16. `offset` elements lie before the first row. `plain`: without banned tokens and a penalty.
 template <class T>
-void sample(int64_t num, int64_t vocab, int64_t offset, bool filtered) {
+void sample(int64_t num, int64_t vocab, int64_t offset, bool filtered, bool plain, bool greedy) {
     SampleLogps p{};
     p.logits = random<T>(offset + num * vocab) + offset;
     p.dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
@@ -342,13 +347,15 @@ void sample(int64_t num, int64_t vocab, int64_t offset, bool filtered) {
     p.vocab = p.stride = p.seen_stride = vocab;
     std::vector<double> draws(num);
     for (double& u : draws) u = uniform();
-    p.uniform = on_device(draws);
-    p.seen = random_mask(num * vocab);
-    p.banned = random_mask(2 * vocab);
-    p.banned_rows = targets(num, 2);
-    p.num_banned = 2;
+    p.uniform = greedy ? nullptr : on_device(draws);
+    if (!plain) {
+        p.seen = random_mask(num * vocab);
+        p.banned = random_mask(2 * vocab);
+        p.banned_rows = targets(num, 2);
+        p.num_banned = 2;
+    }
     p.temperature = 0.7f;
-    p.repetition_penalty = 1.2f;
+    p.repetition_penalty = plain ? 1.0f : 1.2f;
     p.top_k = filtered ? 40 : 0;
     p.removable = filtered ? 0.1f : 0.0f;
     p.min_p_distance = filtered ? -3.0f : -INFINITY;
@@ -376,6 +383,7 @@ int main() {
         for (float beta : {0.0f, 0.3f, 1.0f}) {
             divergence<float, uint16_t>(7, 9001, in_place, 4.0f, beta);
             divergence<uint16_t, uint16_t>(7, 2051, in_place, 0.0f, beta);
+            divergence<float, float>(3, 1025, in_place, 0.0f, beta);
         }
     }
     using S = GrpoSurrogate;
@@ -397,9 +405,12 @@ int main() {
         for (int64_t offset : {0, 1}) pack(patch, patch == 6 ? 3 : 1 + offset, offset);
     }
     for (bool filtered : {false, true}) {
-        sample<uint16_t>(5, 5003, 1, filtered);
-        sample<uint16_t>(2, 40960, 0, filtered);
-        sample<float>(5, 5003, 1, filtered);
+        for (bool plain : {false, true}) {
+            sample<uint16_t>(5, 5003, 1, filtered, plain, false);
+            sample<float>(5, 5003, 1, filtered, plain, false);
+        }
+        sample<uint16_t>(2, 40960, 0, filtered, false, false);
+        sample<uint16_t>(3, 2049, 1, filtered, false, true);
     }
     std::printf(failures ? "%d failures\n" : "every result is finite\n", failures);
     return failures > 0;

@@ -260,19 +260,27 @@ def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    # Triton compares these values before each launch. NaN does not equal itself.
+    changed = [global_name for (global_name, _), (value, _) in kernel.used_global_vals.items() if value != value]
+    assert not changed, f"{name} uses global values that do not equal themselves: {changed}"
+    row = {"op": op, "kernel": name, "sm": capability, "dtype": types.get("hidden_ptr", "")[1:].partition(":")[0]}
+    return row | resources(compiled)
+
+
+def resources(compiled) -> dict:
+    """Return the registers, the memory and the special instructions of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    row = {"op": op, "kernel": name, "sm": capability, "dtype": types.get("hidden_ptr", "")[1:].partition(":")[0]}
-    row |= {
+    ptx = compiled.asm["ptx"]
+    row = {
         "shared": compiled.metadata.shared,
-        "tensor_cores": re.findall(r"\b(tcgen05.mma|wgmma.mma|mma.sync)", compiled.asm["ptx"])[:1],
+        "tensor_cores": re.findall(r"\b(tcgen05.mma|wgmma.mma|mma.sync)", ptx)[:1],
+        "tma": "cp.async.bulk.tensor" in ptx,
     }
-    row["tma"] = "cp.async.bulk.tensor" in compiled.asm["ptx"]
-    return row | {key: int(value) for key, value in usage.items()}
+    return row | {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
 
 
 JOBS = [(*row, capability) for row in KERNELS for capability in (80, 90, 100)]

@@ -127,6 +127,7 @@ def as_level(index: int, level: KeyValues, query: torch.Tensor, like: KeyValues 
             require_dtype(f"{name}.{field}", x, torch.int32)
             require_shape(f"{name}.{field}", x, (slots,), "the slots of query")
             require_device(f"{name}.{field}", x, query.device, "query")
+            level = level._replace(**{field: x.contiguous()})  # kernels read them without a stride
     return level._replace(lengths=lengths, segment=segment)
 
 

@@ -47,7 +47,7 @@ class Native(Launcher):
         key_heads, value_width = levels[0].key.shape[1], out.shape[2]
         sizes = [part_size(level, *SPLIT[self.name]) for level in levels]
         parts = sum((level.capacity + part - 1) // part for level, part in zip(levels, sizes, strict=True))
-        partial = torch.empty(slots * heads * parts * ((value_width + 31) // 32 * 32 + 16), device=query.device)
+        partial = lse.new_empty(slots * heads * parts * ((value_width + 31) // 32 * 32 + 16))
         fields = array("q", [x for row in zip(levels, sizes, strict=True) for x in level_fields(*row)])
         new = {} if key is None else {
             "new_key": key.data_ptr(), "key_stride_slot": key.stride(0), "key_stride_head": key.stride(1),

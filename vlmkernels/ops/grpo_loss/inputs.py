@@ -193,7 +193,7 @@ def entropy_quantile(entropy: torch.Tensor, mask: torch.Tensor | None, quantile:
     values = entropy.detach().flatten()
     if values.numel() == 0:
         return values.new_zeros(())
-    count = torch.tensor(values.numel(), device=values.device)
+    count = torch.full((), values.numel(), device=values.device)
     if mask is not None:
         values, count = torch.where(mask.flatten(), values, torch.inf), mask.sum()
     values = values.sort().values

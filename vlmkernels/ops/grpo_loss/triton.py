@@ -18,7 +18,6 @@ MIN_LOGP = tl.constexpr(limits.MIN_LOGP)
 MAX_PERCEPTION_KL = tl.constexpr(limits.MAX_PERCEPTION_KL)
 VESPO_MIN_LOG_WEIGHT = tl.constexpr(limits.VESPO_MIN_LOG_WEIGHT)
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 # The indices of COLUMNS.
 COLUMN_LOSS = tl.constexpr(0)
@@ -379,7 +378,7 @@ def grpo_loss_kernel(
         else:
             direct += weight * dlogp
         if dmasked_ptr is not None:
-            masked = at_least(tl.load(masked_logp_ptr + t, mask=valid, other=NAN), MIN_LOGP)
+            masked = at_least(tl.load(masked_logp_ptr + t, mask=valid, other=float("nan")), MIN_LOGP)
             value, dvalue, dmasked, masked_kl, masked_entropy, masked_clipped, masked_tokens = perception(logp, masked, p)
             tl.store(dmasked_ptr + begin + t, dmasked * share, mask=t < length)
             direct += dvalue

@@ -411,7 +411,7 @@ def linear_kl(
             ``linear_logps``: the weight may be an fp32 master copy, or a DTensor.
         teacher_hidden, teacher_weight, teacher_bias: those of the teacher, (..., H'), (V, H') and (V,). Width and dtype may
             differ from the student's. They get no gradient.
-        beta: selects the divergence, in [0, 1].
+        beta: selects the divergence: 0, 1, or between them in [1e-6, 1 - 1e-6].
         temperature: divides the logits of both sides; > 0.
         logit_scale, softcap, teacher_logit_scale, teacher_softcap: see ``linear_logps``.
         top_k: compare the distributions of k + 1 events: the teacher's k most probable tokens, each for itself, and all other

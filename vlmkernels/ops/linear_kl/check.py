@@ -7,12 +7,17 @@ from vlmkernels.ops.linear_kl.inputs import Operands
 from vlmkernels.ops.linear_logps.check import check_chunk, check_head
 from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes
 
+# The least distance of beta to 0 and 1 that kernels tell apart from them: they compute in fp32.
+BETA_STEP = 1e-6
+
 
 def check_beta(beta: float) -> None:
-    """Check that ``beta`` is a number in [0, 1]."""
+    """Check that ``beta`` is a number in [0, 1], and 0 or 1 if it is nearer to them than ``BETA_STEP``."""
     require_number("beta", beta, "be in [0, 1]")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be in [0, 1], got {beta}")
+    if beta not in (0, 1) and not BETA_STEP <= beta <= 1 - BETA_STEP:
+        raise ValueError(f"beta must be 0, 1 or in [{BETA_STEP:g}, 1 - {BETA_STEP:g}], got {beta}")
 
 
 def check(

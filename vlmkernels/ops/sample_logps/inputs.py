@@ -43,7 +43,7 @@ class Filters(NamedTuple):
     @property
     def removable(self) -> float:
         """The share of the mass that top_p removes at most. transformers compares it in fp32."""
-        return torch.tensor(1 - self.top_p, dtype=torch.float32).item()
+        return torch.tensor(1 - self.top_p, dtype=torch.float32, device="cpu").item()
 
     @property
     def min_p_distance(self) -> float:

@@ -60,9 +60,7 @@ def load_scores(v, row):
 @triton.jit
 def table_of_row(banned_rows_ptr, n, num_banned):
     """The row of the table of banned tokens, and whether it exists."""
-    if banned_rows_ptr is None:
-        return n * 0, True
-    row = tl.load(banned_rows_ptr + n)
+    row = n * 0 if banned_rows_ptr is None else tl.load(banned_rows_ptr + n)
     valid = (row >= 0) & (row < num_banned)
     return tl.where(valid, row, 0), valid
 
