@@ -54,13 +54,14 @@ CASES = {
     "fsdp, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **FSDP},
     "ddp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4},
     "fsdp, sampled": {"images": "mixed", "samples": True, "max_completion_length": 12, "learning_rate": 1e-4, **FSDP},
-    "as configured": {"images": "mixed", "beta": 0.1, "configured": True},
+    "as configured": {"images": "mixed", "beta": 0.1, "teaches": True, "configured": True},
     "zero2": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO2},
     "zero2, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, **ZERO2},
     "zero3": {"images": "mixed", "beta": 0.1, "evaluates": True, **ZERO3},
     "zero3, videos": {"images": "videos", **ZERO3},
     "zero3, text": {"images": "none", "loss_type": "grpo", **ZERO3},
     "zero3, token budget": {"images": "mixed", "max_tokens_per_microbatch": 45, "teaches": True, **CORRECTED, **ZERO3},
+    "zero3, masks": {"images": "mixed", "max_tokens_per_microbatch": 90, **MASKS, **ZERO3},
     "zero3, lora": {"images": "one", "beta": 0.1, "lora": ["q_proj", "lm_head"], **ZERO3},
     "zero3, saved": {"images": "mixed", **SAVES, **ZERO3},
     "zero3, resumed": {"images": "mixed", "max_steps": 4, "resumes": True, **SAVES, **ZERO3},
@@ -104,9 +105,9 @@ def build(output_dir, name: str) -> GRPOTrainer:
     )
     if evaluates:
         options |= {"num_generations_eval": 2, "eval_strategy": "steps", "eval_steps": 1}
-    unset_hf_deepspeed_config()  # of the last case: transformers would shard the model while it is created
+    unset_hf_deepspeed_config()  # of the last case: transformers would shard the models while they are created
     torch.manual_seed(0)
-    model = tiny.vlm(tied=False)
+    model, teacher = tiny.vlm(tied=False), tiny.vlm(3, tied=False) if teaches else None
     if frozen:
         model.model.visual.requires_grad_(False)
     environment = CONFIGURED if configured else {}
@@ -133,15 +134,17 @@ def build(output_dir, name: str) -> GRPOTrainer:
         sharded = "fsdp" in options or "ACCELERATE_USE_FSDP" in environment
         kind = DistributedType.MULTI_GPU if sharded else DistributedType.MULTI_CPU
         PartialState._shared_state["distributed_type"] = kind
-    if configured:  # the model is loaded from a folder under that configuration
-        model.save_pretrained(path := Path(output_dir, "model"))  # only one process writes
+    if configured:  # the models are loaded from folders under that configuration
+        paths = [str(Path(output_dir, name)) for name in ("model", "teacher")]
+        for loaded, path in zip((model, teacher), paths, strict=True):
+            loaded.save_pretrained(path)  # only one process writes
         args.distributed_state.wait_for_everyone()
-        model = str(path)
+        model, teacher = paths
     data = tiny.rows(12, images)
     trainer = GRPOTrainer(
         model, length, args, data, data[:5] if evaluates else None, processing_class=tiny.processor(),
         peft_config=LoraConfig(r=4, target_modules=adapters, init_lora_weights=False) if adapters else None,
-        teacher=tiny.vlm(3, tied=False) if teaches else None,
+        teacher=teacher,
     )  # fmt: skip
     if not samples:
         trainer.engine = FunctionEngine(completions_of)

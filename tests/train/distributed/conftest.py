@@ -18,7 +18,7 @@ def launch(tmp_path_factory):
         accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / config)]
         flags = ["--num_processes", str(number), "--mixed_precision", "no", "--main_process_port", "0"]
         command = [*accelerate, *flags, "--module", "support.distributed.launched", str(folder), *names]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads((folder / "results.json").read_text())
 
