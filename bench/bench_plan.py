@@ -49,8 +49,20 @@ SHAPES = {
         "sizes": {"width": 384, "layers": 8, "depth": 3, "vocab": 16000, "family": "qwen3_vl"},
         "work": {"prompts": 2, "group_size": 6, "completion_tokens": 80, "side": 448, "lora_r": 8},
     },
-}
-PHASES = ("sampling", "reference log-probs", "forward and loss", "backward", "optimizer")
+    "Qwen2.5-VL 256 x 6, masked images": {
+        "sizes": {"width": 256, "layers": 6, "depth": 4, "vocab": 32000},
+        "work": {
+            "prompts": 2, "group_size": 6, "completion_tokens": 48, "side": 336, "perception_loss_weight": 0.01,
+            "image_use_steps": 1,
+        },
+    },
+    "Qwen2.5-VL 256 x 6, a teacher of 512 x 6": {
+        "sizes": {"width": 256, "layers": 6, "depth": 4, "vocab": 32000},
+        "work": {"prompts": 2, "group_size": 6, "completion_tokens": 48, "side": 336},
+        "teacher": {"width": 512, "layers": 6, "depth": 2, "vocab": 32000},
+    },
+}  # fmt: skip
+PHASES = ("sampling", "image use", "reference log-probs", "teacher", "forward and loss", "backward", "optimizer")
 
 
 def make_model(width: int, layers: int, depth: int, vocab: int, family: str = "qwen2_5_vl"):
@@ -78,10 +90,11 @@ def peak_of(profile) -> int:
     return most
 
 
-def measure(sizes: dict, work: dict) -> dict:
-    """Measured and planned seconds of each phase and peak bytes."""
+def measure(sizes: dict, work: dict, teacher: dict | None = None) -> dict:
+    """Measured and planned seconds of each phase and peak bytes. ``teacher``: the sizes of a teacher."""
     from transformers import TrainerCallback
 
+    from vlmkernels.models.branches import split_at_images
     from vlmkernels.plan import ModelShape, Workload, calibrate, plan
     from vlmkernels.train import GRPOConfig, GRPOTrainer
 
@@ -90,7 +103,8 @@ def measure(sizes: dict, work: dict) -> dict:
     work = dict(work)
     side, shared, lora_r = work.pop("side"), work.get("share_prefix", True), work.get("lora_r", 0)
     model, processor = make_model(**sizes), step_models.make_processor(side)
-    shape = ModelShape.from_config(model.config)
+    teacher_model = None if teacher is None else make_model(**teacher)
+    shape, teacher_shape = (None if m is None else ModelShape.from_config(m.config) for m in (model, teacher_model))
     row = {"prompt": [{"role": "user", "content": "what do you see?"}]}
     rows = [{**row, "images": [tiny.image(k, side, side)]} for k in range(work["prompts"])]
     adapters = None
@@ -105,15 +119,22 @@ def measure(sizes: dict, work: dict) -> dict:
         max_steps=STEPS + 2, report_to="none", save_strategy="no", disable_tqdm=True,
         share_prefix="auto" if shared else "false", logging_steps=1000,
         generation_kwargs={"min_new_tokens": work["completion_tokens"]},
+        perception_loss_weight=work.get("perception_loss_weight", 0.0), image_use_steps=work.get("image_use_steps"),
     )  # fmt: skip
 
     def length(completions, **_):
         return [float(len(completion[0]["content"])) for completion in completions]
 
-    trainer = GRPOTrainer(model, length, args, rows * (STEPS + 2), processing_class=processor, peft_config=adapters)
+    trainer = GRPOTrainer(
+        model, length, args, rows * (STEPS + 2), processing_class=processor, peft_config=adapters, teacher=teacher_model
+    )
     clock = Clock(now)
     clock.watch(type(trainer.engine), "__call__", "sampling")
     clock.watch(trainer.objective, "add_fixed_logps", "reference log-probs")
+    if trainer.image_use is not None:
+        clock.watch(trainer.image_use, "_measure", "image use")
+    if trainer.teacher is not None:
+        clock.watch(trainer.teacher, "term", "teacher")
     clock.watch(trainer.model, "forward", "forward and loss")
     clock.watch(trainer.accelerator, "backward", "backward")
     clock.watch(trainer.accelerator, "clip_grad_norm_", "optimizer")
@@ -128,7 +149,8 @@ def measure(sizes: dict, work: dict) -> dict:
             if state.global_step == STEPS + 1:
                 moments = [x for states in optimizer.state.values() for x in states.values() if x.dim()]
                 tensors = [*trainer.model.parameters(), *moments]
-                tensors += [] if trainer.ref_model is None else trainer.ref_model.parameters()
+                others = (trainer.ref_model, trainer.teacher and trainer.teacher.model)
+                tensors += [parameter for other in others if other is not None for parameter in other.parameters()]
                 held.append(sum(x.untyped_storage().nbytes() for x in {x.data_ptr(): x for x in tensors}.values()))
                 profiles.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True))
                 profiles[0].start()
@@ -147,10 +169,12 @@ def measure(sizes: dict, work: dict) -> dict:
     measured = {name: statistics.median(step.get(name, 0.0) for step in counted) for name in (*PHASES, "whole step")}
     machine = median_of(machines)
     prompt = len(processor(text=processor.apply_chat_template(row["prompt"], add_generation_prompt=True)).input_ids[0]) + 2
+    before = int(split_at_images(trainer._experience.rollout.prompts)[0].inputs["attention_mask"].sum(1)[0])
     workload = Workload(**work, prompt_tokens=prompt, width=side, height=side, precision="fp32", reference=True,
-                        logits_bytes=2**28)  # fmt: skip
-    found = plan(shape, workload, machine)
-    planned = {name: found.phase(name).seconds for name in PHASES} | {"whole step": found.seconds}
+                        logits_bytes=2**28, text_before_images=before, teacher_weights="fp32")  # fmt: skip
+    found = plan(shape, workload, machine, teacher_shape)
+    planned = {phase.name: phase.seconds for phase in found.phases if phase.name in PHASES} | {"whole step": found.seconds}
+    measured = {name: measured[name] for name in planned}
     measured["memory"] = held[0] + peak_of(profiles[0])
     planned["memory"] = sum(found.memory.values())
     tokens = trainer._experience.rollout.prompts.inputs["attention_mask"].sum(1).tolist()

@@ -142,3 +142,22 @@ def test_schedule(capsys):
     assert found["constant_seconds"] == pytest.approx(10 * expected)
     assert main(flags) == 0
     assert "224 x 224" in capsys.readouterr().out
+
+
+def test_masked_images_and_a_teacher(capsys):
+    flags = ["plan", "--model", "qwen2.5-vl-3b", "--perception_loss_weight", "0.01", "--image_use_steps", "10"]
+    flags += ["--text_before_images", "20", "--teacher", "Qwen2.5-VL-7B"]
+    assert main(flags) == 0
+    text = capsys.readouterr().out
+    assert "teacher qwen2.5-vl-7b: 8.29 B parameters in bf16" in text
+    assert "85,856 in 1 for the loss, with masked images" in text
+    assert re.search(r"^image use .*^teacher +43,008 ", text, re.MULTILINE | re.DOTALL)
+    assert main([*flags, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["teacher"], found["loss_tokens"]["passed"], found["tokens"]["passed"]) == ("qwen2.5-vl-7b", 85856, 43008)
+    assert main([*flags, "--fit", "80GB"]) == 0
+    printed = capsys.readouterr().out
+    words = shlex.split(printed[printed.index("vlmkernels train") :].replace("\\\n", ""))
+    args = build_parser().parse_args(words[2:])
+    assert (args.teacher, args.teacher_model_init_kwargs) == ("Qwen/Qwen2.5-VL-7B-Instruct", '{"dtype": "bfloat16"}')
+    assert (args.perception_loss_weight, args.image_use_steps) == (0.01, 10)

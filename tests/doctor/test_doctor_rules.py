@@ -4,10 +4,13 @@ import math
 import random
 
 import pytest
-from support.histories import group, history, ramp, stored
+from support.histories import HEALTHY, group, history, ramp, stored
+from support.simulated_runs import simulate
 
 from vlmkernels.doctor import NOTE, PROBLEM, RULES, Finding, Run, diagnose, unchecked
 from vlmkernels.doctor.history import Curve
+from vlmkernels.doctor.rule import COMPLETIONS
+from vlmkernels.record.metrics import describe
 
 
 def found(run: Run) -> dict[str, Finding]:
@@ -446,3 +449,25 @@ def test_noise_of_a_curve_ignores_trend_and_jumps():
 
 def test_windows_grow_with_the_run():
     assert [Curve([], [0.0] * n).width for n in (3, 100, 400, 5000)] == [5, 5, 20, 50]
+
+
+@pytest.mark.parametrize(("every", "least", "logs"), [(1, 5, 10), (2, 3, 6), (3, 2, 4), (10, 2, 4), (100, 2, 4)])
+def test_windows_have_five_steps_and_two_logs(every, least, logs):
+    curve = Curve([every * number for number in range(1, 30)], [0.0] * 29)
+    assert (curve.every, curve.least, curve.logs(10), curve.logs(2)) == (every, least, logs, 2)
+
+
+def test_noise_of_few_logs_is_increased():
+    assert Curve([10, 20, 30, 40], [1.0, 2.0, 1.0, 2.0]).noise == pytest.approx(3 * 1.4826 / math.sqrt(2))
+
+
+def test_a_gradient_of_0_because_no_group_has_spread_is_a_note():
+    changes = {"grad_norm": 0.0, "reward": 0.2, "frac_reward_zero_std": 1.0}
+    assert found(history(noise=0.0, **changes))["no-update"].severity == NOTE
+
+
+def test_rules_read_metrics_that_are_logged():
+    needed = {name for rule in RULES for need in rule.needs for name in need.split(" or ")} - {COMPLETIONS}
+    simulated = {name for entry in simulate(0, reward="several").steps for name in entry} - {"step"}
+    for name in needed | simulated | HEALTHY.keys():
+        assert describe(name.replace("*", "x")) is not None, name

@@ -31,6 +31,10 @@ FLAGS = {
     "freeze_vision": ("freeze the vision tower", None),
     "reference": ("add the KL term to the loss, which needs a forward pass of the reference model", None),
     "old": ("compute old log-probabilities in a separate pass, for several optimizer steps per generation batch", None),
+    "perception_loss_weight": ("weight of the perception terms; above 0, the loss also runs with masked images", None),
+    "text_before_images": ("text tokens before the first image, which passes with masked images do not repeat", None),
+    "image_use_steps": ("optimizer steps between measurements of image use; by default never", None),
+    "teacher_weights": ("precision of the teacher's stored parameters", PRECISIONS),
     "checkpointing": ("recompute activations in the backward pass (activation checkpointing)", None),
     "activation_offloading": ("keep activations in host memory until the backward pass", None),
     "optim": ("the optimizer: moments of the dtype of the parameters, or in 8 bits", OPTIMIZERS),
@@ -75,6 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     calibrated = "measure this machine's CPU and plan for it; with a path, save the measurement there for --machine"
     share = "run each prompt once per group: true, false, or auto (true if the model supports it)"
     add_flag(parser, "model", required=True, help=f"the model: {', '.join(MODELS)}, or the path of a model or its config.json")
+    teacher = "the teacher of distillation: as --model; by default none"
+    add_flag(parser, "teacher", help=teacher)
     add_flag(parser, "fit", type=memory_size, help=fitted)
     add_flag(parser, "machine", help=machine)
     add_flag(parser, "calibrate", nargs="?", const=True, help=calibrated)
@@ -139,13 +145,20 @@ def _describe_workload(found: Plan) -> list[str]:
     unshared_tokens = StepTokens.from_workload(shape, unshared).passed
     of_images = work.images * shape.vision.image_tokens(work.width, work.height) if shape.vision else 0
     shared = f"; {unshared_tokens:,} without prefix sharing" if work.share_prefix else ", without prefix sharing"
+    of_loss = found.loss_tokens.passed
+    masked = f"; {of_loss:,} in {found.loss_tokens.packs} for the loss, with masked images" if of_loss != tokens.passed else ""
+    teacher = found.teacher
+    taught = (
+        [] if teacher is None else [f"teacher {teacher.name}: {_params(teacher.params)} parameters in {work.teacher_weights}"]
+    )
     return [
         f"{shape.name}: {_params(shape.params)} parameters{tower}",
+        *taught,
         f"{devices}, {work.precision} products, {work.weights} weights, training {trained}; sampling by {work.engine}{server}",
         f"rates: {machine.source}",
         f"{work.prompts} prompts x {work.group_size} completions of {work.completion_tokens} tokens; a prompt has"
         f" {tokens.prompt:,} tokens, {of_images:,} of them for {work.images} image(s) of {work.width} x {work.height}",
-        f"a pass over the batch of one GPU: {tokens.passed:,} tokens in {tokens.packs} micro-batch(es){shared}",
+        f"a pass over the batch of one GPU: {tokens.passed:,} tokens in {tokens.packs} micro-batch(es){shared}{masked}",
     ]
 
 
@@ -188,7 +201,7 @@ def limits(found: Plan) -> str:
     return f"It does not fit: {missing / 2**30:.1f} GiB are missing ({found.moment}); the largest item is: {item}. {share}"
 
 
-def fit_to_text(found: Fit, model: str) -> str:
+def fit_to_text(found: Fit, model: str, teacher: str | None = None) -> str:
     """Format the result of ``fit`` for a terminal."""
     budget, best, lines = _gib(found.plan.machine.memory), found.plan, []
     for name, smallest in found.smaller.items():
@@ -200,18 +213,26 @@ def fit_to_text(found: Fit, model: str) -> str:
         lines += ["", f"Nothing fits into {budget}. The smallest configuration, {found.level.name}, needs {need}:", ""]
         return "\n".join([*lines, to_text(best)])
     lines += [f"fits into {budget}: {found.level.name}", *(f"compromise: {text}" for text in found.compromises), ""]
-    return "\n".join([*lines, to_text(best), "", command(found, model)])
+    return "\n".join([*lines, to_text(best), "", command(found, model, teacher)])
 
 
-def command(found: Fit, model: str) -> str:
+def command(found: Fit, model: str, teacher: str | None = None) -> str:
     """Return the command line of ``vlmkernels train`` for a configuration that fits."""
-    arguments = train_arguments(found.plan, HUB.get(published(model) or "", model), resized=found.level.scale < 1)
+    names = [name and HUB.get(published(name) or "", name) for name in (model, teacher)]
+    arguments = train_arguments(found.plan, names[0], resized=found.level.scale < 1, teacher=names[1])
     flags = [f"--{name} {shlex.quote(value)}" for name, value in arguments.items()]
     flags[1:1] = ["--dataset train.jsonl", "--reward exact_match"]
     return " \\\n    ".join([f"vlmkernels train {flags[0]}", *flags[1:]])
 
 
-def schedule_costs(shape: ModelShape, work: Workload, machine: Machine, entries: list, max_steps: int | None) -> dict[str, Any]:
+def schedule_costs(
+    shape: ModelShape,
+    work: Workload,
+    machine: Machine,
+    entries: list,
+    max_steps: int | None,
+    teacher: ModelShape | None = None,
+) -> dict[str, Any]:
     """Return the cost of each entry of an image resolution schedule, in total, and with the last size at every step.
 
     Raises:
@@ -229,7 +250,7 @@ def schedule_costs(shape: ModelShape, work: Workload, machine: Machine, entries:
         limited = max(min(pixels, entry.max_pixels or pixels), entry.min_pixels or 0)
         side = (limited / pixels) ** 0.5
         sized = replace(work, width=max(1, round(side * work.width)), height=max(1, round(side * work.height)))
-        found = plan(shape, sized, machine)
+        found = plan(shape, sized, machine, teacher)
         row = {"step": entry.step, "steps": end - entry.step, "width": sized.width, "height": sized.height}
         row |= {"prompt_tokens": found.tokens.prompt, "seconds": found.seconds, "memory": sum(found.memory.values())}
         rows.append(row)
@@ -257,13 +278,13 @@ def to_json(found: Plan) -> str:
     return json.dumps(contents(found), indent=1)
 
 
-def fit_to_json(found: Fit, model: str) -> str:
+def fit_to_json(found: Fit, model: str, teacher: str | None = None) -> str:
     """Format the result of ``fit`` as JSON."""
     needs = {
         name: {"bytes": sum(p.memory.values()), "memory": p.memory, "moment": p.moment} for name, p in found.smaller.items()
     }
     about: dict[str, Any] = {"budget": found.plan.machine.memory, "level": found.level.name, "compromises": found.compromises}
-    about |= {"does_not_fit": needs, "command": command(found, model) if found.plan.fits else None}
+    about |= {"does_not_fit": needs, "command": command(found, model, teacher) if found.plan.fits else None}
     return json.dumps(contents(found.plan) | {"fit": about}, indent=1)
 
 
@@ -275,6 +296,7 @@ def contents(found: Plan) -> dict[str, Any]:
         for p in found.phases
     ]
     content: dict[str, Any] = {"model": found.shape.name, "machine": found.machine.name, "workload": asdict(found.work)}
+    content |= {"teacher": found.teacher and found.teacher.name, "loss_tokens": asdict(found.loss_tokens)}
     content |= {"tokens": asdict(found.tokens), "phases": phases, "seconds": found.seconds, "memory": found.memory}
     content |= {"host_memory": found.host_memory}
     return content | {"moment": found.moment, "fits": found.fits, "limits": limits(found)}
@@ -292,10 +314,13 @@ def main(argv: list[str]) -> int:
         parser.error(f"--machine must not be used together with --calibrate, got {args.machine}")
     with user_errors(parser, "--model"):
         shape = ModelShape.from_name(args.model)
+    with user_errors(parser, "--teacher"):
+        teacher = None if args.teacher is None else ModelShape.from_name(args.teacher)
     with user_errors(parser):
         values = {name: getattr(args, name) for name in FLAGS if name != "precision"}
         values |= {"width": args.image_size[0], "height": args.image_size[1]}
-        values["share_prefix"] = {"auto": shape.unshared is None, "true": True, "false": False}[args.share_prefix]
+        unshared = shape.unshared or (teacher and teacher.unshared)
+        values["share_prefix"] = {"auto": unshared is None, "true": True, "false": False}[args.share_prefix]
         if shape.vision is None:
             values["images"] = 0
         Workload(**values)  # report invalid values before the calibration, which takes seconds
@@ -305,15 +330,15 @@ def main(argv: list[str]) -> int:
             machine.save(args.calibrate)
         work = Workload(**values, precision=args.precision or machine.precision)
         if args.image_resolution_schedule is not None:
-            costs = schedule_costs(shape, work, machine, args.image_resolution_schedule, args.max_steps)
+            costs = schedule_costs(shape, work, machine, args.image_resolution_schedule, args.max_steps, teacher)
             print(json.dumps(costs, indent=1) if args.json else schedule_to_text(costs))
             return 0
         if args.fit is not None:
             defaults = {field.name: field.default for field in fields(Workload)}
             kept = [name for name in FLAGS if getattr(work, name) != defaults[name]]
-            fitted = fit(shape, work, replace(machine, memory=args.fit), kept)
-            print(fit_to_json(fitted, args.model) if args.json else fit_to_text(fitted, args.model))
+            fitted = fit(shape, work, replace(machine, memory=args.fit), kept, teacher)
+            print((fit_to_json if args.json else fit_to_text)(fitted, args.model, args.teacher))
             return 0 if fitted.plan.fits else 1
-        found = plan(shape, work, machine)
+        found = plan(shape, work, machine, teacher)
     print(to_json(found) if args.json else to_text(found))
     return 0

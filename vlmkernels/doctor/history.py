@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-WINDOW = 5  # logs at the beginning whose median is the baseline, and the smallest number of logs that is compared with it
-MAX_WINDOW, WINDOWS = 50, 20  # a longer run is compared in windows of a twentieth of its logs, of at most 50
+WINDOW = 5  # steps at the beginning whose median is the baseline, and the smallest number of steps that is compared with it
+MIN_LOGS = 2  # of a window, if a log is the mean of several steps
+MAX_WINDOW, WINDOWS = 50, 20  # a longer run is compared in windows of a twentieth of its logs, of at most 50 logs
 
 
 @dataclass
@@ -79,32 +80,60 @@ class Curve:
     def __len__(self) -> int:
         return len(self.values)
 
+    @cached_property
+    def every(self) -> int:
+        """The number of steps between logs, of which a log is the mean."""
+        gaps = [after - before for before, after in itertools.pairwise(self.steps)]
+        return max(int(median(gaps)), 1) if gaps else 1
+
+    def logs(self, steps: int) -> int:
+        """Return the number of logs that cover ``steps`` steps: of each ``WINDOW`` steps at least ``MIN_LOGS`` logs."""
+        if steps < WINDOW:
+            return steps
+        return math.ceil(steps * self.least / WINDOW)
+
+    def covers(self, steps: int) -> bool:
+        """Whether there are logs of at least this many steps."""
+        return len(self) >= self.logs(steps)
+
+    @property
+    def least(self) -> int:
+        """The smallest number of logs of a window."""
+        return min(max(math.ceil(WINDOW / self.every), MIN_LOGS), WINDOW)
+
     @property
     def width(self) -> int:
         """The number of logs of a window."""
-        return min(max(WINDOW, len(self) // WINDOWS), MAX_WINDOW)
+        return min(max(self.least, len(self) // WINDOWS), MAX_WINDOW)
 
     @cached_property
     def start(self) -> float:
-        """The median of the first ``WINDOW`` logs."""
-        return median(self.values[:WINDOW])
+        """The median of the first window of at least ``WINDOW`` steps."""
+        return median(self.values[: self.least])
 
     @cached_property
     def noise(self) -> float:
         """The standard deviation of the values around their trend.
 
         It is estimated from the median absolute difference of neighbors, so that neither a trend nor a few jumps increase it;
-        from the mean absolute difference if most neighbors are equal.
+        from the mean absolute difference if most neighbors are equal. Of less than ten logs, whose estimate is uncertain, it is
+        increased.
         """
         differences = [abs(b - a) for a, b in itertools.pairwise(self.values)]
         if not differences:
             return 0.0
-        return (1.4826 * median(differences) or 1.2533 * fmean(differences)) / math.sqrt(2)
+        uncertainty = max((2 * WINDOW - 1) / len(differences), 1.0)
+        return uncertainty * (1.4826 * median(differences) or 1.2533 * fmean(differences)) / math.sqrt(2)
 
     def window(self, end: int | None = None) -> float:
         """Return the median of the ``width`` values before index ``end``; by default the last ones."""
         end = len(self) if end is None else end
         return median(self.values[max(0, end - self.width) : end])
+
+    def mean(self, end: int) -> tuple[float, float]:
+        """Return the mean of the two windows before index ``end``, and its standard error."""
+        values = self.values[max(0, end - 2 * self.width) : end]
+        return fmean(values), self.noise / math.sqrt(len(values))
 
     def count(self, step: int) -> int:
         """Return the number of logs up to a step."""
@@ -118,17 +147,17 @@ class Curve:
     def gain(self, step: int) -> float:
         """Return by how many standard deviations of the noise the window up to a step is above the beginning."""
         count = self.count(step)
-        change = self.window(count) - self.start if count > WINDOW else 0.0
+        change = self.window(count) - self.start if count > self.least else 0.0
         return change / self.noise if self.noise else math.copysign(math.inf, change) if change else 0.0
 
-    def since(self, holds: Callable[[float, int], bool], logs: int = 2 * WINDOW) -> int | None:
+    def since(self, holds: Callable[[float, int], bool], steps: int = 2 * WINDOW) -> int | None:
         """Return the step since which ``holds(window, step)`` is true without a break up to the end; None if it is false there.
 
         Args:
-            logs: number of logs before the first window that is judged.
+            steps: number of steps before the first window that is judged, see ``logs``.
         """
         found = None
-        for end in range(len(self), logs - 1, -1):
+        for end in range(len(self), self.logs(steps) - 1, -1):
             if not holds(self.window(end), self.steps[end - 1]):
                 break
             found = self.steps[end - 1]

@@ -76,7 +76,7 @@ class Rule:
         needs: its inputs: names of metrics with * for any name, or ``completions``. "a or b": one suffices.
         check: returns what the rule found, or None.
         source: where its threshold comes from.
-        logs: the number of logs of a metric that it needs.
+        steps: the number of steps of a metric that it needs, of which ``Curve.logs`` logs are enough.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Rule:
     needs: tuple[str, ...]
     check: Callable[[Run], Evidence | None]
     source: str
-    logs: int = 2 * WINDOW
+    steps: int = 2 * WINDOW
 
     def finding(self, run: Run) -> Finding | None:
         """Return what the rule finds, or None if it finds nothing or lacks an input."""
@@ -107,5 +107,7 @@ class Rule:
             return None if run.completions else "no completions are stored (log_completions=True)"
         if not (names := run.names(name)):
             return f"{name} is not logged"
-        count = max(len(run.curve(found)) for found in names)
-        return None if count >= self.logs else f"{name} has {count} of at least {self.logs} logs"
+        curve = max((run.curve(found) for found in names), key=len)
+        if curve.covers(self.steps):
+            return None
+        return f"{name} has {len(curve)} of at least {curve.logs(self.steps)} logs"

@@ -103,24 +103,28 @@ class Fit:
         slower = {
             "activations are computed twice (activation checkpointing)": work.checkpointing,
             "activations wait in host memory (activation offloading)": work.activation_offloading,
-            f"{self.plan.tokens.packs} passes instead of one": self.plan.tokens.packs > 1,
+            f"{self.plan.loss_tokens.packs} passes instead of one": self.plan.loss_tokens.packs > 1,
         }
         return [*self.level.compromises, *(text for text, applies in slower.items() if applies)]
 
 
-def _plans(shape: ModelShape, work: Workload, machine: Machine, kept: Collection[str]) -> tuple[list[Plan], list[ValueError]]:
+def _plans(
+    shape: ModelShape, work: Workload, machine: Machine, kept: Collection[str], teacher: ModelShape | None
+) -> tuple[list[Plan], list[ValueError]]:
     """Return the plans of all combinations of ``SAVINGS``, and why others are impossible."""
     options = {name: values for name, values in SAVINGS.items() if name not in kept}
     found, errors = [], []
     for values in product(*options.values()):
         try:
-            found.append(plan(shape, replace(work, **dict(zip(options, values, strict=True))), machine))
+            found.append(plan(shape, replace(work, **dict(zip(options, values, strict=True))), machine, teacher))
         except ValueError as error:  # for example a micro-batch that is too small for a completion
             errors.append(error)
     return found, errors
 
 
-def fit(shape: ModelShape, work: Workload, machine: Machine, kept: Collection[str] = ()) -> Fit:
+def fit(
+    shape: ModelShape, work: Workload, machine: Machine, kept: Collection[str] = (), teacher: ModelShape | None = None
+) -> Fit:
     """Return a plan that fits into ``machine.memory``: the fastest of the first of ``LEVELS`` in which one does.
 
     Args:
@@ -128,6 +132,7 @@ def fit(shape: ModelShape, work: Workload, machine: Machine, kept: Collection[st
         work: the step. Fields that are not kept may change.
         machine: the device, with the memory to fit into.
         kept: names of fields of ``work`` that must stay the same.
+        teacher: the teacher of distillation; None = no teacher.
 
     Raises:
         ValueError: the workload is impossible on this machine, for example because a micro-batch is too small for a completion.
@@ -141,7 +146,7 @@ def fit(shape: ModelShape, work: Workload, machine: Machine, kept: Collection[st
     impossible: list[ValueError] = []
     for level in levels:
         try:
-            found, errors = _plans(shape, level.apply(work, kept), machine, kept)
+            found, errors = _plans(shape, level.apply(work, kept), machine, kept, teacher)
         except ValueError as error:  # such as nf4 with fsdp2
             found, errors = [], [error]
         if not found:
@@ -156,19 +161,22 @@ def fit(shape: ModelShape, work: Workload, machine: Machine, kept: Collection[st
     return Fit(smaller[name], next(level for level in levels if level.name == name), smaller)
 
 
-def train_arguments(found: Plan, model: str, resized: bool = False) -> dict[str, str]:
+def train_arguments(found: Plan, model: str, resized: bool = False, teacher: str | None = None) -> dict[str, str]:
     """Return the arguments of ``vlmkernels train`` that run a plan, without data and rewards.
 
     Args:
-        model: the path of the model, or its name on the hub.
+        model, teacher: the paths of the models, or their names on the hub.
         resized: whether to limit the pixels of images to those of the plan.
     """
     work, defaults = found.work, {field.name: field.default for field in fields(Workload)}
     size = f'[{{"step": 0, "max_pixels": {work.width * work.height}}}]'
     dtype = '"dtype": "bfloat16"'
     loading = {"bf16": f"{{{dtype}}}", "nf4": f'{{{dtype}, "quantization_config": {{"load_in_4bit": true}}}}'}
+    precisions = {"bf16": "bfloat16", "fp32": "float32"}
     arguments: dict[str, Any] = {
         "model": model,
+        "teacher": teacher,
+        "teacher_model_init_kwargs": teacher and f'{{"dtype": "{precisions[work.teacher_weights]}"}}',
         "num_generations": work.group_size,
         "per_device_train_batch_size": work.completions,
         "gradient_accumulation_steps": 1,
@@ -185,6 +193,8 @@ def train_arguments(found: Plan, model: str, resized: bool = False) -> dict[str,
         "max_tokens_per_microbatch": work.microbatch_tokens,
         "num_iterations": 2 if work.old else None,
         "beta": 0.04 if work.reference else None,
+        "perception_loss_weight": work.perception_loss_weight or None,
+        "image_use_steps": work.image_use_steps,
         "share_prefix": None if work.share_prefix else "false",
         "rollout_engine": None if work.engine == defaults["engine"] else work.engine,
         "image_resolution_schedule": size if resized else None,

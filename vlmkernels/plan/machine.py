@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -35,6 +35,11 @@ class Cost:
     fresh: float = 0.0
     calls: dict[str, float] = field(default_factory=dict)
     host: float = 0.0
+
+    def scaled(self, factor: float) -> "Cost":
+        """Return the cost times a factor."""
+        numbers = {name: factor * value for name, value in vars(self).items() if name not in ("rows", "calls")}
+        return replace(self, **numbers, calls={name: factor * count for name, count in self.calls.items()})
 
 
 @dataclass(frozen=True)

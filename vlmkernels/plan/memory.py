@@ -37,6 +37,7 @@ def _always(costs: StepCosts) -> dict[str, float]:
         "dequantized layer": float(costs.bytes * stack.hidden * stack.intermediate) if quantized else 0.0,
         "adapters": FP32_BYTES * costs.adapters / shards,
         "reference": costs.stored / shards if work.reference and costs.full else 0.0,
+        "teacher": costs.teacher.stored / shards if costs.teacher else 0.0,
         "optimizer": _moments(costs),
         "engine's weights": 2.0 * shape.params if work.engine == "vllm_colocate" else 0.0,
         "reserve": costs.machine.reserve,
@@ -45,7 +46,7 @@ def _always(costs: StepCosts) -> dict[str, float]:
 
 def _forward(costs: StepCosts) -> dict[str, float]:
     """Return the bytes of the items in memory at the end of a forward pass, when the loss is computed."""
-    work, t, shape, stack = costs.work, costs.tokens, costs.shape, costs.shape.decoder
+    work, t, shape, stack = costs.work, costs.loss_tokens, costs.shape, costs.shape.decoder
     copies = 2.0 * shape.params if work.precision == "bf16" and work.weights == "fp32" and not costs.sharded else 0.0
     if work.checkpointing:
         copies /= stack.layers
@@ -53,15 +54,30 @@ def _forward(costs: StepCosts) -> dict[str, float]:
     if costs.sharded:  # two layers, the head, and the embedding unless it is tied to the head
         gathered = costs.bytes * (2 * stack.params / stack.layers + (1 if shape.tied else 2) * shape.head)
     rows = costs.scored / t.packs
+    # Masked images and a teacher have a node of autograd each, which holds a gradient of the head.
+    nodes = 1 + costs.masks_images + (costs.teacher is not None)
     return {
         "gradients": _gradients(costs) if t.packs > 1 else 0.0,
         "bf16 copies of weights": copies,
         "gathered layers": gathered,
         "activations": costs.activations()[0],
-        "logits": min(FP32_BYTES * shape.vocab * rows, work.logits_bytes),
+        "logits": costs.chunk(t.packs) * (2 if costs.teacher else 1),
+        "logits given masked images": costs.chunk(t.packs) if costs.masks_images and costs.keeps_masked_logits else 0.0,
         "gradients of logits": min(2.0 * shape.vocab * rows, work.dlogits_bytes) if work.precision == "bf16" else 0.0,
-        "head's gradient": FP32_BYTES * shape.head if costs.full else 0.0,
-        "hidden states": 3 * FP32_BYTES * stack.hidden * (t.passed / t.packs + rows),
+        "head's gradient": float(costs.head_gradient * nodes),
+        "hidden states": 3 * FP32_BYTES * stack.hidden * (t.passed / t.packs + rows * (1 + costs.masks_images)),
+        **_of_teacher(costs, rows),
+    }
+
+
+def _of_teacher(costs: StepCosts, rows: float) -> dict[str, float]:
+    """Return the bytes of what a teacher's pass leaves for the loss: hidden states, and a copy of the head if it is sharded."""
+    if costs.teacher is None:
+        return {}
+    shape = costs.teacher.shape
+    return {
+        "teacher's hidden states": costs.bytes * shape.decoder.hidden * rows,
+        "teacher's head": float(costs.bytes * shape.head if costs.sharded else 0),
     }
 
 

@@ -68,8 +68,9 @@ class Plan:
     """The plan of a step for one training GPU.
 
     Attributes:
-        shape, work, machine: the arguments of ``plan``; the shape with the workload's ``image_tokens``.
-        tokens: numbers of tokens on the GPU.
+        shape, work, machine, teacher: the arguments of ``plan``; the shape with the workload's ``image_tokens``.
+        tokens: numbers of tokens of a pass on the GPU.
+        loss_tokens: those of the pass that computes the loss.
         phases: phases of the step, in order.
         memory: name of an item -> its bytes at peak memory.
         moment: when memory peaks: "forward pass", "optimizer" or "sampling".
@@ -80,10 +81,12 @@ class Plan:
     work: Workload
     machine: Machine
     tokens: StepTokens
+    loss_tokens: StepTokens
     phases: tuple[Phase, ...]
     memory: dict[str, float]
     moment: str
     host_memory: float = 0.0
+    teacher: ModelShape | None = None
 
     @property
     def seconds(self) -> float:
@@ -101,21 +104,29 @@ class Plan:
 
 
 def _phases(costs: StepCosts) -> list[Phase]:
-    work, t = costs.work, costs.tokens
+    work, t, of_loss = costs.work, costs.tokens, costs.loss_tokens
     gathered = costs.bytes * costs.shape.params if costs.sharded else 0.0  # bytes of all weights, gathered
     to_server = 2.0 * (costs.adapters or costs.shape.params)  # in bf16
     synced = to_server if work.engine == "vllm_server" else gathered
     phases = [Phase("sampling", tuple(costs.sampling()), costs.scored + work.local_prompts * t.prompt, synced)]
+    if work.image_use_steps is not None:
+        parts, measured = costs.image_use()
+        share = 1 / work.image_use_steps
+        parts = [part.scaled(share) for part in parts]
+        phases.append(Phase("image use", tuple(parts), share * measured.passed, share * gathered * measured.packs, hidden=True))
     phases.append(Phase("rewards", extra=work.reward_seconds))
     for name, wanted in (("old log-probs", work.old), ("reference log-probs", work.reference)):
         if wanted:
             phases.append(Phase(name, tuple(costs.forward()), t.passed, gathered * t.packs, hidden=True))
-    phases.append(Phase("forward and loss", tuple(costs.forward(loss=True)), t.passed, gathered * t.packs, hidden=True))
+    if (teacher := costs.teacher) is not None:
+        wire = teacher.bytes * teacher.shape.params * teacher.tokens.packs if costs.sharded else 0.0
+        phases.append(Phase("teacher", tuple(costs.teacher_forward()), teacher.tokens.passed, wire, hidden=True))
+    wire = gathered * of_loss.packs
+    phases.append(Phase("forward and loss", tuple(costs.forward(loss=True)), of_loss.passed, wire, hidden=True))
     gradients = float(costs.bytes * costs.trainable) if work.gpus > 1 else 0.0
     # FSDP2 reduces the gradients of every pack. DDP reduces once, by a reduce-scatter and an all-gather.
-    reduced = gradients * (t.packs if costs.sharded else 2)
-    wire = gathered * t.packs + reduced
-    phases.append(Phase("backward", tuple(costs.backward()), t.passed, wire, hidden=True, backward=True))
+    wire += gradients * (of_loss.packs if costs.sharded else 2)
+    phases.append(Phase("backward", tuple(costs.backward()), of_loss.passed, wire, hidden=True, backward=True))
     own = costs.trainable / (work.gpus if costs.sharded else 1)
     phases.append(Phase("optimizer", (Cost(traffic=(ADAM + 2 * (OPTIMIZERS[work.optim] or MOMENTS)) * own),)))
     return phases
@@ -127,8 +138,14 @@ def _wire_seconds(phase: Phase, work: Workload, machine: Machine) -> float:
     return machine.collective(phase.wire, work.gpus)
 
 
-def plan(shape: ModelShape, work: Workload, machine: Machine) -> Plan:
+def plan(shape: ModelShape, work: Workload, machine: Machine, teacher: ModelShape | None = None) -> Plan:
     """Estimate the tokens, duration and peak memory of a GRPO step on one training GPU.
+
+    Args:
+        shape: the model.
+        work: the step.
+        machine: the device.
+        teacher: the teacher of distillation; None = no teacher.
 
     Raises:
         ValueError: the model or the machine does not support the workload. Memory is not checked; see ``Plan.fits``.
@@ -139,10 +156,24 @@ def plan(shape: ModelShape, work: Workload, machine: Machine) -> Plan:
         raise ValueError(f"gpus must be 1 on {machine.name}, whose link bandwidth is unknown, got {work.gpus}")
     if work.images and shape.vision is None:
         raise ValueError(f"images must be 0 for a text model, got {work.images}")
-    if work.share_prefix and shape.unshared:
-        raise ValueError(f"share_prefix must be false for {shape.name}: {shape.unshared}, got true")
+    for model in (shape, *([] if teacher is None else [teacher])):
+        if work.share_prefix and model.unshared:
+            raise ValueError(f"share_prefix must be false for {model.name}: {model.unshared}, got true")
     shape = shape.with_image_tokens(work.image_tokens if work.images else 0)
-    costs = StepCosts(shape, work, machine)
+    if teacher is not None:
+        teacher = _with_images_of(teacher, shape, work)
+    costs = StepCosts(shape, work, machine, teacher)
     memory, moment = peak_memory(costs)
     phases = tuple(phase.timed(machine, _wire_seconds(phase, work, machine)) for phase in _phases(costs))
-    return Plan(shape, work, machine, costs.tokens, phases, memory, moment, host_memory=costs.activations()[1])
+    host = costs.activations()[1]
+    return Plan(shape, work, machine, costs.tokens, costs.loss_tokens, phases, memory, moment, host, teacher)
+
+
+def _with_images_of(teacher: ModelShape, shape: ModelShape, work: Workload) -> ModelShape:
+    """Return the teacher with the tokens per image of the model, whose processor encodes the images of both."""
+    if not work.images:
+        return teacher.with_image_tokens(0)
+    if teacher.vision is None:
+        raise ValueError(f"teacher must have a vision tower for prompts with images, got the text model {teacher.name}")
+    assert shape.vision is not None
+    return teacher.with_image_tokens(shape.vision.image_tokens(work.width, work.height))

@@ -35,6 +35,10 @@ class Workload:
         share_prefix: whether each prompt and its images run once per group.
         reference: whether the loss has a KL term, which needs a forward pass of the reference model.
         old: whether a separate pass computes the old log-probabilities, as for several optimizer steps per generation batch.
+        perception_loss_weight: weight of the perception terms of the loss. Above 0, the loss also runs with masked images.
+        text_before_images: those of the text tokens that precede the first image. Passes with other images share them.
+        image_use_steps: optimizer steps between measurements of image use; None = never. A step has the mean cost.
+        teacher_weights: precision of the stored parameters of a teacher.
         checkpointing: whether activation checkpointing is used, which saves only the input of each layer.
         activation_offloading: whether activations are in host memory between the forward and the backward pass.
         optim: the optimizer, with moments of the dtype of the parameters or in 8 bits.
@@ -68,6 +72,10 @@ class Workload:
     share_prefix: bool = True
     reference: bool = False
     old: bool = False
+    perception_loss_weight: float = 0.0
+    text_before_images: int = 0
+    image_use_steps: int | None = None
+    teacher_weights: str = "bf16"
     checkpointing: bool = False
     activation_offloading: bool = False
     optim: str = "adamw_torch_fused"
@@ -86,7 +94,10 @@ class Workload:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.group_size < 2:
             raise ValueError(f"group_size must be >= 2, to compare completions, got {self.group_size}")
-        for name in ("prompt_tokens", "images", "lora_r", "reward_seconds", "server_gpus"):
+        for name in (
+            *("prompt_tokens", "images", "lora_r", "reward_seconds", "server_gpus"),
+            *("perception_loss_weight", "text_before_images"),
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.prompts % self.gpus:
@@ -97,6 +108,7 @@ class Workload:
         require_one_of("parallel", self.parallel, PARALLEL)
         require_one_of("precision", self.precision, PRECISIONS)
         require_one_of("weights", self.weights, WEIGHTS)
+        require_one_of("teacher_weights", self.teacher_weights, PRECISIONS)
         require_one_of("optim", self.optim, OPTIMIZERS)
         if self.weights == "nf4" and (
             not self.lora_r or (self.gpus > 1 and self.parallel != "ddp") or self.engine != ENGINES[0]
@@ -109,9 +121,16 @@ class Workload:
             raise ValueError(f"activation_offloading must be false with fsdp2 on {self.gpus} GPUs, got true")
         if (self.engine == "vllm_server") != (self.server_gpus > 0):
             raise ValueError(f"server_gpus must be >= 1 with engine = vllm_server, else 0, got {self.server_gpus}")
-        for name in ("microbatch_tokens", "image_tokens"):
+        for name in ("microbatch_tokens", "image_tokens", "image_use_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.text_before_images > self.prompt_tokens:
+            raise ValueError(
+                f"text_before_images must be <= prompt_tokens = {self.prompt_tokens}, got {self.text_before_images}"
+            )
+        for name in ("perception_loss_weight", "image_use_steps"):
+            if not self.images and (value := getattr(self, name)):
+                raise ValueError(f"{name} must be {'None' if name == 'image_use_steps' else '0'} without images, got {value}")
 
     @property
     def frozen_vision(self) -> bool:
@@ -154,8 +173,15 @@ class StepTokens:
     spans: tuple[Span, ...]
 
     @classmethod
-    def from_workload(cls, shape: ModelShape, work: Workload) -> "StepTokens":
+    def from_workload(
+        cls, shape: ModelShape, work: Workload, *, branches: bool = False, cut_branches: bool = False
+    ) -> "StepTokens":
         """Count the tokens of a workload, for a shape with its ``image_tokens``.
+
+        Args:
+            branches: whether a pass also runs the prompts and their completions with other images. They share the tokens of a
+                prompt before its first image if ``share_prefix``.
+            cut_branches: whether the pass is split as one with ``branches``, although it has none itself.
 
         Raises:
             ValueError: ``microbatch_tokens`` is too small for one completion, or the number of tokens of an image is unknown.
@@ -163,14 +189,20 @@ class StepTokens:
         vision = shape.vision if work.images else None
         per_image = vision.image_tokens(work.width, work.height) if vision else 0
         prompt, length = work.prompt_tokens + work.images * per_image, work.completion_tokens
-        copies = (
-            work.local_prompts if work.share_prefix else work.completions
-        )  # how often a pass runs the prompts and their images
-        runs, packs = _prompt_runs(work, prompt, length)
-        spans = Span(runs, 0, prompt), Span(work.completions, prompt, prompt + length)
+        before = work.text_before_images if work.share_prefix else 0
+        sizes = prompt, length
+        if branches or cut_branches:
+            sizes = 2 * prompt - before, 2 * length
+        runs, packs = _prompt_runs(work, *sizes)
+        times = 2 if branches else 1
+        spans = (
+            Span(runs, 0, before),
+            Span(times * runs, before, prompt),
+            Span(times * work.completions, prompt, prompt + length),
+        )
         passed = int(sum(span.tokens for span in spans))
         pairs = sum(span.pairs() for span in spans)
-        images = copies * work.images if vision else 0
+        images = times * runs * work.images if vision else 0
         patches = vision.patches(work.width, work.height) if vision else 0
         vision_pairs = 0.0
         if vision:
@@ -180,7 +212,7 @@ class StepTokens:
 
 
 def _prompt_runs(work: Workload, prompt: int, length: int) -> tuple[int, int]:
-    """Return how many prompts a pass runs, and its ``packs``, for prompts and completions of these lengths."""
+    """Return how many prompts a pass runs, and its ``packs``, if prompts and completions take this many tokens of a pack."""
     prompts, count, budget = work.local_prompts, work.completions, work.microbatch_tokens
     if budget is not None and budget < prompt + length:
         raise ValueError(

@@ -58,7 +58,7 @@ def _count_special(row: Row) -> int:
 
 
 def _special_tokens(run: Run) -> Evidence | None:
-    return _sampled_special(run) if len(run.curve(SPECIAL_TOKENS)) >= WINDOW else _written_special(run)
+    return _sampled_special(run) if run.curve(SPECIAL_TOKENS).covers(WINDOW) else _written_special(run)
 
 
 _sampled_special = large_share(
@@ -93,7 +93,7 @@ RULES = (
         (IMAGE_USE,),
         _image_ignored,
         "0.005 nats, more than rounding in bf16 causes; a note below a tenth of the first measurement",
-        logs=2,
+        steps=2,
     ),
     Rule(
         "special-tokens",
@@ -102,6 +102,6 @@ RULES = (
         (f"{SPECIAL_TOKENS} or {COMPLETIONS}",),
         _special_tokens,
         "one of 200 tokens; a model trained from scratch samples one of 1000",
-        logs=WINDOW,
+        steps=WINDOW,
     ),
 )

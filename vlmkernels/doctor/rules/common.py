@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from vlmkernels.doctor.completions import Row, example
-from vlmkernels.doctor.history import WINDOW, Run, reward_of
+from vlmkernels.doctor.history import WINDOW, Curve, Run, reward_of
 from vlmkernels.doctor.rule import Evidence
 from vlmkernels.record.html import short
 
@@ -26,7 +26,7 @@ def large_share(pattern: str, least: float, text: str, key: Key | None = None, k
         for name in run.names(pattern):
             share = run.curve(name)
             limit = max(least, kept * share.start) if len(share) else least
-            if (step := share.since(partial(_is_above, limit), 2 * WINDOW if kept else WINDOW)) is not None:
+            if (step := share.since(partial(_is_above, limit, share), 2 * WINDOW if kept else WINDOW)) is not None:
                 sentence = text.format(share=f"{share.window():.0%}", reward=reward_of(name))
                 shown = key and example(run, step, key)
                 return Evidence(step, sentence, name, share.window(), share.start, shown)
@@ -35,8 +35,9 @@ def large_share(pattern: str, least: float, text: str, key: Key | None = None, k
     return check
 
 
-def _is_above(limit: float, value: float, _: int) -> bool:
-    return value >= limit
+def _is_above(limit: float, share: Curve, value: float, step: int) -> bool:
+    # The median of the few values that a share of a small batch has can exceed the mean by far.
+    return value >= limit and share.mean(share.count(step))[0] >= limit
 
 
 def changed(name: str, factor: float, what: str, key: Key | None = None, least: float = 0.0) -> Check:

@@ -29,17 +29,18 @@ def _truncated(run: Run) -> Evidence | None:
 
 
 def _by_length(run: Run) -> Evidence | None:
-    return _by_logged_length(run) if len(run.curve(CORRELATION)) >= WINDOW else _by_stored_length(run)
+    return _by_logged_length(run) if run.curve(CORRELATION).covers(WINDOW) else _by_stored_length(run)
 
 
 def _by_logged_length(run: Run) -> Evidence | None:
     length, correlation = run.curve(LENGTH), run.curve(CORRELATION)
     # The largest one so far counts: when all completions have the maximum length, there is no correlation.
-    largest = list(accumulate(map(correlation.window, range(WINDOW, len(correlation) + 1)), max))
+    least = correlation.least
+    largest = list(accumulate(map(correlation.window, range(least, len(correlation) + 1)), max))
 
     def strongest(step: int) -> float:
         count = correlation.count(step)
-        return largest[count - WINDOW] if count >= WINDOW else 0.0
+        return largest[count - least] if count >= least else 0.0
 
     def holds(value: float, step: int) -> bool:
         has_grown = value >= 1.5 * length.start and value - length.start > 3 * length.noise
@@ -77,7 +78,7 @@ def _length_evidence(run: Run, step: int, value: float, start: float, now: float
 
 def _by_repetition(run: Run) -> Evidence | None:
     share = run.curve(REPEATED)
-    if len(share) >= 2 * WINDOW:
+    if share.covers(2 * WINDOW):
         start, now = share.start, share.window()
         step = share.since(lambda value, _: value >= max(0.3, start + 0.2))
     else:

@@ -83,7 +83,7 @@ RULES = (
         (f"{CLIPPED} or {RATIO}",),
         _ratio,
         "three of ten tokens (GSPO, arXiv 2507.18071, clips up to 0.15 in sound runs); 0.1 from the expected value 1",
-        logs=WINDOW,
+        steps=WINDOW,
     ),
     Rule(
         "sampling-mismatch",
@@ -93,6 +93,6 @@ RULES = (
         (f"{DIFFERENCE} or {SAMPLE_SIZE}",),
         _mismatch,
         "0.1 nats, or five times the difference at the beginning if this is above 0.02; half of the completions",
-        logs=WINDOW,
+        steps=WINDOW,
     ),
 )

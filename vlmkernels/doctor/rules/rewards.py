@@ -12,8 +12,11 @@ from vlmkernels.record.html import short
 
 ZERO_SPREAD = "frac_reward_zero_std"
 FILLED = "dynamic_sampling/filled"  # groups without spread in the batch; ZERO_SPREAD then counts dropped groups, too
-NO_SPREAD = 0.8  # share of completions in groups with equal rewards: of a batch, a fifth or less is left to learn from
-SLOW, VERY_SLOW = 40, 100  # logs after which a reward that has not risen is worth a note, and a problem
+LITTLE_SPREAD = 0.2  # of the completions that are in groups with spread if half of the completions are right
+# Steps after which a reward that has not risen is worth a note, and a problem; and the smallest numbers of their logs.
+SLOW, VERY_SLOW = 40, 100
+SLOW_LOGS, VERY_SLOW_LOGS = 12, 30
+NEARLY_ALL = 0.9
 FORMAT = ("format", "tag", "xml", "json", "struct", "think", "template", "syntax")  # in the names of rewards of the format
 
 
@@ -21,20 +24,68 @@ def _flat(run: Run) -> Evidence | None:
     reward = run.curve("reward")
     if max(reward.values) - min(reward.values) <= 1e-9 * max(1.0, abs(reward.start)):
         text = f"The reward is {short(reward.start)} in all {len(reward)} logs."
-        step, is_certain = reward.steps[2 * WINDOW - 1], True
-    elif (since := reward.since(lambda _, step: _is_flat(reward, reward.count(step)), SLOW)) is not None:
-        text = f"The reward was {short(reward.start)} at first and is {short(reward.window())} after {len(reward)} logs."
-        step, is_certain = since, len(reward) >= VERY_SLOW
+        step, is_certain = reward.steps[reward.logs(2 * WINDOW) - 1], True
+    elif (since := reward.since(lambda _, step: _is_flat(reward, reward.count(step)))) is not None:
+        text = f"The reward was {short(reward.start)} at first and is {short(reward.window())} after {len(reward)} logs"
+        step, is_certain = since, len(reward) >= _very_slow(reward)
+        if _has_no_room(run, reward.steps[-1]):
+            text, is_certain = f"{text}, near its best value", False
+        text = f"{text}."
     else:
         return None
     shown, severity = example(run, step, lambda row: row.advantage), PROBLEM if is_certain else NOTE
     return Evidence(step, text, "reward", reward.window(), reward.start, shown, severity)
 
 
+def _slow(curve: Curve) -> int:
+    return max(math.ceil(SLOW / curve.every), SLOW_LOGS)
+
+
+def _very_slow(curve: Curve) -> int:
+    return max(math.ceil(VERY_SLOW / curve.every), VERY_SLOW_LOGS)
+
+
 def _is_flat(reward: Curve, end: int) -> bool:
     """Whether the gain up to log ``end`` is not significant, and an optimistic estimate of it little more than the noise."""
+    if end < _slow(reward) or _has_learned(reward, end):
+        return False
     gain, error = _gain(reward, end)
-    return gain < 1.5 * error and gain + 2 * error < 1.5 * reward.noise
+    return gain <= 1.5 * error and gain + 2 * error <= 1.5 * reward.noise
+
+
+def _has_learned(reward: Curve, end: int) -> bool:
+    """Whether the reward up to log ``end`` has risen at the beginning, however short, and has kept what it gained."""
+    last = reward.values[end - end // 4 : end]
+    counts = [count for count in (reward.least * 2**power for power in range(8)) if count <= end // 4]
+    errors = [reward.noise * math.sqrt(1 / count + 1 / len(last)) for count in counts]
+    gains = [fmean(last) - fmean(reward.values[:count]) for count in counts]
+    return any(gain > 3 * error for gain, error in zip(gains, errors, strict=True))
+
+
+def _has_no_room(run: Run, step: int) -> bool:
+    """Whether nearly all completions get the best reward, so that it cannot rise.
+
+    The best reward is 1 if all functions return 0 or 1, which shows in their standard deviation; otherwise it is that of the
+    stored completions. A reward that has always been the same has no best value.
+    """
+    names = [reward_of(name) for name in run.names("rewards/*/mean")]
+    if names and all(_is_best(run, name, step) for name in names):
+        return True
+    totals = [row.total for row in rows_of(run, sorted(run.completions))]
+    window = [row.total for row in rows_of(run, next(recent(run), []))]
+    if not window or min(totals) == max(totals):
+        return False
+    return fmean(total >= max(totals) - 1e-6 for total in window) >= NEARLY_ALL
+
+
+def _is_best(run: Run, name: str, step: int) -> bool:
+    """Whether a reward function returns 0 or 1, and 1 for nearly all completions."""
+    means, stds = run.curve(f"rewards/{name}/mean"), run.curve(f"rewards/{name}/std")
+    if not (count := means.count(step)) or not (spread := stds.count(step)) or max(means.values) > 1 + 1e-6:
+        return False
+    mean, std = means.mean(count)[0], stds.mean(spread)[0]
+    largest = math.sqrt(max(mean * (1 - mean), 0.0))  # of values between 0 and 1, if all are 0 or 1; less in a small batch
+    return min(means.values) < 1 and mean >= NEARLY_ALL and 0.4 * largest <= std <= 1.1 * largest
 
 
 def _gain(reward: Curve, end: int) -> tuple[float, float]:
@@ -44,16 +95,37 @@ def _gain(reward: Curve, end: int) -> tuple[float, float]:
     return gain, reward.noise * math.sqrt(2 / quarter)
 
 
-def _spread_is_lost(run: Run, metric: str, improved: bool) -> int | None:
-    """Return since when groups have no spread although the reward has, or because it has not, improved."""
-    share = run.curve(metric)
-    limit = max(NO_SPREAD, share.start - 3 * share.noise)
-    return share.since(lambda value, step: value >= limit and run.improved(step) is improved)
+def _spread_is_lost(run: Run, metric: str, learned: bool) -> int | None:
+    """Return since when groups have no spread although, or because not, the reward has risen or has no room to rise."""
+    share, reward = run.curve(metric), run.curve("reward")
+    limit = max(_no_spread_limit(run), share.start - 3 * share.noise - 0.05)  # a share that falls is no fault
+
+    def holds(value: float, step: int) -> bool:
+        mean, error = share.mean(share.count(step))
+        if min(value, mean - 2 * error) < limit:
+            return False
+        count = reward.count(step)
+        has_risen = run.improved(step) and (count < 4 * reward.least or _has_learned(reward, count))
+        return (has_risen or _has_no_room(run, step)) is learned
+
+    return share.since(holds)
+
+
+def _no_spread_limit(run: Run) -> float:
+    """Return the share of completions in groups with equal rewards above which too few are left to learn from.
+
+    Of groups of G completions, half of which get a reward of 1 on average, 1 - 2^(1 - G) have spread.
+    """
+    size = run.arguments.get("num_generations")
+    if not isinstance(size, int):
+        sizes = [len(group["completions"]) for groups in run.completions.values() for group in groups]
+        size = max(sizes, default=0)
+    return 1 - LITTLE_SPREAD * (1 - 2.0 ** (1 - size) if size > 1 else 1)
 
 
 def _no_spread(run: Run) -> Evidence | None:
     metric = FILLED if run.names(FILLED) else ZERO_SPREAD
-    if (step := _spread_is_lost(run, metric, improved=False)) is None:
+    if (step := _spread_is_lost(run, metric, learned=False)) is None:
         return None
     share, reward = run.curve(metric), run.curve("reward")
     level = f"; the mean reward is {short(reward.window())}" if len(reward) else ""
@@ -62,11 +134,11 @@ def _no_spread(run: Run) -> Evidence | None:
 
 
 def _saturated(run: Run) -> Evidence | None:
-    if (step := _spread_is_lost(run, ZERO_SPREAD, improved=True)) is None or _collapsed(run):
+    if (step := _spread_is_lost(run, ZERO_SPREAD, learned=True)) is None or _collapsed(run):
         return None
     share, reward = run.curve(ZERO_SPREAD), run.curve("reward")
     text = (
-        f"The reward rose from {short(reward.start)} to {short(reward.window())}; {share.window():.0%} of the completions are"
+        f"The reward went from {short(reward.start)} to {short(reward.window())}; {share.window():.0%} of the completions are"
     )
     return Evidence(step, f"{text} in groups with equal rewards.", ZERO_SPREAD, share.window(), share.start, severity=NOTE)
 
@@ -75,11 +147,11 @@ def _collapsed(run: Run) -> Evidence | None:
     reward = run.curve("reward")
     noise, start = reward.noise, reward.start
     # A run can collapse within the first logs, so that two neighbors of them are enough; a single one may be chance.
-    early = max(map(min, pairwise(reward.values[:WINDOW])))
-    best = list(accumulate(map(reward.window, range(WINDOW, len(reward) + 1)), max))
+    early = max(map(min, pairwise(reward.values[: reward.least])))
+    best = list(accumulate(map(reward.window, range(reward.least, len(reward) + 1)), max))
 
     def best_before(step: int) -> float:
-        return max(early, best[max(0, reward.count(step) - reward.width - WINDOW)])
+        return max(early, best[max(0, reward.count(step) - reward.width - reward.least)])
 
     def holds(value: float, step: int) -> bool:
         top = best_before(step)
@@ -113,31 +185,39 @@ def _format_without(run: Run, name: str, tasks: list[str]) -> Evidence | None:
     def holds(_: float, step: int) -> bool:
         if not _is_saturated(run, name, step) or any(_is_saturated(run, task, step) for task in scored):
             return False
-        return fell(step) or (learned.count(step) >= SLOW and not any(_has_risen(c, step) for c in scored.values()))
+        return fell(step) or all(_has_not_risen(curve, step) for curve in scored.values())
 
     if not scored or (step := learned.since(holds)) is None:
         return None
     others = ", ".join(f"{task} went from {short(c.start)} to {short(c.window())}" for task, c in scored.items())
     text = f"{name} is {short(learned.window())} (at first {short(learned.start)}), but {others}."
     shown = example(run, step, lambda row: row.reward(name) - sum(map(row.reward, tasks)))
-    severity = PROBLEM if fell(learned.steps[-1]) or len(learned) >= VERY_SLOW else NOTE
+    severity = PROBLEM if fell(learned.steps[-1]) or len(learned) >= _very_slow(learned) else NOTE
     task, curve = next(iter(scored.items()))
     return Evidence(step, text, f"rewards/{task}/mean", curve.window(), curve.start, shown, severity)
 
 
+def _has_not_risen(curve: Curve, step: int) -> bool:
+    """Whether a reward has not risen, and enough is logged to say so."""
+    if (count := curve.count(step)) < _slow(curve):
+        return False
+    gain, error = _gain(curve, count)
+    return not _has_risen(curve, step) and gain + 2 * error <= 2 * curve.noise
+
+
 def _has_risen(curve: Curve, step: int) -> bool:
     """Whether a reward has risen, be it by less than its noise: over many logs, a small gain is significant."""
-    if (count := curve.count(step)) < SLOW:
+    if (count := curve.count(step)) < _slow(curve):
         return curve.gain(step) > 2
     gain, error = _gain(curve, count)
-    return gain > 2 * error or curve.gain(step) > 2
+    return gain > 2 * error or curve.gain(step) > 2 or _has_learned(curve, count)
 
 
 def _is_saturated(run: Run, name: str, step: int) -> bool:
     """Whether nearly all completions have the same positive value of a reward: for values 0 and 1, nine of ten have 1."""
     mean, std = run.curve(f"rewards/{name}/mean"), run.curve(f"rewards/{name}/std")
     count, spread = mean.count(step), std.count(step)
-    return count >= WINDOW and spread > 0 and mean.window(count) > 0 and std.window(spread) <= mean.window(count) / 3
+    return count >= mean.least and spread > 0 and mean.window(count) > 0 and std.window(spread) <= mean.window(count) / 3
 
 
 def _unparsed(run: Run) -> Evidence | None:
@@ -180,21 +260,23 @@ def _lowest(row: Row) -> float:
 RULES = (
     Rule(
         "reward-flat",
-        "the reward is constant, or has not risen in 40 logs (a note) or 100 logs by more than its noise",
+        "the reward is constant, or has not risen in 40 steps (a note) or 100 steps by more than its noise; near its best value"
+        " it is a note",
         "Check the reward on a few completions by hand, then learning_rate. If groups-without-spread or no-update is found too,"
         " begin there.",
         ("reward",),
         _flat,
-        "1.5 standard errors of the difference between the first and the last quarter of the logs",
+        "1.5 standard errors of the difference between the first and the last quarter of the logs, at least 12 (a note) or 30;"
+        " nine of ten completions have the best reward",
     ),
     Rule(
         "reward-saturated",
-        "the reward has risen, and most groups have equal rewards now: the prompts have become too easy",
+        "the reward has risen or is near its best value, and most groups have equal rewards: the prompts are too easy",
         "This is not a fault. For further progress, use harder prompts, or set dynamic_sampling=True to resample groups without"
         " spread.",
         ("reward", ZERO_SPREAD),
         _saturated,
-        "four of five completions; DAPO (arXiv 2503.14476), section 3.2",
+        "that of groups-without-spread",
     ),
     Rule(
         "groups-without-spread",
@@ -203,7 +285,8 @@ RULES = (
         " dynamic_sampling=True to resample these groups.",
         (ZERO_SPREAD,),
         _no_spread,
-        "four of five completions; DAPO (arXiv 2503.14476), section 3.2",
+        "four of five completions, nine of ten in groups of 2: a fifth of those with spread if half were right; DAPO (arXiv"
+        " 2503.14476), section 3.2",
     ),
     Rule(
         "reward-collapse",
@@ -212,11 +295,11 @@ RULES = (
         ("reward",),
         _collapsed,
         "five standard deviations of the noise between neighboring logs",
-        logs=WINDOW + 2,
+        steps=WINDOW + 2,
     ),
     Rule(
         "format-not-task",
-        "a reward of the format is high, but the others fall, or do not rise in 40 logs (a note) or 100 logs",
+        "a reward of the format is high, but the others fall, or do not rise in 40 steps (a note) or 100 steps",
         "Lower the weight of the format in reward_weights, or give it only together with a correct answer.",
         ("rewards/*/mean", "rewards/*/std"),
         _format_only,
@@ -238,6 +321,6 @@ RULES = (
         ("rewards/*/failed",),
         large_share("rewards/*/failed", 0.05, "{reward} failed for {share} of the completions.", _lowest),
         "one of twenty completions",
-        logs=WINDOW,
+        steps=WINDOW,
     ),
 )

@@ -32,10 +32,16 @@ def _no_update(run: Run) -> Evidence | None:
     for name, what in (("learning_rate", "The learning rate"), ("grad_norm", "The norm of the gradient")):
         curve = run.curve(name)
         if (step := curve.since(lambda value, _: value == 0)) is not None:
-            # The end of a schedule, or of what there is to learn.
-            is_end = max(curve.values) > 0 if name == "learning_rate" else run.improved(step)
+            # The end of a schedule, or of what there is to learn; or no group has spread, about which there is another rule.
+            is_end = max(curve.values) > 0 if name == "learning_rate" else run.improved(step) or _lacks_spread(run)
             return Evidence(step, f"{what} is 0 in most logs.", name, 0.0, severity=NOTE if is_end else PROBLEM)
     return None
+
+
+def _lacks_spread(run: Run) -> bool:
+    """Whether no group had spread in the last logs in which the gradient is 0."""
+    logs = [entry for entry in run.steps if entry.get("grad_norm") == 0][-WINDOW:]
+    return bool(logs) and all(entry.get(rewards.ZERO_SPREAD) == 1 for entry in logs)
 
 
 def _not_finite(run: Run) -> Evidence | None:
@@ -126,7 +132,7 @@ RULES = (
         (CHANGED,),
         _lost_updates,
         "half of the weights with a gradient, in steps with at least half of the highest learning rate",
-        logs=WINDOW,
+        steps=WINDOW,
     ),
     Rule(
         "no-update",
@@ -151,7 +157,7 @@ RULES = (
         ("loss or grad_norm or reward",),
         _not_finite,
         "any such value; for gradients most of a window, because fp16 overflows at the beginning",
-        logs=0,
+        steps=0,
     ),
     Rule(
         "data-repeated",
@@ -160,7 +166,7 @@ RULES = (
         (f"epoch or {COMPLETIONS}",),
         lambda run: _equal_prompts(run) or _overfitted(run) or _many_epochs(run),
         f"half of the prompts of three stored steps; four standard deviations of the held-out reward; {MANY_EPOCHS} epochs",
-        logs=1,
+        steps=1,
     ),
     Rule(
         "samples-replaced",
@@ -169,7 +175,7 @@ RULES = (
         ("frac_samples_replaced",),
         large_share("frac_samples_replaced", 0.05, "{share} of the prompts replaced a row that cannot be used."),
         "one of twenty prompts",
-        logs=WINDOW,
+        steps=WINDOW,
     ),
     Rule(
         "tools-fail",
@@ -187,6 +193,6 @@ RULES = (
         (f"reward or entropy or kl or {lengths.LENGTH}",),
         _old_checkpoint,
         f"the first of {', '.join(COLLAPSES)}",
-        logs=WINDOW + 2,
+        steps=WINDOW + 2,
     ),
 )
