@@ -89,10 +89,11 @@ class MicroBatches:
         """
         samples = split.samples
         if not self.args.masks_images:
-            return self.scoring_batch(rollout, split).select(loss_mask[rollout.sampled_mask[samples]]), None
+            sampled = rollout.sampled_mask[samples.to(loss_mask.device, non_blocking=True)]
+            return self.scoring_batch(rollout, split).select(loss_mask[sampled]), None
         rollout = self.own(rollout)
         batch = rollout.branches(samples, self.policy.model if self.policy.shares_prefix else None, loss_mask)
-        masked = has_media(rollout.prompts)[rollout.group[samples]].to(loss_mask.device)
+        masked = has_media(rollout.prompts)[rollout.group[samples]].to(loss_mask.device, non_blocking=True)
         return self._completed(rollout, split, batch, branches=True), masked
 
     def _completed(self, rollout: Rollout, split: Split, batch: ScoringBatch, *, branches: bool = False) -> ScoringBatch:
@@ -114,8 +115,9 @@ class MicroBatches:
         result = torch.zeros(rollout.completion_mask.shape, device=rollout.completion_mask.device)
         for split in (split for index in indices for split in self.splits(rollout, index)):
             logps = completion_logps(model, self.scoring_batch(rollout, split), head=head, **self.head_arguments)
-            mask = rollout.sampled_mask[split.samples]
-            result[split.samples] = result.new_zeros(mask.shape).masked_scatter_(mask, logps)
+            places = split.samples.to(result.device, non_blocking=True)
+            mask = rollout.sampled_mask[places]
+            result[places] = result.new_zeros(mask.shape).masked_scatter_(mask, logps)
         return result
 
     @property

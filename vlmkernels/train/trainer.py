@@ -455,8 +455,8 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
                 else:
                     metrics.append(split_metrics)
                     if old_logps is not None and inputs < self.args.steps_per_generation:
-                        loss_mask = experience.loss_mask[split.samples]
-                        self.mismatch.add(experience.rollout, split.samples, loss_mask, old_logps)
+                        samples = split.samples.to(self.args.device, non_blocking=True)
+                        self.mismatch.add(experience.rollout, samples, experience.loss_mask[samples], old_logps)
                 if not is_last:
                     parallel.backward(self.accelerator, loss)
                     loss = loss.detach()
@@ -476,12 +476,14 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             use: see ``inputs`` of ``compute_loss``.
             part: the weight of the split in the loss of its micro-batch.
         """
-        args, rollout, samples = self.args, experience.rollout, split.samples
+        args, rollout = self.args, experience.rollout
+        samples = split.samples.to(args.device, non_blocking=True)  # indexing with the host's would wait for the device
         window, loss_mask = self.current_gradient_accumulation_steps, experience.loss_mask[samples]
-        num_items, tokens = experience.num_items * window / args.steps_per_generation, loss_mask[rollout.sampled_mask[samples]]
+        num_items = experience.num_items * window / args.steps_per_generation
         term = None
         if self.teacher is not None:
             with self.phases("teacher"):
+                tokens = loss_mask[rollout.sampled_mask[samples]]
                 term = self.teacher.term(rollout, split, tokens, num_items)
         batch, masked = self.micro_batches.loss_batch(rollout, split, loss_mask)
         if not self.rewards:
