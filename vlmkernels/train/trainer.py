@@ -42,7 +42,7 @@ from vlmkernels.doctor.callback import DoctorCallback
 from vlmkernels.models.head import completion_loss, term_alone, top_entropy_threshold
 from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.inputs import ModelInputs
-from vlmkernels.models.loading import inference
+from vlmkernels.models.loading import frozen_weights_cast_once, inference
 from vlmkernels.ops.group_advantages import GroupAdvantages, group_advantages
 from vlmkernels.ops.group_advantages.turns import turn_advantages
 from vlmkernels.ops.grpo_loss.parts import Part, combine_metrics, in_parts
@@ -220,8 +220,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     def _gathered_policy(self) -> Iterator[None]:
         """Gather the parameters of the policy for sampling. Every process must enter it."""
         self.processes.barrier("sampling")
+        gathered = parallel.gathered(self.accelerator, self.policy, self.prepared.head)
         # Autocast around all forward passes casts each weight once, instead of once per token.
-        with parallel.gathered(self.accelerator, self.policy, self.prepared.head), self.accelerator.autocast():
+        with gathered, frozen_weights_cast_once(self.policy), self.accelerator.autocast():
             yield
 
     def _sample(
