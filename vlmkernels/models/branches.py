@@ -90,10 +90,11 @@ def pack_branches(
             parents += [root, *[start] * len(members)]
             nodes[branch] += range(start + 1, start + 1 + len(members))
     segments = join(parts).select(torch.tensor(order))
-    is_doubled = torch.tensor(doubled)[owner]
-    masks = torch.cat([loss_mask, loss_mask[is_doubled.to(loss_mask.device)]])
+    again = torch.tensor(doubled)[owner].nonzero()[:, 0]
+    masks = torch.cat([loss_mask, loss_mask[again.to(loss_mask.device, non_blocking=True)]])
     scored = torch.zeros_like(segments.inputs["input_ids"], dtype=torch.bool)
-    scored[torch.tensor(nodes[0] + nodes[1]), -masks.shape[1] :] = masks.to(scored.device)
+    order_of_masks = torch.tensor(nodes[0] + nodes[1]).to(scored.device, non_blocking=True)
+    scored[order_of_masks, -masks.shape[1] :] = masks.to(scored.device)
     pack = pack_trees(model, segments, parents, scored)
     return pack.select(_positions(nodes[0] + nodes[1], masks.sum(1).tolist()).to(pack.rows.device, non_blocking=True))
 
@@ -121,7 +122,7 @@ def pad_branches(
 ) -> ScoringBatch:
     """Build a batch of both branches in which each completion has its own copy of its prompt; see ``pack_branches``."""
     is_doubled = has_media(prompts)[group]
-    places = is_doubled.to(completion_ids.device)
+    places = is_doubled.nonzero()[:, 0].to(completion_ids.device, non_blocking=True)
     width = int(completion_mask.any(0).sum())
     ids, mask, scored = (torch.cat([x, x[places]])[:, :width] for x in (completion_ids, completion_mask, loss_mask))
     rows = concat([prompts.select(group), masked.select(group[is_doubled])], pad_token_id=0)

@@ -6,7 +6,7 @@ docs/head.md, "How the loss gets into the model's forward pass", explains how th
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, overload
 
 import torch
@@ -176,8 +176,12 @@ def packed_grpo_loss(
         options: further arguments of ``linear_grpo_loss`` that are not per token.
     """
 
+    @cache
+    def places() -> torch.Tensor:  # waits for the device, so only once, and only if a value is selected
+        return loss_mask.flatten().nonzero()[:, 0]
+
     def select(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values[loss_mask]
+        return None if values is None else values.flatten()[places()]
 
     return partial(
         linear_grpo_loss,

@@ -67,7 +67,9 @@ class ModelInputs:
 
     def to(self, device: torch.device | str) -> "ModelInputs":
         """Move the inputs to ``device``. ``rows`` and ``image_keys`` stay on the CPU."""
-        return replace(self, inputs={name: tensor.to(device) for name, tensor in self.inputs.items()})
+        # Pageable memory is read before ``to`` returns, but a copy to the CPU must be complete.
+        waits = torch.device(device).type == "cpu"
+        return replace(self, inputs={name: tensor.to(device, non_blocking=not waits) for name, tensor in self.inputs.items()})
 
     def select(self, samples: torch.Tensor) -> "ModelInputs":
         """Return the given samples as a batch.
@@ -81,7 +83,7 @@ class ModelInputs:
         index = {axis: _row_indices(counts, samples) for axis, counts in self.rows.items() if chosen.has(axis)}
         for name, tensor in self.inputs.items():
             if (axis := (spec := self.family.spec(name)).axis) in index:
-                chosen.inputs[name] = from_rows(to_rows(tensor, spec)[index[axis].to(tensor.device)], spec)
+                chosen.inputs[name] = from_rows(to_rows(tensor, spec)[index[axis].to(tensor.device, non_blocking=True)], spec)
                 if target := spec.indexes:
                     counts, picked = self.rows[self.family.axis(target)], rows[self.family.axis(target)]
                     moved = (picked.cumsum(0) - picked) - (counts.cumsum(0) - counts)[samples]
@@ -130,7 +132,7 @@ class ModelInputs:
             raise ValueError(f"{name} must have rows that belong to one image each, got rows that count {AXES[axis]}")
         if axis == "image_patch":
             images = _row_indices(self.inputs["image_grid_thw"].cpu().prod(-1), images)
-        return tensor[images.to(tensor.device)]
+        return tensor[images.to(tensor.device, non_blocking=True)]
 
     def split(self, sizes: list[int]) -> list["ModelInputs"]:
         """Split into the first ``sizes[0]`` samples, the next ``sizes[1]``, and so on."""

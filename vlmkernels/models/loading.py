@@ -183,6 +183,26 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
+def frozen_weights_cast_once(model: torch.nn.Module) -> Iterator[None]:
+    """Let autocast convert each frozen fp32 weight of a linear layer once in the block, and not in every forward pass.
+
+    autocast keeps the converted copy of a weight, until it ends, only if the weight requires gradients. So these weights do in
+    the block, in which gradients must be disabled. The copies of a model under adapters take as much memory as those of a
+    trained model.
+    """
+    layers = (module for module in model.modules() if type(module) is torch.nn.Linear)
+    parameters = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+    frozen = [p for p in parameters if type(p) is torch.nn.Parameter and p.dtype == torch.float32 and not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Disable gradients and put ``model`` in evaluation mode; restore the mode of each of its modules on exit."""
     training = [module for module in model.modules() if module.training]

@@ -40,7 +40,8 @@ class ScoringBatch:
         Args:
             tokens: (N,) bool, the tokens to keep, or int64, their indices, in any order; they may repeat.
         """
-        return replace(self, rows=self.rows[tokens], targets=self.targets[tokens])
+        places = tokens.nonzero()[:, 0] if tokens.dtype == torch.bool else tokens  # waits for the device, so only once
+        return replace(self, rows=self.rows[places], targets=self.targets[places])
 
 
 def pad_completions(inputs: dict[str, torch.Tensor], completion_mask: torch.Tensor) -> ScoringBatch:
@@ -54,7 +55,8 @@ def pad_completions(inputs: dict[str, torch.Tensor], completion_mask: torch.Tens
     length = inputs["input_ids"].shape[1]
     positions = torch.arange(count * length, device=completion_mask.device).view(count, length)[:, -width - 1 : -1]
     targets = inputs["input_ids"][:, length - width :]
-    return ScoringBatch(inputs, positions[completion_mask], targets[completion_mask])
+    places = completion_mask.flatten().nonzero()[:, 0]
+    return ScoringBatch(inputs, positions.flatten()[places], targets.flatten()[places])
 
 
 def pack_trees(
@@ -146,7 +148,10 @@ def select_tree(
     """
     chosen, owned = torch.tensor(pack.segments), set(pack.owned)
     selected = segments.select(chosen)
-    mask = _loss_mask(selected, pack.parents) if loss_mask is None else loss_mask[chosen.to(loss_mask.device)]
+    if loss_mask is None:
+        mask = _loss_mask(selected, pack.parents)
+    else:
+        mask = loss_mask[chosen.to(loss_mask.device, non_blocking=True)]
     scored = torch.tensor([segment in owned for segment in pack.segments])
     return selected, pack.parents, mask & scored.unsqueeze(1).to(mask.device, non_blocking=True)
 

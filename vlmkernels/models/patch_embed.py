@@ -97,8 +97,8 @@ def _folded_forward(
             return type(self).forward(self, rows)
         if rows.shape[-1] not in (all_frames, one_frame):
             raise ValueError(f"pixel_values must have rows of {all_frames} or {one_frame} pixels, got {tuple(rows.shape)}")
-        weight = proj.weight.float() * scale.to(proj.weight.device, torch.float32).view(3, 1, 1, 1)
-        offset = -(weight.sum((2, 3, 4)) @ shift.to(weight))
+        weight = proj.weight.float() * scale.to(proj.weight.device, torch.float32, non_blocking=True).view(3, 1, 1, 1)
+        offset = -(weight.sum((2, 3, 4)) @ shift.to(weight, non_blocking=True))
         if rows.shape[-1] == one_frame:
             weight = weight.sum(2)
         bias = offset if proj.bias is None else offset + proj.bias

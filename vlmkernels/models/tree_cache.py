@@ -181,7 +181,8 @@ class TreeCache:
         self.prompts |= dict(zip(prompts, lengths, strict=True))
         self._filling, self._extension = prompts, None
         by_row = {self._rows[prompt]: length for prompt, length in self.prompts.items()}
-        self._row_lengths.copy_(torch.tensor([by_row.get(row, 0) for row in range(self._num_rows)]))
+        lengths_of_rows = torch.tensor([by_row.get(row, 0) for row in range(self._num_rows)], dtype=torch.int32)
+        self._row_lengths.copy_(lengths_of_rows, non_blocking=True)
 
     def fill(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store the keys and values, (1, Hkv, T, D), of the prompts passed to ``begin``."""
@@ -367,9 +368,13 @@ class TreeCache:
                 factor = q.shape[-1] ** -0.5 if scale is None else scale
                 outputs.append(paths.attend(*tokens_first, mask.cpu(), factor).transpose(0, 1).unsqueeze(0))
                 continue
+            # With a mask and fewer key heads than query heads, CUDA has only a kernel that stores all scores in fp32.
+            groups = len(q) // seen[0].shape[1]
+            seen = [x.repeat_interleave(groups, 1) for x in seen] if groups > 1 and q.is_cuda else seen
+            enable_gqa = len(q) != seen[0].shape[1]
             outputs.append(
                 scaled_dot_product_attention(
-                    q.unsqueeze(0).contiguous(), *seen, attn_mask=mask, scale=scale, enable_gqa=len(q) != seen[0].shape[1]
+                    q.unsqueeze(0).contiguous(), *seen, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
                 )
             )
         return torch.cat(outputs, 2).transpose(1, 2)

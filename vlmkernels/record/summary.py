@@ -79,7 +79,7 @@ def repeated_share(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if ids.shape[1] < NGRAM:
         return torch.zeros(len(ids), device=ids.device)
     is_sampled = mask.unfold(1, NGRAM, 1).all(2)
-    hashes = (ids.unfold(1, NGRAM, 1) * torch.tensor(MULTIPLIERS, device=ids.device)).sum(2)
+    hashes = (ids.unfold(1, NGRAM, 1) * torch.tensor(MULTIPLIERS).to(ids.device, non_blocking=True)).sum(2)
     places = torch.arange(hashes.shape[1], device=ids.device)
     ordered = hashes.where(is_sampled, -1 - places).sort(1).values  # different numbers where a token was not sampled
     return (ordered.diff(dim=1) == 0).sum(1) / is_sampled.sum(1).clamp(min=1)

@@ -349,8 +349,9 @@ class Rollout:
         if self.turns is not None:
             batch = pad_turns(self.prompts, self.group.tolist(), self.turns, samples.tolist())
             return batch if self.routed_experts is None else self._with_experts(batch, self._paths(samples.tolist()))
-        width = int(self.completion_mask[samples].any(0).sum())
-        ids, mask = self.completion_ids[samples, :width], self.completion_mask[samples, :width]
+        ids, mask = self._completions(samples)
+        width = int(mask.any(0).sum())
+        ids, mask = ids[:, :width], mask[:, :width]
         batch = pad_completions(self.prompts.select(self.group[samples]).trim().append(ids, mask).inputs, mask)
         if self.routed_experts is None:
             return batch
@@ -370,8 +371,7 @@ class Rollout:
         prompts = self.prompts.select(chosen)
         positions = prompt_positions(model, prompts.inputs)
         inputs = deduplicate_images(prompts) if accepts_image_features(model) else prompts.inputs
-        ids, mask = self.completion_ids[samples], self.completion_mask[samples]
-        batch = pack_groups(inputs, positions, group, ids, mask, prompts.family)
+        batch = pack_groups(inputs, positions, group, *self._completions(samples), prompts.family)
         if self.routed_experts is None:
             return batch
         parts = [
@@ -391,7 +391,7 @@ class Rollout:
             loss_mask: (n, C) bool, the tokens to score.
         """
         assert self.masked_prompts is not None
-        completions = self.group[samples], self.completion_ids[samples], self.completion_mask[samples], loss_mask
+        completions = self.group[samples], *self._completions(samples), loss_mask
         if model is None:
             batch = pad_branches(self.prompts, self.masked_prompts, *completions)
         else:
@@ -400,6 +400,11 @@ class Rollout:
             return batch
         places = self._places_of_rows(samples) if model is None else self._places_of_branches(samples)
         return self._with_experts(batch, places[:, -batch.inputs["input_ids"].shape[1] :])
+
+    def _completions(self, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ids and the mask of some completions, without waiting for the device."""
+        places = samples.to(self.completion_ids.device, non_blocking=True)
+        return self.completion_ids[places], self.completion_mask[places]
 
     # Routed experts. A place is the index of a token among those of all prompts and then of all completions, with padding.
 

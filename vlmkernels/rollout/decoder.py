@@ -190,9 +190,10 @@ class Decoder:
         """Run prompts through the model: store their keys and values and their last logits."""
         chosen = self.prompts.select(torch.tensor(prompts))
         no_group = torch.empty(0, dtype=torch.int64)
-        no_ids = no_group.view(0, 0).to(self.device)
+        no_ids = torch.empty(0, 0, dtype=torch.int64, device=self.device)
         inputs = deduplicate_images(chosen) if self.deduplicates_images else chosen.inputs
-        pack = pack_groups(inputs, self.positions[..., prompts, :], no_group, no_ids, no_ids.bool(), chosen.family)
+        positions = self.positions[..., on_device(self.device, prompts), :]
+        pack = pack_groups(inputs, positions, no_group, no_ids, no_ids.bool(), chosen.family)
         self.cache.begin(prompts, list(pack.inputs["tree_layout"].lengths))
         self.first_logits |= dict(zip(prompts, self._last_logits(pack.inputs), strict=True))
         if self.experts is not None:
@@ -200,7 +201,7 @@ class Decoder:
 
     def _last_logits(self, inputs: dict) -> torch.Tensor:
         """Run a pack of sequences and return the logits (sequences, V) of the last token of each."""
-        last = torch.tensor([end - 1 for end in inputs["tree_layout"].ends], device=self.device)
+        last = on_device(self.device, [end - 1 for end in inputs["tree_layout"].ends])
         return self._features(**inputs, use_cache=False, logits_to_keep=last)
 
     # Decoding
@@ -349,7 +350,9 @@ class Decoder:
         if self.experts is not None:
             starts = [k * self.slots.budget + length for k, length in zip(completions, stored, strict=True)]
             parts = zip(starts, pack["tree_layout"].lengths, strict=True)
-            self.experts.add_tokens(torch.cat([torch.arange(start, start + n) for start, n in parts]).to(self.device))
+            self.experts.add_tokens(
+                torch.cat([torch.arange(start, start + n) for start, n in parts]).to(self.device, non_blocking=True)
+            )
         for k, result in zip(completions, results, strict=True):
             self.completions.observe(k, result)
             self.sampler.see(k, result.inputs["input_ids"][0])
@@ -381,10 +384,10 @@ class Decoder:
             results: the results as they are stored.
             encoded: the results as they run.
         """
-        last = [torch.tensor([[self.completions.tokens[k][-1]]], device=self.device) for k in completions]
+        last = on_device(self.device, [self.completions.tokens[k][-1] for k in completions]).view(-1, 1, 1)
         joined = join([result.prepend(token) for token, result in zip(last, encoded, strict=True)])
         if self.prompts.family.relative_positions:
-            starts = torch.tensor([self.next_positions[k] - 1 for k in completions], device=self.device)
+            starts = on_device(self.device, [self.next_positions[k] - 1 for k in completions])
             positions, advance = segment_positions(self.plain, joined.inputs)
             positions = positions - self.prompts.family.first_position + starts.unsqueeze(1)
             following = (starts + advance).tolist()

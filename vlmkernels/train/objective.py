@@ -97,7 +97,8 @@ class Objective:
             use, window: see ``splits``.
             part: the weight of the split.
         """
-        args, models, rollout, samples = self.args, self.models, experience.rollout, split.samples
+        args, models, rollout = self.args, self.models, experience.rollout
+        samples = split.samples.to(args.device, non_blocking=True)  # indexing with the host's would wait for the device
         loss_mask = experience.loss_mask[samples]
         num_items = experience.num_items * window / args.steps_per_generation
         distillation = None

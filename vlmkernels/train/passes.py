@@ -78,10 +78,11 @@ class Passes:
         """
         samples = split.samples
         if not self.args.masks_images:
-            return self.scoring_batch(rollout, split).select(loss_mask[rollout.sampled_mask[samples]]), None
+            sampled = rollout.sampled_mask[samples.to(loss_mask.device, non_blocking=True)]
+            return self.scoring_batch(rollout, split).select(loss_mask[sampled]), None
         rollout = self.view(rollout)
         batch = rollout.branches(samples, self.prepared.model if self.prepared.shares_prefix else None, loss_mask)
-        masked = has_media(rollout.prompts)[rollout.group[samples]].to(loss_mask.device)
+        masked = has_media(rollout.prompts)[rollout.group[samples]].to(loss_mask.device, non_blocking=True)
         return self._completed(rollout, split, batch, branches=True), masked
 
     def _completed(self, rollout: Rollout, split: Split, batch: ScoringBatch, *, branches: bool = False) -> ScoringBatch:
@@ -102,8 +103,9 @@ class Passes:
         result = torch.zeros(rollout.completion_mask.shape, device=rollout.completion_mask.device)
         for split in splits:
             logps = completion_logps(model, self.scoring_batch(rollout, split), **self.head_arguments)
-            mask = rollout.sampled_mask[split.samples]
-            result[split.samples] = result.new_zeros(mask.shape).masked_scatter_(mask, logps)
+            samples = split.samples.to(result.device, non_blocking=True)
+            mask = rollout.sampled_mask[samples]
+            result[samples] = result.new_zeros(mask.shape).masked_scatter_(mask, logps)
         return result
 
     @property

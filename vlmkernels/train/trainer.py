@@ -40,7 +40,7 @@ from vlmkernels.data.samples import Sample, tokenizer_of
 from vlmkernels.doctor.callback import DoctorCallback
 from vlmkernels.models.image_features import encode_images
 from vlmkernels.models.inputs import ModelInputs
-from vlmkernels.models.loading import inference
+from vlmkernels.models.loading import frozen_weights_cast_once, inference
 from vlmkernels.record.callback import RunRecord
 from vlmkernels.record.completions import Groups, group_content
 from vlmkernels.record.phases import Phases, phase
@@ -198,8 +198,9 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
     def _gathered_policy(self) -> Iterator[None]:
         """Gather the parameters of the policy for sampling. Every process must enter it."""
         self.processes.barrier("sampling")
+        gathered = parallel.gathered(self.accelerator, self.policy, self.prepared.head)
         # Autocast around all forward passes casts each weight once, instead of once per token.
-        with parallel.gathered(self.accelerator, self.policy, self.prepared.head), self.accelerator.autocast():
+        with gathered, frozen_weights_cast_once(self.policy), self.accelerator.autocast():
             yield
 
     def _sample(

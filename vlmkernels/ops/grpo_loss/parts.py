@@ -68,8 +68,10 @@ def combine_metrics(
         if name in ("policy_loss", "tokens", "effective_tokens", "perception/tokens"):
             result[name] = values.sum()
         elif name.endswith(("min", "max")):
-            measured = values[counts > 0]
-            result[name] = (measured if len(measured) else values).aminmax()[name.endswith("max")]
+            is_max = name.endswith("max")
+            measured = values.masked_fill(counts <= 0, -torch.inf if is_max else torch.inf)
+            measured = torch.where((counts > 0).any(), measured, values)  # without a wait for the device
+            result[name] = measured.amax() if is_max else measured.amin()
         else:
             result[name] = (values * counts).sum() / counts.sum().clamp(min=1)
     return result
