@@ -44,14 +44,9 @@ def test_a_dry_run(tmp_path):
     log = (tmp_path / "why.log").read_text()
     assert "grpo_loss, triton: finite" in log
     table = [line.split() for line in log.partition("seconds  result")[2].splitlines()[1:]]
-    assert [(row[0], *row[2:]) for row in table] == [
-        *(
-            ("correct", "exit", "status", "0", *what.split())
-            for what in ("vlmkernels env", "versions", "extension", "ceilings")
-        ),
-        ("correct", "exit", "status", "0", "tests"),
-        ("why", "exit", "status", "0", "Triton"),
-    ]
+    assert [(row[0], row[-1]) for row in table] == [
+        *(("correct", what) for what in ("env", "versions", "extension", "ceilings", "tests")), ("why", "Triton"),
+    ]  # fmt: skip
 
 
 def test_outcomes_are_written_as_they_come(script, stage, tmp_path):
