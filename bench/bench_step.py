@@ -468,7 +468,7 @@ def training(name: str, providers: list[str], beta: float = 0.0, checkpointing: 
 # Without gradient checkpointing TRL needs more than 140 GiB for the model "3b".
 TRAINED = {"tiny": ("tiny", [])}
 if harness.GPU:
-    TRAINED = {"0.5b": ("0.5b", []), "3b": ("3b", []), "3b checkpointing": ("3b", ["--checkpointing"])}
+    TRAINED = {"0.5b": ("0.5b", []), "3b, activations kept": ("3b", []), "3b, checkpointing": ("3b", ["--checkpointing"])}
 
 
 @pytest.mark.parametrize(("name", "options"), TRAINED.values(), ids=TRAINED)

@@ -85,7 +85,7 @@ BENCHES = {
         Bench("bench_step.py", "test_training and 3b and checkpointing", limit=220, rounds=5, case=215),
         Bench("bench_tree_attention.py", limit=90),
         Bench("bench_step.py", "test_training and 0.5b", limit=60, rounds=5, case=55),
-        Bench("bench_step.py", "test_training and 3b and not checkpointing", limit=100, rounds=5, case=95),
+        Bench("bench_step.py", "test_training and 3b and kept", limit=100, rounds=5, case=95),
     ],
 }
 
