@@ -86,12 +86,14 @@ wheel: setup
 	sh tools/wheel.sh
 
 # On a machine with a GPU, which needs no network: its python3, torch, triton, transformers, pybind11, pytest and nvcc are used.
-# STAGE is correct, fast, why, system or all, each within a time budget. bench/gpu_check.py has GPU_BUDGET_S and GPU_OUT.
+# STAGE is one or more of correct, fast, why and system, or all, within a time budget. ONLY="rotary kl" runs only test files and
+# benchmarks whose names have one of the words. bench/gpu_check.py has GPU_BUDGET_S and GPU_OUT.
 STAGE ?= all
 gpu-check:
-	$(PYTHON) bench/gpu_check.py $(STAGE)
+	$(PYTHON) bench/gpu_check.py $(STAGE) $(if $(ONLY),--only $(ONLY))
 
-# The packages that such a machine lacks, as wheels for Python 3.12 in .whl. HOPPER=1 adds FlashAttention-4 and what it needs.
+# What such a machine lacks: packages as wheels for Python 3.12 in .whl, and the extension with CUDA code for compute capability 9.0,
+# in place. HOPPER=1 adds FlashAttention-4 and what it needs.
 gpu-wheels:
 	PYTHON=$(PYTHON) HOPPER=$(HOPPER) sh bench/wheels.sh
 

@@ -466,9 +466,12 @@ def training(name: str, providers: list[str], beta: float = 0.0, checkpointing: 
 
 
 # Without gradient checkpointing TRL needs more than 140 GiB for the model "3b".
-@pytest.mark.parametrize(
-    ("name", "options"), [("0.5b", []), ("3b", []), ("3b", ["--checkpointing"])] if harness.GPU else [("tiny", [])]
-)
+TRAINED = {"tiny": ("tiny", [])}
+if harness.GPU:
+    TRAINED = {"0.5b": ("0.5b", []), "3b, activations kept": ("3b", []), "3b, checkpointing": ("3b", ["--checkpointing"])}
+
+
+@pytest.mark.parametrize(("name", "options"), TRAINED.values(), ids=TRAINED)
 def test_training(benchmark, name, options):
     rows = json.loads(run_itself("--model", name, *options))
     harness.record(training_title(name, checkpointing=bool(options)), rows)

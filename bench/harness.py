@@ -490,5 +490,16 @@ def write_results() -> tuple[Path, dict[str, list[dict]]] | None:
 
 
 def write_tests(counts: dict[str, dict[str, int]]) -> Path:
-    """Write the test counts of each file to the results of this device."""
-    return _update(lambda content: content.update(tests={**provenance(), "files": counts}))
+    """Merge the test counts of each file into the results of this device; each file keeps the commit at which it ran.
+
+    Counts of files that have been renamed or removed since are dropped.
+    """
+
+    def merge(content: dict) -> None:
+        earlier = content.get("tests", {"files": {}})
+        present = {file: of for file, of in earlier["files"].items() if (ROOT / file).exists()}
+        files = {file: {"commit": earlier.get("commit"), **of} for file, of in present.items()}
+        files |= {file: {**of, "commit": commit()} for file, of in counts.items()}
+        content["tests"] = {**provenance(), "files": files}
+
+    return _update(merge)

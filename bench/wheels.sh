@@ -1,7 +1,9 @@
 #!/bin/sh
-# Download into .whl/ the packages that benchmarks and tests need on a GPU machine without a network: Python 3.12, x86-64 Linux,
-# torch and transformers installed. Versions come from constraints.txt. With HOPPER=1 also those for Hopper. Install them there with
+# Prepare what benchmarks and tests need on a GPU machine without a network: Python 3.12, x86-64 Linux, torch and transformers
+# installed. Download packages into .whl/, in the versions of constraints.txt; with HOPPER=1 also those for Hopper. Install them
+# there with
 #     python3 -m pip install --no-index --no-deps .whl/*.whl
+# With nvcc and python3.12, also build the extension in place, with CUDA code for VLMKERNELS_CUDA_ARCHS (default 90a).
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -26,3 +28,16 @@ $python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3
 # Not every version of antlr4-python3-runtime, a pure Python package, has a wheel.
 $python -m pip wheel --quiet --no-deps -w .whl "$(grep -i '^antlr4-python3-runtime==' constraints.txt)"
 ls -l .whl
+
+module=vlmkernels/_C.cpython-312-x86_64-linux-gnu.so
+build=build/gpu-wheels
+if [ -e "$module" ] && [ -z "$(find setup.py csrc -newer "$module" -print -quit)" ]; then
+    echo "$module is up to date"
+elif command -v nvcc > /dev/null && python3.12 --version > /dev/null 2>&1; then
+    python3.12 -m pip install --quiet --upgrade --target "$build/tools" setuptools pybind11
+    PYTHONPATH="$PWD/$build/tools" VLMKERNELS_CUDA=1 VLMKERNELS_CUDA_ARCHS="${VLMKERNELS_CUDA_ARCHS:-90a}" \
+        python3.12 setup.py --quiet build_ext --inplace --build-temp "$build" > "$build/log"
+    ls -l "$module"
+else
+    echo "$module is not built: that needs nvcc and python3.12. \`make gpu-check\` builds it on the GPU machine, which takes minutes."
+fi

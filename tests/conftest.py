@@ -53,8 +53,8 @@ def need():
     return check
 
 
-# The files that take longest. Started first, they do not leave one worker with a long file at the end. The first two start
-# together: nvcc uses all cores, and the processes of a distributed run, which have a time limit, wait for each other.
+# The files that take longest without a GPU. Started first, they do not leave one worker with a long file at the end. The first
+# two start together: nvcc uses all cores, and the processes of a distributed run, which have a time limit, wait for each other.
 SLOW = (
     "ops/test_cuda_compile.py",
     "examples/test_examples.py",
@@ -74,9 +74,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    names = [f"tests/{name}" for name in SLOW]
-    ranks = {name: rank for rank, name in enumerate(names)}
-    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
+    if not GPU:
+        ranks = {f"tests/{name}": rank for rank, name in enumerate(SLOW)}
+        items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
     for item in items:
         if "gpu" in item.keywords and not GPU:
             item.add_marker(pytest.mark.skip(reason="no GPU"))

@@ -12,6 +12,7 @@ from support import tiny
 from support.engines import FunctionEngine
 from support.groups import EOS, LENGTH, PAD, amplified, completions_of, prompts_of
 from support.training import Gradients, config, length_reward, train, vowel_reward
+from support.trajectories import ScriptedEpisodes, media_tokens, sample_of
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
 from vlmkernels.models.attention import use_tree_attention
@@ -20,7 +21,7 @@ from vlmkernels.models.packs import pack_groups
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.ops.linear_logps import linear_logps
 from vlmkernels.rollout.base import Sampling
-from vlmkernels.rollout.decode import decode_groups, make_decoder
+from vlmkernels.rollout.decode import decode_groups, decode_trajectories, make_decoder
 from vlmkernels.train import GRPOTrainer
 
 pytestmark = pytest.mark.device
@@ -74,6 +75,25 @@ def test_sampled_logps_are_those_of_the_model(model_and_prompts):
         logits = model(**inputs).logits[:, -decoded.ids.shape[1] - 1 : -1]
     expected = (logits / 0.8).log_softmax(-1).gather(-1, decoded.ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(decoded.logps, torch.where(decoded.mask, expected, 0), rtol=1e-3, atol=1e-3)
+
+
+def test_trajectories_equal_those_of_the_cpu(device):
+    """Turns with results that have images, in slots that are used again."""
+    model = use_tree_attention(amplified(vlm()))
+    prompts, results = prompts_of((1, 0), model), prompts_of((2, 0, 1), model)
+    results = [sample_of(results, k) for k in range(len(results))]
+    group, results = [0, 0, 1, 1], [[results[0], results[1]], [], [results[2]], [results[1], results[0]]]
+    sampling = Sampling(150, EOS, PAD, temperature=0, suppress_tokens=media_tokens(model))
+    decoded = []
+    for where in ("cpu", device):
+        episodes = ScriptedEpisodes(group, results)
+        decoded.append(decode_trajectories(model.to(where), prompts.to(where), episodes, sampling, max_num_seqs=3))
+    expected, actual = decoded
+    assert actual.ids.device.type == device
+    assert expected.mask.sum(1).tolist() != [expected.mask.shape[1]] * 4
+    assert torch.equal(actual.ids.cpu(), expected.ids)
+    assert torch.equal(actual.mask.cpu(), expected.mask)
+    torch.testing.assert_close(actual.logps.cpu(), expected.logps, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -145,15 +165,23 @@ def test_features_stand_for_pixels(device):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_training_step_equals_that_of_the_cpu(tmp_path, device, name):
+WITH_MASKS = {"perception_loss_weight": 0.3, "der_loss_weight1": 0.02, "der_loss_weight2": 0.05, "image_use_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("qwen2", {}), ("qwen2.5-vl", {}), ("qwen2.5-vl", {**WITH_MASKS, "activation_offloading": True})],
+    ids=["qwen2", "qwen2.5-vl", "qwen2.5-vl, masked images, activations in host memory"],
+)
+def test_training_step_equals_that_of_the_cpu(tmp_path, device, name, options):
     """Two steps with the completions of the first run on the CPU: loss, metrics and gradients are equal."""
     build, _ = MODELS[name]
     processor = tiny.tokenizer() if name == "qwen2" else tiny.processor()
     rows = tiny.rows(4, "none" if name == "qwen2" else "mixed")
     rollouts, runs = [], []
     for where in ("cpu", device):
-        args = config(tmp_path / f"{where}{len(runs)}", use_cpu=where == "cpu", beta=0.1, max_steps=2, learning_rate=1e-4)
+        folder = tmp_path / f"{where}{len(runs)}"
+        args = config(folder, use_cpu=where == "cpu", beta=0.1, max_steps=2, learning_rate=1e-4, **options)
         trainer = GRPOTrainer(build(), [length_reward, vowel_reward], args, rows, processing_class=processor)
         assert trainer.accelerator.device.type == where
         engine, kept = trainer.engine, iter(list(rollouts))

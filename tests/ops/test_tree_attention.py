@@ -94,10 +94,11 @@ def many_variants():
         yield
 
 
-@pytest.mark.parametrize("backend", backends.backends_of("tree_attention").modules)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# Tests that share kernels follow one another: on a GPU, each process compiles FlexAttention for what it runs.
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", backends.backends_of("tree_attention").modules)
 def test_matches_fp64(device, backend, dtype, name, heads):
     layout, window = case = CASES[name]
     rng, width = torch.Generator().manual_seed(0), 64 if backend == "flash4" else 16

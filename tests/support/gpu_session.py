@@ -34,7 +34,7 @@ class Session:
     def __init__(self, config) -> None:
         self.is_worker = hasattr(config, "workerinput")
         self.path = config.getoption("--outcomes")
-        self.broken = False
+        self.broken = self.expected = False
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item):
@@ -55,6 +55,21 @@ class Session:
         elif self.broken and report.when == "teardown":
             os._exit(1)
 
+    def pytest_collection_finish(self, session):
+        if not self.is_worker:
+            self.expect(item.nodeid for item in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node, ids):
+        if not self.expected:  # every worker has the same tests
+            self.expect(ids)
+
+    def expect(self, tests) -> None:
+        """Record the tests before they run. A run that is cut short leaves these outcomes."""
+        rows = [{"test": test, "outcome": "not run"} for test in tests]
+        self.expected = bool(rows)
+        self.append(*rows)
+
     def pytest_collectreport(self, report):
         if not self.is_worker and report.failed:
             self.append({"test": report.nodeid, "outcome": "failed", "message": message_of(report)})
@@ -70,10 +85,10 @@ class Session:
             row["message"] = message_of(report)
         self.append(row)
 
-    def append(self, row: dict) -> None:
+    def append(self, *rows: dict) -> None:
         if self.path:
             with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def message_of(report) -> str:

@@ -84,7 +84,7 @@ def test_a_decoding_step_waits_for_its_tokens_only():
 
 
 RUNS = {
-    "packs": ({}, {("packs", "to the host"): 1, ("packs", "nonzero"): 1, ("micro_batches", "indexing with a mask"): 1}),
+    "packs": ({}, {("packs", "to the host"): 1, ("packs", "nonzero"): 1, ("passes", "indexing with a mask"): 1}),
     "masked images": (
         {"perception_loss_weight": 0.3},
         {
@@ -98,7 +98,7 @@ RUNS = {
         {
             ("packs", "to the host"): 1,
             ("packs", "nonzero"): 1,
-            ("micro_batches", "indexing with a mask"): 1,
+            ("passes", "indexing with a mask"): 1,
         },
     ),
 }
