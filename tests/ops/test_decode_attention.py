@@ -145,7 +145,7 @@ CASES = {
 @pytest.mark.parametrize(("dtype", "name"), [*product(DTYPES[:2], CASES), (torch.float16, "groups")], ids=str)
 def test_matches_fp64(need, device, nan_filled, backend, dtype, name):
     case = Case(*CASES[name], dtype)
-    need("decode_attention", backend, case.query.to(place(backend, device)), *case.levels[0][:2])
+    need("decode_attention", backend, *(x.to(place(backend, device)) for x in (case.query, *case.levels[0][:2])))
     check(case, backend, device)
 
 
@@ -154,7 +154,7 @@ def test_matches_fp64(need, device, nan_filled, backend, dtype, name):
 def test_window(need, device, nan_filled, backend, window):
     sizes = [(104, [104, 7, 33, 5]), (9, [3, 0, 8, 1, 8])]
     case = Case(sizes, [GROUPS, None], (4, 2, 16, 16), window=window)
-    need("decode_attention", backend, case.query)
+    need("decode_attention", backend, case.query.to(place(backend, device)))
     check(case, backend, device)
 
 
@@ -164,7 +164,7 @@ def test_window(need, device, nan_filled, backend, window):
 def test_pages(need, device, nan_filled, backend, paged, window):
     sizes = [(40, [40, 7, 33, 5]), (12, [3, 0, 8, 1, 11])]
     case = Case(sizes, [GROUPS, None], (4, 2, 16, 16), paged=paged, window=window)
-    need("decode_attention", backend, case.query)
+    need("decode_attention", backend, case.query.to(place(backend, device)))
     check(case, backend, device)
 
 
@@ -172,7 +172,7 @@ def test_pages(need, device, nan_filled, backend, paged, window):
 def test_without_new_tokens(need, device, nan_filled, backend):
     """Slots that see nothing get 0 and -inf."""
     case = Case([(12, [12, 0]), (6, [1, 5, 0])], [[0, -1, 1], None], (4, 2, 16, 16), appends=False)
-    need("decode_attention", backend, case.query)
+    need("decode_attention", backend, case.query.to(place(backend, device)))
     check(case, backend, device)
     out, lse, _ = case.run(backend, place(backend, device))
     assert not out[2].any()
@@ -203,7 +203,7 @@ LAYOUTS = {
 def test_any_strides(need, device, nan_filled, backend, dtype, layout):
     """Buffers are neither copied nor written outside."""
     case = Case([(12, [12, 9]), (6, [1, 5, 0])], [[0, 1, 1], None], (4, 2, 16, 16), dtype)
-    need("decode_attention", backend, case.query)
+    need("decode_attention", backend, case.query.to(place(backend, device)))
     change = LAYOUTS[layout]
     check(case, backend, device, lambda level: level._replace(key=change(level.key), value=change(level.value)))
 

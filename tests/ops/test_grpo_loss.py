@@ -602,10 +602,10 @@ def test_errors_name_argument_rule_and_value(case):
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_cuda_graph_and_no_wait(backend):
     batch = on("cuda", make(16, 300, dtype=torch.float32))
-    config = GRPOLossConfig(loss_type="grpo", beta=0.1)
     names = ("logps", "advantages", "old_logps", "ref_logps", "loss_mask", "entropy")
 
-    def call():
+    def call(**settings):
+        config = GRPOLossConfig(loss_type="grpo", beta=0.1, **settings)
         return grpo_loss(**{n: batch[n] for n in names}, config=config, backend=backend)
 
     call()
@@ -619,5 +619,6 @@ def test_cuda_graph_and_no_wait(backend):
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
+        call(top_entropy_quantile=0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -43,3 +43,12 @@ def test_one_part_is_the_batch():
     assert [part.accumulation_steps for part in in_parts(config, [2, 6], [0, 5], 2)] == [2, 2]
     config = config.replace(loss_type="grpo")
     assert [part.accumulation_steps for part in in_parts(config, [2, 6], [0, 5], 2)] == [8, 2 / 0.75]
+
+
+def test_combining_metrics_reads_no_values():
+    """Metrics on a device are combined without waiting for it: meta tensors have no values."""
+    names = ("tokens", "policy_loss", "ratio/min", "ratio/max", "clip_ratio/low_min")
+    metrics = [{name: torch.empty((), device="meta") for name in names} for _ in range(2)]
+    for level in ("token", "sequence"):
+        combined = combine_metrics(GRPOLossConfig("grpo", level), [2, 3], metrics)
+        assert {name: (x.device.type, x.shape) for name, x in combined.items()} == dict.fromkeys(names, ("meta", ()))

@@ -63,7 +63,7 @@ ROTARY = {
 }  # fmt: skip
 MATMUL = {
     **dict.fromkeys(("a_ptr", "b_ptr", "bias_ptr", "out_ptr"), "*bf16:16"), "M": "i32", "N": "i32:16", "K": "i32:16",
-    "stride_a": "i32:16", "stride_b_k": "i32", "stride_b_n": "i32:16",
+    "stride_b_k": "i32", "stride_b_n": "i32:16",
 }  # fmt: skip
 FIXED_BLOCKS = {f"BLOCK_{axis}": getattr(fixed_matmul, f"BLOCK_{axis}") for axis in "MNK"}
 MERGE_PARTS = {

@@ -86,8 +86,8 @@ def loss(packed=False, **settings):
     grpo_loss.fwd(inputs, config, logps.new_empty(()), *outputs)
 
 
-def matmul(m, k, n, dtype, bias=False):
-    a, b = torch.zeros(m, k, dtype=dtype), torch.zeros(n, k, dtype=dtype).t()
+def matmul(m, k, n, dtype, bias=False, offset=0):
+    a, b = torch.zeros(offset + m * k, dtype=dtype)[offset:].view(m, k), torch.zeros(n, k, dtype=dtype).t()
     fixed_matmul.run(a, b, a.new_zeros(n) if bias else None, FP32)
 
 
@@ -119,7 +119,7 @@ LAUNCHES = [
     Launch(loss),
     Launch(loss, options={"packed": True, "loss_type": "dapo", "perception_loss_weight": 0.01}),
     Launch(matmul, (3, 7, 5, BF16)),
-    Launch(matmul, (1, 64, 128, FP32, True)),
+    *(Launch(matmul, (m, 64, 128, FP32, True, offset)) for m, offset in ((1, 0), (70, 1))),
     Launch(merge, (128, True)),
     Launch(merge, (80, False)),
 ]

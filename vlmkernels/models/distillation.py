@@ -69,7 +69,7 @@ def divergence_term(teacher: TeacherOutput, *, token_weight: float, **options: A
             bias=_first(bias, count),
             teacher_bias=_first(teacher.bias, count),
             rows=rows[:num_tokens],
-            token_weights=torch.full((num_tokens,), token_weight, device=hidden.device),
+            token_weights=torch.full((num_tokens,), token_weight, dtype=torch.float32, device=hidden.device),
             **options,
         )
         mean = loss.detach() / (token_weight * max(num_tokens, 1))

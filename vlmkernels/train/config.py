@@ -19,6 +19,7 @@ from vlmkernels.ops.checks import did_you_mean, require_number, require_one_of
 from vlmkernels.ops.group_advantages import SCALES
 from vlmkernels.ops.grpo_loss import GRPOLossConfig
 from vlmkernels.ops.grpo_loss.config import PERCEPTION_WEIGHTS, PRESETS
+from vlmkernels.ops.linear_kl.check import check_beta
 from vlmkernels.rollout.base import Sampling
 from vlmkernels.rollout.make import engine_name
 from vlmkernels.rollout.vllm.config import MAX_TEMPERATURE, VLLMConfig, check_sampling
@@ -369,8 +370,7 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
         if not 0 < self.distillation_coef < math.inf:
             raise ValueError(f"distillation_coef must be finite and > 0, got {self.distillation_coef}")
-        if not 0 <= self.distillation_beta <= 1:
-            raise ValueError(f"distillation_beta must be in [0, 1], got {self.distillation_beta}")
+        check_beta(self.distillation_beta, "distillation_beta")
         if self.share_prefix not in ("auto", True, False):
             raise ValueError(f"share_prefix must be auto, true or false, got {self.share_prefix!r}")
         for name, values in _CHOICES.items():

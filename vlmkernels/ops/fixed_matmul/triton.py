@@ -16,14 +16,13 @@ def unsupported(a: torch.Tensor) -> str | None:
 
 @triton.jit(do_not_specialize=["M"])
 def fixed_matmul_kernel(
-    a_ptr,  # (M, K)
+    a_ptr,  # (M, K), contiguous
     b_ptr,  # (K, N)
     bias_ptr,  # (N,) or None
     out_ptr,  # (M, N), contiguous
     M,
     N,
     K,
-    stride_a,
     stride_b_k,
     stride_b_n,
     UPCAST: tl.constexpr,
@@ -38,7 +37,7 @@ def fixed_matmul_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(a_ptr + rows[:, None] * stride_a + k[None, :], mask=row_mask[:, None] & (k < K)[None, :], other=0.0)
+        a = tl.load(a_ptr + rows[:, None] * K + k[None, :], mask=row_mask[:, None] & (k < K)[None, :], other=0.0)
         b_ptrs = b_ptr + k[:, None].to(tl.int64) * stride_b_k + columns[None, :] * stride_b_n
         b = tl.load(b_ptrs, mask=(k < K)[:, None] & column_mask[None, :], other=0.0)
         if UPCAST:  # the interpreter multiplies 16-bit operands wrongly
@@ -51,7 +50,9 @@ def fixed_matmul_kernel(
 
 
 def run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    a = a if a.stride(1) == 1 else a.contiguous()
+    a = a.contiguous()
+    if a.data_ptr() % 16:
+        a = a.clone()  # Triton compiles another kernel for another alignment
     out = torch.empty(len(a), b.shape[1], dtype=out_dtype, device=a.device)
     if not out.numel():
         return out
@@ -62,7 +63,8 @@ def run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: 
             b,
             bias,
             out,
-            *(len(a), b.shape[1], a.shape[1], a.stride(0)),
+            len(a),
+            *b.shape[::-1],
             *b.stride(),
             UPCAST=triton.knobs.runtime.interpret,
             BLOCK_M=BLOCK_M,

@@ -51,6 +51,8 @@ def combine_metrics(
 ) -> dict[str, torch.Tensor]:
     """Combine the metrics of the parts of a batch: sums are added, means are averaged, weighted by their numbers of elements.
 
+    Nothing waits for the device.
+
     Args:
         config: the objective of the batch.
         sequences: for each part, the number of its completions.
@@ -58,7 +60,7 @@ def combine_metrics(
     """
     tokens = torch.stack([part["tokens"] for part in metrics])
     per_sequence = config.level == "sequence" or config.loss.surrogate == "vespo"
-    clipped = tokens.new_tensor(sequences) if per_sequence else tokens
+    clipped = torch.tensor(sequences).to(tokens, non_blocking=True) if per_sequence else tokens
     result = {}
     for name in metrics[0]:
         values = torch.stack([part[name] for part in metrics])
@@ -68,10 +70,10 @@ def combine_metrics(
         if name in ("policy_loss", "tokens", "effective_tokens", "perception/tokens"):
             result[name] = values.sum()
         elif name.endswith(("min", "max")):
-            is_max = name.endswith("max")
-            measured = values.masked_fill(counts <= 0, -torch.inf if is_max else torch.inf)
-            measured = torch.where((counts > 0).any(), measured, values)  # without a wait for the device
-            result[name] = measured.amax() if is_max else measured.amin()
+            extreme, unmeasured = (torch.amax, -torch.inf) if name.endswith("max") else (torch.amin, torch.inf)
+            measured = counts > 0
+            # Not values[measured], whose size depends on values: this would wait for the device.
+            result[name] = torch.where(measured.any(), extreme(values.where(measured, unmeasured), 0), extreme(values, 0))
         else:
             result[name] = (values * counts).sum() / counts.sum().clamp(min=1)
     return result

@@ -11,13 +11,13 @@ from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes
 BETA_STEP = 1e-6
 
 
-def check_beta(beta: float) -> None:
+def check_beta(beta: float, name: str = "beta") -> None:
     """Check that ``beta`` is a number in [0, 1], and 0 or 1 if it is nearer to them than ``BETA_STEP``."""
-    require_number("beta", beta, "be in [0, 1]")
+    require_number(name, beta, "be in [0, 1]")
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
+        raise ValueError(f"{name} must be in [0, 1], got {beta}")
     if beta not in (0, 1) and not BETA_STEP <= beta <= 1 - BETA_STEP:
-        raise ValueError(f"beta must be 0, 1 or in [{BETA_STEP:g}, 1 - {BETA_STEP:g}], got {beta}")
+        raise ValueError(f"{name} must be 0, 1 or in [{BETA_STEP:g}, 1 - {BETA_STEP:g}], got {beta}")
 
 
 def check(
