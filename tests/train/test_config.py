@@ -115,6 +115,7 @@ def test_long_prompts_of_evaluation_are_named_or_skipped(tmp_path):
         ("distillation_top_k", 1.5, "must be an integer, got 1.5"),
         ("distillation_top_k", 0, "must be >= 1, got 0"),
         ("distillation_beta", 1.5, r"must be in \[0, 1\], got 1.5"),
+        ("distillation_beta", 1e-9, r"must be 0, 1 or in"),
         ("distillation_coef", 0.0, "must be finite and > 0, got 0.0"),
         ("distillation_coef", float("inf"), "must be finite and > 0, got inf"),
         ("mask_ratio", "0.6", "must be a number, got '0.6'"),
