@@ -220,7 +220,7 @@ def plans() -> list[str]:
                 scale, unit = (2**20, "MiB") if row["what"] == "memory" else (1, "s")
                 values = [f"{row[key] / scale:.{0 if unit == 'MiB' else 2}f}" for key in ("planned", "measured")]
                 shown[row["what"]] = f"{' / '.join(values)} {unit} ({row['ratio']:.2f})"
-            lines.append(f"| {shape} | {' | '.join(shown[what] for what in counted)} |")
+            lines.append(f"| {shape} | {' | '.join(shown.get(what, '') for what in counted)} |")
         where = f"On {content['device']}, {content['threads']} thread, {content['clock']}, by `python bench/bench_plan.py`"
         lines += ["", f"{where}, commit {content['commit']}.", ""]
     return lines[:-1]

@@ -8,7 +8,7 @@
 #
 # Not run on 8 x H100 yet: the trainer was measured on one H200; FSDP2 and the vLLM server were tested on CPUs.
 # `vlmkernels plan` predicts a peak of 22.6 GiB per training GPU for the 3B model and 17.7 GiB for the 2B model:
-#     vlmkernels plan --model qwen2.5-vl-3b --gpus 7 --prompts 56 --engine server --server_gpus 1 \
+#     vlmkernels plan --model qwen2.5-vl-3b --gpus 7 --prompts 56 --engine vllm_server --server_gpus 1 \
 #         --completion_tokens 1024 --checkpointing --microbatch_tokens 16384
 set -eu
 

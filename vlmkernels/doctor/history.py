@@ -130,9 +130,9 @@ class Curve:
         end = len(self) if end is None else end
         return median(self.values[max(0, end - self.width) : end])
 
-    def mean(self, end: int) -> tuple[float, float]:
-        """Return the mean of the two windows before index ``end``, and its standard error."""
-        values = self.values[max(0, end - 2 * self.width) : end]
+    def mean(self, end: int, windows: int = 2) -> tuple[float, float]:
+        """Return the mean of some windows before index ``end``, and its standard error."""
+        values = self.values[max(0, end - windows * self.width) : end]
         return fmean(values), self.noise / math.sqrt(len(values))
 
     def count(self, step: int) -> int:

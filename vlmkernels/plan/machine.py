@@ -189,8 +189,8 @@ def _from_data_sheet(
     )
 
 
-# From NVIDIA's data sheets of the H100, H200, A100, L40S, L4 and A10 Tensor Core GPUs, and its white papers on RTX Blackwell
-# (RTX 5090), Ada (RTX 4090) and Ampere GA102 (RTX 3090). FLOP/s without sparsity. 16 lanes of PCIe 4.0 have 32 GB/s.
+# From NVIDIA's data sheets and white papers, which docs/scale.md names. FLOP/s are those without sparsity, which data sheets
+# often include, and with fp32 accumulation, which halves the rate of GeForce GPUs. 16 lanes of PCIe 4.0 have 32 GB/s.
 _SMALL = {"host": 32e9, "reserve": 1.5 * 2**30}
 MACHINES = {
     "h100": _from_data_sheet("h100", 989.4e12, 3.35e12, 80e9, host=64e9, link=450e9),

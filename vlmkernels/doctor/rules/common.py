@@ -37,7 +37,7 @@ def large_share(pattern: str, least: float, text: str, key: Key | None = None, k
 
 def _is_above(limit: float, share: Curve, value: float, step: int) -> bool:
     # The median of the few values that a share of a small batch has can exceed the mean by far.
-    return value >= limit and share.mean(share.count(step))[0] >= limit
+    return value >= limit and share.mean(share.count(step), windows=1)[0] >= limit
 
 
 def changed(name: str, factor: float, what: str, key: Key | None = None, least: float = 0.0) -> Check:
