@@ -3,7 +3,7 @@
 import copy
 import weakref
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -104,6 +104,25 @@ def test_turns_do_not_depend_on_the_steps_between_checks(name):
         capture, episodes = RecordedGraphs(), ScriptedEpisodes(group, results, seed=slots)
         actual, _ = decode(model, prompts, 0, sampling, 5, StepGraphs(capture), episodes, max_num_seqs=slots)
         assert_equal(actual, expected)
+
+
+@torch.no_grad()
+def test_graphs_draw_for_the_completions_of_each_call():
+    """TRL calls generate for every turn, of some of the completions, and each call draws random numbers for its own."""
+    model = use_tree_attention(amplified(tiny.text_model()))
+    prompts, results = prompts_of((0,), model), []
+    for capture in (None, RecordedGraphs()):
+        decoder = make_decoder(model, prompts, [0] * 4, Sampling(LENGTH, (), PAD, top_k=20))
+        decoder.graphs = None if capture is None else StepGraphs(capture)
+        torch.manual_seed(0)
+        for completions in ([0, 1], [3, 2]):
+            decoder.sampler.draw_for(completions)
+            decoder.pending.clear()
+            decoder.pending.extend(completions)
+            decoder._run()
+        results.append(decoder.decoded(with_turns=False))
+    assert_equal(*results)
+    assert capture.replays > 4
 
 
 def test_a_step_that_waits_is_not_captured(caplog):
@@ -287,28 +306,37 @@ def test_greedy_sampling_ignores_uniform():
 
 
 def test_a_graph_of_the_pool_is_alive_at_each_capture(monkeypatch):
-    """The allocator refuses to capture into a pool that had graphs, if none of them is left."""
-    alive = []
+    """The allocator refuses to capture into a pool that had graphs, if none of them is left.
+
+    A capture keeps pinned memory, which holds activations in training.
+    """
+    alive, calls = [], []
 
     class Graph:
         def replay(self):
             pass
 
-    @contextmanager
-    def capture(graph, **options):
-        assert not alive or any(previous() is not None for previous in alive)
-        alive.append(weakref.ref(graph))
-        yield
+        def capture_begin(self, pool, capture_error_mode):
+            assert not alive or any(previous() is not None for previous in alive)
+            alive.append(weakref.ref(self))
+            calls.append("begin")
+
+        def capture_end(self):
+            calls.append("end")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("free"))
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: calls.append("free pinned"), raising=False)
     graphs = StepGraphs(CudaCapture(torch.device("cuda")))
     for version in range(3):  # buffers are replaced
         for _ in range(3):
             graphs(4, version, lambda: None)
     assert graphs.reason is None
+    assert calls == 3 * ["synchronize", "free", "begin", "end"]
     assert len(alive) == 3
     assert sum(graph() is not None for graph in alive) == 1
 

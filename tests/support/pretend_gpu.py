@@ -218,7 +218,11 @@ class PretendGPU(TorchDispatchMode):
         if packet in INDEXING:
             if not isinstance(args[0], OnGPU):
                 raise RuntimeError(f"indices should be on the CPU in {func}, {_place()}")
+            # The value of one number in place of a mask is that of masked_fill.
+            is_fill = len(args) > 2 and args[2].numel() == 1 and len(args[1]) == 1
             for index in args[1]:
+                if is_fill and index.dtype == torch.bool:
+                    continue
                 if index is not None and index.dtype in (torch.bool, torch.uint8):
                     self._wait("indexing with a mask")
                 elif index is not None and not isinstance(index, OnGPU):

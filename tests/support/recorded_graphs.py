@@ -52,7 +52,7 @@ class RecordedGraphs:
     def __call__(self, function):
         recorder = _Recorder()
         try:
-            with recorder:
+            with torch.random.fork_rng(devices=[]), recorder:  # a capture draws no random numbers
                 result = function()
         finally:
             recorder.undo()

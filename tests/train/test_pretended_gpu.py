@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from support import tiny
-from support.groups import PAD, amplified, prompts_of
+from support import tiny, tiny_families
+from support.groups import PAD, amplified, processed, prompts_of
 from support.pretend_gpu import DEVICE, OnGPU, on_gpu, pretended_gpu
 from support.tool_models import tool_model
 from support.training import config, length_reward, vowel_reward
@@ -81,6 +81,25 @@ def test_a_decoding_step_waits_for_its_tokens_only():
         ids = actual.decoded(with_turns=False).ids
         assert isinstance(ids, OnGPU)
         assert torch.equal(ids.host, expected.decoded(with_turns=False).ids)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma4", "qwen3_vl_moe"])
+@torch.no_grad()
+def test_a_decoding_step_of_other_layers_waits_for_its_tokens_only(name):
+    """Recurrent layers, sliding windows and experts."""
+    model, prompts = copy.deepcopy(tiny_families.case(name).model), processed(name)
+    use_tree_attention(model)
+    group = [*range(len(prompts))]
+    with pretended_gpu() as mode:
+        model.to(DEVICE)
+        uniform = torch.rand(len(group), 14, dtype=torch.float64)
+        decoder = make_decoder(model, prompts.to(DEVICE), group, Sampling(14, (), PAD, top_k=5), uniform=uniform)
+        decoder._admit([decoder.pending.popleft() for _ in group])
+        mode.clear()
+        decoder._run()
+        assert {place.partition(":")[0]: count for (_, place), count in mode.waits.items()} == {
+            "vlmkernels/rollout/decoder.py": 2
+        }
 
 
 RUNS = {

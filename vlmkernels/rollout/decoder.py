@@ -262,7 +262,7 @@ class Decoder:
         if self.graphs is None:
             step()
         else:
-            self.graphs(width, self.cache.version, step)
+            self.graphs(width, (self.cache.version, self.sampler.version), step)
         return self.slots.state[0, :width].clone() if self.steps_per_check > 1 else self.slots.state[0, :width]
 
     def _step(self, width: int) -> None:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +33,9 @@ class StepGraphs:
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self.reason: str | None = None
-        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Any] | None] = {}
+        self._graphs: dict[tuple[int, Hashable], tuple[Callable[[], None], Any] | None] = {}
 
-    def __call__(self, width: int, version: int, step: Callable[[], Any]) -> Any:
+    def __call__(self, width: int, version: Hashable, step: Callable[[], Any]) -> Any:
         """Run ``step`` and return its result, which the next run may overwrite.
 
         Args:
@@ -89,9 +89,16 @@ class CudaCapture:
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those of tools, may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            result = function()
+        # torch.cuda.graph would also free the pinned memory of vlmkernels.models.offload, and to pin memory takes long.
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a capture cannot free the memory that the allocator keeps
+        with torch.cuda.stream(self.stream):
+            # Other threads, such as those of tools, may use the GPU meanwhile.
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                result = function()
+            finally:
+                graph.capture_end()
         self.latest = graph
         return graph.replay, result
 

@@ -87,6 +87,7 @@ class TokenSampler:
 
     Attributes:
         head: samples from hidden states instead of logits; None samples from logits.
+        version: changes with what a graph of a call depends on besides the contents of buffers.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class TokenSampler:
             self.options = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
             if self.uniform is None:
                 self.warpers = _warpers(sampling)
+        self.version = 0
         self.draw_for(range(self.count))
         self.seen = self._tokens_of_prompts(prompts, group) if sampling.repetition_penalty != 1 else None
         # Tokens that must not be sampled: before min_new_tokens, and after.
@@ -148,6 +150,7 @@ class TokenSampler:
 
     def draw_for(self, completions: Sequence[int]) -> None:
         """Without ``uniform``, draw the random numbers that ``generate`` draws for these completions."""
+        self.version += 1
         self.draws = len(completions)
         self.draw_of = torch.zeros(self.count + 1, dtype=torch.int64, device=self.device)
         self.draw_of[on_device(self.device, list(completions))] = torch.arange(self.draws, device=self.device)
