@@ -38,8 +38,10 @@ def paths_of(layout):
 
 def first_copies(paths):
     """Whether each token is the first copy of its token of the pack."""
-    flat = paths.flatten().tolist()
-    return torch.tensor([token not in flat[:i] for i, token in enumerate(flat)], device=paths.device).view_as(paths)
+    flat, first = paths.flatten().tolist(), {}
+    for i, token in enumerate(flat):
+        first.setdefault(token, i)
+    return torch.tensor([first[token] == i for i, token in enumerate(flat)], device=paths.device).view_as(paths)
 
 
 def differentiate(function, inputs, weight):
