@@ -90,8 +90,9 @@ def test_gated_delta_rule(benchmark, case):
     def rule(name, layout):
         return functools.partial(gated_delta_rule, layout=layout, backend=name)
 
-    def transformers(*inputs):
-        return inspect.unwrap(torch_chunk_gated_delta_rule)(*inputs, use_qk_l2norm_in_kernel=True)[0]
+    def transformers(query, key, *inputs):
+        query, key = (x.repeat_interleave(heads // key_heads, 2) for x in (query, key))  # older versions do not
+        return inspect.unwrap(torch_chunk_gated_delta_rule)(query, key, *inputs, use_qk_l2norm_in_kernel=True)[0]
 
     def on_copies(name):
         flat = [x.detach().flatten(0, 1).requires_grad_() for x in copies.inputs]
