@@ -38,8 +38,10 @@ def paths_of(layout):
 
 def first_copies(paths):
     """Whether each token is the first copy of its token of the pack."""
-    flat = paths.flatten().tolist()
-    return torch.tensor([token not in flat[:i] for i, token in enumerate(flat)], device=paths.device).view_as(paths)
+    flat, first = paths.flatten().tolist(), {}
+    for i, token in enumerate(flat):
+        first.setdefault(token, i)
+    return torch.tensor([first[token] == i for i, token in enumerate(flat)], device=paths.device).view_as(paths)
 
 
 def differentiate(function, inputs, weight):
@@ -88,8 +90,9 @@ def test_gated_delta_rule(benchmark, case):
     def rule(name, layout):
         return functools.partial(gated_delta_rule, layout=layout, backend=name)
 
-    def transformers(*inputs):
-        return inspect.unwrap(torch_chunk_gated_delta_rule)(*inputs, use_qk_l2norm_in_kernel=True)[0]
+    def transformers(query, key, *inputs):
+        query, key = (x.repeat_interleave(heads // key_heads, 2) for x in (query, key))  # older versions do not
+        return inspect.unwrap(torch_chunk_gated_delta_rule)(query, key, *inputs, use_qk_l2norm_in_kernel=True)[0]
 
     def on_copies(name):
         flat = [x.detach().flatten(0, 1).requires_grad_() for x in copies.inputs]
