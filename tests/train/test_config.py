@@ -112,6 +112,7 @@ def test_long_prompts_of_evaluation_are_named_or_skipped(tmp_path):
         ("num_iterations", True, "must be an integer, got True"),
         ("max_completion_length", None, "must be an integer, got None"),
         ("num_generations", 0, "must be >= 1, got 0"),
+        ("num_generations_eval", 0, "must be >= 1, got 0"),
         ("distillation_top_k", 1.5, "must be an integer, got 1.5"),
         ("distillation_top_k", 0, "must be >= 1, got 0"),
         ("distillation_beta", 1.5, r"must be in \[0, 1\], got 1.5"),

@@ -345,7 +345,7 @@ class GRPOConfig(TrainingArguments):
         if isinstance(self.scale_rewards, bool):
             self.scale_rewards = "group" if self.scale_rewards else "none"
         self.share_prefix = {"true": True, "false": False}.get(str(self.share_prefix).lower(), self.share_prefix)
-        self.num_generations_eval = self.num_generations_eval or self.num_generations
+        self.num_generations_eval = self.num_generations if self.num_generations_eval is None else self.num_generations_eval
         self.eval_temperature = self.temperature if self.eval_temperature is None else self.eval_temperature
         if isinstance(self.image_resolution_schedule, str):
             try:
