@@ -53,12 +53,13 @@ def uniform_pixels(
         metadata = [{"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3]}]
         options = {"video_metadata": metadata, "do_sample_frames": False}
         found |= processor.video_processor(videos=[frames], return_tensors="pt", **options)
-    return {name: _one_patch(found[name]) for name in PIXELS.values() if name in found}
+    names = [name for name in PIXELS.values() if name in found]
+    return {name: _one_patch(found[name], _real_patches(name, found[name], found)) for name in names}
 
 
-def _one_patch(pixels: torch.Tensor) -> torch.Tensor:
-    """Return the first patch, or the first pixel, of an image of one color."""
-    if pixels.dim() <= 3:
+def _one_patch(pixels: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Return the first patch, or the first pixel, of an image of one color; see ``_mask_rows``."""
+    if _in_patches(pixels, real):
         return pixels.flatten(0, -2)[0]
     return pixels.flatten(0, -4)[0, :, :1, :1]
 
@@ -174,12 +175,17 @@ def _new_keys(keys: torch.Tensor) -> torch.Tensor:
 
 
 def _real_patches(name: str, rows: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Return which patches of inputs (N, patches, D) are no padding, (N, patches) bool, where another input says so."""
+    """Return which patches of inputs (..., patches, D) are no padding, (..., patches) bool, where another input says so."""
     positions = inputs.get(f"{'image' if name == 'pixel_values' else 'video'}_position_ids")
     if positions is not None:
         return (positions >= 0).any(-1)
     mask = inputs.get("pixel_attention_mask")
     return mask.bool() if mask is not None and mask.shape == rows.shape[:2] else None
+
+
+def _in_patches(rows: torch.Tensor, real: torch.Tensor | None) -> bool:
+    """Whether rows are patches. Frames of patches have as many dimensions as an image of pixels."""
+    return rows.dim() <= 3 or (real is not None and real.shape == rows.shape[:-1])
 
 
 def _mask_rows(
@@ -193,10 +199,10 @@ def _mask_rows(
     """Return the rows of an input with masked patches.
 
     Args:
-        rows: (N, D) or (N, patches, D), patches; or (N, C, H, W) or (N, tiles, C, H, W), pixels.
+        rows: (N, D), (N, patches, D) or (N, frames, patches, D), patches; or (N, C, H, W) or (N, tiles, C, H, W), pixels.
         real: which patches are no padding. None: pixels are padded with zeros, and (N, D) has no padding.
     """
-    in_patches = rows.dim() <= 3
+    in_patches = _in_patches(rows, real)
     height, width = rows.shape[-2:]
     grid = rows.shape[:-1] if in_patches else (*rows.shape[:-3], -(-height // size), -(-width // size))
     chosen = torch.ones(grid, dtype=torch.bool)
@@ -204,7 +210,7 @@ def _mask_rows(
         chosen = torch.rand(grid, generator=generator) < ratio
     chosen = chosen.to(rows.device)
     if in_patches:
-        if rows.dim() == 3:  # no pixel is exactly 0 after normalization
+        if rows.dim() > 2:  # no pixel is exactly 0 after normalization
             chosen = chosen & ((rows != 0).any(-1) if real is None else real)
         return torch.where(chosen.unsqueeze(-1), color, rows)
     chosen = chosen.repeat_interleave(size, -2).repeat_interleave(size, -1)[..., :height, :width].unsqueeze(-3)
