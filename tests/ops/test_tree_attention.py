@@ -94,10 +94,16 @@ def many_variants():
         yield
 
 
+# Both dtypes and both numbers of heads with every case, and their four combinations with every second one.
+MIXED = [
+    (name, dtype, heads)
+    for index, name in enumerate(CASES)
+    for dtype, heads in zip((torch.float32, torch.bfloat16), ((4, 2), (2, 4))[index % 2], strict=True)
+]
+
+
 @pytest.mark.parametrize("backend", backends.backends_of("tree_attention").modules)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize(("name", "dtype", "heads"), MIXED)
 def test_matches_fp64(device, backend, dtype, name, heads):
     layout, window = case = CASES[name]
     rng, width = torch.Generator().manual_seed(0), 64 if backend == "flash4" else 16
@@ -215,8 +221,7 @@ def with_scale(backend):
 @on_cpu
 @pytest.mark.parametrize("backend", REPLACED)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("heads", [4, 2, 1])
-@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(("heads", "heads_first"), [(4, True), (2, False), (1, True)])
 def test_with_reference_kernels(monkeypatch, backend, name, heads, heads_first):
     """The calls and their merge; only the merge is in fp32."""
     REPLACED[backend](monkeypatch)
