@@ -13,9 +13,10 @@
 #define VLMK_CPU(OP) baseline::OP
 #endif
 
-// tests/simt sets the device type to "cpu": it runs the CUDA kernels on the host.
+// tests/simt sets the device type to "cpu": it runs the CUDA kernels on the host, without those of csrc/cpu.
 #ifndef VLMK_CUDA_DEVICE_TYPE
 #define VLMK_CUDA_DEVICE_TYPE "cuda"
+#define VLMK_HAS_CPU_OPS
 #endif
 
 namespace {
@@ -70,9 +71,11 @@ PYBIND11_MODULE(_C, m) {
     def_struct<SampleLogps>(m);
 
     auto nogil = py::call_guard<py::gil_scoped_release>();
+#ifdef VLMK_HAS_CPU_OPS
 #define VLMK_DEF_CPU(NAME, PARAMS) m.def(#NAME "_cpu", VLMK_CPU(NAME), nogil);
     VLMK_OPS(VLMK_DEF_CPU)
     VLMK_CPU_OPS(VLMK_DEF_CPU)
+#endif
 #ifdef VLMK_CUDA_ARCHS
     m.attr("cuda_architectures") = VLMK_CUDA_ARCHS;
 #define VLMK_DEF_CUDA(NAME, PARAMS) m.def(#NAME "_cuda", cuda::NAME, nogil);

@@ -53,58 +53,59 @@ T from_python(const char* field, py::handle value) {
     }
 }
 
-// Sets one field of a struct.
-template <class Struct>
+// Sets one field of a struct. The types are those of fields, not of structs, so that few functions are compiled.
 struct Setter {
     py::handle name;  // interned
-    void (*set)(Struct&, py::handle value);
+    size_t offset;
+    void (*assign)(void* member, const char* field, py::handle value);
 };
 
-template <class Struct, int kLine>
-void add_setter(std::vector<Setter<Struct>>& setters) {
-    constexpr auto kField = Struct::field(Line<kLine>{});
-    if constexpr (!std::is_same_v<decltype(kField), const NoField>) {
-        auto set = [](Struct& params, py::handle value) {
-            constexpr auto kField = Struct::field(Line<kLine>{});
-            using T = std::decay_t<decltype(params.*kField.member)>;
-            params.*kField.member = from_python<T>(kField.name, value);
-        };
-        setters.push_back({PyUnicode_InternFromString(kField.name), set});  // lives as long as the class
-    }
+template <class T>
+void assign(void* member, const char* field, py::handle value) {
+    *static_cast<T*>(member) = from_python<T>(field, value);
 }
 
+template <class Struct, class T>
+void add_setter(std::vector<Setter>& setters, const Struct& params, const Field<Struct, T>& field) {
+    size_t offset = reinterpret_cast<const char*>(&(params.*field.member)) - reinterpret_cast<const char*>(&params);
+    setters.push_back({PyUnicode_InternFromString(field.name), offset, assign<T>});  // lives as long as the class
+}
+
+template <class Struct>
+void add_setter(std::vector<Setter>&, const Struct&, NoField) {}
+
 template <class Struct, int... kLines>
-std::vector<Setter<Struct>> setters_of(std::integer_sequence<int, kLines...>) {
-    std::vector<Setter<Struct>> setters;
-    (add_setter<Struct, Struct::kFirstLine + kLines>(setters), ...);
+std::vector<Setter> setters_of(std::integer_sequence<int, kLines...>) {
+    std::vector<Setter> setters;
+    Struct params;
+    (add_setter(setters, params, Struct::field(Line<Struct::kFirstLine + kLines>{})), ...);
     return setters;
 }
 
-template <class Struct>
-void set_field(Struct& params, const std::vector<Setter<Struct>>& setters, py::handle name, py::handle value) {
+inline void set_field(void* params, const char* kind, const std::vector<Setter>& setters, py::handle name, py::handle value) {
     // Python interns keywords, so comparing addresses usually finds the field.
-    auto same = [&](const Setter<Struct>& s) { return s.name.is(name); };
-    auto equal = [&](const Setter<Struct>& s) { return s.name.equal(name); };
+    auto same = [&](const Setter& s) { return s.name.is(name); };
+    auto equal = [&](const Setter& s) { return s.name.equal(name); };
     auto setter = std::find_if(setters.begin(), setters.end(), same);
     if (setter == setters.end()) setter = std::find_if(setters.begin(), setters.end(), equal);
     if (setter == setters.end()) {
-        throw py::attribute_error(std::string(Struct::kName) + " has no field " + std::string(py::str(name)));
+        throw py::attribute_error(std::string(kind) + " has no field " + std::string(py::str(name)));
     }
     try {
-        setter->set(params, value);
+        setter->assign(static_cast<char*>(params) + setter->offset, PyUnicode_AsUTF8(setter->name.ptr()), value);
     } catch (const py::cast_error&) {
-        throw py::type_error(std::string(Struct::kName) + "." + std::string(py::str(name)) + " cannot be " +
+        throw py::type_error(std::string(kind) + "." + std::string(py::str(name)) + " cannot be " +
                              std::string(py::repr(value)));
     }
 }
 
 template <class Struct>
 void def_struct(py::module_& m) {
-    auto setters = setters_of<Struct>(std::make_integer_sequence<int, kMaxStructLines>{});
+    std::vector<Setter> setters = setters_of<Struct>(std::make_integer_sequence<int, kMaxStructLines>{});
     // Local to the module: a process may also load the build that runs the CUDA kernels on the host.
     py::class_<Struct>(m, Struct::kName, py::module_local()).def(py::init([setters](const py::kwargs& fields) {
         Struct params;
-        for (const auto& [name, value] : fields) set_field(params, setters, name, value);
+        for (const auto& [name, value] : fields) set_field(&params, Struct::kName, setters, name, value);
         return params;
     }));
 }

@@ -1,17 +1,22 @@
 """The examples, run as their README says, with the tiny model and data that prepare.py writes."""
 
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from support.tool_models import tool_model
 
+from vlmkernels import cli
 from vlmkernels.demo.model import build_processor
+from vlmkernels.integrations.patch import Patch
 from vlmkernels.models.families import FAMILIES
 from vlmkernels.rollout.agent import Agent
 from vlmkernels.tools.formats import FORMATS, split
@@ -25,42 +30,51 @@ EXAMPLES = ROOT / "examples"
 TOOLS = (ROOT / "docs" / "tools.md").read_text()  # the page of examples/zoom.py
 
 
-def run(*command, cwd: Path, **environment: str) -> str:
-    environment = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT), **os.environ, **environment}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = [str(part) for part in command]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+@contextmanager
+def printed_in(folder: Path, **environment: str):
+    """What is printed in the block, whose current folder is ``folder``."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(folder)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield printed
+
+
+def run(script: Path | str, *arguments: str, cwd: Path, **environment: str) -> str:
+    """Run ``python script arguments`` in this process, as the imports of a new one take longer than the example."""
+    with printed_in(cwd, **environment) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
-    run(sys.executable, EXAMPLES / "prepare.py", "digits", "--rows", "64", cwd=folder)
+    run(EXAMPLES / "prepare.py", "digits", "--rows", "64", cwd=folder)
     return folder
 
 
 def test_own_loop(folder):
-    printed = run(
-        sys.executable, EXAMPLES / "own_loop.py", "--model", "digits/model", "--dataset", "digits/train.jsonl", "--steps", "2",
-        cwd=folder,
-    )  # fmt: skip
+    data = ("--model", "digits/model", "--dataset", "digits/train.jsonl")
+    printed = run(EXAMPLES / "own_loop.py", *data, "--steps", "2", cwd=folder)
     rewards = [float(value) for value in re.findall(r"reward (\S+)", printed)]
     assert len(rewards) == 2
     assert min(rewards) > 0.2  # the model that prepare.py writes reads about half of the numbers
 
 
 def test_trl(folder):
-    printed = run(
-        sys.executable, EXAMPLES / "trl_grpo.py", "--model", "digits/model", "--dataset", "digits/train.jsonl", "--steps", "2",
-        cwd=folder,
-    )  # fmt: skip
+    data = ("--model", "digits/model", "--dataset", "digits/train.jsonl")
+    try:
+        printed = run(EXAMPLES / "trl_grpo.py", *data, "--steps", "2", cwd=folder)
+    finally:
+        Patch.active["patch_trl"].undo()
     assert len(re.findall(r"'rewards/exact_match/mean'", printed)) == 2
 
 
 def test_yaml(folder):
-    run("vlmkernels", "train", "--config", EXAMPLES / "digits.yaml", "--max_steps", "2", "--eval_steps", "2", cwd=folder)
+    with printed_in(folder):
+        cli.main(["train", "--config", str(EXAMPLES / "digits.yaml"), "--max_steps", "2", "--eval_steps", "2"])
     metrics = [json.loads(line) for line in (folder / "digits" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_rewards/exact_match/mean" in entry for entry in metrics)
     assert (folder / "digits" / "run" / "model.safetensors").exists()
@@ -74,35 +88,36 @@ def test_notebook(folder):
     assert replaced == 1
     code = code.replace("\nwarm_up(", "\n# warm_up(")  # 20 seconds; prepare.py runs it in the fixture
     (folder / "notebook.py").write_text(code)
-    assert "after 2 steps" in run(sys.executable, "notebook.py", cwd=folder)
-
-
-def test_lora_recipe(folder):
-    """One step on the CPU; the vision tower gets no adapter."""
-    small = ("--max_steps", "1", "--per_device_train_batch_size", "16", "--use_cpu", "true", "--bf16", "false")
-    dtype = ("--model_init_kwargs", '{"dtype": "float32"}')
-    recipe = EXAMPLES / "recipes" / "lora-24gb.sh"
-    environment = {"MODEL": "digits/model", "DATASET": "digits/train.jsonl", "OUTPUT": "lora"}
-    run("bash", recipe, *small, *dtype, "--max_completion_length", "8", cwd=folder, **environment)
-    adapters = json.loads((folder / "lora" / "adapter_config.json").read_text())
-    assert set(adapters["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "after 2 steps" in run("notebook.py", cwd=folder, MPLBACKEND="agg")
 
 
 @pytest.fixture(scope="module")
 def launched(folder):
-    """launched(recipe, program): the arguments that a recipe gives to a program, in place of which nothing runs."""
+    """launched(recipe, program, *flags): the arguments that a recipe gives to a program, in place of which nothing runs."""
     programs = folder / "programs"
     programs.mkdir()
     for name in ("vllm", "accelerate", "vlmkernels"):
         (programs / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/{name}.txt\n')
         (programs / name).chmod(0o755)
+    variables = {"MODEL": "digits/model", "DATASET": "digits/train.jsonl"}
 
-    def launch(recipe: str, program: str) -> list[str]:
-        command = f"PATH={programs}:$PATH exec bash {EXAMPLES / 'recipes' / recipe}"
-        run("bash", "-c", command, cwd=folder, MODEL="digits/model", DATASET="digits/train.jsonl")
+    def launch(recipe: str, program: str, *flags: str) -> list[str]:
+        environment = os.environ | variables | {"PATH": f"{programs}:{os.environ['PATH']}"}
+        subprocess.run(["bash", EXAMPLES / "recipes" / recipe, *flags], cwd=folder, env=environment, timeout=60, check=True)
         return (folder / f"{program}.txt").read_text().splitlines()
 
     return launch
+
+
+def test_lora_recipe(folder, launched):
+    """One step on the CPU; the vision tower gets no adapter."""
+    small = ("--max_steps", "1", "--per_device_train_batch_size", "16", "--use_cpu", "true", "--bf16", "false")
+    dtype = ("--model_init_kwargs", '{"dtype": "float32"}')
+    flags = launched("lora-24gb.sh", "vlmkernels", *small, *dtype, "--max_completion_length", "8")
+    with printed_in(folder):
+        cli.main(flags)
+    adapters = json.loads((folder / "lora-run" / "adapter_config.json").read_text())
+    assert set(adapters["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 def config_of(flags: list[str]):
@@ -158,7 +173,7 @@ def zoom_script(folder: Path, name: str, *changes: tuple[str, str], **options) -
 
 
 def run_zoom(folder: Path, name: str, **environment: str) -> str:
-    return run(sys.executable, f"{name}.py", "model", "train.jsonl", cwd=folder, **environment)
+    return run(f"{name}.py", "model", "train.jsonl", cwd=folder, **environment)
 
 
 @pytest.mark.parametrize("package", ["vlmkernels.train", "trl"])

@@ -478,11 +478,11 @@ def test_prefix_sharing_is_reported_once(tmp_path, monkeypatch, capsys, name):
 def test_other_attention_is_replaced(tmp_path):
     """A model that was loaded with another implementation shares prefixes too, as in this package's own trainer."""
 
-    def flexible(model, *args, **kwargs):
-        model.set_attn_implementation("flex_attention")
+    def eager(model, *args, **kwargs):
+        model.set_attn_implementation("eager")
         return ours.GRPOTrainer(model, *args, **kwargs)
 
-    trainer = build(tmp_path, flexible, *tiny_model("text"), rows(2, TEXT), beta=0.1)
+    trainer = build(tmp_path, eager, *tiny_model("text"), rows(2, TEXT), beta=0.1)
     assert trainer._scorer.shares_prefix
     for model in (trainer.model, trainer.ref_model):
         assert trainer.accelerator.unwrap_model(model).config._attn_implementation == "vlmkernels"

@@ -1,4 +1,4 @@
-"""Build csrc/ with its CUDA kernels compiled as C++ under simt.h: the module of backend "cuda" on a machine without a GPU."""
+"""Build the CUDA kernels of csrc/ as C++ under simt.h: the module of backend "cuda" on a machine without a GPU."""
 
 import fcntl
 import hashlib
@@ -71,8 +71,8 @@ def build(name: str, sources: list[Path], *flags: str) -> Path:
 
 @cache
 def _load() -> object:
-    sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.cu"))]
-    defines = ['-DVLMK_CUDA_ARCHS="host"', '-DVLMK_CUDA_DEVICE_TYPE="cpu"', "-DVLMK_ISA=baseline"]
+    sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cuda").glob("*.cu"))]
+    defines = ['-DVLMK_CUDA_ARCHS="host"', '-DVLMK_CUDA_DEVICE_TYPE="cpu"']
     try:
         library = build("_C", sources, *defines)
     except (ImportError, RuntimeError) as error:

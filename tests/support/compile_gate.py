@@ -172,15 +172,10 @@ def fused_forward(dtype: str, capability: int, capped: bool, tma: bool = False) 
 
 
 KERNELS = [
-    *(
-        ("linear_logps", "linear_logps_kernel", LINEAR, {**FUSED, "SURROGATE": SURROGATES[name][0], "KL": KL["k3"]}, 8)
-        for name in SURROGATES
-    ),
+    ("linear_logps", "linear_logps_kernel", LINEAR, {**FUSED, "SURROGATE": SURROGATES["vespo"][0], "KL": KL["k3"]}, 8),
     ("linear_logps", "linear_logps_kernel", LINEAR | {"logits_ptr": "*bf16:16"}, {**ALONE, "WRITE": False}, 8),
     ("linear_logps", "linear_logps_kernel", LINEAR, {**ALONE, **FP32, "READ": False, "CAP": True}, 8),
-    *(("linear_kl", "linear_kl_kernel", KL_ROWS, {**KL_STAGES, "KIND": kind}, 8) for kind in range(3)),
     ("linear_kl", "linear_kl_kernel", KL_ROWS, {**KL_STAGES, "KIND": 2, "CAP": True, "TEACHER_CAP": True, "READ": False}, 8),
-    *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
     ("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **ON_POLICY, **surrogate("ppo_clip"), "KL": KL["none"]}, 8),
     (
         "grpo_loss",
@@ -241,6 +236,17 @@ KERNELS = [
     ),
 ]
 
+# Other formulas in kernels of the list above, which are the same source on every architecture.
+FORMULAS = [
+    *(
+        ("linear_logps", "linear_logps_kernel", LINEAR, {**FUSED, "SURROGATE": SURROGATES[name][0], "KL": KL["k3"]}, 8)
+        for name in SURROGATES
+        if name != "vespo"
+    ),
+    *(("linear_kl", "linear_kl_kernel", KL_ROWS, {**KL_STAGES, "KIND": kind}, 8) for kind in range(3)),
+    *(("grpo_loss", "grpo_loss_kernel", GRPO, {**PLAIN, **surrogate(name), "KL": KL["k3"]}, 8) for name in SURROGATES),
+]
+
 
 def compile_kernel(op, name, types: dict[str, str | tuple], constants, num_warps, capability: int, num_stages=3) -> dict:
     path = f"vlmkernels.ops.{op}" if "." in op else backend.module_name(op, "triton")
@@ -284,6 +290,7 @@ def resources(compiled) -> dict:
 
 
 JOBS = [(*row, capability) for row in KERNELS for capability in (80, 90, 100)]
+JOBS += [(*row, 90) for row in FORMULAS]
 JOBS += [(*row, capability, decode_attention.NUM_STAGES) for row in DECODE_KERNELS for capability in (80, 90, 100)]
 JOBS += [fused_forward("bf16", capability, False) for capability in (80, 86, 90, 100)]
 JOBS += [fused_forward("bf16", 90, False, tma=True)]
