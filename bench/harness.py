@@ -137,7 +137,8 @@ def ceilings() -> dict[str, float]:
     found = {}
     for name, run in runs.items():
         time_calls(run, 5 if GPU else 1)
-        found[name] = round(work[name] / statistics.median(time_calls(run, 4 if GPU else 1) for _ in range(turns)), 1)
+        rate = work[name] / statistics.median(time_calls(run, 4 if GPU else 1) for _ in range(turns))
+        found[name] = float(f"{rate:.4g}")
     return found | {"copy_bytes": size, "gemm_width": width}
 
 

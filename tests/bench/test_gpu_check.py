@@ -185,6 +185,12 @@ def test_results_of_several_runs_and_devices(tmp_path, monkeypatch):
     assert ", third." in tables.gpu()[-1]
 
 
+def test_ceilings_of_a_slow_machine(monkeypatch):
+    """They are not rounded to 0: every rate is divided by them."""
+    monkeypatch.setattr(harness, "time_calls", lambda run, calls=1: 1.0)
+    assert harness.ceilings.__wrapped__()["gemm_tflop_s"] == 0.01718
+
+
 def test_the_tables_name_what_exists(script):
     assert {*script.TESTS} - {"*"} <= {*script.test_files()}
     spec = importlib.util.spec_from_file_location("kernel_cases", SCRIPT.with_name("kernel_cases.py"))
