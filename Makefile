@@ -32,7 +32,7 @@ demo-suite: setup
 demo-tools: setup
 	$(BIN)/vlmkernels demo --tools --output demo-tools-output
 
-# One process per core, with one thread each: 9 minutes on two cores. tests/ops/test_cpu_isa.py runs kernels with two threads.
+# One process per core, with one thread each. tests/ops/test_cpu_isa.py runs kernels with two threads.
 WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
