@@ -11,14 +11,16 @@ VLMKERNELS_CUDA ?= $(if $(GPU_ARCH),auto,0)
 VLMKERNELS_CUDA_ARCHS ?= $(or $(GPU_ARCH),90a)
 
 # constraints.txt pins every package. Trainers and harnesses with which tests compare are installed in .venv/peers, outside the
-# environment and without their dependencies. So is bitsandbytes, which peft would import in every process.
+# environment and without their dependencies. So is bitsandbytes, which peft would import in every process. The three run at the
+# same time. Python compiles a module when it is first imported: most are never imported here.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 .venv/.installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	$(PYTHON) -m venv .venv
-	VLMKERNELS_CUDA="$(VLMKERNELS_CUDA)" VLMKERNELS_CUDA_ARCHS="$(VLMKERNELS_CUDA_ARCHS)" \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,trl,liger]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --ignore-requires-python --upgrade \
-		--target .venv/peers hf-processors-rs kernels lmms-eval ms-swift verl
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/bitsandbytes bitsandbytes
+	$(PIP) --no-deps --ignore-requires-python --upgrade --target .venv/peers \
+		hf-processors-rs kernels lmms-eval ms-swift verl & peers=$$!; \
+	$(PIP) --no-deps --upgrade --target .venv/bitsandbytes bitsandbytes & bitsandbytes=$$!; \
+	VLMKERNELS_CUDA="$(VLMKERNELS_CUDA)" VLMKERNELS_CUDA_ARCHS="$(VLMKERNELS_CUDA_ARCHS)" $(PIP) --editable '.[dev,trl,liger]'; \
+	status=$$?; wait $$peers || status=1; wait $$bitsandbytes || status=1; exit $$status
 	touch $@
 
 demo: setup
@@ -30,7 +32,7 @@ demo-suite: setup
 demo-tools: setup
 	$(BIN)/vlmkernels demo --tools --output demo-tools-output
 
-# One process per core, with one thread each: 9 minutes on two cores. tests/ops/test_cpu_isa.py runs kernels with two threads.
+# One process per core, with one thread each. tests/ops/test_cpu_isa.py runs kernels with two threads.
 WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests

@@ -57,14 +57,14 @@ def need():
 # two start together: nvcc uses all cores, and the processes of a distributed run, which have a time limit, wait for each other.
 SLOW = (
     "ops/test_cuda_compile.py",
-    "examples/test_examples.py",
+    "train/test_tool_training.py",
     "train/distributed/test_data_parallel.py",
     "integrations/test_trl.py",
-    "ops/test_triton_compile.py",
     "ops/test_grpo_loss.py",
-    "train/test_tool_training.py",
-    "ops/test_tree_attention.py",
     "integrations/test_trl_tools.py",
+    "ops/test_triton_compile.py",
+    "ops/test_tree_attention.py",
+    "examples/test_examples.py",
 )
 
 
