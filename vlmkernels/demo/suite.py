@@ -308,8 +308,8 @@ def start_supervised(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     seed: int,
-    seeing_steps: int = SEEING_STEPS,
-    answer_steps: int = ANSWER_STEPS,
+    seeing_steps: int,
+    answer_steps: int,
 ) -> None:
     """Run both supervised stages and print their results."""
     start = time.perf_counter()
@@ -363,7 +363,7 @@ def run(seed: int, steps: int, output: Path) -> int:
     model, processor = new_model(seed)
     print(f"A small vision-language model learns {suite.NAME}: {', '.join(suite.CATEGORIES)}.\n")
     print(f"Model     the Qwen2.5-VL architecture, {model.num_parameters():,} random weights, seed {seed}")
-    start_supervised(model, processor, seed)
+    start_supervised(model, processor, seed, SEEING_STEPS, ANSWER_STEPS)
     supervised_seconds = time.perf_counter() - start
     before = measure(model, processor, output / "before.jsonl")
     print(f"  {before.value(ALL, 'accuracy'):.1%} of the test questions answered correctly, {supervised_seconds:.0f} s")
