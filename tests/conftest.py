@@ -63,7 +63,11 @@ SLOW = (
     "ops/test_grpo_loss.py",
     "integrations/test_trl_tools.py",
     "ops/test_triton_compile.py",
+    "ops/test_linear_grpo_loss.py",
+    "ops/test_linear_logps.py",
     "ops/test_tree_attention.py",
+    "ops/test_pack_patches.py",
+    "ops/test_cpu_isa.py",
     "examples/test_examples.py",
 )
 

@@ -44,7 +44,7 @@ def skip_if_newer(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_hidden_states_do_not_depend_on_the_batch(name, data):
     batch = processed(name)

@@ -233,7 +233,7 @@ def test_unsupported_adapters_of_the_head_raise(changes):
 def check_logps(trainer, logps):
     """Old log-probabilities in the experience equal those of the initial model, from full logits of padded inputs."""
     rollout = trainer._experience.rollout
-    inputs, width = rollout.padded(slice(0, len(rollout.group))).inputs, rollout.completion_mask.shape[1]
+    inputs, width = rollout.padded(torch.arange(len(rollout.group))).inputs, rollout.completion_mask.shape[1]
     model = use_image_features(tiny.vlm())  # a frozen tower replaces pixels by features
     use_vision_ops(model, trainer.processing_class)  # because the rows of pixels are uint8
     with torch.no_grad():
