@@ -324,9 +324,8 @@ def fwd(query, key, value, levels, window, scale, out, lse):
                 continue
             tiled = level.segment is not None and not appends
             level = level.grouped() if tiled else level
-            together = (
-                max(1, blocks.rows // few) if tiled else 1
-            )  # not fewer for few slots: results would depend on their number
+            # Not fewer for few slots: results would depend on their number.
+            together = max(1, blocks.rows // few) if tiled else 1
             table = level.block_table
             decode_parts_kernel[(slots, key_heads * triton.cdiv(shared, few), level_parts)](
                 query,
