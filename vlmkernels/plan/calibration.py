@@ -3,7 +3,8 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
@@ -24,21 +25,33 @@ def _time(run: Callable[[], object], clock: Clock, repeats: int = 7) -> float:
     return statistics.median(times[1:])
 
 
+@contextmanager
+def _decoding_layer(inputs: int, outputs: int) -> Iterator[torch.nn.Linear]:
+    """Yield a linear layer that runs as in decoding steps: with few rows, by another kernel than with many."""
+    from vlmkernels.models.few_rows import few_rows_linears
+
+    layer = torch.nn.Linear(inputs, outputs, bias=False)
+    with torch.no_grad(), few_rows_linears(layer):
+        yield layer
+
+
 def _gemm_rates(clock: Clock) -> tuple[tuple[int, float], ...]:
-    """Measure the FLOP/s of matrix products with 1 to 1024 rows."""
+    """Measure the FLOP/s of linear layers with 1 to 1024 rows."""
     rates = []
-    for rows in (1, 4, 16, 64, 256, 1024):
-        x, w = torch.randn(rows, 512), torch.randn(512, 512)
-        rates.append((rows, 2 * rows * 512 * 512 / _time(lambda x=x, w=w: F.linear(x, w), clock, 15)))
+    with _decoding_layer(512, 512) as layer:
+        for rows in (1, 4, 16, 64, 256, 1024):
+            x = torch.randn(rows, 512)
+            rates.append((rows, 2 * rows * layer.weight.numel() / _time(lambda x=x: layer(x), clock, 15)))
     return tuple(rates)
 
 
 def _weights_rate(gemm: dict[int, float], clock: Clock) -> float:
     """Measure the bytes/s of reading weights, from the time that a product with 16 rows takes beyond its arithmetic."""
-    weights = torch.randn(2**14, 2**10)  # 64 MiB, larger than the caches
     x = torch.randn(16, 2**10)
-    seconds = _time(lambda: F.linear(x, weights), clock) - 2 * 16 * weights.numel() / gemm[16]
-    return 4 * weights.numel() / max(seconds, 1e-9)
+    with _decoding_layer(2**10, 2**14) as layer:  # 64 MiB, larger than the caches
+        operations = 2 * 16 * layer.weight.numel()
+        seconds = _time(lambda: layer(x), clock) - operations / gemm[16]
+        return 4 * layer.weight.numel() / max(seconds, 1e-9)
 
 
 def _attention_rates(clock: Clock) -> tuple[float, float]:
