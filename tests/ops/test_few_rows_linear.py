@@ -104,6 +104,27 @@ def test_layers_of_a_model(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("rows", "large", "used"),
+    [(1, False, 0), (7, False, 0), (8, False, 1), (64, False, 1), (65, False, 0), (1, True, 0), (2, True, 1), (7, True, 1)],
+)
+def test_rows_for_which_it_is_faster(monkeypatch, rows, large, used):
+    """With fewer rows torch is faster, unless the weight is larger than the caches."""
+    from vlmkernels.models import few_rows
+
+    layer, x, calls = torch.nn.Linear(8, 5), torch.randn(1, rows, 8), []
+    need("cpp", layer.weight)
+    monkeypatch.setattr(few_rows, "_LARGE", 8 * 5 + (not large))
+    kernels = load("few_rows_linear", "cpp")
+    counting = SimpleNamespace(fwd=lambda *args: calls.append(len(args[0])) or kernels.fwd(*args))
+    monkeypatch.setattr(few_rows, "load", lambda op, name: counting)
+    with torch.no_grad():
+        expected = layer(x)
+        with few_rows_linears(layer):
+            torch.testing.assert_close(layer(x), expected)
+    assert calls == [rows] * used
+
+
+@pytest.mark.parametrize(
     ("backend", "dtype"), [("torch", torch.float32), ("cpp", torch.bfloat16), ("reference", torch.bfloat16)]
 )
 def test_layers_that_stay(backend, dtype):

@@ -45,7 +45,7 @@ def test_missing_packages_are_named(tmp_path, installed, name, module, source):
 def test_optimizers_of_torch_need_nothing(tmp_path, installed):
     installed()
     for name in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd"):
-        config(tmp_path, optim=name)
+        assert config(tmp_path, optim=name).optim == name
 
 
 IN_BACKWARD = {"optim": "galore_adamw_layerwise", "optim_target_modules": "all-linear", "gradient_accumulation_steps": 1}

@@ -11,6 +11,8 @@ from vlmkernels.backend import choose, load, resolve
 from vlmkernels.ops.dispatch import needs_dispatcher
 
 _MOST = 64  # rows; with more, the matrix products of torch are as fast
+_LEAST = 8  # rows; with fewer, they are faster, unless the weight is larger than the caches
+_LARGE = 2**23  # elements of such a weight. With one row, torch is always faster
 
 
 @contextmanager
@@ -32,9 +34,15 @@ def few_rows_linears(model: torch.nn.Module) -> Iterator[None]:
             del module.forward
 
 
+def _is_faster(rows: int, weight: torch.Tensor) -> bool:
+    return _LEAST <= rows <= _MOST or (1 < rows < _LEAST and weight.numel() >= _LARGE)
+
+
 def _forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    few = x.numel() <= _MOST * self.in_features and x.dtype == torch.float32 and x.shape[-1] == self.in_features
-    if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or needs_dispatcher(x, self.weight, self.bias):
+    faster = _is_faster(x.numel() // max(x.shape[-1], 1), self.weight)
+    if not faster or x.dtype != torch.float32 or x.shape[-1] != self.in_features or torch.is_grad_enabled():
+        return linear(x, self.weight, self.bias)
+    if torch.is_autocast_enabled("cpu") or needs_dispatcher(x, self.weight, self.bias):
         return linear(x, self.weight, self.bias)
     # Without the checks of few_rows_linear, which take as long as a small layer: the shapes and dtypes are those of the layer.
     kernels = load("few_rows_linear", "cpp")

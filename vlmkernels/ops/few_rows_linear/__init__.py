@@ -13,8 +13,9 @@ def few_rows_linear(
 ) -> torch.Tensor:
     """Return ``torch.nn.functional.linear(x, weight, bias)``. There are no gradients.
 
-    For up to about 64 rows on the CPU: libraries for matrix products copy blocks of the weight into another order first, which
-    pays only with more rows. With the backend "cpp", a result does not depend on the other rows of ``x``.
+    For about 8 to 64 rows on the CPU, or 2 to 64 if the weight is larger than the caches: libraries for matrix products copy
+    blocks of the weight into another order first, which pays only with more rows. With the backend "cpp", a result does not
+    depend on the other rows of ``x``.
 
     Args:
         x: (M, K), fp32 for the backend "cpp".
