@@ -29,7 +29,7 @@ class Blocks(NamedTuple):
 
 
 # By the bytes of an element. None has been tuned on a GPU; they fit in 96 KiB of shared memory.
-BLOCKS = {2: Blocks(64, 64, MAX_WIDTH), 4: Blocks(16, 16, 16)}
+BLOCKS = {2: Blocks(32, 64, MAX_WIDTH), 4: Blocks(16, 16, 16)}
 WIDE = Blocks(32, 32, MAX_WIDTH)  # 16-bit heads of more than 128 features
 NUM_WARPS = 4
 NUM_STAGES = 2

@@ -127,9 +127,9 @@ def linear_logps_kernel(
                 exact += tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)
             e_rounded, y_rounded = exp2_and_exponent((u_target - m) * scale)
             u_target = capped(exact, softcap, logit_scale, CAP)
-            e, y = exp2_and_exponent((u_target - m) * scale)
-            total += tl.where(here, e - e_rounded, 0.0)
-            total_y += tl.where(here, e * y - e_rounded * y_rounded, 0.0)
+            e_exact, y_exact = exp2_and_exponent((u_target - m) * scale)
+            total += tl.where(here, e_exact - e_rounded, 0.0)
+            total_y += tl.where(here, e_exact * y_exact - e_rounded * y_rounded, 0.0)
         log_sum = tl.log(total)
         logp = tl.where(here, (u_target - m) * inverse - log_sum, -float("inf"))
         logp = tl.where(target < V, logp, float("nan"))  # no such token

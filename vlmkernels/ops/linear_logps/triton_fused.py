@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
     tma: bool = False  # read the weight by a tensor descriptor, if its strides and address allow one
 
 
-# For 16-bit operands, by compute capability. None spills (tests/support/compile_gate.py); none has been tuned on a GPU.
+# For 16-bit operands, by compute capability. None spills (tests/ops/test_triton_compile.py); none has been tuned on a GPU.
 BLOCKS = {
     (8, 0): Blocks(128, 128, 64, 8, 4),
     (9, 0): Blocks(128, 256, 64, 8, 4, tma=True),
