@@ -447,7 +447,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     Raises:
         ValueError: a line is not a JSON object; the message has the file and the line number.
     """
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:  # some programs begin a file with a byte order mark
         for number, line in enumerate((line.removesuffix("\n") for line in lines), 1):
             if not line.strip():
                 continue
