@@ -8,7 +8,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlmkernels.data.samples import prompt_text, still_images
@@ -45,15 +44,20 @@ class MetricBuffer:
         """Replace the values of a metric, such as a running total."""
         self._values[name] = [value]
 
-    def flush(self, accelerator: Accelerator) -> dict[str, float | None]:
+    def flush(self) -> dict[str, float | None]:
         """Return the mean of each metric since the last call, over all processes; None for a metric that is NaN."""
-        means = [torch.tensor([float(value) for value in values]).nanmean() for values in self._values.values()]
-        names = list(self._values)
+        # A process without a value, such as one without images, has NaN. Counts of tokens need fp64.
+        own = {
+            name: torch.tensor([*map(float, values)], dtype=torch.float64).nanmean() for name, values in self._values.items()
+        }
         self._values.clear()
-        if not means:
-            return {}
-        means = accelerator.reduce(torch.stack(means).to(accelerator.device), "mean").tolist()
-        return {name: None if math.isnan(mean) else mean for name, mean in zip(names, means, strict=True)}
+        means = torch.tensor(gather_object([[*map(float, own.values())]]), dtype=torch.float64).nanmean(0).tolist()
+        return {name: None if math.isnan(mean) else mean for name, mean in zip(own, means, strict=True)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean of the values that are not NaN; NaN if there are none."""
+    return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
 
 class GatheredCompletions(NamedTuple):

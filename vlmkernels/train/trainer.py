@@ -432,7 +432,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         args, is_training = self.args, "loss" in logs
         if is_training:
             self.metrics.add(step_metrics(self.phases, self.token_counts, args.world_size))
-            logs.update(self.metrics.flush(self.accelerator) | self.objective.mismatch.flush(self.accelerator))
+            logs.update(self.metrics.flush() | self.objective.mismatch.flush(self.accelerator))
         super().log(logs, start_time)
         if is_training and args.log_completions and self._last_scored and self.is_world_process_zero():
             self.record.save_completions(args, self.state, self._last_groups(), self.callback_handler.callbacks)
