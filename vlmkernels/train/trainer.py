@@ -56,7 +56,7 @@ from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.batch_images import BatchImages
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.dynamic_sampling import BatchSampler, Sampled
-from vlmkernels.train.experience import Experience
+from vlmkernels.train.experience import FIXED, Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
 from vlmkernels.train.logs import (
     MetricBuffer,
@@ -280,6 +280,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             loss_mask = loss_mask & ~rollout.truncated.unsqueeze(1)
         num_items = self.accelerator.reduce(loss_mask.sum().float(), "mean").item()
         experience = Experience(rollout, None, loss_mask, max(num_items, 1.0))
+        experience.made_with = {name: getattr(args, name) for name in FIXED}
         self._last_scored = scored, torch.full((len(loss_mask),), math.nan), loss_mask.any(1)
         if self.rewards:
             self._add_advantages(experience, scored)
