@@ -117,7 +117,7 @@ class Episodes:
         self.rows = [row for row in range(len(samples)) for _ in range(num_generations)]
         environments = [_environment_of(sample, tools) for sample in samples]
         self._conversations = [_Conversation(environments[row]) for row in self.rows]
-        observations = pool.begin_all(
+        observations = pool.begin(
             (key, environments[row], samples[row].row, _seeds(seed, samples[row].index, key % num_generations))
             for key, row in enumerate(self.rows)
         )
@@ -189,7 +189,7 @@ class Episodes:
     def results(self) -> list[Episode]:
         """Return the trajectories after all have ended, and end them in the pool. Must be called once."""
         episodes = []
-        for conversation, ended in zip(self._conversations, self._pool.end_all(self._keys), strict=True):
+        for conversation, ended in zip(self._conversations, self._pool.end(self._keys), strict=True):
             name = self._tools.reward_name(conversation.environment)
             episodes.append(
                 Episode(
