@@ -271,7 +271,6 @@ class Rewards:
         """Raise ValueError if a row of the dataset has a reference that a built-in reward cannot parse.
 
         Args:
-            row: the row.
             where: name of the dataset and index of the row, for the error message.
         """
         for entry in self.entries:

@@ -82,7 +82,6 @@ class Episodes:
     Args:
         samples: the P samples, whose prompts must be conversations.
         num_generations: G.
-        tools: the tools and environments.
         pool: runs them. Its keys 0 to B - 1 must be free, and are free again after ``results``.
         encoder: encodes results.
         parser: reads the calls in a turn.

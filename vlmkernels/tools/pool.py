@@ -117,7 +117,6 @@ class ToolPool:
     is seen by some later calls only. Calls of one turn run in their order, except that async ones run last and concurrently.
 
     Args:
-        tools: the tools and environments.
         timeout: time limit of one call, of ``reset``, of the construction of an environment and of ``get_reward``, in seconds.
             The worker of a call that takes longer is killed. None: no limit; long calls are logged.
         max_images: maximum number of images in one result.

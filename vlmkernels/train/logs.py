@@ -151,7 +151,6 @@ def completion_groups(
         scored: N completions, ordered by group.
         advantages: (N,).
         trained: (N,) bool, whether the loss counts any token of a completion.
-        rewards: the reward functions.
     """
     columns = rewards.columns or ["answer"]  # a function that takes **kwargs does not say what it reads
     turn_rewards = [None] * len(scored.samples) if scored.scores.turns is None else scored.scores.turns.tolist()

@@ -64,7 +64,6 @@ class LoadedRun:
     Args:
         processor, family, num_embeddings: see ``load_processing``.
         agent: the tools, or None.
-        rewards: the reward functions.
         datasets: the datasets, and what their checks found.
         model: the policy, perhaps with adapters.
         teacher: the teacher, or None.
