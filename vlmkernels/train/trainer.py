@@ -147,7 +147,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         eos = self.engine.sampling.eos_token_id
         self.unwanted_tokens = setup.unwanted_tokens(run.model, run.processor, eos, run.num_embeddings).to(args.device)
         self.resolutions = args.resolution_schedule()
-        self.images = setup.prepare_images(run, self.prepared, args, self.phases)
+        self.images = BatchImages(
+            run.processor, self.prepared, args, run.datasets.media, self.phases, has_tools=run.agent is not None,
+            keeps_pixels=run.teacher is not None,
+        )  # fmt: skip
         self.masks, self.image_use = self.images.masks, self.images.image_use
         with self.processes.stop_together("the agreement of rollout and training"):  # only the main process samples
             agreement = measure_agreement(run.model, run.processor, self.engine, self.prepared, args, self.accelerator)
