@@ -110,8 +110,9 @@ def test_huggingface_dataset_with_images():
 def test_a_line_of_jsonl_ends_only_at_a_newline(tmp_path):
     """JSON may contain other characters that are line breaks in Unicode."""
     row = {"prompt": "one\u2028two\x85three"}
-    (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert load_dataset(tmp_path / "data.jsonl") == [row]
+    for encoding in ("utf-8", "utf-8-sig"):  # with a byte order mark
+        (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding=encoding)
+        assert load_dataset(tmp_path / "data.jsonl") == [row]
 
 
 def test_jsonl_and_parquet_and_folders(tmp_path):

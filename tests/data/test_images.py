@@ -19,9 +19,10 @@ from transformers.image_utils import load_image
 
 from vlmkernels import use_backend
 from vlmkernels.data.dataset import SampleDataset, load_dataset
-from vlmkernels.data.images import ImageLimits, decoded, open_image, read_header, read_image, read_size
+from vlmkernels.data.images import ImageLimits, open_image, read_header, read_image, read_size
 from vlmkernels.data.samples import _content_key, read_sample, read_video
 from vlmkernels.models.image_processor import _composites_on_white
+from vlmkernels.ops.decode_image import decode_image
 
 torch.set_num_threads(1)
 PROMPT = [{"role": "user", "content": "what?"}]
@@ -118,14 +119,14 @@ def transparent(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA", "RGB", "RGBa"])
 def test_what_is_transparent_is_white(mode):
-    pixels = np.asarray(decoded(open_image(transparent(mode))))
+    pixels = np.asarray(decode_image(open_image(transparent(mode))))
     assert pixels[10:18, 10:18].max() == 0
     pixels = pixels.copy()
     pixels[10:18, 10:18] = 255
     assert pixels.min() == 255
     if mode in ("RGBA", "LA", "P") and _composites_on_white():  # transformers >= 5.21, whose processors get the image itself
         theirs = Qwen2VLImageProcessor().process_image(transparent(mode), do_convert_rgb=True)
-        np.testing.assert_array_equal(np.asarray(decoded(transparent(mode))), theirs.permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(np.asarray(decode_image(transparent(mode))), theirs.permute(1, 2, 0).numpy())
 
 
 GRAY = np.arange(0, 256, dtype=np.uint8).repeat(4).reshape(32, 32)
@@ -146,7 +147,7 @@ DEEP = {
 
 @pytest.mark.parametrize("form", DEEP)
 def test_deep_images_are_scaled(form):
-    pixels = np.asarray(decoded(open_image(DEEP[form])))
+    pixels = np.asarray(decode_image(open_image(DEEP[form])))
     np.testing.assert_array_equal(pixels, GRAY[..., None].repeat(3, -1))
 
 
@@ -160,7 +161,7 @@ def test_16_bit_files(tmp_path):
 def test_other_modes():
     for mode in ("1", "CMYK", "YCbCr", "HSV"):
         image = photo().convert(mode)
-        np.testing.assert_array_equal(np.asarray(decoded(image)), np.asarray(image.convert("RGB")))
+        np.testing.assert_array_equal(np.asarray(decode_image(image)), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_broken_exif_is_no_orientation():
     at = content.index(b"Exif\x00\x00") + 6
     content[at : at + 8] = b"XXXXXXXX"
     image = open_image(bytes(content))
-    assert read_header(image).size == decoded(image).size == (56, 28)
+    assert read_header(image).size == decode_image(image).size == (56, 28)
 
 
 def test_headers_are_read_without_decoding(monkeypatch):
@@ -343,7 +344,7 @@ def test_a_selected_decoder_that_cannot_decode_an_image_names_its_row():
 
 def test_equal_pixels_have_equal_keys():
     """Whether a sample's image is an array of decoded pixels or an image of PIL."""
-    image = decoded(open_image(file_of(photo(), "jpeg")))
+    image = decode_image(open_image(file_of(photo(), "jpeg")))
     plain = Image.fromarray(np.array(image))
     keys = [_content_key(x) for x in (image, plain, image.copy(), plain.convert("L"), plain.transpose(0))]
     assert keys[0] == keys[1] == keys[2]

@@ -133,6 +133,8 @@ def test_two_places_for_weights():
         Rewards(["cer"], [1.0, 2.0])
     with pytest.raises(ValueError, match="reward_weights must be None if a reward sets its own weight"):
         Rewards([{"name": "cer", "weight": 1}], [1.0])
+    with pytest.raises(ValueError, match="weight must be finite for the reward cer, got nan"):
+        Rewards(["cer"], [math.nan])
     assert Rewards([{"name": "cer"}], [2.0]).weights.tolist() == [2]
 
 

@@ -4,14 +4,13 @@ import random
 from collections import Counter
 
 import pytest
-import torch
 from PIL import Image
 from support import tiny
 
 from vlmkernels.data.images import DEFAULT_LIMITS
 from vlmkernels.data.samples import SampleError, read_sample
 from vlmkernels.models.families import FAMILIES
-from vlmkernels.rollout.episodes import Episode, Episodes, episode_counts, episode_metrics
+from vlmkernels.rollout.episodes import Episode, Episodes, episode_metrics
 from vlmkernels.rollout.turns import TurnEncoder
 from vlmkernels.tools.calls import CallParser
 from vlmkernels.tools.functions import Tools
@@ -355,8 +354,7 @@ def test_metrics():
         episode({"step": 1}, {}, 2, 1.0, True),
         episode({"read": 1}, {}, 3, 0.0),
     ]
-    parts = [episode_counts(episodes[:1], tools), episode_counts(episodes[1:], tools)]
-    assert episode_metrics(torch.cat(parts), tools) == {
+    assert episode_metrics(episodes, tools) == {
         "tools/call_frequency": 6 / 4,
         "tools/failure_frequency": 2 / 6,
         "tools/turns/mean": 2.5,
@@ -373,4 +371,4 @@ def test_metrics():
         "tools/unknown/calls": 0.25,
         "tools/unknown/failures": 1.0,
     }
-    assert episode_metrics(episode_counts(episodes[1:2], tools), tools)["tools/failure_frequency"] == 0.0
+    assert episode_metrics(episodes[1:2], tools)["tools/failure_frequency"] == 0.0

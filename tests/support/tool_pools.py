@@ -14,6 +14,18 @@ import torch
 from PIL import Image
 
 from vlmkernels.tools.calls import ToolCall
+from vlmkernels.tools.pool import Seeds
+
+
+def begin(pool, key, environment, row, seed=None):
+    """Begin one trajectory, perhaps with one seed for its reset and its calls, and return its observation."""
+    seeds = Seeds(seed, seed) if isinstance(seed, int) else seed
+    return pool.begin([(key, environment, row, seeds)])[0]
+
+
+def end(pool, key):
+    """End one trajectory."""
+    return pool.end([key])[0]
 
 
 def run(pool, *calls, key=0):

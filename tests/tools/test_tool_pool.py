@@ -11,11 +11,11 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from support.tool_pools import act, add, is_alive, run, texts
+from support.tool_pools import act, add, begin, end, is_alive, run, texts
 
 from vlmkernels.tools import pool as pool_module
 from vlmkernels.tools.calls import MalformedCall, ToolCall
-from vlmkernels.tools.pool import Ended
+from vlmkernels.tools.pool import Ended, Seeds
 
 
 def test_any_callable_is_a_tool_and_its_process_is_not_this_one(make_pool):
@@ -45,19 +45,19 @@ def test_any_callable_is_a_tool_and_its_process_is_not_this_one(make_pool):
 
     parent, local = os.getpid(), Local()
     pool = make_pool([closure, local.grow, functools.partial(add, b=2)], max_workers=1)
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     results = run(pool, ("closure", {"value": "a"}), ("closure", {"value": "b"}), ("grow", {"by": 3}), ("add", {"a": 4}))
     assert texts(results) == ["1 True", "2 True", "3", "6"]
     assert [result.name for result in results] == ["closure", "closure", "grow", "add"]
     assert [result.error for result in results] == [None] * 4
-    assert pool.end(0) == Ended()
+    assert end(pool, 0) == Ended()
     assert seen == []
     assert local.total == 0
 
 
 def test_images_and_texts(make_pool):
     pool = make_pool([act])
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     image, many, long = run(
         pool,
         ("act", {"what": "image", "value": 700}),
@@ -112,7 +112,7 @@ def test_sync_calls_run_first_and_async_calls_concurrently(make_pool):
         return ",".join(order)
 
     pool = make_pool([note, wait, send], max_workers=1)
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     names = [("wait", "a"), ("note", "b"), ("send", "broken"), ("note", "c"), ("send", "d")]
     results = run(pool, *((name, {"name": value}) for name, value in names))
     assert texts(results) == ["b,c,a,broken,d", "b", str({"error": "'broken'"}), "b,c", "b,c,a,broken,d"]
@@ -123,7 +123,7 @@ def test_sync_calls_run_first_and_async_calls_concurrently(make_pool):
 def test_calls_that_fail(make_pool):
     """The texts are those of TRL; a turn goes on after a failure."""
     pool = make_pool([act, add])
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     results = run(
         pool,
         ("act", {"what": "raise", "value": 3}),
@@ -165,7 +165,7 @@ def test_calls_that_fail(make_pool):
 def test_a_tool_that_ends_its_process(make_pool, what, reason):
     """Its call fails. The calls after it run in another process."""
     pool = make_pool([act], timeout=None)
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     done, failed, *after = run(
         pool, ("act", {"what": "pid"}), ("act", {"what": what, "value": 3}), *[("act", {"what": "pid"})] * 2
     )
@@ -194,7 +194,7 @@ def test_a_tool_that_hangs(make_pool):
         return 9**9**9
 
     pool = make_pool([act, wait, hang], timeout=1.0)
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     start, cpu = time.monotonic(), time.process_time()
     results = run(
         pool,
@@ -222,7 +222,7 @@ def test_a_tool_that_hangs(make_pool):
 def test_a_result_is_in_time_if_the_engine_is_late(make_pool):
     """A large result needs a reader to leave the worker; the time until it has one does not count."""
     pool = make_pool([act], timeout=1.0)
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     pool.submit(0, [ToolCall("act", {"what": "image", "value": 1500}), ToolCall("act", {"what": "pid"})])
     time.sleep(1.5)
     ((_, results),) = pool.finished(wait=True)
@@ -241,9 +241,9 @@ def test_turns_run_side_by_side_and_wait_for_a_worker(make_pool, tmp_path):
 
     pool = make_pool([span], max_workers=2)
     for key in range(5):
-        pool.begin(key, None, {})
+        begin(pool, key, None, {})
         pool.submit(key, [ToolCall("span", {})])
-    pool.begin(5, None, {})
+    begin(pool, 5, None, {})
     pool.submit(5, [])
     assert pool.finished(wait=False) == [(5, [])]
     assert pool.finished(wait=False) == []
@@ -261,11 +261,11 @@ def test_turns_run_side_by_side_and_wait_for_a_worker(make_pool, tmp_path):
     with pytest.raises(ValueError, match="trajectory 0 must not be used while its calls run: span"):
         pool.submit(0, [])
     with pytest.raises(ValueError, match="trajectory 0 must not be used"):
-        pool.end(0)
+        end(pool, 0)
     with pytest.raises(ValueError, match="trajectory that has begun, got 9"):
         pool.submit(9, [])
     with pytest.raises(ValueError, match="trajectory that has not ended, got 0"):
-        pool.begin(0, None, {})
+        begin(pool, 0, None, {})
 
 
 # ---- environments ----
@@ -338,7 +338,7 @@ def test_an_environment_lives_from_begin_to_end(make_pool):
     pool = make_pool([add], Counter)
     assert len(made) == 1  # by Tools
     rows = {key: {"start": 10 * key, "say": f"begin {key}", "level": key} for key in (1, 2)}
-    observations = pool.begin_all([(key, None, row, None) for key, row in rows.items()])
+    observations = pool.begin([(key, None, row, None) for key, row in rows.items()])
     assert observations == ["begin 1", "begin 2"]
     for key in (1, 2):
         pool.submit(key, [ToolCall("step", {"by": 1}), ToolCall("add", {"a": 1, "b": 2}), ToolCall("step", {"by": key})])
@@ -346,7 +346,7 @@ def test_an_environment_lives_from_begin_to_end(make_pool):
     while finished := pool.finished(wait=True):
         results |= {key: texts(found) for key, found in finished}
     assert results == {1: ["11", "3", "12"], 2: ["21", "3", "23"]}
-    one, two = pool.end_all([1, 2])
+    one, two = pool.end([1, 2])
     assert (one.reward, one.lost) == (0.5, None)
     state = one.state
     assert type(state).__name__ == "Counter"
@@ -357,8 +357,8 @@ def test_an_environment_lives_from_begin_to_end(make_pool):
         _ = state.lock
     with pytest.raises(AttributeError, match="'Counter' object has no attribute 'missing'"):
         _ = state.missing
-    assert pool.begin(3, None, {}) is None
-    assert pool.end(3).state.resets == 2  # reused
+    assert begin(pool, 3, None, {}) is None
+    assert end(pool, 3).state.resets == 2  # reused
     assert len(made) == 1
 
 
@@ -367,9 +367,9 @@ def test_states_of_local_classes_and_slots(make_pool):
         pass
 
     pool = make_pool((), {"slots": Slotted, "local": Local})
-    pool.begin_all([(0, "slots", {"environment": "slots"}, 7), (1, "local", {"environment": "local"}, 7)])
+    pool.begin([(key, name, {"environment": name}, Seeds("7", "7")) for key, name in enumerate(("slots", "local"))])
     texts(run(pool, ("draw", {}), ("draw", {})))
-    slots, local = pool.end_all([0, 1])
+    slots, local = pool.end([0, 1])
     assert len(slots.state.drawn) == 3
     assert slots.reward == pytest.approx(sum(slots.state.drawn), rel=1e-6)
     assert isinstance(slots.reward, float)
@@ -387,23 +387,23 @@ def test_states_of_local_classes_and_slots(make_pool):
 def test_a_lost_environment(make_pool, caplog, by, reason):
     """The rest of its trajectory gets errors, others go on, and there is neither state nor reward."""
     pool = make_pool([add], Counter, timeout=1.0)
-    pool.begin_all([(key, None, {}, None) for key in (0, 1)])
+    pool.begin([(key, None, {}, None) for key in (0, 1)])
     results = run(pool, ("step", {"by": 1}), ("step", {"by": by}), ("step", {"by": 1}), ("add", {"a": 1, "b": 1}))
     lost = f"The environment of this conversation was lost: {reason}"
     assert texts(results) == ["1", *(str({"error": text}) for text in (reason, lost, lost))]
     assert texts(run(pool, ("step", {"by": 1}))) == [str({"error": lost})]
     assert f"trajectory 0 has lost its environment: {reason}" in caplog.text
     assert texts(run(pool, ("step", {"by": 1}), key=1)) == ["1"]
-    ended, other = pool.end_all([0, 1])
+    ended, other = pool.end([0, 1])
     assert ended == Ended(None, None, lost)
     assert other.state.count == 1
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     assert texts(run(pool, ("step", {"by": 2}))) == ["2"]
 
 
 def test_an_environment_that_is_lost_while_its_turn_waits(make_pool):
     pool = make_pool([act], Counter, max_workers=1)
-    pool.begin_all([(key, None, {}, None) for key in (0, 1)])
+    pool.begin([(key, None, {}, None) for key in (0, 1)])
     (pid,) = texts(run(pool, ("act", {"what": "pid"}), key=1))
     pool.submit(0, [ToolCall("act", {"what": "sleep", "value": 0.5})])
     pool.submit(1, [ToolCall("step", {"by": 1})])
@@ -414,13 +414,13 @@ def test_an_environment_that_is_lost_while_its_turn_waits(make_pool):
     assert texts(results[0]) == ["slept"]
     assert texts(results[1]) == [str({"error": lost})]
     assert results[1][0].seconds == 0
-    assert pool.end(1).lost == lost
+    assert end(pool, 1).lost == lost
 
 
 def test_observations(make_pool):
     pool = make_pool((), Counter)
     image = Image.new("RGB", (3, 2))
-    content = pool.begin(0, None, {"say": [image, "text"]})
+    content = begin(pool, 0, None, {"say": [image, "text"]})
     assert [part["type"] for part in content] == ["image", "text"]
     assert content[0]["image"].size == (3, 2)
 
@@ -440,16 +440,16 @@ def test_a_reset_that_fails(make_pool, row, message):
     """It raises, and the pool can be used after clear()."""
     pool = make_pool((), Counter, timeout=1.0)
     with pytest.raises(RuntimeError, match=message):
-        pool.begin(0, None, row)
+        begin(pool, 0, None, row)
     pool.clear()
-    assert pool.begin(0, None, {"say": "ok"}) == "ok"
+    assert begin(pool, 0, None, {"say": "ok"}) == "ok"
 
 
 def test_a_reward_that_fails(make_pool):
     pool = make_pool((), Counter)
-    pool.begin(0, None, {"start": 13})
+    begin(pool, 0, None, {"start": 13})
     with pytest.raises(RuntimeError, match=r"(?s)the environment could not end: Traceback.*ValueError: no luck"):
-        pool.end(0)
+        end(pool, 0)
 
 
 # ---- randomness ----
@@ -459,7 +459,7 @@ def test_seeds(make_pool):
     """A seed gives the same numbers in any worker, each turn has its own, and without a seed all differ."""
     pool = make_pool([act])
     for key, seed in enumerate([5, 5, 6, None, None]):
-        pool.begin(key, None, {}, seed)
+        begin(pool, key, None, {}, seed)
         pool.submit(key, [ToolCall("act", {"what": "random"})])
     found = {}
     while len(found) < 5:
@@ -475,9 +475,9 @@ def test_the_seed_of_an_environment(make_pool):
     pool = make_pool((), Slotted)
     drawn = []
     for seed in (3, 4, 3):
-        pool.begin(0, None, {}, seed)
+        begin(pool, 0, None, {}, seed)
         run(pool, ("draw", {}), ("draw", {}))
-        drawn.append(pool.end(0).state.drawn)
+        drawn.append(end(pool, 0).state.drawn)
     assert drawn[0] == drawn[2] != drawn[1]
     assert len({*drawn[0], *drawn[1]}) == 6
 
@@ -487,9 +487,9 @@ def test_a_group_shares_the_seed_of_reset(make_pool):
     pool = make_pool((), Slotted)
     drawn = []
     for calls in ("a", "b"):
-        pool.begin(0, None, {}, pool_module.Seeds("group", calls))
+        begin(pool, 0, None, {}, Seeds("group", calls))
         run(pool, ("draw", {}), ("draw", {}))
-        drawn.append(pool.end(0).state.drawn)
+        drawn.append(end(pool, 0).state.drawn)
     (of_reset, *first), (of_other_reset, *second) = drawn
     assert of_reset == of_other_reset
     assert len({*first, *second}) == 4
@@ -498,7 +498,7 @@ def test_a_group_shares_the_seed_of_reset(make_pool):
 def test_long_calls_are_logged(make_pool, monkeypatch, caplog):
     monkeypatch.setattr(pool_module, "WARN_AFTER_S", 0.1)
     pool = make_pool([act], timeout=None)
-    pool.begin(3, None, {})
+    begin(pool, 3, None, {})
     with caplog.at_level(logging.WARNING):
         run(pool, ("act", {"what": "sleep", "value": 0.5}), key=3)
     messages = [record.message for record in caplog.records]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.tool_pools import act, eventually, is_alive, pids_of, run, texts
+from support.tool_pools import act, begin, end, eventually, is_alive, pids_of, run, texts
 
 from vlmkernels.data.images import ImageLimits
 from vlmkernels.tools import session
@@ -22,7 +22,7 @@ def test_the_process_of_a_tool(make_pool, capfd):
     threads = torch.get_num_threads()
     torch.ones(500, 500) @ torch.ones(500, 500)
     pool = make_pool([act])
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     whats = ["threads", "cuda", "group", "print"]
     assert texts(run(pool, *(("act", {"what": what}) for what in whats))) == [f"(1, {300.0**3})", "False", "True", "None"]
     assert torch.get_num_threads() == threads
@@ -32,14 +32,14 @@ def test_the_process_of_a_tool(make_pool, capfd):
 def test_close_ends_all_processes(make_pool):
     pool = make_pool([act])
     for key in range(3):
-        pool.begin(key, None, {})
+        begin(pool, key, None, {})
     pids = pids_of(pool, 0, 1)
     pool.submit(2, [ToolCall("act", {"what": "sleep", "value": 100})])
     assert all(map(is_alive, pids))
     pool.close()
     assert not any(map(is_alive, pids))
     pool.close()
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     with pytest.raises(RuntimeError, match="the process that starts the workers of tools has ended"):
         pool.submit(0, [ToolCall("act", {"what": "pid"})])
     assert pool.finished(wait=True) == []
@@ -47,7 +47,7 @@ def test_close_ends_all_processes(make_pool):
 
 def test_a_pool_without_references_ends(make_pool):
     pool = ToolPool(Tools([act]), timeout=None, max_images=1, limits=ImageLimits())
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     (pid,) = pids_of(pool, 0)
     del pool
     assert not is_alive(pid)
@@ -55,7 +55,7 @@ def test_a_pool_without_references_ends(make_pool):
 
 def test_forked_processes_do_not_end_the_pool(make_pool):
     pool = make_pool([act])
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     (pid,) = pids_of(pool, 0)
     child = os.fork()
     if not child:
@@ -68,7 +68,7 @@ def test_forked_processes_do_not_end_the_pool(make_pool):
 
 def test_an_interrupt_leaves_a_usable_pool(make_pool):
     pool = make_pool([act])
-    pool.begin_all([(key, None, {}, None) for key in range(2)])
+    pool.begin([(key, None, {}, None) for key in range(2)])
     (pid,) = pids_of(pool, 0)
     pool.submit(0, [ToolCall("act", {"what": "sleep", "value": 100})])
 
@@ -85,14 +85,14 @@ def test_an_interrupt_leaves_a_usable_pool(make_pool):
     pool.clear()
     assert not is_alive(pid)
     assert pool.finished(wait=True) == []
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     assert pids_of(pool, 0) != [pid]
 
 
 def test_signals_are_for_the_trainer(make_pool):
     """Ctrl-C and SIGTERM, which reach all processes of a job, end neither template nor workers, but the children of tools."""
     pool = make_pool([act])
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     pids = [int(text) for text in texts(run(pool, ("act", {"what": "pid"}), ("act", {"what": "template"})))]
     pool.submit(0, [ToolCall("act", {"what": "sleep", "value": 0.3})])
     for pid in pids:
@@ -105,7 +105,7 @@ def test_signals_are_for_the_trainer(make_pool):
 
 def test_a_killed_template(make_pool):
     pool = make_pool([act])
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     worker, template = (int(text) for text in texts(run(pool, ("act", {"what": "pid"}), ("act", {"what": "template"}))))
     os.kill(template, signal.SIGKILL)
     eventually(lambda: not is_alive(worker))
@@ -117,7 +117,7 @@ def test_a_pool_of_a_thread(make_pool):
     """It outlives the thread."""
     with ThreadPoolExecutor(1) as executor:
         pool = executor.submit(make_pool, [act]).result()
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     assert texts(run(pool, ("act", {"what": "group"}))) == ["True"]
 
 
@@ -136,7 +136,7 @@ def train(file):
         time.sleep(30)
         os._exit(0)
     os.write(file, f"{holder}\n".encode())
-    pool.begin(0, None, {})
+    begin(pool, 0, None, {})
     pool.submit(0, [ToolCall("hang", {})])
     pool.finished(wait=True)
 
@@ -181,8 +181,8 @@ class Other(Large):
 def test_a_large_attribute_stays(make_pool, monkeypatch):
     monkeypatch.setattr(session, "MAX_ATTRIBUTE", 100)
     pool = make_pool((), Large)
-    pool.begin(0, None, {})
-    state = pool.end(0).state
+    begin(pool, 0, None, {})
+    state = end(pool, 0).state
     assert (state.small, state.any_name) == (b"1" * 10, "any_name")
     with pytest.raises(AttributeError, match=r"Large.large stayed .*: it has 10\d\d bytes, more than 100"):
         _ = state.large
@@ -194,8 +194,8 @@ def test_a_factory_of_two_classes(make_pool):
     """The state has the class only if it is that of the instance that Tools has created."""
     kinds = [Large, Other]
     pool = make_pool((), lambda: kinds.pop(0)())
-    pool.begin(0, None, {})
-    state = pool.end(0).state
+    begin(pool, 0, None, {})
+    state = end(pool, 0).state
     assert type(state) is session.EnvironmentState
     assert vars(state) == {"small": b"1" * 10, "large": b"1" * 1000}
 

@@ -70,7 +70,7 @@ def test_training(tmp_path):
     assert isinstance(restored.rollout.routed_experts, RoutedExperts)
     for one, other in zip(restored.rollout.routed_experts, trainer._experience.rollout.routed_experts, strict=True):
         assert torch.equal(one, other)
-    restored.uses = 1
+    restored.uses = 2
     kept = {"has_rewards": True, "has_teacher": False}
     restored.check_arguments(trainer.args, "here", **kept)
     with pytest.raises(

@@ -114,21 +114,10 @@ class SampleDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _row(self, index: int) -> Any:
-        try:
-            return self.stored[index]
-        except IMAGE_ERRORS as error:  # datasets decodes images of other columns here
-            return ValueError(f"{row_name(self.dataset, index, self.name)}: cannot be read: {error}")
-
     def _sample(self, row: Any, index: int) -> Sample:
-        if isinstance(row, ValueError):
-            raise row
         where = row_name(self.dataset, index, self.name)
-        sample = read_sample(with_columns(row, self.columns), index, limits=self.limits, where=where)
+        sample = _read(with_columns(row, self.columns), index, where, limits=self.limits)
         return sample if self.stored is self.dataset else _with_decoded_columns(sample)
-
-    def _read(self, index: int) -> Sample:
-        return self._sample(self._row(index), index)
 
     def _skip(self, index: int, error: Exception) -> None:
         self.bad[index] = str(error)
@@ -140,7 +129,7 @@ class SampleDataset(Dataset):
             if other in self.bad:
                 continue
             try:
-                return index, self._read(other)
+                return index, self._sample(_row_or_error(self.stored, other), other)
             except (ValueError, TypeError) as error:
                 if self.on_bad == "raise":
                     raise
@@ -157,7 +146,9 @@ class SampleDataset(Dataset):
                 return error
 
         known = [index for index in indices if index not in self.bad]
-        found = dict(zip(known, map_on_threads(read, [(index, self._row(index)) for index in known]), strict=True))
+        found = dict(
+            zip(known, map_on_threads(read, [(index, _row_or_error(self.stored, index)) for index in known]), strict=True)
+        )
         rows = []
         for index in indices:
             sample = found.get(index)
@@ -348,11 +339,8 @@ def _read_headers(dataset: Any, name: str, limits: ImageLimits) -> Iterator[tupl
 
     def read(numbered: tuple[int, Any]) -> Sample | Exception:
         index, row = numbered
-        where = row_name(dataset, index, name)
-        if isinstance(row, Exception):
-            return ValueError(f"{where}: cannot be read: {row}")
         try:
-            return read_sample(row, index, decode=False, limits=limits, where=where)
+            return _read(row, index, row_name(dataset, index, name), decode=False, limits=limits)
         except (ValueError, TypeError) as error:
             return error
 
@@ -382,8 +370,15 @@ def _batches(dataset: Any) -> Iterator[list[tuple[int, Any]]]:
 def _row_or_error(dataset: Any, index: int) -> Any:
     try:
         return dataset[index]
-    except IMAGE_ERRORS as error:
+    except IMAGE_ERRORS as error:  # datasets decodes images here, except those that ``undecoded`` has stored
         return error
+
+
+def _read(row: Any, index: int, where: str, **options: Any) -> Sample:
+    """Return ``read_sample`` of a row, or raise ValueError if the row is an exception in its place."""
+    if isinstance(row, Exception):
+        raise ValueError(f"{where}: cannot be read: {row}") from row
+    return read_sample(row, index, where=where, **options)
 
 
 class _IdCheck:
@@ -447,7 +442,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     Raises:
         ValueError: a line is not a JSON object; the message has the file and the line number.
     """
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:  # some programs begin a file with a byte order mark
         for number, line in enumerate((line.removesuffix("\n") for line in lines), 1):
             if not line.strip():
                 continue

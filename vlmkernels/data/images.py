@@ -202,19 +202,16 @@ def _orientation_after_the_pixels(image: Any) -> int:
     return 1
 
 
-def decoded(image: Image.Image) -> Image.Image:
-    """Return an image from ``open_image`` with its pixels decoded and converted to RGB.
+def read_image(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Open an image, decode it and convert it to RGB: ``decode_image(open_image(value, limits))``.
+
+    Several threads can call this function.
 
     Raises:
-        ValueError, OSError, SyntaxError: the file is broken, or the pixels of a deep image are out of range.
+        ValueError, OSError, TypeError, SyntaxError: see ``open_image``; or the pixels of a deep image are out of range.
     """
-    return decode_image(image)
-
-
-def read_image(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """Open and decode an image: ``decoded(open_image(value, limits))``. Several threads can call this function."""
     with _opened(value, limits) as image:
-        return decoded(image)
+        return decode_image(image)
 
 
 def read_size(value: Any, limits: ImageLimits = DEFAULT_LIMITS) -> ImageHeader:

@@ -244,7 +244,6 @@ def render(sample: Sample, processor: Any, **chat_template_kwargs: Any) -> str:
     ``chat_template_kwargs`` overrides this.
 
     Args:
-        sample: the sample.
         processor: the model's processor, or its tokenizer for a text model.
         chat_template_kwargs: arguments of ``apply_chat_template``.
 
@@ -426,20 +425,19 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return ids[:first], ids[len(ids) - last :]
 
 
-def needs_special_tokens(sample: Sample, text: str, processor: Any, edges: tuple[list[int], list[int]] | None = None) -> bool:
+def needs_special_tokens(sample: Sample, text: str, processor: Any, edges: tuple[list[int], list[int]]) -> bool:
     """Return whether the tokenizer has to add its special tokens to a rendered prompt. Those at the end are always removed.
 
     They are added to plain prompts, and to conversations of processors, unless the text already begins with them. They are not
     added to conversations of tokenizers, whose templates write them. transformers and TRL do the same.
 
     Args:
-        sample: the sample.
         text: its rendered prompt.
         processor: the model's processor, or its tokenizer for a text model.
-        edges: the result of ``special_tokens``, if it is known.
+        edges: the result of ``special_tokens``.
     """
     tokenizer = tokenizer_of(processor)
-    first, _ = special_tokens(tokenizer) if edges is None else edges
+    first, _ = edges
     if not first or (processor is tokenizer and not isinstance(sample.prompt, str)):
         return False
     return not text.startswith(tokenizer.convert_ids_to_tokens(first[0]))

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vlmkernels.models.families import DECODERS, SPANS_BEYOND_WINDOWS, SPANS_IN_WINDOWS_ONLY, recurrent_layers
+from vlmkernels.models.hooks import remove_hooks
 from vlmkernels.models.image_features import use_image_features
 from vlmkernels.models.linear_attention import undo_tree_layers, unprepared_layer, use_tree_layers
 from vlmkernels.models.norms import undo_fused_norms, use_fused_norms
@@ -89,9 +90,7 @@ def undo_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
     _set_text_attention(model, "sdpa")
     undo_tree_layers(model)
     undo_fused_norms(undo_fused_rotary(model.get_decoder()))
-    hooks = model.base_model._forward_pre_hooks
-    for key in [key for key, hook in hooks.items() if hook is _prepare_pack]:
-        del hooks[key], model.base_model._forward_pre_hooks_with_kwargs[key]
+    remove_hooks(model, [_prepare_pack])
     return model
 
 

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlmkernels.models.attention import VARLEN, use_tree_attention
 from vlmkernels.models.families import prefix_sharing_unsupported, recurrent_layers
+from vlmkernels.models.hooks import remove_hooks
 from vlmkernels.models.positions import prompt_positions
 from vlmkernels.ops.fixed_matmul import fixed_matmul, fixed_rows, is_fixed
 
@@ -57,12 +58,7 @@ def use_deterministic(model: PreTrainedModel) -> PreTrainedModel:
 
 def undo_deterministic(model: PreTrainedModel) -> PreTrainedModel:
     """Remove the hooks of ``use_deterministic`` from ``model``, in place, and return it."""
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_enter, _leave, _add_positions)]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-                module._forward_hooks_always_called.pop(key, None)
+    remove_hooks(model, [_enter, _leave, _add_positions])
     return model
 
 

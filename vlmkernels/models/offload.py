@@ -11,6 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
+from vlmkernels.models.hooks import remove_hooks
+
 MIN_BYTES = 2**16  # smaller copies take longer to launch than to run
 _VIEWS = ("TBackward0", "ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0", "TransposeBackward0", "PermuteBackward0")
 
@@ -99,11 +101,7 @@ def use_activation_offloading(model: PreTrainedModel) -> PreTrainedModel:
 
 def undo_activation_offloading(model: PreTrainedModel) -> PreTrainedModel:
     """Remove the hooks of ``use_activation_offloading`` from ``model``, in place, and return it."""
-    base = model.base_model
-    for hooks in (base._forward_pre_hooks, base._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
-            del hooks[key]
-            base._forward_hooks_always_called.pop(key, None)
+    remove_hooks(model, [_enter, _leave])
     return model
 
 

@@ -25,6 +25,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from vlmkernels.models.hooks import remove_hooks
 from vlmkernels.models.inputs import ModelInputs
 from vlmkernels.models.loading import base_model
 
@@ -187,13 +188,8 @@ def use_router_replay(model: PreTrainedModel) -> PreTrainedModel:
 
 def undo_router_replay(model: PreTrainedModel) -> PreTrainedModel:
     """Undo ``use_router_replay`` in ``model``, in place, and return it."""
+    remove_hooks(model, [_check_experts, _check_replayed, _take_experts, _divide])
     for module in model.modules():
-        for hooks, more in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-        ):
-            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
-                del hooks[key], more[key]
         if hasattr(module, "routes_vision"):
             del module.forward, module.routes_vision
         vars(module).pop("expert_replay", None)
@@ -283,9 +279,6 @@ def _divide(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     """Note which tokens go to the router for images and videos; ``module`` gets them as ``moe_mm_token_type_ids``."""
     types = kwargs.get("moe_mm_token_type_ids", args[1] if len(args) > 1 else None)
     module.expert_replay.vision = None if types is None or not types.any() else types.bool().flatten()
-
-
-_HOOKS = (_check_experts, _check_replayed, _take_experts, _divide)
 
 
 class ExpertRecorder:

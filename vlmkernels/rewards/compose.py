@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
@@ -237,7 +238,8 @@ class Rewards:
                 raise ValueError(f"reward_weights must be None if a reward sets its own weight, got {weights}")
             if len(weights) != len(self.names):
                 raise ValueError(f"reward_weights must have one number per reward function, {len(self.names)}, got {weights}")
-        self.weights = torch.tensor([e.weight for e in self.entries] if weights is None else weights, dtype=torch.float32)
+            self.entries = [replace(entry, weight=weight) for entry, weight in zip(self.entries, weights, strict=True)]
+        self.weights = torch.tensor([entry.weight for entry in self.entries], dtype=torch.float32)
 
     def __bool__(self) -> bool:
         """Whether there are functions."""
@@ -269,7 +271,6 @@ class Rewards:
         """Raise ValueError if a row of the dataset has a reference that a built-in reward cannot parse.
 
         Args:
-            row: the row.
             where: name of the dataset and index of the row, for the error message.
         """
         for entry in self.entries:

@@ -17,7 +17,6 @@ class Agent:
     """Starts the conversations of batches.
 
     Args:
-        tools: the tools and environments.
         options: how tools are called.
 
     Attributes:
@@ -44,11 +43,7 @@ class Agent:
         """Detect the model's formats of tool calls and results. Call it before ``episodes``.
 
         Args:
-            processor: the model's processor, or its tokenizer for a text model.
-            family: the model's family.
-            chat_template_kwargs: arguments of ``apply_chat_template``.
-            processor_arguments: further arguments of every call of the processor.
-            end_tokens: tokens that end a turn, as in ``Sampling.eos_token_id``. Default: that of the tokenizer.
+            processor, family, chat_template_kwargs, processor_arguments, end_tokens: see ``TurnEncoder``.
 
         Returns:
             ``self``.
@@ -64,7 +59,6 @@ class Agent:
         """Check that the tools can be used with a row of a dataset.
 
         Args:
-            row: the row.
             where: name of the dataset and index of the row, for the error message.
 
         Raises:
@@ -79,7 +73,6 @@ class Agent:
         """Reset the environments and return the conversations of ``num_generations`` trajectories per sample.
 
         Args:
-            samples: the samples.
             num_generations: trajectories per sample.
             seed: seeds the random numbers of Python, NumPy and torch in each trajectory's worker, so that a resumed run repeats
                 a batch. None: not seeded.

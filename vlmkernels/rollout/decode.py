@@ -81,11 +81,7 @@ def decode_groups(
     decoder = make_decoder(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
-    if record_experts:
-        decoder.record_experts()
-    with few_rows_linears(model):
-        decoder.run()
-    return decoder.decoded(with_turns=False)
+    return _decoded(decoder, record_experts)
 
 
 @torch.no_grad()
@@ -131,11 +127,16 @@ def decode_trajectories(
         model, prompts, group, sampling, max_num_seqs=max_num_seqs, max_tokens=max_tokens, tokenizer=tokenizer, uniform=uniform
     )
     decoder.episodes, decoder.keeps_features = episodes, keeps_features
+    return _decoded(decoder, record_experts)
+
+
+def _decoded(decoder: Decoder, record_experts: bool) -> Decoded:
+    """Run a decoder, and return the completions."""
     if record_experts:
         decoder.record_experts()
-    with few_rows_linears(model):
+    with few_rows_linears(decoder.model):
         decoder.run()
-    return decoder.decoded(with_turns=True)
+    return decoder.decoded(with_turns=decoder.episodes is not None)
 
 
 def make_decoder(

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class Episode:
     rewards: dict[str, float]
     lost: str | None = None
 
+    def summary(self) -> "Episode":
+        """Return the numbers alone, which other processes need: without messages, images and environment."""
+        return replace(self, messages=[], images=[], environment=None)
+
 
 @dataclass
 class _Conversation:
@@ -77,7 +82,6 @@ class Episodes:
     Args:
         samples: the P samples, whose prompts must be conversations.
         num_generations: G.
-        tools: the tools and environments.
         pool: runs them. Its keys 0 to B - 1 must be free, and are free again after ``results``.
         encoder: encodes results.
         parser: reads the calls in a turn.
@@ -112,7 +116,7 @@ class Episodes:
         self.rows = [row for row in range(len(samples)) for _ in range(num_generations)]
         environments = [_environment_of(sample, tools) for sample in samples]
         self._conversations = [_Conversation(environments[row]) for row in self.rows]
-        observations = pool.begin_all(
+        observations = pool.begin(
             (key, environments[row], samples[row].row, _seeds(seed, samples[row].index, key % num_generations))
             for key, row in enumerate(self.rows)
         )
@@ -184,7 +188,7 @@ class Episodes:
     def results(self) -> list[Episode]:
         """Return the trajectories after all have ended, and end them in the pool. Must be called once."""
         episodes = []
-        for conversation, ended in zip(self._conversations, self._pool.end_all(self._keys), strict=True):
+        for conversation, ended in zip(self._conversations, self._pool.end(self._keys), strict=True):
             name = self._tools.reward_name(conversation.environment)
             episodes.append(
                 Episode(
@@ -242,46 +246,28 @@ class Episodes:
         return failed
 
 
-def episode_counts(episodes: Sequence[Episode], tools: Tools) -> torch.Tensor:
-    """Return what ``episode_metrics`` needs of each of B episodes, (B, n) fp64; rows of several processes can be joined."""
-    names = _names(tools)
-    rows = [
-        [
-            *(e.num_turns, e.seconds, e.refused, e.lost is not None),
-            *(e.tool_calls[name] for name in names),
-            *(e.failures[name] for name in names),
-        ]
-        for e in episodes
-    ]
-    return torch.tensor(rows, dtype=torch.float64).view(len(episodes), 4 + 2 * len(names))
-
-
-def episode_metrics(counts: torch.Tensor, tools: Tools) -> dict[str, float]:
+def episode_metrics(episodes: Sequence[Episode], tools: Tools) -> dict[str, float]:
     """Compute the metrics of tools. ``tools/call_frequency`` and ``tools/failure_frequency`` are those of TRL.
-
-    Args:
-        counts: see ``episode_counts``.
-        tools: the tools.
 
     Returns:
         Means over episodes: turns, seconds in tools, calls in total and by tool. Shares of the episodes whose last results did
         not fit, and whose environment was lost. Shares of calls that failed, in total and by tool. The largest number of turns.
     """
-    names = _names(tools)
-    turns, seconds, refused, lost = counts[:, :4].T
-    calls, failures = counts[:, 4:].sum(0).view(2, len(names)).tolist()
+    turns = [episode.num_turns for episode in episodes]
+    calls = sum((episode.tool_calls for episode in episodes), Counter[str]())
+    failures = sum((episode.failures for episode in episodes), Counter[str]())
     result = {
-        "tools/call_frequency": sum(calls) / len(counts),
-        "tools/failure_frequency": sum(failures) / max(sum(calls), 1.0),
-        "tools/turns/mean": float(turns.mean()),
-        "tools/turns/max": float(turns.max()),
-        "tools/seconds": float(seconds.mean()),
-        "tools/refused": float(refused.mean()),
-        "tools/lost_environments": float(lost.mean()),
+        "tools/call_frequency": calls.total() / len(episodes),
+        "tools/failure_frequency": failures.total() / max(calls.total(), 1),
+        "tools/turns/mean": fmean(turns),
+        "tools/turns/max": max(turns),
+        "tools/seconds": fmean(episode.seconds for episode in episodes),
+        "tools/refused": fmean(episode.refused for episode in episodes),
+        "tools/lost_environments": fmean(episode.lost is not None for episode in episodes),
     }
-    for name, called, failed in zip(names, calls, failures, strict=True):
-        result[f"tools/{name}/calls"] = called / len(counts)
-        result[f"tools/{name}/failures"] = failed / max(called, 1.0)
+    for name in _names(tools):
+        result[f"tools/{name}/calls"] = calls[name] / len(episodes)
+        result[f"tools/{name}/failures"] = failures[name] / max(calls[name], 1)
     return result
 
 

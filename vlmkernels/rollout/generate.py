@@ -122,15 +122,17 @@ class Generate(Engine):
         uniform: torch.Tensor | None = None,
     ) -> Rollout:
         """See ``Engine``; ``samples`` is not used. ``uniform``: see ``decode_groups``; only with ``shares_prefix``."""
-        sampling, shared = self.sampling.at(temperature), self._shared_options()
+        sampling = self.sampling.at(temperature)
+        shared: dict[str, Any] = {"max_num_seqs": self.max_num_seqs, "max_tokens": self.max_tokens, "uniform": uniform}
+        shared |= {"tokenizer": self.tokenizer, "record_experts": self.returns_experts}
         if not self.shares_prefix and uniform is not None:
             raise ValueError("uniform must be None if model.generate samples, got a tensor")
         group = torch.arange(len(prompts)).repeat_interleave(num_generations) if episodes is None else episodes.group
         if self.shares_prefix and episodes is None:
-            decoded = decode_groups(model, prompts, num_generations, sampling, uniform=uniform, **shared)
+            decoded = decode_groups(model, prompts, num_generations, sampling, **shared)
         elif self.shares_prefix:
             shared["keeps_features"] = self.reuses_image_features
-            decoded = decode_trajectories(model, prompts, episodes, sampling, uniform=uniform, **shared)
+            decoded = decode_trajectories(model, prompts, episodes, sampling, **shared)
         elif episodes is None:
             ids, mask, truncated = self._generate(model, prompts.select(group).inputs, sampling)
             decoded = Decoded(ids, mask, truncated)
@@ -147,14 +149,6 @@ class Generate(Engine):
             turns=decoded.turns,
             routed_experts=decoded.routed_experts,
         )
-
-    def _shared_options(self) -> dict[str, Any]:
-        return {
-            "max_num_seqs": self.max_num_seqs,
-            "max_tokens": self.max_tokens,
-            "tokenizer": self.tokenizer,
-            "record_experts": self.returns_experts,
-        }
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         options = {name: getattr(sampling, name) for name in Sampling.names()} | dict(sampling.generation_kwargs)

@@ -68,8 +68,9 @@ def make_engine(
         RolloutError: the vLLM server cannot be reached or serves another model.
     """
     if vllm is None:
-        options = {"max_num_seqs": max_num_seqs, "max_tokens": max_tokens}
-        options |= {"router_replay": router_replay, "deterministic": deterministic}
-        return Generate(model, processor, sampling, share_prefix=share_prefix, **options)
+        return Generate(
+            model, processor, sampling, share_prefix=share_prefix, max_num_seqs=max_num_seqs, max_tokens=max_tokens,
+            router_replay=router_replay, deterministic=deterministic,
+        )  # fmt: skip
     engine = VLLMServer if vllm.mode == "server" else VLLMColocate
     return engine(model, processor, sampling, vllm, accelerator)

@@ -69,7 +69,6 @@ def score(
     """Call the reward functions on N completions.
 
     Args:
-        rewards: the reward functions.
         samples: the sample of each completion.
         texts: the completions; see ``decode_completions``.
         completion_ids: token ids of each completion; an empty list if they are unknown.
@@ -132,7 +131,6 @@ def score_rollout(
     """Decode the completions of a rollout and call the reward functions on them.
 
     Args:
-        rewards: the reward functions.
         samples: the P samples that ``rollout.prompts`` encodes; with ``episodes``, theirs are used instead.
         rollout: P prompts and N completions.
         processor: the model's processor or tokenizer.

@@ -60,8 +60,8 @@ class Ended:
 class Seeds(NamedTuple):
     """Seeds of random numbers: those of ``reset``, which a group shares so that it has one task, and those of the calls."""
 
-    reset: int | str
-    calls: int | str
+    reset: str
+    calls: str
 
 
 @dataclass
@@ -117,7 +117,6 @@ class ToolPool:
     is seen by some later calls only. Calls of one turn run in their order, except that async ones run last and concurrently.
 
     Args:
-        tools: the tools and environments.
         timeout: time limit of one call, of ``reset``, of the construction of an environment and of ``get_reward``, in seconds.
             The worker of a call that takes longer is killed. None: no limit; long calls are logged.
         max_images: maximum number of images in one result.
@@ -144,19 +143,13 @@ class ToolPool:
         self._finished: list[tuple[int, list[ToolResult]]] = []
 
     def begin(
-        self, key: int, environment: str | None, row: dict[str, Any], seed: Seeds | int | str | None = None
-    ) -> str | list[Part] | None:
-        """Begin one trajectory; see ``begin_all``. Returns the observation of the environment."""
-        return self.begin_all([(key, environment, row, seed)])[0]
-
-    def begin_all(
-        self, trajectories: Iterable[tuple[int, str | None, dict[str, Any], Seeds | int | str | None]]
+        self, trajectories: Iterable[tuple[int, str | None, dict[str, Any], Seeds | None]]
     ) -> list[str | list[Part] | None]:
         """Begin trajectories and reset their environments side by side.
 
         Args:
             trajectories: for each trajectory, a new key, the name of its environment, the row of the dataset, whose columns
-                are the arguments of ``reset``, and the seeds of the random numbers of its tools, or one for both, or None.
+                are the arguments of ``reset``, and the seeds of the random numbers of its tools, or None.
 
         Returns:
             For each trajectory, the observation that ``reset`` returned: None, a text or content parts.
@@ -166,10 +159,9 @@ class ToolPool:
             RuntimeError: ``reset`` or the constructor raised an error, took too long or ended their process.
         """
         keys, tasks = [], {}
-        for key, environment, row, seed in trajectories:
+        for key, environment, row, seeds in trajectories:
             if key in self._trajectories:
                 raise ValueError(f"key must not be that of a trajectory that has not ended, got {key}")
-            seeds = seed if seed is None or isinstance(seed, Seeds) else Seeds(seed, seed)
             self._trajectories[key] = _Trajectory(environment, seeds)
             keys.append(key)
             if self._tools.environments:
@@ -225,11 +217,7 @@ class ToolPool:
         finished, self._finished = self._finished, []
         return finished
 
-    def end(self, key: int) -> Ended:
-        """End one trajectory; see ``end_all``."""
-        return self.end_all([key])[0]
-
-    def end_all(self, keys: Sequence[int]) -> list[Ended]:
+    def end(self, keys: Sequence[int]) -> list[Ended]:
         """End trajectories: collect the states and rewards of their environments side by side, and free their workers.
 
         Raises:

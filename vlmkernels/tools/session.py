@@ -105,7 +105,6 @@ class Session:
     """The tools of a worker and, once it was reset, its environment.
 
     Args:
-        tools: the tools and environments.
         limits: limits of the images in results.
         max_images: maximum number of images in a result.
         connection: the socket to the trainer.

@@ -23,7 +23,6 @@ class BatchImages:
     Args:
         processor: the processor of the policy.
         policy: how the policy runs. If it reuses image features, rollouts get them in place of pixels.
-        args: the arguments of the run.
         media: the kinds of media that training can have.
         phases: times the measurements.
         has_tools: whether the run has tools.

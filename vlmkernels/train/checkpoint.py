@@ -206,7 +206,8 @@ def load_experience(
     path = _experience_path(checkpoint, process)
     if not path.exists():
         return None
-    experience = Experience.from_state_dict(torch.load(path, weights_only=True), family, args.device)
+    state = torch.load(path, map_location="cpu", weights_only=True)  # the device that saved it need not exist
+    experience = Experience.from_state_dict(state, family, args.device)
     experience.check_arguments(args, checkpoint, has_rewards=has_rewards, has_teacher=has_teacher)
     return experience
 

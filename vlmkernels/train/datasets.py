@@ -61,7 +61,6 @@ class CheckedDatasets:
         media: the kinds of media that training can have, of "image" and "video".
         columns: for each dataset, the union of the columns of its rows.
         unusable: for each dataset, the indices of its rows that cannot be used, with the reasons.
-        args: the arguments of the run.
     """
 
     train_dataset: Any
@@ -107,9 +106,7 @@ def check_datasets(
     Args:
         train_dataset, eval_dataset: see ``CheckedDatasets``.
         processor, family, num_embeddings: see ``vlmkernels.train.setup.load_processing``.
-        rewards: the reward functions.
         agent: the tools, or None.
-        args: the arguments of the run.
 
     Raises:
         ValueError, TypeError: a row cannot be used and ``on_bad_sample`` is "raise", a column that a reward function needs is

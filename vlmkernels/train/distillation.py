@@ -263,7 +263,6 @@ class Teacher:
         model: the teacher, perhaps wrapped.
         passes: the inputs of its forward passes.
         policy: how the policy runs.
-        args: the arguments of the run.
         copies_weight: see ``teacher_output``.
 
     Attributes:

@@ -99,7 +99,6 @@ class BatchSampler:
     All processes sample in rounds; a process whose batch is full waits.
 
     Args:
-        rewards: the reward functions.
         num_prompts: length of the training dataset.
         pad_token_id: pads joined batches.
 

@@ -1,6 +1,6 @@
 """A generation batch with everything that training on it needs."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -10,6 +10,9 @@ from vlmkernels.models.router_replay import RoutedExperts
 from vlmkernels.models.trajectories import Turns
 from vlmkernels.rollout.base import Rollout
 from vlmkernels.train.config import GRPOConfig
+
+# Arguments that must not change while a batch is in use: what ``uses`` counts, and the policy of ``old_logps``.
+FIXED = ("per_device_train_batch_size", "temperature")
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Experience:
         old_logps: (B, C), log-probabilities under the policy that sampled; None if every micro-batch is on policy.
         ref_logps: (B, C), log-probabilities under the reference; None if beta is 0.
         uses: micro-batches trained on so far.
+        made_with: the values of ``FIXED`` arguments. Empty in checkpoints of earlier versions.
     """
 
     rollout: Rollout
@@ -33,6 +37,7 @@ class Experience:
     old_logps: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
     uses: int = 0
+    made_with: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict:
         """Return the fields as tensors and numbers, for a checkpoint."""
@@ -77,6 +82,14 @@ class Experience:
             raise ValueError(
                 f"{saved}: per_device_train_batch_size * steps_per_generation must be {saved_size}, the completions of "
                 f"its batch per process, got {size}"
+            )
+        for name, value in self.made_with.items():
+            if getattr(args, name) != value:
+                raise ValueError(f"{saved}: {name} must be {value}, as when its batch was sampled, got {getattr(args, name)}")
+        if self.uses % window:
+            raise ValueError(
+                f"{saved}: gradient_accumulation_steps must divide {self.uses}, the micro-batches trained on so far, got "
+                f"{window}"
             )
         if self.uses >= uses:
             raise ValueError(

@@ -84,7 +84,6 @@ class ImageUse:
     Args:
         processor: the processor of the policy.
         policy: how the policy runs.
-        args: the arguments of the run.
         media: the kinds of media that training can have.
         every: optimizer steps between measurements.
     """

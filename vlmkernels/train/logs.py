@@ -4,11 +4,10 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import chain, compress, islice
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from vlmkernels.data.samples import prompt_text, still_images
@@ -21,7 +20,7 @@ from vlmkernels.record.turns import turn_rows
 from vlmkernels.rewards import Rewards, Scores
 from vlmkernels.rewards.answers import text_of
 from vlmkernels.rollout.base import Rollout
-from vlmkernels.rollout.episodes import Episode, episode_counts, episode_metrics
+from vlmkernels.rollout.episodes import episode_metrics
 from vlmkernels.rollout.score import Scored, resized_sizes
 from vlmkernels.tools.functions import Tools
 from vlmkernels.train.config import GRPOConfig
@@ -45,15 +44,18 @@ class MetricBuffer:
         """Replace the values of a metric, such as a running total."""
         self._values[name] = [value]
 
-    def flush(self, accelerator: Accelerator) -> dict[str, float | None]:
+    def flush(self) -> dict[str, float | None]:
         """Return the mean of each metric since the last call, over all processes; None for a metric that is NaN."""
-        means = [torch.tensor([float(value) for value in values]).nanmean() for values in self._values.values()]
-        names = list(self._values)
+        # A process without a value, such as one without images, has NaN. Counts of tokens need fp64.
+        own = {name: _mean([float(value) for value in values]) for name, values in self._values.items()}
         self._values.clear()
-        if not means:
-            return {}
-        means = accelerator.reduce(torch.stack(means).to(accelerator.device), "mean").tolist()
-        return {name: None if math.isnan(mean) else mean for name, mean in zip(names, means, strict=True)}
+        means = [_mean(of_processes) for of_processes in zip(*gather_object([[*own.values()]]), strict=True)]
+        return {name: None if math.isnan(mean) else mean for name, mean in zip(own, means, strict=True)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean of the values that are not NaN; NaN if there are none."""
+    return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
 
 class GatheredCompletions(NamedTuple):
@@ -82,25 +84,27 @@ class SampledCompletions:
 
     def __init__(self, tools: Tools | None = None) -> None:
         self._tools = tools
-        self._parts: list[tuple[Scores, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._parts: list[tuple[Any, ...]] = []
 
     def add(self, rollout: Rollout, scored: Scored, mask: torch.Tensor | None = None) -> None:
         """Add the completions of a rollout that are selected by ``mask``, (N,) bool. Default: all."""
         mask = torch.ones(len(rollout.group), dtype=torch.bool) if mask is None else mask
-        lengths, truncated = rollout.sampled_mask.sum(1).cpu(), rollout.truncated.cpu()
+        lengths, lengths_with_results = (tokens.sum(1).cpu() for tokens in (rollout.sampled_mask, rollout.completion_mask))
         prompt_lengths = rollout.prompts.inputs["attention_mask"].sum(1).cpu()[rollout.group]
-        counts = lengths[:, None] if scored.episodes is None else tool_counts(rollout, scored.episodes, self._tools)
-        values = lengths, prompt_lengths, truncated, counts
-        self._parts.append((scored.scores.select(mask), *(value[mask] for value in values)))
+        values = lengths, lengths_with_results, prompt_lengths, rollout.truncated.cpu()
+        episodes = [episode.summary() for episode in compress(scored.episodes or (), mask)]
+        self._parts.append((scored.scores.select(mask), episodes, *(value[mask] for value in values)))
 
     def gather(self) -> GatheredCompletions:
         """Return the completions of all processes."""
-        parts = gather_object(self._parts)
-        scores, lengths, prompt_lengths, truncated, counts = zip(*parts, strict=True)
-        joined = Scores.cat(scores)
-        joined = joined._replace(seconds=joined.seconds / len(parts))
-        metrics = {} if self._tools is None else tool_metrics(torch.cat(counts), self._tools)
-        return GatheredCompletions(joined, torch.cat(lengths), torch.cat(prompt_lengths), torch.cat(truncated), metrics)
+        scores, episodes, *columns = zip(*gather_object(self._parts), strict=True)
+        lengths, lengths_with_results, prompt_lengths, truncated = map(torch.cat, columns)
+        joined, metrics = Scores.cat(scores), {}
+        if self._tools is not None:
+            metrics["tools/frac_sampled_tokens"] = float(lengths.sum() / lengths_with_results.sum())
+            metrics |= episode_metrics([*chain(*episodes)], self._tools)
+        joined = joined._replace(seconds=joined.seconds / len(scores))
+        return GatheredCompletions(joined, lengths, prompt_lengths, truncated, metrics)
 
 
 def sampling_metrics(
@@ -125,18 +129,6 @@ def image_metrics(prompts: ModelInputs, processor: Any) -> dict[str, float]:
     return {"image_pixels": statistics.fmean(width * height for width, height in sizes) if sizes else math.nan}
 
 
-def tool_counts(rollout: Rollout, trajectories: Sequence[Episode], tools: Tools) -> torch.Tensor:
-    """Return what ``tool_metrics`` needs of each of B trajectories, (B, n) fp64; rows of several processes can be joined."""
-    tokens = torch.stack([rollout.sampled_mask.sum(1), rollout.completion_mask.sum(1)], 1)
-    return torch.cat([tokens.cpu().double(), episode_counts(trajectories, tools)], 1)
-
-
-def tool_metrics(counts: torch.Tensor, tools: Tools) -> dict[str, float]:
-    """Compute the metrics of trajectories: those of ``vlmkernels.rollout.episodes``, and the share of the model's tokens."""
-    sampled, total = counts[:, :2].sum(0).tolist()
-    return {"tools/frac_sampled_tokens": sampled / total, **episode_metrics(counts[:, 2:], tools)}
-
-
 def step_metrics(phases: Phases, counts: TokenCounts, num_processes: int) -> dict[str, float]:
     """Compute the metrics of time and throughput since the last call, per optimizer step.
 
@@ -159,7 +151,6 @@ def completion_groups(
         scored: N completions, ordered by group.
         advantages: (N,).
         trained: (N,) bool, whether the loss counts any token of a completion.
-        rewards: the reward functions.
     """
     columns = rewards.columns or ["answer"]  # a function that takes **kwargs does not say what it reads
     turn_rewards = [None] * len(scored.samples) if scored.scores.turns is None else scored.scores.turns.tolist()

@@ -39,7 +39,6 @@ class PerceptionMasks:
     Args:
         processor: the processor of the policy.
         policy: how the policy runs.
-        args: the arguments of the run.
         media: the kinds of media that training can have.
     """
 

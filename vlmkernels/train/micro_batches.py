@@ -30,8 +30,6 @@ class MicroBatches:
     Args:
         models: how the models run that read the splits, the policy first. If one of them runs copies of the prompts, splits are
             cut as copies, which take more tokens than packs.
-        args: the arguments of the run.
-        accelerator: that of the trainer.
 
     Attributes:
         shares_prefix: whether splits are cut as packs.

@@ -29,8 +29,6 @@ class Objective:
 
     Args:
         models: the policy, its reference and its teacher.
-        args: the arguments of the run.
-        accelerator: that of the trainer.
         phases: times the passes.
         has_rewards: whether the run has reward functions.
 

@@ -44,7 +44,6 @@ class Passes:
 
     Args:
         prepared: how the model runs.
-        args: the arguments of the run.
         token_counts: the counts of all models of the run.
         view: returns what the model reads of a rollout.
     """

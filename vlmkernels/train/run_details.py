@@ -64,7 +64,7 @@ def _dataset(dataset: Any, columns: list[str] | None) -> dict[str, Any] | None:
 def _rewards(rewards: Rewards) -> list[dict[str, Any]]:
     """Describe the rewards: name, function, weight, and options as in the configuration file."""
     described = []
-    for entry, weight in zip(rewards.entries, rewards.weights.tolist(), strict=True):
+    for entry in rewards.entries:
         function, options = entry.function, {}
         while isinstance(function, partial):
             options, function = function.keywords | options, function.func
@@ -76,7 +76,7 @@ def _rewards(rewards: Rewards) -> list[dict[str, Any]]:
             {
                 "name": entry.name,
                 "function": _name(kind),
-                "weight": round(weight, 6),
+                "weight": entry.weight,
                 "options": _shown(options),
                 "timeout": entry.timeout,
                 "on_error": entry.on_error,

@@ -4,7 +4,7 @@
     check_processes     whether the processes fit together
     prepare_models      how the policy, its reference and its teacher run (``vlmkernels.train.run_models``)
     prepare_engine      what samples completions, and its tools
-    prepare_images      what training adds to the images of a rollout
+    BatchImages         what training adds to the images of a rollout (``vlmkernels.train.batch_images``)
     describe_run        what ``run.json`` says about the run
 
 ``load_run`` runs before ``Trainer.__init__``, and the others after it, with the accelerator that it makes.
@@ -33,7 +33,6 @@ from vlmkernels.models.loading import (
     load_processor,
 )
 from vlmkernels.models.quantized import is_quantized, prepare_quantized, quantized_arguments
-from vlmkernels.record.phases import Phases
 from vlmkernels.rewards import Rewards
 from vlmkernels.rewards.compose import environment_reward
 from vlmkernels.rollout.agent import Agent
@@ -43,7 +42,6 @@ from vlmkernels.rollout.make import make_engine
 from vlmkernels.tools.functions import Tools
 from vlmkernels.train import distillation, reference
 from vlmkernels.train.agreement import Agreement
-from vlmkernels.train.batch_images import BatchImages
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.datasets import CheckedDatasets, check_datasets, with_prompts
 from vlmkernels.train.masks import check_perception
@@ -64,7 +62,6 @@ class LoadedRun:
     Args:
         processor, family, num_embeddings: see ``load_processing``.
         agent: the tools, or None.
-        rewards: the reward functions.
         datasets: the datasets, and what their checks found.
         model: the policy, perhaps with adapters.
         teacher: the teacher, or None.
@@ -242,12 +239,6 @@ def prepare_engine(run: LoadedRun, policy: PreparedModel, args: GRPOConfig, acce
         options = args.chat_template_kwargs, policy.processor_arguments, engine.sampling.eos_token_id
         run.agent.prepare(run.processor, run.family, *options)
     return engine
-
-
-def prepare_images(run: LoadedRun, policy: PreparedModel, args: GRPOConfig, phases: Phases) -> BatchImages:
-    """Prepare what training adds to the images of its rollouts."""
-    wanted = {"has_tools": run.agent is not None, "keeps_pixels": run.teacher is not None}
-    return BatchImages(run.processor, policy, args, run.datasets.media, phases, **wanted)
 
 
 def unwanted_tokens(model: PreTrainedModel, processor: Any, eos_token_id: Sequence[int], num_embeddings: int) -> torch.Tensor:

@@ -56,7 +56,7 @@ from vlmkernels.train.agreement import measure_agreement
 from vlmkernels.train.batch_images import BatchImages
 from vlmkernels.train.config import GRPOConfig
 from vlmkernels.train.dynamic_sampling import BatchSampler, Sampled
-from vlmkernels.train.experience import Experience
+from vlmkernels.train.experience import FIXED, Experience
 from vlmkernels.train.faults import FiniteSteps, name_lost_processes
 from vlmkernels.train.logs import (
     MetricBuffer,
@@ -147,7 +147,10 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         eos = self.engine.sampling.eos_token_id
         self.unwanted_tokens = setup.unwanted_tokens(run.model, run.processor, eos, run.num_embeddings).to(args.device)
         self.resolutions = args.resolution_schedule()
-        self.images = setup.prepare_images(run, self.prepared, args, self.phases)
+        self.images = BatchImages(
+            run.processor, self.prepared, args, run.datasets.media, self.phases, has_tools=run.agent is not None,
+            keeps_pixels=run.teacher is not None,
+        )  # fmt: skip
         self.masks, self.image_use = self.images.masks, self.images.image_use
         with self.processes.stop_together("the agreement of rollout and training"):  # only the main process samples
             agreement = measure_agreement(run.model, run.processor, self.engine, self.prepared, args, self.accelerator)
@@ -280,6 +283,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
             loss_mask = loss_mask & ~rollout.truncated.unsqueeze(1)
         num_items = self.accelerator.reduce(loss_mask.sum().float(), "mean").item()
         experience = Experience(rollout, None, loss_mask, max(num_items, 1.0))
+        experience.made_with = {name: getattr(args, name) for name in FIXED}
         self._last_scored = scored, torch.full((len(loss_mask),), math.nan), loss_mask.any(1)
         if self.rewards:
             self._add_advantages(experience, scored)
@@ -432,7 +436,7 @@ class GRPOTrainer(checkpoint.CheckpointedTrainer):
         args, is_training = self.args, "loss" in logs
         if is_training:
             self.metrics.add(step_metrics(self.phases, self.token_counts, args.world_size))
-            logs.update(self.metrics.flush(self.accelerator) | self.objective.mismatch.flush(self.accelerator))
+            logs.update(self.metrics.flush() | self.objective.mismatch.flush(self.accelerator))
         super().log(logs, start_time)
         if is_training and args.log_completions and self._last_scored and self.is_world_process_zero():
             self.record.save_completions(args, self.state, self._last_groups(), self.callback_handler.callbacks)

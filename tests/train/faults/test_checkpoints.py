@@ -176,6 +176,12 @@ def test_a_finished_run_takes_no_step(tmp_path, whole):
     ("options", "message"),
     [
         ({"per_device_train_batch_size": 2}, r"per_device_train_batch_size \* steps_per_generation must be 8, .*, got 4"),
+        (
+            {"per_device_train_batch_size": 2, "steps_per_generation": 4},
+            "per_device_train_batch_size must be 4, .*, got 2",
+        ),
+        ({"temperature": 0.5}, "temperature must be 1.0, as when its batch was sampled, got 0.5"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps must divide 2, .*, got 4"),
         ({"num_iterations": 1}, r"steps_per_generation \* num_iterations must be greater than 2, .*, got 2"),
     ],
 )

@@ -263,8 +263,13 @@ class VLLM(Engine):
         input_ids, attention_mask = (prompts.inputs[name].cpu() for name in ("input_ids", "attention_mask"))
         tokens = [row[keep].tolist() for row, keep in zip(input_ids, attention_mask.bool(), strict=True)]
         sent, budget = self._prompts(samples), self.sampling.max_new_tokens
-        trajectories = [Trajectory(samples[p].index, sent[p], tokens[p], len(tokens[p]), budget) for p in group.tolist()]
-        self._sample(trajectories, group.tolist(), params, episodes)
+
+        def sample() -> list[Trajectory]:
+            started = [Trajectory(samples[p].index, sent[p], tokens[p], len(tokens[p]), budget) for p in group.tolist()]
+            self._sample(started, group.tolist(), params, episodes)
+            return started
+
+        trajectories = self._with_current_weights(model, sample)
         device, logps, turns = prompts.inputs["input_ids"].device, {}, None
         ids, mask = pad_token_ids([trajectory.completion_ids for trajectory in trajectories], self.sampling.pad_token_id)
         if "logprobs" in params:
@@ -288,6 +293,10 @@ class VLLM(Engine):
             routed_experts=self._experts(prompts, group, trajectories, mask) if self.returns_experts else None,
             **logps,
         )
+
+    def _with_current_weights(self, model: PreTrainedModel, sample: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+        """Return ``sample()``. A subclass whose weights others can change updates them if it raises StaleWeights."""
+        return sample()
 
     def _experts(
         self, prompts: ModelInputs, group: torch.Tensor, trajectories: list[Trajectory], mask: torch.Tensor

@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,19 +22,15 @@ from accelerate import Accelerator
 from PIL import Image
 from transformers import PreTrainedModel
 
-from vlmkernels.data.samples import Sample
 from vlmkernels.http import CONNECTION_ERRORS, JSONClient, RequestError
-from vlmkernels.models.inputs import ModelInputs
-from vlmkernels.rollout.base import Rollout, RolloutError, Sampling
+from vlmkernels.rollout.base import RolloutError, Sampling
 from vlmkernels.rollout.vllm.config import VLLMConfig, logprobs_modes
 from vlmkernels.rollout.vllm.engine import VLLM, StaleWeights
 from vlmkernels.rollout.vllm.main_process import on_main_process
 from vlmkernels.rollout.vllm.requests import Key, Prompt, Reply, Requests, Video, VLLMCompletion
+from vlmkernels.rollout.vllm.trajectory import Trajectory
 from vlmkernels.rollout.vllm.transfer import BACKENDS, WeightTransfer, server_transfer
 from vlmkernels.rollout.vllm.weights import lora_rank
-
-if TYPE_CHECKING:
-    from vlmkernels.rollout.episodes import Episodes
 
 logger = logging.getLogger(__name__)
 
@@ -350,25 +346,17 @@ class VLLMServer(VLLM):
     def _requests(self) -> ServerRequests:
         return ServerRequests(self.client, ADAPTER if self.adapter and self.version else self.name)
 
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        prompts: ModelInputs,
-        num_generations: int,
-        temperature: float,
-        samples: list[Sample] | None = None,
-        episodes: "Episodes | None" = None,
-    ) -> Rollout:
-        """See ``VLLM``. If the server has other weights, update them and sample again, once; with several ranks, raise."""
+    def _with_current_weights(self, model: PreTrainedModel, sample: Callable[[], list[Trajectory]]) -> list[Trajectory]:
+        """If the server has other weights, update them and sample again, once; with several ranks, raise."""
         try:
-            return super().__call__(model, prompts, num_generations, temperature, samples, episodes)
+            return sample()
         except StaleWeights as error:
             # An update is collective, and other ranks may have finished their requests.
             if self.accelerator.num_processes > 1 or self.step is None:
                 raise
             logger.warning("%s: updating its weights again", error)
             self.sync_weights(model, self.step, force=True)
-            return super().__call__(model, prompts, num_generations, temperature, samples, episodes)
+            return sample()
 
     # Weights
 
