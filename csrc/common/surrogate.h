@@ -343,7 +343,7 @@ VLMK_HD void finish(const GrpoLoss& p, const float (&total)[GrpoColumn::count], 
     stats[GrpoStat::effective_tokens] = total[GrpoColumn::effective];
     stats[GrpoStat::rollout_mean] = ratio_of(total[GrpoColumn::rollout], tokens);
     stats[GrpoStat::region_mean] = low_mean + high_mean;  // a token is clipped at one bound at most
-    if (p.dmasked == nullptr) return;
+    if (!p.variant.perception) return;
     float seen = total[GrpoColumn::masked_tokens];
     stats[GrpoStat::masked_kl] = ratio_of(total[GrpoColumn::masked_kl], seen);
     stats[GrpoStat::masked_entropy] = ratio_of(total[GrpoColumn::masked_entropy], seen);
