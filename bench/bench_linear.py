@@ -16,7 +16,7 @@ import harness
 import pytest
 import torch
 
-from vlmkernels import backend, gather_logps, linear_grpo_loss, linear_logps
+from vlmkernels import backend, linear_grpo_loss, linear_logps
 from vlmkernels.ops.linear_logps.sweep import default_chunk_bytes
 
 # name: (completions, tokens of each, hidden width, vocabulary): heads of Qwen2.5-VL and Qwen3-VL, or a narrower one.
@@ -63,11 +63,6 @@ def naive(hidden, weight, targets, advantages):
 
 def ours_composed(hidden, weight, targets, advantages):
     return on_policy(linear_logps(hidden, weight, targets, return_entropy=True)[0], advantages)
-
-
-def ours_from_logits(hidden, weight, targets, advantages):
-    logits = hidden @ weight.T
-    return on_policy(gather_logps(logits, targets, return_entropy=True, inplace_backward=True)[0], advantages)
 
 
 def trl_logps(hidden, weight, targets):

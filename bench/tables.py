@@ -244,7 +244,7 @@ def suite() -> list[str]:
         category = "color" if category == "colour" else category  # the category has the word of its questions
         lines.append(f"| {category} | `{metric}` | {' | '.join(cells)} | {hidden:.1%} |")
     times = "; ".join(f"seed {r['seed']} {r['seconds']['supervised']:.0f} s and {r['seconds']['grpo']:.0f} s" for r in runs)
-    how = "by `vlmkernels demo --suite --seed N` (`python bench/suite_seeds.py` for several)"
+    how = "by `vlmkernels demo --suite --seed N` (`python bench/demo_seeds.py --suite` for several)"
     where = f"Version {first['version']}, on {content['device']}, {how}, commit {content['commit']}"
     return [*lines, "", f"{where}; {first['steps']} steps of GRPO; supervised start and GRPO: {times}."]
 

@@ -5,6 +5,17 @@
 #include "softcap.h"
 
 namespace vlmk::VLMK_ISA {
+inline f32 probability_of(f32 log) {
+    f32 y = log * kLog2e;
+    return exp2_clamp(y);
+}
+inline f32 log_of(f32 x) { return log(x); }
+}  // namespace vlmk::VLMK_ISA
+
+#define VLMK_NS VLMK_ISA
+#include "../common/divergence.h"
+
+namespace vlmk::VLMK_ISA {
 namespace {
 
 // Calls f(row) with row k of the logits.
@@ -38,49 +49,6 @@ void read_block(const LinearKlSide& side, int64_t k, int64_t vocab, int64_t star
     for (int64_t i = 0; i * kLanes < size; ++i) block.log[i] = (block.u[i] - stats[0]) * side.inverse - stats[1];
 }
 
-f32 probability(f32 log) {
-    f32 y = log * kLog2e;
-    return exp2_clamp(y);
-}
-
-// x log(x / y) for a probability x, given the logarithm: 0 for x = 0, where it may not be finite. A NaN stays NaN.
-f32 term(f32 x, f32 log_ratio) { return x > 0.0f ? x * log_ratio : x; }
-
-// Each divergence adds the terms of D and K for log p and log q, and computes G. See divergence.py.
-struct Forward {
-    void add(f32 log_p, f32 log_q, float, f32& total, f32&) const {
-        f32 q = probability(log_q);
-        total += term(q, log_q - log_p) + (probability(log_p) - q);
-    }
-    f32 gradient(f32 log_p, f32 log_q, float, float) const { return probability(log_p) - probability(log_q); }
-};
-
-struct Reverse {
-    void add(f32 log_p, f32 log_q, float, f32& total, f32& mean) const {
-        f32 p = probability(log_p), value = term(p, log_p - log_q) + (probability(log_q) - p);
-        total += value;
-        mean += value;
-    }
-    f32 gradient(f32 log_p, f32 log_q, float, float mean) const {
-        f32 p = probability(log_p);
-        return term(p, log_p - log_q - mean);
-    }
-};
-
-// The logarithms are those of m / p and m / q, not of m, so that the rounding of p and q has little effect.
-struct Mixture {
-    void add(f32 log_p, f32 log_q, float beta, f32& total, f32& mean) const {
-        f32 p = probability(log_p), q = probability(log_q), m = beta * q + (1.0f - beta) * p;
-        f32 of_p = term(p, -log(m / p));
-        total += beta * term(q, -log(m / q)) + (1.0f - beta) * of_p;
-        mean += of_p;
-    }
-    f32 gradient(f32 log_p, f32 log_q, float beta, float mean) const {
-        f32 p = probability(log_p), m = beta * probability(log_q) + (1.0f - beta) * p;
-        return (1.0f - beta) * term(p, -log(m / p) - mean);
-    }
-};
-
 // Calls f(start, size, student, teacher) for each block of row k.
 template <class Function>
 void for_blocks(const LinearKl& p, int64_t k, Function f) {
@@ -102,13 +70,17 @@ void read_softmax(const LinearKlSide& side, int64_t k, int64_t vocab, float* sta
 }
 
 template <class Divergence>
-void read(const LinearKl& p, int64_t k, Divergence divergence) {
+void read(const LinearKl& p, int64_t k) {
     read_softmax(p.student, k, p.vocab, p.stats + 5 * k);
     read_softmax(p.teacher, k, p.vocab, p.stats + 5 * k + 2);
     double total = 0, mean = 0;
     for_blocks(p, k, [&](int64_t, int64_t size, const Block& own, const Block& other) {
         f32 of_block{}, mean_of_block{};
-        for (int64_t i = 0; i * kLanes < size; ++i) divergence.add(own.log[i], other.log[i], p.beta, of_block, mean_of_block);
+        for (int64_t i = 0; i * kLanes < size; ++i) {
+            Terms<f32> terms = Divergence::terms(own.log[i], other.log[i], p.beta);
+            of_block += terms.total;
+            mean_of_block += terms.mean;
+        }
         total += hsum(of_block);
         mean += hsum(mean_of_block);
     });
@@ -118,7 +90,7 @@ void read(const LinearKl& p, int64_t k, Divergence divergence) {
 
 // Every block is read before its gradient, whose elements are not wider, is written.
 template <class Divergence>
-void write(const LinearKl& p, int64_t k, Divergence divergence) {
+void write(const LinearKl& p, int64_t k) {
     float mean = p.stats[5 * k + 4], factor = p.upstream[k] * p.student.inverse;
     for_blocks(p, k, [&](int64_t start, int64_t size, const Block& own, const Block& other) {
         with_row(p.student, k, p.vocab, [&](const auto& row) {
@@ -126,7 +98,7 @@ void write(const LinearKl& p, int64_t k, Divergence divergence) {
                 using Out = decltype(element);
                 Out* dx = static_cast<Out*>(p.dlogits) + k * p.dlogits_stride + start;
                 for (int64_t i = 0; i * kLanes < size; ++i) {
-                    f32 value = divergence.gradient(own.log[i], other.log[i], p.beta, mean) * row.slope(own.u[i]) * factor;
+                    f32 value = Divergence::gradient(own.log[i], other.log[i], p.beta, mean) * row.slope(own.u[i]) * factor;
                     if ((i + 1) * kLanes <= size) {
                         store(dx + i * kLanes, value);
                     } else {
@@ -139,11 +111,11 @@ void write(const LinearKl& p, int64_t k, Divergence divergence) {
 }
 
 template <class Divergence>
-void run(const LinearKl& p, int threads, Divergence divergence) {
+void run(const LinearKl& p, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t k = 0; k < p.num_rows; ++k) {
-        if (p.read) read(p, k, divergence);
-        if (p.write) write(p, k, divergence);
+        if (p.read) read<Divergence>(p, k);
+        if (p.write) write<Divergence>(p, k);
     }
 }
 
@@ -151,11 +123,11 @@ void run(const LinearKl& p, int threads, Divergence divergence) {
 
 void linear_kl(const LinearKl& p, int threads) {
     if (p.beta == 0.0f) {
-        run(p, threads, Forward{});
+        run<Forward>(p, threads);
     } else if (p.beta == 1.0f) {
-        run(p, threads, Reverse{});
+        run<Reverse>(p, threads);
     } else {
-        run(p, threads, Mixture{});
+        run<Mixture>(p, threads);
     }
 }
 

@@ -4,11 +4,12 @@
 namespace vlmk::cuda {
 namespace {
 
-template <int kKind>
+template <class Divergence>
 void run(const LinearKl& p, uintptr_t stream) {
     // log2(e) inverse, computed in fp64 and rounded once.
     auto scale = [](const LinearKlSide& side) { return static_cast<float>(1.4426950408889634 * side.inverse); };
-    launch("linear_kl_kernel", linear_kl_kernel<kKind>, p.num_rows, kThreads, stream, p, scale(p.student), scale(p.teacher));
+    launch("linear_kl_kernel", linear_kl_kernel<Divergence>, p.num_rows, kThreads, stream, p, scale(p.student),
+           scale(p.teacher));
 }
 
 }  // namespace
@@ -18,7 +19,7 @@ void linear_kl(const LinearKl& p, int device, uintptr_t stream) {
         throw std::runtime_error("linear_kl: the vocabulary must be below 2^31, got " + std::to_string(p.vocab));
     }
     DeviceGuard guard(device);
-    auto kernel = p.beta == 0.0f ? run<kForward> : p.beta == 1.0f ? run<kReverse> : run<kMixture>;
+    auto kernel = p.beta == 0.0f ? run<Forward> : p.beta == 1.0f ? run<Reverse> : run<Mixture>;
     kernel(p, stream);
 }
 

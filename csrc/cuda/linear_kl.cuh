@@ -7,9 +7,18 @@
 #include "softmax.cuh"
 
 namespace vlmk::cuda {
+VLMK_HD float probability_of(float log) { return exp2_approx(log * kLog2e); }
+VLMK_HD float log_of(float x) { return logf(x); }
+}  // namespace vlmk::cuda
+
+#ifndef VLMK_NS
+#define VLMK_NS cuda
+#endif
+#include "../common/divergence.h"
+
+namespace vlmk::cuda {
 
 constexpr int kGroup = 8;  // elements of a row that a thread loads before it computes with the first one
-constexpr int kForward = 0, kReverse = 1, kMixture = 2;  // the kinds of divergence
 
 // Elements v, v + kThreads, ... of a row; -infinity beyond the vocabulary.
 template <class T>
@@ -47,39 +56,6 @@ VLMK_DEVICE void load_group(const LinearKlSide& side, int64_t k, uint32_t v, uin
     }
 }
 
-VLMK_DEVICE float probability(float log) { return exp2_approx(log * kLog2e); }
-
-// x log(x / y) for a probability x, given the logarithm: 0 for x = 0, where it may not be finite. A NaN stays NaN.
-VLMK_DEVICE float term(float x, float log_ratio) { return x > 0.0f ? x * log_ratio : x; }
-
-struct Terms {
-    float total = 0, mean = 0;
-};
-
-// The terms of D and K for log p and log q.
-template <int kKind>
-VLMK_DEVICE Terms terms(float log_p, float log_q, float beta) {
-    float p = probability(log_p), q = probability(log_q);
-    if constexpr (kKind == kForward) return {term(q, log_q - log_p) + (p - q), 0.0f};
-    if constexpr (kKind == kReverse) {
-        float value = term(p, log_p - log_q) + (q - p);
-        return {value, value};
-    }
-    // The logarithms are those of m / p and m / q, not of m, so that the rounding of p and q has little effect.
-    float m = fmaf(beta, q, (1.0f - beta) * p), of_p = term(p, -logf(m / p));
-    return {fmaf(beta, term(q, -logf(m / q)), (1.0f - beta) * of_p), of_p};
-}
-
-// G for log p and log q.
-template <int kKind>
-VLMK_DEVICE float gradient(float log_p, float log_q, float beta, float mean) {
-    float p = probability(log_p), q = probability(log_q);
-    if constexpr (kKind == kForward) return p - q;
-    if constexpr (kKind == kReverse) return term(p, log_p - log_q - mean);
-    float m = fmaf(beta, q, (1.0f - beta) * p);
-    return (1.0f - beta) * term(p, -logf(m / p) - mean);
-}
-
 // The logarithm of the probability of u.
 struct LogProbability {
     float m, inverse, log_sum;
@@ -107,7 +83,7 @@ VLMK_DEVICE void read_softmax(const LinearKlSide& side, int64_t k, uint32_t voca
 }
 
 // Grid: (n,), one block per row.
-template <int kKind>
+template <class Divergence>
 __global__ void __launch_bounds__(kThreads, 4)
     linear_kl_kernel(const __grid_constant__ LinearKl p, float scale, float teacher_scale) {
     VLMK_SHARED(float, stats, 5);
@@ -123,14 +99,14 @@ __global__ void __launch_bounds__(kThreads, 4)
     LogProbability of_student{stats[0], p.student.inverse, stats[1]}, of_teacher{stats[2], p.teacher.inverse, stats[3]};
     float u[kGroup], other[kGroup];
     if (p.read) {
-        Terms sum;
+        Terms<float> sum;
         for (uint32_t v = threadIdx.x; v < vocab; v += kGroup * kThreads) {
             load_group(p.student, k, v, vocab, u);
             load_group(p.teacher, k, v, vocab, other);
 #pragma unroll
             for (int j = 0; j < kGroup; ++j) {
                 if (v + j * kThreads >= vocab) break;
-                Terms of_token = terms<kKind>(of_student(u[j]), of_teacher(other[j]), p.beta);
+                Terms<float> of_token = Divergence::terms(of_student(u[j]), of_teacher(other[j]), p.beta);
                 sum.total += of_token.total;
                 sum.mean += of_token.mean;
             }
@@ -159,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 4)
             uint32_t at = v + j * kThreads;
             if (at >= vocab) break;
             float slope = cap > 0.0f ? p.student.logit_scale * (1.0f - u[j] / cap * (u[j] / cap)) : 1.0f;
-            float dx = gradient<kKind>(of_student(u[j]), of_teacher(other[j]), p.beta, mean) * factor * slope;
+            float dx = Divergence::gradient(of_student(u[j]), of_teacher(other[j]), p.beta, mean) * factor * slope;
             int64_t to = k * p.dlogits_stride + at;
             switch (p.gradient_dtype) {
                 case DType::float32:

@@ -22,7 +22,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // ---- arithmetic ----
 
 // 2^x within 2 ulp. Denormal results may be 0.
-VLMK_DEVICE float exp2_approx(float x) {
+VLMK_HD float exp2_approx(float x) {
 #ifdef __CUDA_ARCH__
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

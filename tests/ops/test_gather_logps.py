@@ -253,13 +253,20 @@ def test_index_out_of_range_on_the_cpu(backend, bad):
         gather_logps(x, t[0, :1], rows=torch.tensor([bad + 1 if bad > 0 else bad]), backend=backend)
 
 
-@pytest.mark.gpu
+@pytest.mark.device
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_index_out_of_range_on_a_gpu_gives_nan(backend):
-    logits, targets, _ = make(4, 100, torch.float32, "cuda")
+def test_index_out_of_range_gives_nan(monkeypatch, need, device, backend):
+    """Where the indices are not checked: on a GPU."""
+    logits, targets, _ = make(4, 100, torch.float32, device)
+    need("gather_logps", backend, logits)
+    monkeypatch.setattr("vlmkernels.ops.gather_logps.require_indices", lambda *args: None)
     targets[1], targets[2] = 100, -1
-    logp = gather_logps(logits, targets, backend=backend)
-    assert logp.isnan().tolist() == [False, True, True, False]
+    wrong = [False, True, True, False]
+    for result in gather_logps(logits, targets, return_entropy=True, backend=backend):
+        assert result.isnan().tolist() == wrong
+    rows = torch.tensor([0, 4, -1, 3], device=device)
+    for result in gather_logps(logits, targets.clamp(0, 99), rows=rows, return_entropy=True, backend=backend):
+        assert result.isnan().tolist() == wrong
 
 
 @pytest.mark.gpu

@@ -342,14 +342,15 @@ def test_a_fault_upstream_shows(need, device, backend):
 
 
 @pytest.mark.parametrize("backend", ALL)
-def test_empty(need, device, backend):
+def test_empty(need, device, nan_filled, backend):
     need("grpo_loss", backend, torch.zeros(1, 1, device=device))
     for shape in ((0, 5), (3, 0), (0, 0)):
         zeros = torch.zeros(shape, device=device)
-        batch = {"logps": zeros, "entropy": zeros, "advantages": torch.ones(shape[0], device=device)}
-        result = run(batch, GRPOLossConfig(loss_type="grpo", entropy_coef=0.1), backend)
-        assert result["loss"] == 0
-        assert result["dlogps"].shape == result["dentropy"].shape == shape
+        batch = {"logps": zeros, "entropy": zeros, "masked_logps": zeros, "advantages": torch.ones(shape[0], device=device)}
+        result = run(batch, GRPOLossConfig(loss_type="grpo", entropy_coef=0.1, perception_loss_weight=0.1), backend)
+        for name in ("dlogps", "dentropy", "dmasked"):
+            assert result.pop(name).shape == shape
+        assert all(value == 0 for value in result.values()), result
     cu_seqlens = torch.tensor([0, 0, 2, 2], dtype=torch.int32, device=device)
     batch = {"logps": torch.zeros(2, device=device), "advantages": torch.ones(3, device=device), "cu_seqlens": cu_seqlens}
     assert run(batch, GRPOLossConfig(loss_type="grpo"), backend)["loss"].item() == pytest.approx(-1 / 3)
@@ -570,6 +571,12 @@ ERRORS = {
     "num_items": ((X, S), {"num_items": -1}, ValueError, "num_items must be >= 0, got -1"),
     "num_items type": ((X, S), {"num_items": "9"}, TypeError, r"num_items must be a number or a \(\) tensor, got '9'"),
     "threshold": ((X, S), {"entropy_threshold": [1]}, TypeError, r"entropy_threshold must be a number or a .* got \[1\]"),
+    "num_items device": (
+        (X, S),
+        {"num_items": torch.ones((), device="meta")},
+        ValueError,
+        "num_items must be on the device of logps, cpu, got meta",
+    ),
     "num_items shape": ((X, S), {"num_items": S}, ValueError, r"num_items must be a number or a \(\) tensor, got \(2,\)"),
     "accumulation": ((X, S), {"accumulation_steps": 0}, ValueError, "accumulation_steps must be finite and > 0, got 0"),
     "accumulation type": ((X, S), {"accumulation_steps": "2"}, TypeError, "accumulation_steps must be finite and > 0, got '2'"),

@@ -11,6 +11,7 @@ from support.linear_cases import KERNELS, ROW
 from vlmkernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_logps
 from vlmkernels.ops import linear_grpo_loss as linear_grpo_loss_module
 from vlmkernels.ops import linear_logps as linear_logps_module
+from vlmkernels.ops.grpo_loss.inputs import LossInputs
 from vlmkernels.ops.linear_grpo_loss import in_one_sweep
 from vlmkernels.ops.linear_logps import sweep
 
@@ -422,13 +423,14 @@ def test_opcheck(device, keep_logits_bytes, frozen_master_weight, half):
     if frozen_master_weight:  # fp32, with hidden states of 16 bits
         hidden = hidden.to(half)
     needed = [True, not frozen_master_weight, True]
-    names = ("advantages", "old_logps", "ref_logps", "loss_mask", "cu_seqlens", "rollout_logps", "masked_logps")
     if keep_logits_bytes:
         del batch["loss_mask"]  # the rows of dlogits behind those of the selected tokens are not written
-    inputs = [batch.get(name) for name in names]
+    results = torch.zeros((), device=device).expand(targets.shape)
+    batch |= {"logps": results, "entropy": results, "accumulation_steps": 1.0}
+    inputs = [batch.get(name) for name in LossInputs._fields]
     config = GRPOLossConfig(beta=0.1, rollout_correction="token_truncate", perception_loss_weight=0.3).text
-    scalars = (None, 1.0, needed, config, "auto")
-    arguments = (hidden, weight, bias, targets, None, 0.8, 1.0, None, 2**20, keep_logits_bytes, *inputs, *scalars)
+    settings = (0.8, 1.0, None, 2**20, keep_logits_bytes, needed, config, "auto")
+    arguments = (hidden, weight, bias, targets, batch.get("loss_mask"), None, *inputs, *settings)
     torch.library.opcheck(torch.ops.vlmkernels.linear_grpo_loss_fwd, arguments)
     dlogits = torch.randn(targets.numel(), VOCAB, device=device).to(hidden.dtype)
     arguments = (torch.tensor(2.0, device=device), dlogits, hidden, weight, bias, None, None, needed)

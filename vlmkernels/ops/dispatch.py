@@ -20,7 +20,7 @@ _SCHEMA_TYPES = {
 
 
 def schema(*fields: type, mutates: Collection[str] = ()) -> str:
-    """Return the arguments of an operator's schema: the fields of NamedTuples, in order.
+    """Return the arguments or the results of an operator's schema: the fields of NamedTuples, in order.
 
     The caller passes the values of these NamedTuples, and the implementation reads them back with ``unpack``, so the arguments
     are listed only once.

@@ -90,7 +90,7 @@ def add_scores(s, m, norm):
     return top, shares, norm * alpha + tl.sum(shares, 1), alpha
 
 
-@triton.jit(do_not_specialize=["S", "N", "parts", "first_part", "num_pages", "window", "part_size"])
+@triton.jit(do_not_specialize=["S", "parts", "first_part", "num_pages", "window", "part_size"])
 def decode_parts_kernel(
     query_ptr,  # (S, Hq, D)
     key_ptr,  # (N, Hkv, capacity, D), or with a table (num_pages, Hkv, page_size, D)
@@ -105,7 +105,6 @@ def decode_parts_kernel(
     acc_ptr,  # (S, Hq, parts, DV) out
     sums_ptr,  # (S, Hq, parts, 2) out: m, l
     S,
-    N,
     parts,
     first_part,  # of this level
     num_pages,
@@ -341,7 +340,6 @@ def fwd(query, key, value, levels, window, scale, out, lse):
                 acc,
                 sums,
                 slots,
-                level.num_segments,
                 parts,
                 index * most_parts,
                 len(level.key),

@@ -29,7 +29,7 @@ def run(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out_dtype: 
     a = a.contiguous()
     if a.data_ptr() % 64:
         a = a.clone()  # kernels may depend on the alignment
-    sizes, start = _sizes(a, b, bias), 0
+    sizes, start = _sizes(b, bias), 0
     for size in sizes:
         while len(a) - start >= size:
             _product(a[start : start + size], b, bias, out[start : start + size])
@@ -46,7 +46,7 @@ def _product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, out: t
     torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
-def _sizes(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, ...]:
+def _sizes(b: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, ...]:
     key = (b.shape, b.stride(), b.dtype, b.device, bias is None, torch.get_num_threads())
     if key not in _checked:
         _checked[key] = _check(b, bias)

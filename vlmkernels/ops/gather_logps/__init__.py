@@ -17,7 +17,7 @@ FWD = "vlmkernels::gather_logps_fwd"
 BWD = "vlmkernels::gather_logps_bwd"
 BWD_INPLACE = "vlmkernels::gather_logps_bwd_"
 
-define(FWD, f"({schema(Inputs)}) -> (Tensor logp, Tensor entropy, Tensor stats)")
+define(FWD, f"({schema(Inputs)}) -> ({schema(Outputs)})")
 define(BWD, f"(Tensor logits, {schema(Gradient)}) -> Tensor")
 define(BWD_INPLACE, f"(Tensor(a!) logits, {schema(Gradient)}) -> ()")
 

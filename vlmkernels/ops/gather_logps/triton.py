@@ -118,14 +118,14 @@ def gather_logps_merge_kernel(
         sy = tl.load(part + 2, mask=i < splits, other=0.0)
         top = tl.max(m, 0)
         shift = tl.maximum((m - top) * scale, -126.0)
-        total = tl.sum(s * tl.exp2(shift), 0)
-        mean_y = tl.sum((sy + s * shift) * tl.exp2(shift), 0) / total
-        log_sum = tl.log(total)
         target = tl.load(targets_ptr + k)
         n = k if rows_ptr is None else tl.load(rows_ptr + k)
         valid = (target >= 0) & (target < V) & (n >= 0) & (n < N)
-        # If an index is out of range, the result is NaN, and so is its gradient, because stats are NaN.
+        # If an index is out of range, all results are NaN, and so is their gradient.
         top = tl.where(valid, top, float("nan"))
+        total = tl.where(valid, tl.sum(s * tl.exp2(shift), 0), float("nan"))
+        mean_y = tl.sum((sy + s * shift) * tl.exp2(shift), 0) / total
+        log_sum = tl.log(total)
         x_ptr = logits_ptr + row_offset(n, inner, stride_outer, stride_inner)
         x = tl.load(x_ptr + target, mask=valid, other=0.0).to(tl.float32)
         tl.store(logp_ptr + k, (x - top) / temperature - log_sum)

@@ -25,7 +25,7 @@ __all__ = ["GroupAdvantages", "group_advantages"]
 
 FWD = "vlmkernels::group_advantages"
 
-define(FWD, f"({schema(Inputs)}) -> (Tensor advantages, Tensor rewards, Tensor mean, Tensor std, Tensor degenerate)")
+define(FWD, f"({schema(Inputs)}) -> ({schema(GroupAdvantages)})")
 
 SCALES = ("group", "batch", "none")
 BASELINES = ("mean", "leave_one_out", "pass_at_k", "none")

@@ -26,9 +26,6 @@ class Settings(NamedTuple):
     backend: str
 
 
-define(FWD, f"({schema(LossInputs, Settings)}) -> (Tensor loss, Tensor dlogp, Tensor dentropy, Tensor dmasked, Tensor stats)")
-
-
 class Outputs(NamedTuple):
     """The results of the forward pass."""
 
@@ -37,6 +34,9 @@ class Outputs(NamedTuple):
     dentropy: torch.Tensor  # like logps: the gradient without entropy_scale; (0,) without an entropy bonus
     dmasked: torch.Tensor  # like masked_logps: the gradient without policy_scale; (0,) without the terms of PAPO
     stats: torch.Tensor  # see STATS
+
+
+define(FWD, f"({schema(LossInputs, Settings)}) -> ({schema(Outputs)})")
 
 
 def _outputs(inputs: LossInputs, config: GRPOLossConfig) -> Outputs:

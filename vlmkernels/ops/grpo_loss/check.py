@@ -60,12 +60,12 @@ def check_layout(inputs: LossInputs) -> None:
         if isinstance(value, torch.Tensor):
             if value.dim() != 0:
                 raise ValueError(f"{name} must be a number or a () tensor, got {tuple(value.shape)}")
+            if name != "num_items" or value.device.type != "cpu":
+                require_device(name, value, device, "logps")
         elif value is not None:
             require_number(name, value, "be a number or a () tensor")
             if not value >= 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
-    if isinstance(inputs.entropy_threshold, torch.Tensor):
-        require_device("entropy_threshold", inputs.entropy_threshold, device, "logps")
     require_positive("accumulation_steps", inputs.accumulation_steps)
 
 

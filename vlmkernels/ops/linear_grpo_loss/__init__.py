@@ -9,7 +9,7 @@ from torch.library import define, impl, register_fake
 from vlmkernels.backend import resolve, select
 from vlmkernels.ops.arguments import as_cu_seqlens, as_indices, as_mask, as_tensor, without_ignored
 from vlmkernels.ops.checks import require_indices
-from vlmkernels.ops.dispatch import schema
+from vlmkernels.ops.dispatch import schema, unpack
 from vlmkernels.ops.grpo_loss import grpo_loss
 from vlmkernels.ops.grpo_loss.check import check_config, check_layout, check_values, prepare
 from vlmkernels.ops.grpo_loss.config import DEFAULT, GRPOLossConfig, as_config, parse
@@ -40,53 +40,24 @@ FWD = "vlmkernels::linear_grpo_loss_fwd"
 BWD = "vlmkernels::linear_grpo_loss_bwd"
 
 
-class Inputs(NamedTuple):
-    """The arguments of the forward operator, in the order of its schema."""
+class Settings(NamedTuple):
+    """The arguments of the forward operator after ``Operands`` and ``LossInputs``.
 
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    targets: torch.Tensor
-    rows: torch.Tensor | None
+    Of the logps and the entropy of these ``LossInputs`` only shape and dtype count: the operator computes their values.
+    """
+
     temperature: float
     logit_scale: float
     softcap: float | None
     chunk_bytes: int
     keep_logits_bytes: int
-    advantages: torch.Tensor
-    old_logps: torch.Tensor | None
-    ref_logps: torch.Tensor | None
-    loss_mask: torch.Tensor | None
-    cu_seqlens: torch.Tensor | None
-    rollout_logps: torch.Tensor | None
-    masked_logps: torch.Tensor | None
-    num_items: torch.Tensor | None
-    accumulation_steps: float
     needed: list[bool]  # whether hidden, weight and bias need gradients
     config: str  # GRPOLossConfig.text
     backend: str
 
-    @property
-    def keeps_dlogits(self) -> bool:
+    def keeps_dlogits(self, inputs: Operands) -> bool:
         """Whether the gradients of all logits are kept, so that the backward pass runs the GEMMs of the gradients."""
-        return self.targets.numel() * len(self.weight) * self.hidden.itemsize <= self.keep_logits_bytes
-
-    def loss_inputs(self, logps: torch.Tensor, entropy: torch.Tensor) -> LossInputs:
-        """The inputs of ``grpo_loss``."""
-        return LossInputs(
-            logps=logps,
-            advantages=self.advantages,
-            old_logps=self.old_logps,
-            ref_logps=self.ref_logps,
-            loss_mask=self.loss_mask,
-            cu_seqlens=self.cu_seqlens,
-            rollout_logps=self.rollout_logps,
-            masked_logps=self.masked_logps,
-            entropy=entropy,
-            entropy_threshold=None,
-            num_items=self.num_items,
-            accumulation_steps=self.accumulation_steps,
-        )
+        return inputs.targets.numel() * len(inputs.weight) * inputs.hidden.itemsize <= self.keep_logits_bytes
 
 
 class Outputs(NamedTuple):
@@ -117,11 +88,7 @@ class Gradient(NamedTuple):
     needed: list[bool]
 
 
-define(
-    FWD,
-    f"({schema(Inputs)}) -> (Tensor loss, Tensor stats, Tensor logps, Tensor entropy, Tensor dmasked, Tensor scale,"
-    " Tensor dlogits, Tensor dhidden, Tensor dweight, Tensor dbias)",
-)
+define(FWD, f"({schema(Operands, LossInputs, Settings)}) -> ({schema(Outputs)})")
 define(BWD, f"({schema(Gradient)}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)")
 
 
@@ -143,33 +110,34 @@ def largest_weight(tokens: Tokens) -> float:
 @impl(FWD, "default")
 @torch.no_grad()
 def _fwd(*args: Any) -> Outputs:
-    inputs = Inputs(*args)
-    hidden, weight, targets, mask, rows = inputs.hidden, inputs.weight, inputs.targets, inputs.loss_mask, inputs.rows
+    inputs, loss_inputs, settings = unpack(args, Operands, LossInputs, Settings)
+    hidden, weight, bias, targets, mask, rows = inputs
     require_indices("targets", targets, len(weight), "the vocabulary", mask)
     if rows is not None:
         leading = hidden.shape[:-1]
         require_indices("rows", rows, leading.numel(), f"the rows of hidden {tuple(leading)}", mask)
-    logps = torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    logps = torch.zeros_like(loss_inputs.logps, memory_format=torch.contiguous_format)
     entropy = torch.zeros_like(logps)
-    loss_inputs, config = inputs.loss_inputs(logps, entropy), parse(inputs.config)
+    loss_inputs, config = loss_inputs._replace(logps=logps, entropy=entropy), parse(settings.config)
     check_values(loss_inputs)
     selected, index = selected_indices(mask, rows)
-    head = Head.from_operands(hidden, weight, inputs.bias, inputs.temperature, inputs.logit_scale, inputs.softcap)
-    dlogits = hidden.new_empty(targets.numel() if inputs.keeps_dlogits else 0, len(weight))
+    head = Head.from_operands(hidden, weight, bias, settings.temperature, settings.logit_scale, settings.softcap)
+    kept = settings.keeps_dlogits(inputs)
+    dlogits = hidden.new_empty(targets.numel() if kept else 0, len(weight))
     in_place = result_dtype(hidden) == hidden.dtype  # the gradient of a logit overwrites it
-    sweep = Sweep(hidden, head, index, inputs.chunk_bytes, dlogits if in_place else None)
+    sweep = Sweep(hidden, head, index, settings.chunk_bytes, dlogits if in_place else None)
     segments = None
-    if not inputs.keeps_dlogits:
+    if not kept:
         segments = Segments(
             hidden,
             sweep,
-            inputs.needed,
-            inputs.keep_logits_bytes,
+            settings.needed,
+            settings.keep_logits_bytes,
             repeated=rows is not None,
             weight_dtype=weight.dtype,
             in_fp32=is_scaled(hidden),
         )
-    kernels = select("linear_grpo_loss", inputs.backend, hidden)
+    kernels = select("linear_grpo_loss", settings.backend, hidden)
     tokens = _tokens(loss_inputs, config, selected, sweep.num)
     scale = logps.new_empty(0)
     if is_scaled(hidden):
@@ -195,7 +163,7 @@ def _fwd(*args: Any) -> Outputs:
     loss, stats, dlogp = logps.new_empty(()), logps.new_empty(num_stats(config)), torch.empty_like(logps)
     dentropy = torch.empty_like(logps) if config.entropy_coef else logps.new_empty(0)
     dmasked = torch.empty_like(logps) if config.perception else logps.new_empty(0)
-    select("grpo_loss", inputs.backend, logps).fwd(loss_inputs, config, loss, dlogp, dentropy, dmasked, stats)
+    select("grpo_loss", settings.backend, logps).fwd(loss_inputs, config, loss, dlogp, dentropy, dmasked, stats)
     if config.perception:
         dmasked *= stats[STATS.index("policy_scale")]
     gradients = [hidden.new_empty(0) for _ in range(3)] if segments is None else segments.gradients.results()
@@ -221,14 +189,13 @@ def _tokens(inputs: LossInputs, config: GRPOLossConfig, selected: torch.Tensor |
 
 
 def _fwd_fake(*args: Any) -> Outputs:
-    inputs = Inputs(*args)
-    hidden, weight = inputs.hidden, inputs.weight
-    logps = hidden.new_empty(inputs.targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    kept = inputs.keeps_dlogits
+    inputs, loss_inputs, settings = unpack(args, Operands, LossInputs, Settings)
+    hidden, weight, kept = inputs.hidden, inputs.weight, settings.keeps_dlogits(inputs)
+    logps = torch.empty_like(loss_inputs.logps, memory_format=torch.contiguous_format)
     dlogits = hidden.new_empty(inputs.targets.numel() if kept else 0, len(weight))
     scale = logps.new_empty(() if is_scaled(hidden) else 0)
-    gradients = empty_gradients(hidden, weight, inputs.bias, [False] * 3 if kept else inputs.needed, is_scaled(hidden))
-    config = parse(inputs.config)
+    gradients = empty_gradients(hidden, weight, inputs.bias, [False] * 3 if kept else settings.needed, is_scaled(hidden))
+    config = parse(settings.config)
     dmasked = logps.new_empty(logps.shape if config.perception else 0)
     results = logps.new_empty(()), logps.new_empty(num_stats(config)), logps, torch.empty_like(logps), dmasked
     return Outputs(*results, scale, dlogits, *gradients)
@@ -274,9 +241,9 @@ register_fake(BWD, _bwd_fake)
 class _LinearGRPOLoss(torch.autograd.Function):
     """Both operators; https://pytorch.org/docs/stable/notes/extending.html
 
-    ``hidden``, ``weight``, ``bias`` and ``masked_logps`` are arguments of their own, besides ``inputs``, so that autograd sees
-    them. The results of the forward pass that the backward pass uses, ``ctx.dlogits`` or ``ctx.gradients``, are not saved
-    tensors: the backward pass overwrites or frees them, and hooks of saved tensors (offloading) would copy gigabytes.
+    ``hidden``, ``weight``, ``bias`` and ``masked_logps`` are arguments of their own, so that autograd sees them. The results of
+    the forward pass that the backward pass uses, ``ctx.dlogits`` or ``ctx.gradients``, are not saved tensors: the backward pass
+    overwrites or frees them, and hooks of saved tensors (offloading) would copy gigabytes.
     """
 
     @staticmethod
@@ -286,16 +253,21 @@ class _LinearGRPOLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         masked_logps: torch.Tensor | None,
-        inputs: Inputs,
+        inputs: Operands,
+        loss_inputs: LossInputs,
+        settings: Settings,
     ) -> tuple[torch.Tensor, ...]:
-        inputs = inputs._replace(hidden=hidden, weight=weight, bias=bias, masked_logps=masked_logps)
-        outputs = Outputs(*torch.ops.vlmkernels.linear_grpo_loss_fwd(*inputs))
-        ctx.needed, ctx.used, ctx.dmasked = inputs.needed, False, outputs.dmasked
+        inputs, loss_inputs = (
+            inputs._replace(hidden=hidden, weight=weight, bias=bias),
+            loss_inputs._replace(masked_logps=masked_logps),
+        )
+        outputs = Outputs(*torch.ops.vlmkernels.linear_grpo_loss_fwd(*inputs, *loss_inputs, *settings))
+        ctx.needed, ctx.used, ctx.dmasked = settings.needed, False, outputs.dmasked
         ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype
         ctx.scale = outputs.scale if is_scaled(hidden) else None
-        if inputs.keeps_dlogits:
+        if settings.keeps_dlogits(inputs):
             ctx.dlogits, ctx.gradients = outputs.dlogits, None
-            ctx.save_for_backward(hidden, weight, bias, inputs.loss_mask, inputs.rows)
+            ctx.save_for_backward(hidden, weight, bias, inputs.mask, inputs.rows)
         else:
             ctx.dlogits, ctx.gradients = None, [outputs.dhidden, outputs.dweight, outputs.dbias]
         ctx.mark_non_differentiable(outputs.stats, outputs.logps, outputs.entropy)
@@ -306,7 +278,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
         if dloss is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None, None
         if ctx.used:
             raise RuntimeError(
                 "linear_grpo_loss supports one backward pass, which frees what the forward pass kept; for several passes use"
@@ -324,7 +296,7 @@ class _LinearGRPOLoss(torch.autograd.Function):
             gradients = [x.mul_(dloss) for x in gradients]
         results = zip(gradients, ctx.dtypes, ctx.needed, strict=True)
         dhidden, dweight, dbias = (x.to(dtype) if n else None for x, dtype, n in results)
-        return dhidden, dweight, dbias, dmasked, None
+        return dhidden, dweight, dbias, dmasked, None, None, None
 
 
 class LinearGRPOLossOutput(NamedTuple):
@@ -457,40 +429,27 @@ def linear_grpo_loss(
             logps, entropy=entropy, entropy_threshold=entropy_threshold, config=config, backend=backend, **loss_inputs
         )
         return LinearGRPOLossOutput(loss, metrics_, logps.detach(), entropy.detach())
-    head = Operands(hidden, weight, bias, targets, loss_mask, rows)
-    check(head, temperature, logit_scale, softcap, mask_name="loss_mask")
+    inputs = Operands(hidden, weight, bias, targets, loss_mask, rows)
+    check(inputs, temperature, logit_scale, softcap, mask_name="loss_mask")
     if keep_logits_bytes is None and chunk_bytes is None:
         keep_logits_bytes = default_dlogits_bytes(hidden.device)
-    chunk_bytes, keep_logits_bytes = budget(head, chunk_bytes, keep_logits_bytes, backend)
+    chunk_bytes, keep_logits_bytes = budget(inputs, chunk_bytes, keep_logits_bytes, backend)
     results = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    results = results.expand(targets.shape)  # stands for the log-probabilities and entropies in the checks
+    results = results.expand(targets.shape)  # stands for the log-probabilities and entropies
     checked = LossInputs(logps=results, entropy=results, entropy_threshold=None, **loss_inputs)
     check_layout(checked)
     check_config(checked, config)
     checked = prepare(checked, config)
-    inputs = Inputs(
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        targets=targets,
-        rows=rows,
+    settings = Settings(
         temperature=float(temperature),
         logit_scale=float(logit_scale),
         softcap=None if softcap is None else float(softcap),
         chunk_bytes=chunk_bytes,
         keep_logits_bytes=keep_logits_bytes,
-        advantages=checked.advantages,
-        old_logps=checked.old_logps,
-        ref_logps=checked.ref_logps,
-        loss_mask=checked.loss_mask,
-        cu_seqlens=checked.cu_seqlens,
-        rollout_logps=checked.rollout_logps,
-        masked_logps=checked.masked_logps,
-        num_items=checked.num_items,
-        accumulation_steps=checked.accumulation_steps,
         needed=needed,
         config=config.text,
         backend=backend,
     )
-    loss, stats, logps, entropy = _LinearGRPOLoss.apply(hidden, weight, bias, checked.masked_logps, inputs)
+    leaves = hidden, weight, bias, checked.masked_logps
+    loss, stats, logps, entropy = _LinearGRPOLoss.apply(*leaves, inputs, checked, settings)
     return LinearGRPOLossOutput(loss, metrics(stats, checked, config), logps, entropy)

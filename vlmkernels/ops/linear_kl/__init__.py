@@ -53,16 +53,9 @@ class Sum(NamedTuple):
     dbias: torch.Tensor
 
 
-define(
-    FWD,
-    f"({schema(Operands, Settings)}) -> (Tensor divergence, Tensor stats, Tensor support, Tensor teacher_logps, Tensor kept,"
-    " Tensor teacher_kept)",
-)
+define(FWD, f"({schema(Operands, Settings)}) -> ({schema(Outputs)})")
 define(BWD, f"({schema(Gradient, Operands, Settings, mutates=('kept',))}) -> (Tensor dhidden, Tensor dweight, Tensor dbias)")
-define(
-    SUM,
-    f"({schema(Operands, Weights, Settings)}) -> (Tensor total, Tensor scale, Tensor dhidden, Tensor dweight, Tensor dbias)",
-)
+define(SUM, f"({schema(Operands, Weights, Settings)}) -> ({schema(Sum)})")
 
 
 def _shape(inputs: Operands) -> torch.Size:

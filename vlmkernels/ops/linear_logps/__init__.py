@@ -33,7 +33,7 @@ __all__ = ["VocabParallel", "linear_logps"]
 FWD = "vlmkernels::linear_logps_fwd"
 BWD = "vlmkernels::linear_logps_bwd"
 
-define(FWD, f"({schema(Operands, Settings)}) -> (Tensor logp, Tensor entropy, Tensor stats, Tensor kept)")
+define(FWD, f"({schema(Operands, Settings)}) -> ({schema(Outputs)})")
 # A gradient that is not needed, or is added to weight_grad, is returned with shape (0,).
 define(
     BWD,

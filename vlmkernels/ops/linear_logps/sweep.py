@@ -194,7 +194,6 @@ class Sweep:
         if rows_of_chunk is None:
             rows_of_chunk = _rows_of_chunk(self.num - self.kept, chunk_bytes, row_bytes(hidden, len(head.weight)))
         self.rows_of_chunk = rows_of_chunk
-        self.num_chunks = bool(self.kept) + -(-(self.num - self.kept) // self.rows_of_chunk)
         self.buffer: torch.Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

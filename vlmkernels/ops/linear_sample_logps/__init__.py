@@ -33,7 +33,7 @@ class Layer(NamedTuple):
 define(
     FWD,
     f"({schema(Layer)}, {schema(Inputs).replace('logits', 'hidden')}, {schema(Filters)}, str backend)"
-    " -> (Tensor ids, Tensor logps, Tensor log_kept_mass, Tensor entropy)",
+    f" -> ({schema(SampledTokens)})",
 )
 
 

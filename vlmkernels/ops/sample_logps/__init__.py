@@ -24,10 +24,7 @@ __all__ = ["SampledTokens", "sample_logps"]
 
 FWD = "vlmkernels::sample_logps"
 
-define(
-    FWD,
-    f"({schema(Inputs, Filters)}, str backend) -> (Tensor ids, Tensor logps, Tensor log_kept_mass, Tensor entropy)",
-)
+define(FWD, f"({schema(Inputs, Filters)}, str backend) -> ({schema(SampledTokens)})")
 
 
 def check_values(inputs: Inputs) -> None:
