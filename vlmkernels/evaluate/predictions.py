@@ -142,9 +142,9 @@ class Predictions:
             raise ValueError(f"{self.path} must be a file of predictions, got one without a complete line")
         _, first = next(read_json_lines(self.path))
         before = first.get("settings") or {}
-        changed = [name for name in settings if before.get(name) != settings[name]]
+        changed = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
         if changed:
-            changes = "; ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+            changes = "; ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
             raise ValueError(f"{self.path} was made with other settings: {changes}")
         if len(complete) < len(content):
             with self.path.open("r+b") as file:
