@@ -119,6 +119,18 @@ def test_fit_that_finds_nothing(capsys):
     assert "GiB are missing" in text
 
 
+def test_fit_keeps_flags_with_the_value_of_their_default(capsys):
+    flags = ["plan", "--model", "qwen2.5-vl-3b", "--lora_r", "0", "--optim", "adamw_torch_fused"]
+    assert main([*flags, "--fit", "24GB"]) == 1
+    assert "The smallest configuration, all parameters, needs" in capsys.readouterr().out
+
+
+def test_fit_on_several_gpus_prints_the_launcher(capsys):
+    assert main(["plan", "--model", "qwen2.5-vl-3b", "--fit", "80GB", "--gpus", "8"]) == 0
+    launcher = "accelerate launch --config_file configs/fsdp2.yaml --num_processes 8 -m vlmkernels.cli train --model"
+    assert launcher in capsys.readouterr().out
+
+
 def test_schedule(capsys):
     flags = [
         "plan",
