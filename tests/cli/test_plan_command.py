@@ -51,6 +51,7 @@ def test_command(tmp_path, capsys):
         ("--machine nowhere", "machine must be h100, h200, .*, l4 or a file written by --calibrate, got nowhere"),
         ("--precision fp32", "precision must be bf16 on h100, got fp32"),
         ("--machine h100 --calibrate", "--machine must not be used together with --calibrate, got h100"),
+        ("--reward_seconds nan", "reward_seconds must be >= 0 and finite, got nan"),
         ("--fit much", "argument --fit: must be a size above 0 in MB, .* such as 24GB, got 'much'"),
         ("--fit=-3GB", "argument --fit: must be a size above 0 in MB, .* such as 24GB, got '-3GB'"),
         ("--activation_offloading --gpus 2", "activation_offloading must be false with fsdp2 on 2 GPUs, got true"),
