@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support import tiny, tool_models
 
 from vlmkernels.cli import main
@@ -239,6 +240,16 @@ def test_yaml_errors(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--config", str(path)])
     assert "must map names to values, got list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["cer", "[cer, exact_match]"])
+def test_repeated_flags_override_yaml(tmp_path, value):
+    (tmp_path / "run.yaml").write_text(f"reward: {value}\n")
+    parser = build_parser()
+    read_yaml(parser, str(tmp_path / "run.yaml"))
+    given = yaml.safe_load(value)
+    for flags, expected in (([], given), (["--reward", "iou"], ["iou"]), (["--reward", "iou", "--reward", "f"], ["iou", "f"])):
+        assert parser.parse_args([*flags, "--output_dir", str(tmp_path)]).reward == expected
 
 
 @pytest.mark.parametrize(

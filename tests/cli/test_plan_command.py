@@ -51,6 +51,7 @@ def test_command(tmp_path, capsys):
         ("--machine nowhere", "machine must be h100, h200, .*, l4 or a file written by --calibrate, got nowhere"),
         ("--precision fp32", "precision must be bf16 on h100, got fp32"),
         ("--machine h100 --calibrate", "--machine must not be used together with --calibrate, got h100"),
+        ("--reward_seconds nan", "reward_seconds must be >= 0 and finite, got nan"),
         ("--fit much", "argument --fit: must be a size above 0 in MB, .* such as 24GB, got 'much'"),
         ("--fit=-3GB", "argument --fit: must be a size above 0 in MB, .* such as 24GB, got '-3GB'"),
         ("--activation_offloading --gpus 2", "activation_offloading must be false with fsdp2 on 2 GPUs, got true"),
@@ -117,6 +118,18 @@ def test_fit_that_finds_nothing(capsys):
     text = capsys.readouterr().out
     assert "Nothing fits into 3.0 GiB. The smallest configuration, QLoRA" in text
     assert "GiB are missing" in text
+
+
+def test_fit_keeps_flags_with_the_value_of_their_default(capsys):
+    flags = ["plan", "--model", "qwen2.5-vl-3b", "--lora_r", "0", "--optim", "adamw_torch_fused"]
+    assert main([*flags, "--fit", "24GB"]) == 1
+    assert "The smallest configuration, all parameters, needs" in capsys.readouterr().out
+
+
+def test_fit_on_several_gpus_prints_the_launcher(capsys):
+    assert main(["plan", "--model", "qwen2.5-vl-3b", "--fit", "80GB", "--gpus", "8"]) == 0
+    launcher = "accelerate launch --config_file configs/fsdp2.yaml --num_processes 8 -m vlmkernels.cli train --model"
+    assert launcher in capsys.readouterr().out
 
 
 def test_schedule(capsys):

@@ -59,6 +59,13 @@ def test_blind_accuracy(tmp_path):
         ([{"answer": "a"}], {"metrics": ("acc@2",)}, "metric must be one of exact_match, .*acc@<IoU>.*, got 'acc@2'"),
         ([{"answer": "a"}], {"metrics": ("precison",)}, r"got 'precison' \(did you mean precision\?\)"),
         ([{"answer": "a"}], {"metrics": ("miou",)}, r"metric miou needs a task of grounding \(box answers\), got exact"),
+        (
+            [{"answer": "a"}],
+            {"metrics": ("mean_length",)},
+            "metric mean_length needs completions with the field 'length', got none",
+        ),
+        ([{"answer": "a"}], {"metrics": ("mean_tool_calls",)}, "mean_tool_calls needs completions with the field 'tool_calls'"),
+        ([{"answer": "a"}], {"metrics": ("rewards/cer",)}, "rewards/cer needs a reward of this name, got no rewards"),
         ([{"answer": "a"}], {"metrics": ("pass@2",)}, "metric pass@2 must take at most the 1 completions of a sample, got 2"),
         (
             [{"answer": "a"}],

@@ -131,6 +131,19 @@ def test_hidden_images(tmp_path):
         (['{"completion": "a"}'], "p.jsonl, line 1: index must be a sample's number, from 0, got None"),
         (['{"index": 0}'], "p.jsonl, line 1: completions must be a list with at least one completion, got None"),
         (['{"index": 0, "completions": [3]}'], "p.jsonl, line 1: completion must be a text or an object with .text., got 3"),
+        *(
+            ([f'{{"index": 0, "completions": [{{"text": "a", {field}}}]}}'], f"p.jsonl, line 1: {message}")
+            for field, message in (
+                ('"length": "many"', "length must be a number, got 'many'"),
+                ('"truncated": "no"', "truncated must be true or false, got 'no'"),
+                ('"ids": [1, "2"]', "ids must be a list of token ids, got "),
+                ('"rewards": {"iou": "high"}', "rewards must be numbers by name, got "),
+            )
+        ),
+        (
+            ['{"index": 0, "completion": "a", "resized": 3}'],
+            "p.jsonl, line 1: resized must be a list of widths and heights, got 3",
+        ),
         (['{"index": 0, "completion": "a"}'] * 2, "p.jsonl, line 2: index must occur only once per view, got 0 again"),
         (['{"index": 0, "completion": "a"}'], "sample 1: .*p.jsonl has no completions of this sample"),
         (

@@ -79,3 +79,5 @@ def test_majority():
     correct = np.array([[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]], float)
     np.testing.assert_array_equal(majority_at_k(answers, correct, 4), [1, 1, 1, 0])  # the first of a tie; None has no vote
     np.testing.assert_array_equal(majority_at_k(answers, correct, 2), [0.5, 0.5, 0.5, 0])
+    ungraded = np.full_like(correct, np.nan)
+    np.testing.assert_array_equal(majority_at_k(answers, ungraded, 2), [np.nan] * 4)

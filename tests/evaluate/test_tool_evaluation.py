@@ -41,10 +41,10 @@ def sample_to():
     """Return a function that samples predictions of the tool model to a file."""
     agents = []
 
-    def sample(path: Path, decoding=GREEDY, rewards=None, tools=(zoom,), environment=None, **options) -> Predictions:
+    def sample(path: Path, decoding=GREEDY, rewards=None, tools=(zoom,), environment=None, data=None, **options) -> Predictions:
         agents.append(Agent(Tools(list(tools), environment), ToolOptions(**options)))
         case = tool_model()
-        return predict(case.model, case.processor, rows(), decoding, path, tools=ToolUse(agents[-1], rewards))
+        return predict(case.model, case.processor, data or rows(), decoding, path, tools=ToolUse(agents[-1], rewards))
 
     yield sample
     for agent in agents:
@@ -115,6 +115,12 @@ def test_predictions_hold_trajectories(tmp_path, sample_to, monkeypatch):
         sample_to(path, max_tool_calling_iterations=1)
     with pytest.raises(ValueError, match=r"made with other settings: tools .'zoom'., now .*; schemas "):
         sample_to(path, tools=(zoom, picture_size))
+    other = [{**row, "answer": "corrected"} for row in rows()]  # which the stored rewards and environments have not seen
+    with pytest.raises(ValueError, match="made with other settings: dataset "):
+        sample_to(path, data=other)
+    case = tool_model()
+    with pytest.raises(ValueError, match=r"made with other settings: .*tools .'zoom'., now None"):
+        predict(case.model, case.processor, rows(), GREEDY, path)
 
 
 def picture_size(index: int) -> str:

@@ -116,7 +116,7 @@ def test_length_and_repetition():
 
 
 def test_chair():
-    vocabulary = {"dog": ["puppy"], "hot dog": [], "bus": [], "person": ["man"]}
+    vocabulary = {"dog": ["puppy"], "hot dog": [], "bus": [], "person": "man"}
     captions = ["A man eats two hot dogs.", "Puppies? A puppy and buses.", "A nice day.", "A dog, a dog, a bus"]
     objects = [["person", "hot dog"], ["dog"], ["dog"], ["puppy"]]
     assert hallucination.chair(captions, objects, vocabulary=vocabulary) == [1, 0.5, 0, 0.5]
@@ -148,9 +148,10 @@ def test_wrong_options():
         (lambda: text.cer(["a"], []), "predictions must have one entry per reference, 0, got 1"),
         (lambda: length.soft_overlong([1], max_length=10, cache=11), r"cache must be in \(0, max_length = 10\], got 11"),
         (lambda: length.repetition([[1]], ngram=0), "ngram must be >= 1, got 0"),
+        (lambda: hallucination.chair(["a"], [[]], vocabulary="dog"), r"vocabulary must be names of objects, .*, got 'dog'"),
         (lambda: hallucination.chair(["a"], [[]], vocabulary=[]), r"vocabulary must name at least one object, got \[\]"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             call()
 
 

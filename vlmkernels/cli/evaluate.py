@@ -20,6 +20,7 @@ from vlmkernels.cli.flags import (
     REWARDS,
     TOOL,
     Help,
+    Repeated,
     add_flag,
     environment_factory,
     json_list,
@@ -61,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vlmkernels eval", USAGE, "Measure a model's answers.", formatter_class=Help)
     model = "path of a model and its processor, or of adapters; repeat the flag to compare models, or checkpoints of a run"
     predictions = "file of saved predictions (JSON lines); repeat the flag for runs with different seeds"
-    add_flag(parser, "model", action="append", default=[], help=model)
-    add_flag(parser, "predictions", action="append", default=[], help=predictions)
+    add_flag(parser, "model", action=Repeated, default=[], help=model)
+    add_flag(parser, "predictions", action=Repeated, default=[], help=predictions)
     add_flag(parser, "dataset", help=f"{DATASET}; or {SUITE}, the built-in benchmark")
     add_flag(parser, "split", default="test", help="the split of --dataset, if it has several")
     add_flag(parser, "count", type=int, help="number of samples to evaluate, from the start of the dataset; by default all")
@@ -71,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     metric = f"a metric to report instead of the task's default metrics; repeat the flag for several: {names()}"
     vocabulary = "a JSON file with the objects that CHAIR looks for: a list of names, or a map of names to synonyms"
     add_flag(scoring, "task", help=task)
-    add_flag(scoring, "metric", action="append", default=[], help=metric)
-    add_flag(scoring, "reward", action="append", default=[], help=REWARD)
+    add_flag(scoring, "metric", action=Repeated, default=[], help=metric)
+    add_flag(scoring, "reward", action=Repeated, default=[], help=REWARD)
     add_flag(scoring, "rewards", type=json_list, default=[], help=REWARDS)
     add_flag(scoring, "match", default="vlmkernels", help=f"compare answers as this harness does: {', '.join(HARNESSES)}")
     add_flag(scoring, "by", help="column to group the results by; by default category if the dataset has it, else the task")
@@ -97,8 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_flag(decoding, "seed", type=int, default=0, help="seed of sampling")
     add_flag(decoding, "hide", choices=VIEWS[1:], help="also evaluate with the image replaced by gray, or removed")
     tools = parser.add_argument_group("tools")
-    add_flag(tools, "tools", action="append", default=[], help=TOOL)
-    add_flag(tools, "environment", action="append", default=[], help=ENVIRONMENT)
+    add_flag(tools, "tools", action=Repeated, default=[], help=TOOL)
+    add_flag(tools, "environment", action=Repeated, default=[], help=ENVIRONMENT)
     add_flag(tools, "max_tool_calling_iterations", type=int, help="maximum number of turns whose calls are run; by default all")
     add_flag(tools, "tool_timeout", type=float, default=ToolOptions.tool_timeout, help="seconds before a tool call fails")
     add_flag(

@@ -33,6 +33,14 @@ class Help(argparse.HelpFormatter):
         return f"{action.help} [%(default)s]" if action.default not in (None, argparse.SUPPRESS, [], False) else action.help
 
 
+class Repeated(argparse.Action):
+    """A flag that may be repeated, with a list of its values. They replace the default, which a YAML file may have set."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, option: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [value] if before is self.default else [*before, value])
+
+
 @contextmanager
 def user_errors(parser: argparse.ArgumentParser, argument: str = "", more: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """End the program with exit code 2 and a one-line message when an argument is wrong.

@@ -217,12 +217,16 @@ def fit_to_text(found: Fit, model: str, teacher: str | None = None) -> str:
 
 
 def command(found: Fit, model: str, teacher: str | None = None) -> str:
-    """Return the command line of ``vlmkernels train`` for a configuration that fits."""
+    """Return the command line of ``vlmkernels train`` for a configuration that fits, with the launcher for several GPUs."""
+    work, program = found.plan.work, "vlmkernels train"
+    if work.gpus > 1:
+        launcher = f"accelerate launch --config_file configs/{work.parallel}.yaml --num_processes {work.gpus}"
+        program = f"{launcher} -m vlmkernels.cli train"
     names = [name and HUB.get(published(name) or "", name) for name in (model, teacher)]
     arguments = train_arguments(found.plan, names[0], resized=found.level.scale < 1, teacher=names[1])
     flags = [f"--{name} {shlex.quote(value)}" for name, value in arguments.items()]
     flags[1:1] = ["--dataset train.jsonl", "--reward exact_match"]
-    return " \\\n    ".join([f"vlmkernels train {flags[0]}", *flags[1:]])
+    return " \\\n    ".join([f"{program} {flags[0]}", *flags[1:]])
 
 
 def schedule_costs(
@@ -334,8 +338,8 @@ def main(argv: list[str]) -> int:
             print(json.dumps(costs, indent=1) if args.json else schedule_to_text(costs))
             return 0
         if args.fit is not None:
-            defaults = {field.name: field.default for field in fields(Workload)}
-            kept = [name for name in FLAGS if getattr(work, name) != defaults[name]]
+            given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS)))  # without the defaults of flags
+            kept = [name for name in FLAGS if getattr(given, name) is not None]
             fitted = fit(shape, work, replace(machine, memory=args.fit), kept, teacher)
             print((fit_to_json if args.json else fit_to_text)(fitted, args.model, args.teacher))
             return 0 if fitted.plan.fits else 1

@@ -12,6 +12,7 @@ from vlmkernels.cli.flags import (
     REWARDS,
     TOOL,
     Help,
+    Repeated,
     add_flag,
     environment_factory,
     json_list,
@@ -81,10 +82,10 @@ def build_parser(show_all: bool = False) -> argparse.ArgumentParser:
     add_flag(own, "eval_dataset", help=f"evaluation prompts: {DATASET}")
     add_flag(own, "split", default="train", help="the split of --dataset, if it has several")
     add_flag(own, "eval_split", default="test", help="the split of --eval_dataset, if it has several")
-    add_flag(own, "reward", action="append", help=REWARD)
+    add_flag(own, "reward", action=Repeated, help=REWARD)
     add_flag(own, "rewards", type=json_list, help=f"{REWARDS}; in --config a list")
-    add_flag(own, "tools", action="append", help=f"{TOOL}; in --config a list")
-    add_flag(own, "environment", action="append", help=f"{ENVIRONMENT}; in --config a list")
+    add_flag(own, "tools", action=Repeated, help=f"{TOOL}; in --config a list")
+    add_flag(own, "environment", action=Repeated, help=f"{ENVIRONMENT}; in --config a list")
     add_flag(own, "teacher", help="path of a model to distill from, besides the rewards or instead of them")
     lora = parser.add_argument_group("LoRA")
     add_flag(lora, "lora_r", type=int, help="rank of the LoRA adapters; without it, all parameters of the model are trained")

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -32,6 +33,14 @@ class NeedsCUDA(Exception):
     """An adapter raises this for a case that its trainer runs only on a GPU. The message says why."""
 
 
+def group_size(batch: AdvantageBatch) -> int:
+    """Return the size of all groups, for trainers whose groups have num_generations completions."""
+    size, *others = set(batch.group_sizes)
+    if others:
+        raise NotApplicable("all groups have num_generations completions")
+    return size
+
+
 class Sampled(NamedTuple):
     """A completion: the ids that the model sampled, and the ids in the loss. Without padding; with the end token, if any."""
 
@@ -43,15 +52,15 @@ class Sampled(NamedTuple):
 class Documented:
     """A difference that a project states in its documentation, a docstring or a comment: a choice, not a fault."""
 
-    contract: str  # the contract, or "contract[case]", where * matches any text: "loss/accumulation[bnpo*]"
+    contract: str | tuple[str, ...]  # one or more of "contract" or "contract[case]", where * matches any text
     reason: str
     source: str  # the page or the file of the project that states it; if it is a comment in the code: "comment in ..."
 
-    @property
-    def pattern(self) -> str:
-        """The pattern of "contract[case]", for fnmatch, which gives brackets another meaning."""
-        name, _, case = self.contract.partition("[")
-        return f"{name}[[]{case.removesuffix(']') or '*'}]"
+    def covers(self, contract: str, case: str) -> bool:
+        """Whether it explains a difference in this case of a contract."""
+        named = (self.contract,) if isinstance(self.contract, str) else self.contract
+        patterns = [each.removesuffix("]").partition("[") for each in named]
+        return any(fnmatchcase(contract, name) and fnmatchcase(case, cases or "*") for name, _, cases in patterns)
 
 
 class Adapter:

@@ -46,15 +46,18 @@ class LossBatch(_Code):
     logps: torch.Tensor  # (B, T): the log-probabilities of the policy, which get gradients
     advantages: torch.Tensor  # (B,)
     loss_mask: torch.Tensor  # (B, T) bool: the tokens in the loss
-    old_logps: torch.Tensor | None = (
-        None  # (B, T): of the policy before this step. None: the first step, where it is the policy
-    )
+    old_logps: torch.Tensor | None = None  # (B, T): of the policy before this step; None: the first step
     ref_logps: torch.Tensor | None = None  # (B, T): of the reference model; given if beta > 0
     rollout_logps: torch.Tensor | None = None  # (B, T): of the engine that sampled; given with a rollout correction
     entropy: torch.Tensor | None = None  # (B, T)
     num_items: int | None = None  # tokens in the loss of the whole batch: of all micro-batches of all processes
     accumulation_steps: int = 1  # the number of micro-batches of a process, each of B completions
     num_processes: int = 1  # the whole batch has accumulation_steps * num_processes * B completions
+
+    @property
+    def known_old_logps(self) -> torch.Tensor:
+        """``old_logps``; in the first step ``logps``, without a gradient."""
+        return self.logps.detach() if self.old_logps is None else self.old_logps
 
     @property
     def tokens(self) -> int:

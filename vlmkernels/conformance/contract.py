@@ -1,6 +1,5 @@
 """Contracts: rules that a part of a trainer must keep, and running them against an adapter."""
 
-import fnmatch
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -64,14 +63,15 @@ def contract(
     tolerance: str,
     cases: Callable[[Adapter], Iterable[Case]],
     reproduce: Callable[..., str],
+    rule: str = "",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register the decorated function as the check of a contract; the first line of its docstring is the rule."""
+    """Register the decorated function as the check of a contract. ``rule``: by default the first line of its docstring."""
     assert method in ("", *METHODS), method
     assert name not in CONTRACTS, name
 
     def register(check: Callable[..., None]) -> Callable[..., None]:
-        rule = (check.__doc__ or "").strip().splitlines()[0]
-        CONTRACTS[name] = Contract(name, method, rule, source, tolerance, cases, check, reproduce)
+        stated = rule or (check.__doc__ or "").strip().splitlines()[0]
+        CONTRACTS[name] = Contract(name, method, stated, source, tolerance, cases, check, reproduce)
         return check
 
     return register
@@ -154,7 +154,7 @@ def run_case(adapter: Adapter, each: Contract, case: Case | None) -> Result:
         return result(NEEDS_CUDA, str(reason))
     except Violation as violation:
         for documented in adapter.documented:
-            if fnmatch.fnmatchcase(f"{each.name}[{name}]", documented.pattern):
+            if documented.covers(each.name, name):
                 return result(DOCUMENTED, f"{violation}. {documented.reason} ({documented.source})")
         return result(FAIL, str(violation))
     except AdapterError as error:

@@ -4,7 +4,7 @@ The weights are random and large, so that outputs depend visibly on every input.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -131,11 +131,24 @@ def _following(name: str, sample: Any) -> torch.Tensor:
     return ids if name == "input_ids" else torch.full_like(ids, int(name == "attention_mask"))
 
 
+def images_by_sample(inputs: Mapping[str, torch.Tensor], num_images: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    """Return the inputs of the images of each sample, for trainers that process samples one by one and keep a list of them."""
+    if "pixel_values" not in inputs:
+        return [{} for _ in num_images]
+    grids = inputs["image_grid_thw"].split([*num_images])
+    pixels = inputs["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
+    pairs = zip(pixels, grids, strict=True)
+    return [{"pixel_values": rows, "image_grid_thw": grid} if len(grid) else {} for rows, grid in pairs]
+
+
 @torch.no_grad()
-def captured_positions(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+def captured_positions(model: Any, inputs: Mapping[str, Any], run: Callable[..., Any] | None = None) -> torch.Tensor:
     """Return the position ids with which a model rotates queries and keys if it is called with these inputs.
 
     For adapters of trainers that leave the positions to the model.
+
+    Args:
+        run: calls the model with the inputs. Default: the model.
     """
     found: list[torch.Tensor] = []
 
@@ -145,7 +158,7 @@ def captured_positions(model: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     rotary = model.get_decoder().rotary_emb
     handle = rotary.register_forward_pre_hook(capture, with_kwargs=True)
     try:
-        model(**inputs)
+        (run or model)(**inputs)
     finally:
         handle.remove()
     return found[0].expand(*found[0].shape[:-2], *inputs["input_ids"].shape)

@@ -12,7 +12,7 @@ import numpy as np
 from vlmkernels.data.dataset import column_names, row_name, with_columns
 from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
 from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, prompt_text, read_sample
-from vlmkernels.evaluate.metrics import REWARD, TURNS, Answers, Metric
+from vlmkernels.evaluate.metrics import REWARD, Answers, Metric
 from vlmkernels.evaluate.predictions import VIEWS, Completion, Predictions, concat_runs
 from vlmkernels.evaluate.statistics import (
     REPLICATES,
@@ -34,6 +34,9 @@ from vlmkernels.rewards.signature import accepted
 from vlmkernels.rollout.score import score
 
 ALL = "all"  # the group of all samples
+# Metrics whose values may be unknown -> the field of a completion in a file of predictions.
+FIELDS = {"mean_length": "length", "truncation_rate": "truncated"}
+FIELDS |= {"mean_turns": "turns", "mean_tool_calls": "tool_calls", "mean_tool_failures": "tool_failures"}
 OF_TRAJECTORIES = ("environments", "environment_rewards", "tool_images")  # arguments of rewards that no file of predictions has
 
 
@@ -324,8 +327,13 @@ class Evaluation:
         return {ALL: self._all_samples(groups), **groups} if len(groups) > 1 else groups
 
     def _check_metric(self, metric: str, groups: dict[str, Group]) -> None:
-        """Raise if no group has the metric, or if it needs more completions than there are."""
+        """Raise if no group or reward has the metric, or if it needs more completions than there are."""
+        rewards = self.rewards.get("image", {})
+        if metric.startswith(REWARD) and metric.removeprefix(REWARD) not in rewards:
+            raise ValueError(f"metric {metric} needs a reward of this name, got {', '.join(rewards) or 'no rewards'}")
         if not any(metric in group.metrics for group in groups.values()):
+            if metric in FIELDS:
+                raise ValueError(f"metric {metric} needs completions with the field {FIELDS[metric]!r}, got none")
             kind, tasks = self.scoring.harness.metric(metric).kind, sorted(set(self.rows.tasks))
             suitable = [task for task in TASKS if self._suits(metric, task)]
             raise ValueError(f"metric {metric} needs a task of {', '.join(suitable)} ({kind} answers), got {', '.join(tasks)}")
@@ -344,12 +352,9 @@ class Evaluation:
         if not self.scoring.metrics:
             names = [*self.scoring.harness.task_metrics(task), *self._metrics_of_several(answers), *COMMON]
         names += [REWARD + name for name in answers.rewards]
-        unknown = {
-            "mean_length": np.isnan(answers.lengths).all(),
-            "truncation_rate": np.isnan(answers.truncated).all(),
-            **dict(zip(TURNS, np.isnan(answers.turns).all((0, 1)), strict=True)),
-        }
-        return {name: self.scoring.harness.metric(name) for name in names if not unknown.get(name, False)}
+        values = (answers.lengths, answers.truncated, *np.moveaxis(answers.turns, -1, 0))
+        unknown = {name for name, value in zip(FIELDS, values, strict=True) if np.isnan(value).all()}
+        return {name: self.scoring.harness.metric(name) for name in names if name not in unknown}
 
     @staticmethod
     def _metrics_of_several(answers: Answers) -> list[str]:

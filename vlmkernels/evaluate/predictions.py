@@ -16,7 +16,7 @@ environment only while it is sampled. ``tool_images`` of the line has thumbnails
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,18 @@ from vlmkernels.record.html import Thumbnail
 from vlmkernels.record.turns import TurnRow, count, from_json, to_json
 from vlmkernels.rollout.score import Size
 
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float))  # a bool is an int
+
+
+# Optional fields of a completion -> what they must be, and whether a value is.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("length", "tool_calls", "tool_failures"), ("a number", _is_number)),
+    **dict.fromkeys(("truncated", "think_opened"), ("true or false", _is_number)),
+    "ids": ("a list of token ids", lambda x: x is None or (isinstance(x, list) and all(type(one) is int for one in x))),
+    "rewards": ("numbers by name", lambda x: x is None or (isinstance(x, dict) and all(map(_is_number, x.values())))),
+}
 VIEWS = ("image", "grey", "none")  # unchanged, a gray image of the same size, removed from the prompt
 
 
@@ -58,6 +70,9 @@ class Completion:
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise TypeError(f"completion must be a text or an object with 'text', got {value!r:.80}")
         found: dict[str, Any] = {field.name: value.get(field.name) for field in fields(cls)}
+        for name, (rule, fits) in _FIELDS.items():
+            if not fits(found[name]):
+                raise TypeError(f"{name} must be {rule}, got {found[name]!r:.80}")
         if found["turns"] is not None:
             try:
                 found["turns"] = from_json(found["turns"], tool_images)
@@ -123,7 +138,10 @@ class Predictions:
         tool_images = [Thumbnail.from_json(image) for image in value.get("tool_images", ())]
         self.by_sample[index, view] = [Completion.from_json(completion, tool_images) for completion in given]
         if value.get("resized") is not None and view == "image":
-            self.resized[index] = [(width, height) for width, height in value["resized"]]
+            try:
+                self.resized[index] = [(width, height) for width, height in value["resized"]]
+            except (TypeError, ValueError):
+                raise ValueError(f"resized must be a list of widths and heights, got {value['resized']!r:.80}") from None
 
     def resume(self, settings: dict[str, Any]) -> "Predictions":
         """Start the file or continue it. An incomplete last line, left by a killed run, is removed.
@@ -142,9 +160,9 @@ class Predictions:
             raise ValueError(f"{self.path} must be a file of predictions, got one without a complete line")
         _, first = next(read_json_lines(self.path))
         before = first.get("settings") or {}
-        changed = [name for name in settings if before.get(name) != settings[name]]
+        changed = [name for name in {**settings, **before} if before.get(name) != settings.get(name)]
         if changed:
-            changes = "; ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+            changes = "; ".join(f"{name} {before.get(name)!r}, now {settings.get(name)!r}" for name in changed)
             raise ValueError(f"{self.path} was made with other settings: {changes}")
         if len(complete) < len(content):
             with self.path.open("r+b") as file:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from vlmkernels.data.dataset import read_samples
+from vlmkernels.data.dataset import column_names, read_samples
 from vlmkernels.data.decoding import decode_completions
 from vlmkernels.data.images import DEFAULT_LIMITS, ImageLimits
 from vlmkernels.data.samples import MEDIA_COLUMNS, Sample, encode, tokenizer_of
@@ -62,13 +62,19 @@ def model_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def dataset_digest(dataset: Any) -> str:
-    """Return a hash of the prompts and of the paths of images, but not of their pixels."""
+def dataset_digest(dataset: Any, other_columns: bool = False) -> str:
+    """Return a hash of the prompts and of the paths of images, but not of their pixels.
+
+    Args:
+        other_columns: whether the hash covers all other columns too, which environments and rewards may read.
+    """
     if hasattr(dataset, "select_columns"):
-        dataset = dataset.select_columns(["prompt"])
+        names = [name for name in column_names(dataset) if name not in MEDIA_COLUMNS]
+        dataset = dataset.select_columns(names if other_columns else ["prompt"])
     digest = hashlib.sha256()
     for index in range(len(dataset)):
-        inputs = {name: dataset[index][name] for name in ("prompt", *MEDIA_COLUMNS) if name in dataset[index]}
+        row = dataset[index]
+        inputs = {name: value for name, value in row.items() if other_columns or name in ("prompt", *MEDIA_COLUMNS)}
         digest.update(json.dumps(inputs, sort_keys=True, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()[:16]
 
@@ -245,7 +251,8 @@ def _or_none(value: float) -> float | None:
 
 def settings_of(model: torch.nn.Module, dataset: Any, decoding: Decoding, tools: ToolUse | None = None) -> dict[str, Any]:
     """Return everything that predictions depend on: hashes of model and dataset, the decoding, and the tools."""
-    settings = {"model": model_digest(model), "dataset": dataset_digest(dataset), **decoding.settings()}
+    digest = dataset_digest(dataset, other_columns=tools is not None)
+    settings = {"model": model_digest(model), "dataset": digest, **decoding.settings()}
     return settings if tools is None else {**settings, **tools.settings()}
 
 

@@ -198,13 +198,13 @@ def majority_at_k(answers: list[list], correct: np.ndarray, k: int) -> np.ndarra
 
     Args:
         answers: N lists of n answers. None has no vote. The first of equally frequent answers wins.
-        correct: (N, n) of 0 and 1.
+        correct: (N, n) of 0 and 1; NaN for a sample whose answers are not graded.
         k: at most n.
 
     Returns:
-        (N,).
+        (N,); NaN for a sample whose answers are not graded.
     """
-    result = np.zeros(len(answers))
+    result = np.where(np.isnan(correct).any(1), np.nan, 0.0)
     parts = correct.shape[1] // k
     for row, (given, is_correct) in enumerate(zip(answers, correct, strict=True)):
         for start in range(0, parts * k, k):

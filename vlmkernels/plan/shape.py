@@ -15,6 +15,10 @@ from vlmkernels.plan.mixers import Mixer, first, full_attention, mixers_of
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_QWEN2_5_TOWER = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2,
+    "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
 # Published configurations, reduced to the fields that determine sizes.
 MODELS = {
     "qwen2.5-vl-3b": {
@@ -24,10 +28,7 @@ MODELS = {
             "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
             "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
         },
-        "vision_config": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
-            "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-        },
+        "vision_config": {**_QWEN2_5_TOWER, "out_hidden_size": 2048},
     },
     "qwen2.5-vl-7b": {
         "model_type": "qwen2_5_vl",
@@ -36,10 +37,7 @@ MODELS = {
             "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
             "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
         },
-        "vision_config": {
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
-            "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-        },
+        "vision_config": {**_QWEN2_5_TOWER, "out_hidden_size": 3584},
     },
     "qwen3-vl-2b": {
         "model_type": "qwen3_vl",

@@ -1,5 +1,6 @@
 """The configuration of a step, and its numbers of tokens."""
 
+import math
 from dataclasses import dataclass
 
 from vlmkernels.ops.checks import require_one_of
@@ -98,8 +99,8 @@ class Workload:
             *("prompt_tokens", "images", "lora_r", "reward_seconds", "server_gpus"),
             *("perception_loss_weight", "text_before_images"),
         ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, got {getattr(self, name)}")
         if self.prompts % self.gpus:
             raise ValueError(
                 f"prompts must be a multiple of gpus = {self.gpus}, because groups are not split, got {self.prompts}"

@@ -123,11 +123,8 @@ def load_step(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         for group in content["groups"]:
-            group["images"] = [Thumbnail(*image) for image in group["images"]]
-            if not all(image.source.startswith("data:image/") for image in group["images"]):
-                raise ValueError("the source of an image is not a data URI")
-            if "tool_images" in group:  # their sources become a part of CSS
-                group["tool_images"] = [Thumbnail.from_json(image) for image in group["tool_images"]]
+            for name in {"images", "tool_images"} & group.keys():
+                group[name] = [Thumbnail.from_json(image) for image in group[name]]
             _ = group.setdefault("references", {}).items()  # absent in files of earlier versions
             for row in group["completions"]:
                 _ = row["text"], row["rewards"].items(), row["advantage"], from_json(*_stored_turns(row, group))

@@ -18,10 +18,13 @@ class Mentions(NamedTuple):
 
 def vocabulary_of(value: Vocabulary) -> dict[str, str]:
     """Map each word for an object to the object's name, in lower case. ``value``: names, or a dict from names to synonyms."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"vocabulary must be names of objects, or a map of names to synonyms, got {value!r}")
     names = value if isinstance(value, Mapping) else {name: () for name in value}
     if not names:
         raise ValueError(f"vocabulary must name at least one object, got {value}")
-    return {str(word).lower(): str(name).lower() for name, words in names.items() for word in (name, *words)}
+    synonyms = {name: [words] if isinstance(words, str) else words for name, words in names.items()}
+    return {str(word).lower(): str(name).lower() for name, words in synonyms.items() for word in (name, *words)}
 
 
 def mentions(captions: list[str], objects: list[list[str]], vocabulary: Vocabulary) -> list[Mentions]:

@@ -56,21 +56,15 @@ class AReaL(Adapter):
     advantage_eps = 1e-5
     models = ("text", "qwen2_5_vl")
     documented = (
-        *(
-            Documented(
-                f"loss/{part}[dapo-sequence-token_mask]",
-                "Rejected tokens leave the loss mask before the ratio of the sequence",
-                "areal/utils/functional/functional.py, docstring of ppo_actor_loss_fn",
-            )
-            for part in ("value", "gradient")
+        Documented(
+            ("loss/value[dapo-sequence-token_mask]", "loss/gradient[dapo-sequence-token_mask]"),
+            "Rejected tokens leave the loss mask before the ratio of the sequence",
+            "areal/utils/functional/functional.py, docstring of ppo_actor_loss_fn",
         ),
-        *(
-            Documented(
-                f"loss/{part}]",
-                "The loss is a mean over tokens: AReaL does not normalize by length",
-                "https://github.com/areal-project/AReaL, docs/en/algorithms/grpo_series.md, SAPO",
-            )
-            for part in ("value[sapo-*", "gradient[sapo-*", "long[sapo-*", "empty[sapo-*-one_empty_sequence")
+        Documented(
+            ("loss/value[sapo-*]", "loss/gradient[sapo-*]", "loss/long[sapo-*]", "loss/empty[sapo-*-one_empty_sequence]"),
+            "The loss is a mean over tokens: AReaL does not normalize by length",
+            "https://github.com/areal-project/AReaL, docs/en/algorithms/grpo_series.md, SAPO",
         ),
     )
 
@@ -219,7 +213,7 @@ def _trajectories(batch: LossBatch) -> dict[str, Any]:
     logps, mask = batch.logps.detach(), batch.loss_mask
     columns = torch.arange(1, mask.shape[1] + 1)
     lengths = (mask * columns).amax(1, keepdim=True).clamp(min=1)
-    old = logps if batch.old_logps is None else batch.old_logps
+    old = batch.known_old_logps
     zeros = torch.zeros_like(logps)
     return {
         "attention_mask": columns <= lengths,

@@ -71,7 +71,7 @@ class ART(Adapter):
             return empty.index_put((positions,), x[rows, columns])[None]
 
         inputs["advantages"] = spread(batch.advantages[:, None].expand_as(batch.logps), positions)
-        inputs["logprobs"] = spread(batch.logps.detach() if batch.old_logps is None else batch.old_logps, positions)
+        inputs["logprobs"] = spread(batch.known_old_logps, positions)
         if batch.rollout_logps is not None:
             inputs["original_logprobs"] = spread(batch.rollout_logps, positions)
         out = loss_fn(inputs, spread(batch.logps, positions - 1), None, None, settings, reduction="sum")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlmkernels.conformance import Adapter, AdvantageBatch, Documented, GRPOLossConfig, LossBatch, NotApplicable, Sample
+from vlmkernels.conformance.adapter import group_size
 from vlmkernels.conformance.foreign import stand_ins
 from vlmkernels.conformance.models import encode
 
@@ -115,17 +116,15 @@ class Axolotl(Adapter):
     scales = ("group", "batch", "none")
     several_rewards = unscored = True
     documented = (
-        *(
-            Documented(f"loss/{way}[bnpo-*]", "bnpo is the mean over the tokens of a micro-batch", "trl.GRPOConfig, loss_type")
-            for way in ("accumulation", "processes")
+        Documented(
+            ("loss/accumulation[bnpo-*]", "loss/processes[bnpo-*]"),
+            "bnpo is the mean over the tokens of a micro-batch",
+            "trl.GRPOConfig, loss_type",
         ),
-        *(
-            Documented(
-                f"loss/extreme_ratios[{loss}-*-rollout]",
-                "the weights of the rollout correction are at least 1 / cap",
-                "comment at is_floor in AsyncGRPOTrainer._compute_deferred_scores",
-            )
-            for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+        Documented(
+            tuple(f"loss/extreme_ratios[{loss}-*-rollout]" for loss in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")),
+            "the weights of the rollout correction are at least 1 / cap",
+            "comment at is_floor in AsyncGRPOTrainer._compute_deferred_scores",
         ),
     )
 
@@ -180,14 +179,6 @@ ATTRIBUTES = (
 )
 
 
-def group_size(batch: AdvantageBatch) -> int:
-    """Return num_generations."""
-    size, *others = set(batch.group_sizes)
-    if others:
-        raise NotApplicable("all groups have num_generations completions")
-    return size
-
-
 def ratio(batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
     """Return the weights that the trainer computes when it scores completions."""
     cap = config.rollout_clip_max
@@ -199,7 +190,7 @@ def ratio(batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
         vllm_importance_sampling_mode=config.rollout_correction,
         vllm_importance_sampling_cap=cap,
     )
-    old = batch.logps.detach() if batch.old_logps is None else batch.old_logps
+    old = batch.known_old_logps
     rewards = torch.zeros(len(old), 1)
     scored = trainer.scored(rewards, old, batch.loss_mask, sampling_per_token_logps=batch.rollout_logps)
     return scored["importance_sampling_ratio"]

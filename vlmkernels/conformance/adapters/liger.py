@@ -68,7 +68,7 @@ def rollout_ratio(batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor | No
     if config.rollout_correction is None:
         return None
     level, bound = config.rollout_correction.split("_")
-    policy = batch.logps.detach() if batch.old_logps is None else batch.old_logps
+    policy = batch.known_old_logps
     log_ratio = (policy - batch.rollout_logps).masked_fill(~batch.loss_mask, 0)
     if level == "sequence":
         total = log_ratio.sum(1, keepdim=True)
@@ -98,13 +98,12 @@ class _Liger(Adapter):
     corrections = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
     options = OPTIONS
     masks = ("padding", "holes")
-    documented = tuple(
+    documented = (
         Documented(
-            f"loss/{name}[bnpo*]",
+            ("loss/accumulation[bnpo*]", "loss/processes[bnpo*]"),
             "bnpo divides by the tokens of the call, as in TRL",
             "TRL, GRPOConfig.loss_type; comment in liger_kernel/chunked_loss/grpo_loss.py: the losses match TRL's",
-        )
-        for name in ("accumulation", "processes")
+        ),
     )
     functions = LIGER
 

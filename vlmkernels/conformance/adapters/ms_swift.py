@@ -27,9 +27,7 @@ with restored(*CHANGED), stand_ins(*UNUSED):
     from swift.rlhf_trainers.utils import collate_to_grpo_micro_batch, encode_sample
     from swift.template import TEMPLATE_MAPPING, Template, get_template
 
-DOCS = "https://swift.readthedocs.io/en/latest/Instruction/GRPO"
-ARGUMENTS = "https://swift.readthedocs.io/en/latest/Megatron-SWIFT/Command-line-parameters.html"
-LOSS_TYPES = f"{DOCS}/DeveloperGuide/loss_types.html"
+DOCS = "https://swift.readthedocs.io/en/latest"
 MIN_PIXELS = 28 * 28
 ESTIMATORS = {"mean": "grpo", "leave_one_out": "rloo"}
 
@@ -55,23 +53,20 @@ class MsSwift(Adapter):
     unequal_groups = several_rewards = True
     models = ("text", "qwen2_5_vl")
     documented = (
-        Documented("loss/accumulation[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
-        Documented("loss/processes[bnpo*]", "bnpo averages over the tokens of the batch of one process", LOSS_TYPES),
-        *(
-            Documented(
-                f"loss/{part}[bnpo-*-off_policy_mask_threshold*]",
-                "off-policy sequences are filtered out, so that their tokens do not count in the average",
-                "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
-            )
-            for part in ("value", "gradient")
+        Documented(
+            ("loss/accumulation[bnpo*]", "loss/processes[bnpo*]"),
+            "bnpo averages over the tokens of the batch of one process",
+            f"{DOCS}/Instruction/GRPO/DeveloperGuide/loss_types.html",
         ),
-        *(
-            Documented(
-                f"loss/{part}[*-off_policy_mask_threshold*-k3]",
-                "an off-policy sequence is masked out from loss computation, the KL term included",
-                ARGUMENTS,
-            )
-            for part in ("value", "gradient")
+        Documented(
+            ("loss/value[bnpo-*-off_policy_mask_threshold*]", "loss/gradient[bnpo-*-off_policy_mask_threshold*]"),
+            "off-policy sequences are filtered out, so that their tokens do not count in the average",
+            "docstring of _compute_off_policy_sequence_mask, swift/rlhf_trainers/grpo_trainer.py",
+        ),
+        Documented(
+            ("loss/value[*-off_policy_mask_threshold*-k3]", "loss/gradient[*-off_policy_mask_threshold*-k3]"),
+            "an off-policy sequence is masked out from loss computation, the KL term included",
+            f"{DOCS}/Megatron-SWIFT/Command-line-parameters.html",
         ),
     )
 

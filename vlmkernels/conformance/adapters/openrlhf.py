@@ -22,7 +22,7 @@ from vlmkernels.conformance import (
     Sample,
 )
 from vlmkernels.conformance.foreign import stand_ins
-from vlmkernels.conformance.models import tiny
+from vlmkernels.conformance.models import images_by_sample, tiny
 
 with stand_ins("ray", "vllm", "deepspeed", "flash_attn", "pylatexenc", "aiohttp", "torchdata"):
     from openrlhf.models.actor import Actor
@@ -48,8 +48,6 @@ LOSSES = {
     ("grpo", "sequence"): ("seq-mean-token-mean", "gspo"),
 }
 ESTIMATORS = {("group", "mean"): "group_norm", ("none", "mean"): "dr_grpo", ("none", "leave_one_out"): "rloo"}
-KL_BY_TOKENS = "loss_agg_mode is the aggregation of the policy loss; the KL term is averaged over all tokens"
-LOSS_AGG_MODE = "help of --actor.loss_agg_mode, openrlhf/cli/train_ppo_ray.py"
 MAX_LENGTH = 2048
 CLIP_RANGE = (-1e9, 1e9)  # that of advantages; by default (-10, 10)
 
@@ -69,8 +67,11 @@ class OpenRLHF(Adapter):
     advantage_eps = 1e-9
     models = ("text", "qwen2_5_vl")
     documented = (
-        Documented("loss/value[grpo-*-k?*]", KL_BY_TOKENS, LOSS_AGG_MODE),
-        Documented("loss/gradient[grpo-*-k?*]", KL_BY_TOKENS, LOSS_AGG_MODE),
+        Documented(
+            ("loss/value[grpo-*-k?*]", "loss/gradient[grpo-*-k?*]"),
+            "loss_agg_mode is the aggregation of the policy loss; the KL term is averaged over all tokens",
+            "help of --actor.loss_agg_mode, openrlhf/cli/train_ppo_ray.py",
+        ),
         Documented(
             "loss/empty[grpo-*-one_empty_sequence]",
             "completions without tokens do not count in the number of completions",
@@ -122,7 +123,7 @@ class OpenRLHF(Adapter):
             sequences=torch.zeros(rows, width + 1, dtype=torch.long),
             attention_mask=torch.ones(rows, width + 1, dtype=torch.long),
             action_mask=mask,
-            action_log_probs=batch.logps.detach() if batch.old_logps is None else batch.old_logps,
+            action_log_probs=batch.known_old_logps,
             base_action_log_probs=batch.ref_logps,
             rollout_log_probs=batch.rollout_logps,
             advantages=batch.advantages.unsqueeze(1).expand(rows, width),
@@ -148,7 +149,7 @@ class OpenRLHF(Adapter):
         whole = Experience(
             sequences=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            mm_train_inputs=_images_by_sample(inputs, num_images),
+            mm_train_inputs=[images or None for images in images_by_sample(inputs, num_images)],
         )
         items = split_experience_batch(whole)
         size = len(items) // num_chunks
@@ -296,13 +297,3 @@ def _rollout(processor: Any, sample: Sample) -> Experience:
     engine = _Engine(sample.completion_ids)
     response = asyncio.run(executor.execute(prompt, "", sampling, MAX_LENGTH, tokenizer, engine, images=images))
     return SamplesGenerator._process_response_into_experience(None, response, max_len=MAX_LENGTH)
-
-
-def _images_by_sample(inputs: dict[str, torch.Tensor], num_images: Sequence[int]) -> list[dict[str, torch.Tensor] | None]:
-    """Return the inputs of images of each sample: OpenRLHF processes samples one by one and keeps a list of them."""
-    if "pixel_values" not in inputs:
-        return [None for _ in num_images]
-    grids = inputs["image_grid_thw"].split([*num_images])
-    pixels = inputs["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
-    pairs = zip(pixels, grids, strict=True)
-    return [{"pixel_values": rows, "image_grid_thw": grid} if len(grid) else None for rows, grid in pairs]

@@ -22,7 +22,7 @@ from vlmkernels.conformance import (
     Sample,
 )
 from vlmkernels.conformance.foreign import stand_ins
-from vlmkernels.conformance.models import captured_positions, encode
+from vlmkernels.conformance.models import captured_positions, encode, images_by_sample
 
 with mock.patch.object(typing, "TypedDict", typing_extensions.TypedDict):  # pydantic refuses that of typing in Python 3.11
     import skyrl.tinker.types  # noqa: F401
@@ -54,11 +54,8 @@ LOSSES = {
     "sapo": ("sapo", "sequence_mean"),
 }
 LOSSES_FILE = "skyrl/backends/skyrl_train/utils/ppo_utils.py, line"
-WORKER = "skyrl/backends/skyrl_train/workers/worker.py, line"
 ESTIMATORS = {"mean": "grpo", "leave_one_out": "rloo"}
-KL_BY_COMPLETIONS = (
-    "The reduction is that of the policy loss; the KL term is a mean over completions, averaged over micro-batches"
-)
+KL_BY_COMPLETIONS = ("bnpo", "dr_grpo", "dapo", "cispo")
 
 
 class SkyRL(Adapter):
@@ -77,22 +74,20 @@ class SkyRL(Adapter):
     advantage_eps = 1e-6
     models = ("text", "qwen2_5_vl")
     documented = (
-        *(
-            Documented(f"loss/{part}[{loss}-*-k?*]", KL_BY_COMPLETIONS, f"comment in {WORKER} 987")
-            for loss in ("bnpo", "dr_grpo", "dapo", "cispo")
-            for part in ("value", "gradient")
+        Documented(
+            tuple(f"loss/{part}[{loss}-*-k?*]" for loss in KL_BY_COMPLETIONS for part in ("value", "gradient")),
+            "The reduction is that of the policy loss; the KL term is a mean over completions, averaged over micro-batches",
+            "comment in skyrl/backends/skyrl_train/workers/worker.py, line 987",
         ),
-        *(
-            Documented(
-                f"loss/gradient[*-sequence-token_{action}]",
-                "The variant of GSPO is GSPO-token",
-                f"docstring in {LOSSES_FILE} 680",
-            )
-            for action in ("truncate", "mask")
+        Documented(
+            ("loss/gradient[*-sequence-token_truncate]", "loss/gradient[*-sequence-token_mask]"),
+            "The variant of GSPO is GSPO-token",
+            f"docstring in {LOSSES_FILE} 680",
         ),
-        *(
-            Documented(f"loss/{way}[bnpo-*]", "token_mean_legacy averages over micro-batches", f"comment in {LOSSES_FILE} 1126")
-            for way in ("accumulation", "processes")
+        Documented(
+            ("loss/accumulation[bnpo-*]", "loss/processes[bnpo-*]"),
+            "token_mean_legacy averages over micro-batches",
+            f"comment in {LOSSES_FILE} 1126",
         ),
     )
 
@@ -170,11 +165,10 @@ class SkyRL(Adapter):
         if not all(num_images):
             raise NotApplicable("SkyRL fails before, when it makes a batch of prompts with and without images")
         # SkyRL receives pixels and grids of each sample from the renderer of vLLM, and cuts lists of them.
-        grids = inputs["image_grid_thw"].split([*num_images])
-        patches = inputs["pixel_values"].split([int(grid.prod(1).sum()) for grid in grids])
+        images = images_by_sample(inputs, num_images)
+        lists = {key: TensorList([each[key] for each in images]) for key in _LISTS}
         rows = {key: value for key, value in inputs.items() if len(value) == len(num_images) and key not in _LISTS}
-        data = TrainingInputBatch(rows | {"image_grid_thw": TensorList([*grids]), "pixel_values": TensorList([*patches])})
-        chunks = data.chunk(len(num_images) // num_chunks)
+        chunks = TrainingInputBatch(rows | lists).chunk(len(num_images) // num_chunks)
         return [{key: _flat(value) for key, value in chunk.items()} for chunk in chunks]
 
     def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -307,7 +301,7 @@ def _mini_batch(batch: LossBatch) -> Any:
             "advantages": whole(batch.advantages[:, None].expand_as(logps)),
             "loss_mask": mask,
             "response_mask": mask,
-            "action_log_probs": whole(logps if batch.old_logps is None else batch.old_logps),
+            "action_log_probs": whole(batch.known_old_logps),
             "base_action_log_probs": whole(batch.ref_logps),
             "rollout_logprobs": whole(batch.rollout_logps),
         }

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from vlmkernels.conformance import Adapter, Documented, Sample, Sampled
+from vlmkernels.conformance.models import captured_positions
 
 
 def inputs_of(processor: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -64,19 +65,7 @@ class Transformers(Adapter):
         return [row[: len(sample.completion_ids)] for row, sample in zip(logps, samples, strict=True)]
 
     def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        found = []
-        rotary = model.get_decoder().rotary_emb
-
-        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(kwargs.get("position_ids", args[-1]))
-
-        hook = rotary.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                model(**inputs, use_cache=False)
-        finally:
-            hook.remove()
-        return found[0].expand(*found[0].shape[:-2], *inputs["input_ids"].shape)
+        return captured_positions(model, {**inputs, "use_cache": False})
 
     def process(self, processor: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         return inputs_of(processor, samples)

@@ -42,6 +42,8 @@ from vlmkernels.conformance import (
     Sample,
     Sampled,
 )
+from vlmkernels.conformance.adapter import group_size
+from vlmkernels.conformance.models import captured_positions
 from vlmkernels.conformance.synthetic import binary_logits
 from vlmkernels.integrations import trl as ours
 from vlmkernels.integrations.trl.generation import grouped_generate
@@ -151,13 +153,6 @@ def completed(trainer: Any, ids: list[list[int]], prompts: list[dict[str, Any]])
     """Return the batch that the trainer makes of rows of a dataset if it samples completions with these ids."""
     trainer._generate_single_turn = lambda *_, **__: ids if isinstance(trainer, trl.RLOOTrainer) else (ids, None)
     return trainer._generate_and_score_completions(prompts)
-
-
-def group_size(batch: AdvantageBatch) -> int:
-    """Return the size of all groups."""
-    if len(set(batch.group_sizes)) > 1:
-        raise NotApplicable("all groups have num_generations completions")
-    return batch.group_sizes[0]
 
 
 def tokens(completion_mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -271,24 +266,19 @@ class _Positions(_Trainer):
         images = inputs.get("image_grid_thw", inputs.get("pixel_values", ()))
         # All rows are one slice, so that only the sum of the numbers of images matters.
         num_images = [len(images)] + [0] * (len(inputs["input_ids"]) - 1)
-        seen = []
-        (rotary,) = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
-        hook = rotary.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs.get("position_ids", args[-1])), with_kwargs=True
+        run = functools.partial(
+            trainer._get_per_token_logps_and_entropies,
+            trainer.model,
+            logits_to_keep=1,
+            num_images=num_images if len(images) else None,
         )
-        try:
-            with torch.no_grad():
-                trainer._get_per_token_logps_and_entropies(
-                    trainer.model, **inputs, logits_to_keep=1, num_images=num_images if len(images) else None
-                )
-        finally:
-            hook.remove()
-        return seen[0].expand(*seen[0].shape[:-2], *inputs["input_ids"].shape)
+        return captured_positions(model, inputs, run)
 
 
-LOCAL = tuple(
-    Documented(f"loss/{contract}[bnpo*]", "bnpo divides by the tokens of the local micro-batch", "trl.GRPOConfig, loss_type")
-    for contract in ("accumulation", "processes")
+LOCAL = Documented(
+    ("loss/accumulation[bnpo*]", "loss/processes[bnpo*]"),
+    "bnpo divides by the tokens of the local micro-batch",
+    "trl.GRPOConfig, loss_type",
 )
 
 
@@ -303,7 +293,7 @@ class _Objective(_Trainer):
         "entropy_coef": 0.25,
     }
     masks = ("padding", "holes")
-    documented = LOCAL
+    documented = (LOCAL,)
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
         trainer = objective(self, config)
@@ -327,7 +317,7 @@ class _Objective(_Trainer):
         if batch.rollout_logps is not None:
             inputs["sampling_per_token_logps"] = scored(batch.rollout_logps)
         if config.rollout_correction:
-            old = scored(batch.logps.detach() if batch.old_logps is None else batch.old_logps)
+            old = scored(batch.known_old_logps)
             inputs["old_per_token_logps"] = old
             inputs["importance_sampling_ratio"] = rollout_ratio(trainer, old, inputs["sampling_per_token_logps"], mask)
         trainer._metrics["train"].clear()
@@ -463,9 +453,6 @@ class TRLRLOO(_Positions):
         return {"beta": 0.0}
 
 
-CLIP_BEFORE_MEAN = "The log-ratio of each token is clipped, before the mean; epsilon bounds the log-ratio"
-
-
 class TRLGMPO(_Objective):
     """Only the loss differs from GRPOTrainer."""
 
@@ -473,9 +460,12 @@ class TRLGMPO(_Objective):
     trainer = GMPOTrainer
     levels = ("sequence",)
     kl_estimators = ("k3",)
-    documented = tuple(
-        Documented(f"loss/{contract}", CLIP_BEFORE_MEAN, "https://huggingface.co/docs/trl/gmpo")
-        for contract in ("value", "gradient", "long", "extreme_ratios[*-clipped]", "empty[*-one_*]")
+    documented = (
+        Documented(
+            ("loss/value", "loss/gradient", "loss/long", "loss/extreme_ratios[*-clipped]", "loss/empty[*-one_*]"),
+            "The log-ratio of each token is clipped, before the mean; epsilon bounds the log-ratio",
+            "https://huggingface.co/docs/trl/gmpo",
+        ),
     )
     options: ClassVar = {}
     advantages, logps, split, process, sample = (
@@ -497,7 +487,7 @@ class TRLAsyncGRPO(Adapter):
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
         rows, width = batch.logps.shape
         ids = 1 + torch.arange(rows * (width + 1)).view(rows, width + 1)  # all different, so that no prefix is shared
-        old = batch.logps.detach() if batch.old_logps is None else batch.old_logps
+        old = batch.known_old_logps
         row = TreeRow()
         for index in range(rows):
             sample = {
@@ -568,7 +558,7 @@ class TRLSDPO(Adapter):
     levels = ("token", "sequence")
     scales = ("group", "batch", "none")
     unscored = several_rewards = True
-    documented = tuple(replace(each, source="trl.experimental.sdpo.SDPOConfig, loss_type") for each in LOCAL)
+    documented = (replace(LOCAL, source="trl.experimental.sdpo.SDPOConfig, loss_type"),)
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
         if not batch.logps[~batch.loss_mask].isfinite().all():

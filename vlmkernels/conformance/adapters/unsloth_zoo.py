@@ -25,8 +25,6 @@ _WITHOUT_PACKS = {"UNSLOTH_GRPO_SEQ_PACKING": "0"}
 with mock.patch.dict(os.environ, _SETTINGS):
     from unsloth_zoo import rl_replacements as unsloth
 
-LOSS_FILE = "unsloth_zoo/rl_replacements.py, line"
-
 
 class Unsloth(Adapter):
     name = "Unsloth"
@@ -47,9 +45,12 @@ class Unsloth(Adapter):
     }
     masks = ("padding", "holes", "nonfinite")
     models = ("text", "qwen2_5_vl", "llava")
-    documented = tuple(
-        Documented(f"loss/{way}[bnpo-*]", "bnpo is normalized by the tokens of the micro-batch", f"comment in {LOSS_FILE} 1227")
-        for way in ("accumulation", "processes")
+    documented = (
+        Documented(
+            ("loss/accumulation[bnpo-*]", "loss/processes[bnpo-*]"),
+            "bnpo is normalized by the tokens of the micro-batch",
+            "comment in unsloth_zoo/rl_replacements.py, line 1227",
+        ),
     )
 
     def loss(self, batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:

@@ -29,6 +29,7 @@ from vlmkernels.conformance import (
     Sample,
 )
 from vlmkernels.conformance.foreign import restored, stand_ins
+from vlmkernels.conformance.models import images_by_sample
 
 UNUSED = ("ray", "hydra", "cachetools", "torchdata", "wandb", "uvicorn", "fastapi")
 with warnings.catch_warnings(), restored(), stand_ins(*UNUSED):
@@ -112,7 +113,7 @@ class Verl(Adapter):
             "responses": torch.zeros(rows, width, dtype=torch.long),
             "attention_mask": torch.nn.functional.pad(reach, (1, 0), value=True).long(),
             "response_mask": batch.loss_mask.long(),
-            "old_log_probs": batch.logps.detach() if batch.old_logps is None else batch.old_logps,
+            "old_log_probs": batch.known_old_logps,
             "advantages": batch.advantages.unsqueeze(1) * batch.loss_mask,
         }
         if config.beta:
@@ -165,7 +166,7 @@ class Verl(Adapter):
         self, inputs: dict[str, torch.Tensor], num_images: Sequence[int], num_chunks: int
     ) -> list[dict[str, torch.Tensor]]:
         rows = {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_grid_thw")}
-        batch = tensordict_utils.get_tensordict({**rows, "multi_modal_inputs": _images_by_sample(inputs, num_images)})
+        batch = tensordict_utils.get_tensordict({**rows, "multi_modal_inputs": images_by_sample(inputs, num_images)})
         out = []
         for chunk in tensordict_utils.chunk_tensordict(batch, num_chunks):
             out.append({name: chunk[name] for name in rows} | extract_multi_modal_inputs(chunk["multi_modal_inputs"]))
@@ -174,7 +175,7 @@ class Verl(Adapter):
     def positions(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         worker = _worker(_processor_of(model.config), model.config)
         starts = inputs["input_ids"] == getattr(model.config, "vision_start_token_id", -1)
-        images = _images_by_sample(inputs, starts.sum(1).tolist())
+        images = images_by_sample(inputs, starts.sum(1).tolist())
         out = []
         for row, own in enumerate(images):
             kinds = {"mm_token_type_ids": inputs["mm_token_type_ids"]} if "mm_token_type_ids" in inputs else {}
@@ -192,16 +193,6 @@ class Verl(Adapter):
             images.append(worker._compute_multi_modal_inputs(output, rows[-1]["input_ids"]))
         tokens = {name: torch.cat([row[name] for row in rows]) for name in ("input_ids", "attention_mask")}
         return tokens | extract_multi_modal_inputs(images)
-
-
-def _images_by_sample(inputs: dict[str, torch.Tensor], num_images: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-    """Return the inputs of images of each sample: verl processes samples one by one, so that its batch has a list of them."""
-    if "pixel_values" not in inputs:
-        return [{} for _ in num_images]
-    grids = inputs["image_grid_thw"].split([*num_images])
-    pixels = inputs["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
-    pairs = zip(pixels, grids, strict=True)
-    return [{"pixel_values": rows, "image_grid_thw": grid} if len(grid) else {} for rows, grid in pairs]
 
 
 def _processor_of(config: Any) -> Any:
@@ -339,7 +330,7 @@ def _rollout_weights(batch: LossBatch, config: GRPOLossConfig) -> torch.Tensor:
     if high is None or (bound == "truncate" and low is not None):
         raise NotApplicable("verl truncates at an upper bound, and masks outside of a lower and an upper bound")
     weights, _, _ = compute_rollout_correction_and_rejection_mask(
-        old_log_prob=batch.logps.detach() if batch.old_logps is None else batch.old_logps,
+        old_log_prob=batch.known_old_logps,
         rollout_log_prob=batch.rollout_logps,
         response_mask=batch.loss_mask.long(),
         rollout_is=level,

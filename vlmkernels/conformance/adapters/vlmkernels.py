@@ -40,13 +40,12 @@ class _Objective(Adapter):
         "vespo_lambda_neg": 1.0,
     }
     masks = ("padding", "holes", "nonfinite")
-    documented = tuple(
+    documented = (
         Documented(
-            f"loss/{name}[bnpo*]",
+            ("loss/accumulation[bnpo*]", "loss/processes[bnpo*]"),
             "bnpo divides by the tokens of the call, as in TRL; dapo divides by those of the whole batch",
             "vlmkernels.grpo_loss, accumulation_steps",
-        )
-        for name in ("accumulation", "processes")
+        ),
     )
 
 

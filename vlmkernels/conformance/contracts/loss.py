@@ -299,99 +299,29 @@ def against_itself(batch: LossBatch, config: GRPOLossConfig, variant: Variant) -
     )
 
 
-def invariant(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
-    """Check that the variant has the loss and the gradient of the batch."""
-    agree(
-        loss_and_gradient(adapter, batch, config, variant),
-        loss_and_gradient(adapter, batch, config),
-        tolerances(batch, config, units=8.0),
-    )
+def variants(*rows: tuple[str, LossBatch, Variant], kl: bool = True, mask: str = "padding") -> Callable[[Adapter], list[Case]]:
+    """Return the cases of a contract: each objective with each row.
 
+    Args:
+        kl: whether with a KL term, if the adapter has one.
+        mask: the kind of masks that an adapter must support.
+    """
 
-def variants(*rows: tuple[str, LossBatch, Variant], kl: bool = False) -> Callable[[Adapter], Iterable[Case]]:
-    """Return the cases of a contract: each objective with each row; ``kl``: with a KL term, if the adapter has one."""
-
-    def cases(adapter: Adapter) -> Iterator[Case]:
+    def cases(adapter: Adapter) -> list[Case]:
         term = {"beta": BETA, "kl_estimator": adapter.kl_estimators[0]} if kl and adapter.kl_estimators else {}
-        for name, loss_type, level in objectives(adapter):
-            for row, batch, variant in rows:
-                config = settings(loss_type, level, **term)
-                yield case(f"{name}-{row}", config, first_dtype(adapter, batch), variant=variant)
+        return [
+            case(f"{name}-{row}", settings(loss_type, level, **term), first_dtype(adapter, batch), variant=variant)
+            for name, loss_type, level in (objectives(adapter) if mask in adapter.masks else ())
+            for row, batch, variant in rows
+        ]
 
     return cases
-
-
-@contract(
-    "loss/padding",
-    "loss",
-    source="the length of other completions of the batch is no part of the objective of a completion",
-    tolerance=TWICE,
-    cases=variants(
-        ("columns", SMALL, Variant(add_padding, 2)),
-        ("values", SMALL, Variant(set_masked, -0.25, -6.0)),
-        ("columns-4x4", WHOLE, Variant(add_padding, 2)),
-        ("values-4x4", WHOLE, Variant(set_masked, -0.25, -6.0)),
-        kl=True,
-    ),
-    reproduce=against_itself,
-)
-def padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
-    """More padding, or other finite values outside of the loss mask, change neither the loss nor the gradient."""
-    invariant(adapter, batch, config, variant)
-
-
-NONFINITE = variants(*((str(x), SMALL, Variant(set_masked, x, x)) for x in map(float, ("nan", "inf", "-inf"))), kl=True)
-
-
-@contract(
-    "loss/nonfinite_padding",
-    "loss",
-    source="0 * NaN is NaN: only a selection, not a product with the mask, keeps such values out",
-    tolerance=TWICE,
-    cases=lambda adapter: NONFINITE(adapter) if "nonfinite" in adapter.masks else (),
-    reproduce=against_itself,
-)
-def nonfinite_padding(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
-    """NaN and infinities outside of the loss mask change neither the loss nor the gradient."""
-    invariant(adapter, batch, config, variant)
-
-
-@contract(
-    "loss/order",
-    "loss",
-    source="the objective is a mean over completions",
-    tolerance=TWICE,
-    cases=variants(
-        ("reversed", SMALL, Variant(select_rows, (1, 0))),
-        ("rotated", WHOLE, Variant(select_rows, (1, 2, 3, 0))),
-        kl=True,
-    ),
-    reproduce=against_itself,
-)
-def order(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
-    """The order of completions does not change the loss, and permutes the gradient."""
-    invariant(adapter, batch, config, variant)
-
-
-HOLES = variants(("closed", replace(WHOLE, loss_mask=MASKS["holes"]), Variant(close_holes)), kl=True)
-
-
-@contract(
-    "loss/holes",
-    "loss",
-    source="tokens of tools and of the environment are not sampled by the policy",
-    tolerance=TWICE,
-    cases=lambda adapter: HOLES(adapter) if "holes" in adapter.masks else (),
-    reproduce=against_itself,
-)
-def holes(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
-    """A completion with masked tokens in it has the loss of the completion without these tokens."""
-    invariant(adapter, batch, config, variant)
 
 
 FIRST = variants(
     ("2x2", replace(SMALL, old_logps=SMALL.logps), Variant(first_step)),
     ("4x4", replace(WHOLE, old_logps=WHOLE.logps), Variant(first_step)),
+    kl=False,
 )
 
 
@@ -405,52 +335,74 @@ def first_cases(adapter: Adapter) -> Iterator[Case]:
                 yield case(f"{name}{term_name}", settings(loss_type, level, **term), batch, variant=Variant(first_step))
 
 
-@contract(
-    "loss/first_step",
-    "loss",
-    source="before the first update the policy is the policy that sampled, and its ratio is 1 with a gradient",
-    tolerance=TWICE,
-    cases=first_cases,
-    reproduce=against_itself,
-)
-def first(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
-    """Without old_logps the loss and the gradient are those with old_logps equal to logps."""
-    invariant(adapter, batch, config, variant)
-
-
-@contract(
-    "loss/accumulation",
-    "loss",
-    source="the batch of the objective is that of an optimizer step (https://huggingface.co/blog/gradient_accumulation)",
-    tolerance=TWICE,
-    cases=variants(
-        ("2", SMALL, Variant(micro_batches, 2, 1)),
-        ("2-4x4", WHOLE, Variant(micro_batches, 2, 1)),
-        ("4-4x4", WHOLE, Variant(micro_batches, 4, 1)),
-        kl=True,
+# Name of the contract -> its rule, its source and its cases.
+INVARIANTS: dict[str, tuple[str, str, Callable[[Adapter], Iterable[Case]]]] = {
+    "padding": (
+        "More padding, or other finite values outside of the loss mask, change neither the loss nor the gradient.",
+        "the length of other completions of the batch is no part of the objective of a completion",
+        variants(
+            ("columns", SMALL, Variant(add_padding, 2)),
+            ("values", SMALL, Variant(set_masked, -0.25, -6.0)),
+            ("columns-4x4", WHOLE, Variant(add_padding, 2)),
+            ("values-4x4", WHOLE, Variant(set_masked, -0.25, -6.0)),
+        ),
     ),
-    reproduce=against_itself,
-)
-def accumulation(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
-    """The losses of micro-batches with unequal numbers of tokens add up to the loss of the whole batch."""
-    invariant(adapter, batch, config, variant)
-
-
-@contract(
-    "loss/processes",
-    "loss",
-    source="data parallelism is no part of the objective",
-    tolerance=TWICE,
-    cases=variants(
-        ("2", SMALL, Variant(micro_batches, 1, 2)),
-        ("2x2-4x4", WHOLE, Variant(micro_batches, 2, 2)),
-        kl=True,
+    "nonfinite_padding": (
+        "NaN and infinities outside of the loss mask change neither the loss nor the gradient.",
+        "0 * NaN is NaN: only a selection, not a product with the mask, keeps such values out",
+        variants(*((str(x), SMALL, Variant(set_masked, x, x)) for x in map(float, ("nan", "inf", "-inf"))), mask="nonfinite"),
     ),
-    reproduce=against_itself,
-)
-def processes(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
-    """The mean over processes, with unequal numbers of tokens, is the loss of one process with the whole batch."""
-    invariant(adapter, batch, config, variant)
+    "order": (
+        "The order of completions does not change the loss, and permutes the gradient.",
+        "the objective is a mean over completions",
+        variants(
+            ("reversed", SMALL, Variant(select_rows, (1, 0))),
+            ("rotated", WHOLE, Variant(select_rows, (1, 2, 3, 0))),
+        ),
+    ),
+    "holes": (
+        "A completion with masked tokens in it has the loss of the completion without these tokens.",
+        "tokens of tools and of the environment are not sampled by the policy",
+        variants(("closed", replace(WHOLE, loss_mask=MASKS["holes"]), Variant(close_holes)), mask="holes"),
+    ),
+    "first_step": (
+        "Without old_logps the loss and the gradient are those with old_logps equal to logps.",
+        "before the first update the policy is the policy that sampled, and its ratio is 1 with a gradient",
+        first_cases,
+    ),
+    "accumulation": (
+        "The losses of micro-batches with unequal numbers of tokens add up to the loss of the whole batch.",
+        "the batch of the objective is that of an optimizer step (https://huggingface.co/blog/gradient_accumulation)",
+        variants(
+            ("2", SMALL, Variant(micro_batches, 2, 1)),
+            ("2-4x4", WHOLE, Variant(micro_batches, 2, 1)),
+            ("4-4x4", WHOLE, Variant(micro_batches, 4, 1)),
+        ),
+    ),
+    "processes": (
+        "The mean over processes, with unequal numbers of tokens, is the loss of one process with the whole batch.",
+        "data parallelism is no part of the objective",
+        variants(
+            ("2", SMALL, Variant(micro_batches, 1, 2)),
+            ("2x2-4x4", WHOLE, Variant(micro_batches, 2, 2)),
+        ),
+    ),
+}
+
+
+def invariant(adapter: Adapter, batch: LossBatch, config: GRPOLossConfig, variant: Variant) -> None:
+    """Check that the variant has the loss and the gradient of the batch."""
+    agree(
+        loss_and_gradient(adapter, batch, config, variant),
+        loss_and_gradient(adapter, batch, config),
+        tolerances(batch, config, units=8.0),
+    )
+
+
+for _name, (_rule, _source, _cases) in INVARIANTS.items():
+    contract(f"loss/{_name}", "loss", rule=_rule, source=_source, tolerance=TWICE, cases=_cases, reproduce=against_itself)(
+        invariant
+    )
 
 
 def rows(*masks: list[int], **fields: Any) -> LossBatch:
