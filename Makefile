@@ -38,7 +38,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 # The fast tests with the oldest and the newest supported packages and with Python 3.10, 3.12 and 3.13, in environments of their
-# own: 4 x 6 GB. VERSIONS="oldest newest" selects rows of the table in the script.
+# own: 5 x 6 GB. VERSIONS="oldest newest" selects rows of the table in the script.
 test-versions:
 	WORKERS=$(WORKERS) sh tools/test_versions.sh $(VERSIONS)
 

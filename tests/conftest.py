@@ -106,6 +106,10 @@ def pytest_runtest_logfinish():
     freeze_modules()
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # Triton 3.9 prints a list of its objects that exist after the last collection
+
+
 def pytest_terminal_summary(terminalreporter):
     """On a GPU, print the counts of each test file and keep them with the benchmark results of the device."""
     if not GPU or terminalreporter.config.getoption("outcomes", None):  # bench/gpu_check.py keeps the counts of all its runs

@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 versions='
 oldest     python3.11 .[test,trl,liger,qlora] torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate==1.14.0 peft==0.18.0 datasets==4.7.0 trl==1.16.0 numpy==2.3.5
 newest     python3.13 .[test,trl,liger,qlora] --constraint constraints.txt
+unpinned   python3.13 .[test,trl,liger,qlora]
 python3.12 python3.12 .[test,trl,liger,qlora] --constraint constraints.txt
 python3.10 python3.10 .[test,liger,qlora] transformers==5.17.0
 '
@@ -19,7 +20,7 @@ slow='simt sanitizer demo bench examples train/faults train/distributed ops/test
 
 ignored=$(for path in $slow; do printf ' --ignore tests/%s' "$path"; done)
 status=0
-for name in ${*:-oldest newest python3.12 python3.10}; do
+for name in ${*:-oldest newest unpinned python3.12 python3.10}; do
     row=$(echo "$versions" | grep "^$name " || { echo "name must be a row of $0, got $name" >&2; exit 2; })
     set -- $row
     python=$2

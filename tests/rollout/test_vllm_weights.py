@@ -1,6 +1,7 @@
 """How weights go to vLLM: in memory, in one process, by CUDA IPC and by NCCL, or through a folder."""
 
 import base64
+import functools
 import multiprocessing
 import pickle
 import sys
@@ -104,10 +105,21 @@ def test_by_cuda_ipc(make, ipc, capsys):
     assert not run.engine.folder.exists()
 
 
-def test_by_nccl(make, ipc, monkeypatch, capsys):
+class WeightSource:
+    """As in vLLM 0.33: the trainer also reads its source when it is made."""
+
+    def __init_subclass__(cls):
+        assert isinstance(vars(cls)["metadata"], functools.cached_property)
+
+    def iter_full(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("source", [object, WeightSource], ids=["vllm 0.32", "vllm 0.33"])
+def test_by_nccl(make, ipc, monkeypatch, capsys, source):
     """vLLM's own trainer broadcasts; the fake gets its tensors. Requests go through the engine's client."""
     module = types.ModuleType("vllm.distributed.weight_transfer.nccl_engine")
-    module.WeightSource, module.ParamMeta = object, lambda *values: values
+    module.WeightSource, module.ParamMeta = source, lambda *values: values
     module.NCCLTrainerInitInfo = types.SimpleNamespace
     seen = []
 
@@ -118,12 +130,19 @@ def test_by_nccl(make, ipc, monkeypatch, capsys):
             client.init_weight_transfer_engine({"world_size": info.world_size})
             trainer = cls()
             trainer.client, trainer.source = client, source
+            assert trainer.read() == ({}, [])
             return trainer
 
+        def read(self):
+            if isinstance(self.source, WeightSource):
+                return dict(self.source.iter_full()), self.source.metadata
+            return dict(self.source), self.source.metadata()
+
         def send_weights(self):
-            assert [(name, x.dtype, tuple(x.shape)) for name, x in self.source] == self.source.metadata()
+            tensors, metadata = self.read()
+            assert [(name, x.dtype, tuple(x.shape)) for name, x in tensors.items()] == metadata
             self.client.start_weight_update()
-            run.fake.received = dict(self.source)
+            run.fake.received = tensors
             self.client.finish_weight_update()
 
     module.NCCLTrainerWeightTransferEngine = Trainer

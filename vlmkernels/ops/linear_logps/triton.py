@@ -121,7 +121,8 @@ def linear_logps_kernel(
                 i = h + tl.arange(0, BLOCK_H)
                 a = tl.load(hidden_ptr + k * stride_hidden + i, mask=i < H, other=0.0).to(tl.float32)
                 w_ptr = weight_ptr + target * stride_weight + i * step_weight
-                dot += a * tl.load(w_ptr, mask=(i < H) & here, other=0.0).to(tl.float32)
+                # Not (i < H) & here: Triton 3.9's interpreter does not accept the result of a block and a scalar as a mask.
+                dot += a * tl.load(w_ptr, mask=i < tl.where(here, H, 0), other=0.0).to(tl.float32)
             exact = tl.sum(dot, 0)
             if bias_ptr is not None:
                 exact += tl.load(bias_ptr + target, mask=here, other=0.0).to(tl.float32)

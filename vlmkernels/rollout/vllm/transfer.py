@@ -5,6 +5,7 @@ checkpoint, under its names, between the requests /start_weight_update and /fini
 """
 
 import base64
+import functools
 import pickle
 import socket
 from abc import ABC, abstractmethod
@@ -86,19 +87,19 @@ class NCCL(WeightTransfer):
             from vllm.distributed.weight_transfer import nccl_engine
         except ImportError as error:
             raise ImportError("vllm_weight_transfer by NCCL needs vllm >= 0.32 in the trainer's environment too") from error
-        self.source: Iterable[tuple[str, torch.Tensor]] = ()
+        self.nccl_engine = nccl_engine
         world_size = 1 + request("/get_world_size", None)["world_size"]
         address, port = _own_address(base_url)
         info = nccl_engine.NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=0)
         engine = nccl_engine.NCCLTrainerWeightTransferEngine
-        self.engine = engine.trainer_init(info, client=self, source=_source(nccl_engine, self))
+        self.engine = engine.trainer_init(info, client=self, source=_source(nccl_engine, []))
 
     def send(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.source = [*tensors]
+        self.engine.source = _source(self.nccl_engine, [*tensors])
         try:
             self.engine.send_weights()
         finally:
-            self.source = ()
+            self.engine.source = _source(self.nccl_engine, [])
 
     # The client of vLLM's trainer.
 
@@ -115,15 +116,20 @@ class NCCL(WeightTransfer):
         self.request("/finish_weight_update", {})
 
 
-def _source(nccl_engine: Any, transfer: NCCL) -> Any:
-    """Return the weights of a transfer as vLLM's ``WeightSource``."""
+def _source(nccl_engine: Any, tensors: list[tuple[str, torch.Tensor]]) -> Any:
+    """Return the tensors of one transfer as vLLM's ``WeightSource``."""
 
     class Source(nccl_engine.WeightSource):
         def metadata(self) -> list[Any]:
-            return [nccl_engine.ParamMeta(name, x.dtype, tuple(x.shape)) for name, x in transfer.source]
+            return [nccl_engine.ParamMeta(name, x.dtype, tuple(x.shape)) for name, x in tensors]
 
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return iter(transfer.source)
+        def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return iter(tensors)
+
+        if hasattr(nccl_engine.WeightSource, "iter_full"):
+            metadata = functools.cached_property(metadata)
+        else:  # vLLM 0.32
+            __iter__ = iter_full
 
     return Source()
 
