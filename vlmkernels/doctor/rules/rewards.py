@@ -23,9 +23,9 @@ FORMAT = ("format", "tag", "xml", "json", "struct", "think", "template", "syntax
 def _flat(run: Run) -> Evidence | None:
     reward = run.curve("reward")
     if max(reward.values) - min(reward.values) <= 1e-9 * max(1.0, abs(reward.start)):
-        step, shown = reward.steps[reward.logs(2 * WINDOW) - 1], example(run, reward.steps[-1], lambda row: row.advantage)
+        first, shown = reward.steps[reward.logs(2 * WINDOW) - 1], example(run, reward.steps[-1], lambda row: row.advantage)
         text = f"The reward is {short(reward.start)} in all {len(reward)} logs, which gives no direction to learn in."
-        return Evidence(step, text, "reward", reward.start, reward.start, shown)
+        return Evidence(first, text, "reward", reward.start, reward.start, shown)
     step = reward.since(lambda _, step: not reward.has_risen(step), SLOW)
     if step is None or not (trend := reward.trend(len(reward))):
         return None
