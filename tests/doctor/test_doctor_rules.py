@@ -2,6 +2,8 @@
 
 import math
 import random
+import re
+from statistics import fmean
 
 import pytest
 from support.histories import HEALTHY, group, history, ramp, stored
@@ -10,6 +12,7 @@ from support.simulated_runs import simulate
 from vlmkernels.doctor import NOTE, PROBLEM, RULES, Finding, Run, diagnose, unchecked
 from vlmkernels.doctor.history import Curve
 from vlmkernels.doctor.rule import COMPLETIONS
+from vlmkernels.doctor.trend import fit
 from vlmkernels.record.metrics import describe
 
 
@@ -233,12 +236,40 @@ def test_a_healed_run_has_no_finding():
 def test_a_constant_reward_is_found_after_ten_logs():
     finding = found(history(10, 0.0, reward=0.5))["reward-flat"]
     assert finding.step == 10
-    assert finding.evidence == "The reward is 0.5 in all 10 logs."
+    assert finding.evidence == "The reward is 0.5 in all 10 logs, which gives no direction to learn in."
 
 
 def test_a_flat_reward_is_a_note_before_100_logs():
     severities = [found(history(num, seed=1, reward=0.3))["reward-flat"].severity for num in (60, 120)]
     assert severities == [NOTE, PROBLEM]
+    resumed = history(240, seed=1, reward=0.3)
+    resumed.steps = resumed.steps[120:]
+    assert found(resumed)["reward-flat"].severity == NOTE  # an earlier start may have learned
+
+
+def test_a_reward_whose_noise_hides_a_gain_is_a_note_that_says_when_it_would_be_visible():
+    draw = random.Random(0)
+    finding = found(history(120, reward=lambda step: draw.gauss(0.3, 0.1)))["reward-flat"]
+    assert finding.severity == NOTE
+    said = re.fullmatch(
+        r"The reward went from \S+ to \S+ in 119 steps, a gain of \S+ \+- \S+: too early to say whether it rises\. With this"
+        r" noise, a gain below (\S+) is not visible after 119 steps; one of 0\.045 would be after about (\d+)\.",
+        finding.evidence,
+    )
+    visible, steps = map(float, said.groups())
+    assert visible == pytest.approx(
+        4.1 * 0.1 * 3.4 / 120**0.5, rel=0.3
+    )  # the standard error is about 4 deviations / sqrt(logs)
+    assert steps == pytest.approx(119 * (visible / 0.045) ** 2, rel=0.1)
+
+
+@pytest.mark.parametrize(("rule", "end"), [("length-explosion", 200.0), ("length-collapse", 10.0)])
+def test_a_length_may_change_before_it_can_be_said_whether_the_reward_rises(rule, end):
+    draw, length = random.Random(0), {"completions/mean_length": ramp(50, end)}
+    noisy = history(**length, reward=lambda step: draw.gauss(0.3, 0.1))
+    assert found(noisy)[rule].severity == NOTE
+    assert "checkpoint-before-collapse" not in found(noisy)
+    assert found(history(**length, reward=ramp(0.3, 0.2)))[rule].severity == PROBLEM
 
 
 def test_a_collapse_within_the_first_logs():
@@ -445,6 +476,24 @@ def test_noise_of_a_curve_ignores_trend_and_jumps():
     assert Curve(steps, alternating).noise == pytest.approx(0.21, abs=0.01)
     assert Curve([1], [0.3]).noise == 0.0
     assert Curve(steps, [1.0] * 99 + [2.0]).noise == pytest.approx(0.009, abs=0.001)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5])
+def test_a_gain_is_visible_as_often_as_stated(correlation):
+    """Few curves without a gain rise, and four of five with the detectable gain, also if neighbors deviate together."""
+    draw = random.Random(0)
+
+    def values(gain: float) -> list[float]:
+        noise = [draw.gauss(0, 1)]
+        for _ in range(79):
+            noise.append(correlation * noise[-1] + math.sqrt(1 - correlation**2) * draw.gauss(0, 1))
+        return [gain * step / 79 + value for step, value in enumerate(noise)]
+
+    without = [fit(range(80), values(0.0)) for _ in range(200)]
+    assert sum(bool(trend.rising) for trend in without) <= 10
+    gain = fmean(trend.detectable for trend in without)
+    assert 150 <= sum(bool(fit(range(80), values(gain)).rising) for _ in range(200)) <= 195
+    assert not any(fit(range(80), values(gain)).excludes(gain) for _ in range(200))
 
 
 def test_windows_grow_with_the_run():

@@ -16,6 +16,7 @@ def ramp(start: float, end: float, first: int = 0, last: int = STEPS) -> Callabl
 
 HEALTHY: dict[str, Value] = {
     "reward": ramp(0.2, 0.9),
+    "reward_std": 0.45,
     "rewards/accuracy/mean": ramp(0.2, 0.9),
     "rewards/accuracy/std": 0.45,
     "rewards/accuracy/unparsed": 0.02,

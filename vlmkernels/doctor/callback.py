@@ -17,7 +17,7 @@ from vlmkernels.record.reading import checkpoints
 logger = logging.get_logger(__name__)
 
 STATE_KEY = "vlmkernels.doctor"  # of what trainer_state.json remembers
-FIRST, LAST = 20, 100  # logs that are kept; rules compare the first of a run with the last
+FIRST, LAST = 20, 1000  # logs that are kept; rules compare the first of a run with the last
 FIRST_STORED, LAST_STORED = 3, 20  # logs whose completions are kept
 MAX_EXAMPLE = 200  # characters of a completion in a warning
 

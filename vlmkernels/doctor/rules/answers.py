@@ -34,7 +34,7 @@ def _one_answer(run: Run) -> Evidence | None:
         return None
     groups = groups_of(run, next(recent(run)))
     answer, share = most_common([answer_of(row["text"]) for group in groups for row in group["completions"]])
-    given = f"answer {answer[:60]!r}" if answer else "are empty"
+    given = f"answer {answer[:60]!r}, although the right answers differ" if answer else "are empty"
     text = f"{share:.0%} of the completions of {len(groups)} prompts {given}."
     shown = example(run, steps[-1], lambda row: (answer_of(row.text) == answer, -row.total))
     return Evidence(steps[-1], text, None, share, example=shown)
@@ -49,7 +49,10 @@ def _image_ignored(run: Run) -> Evidence | None:
     if step is None:
         return None
     text = f"With a grey image, the distributions of the next token differ from those with the image by {short(use.window())}"
-    text, shown = f"{text} nats (KL divergence), at first by {short(first)}.", example(run, step, lambda row: -row.advantage)
+    text, shown = (
+        f"{text} nats (KL divergence), at first by {short(first)}: the image hardly matters.",
+        example(run, step, lambda row: -row.advantage),
+    )
     return Evidence(step, text, IMAGE_USE, use.window(), first, shown, severity)
 
 
@@ -62,7 +65,7 @@ def _special_tokens(run: Run) -> Evidence | None:
 
 
 _sampled_special = large_share(
-    SPECIAL_TOKENS, 0.005, "{share} of the sampled tokens are padding or image tokens.", _count_special
+    SPECIAL_TOKENS, 0.005, "{share} of the sampled tokens are padding or image tokens, which no answer has.", _count_special
 )
 
 
@@ -73,7 +76,13 @@ def _written_special(run: Run) -> Evidence | None:
     if not (steps := since(run, lambda steps: share(steps) >= 0.05)):
         return None
     value, shown = share(next(recent(run))), example(run, steps[-1], _count_special)
-    return Evidence(steps[-1], f"{value:.0%} of the completions contain padding or image tokens.", None, value, example=shown)
+    return Evidence(
+        steps[-1],
+        f"{value:.0%} of the completions contain padding or image tokens, which no answer has.",
+        None,
+        value,
+        example=shown,
+    )
 
 
 RULES = (

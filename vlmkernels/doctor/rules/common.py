@@ -4,8 +4,9 @@ from collections.abc import Callable
 from functools import partial
 
 from vlmkernels.doctor.completions import Row, example
-from vlmkernels.doctor.history import WINDOW, Curve, Run, reward_of
-from vlmkernels.doctor.rule import Evidence
+from vlmkernels.doctor.history import SMALL, WINDOW, Curve, Run, reward_of
+from vlmkernels.doctor.rule import NOTE, PROBLEM, Evidence
+from vlmkernels.doctor.trend import Trend
 from vlmkernels.record.html import short
 
 Check = Callable[[Run], Evidence | None]
@@ -40,19 +41,22 @@ def _is_above(limit: float, share: Curve, value: float, step: int) -> bool:
     return value >= limit and share.mean(share.count(step), windows=1)[0] >= limit
 
 
-def changed(name: str, factor: float, what: str, key: Key | None = None, least: float = 0.0) -> Check:
+def changed(
+    name: str, factor: float, what: str, key: Key | None = None, least: float = 0.0, may_be_intended: bool = False
+) -> Check:
     """Return a check whether a metric rose (or fell) by a factor above (or below) 1 and by at least ``least``, without profit.
 
-    The change must exceed three standard deviations of the metric's noise, and the reward must not have risen.
+    The change must exceed three standard deviations of the metric's noise, and no rise of the reward must be visible.
 
     Args:
         what: the beginning of the sentence, with the unit as {} after the numbers.
+        may_be_intended: whether the change is a problem only if the reward has fallen or its rise is excluded, else a note.
     """
     subject, _, unit = what.partition("{}")
     sign = 1 if factor > 1 else -1
 
     def check(run: Run) -> Evidence | None:
-        curve = run.curve(name)
+        curve, reward = run.curve(name), run.curve("reward")
 
         def holds(value: float, step: int) -> bool:
             difference = sign * (value - curve.start)
@@ -62,7 +66,27 @@ def changed(name: str, factor: float, what: str, key: Key | None = None, least: 
         if (step := curve.since(holds)) is None:
             return None
         verb = "rose" if sign > 0 else "fell"
-        text = f"{subject}{verb} from {short(curve.start)} to {short(curve.window())}{unit}, and the reward did not rise."
-        return Evidence(step, text, name, curve.window(), curve.start, key and example(run, step, key))
+        text = f"{subject}{verb} from {short(curve.start)} to {short(curve.window())}{unit}"
+        text = f"{text} without a visible rise of the reward{_gain_of(reward)}."
+        is_certain = is_stuck(run) or reward.has_fallen(curve.steps[-1])
+        severity = NOTE if may_be_intended and not is_certain else PROBLEM
+        return Evidence(step, text, name, curve.window(), curve.start, key and example(run, step, key), severity)
 
     return check
+
+
+def _gain_of(reward: Curve) -> str:
+    trend = reward.trend(len(reward)) if len(reward) else None
+    return f" (a gain of {gain_text(trend)})" if trend else ""
+
+
+def gain_text(trend: Trend) -> str:
+    """Return the gain of a line with its standard error."""
+    return f"{short(trend.line.gain)} +- {short(trend.line.error)}"
+
+
+def is_stuck(run: Run, name: str = "reward") -> bool:
+    """Whether a gain of a reward that matters is excluded."""
+    curve = run.curve(name)
+    trend = curve.trend(len(curve)) if len(curve) else None
+    return trend is not None and trend.excludes(SMALL * run.spread(name))

@@ -1,5 +1,6 @@
 """Rules about the length of completions, and about rewards that are gained by length or repetition."""
 
+import math
 from itertools import accumulate
 from statistics import fmean
 
@@ -19,7 +20,9 @@ def _length(row: Row) -> int:
     return len(row.text)
 
 
-_cut_off = large_share(CLIPPED, 0.25, "{share} of the completions are cut off at max_completion_length.", _length, kept=0.8)
+_cut_off = large_share(
+    CLIPPED, 0.25, "{share} of the completions are cut off at max_completion_length, and scored unfinished.", _length, kept=0.8
+)
 
 
 def _truncated(run: Run) -> Evidence | None:
@@ -35,8 +38,10 @@ def _by_length(run: Run) -> Evidence | None:
 def _by_logged_length(run: Run) -> Evidence | None:
     length, correlation = run.curve(LENGTH), run.curve(CORRELATION)
     # The largest one so far counts: when all completions have the maximum length, there is no correlation.
-    least = correlation.least
-    largest = list(accumulate(map(correlation.window, range(least, len(correlation) + 1)), max))
+    # Of many windows, the largest one exceeds that of most by some standard errors.
+    least, error = correlation.least, 1.25 * correlation.noise / math.sqrt(correlation.width)
+    windows = map(correlation.window, range(least, len(correlation) + 1))
+    largest = list(accumulate((value if value > 4 * error else 0.0 for value in windows), max))
 
     def strongest(step: int) -> float:
         count = correlation.count(step)
@@ -73,7 +78,7 @@ def _mean_length(run: Run, steps: list[int]) -> float:
 def _length_evidence(run: Run, step: int, value: float, start: float, now: float, unit: str) -> Evidence:
     text = f"Within groups, the correlation of reward and length is {value:.2f}; the mean length rose from {short(start)}"
     shown = example(run, step, lambda row: (row.advantage > 0, _length(row)))
-    return Evidence(step, f"{text} to {short(now)} {unit}.", LENGTH, now, start, shown)
+    return Evidence(step, f"{text} to {short(now)} {unit}: length is rewarded.", LENGTH, now, start, shown)
 
 
 def _by_repetition(run: Run) -> Evidence | None:
@@ -102,19 +107,19 @@ def _mean_repetition(run: Run, steps: list[int]) -> float:
 RULES = (
     Rule(
         "length-explosion",
-        "the mean length doubled, and the reward did not rise",
+        "the mean length doubled, and the reward fell or has not risen; a note if it is too early to say",
         "Use loss_type='dapo' or 'dr_grpo' instead of a mean per completion, add the reward soft_overlong, or lower"
         " max_completion_length.",
         (LENGTH,),
-        changed(LENGTH, 2, "The mean length {} tokens", _length),
+        changed(LENGTH, 2, "The mean length {} tokens", _length, may_be_intended=True),
         "twice the length at the beginning; Dr. GRPO (arXiv 2503.20783), section 3",
     ),
     Rule(
         "length-collapse",
-        "the mean length halved, and the reward did not rise",
+        "the mean length halved, and the reward fell or has not risen; a note if it is too early to say",
         "Remove rewards that favor short completions, or lower their weight in reward_weights; lower learning_rate.",
         (LENGTH,),
-        changed(LENGTH, 0.5, "The mean length {} tokens", lambda row: -_length(row)),
+        changed(LENGTH, 0.5, "The mean length {} tokens", lambda row: -_length(row), may_be_intended=True),
         "half the length at the beginning",
     ),
     Rule(
@@ -131,7 +136,8 @@ RULES = (
         "Make the reward independent of the length, or add the reward soft_overlong or cosine_length.",
         (f"{CORRELATION} or {COMPLETIONS}", f"{LENGTH} or {COMPLETIONS}"),
         _by_length,
-        "a correlation of 0.5: the length explains a quarter of the variance; 1.5 times the length at the beginning",
+        "a correlation of 0.5 (the length explains a quarter of the variance) and of four standard errors; 1.5 times the length"
+        " at the beginning",
     ),
     Rule(
         "repetition",

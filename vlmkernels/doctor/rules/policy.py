@@ -24,13 +24,26 @@ def _kl(run: Run) -> Evidence | None:
     if step is None:
         return None
     text = f"The KL divergence from the reference is {short(kl.window())} nats per token; the entropy at first was"
-    return Evidence(step, f"{text} {short(scale)}.", "kl", kl.window(), scale, example(run, step, lambda row: -row.advantage))
+    return Evidence(
+        step,
+        f"{text} {short(scale)}: the reference would hardly write these completions.",
+        "kl",
+        kl.window(),
+        scale,
+        example(run, step, lambda row: -row.advantage),
+    )
 
 
 def _ratio(run: Run) -> Evidence | None:
     clipped, ratio = run.curve(CLIPPED), run.curve(RATIO)
     if (step := clipped.since(lambda value, _: value >= 0.3, WINDOW)) is not None:
-        return Evidence(step, f"{clipped.window():.0%} of the tokens are clipped.", CLIPPED, clipped.window(), clipped.start)
+        return Evidence(
+            step,
+            f"{clipped.window():.0%} of the tokens are clipped, and have no gradient.",
+            CLIPPED,
+            clipped.window(),
+            clipped.start,
+        )
     if (step := ratio.since(lambda value, _: abs(value - 1) >= 0.1, WINDOW)) is not None:
         text = f"The mean probability ratio to the policy that sampled is {short(ratio.window())}; its expected value is 1."
         return Evidence(step, text, RATIO, ratio.window(), 1.0)
@@ -42,10 +55,10 @@ def _mismatch(run: Run) -> Evidence | None:
     limit = min(0.1, max(0.02, 5 * difference.start)) if len(difference) else 0.1
     if (step := difference.since(lambda value, _: value >= limit, WINDOW)) is not None:
         text = "Log-probabilities of the sampled tokens differ between rollout and training by"
-        text = f"{text} {short(difference.window())} on average."
+        text = f"{text} {short(difference.window())} on average: another policy is sampled than is trained."
         return Evidence(step, text, DIFFERENCE, difference.window(), difference.start)
     if (step := size.since(lambda value, _: value <= 0.5, WINDOW)) is not None:
-        text = f"The effective sample size is {size.window():.0%} of the completions."
+        text = f"The effective sample size is {size.window():.0%} of the completions: few of them have most of the weight."
         return Evidence(step, text, SAMPLE_SIZE, size.window(), size.start, severity=NOTE)
     return None
 
@@ -53,7 +66,7 @@ def _mismatch(run: Run) -> Evidence | None:
 RULES = (
     Rule(
         "entropy-collapse",
-        "the entropy fell to a fifth, and the reward did not rise",
+        "the entropy fell to a fifth, and no rise of the reward is visible",
         "Set epsilon_high above epsilon, lower learning_rate, raise temperature, or set entropy_coef > 0.",
         ("entropy",),
         changed("entropy", 0.2, "The entropy {} nats per token", lambda row: row.advantage),
@@ -61,7 +74,7 @@ RULES = (
     ),
     Rule(
         "entropy-explosion",
-        "the entropy doubled, and the reward did not rise",
+        "the entropy doubled, and no rise of the reward is visible",
         "Lower learning_rate, epsilon_high or entropy_coef, or set beta > 0.",
         ("entropy",),
         changed("entropy", 2, "The entropy {} nats per token", lambda row: -row.advantage, least=0.5),
@@ -69,7 +82,7 @@ RULES = (
     ),
     Rule(
         "kl-runaway",
-        "the policy has left the reference, and the reward did not rise",
+        "the policy has left the reference, and no rise of the reward is visible",
         "Increase beta, or lower learning_rate.",
         ("kl",),
         _kl,

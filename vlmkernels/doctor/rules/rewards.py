@@ -5,17 +5,17 @@ from itertools import accumulate, pairwise
 from statistics import fmean
 
 from vlmkernels.doctor.completions import MARKS, Row, example, has_answer, recent, rows_of, since
-from vlmkernels.doctor.history import WINDOW, Curve, Run, reward_of
+from vlmkernels.doctor.history import LARGE, SMALL, WINDOW, Curve, Run, reward_of
 from vlmkernels.doctor.rule import COMPLETIONS, NOTE, PROBLEM, Evidence, Rule
-from vlmkernels.doctor.rules.common import large_share
+from vlmkernels.doctor.rules.common import gain_text, is_stuck, large_share
+from vlmkernels.doctor.trend import EXCLUDED, HINT, VISIBLE, Trend
 from vlmkernels.record.html import short
 
 ZERO_SPREAD = "frac_reward_zero_std"
 FILLED = "dynamic_sampling/filled"  # groups without spread in the batch; ZERO_SPREAD then counts dropped groups, too
 LITTLE_SPREAD = 0.2  # of the completions that are in groups with spread if half of the completions are right
-# Steps after which a reward that has not risen is worth a note, and a problem; and the smallest numbers of their logs.
-SLOW, VERY_SLOW = 40, 100
-SLOW_LOGS, VERY_SLOW_LOGS = 12, 30
+SLOW = 40  # steps after which a reward that has not visibly risen is worth a note
+VERY_SLOW, VERY_SLOW_LOGS = 100, 30  # the smallest numbers of steps and of logs after which it can be a problem
 NEARLY_ALL = 0.9
 FORMAT = ("format", "tag", "xml", "json", "struct", "think", "template", "syntax")  # in the names of rewards of the format
 
@@ -23,43 +23,39 @@ FORMAT = ("format", "tag", "xml", "json", "struct", "think", "template", "syntax
 def _flat(run: Run) -> Evidence | None:
     reward = run.curve("reward")
     if max(reward.values) - min(reward.values) <= 1e-9 * max(1.0, abs(reward.start)):
-        text = f"The reward is {short(reward.start)} in all {len(reward)} logs."
-        step, is_certain = reward.steps[reward.logs(2 * WINDOW) - 1], True
-    elif (since := reward.since(lambda _, step: _is_flat(reward, reward.count(step)))) is not None:
-        text = f"The reward was {short(reward.start)} at first and is {short(reward.window())} after {len(reward)} logs"
-        step, is_certain = since, len(reward) >= _very_slow(reward)
-        if _has_no_room(run, reward.steps[-1]):
-            text, is_certain = f"{text}, near its best value", False
-        text = f"{text}."
-    else:
+        first, shown = reward.steps[reward.logs(2 * WINDOW) - 1], example(run, reward.steps[-1], lambda row: row.advantage)
+        text = f"The reward is {short(reward.start)} in all {len(reward)} logs, which gives no direction to learn in."
+        return Evidence(first, text, "reward", reward.start, reward.start, shown)
+    step = reward.since(lambda _, step: not reward.has_risen(step), SLOW)
+    if step is None or not (trend := reward.trend(len(reward))):
         return None
-    shown, severity = example(run, step, lambda row: row.advantage), PROBLEM if is_certain else NOTE
-    return Evidence(step, text, "reward", reward.window(), reward.start, shown, severity)
+    steps, small = reward.steps[-1] - reward.steps[0], SMALL * run.spread("reward")
+    severity = NOTE
+    text = f"The reward went from {short(reward.start)} to {short(reward.window())} in {steps} steps"
+    if _has_no_room(run, reward.steps[-1]):
+        text = f"{text}, near its best value."
+    elif _never_rose(run, "reward"):
+        severity = PROBLEM
+        text = f"{text}, a gain of {gain_text(trend)}, which excludes that it has risen by {short(small)}."
+    else:
+        text = f"{text}, a gain of {gain_text(trend)}: too early to say whether it rises. {_visible(steps, trend, small)}"
+    return Evidence(
+        step, text, "reward", reward.window(), reward.start, example(run, step, lambda row: row.advantage), severity
+    )
 
 
-def _slow(curve: Curve) -> int:
-    return max(math.ceil(SLOW / curve.every), SLOW_LOGS)
+def _visible(steps: int, trend: Trend, small: float) -> str:
+    """Say which gain would be visible, and when."""
+    text = f"With this noise, a gain below {short(trend.detectable)} is not visible after {steps} steps"
+    needed = steps * (trend.detectable / small) ** 2 if small else 0.0
+    return f"{text}; one of {short(small)} would be after about {float(f'{needed:.1e}'):.0f}." if needed > steps else f"{text}."
 
 
-def _very_slow(curve: Curve) -> int:
-    return max(math.ceil(VERY_SLOW / curve.every), VERY_SLOW_LOGS)
-
-
-def _is_flat(reward: Curve, end: int) -> bool:
-    """Whether the gain up to log ``end`` is not significant, and an optimistic estimate of it little more than the noise."""
-    if end < _slow(reward) or _has_learned(reward, end):
-        return False
-    gain, error = _gain(reward, end)
-    return gain <= 1.5 * error and gain + 2 * error <= 1.5 * reward.noise
-
-
-def _has_learned(reward: Curve, end: int) -> bool:
-    """Whether the reward up to log ``end`` has risen at the beginning, however short, and has kept what it gained."""
-    last = reward.values[end - end // 4 : end]
-    counts = [count for count in (reward.least * 2**power for power in range(8)) if count <= end // 4]
-    errors = [reward.noise * math.sqrt(1 / count + 1 / len(last)) for count in counts]
-    gains = [fmean(last) - fmean(reward.values[:count]) for count in counts]
-    return any(gain > 3 * error for gain, error in zip(gains, errors, strict=True))
+def _never_rose(run: Run, name: str) -> bool:
+    """Whether a reward has not risen since the beginning of training, in so many steps that this is a problem."""
+    curve = run.curve(name)
+    has_beginning = curve.steps[0] <= 2 * curve.every  # else an earlier start, which is not in the log, may have learned
+    return has_beginning and len(curve) >= max(curve.logs(VERY_SLOW), VERY_SLOW_LOGS) and is_stuck(run, name)
 
 
 def _has_no_room(run: Run, step: int) -> bool:
@@ -88,25 +84,16 @@ def _is_best(run: Run, name: str, step: int) -> bool:
     return min(means.values) < 1 and mean >= NEARLY_ALL and 0.4 * largest <= std <= 1.1 * largest
 
 
-def _gain(reward: Curve, end: int) -> tuple[float, float]:
-    """Return the difference between the last and the first quarter of the logs up to ``end``, and its standard error."""
-    quarter = end // 4
-    gain = fmean(reward.values[end - quarter : end]) - fmean(reward.values[:quarter])
-    return gain, reward.noise * math.sqrt(2 / quarter)
-
-
 def _spread_is_lost(run: Run, metric: str, learned: bool) -> int | None:
     """Return since when groups have no spread although, or because not, the reward has risen or has no room to rise."""
-    share, reward = run.curve(metric), run.curve("reward")
+    share = run.curve(metric)
     limit = max(_no_spread_limit(run), share.start - 3 * share.noise - 0.05)  # a share that falls is no fault
 
     def holds(value: float, step: int) -> bool:
         mean, error = share.mean(share.count(step))
         if min(value, mean - 2 * error) < limit:
             return False
-        count = reward.count(step)
-        has_risen = run.improved(step) and (count < 4 * reward.least or _has_learned(reward, count))
-        return (has_risen or _has_no_room(run, step)) is learned
+        return (run.improved(step) or _has_no_room(run, step)) is learned
 
     return share.since(holds)
 
@@ -129,7 +116,7 @@ def _no_spread(run: Run) -> Evidence | None:
         return None
     share, reward = run.curve(metric), run.curve("reward")
     level = f"; the mean reward is {short(reward.window())}" if len(reward) else ""
-    text = f"{share.window():.0%} of the completions are in groups with equal rewards{level}."
+    text = f"{share.window():.0%} of the completions are in groups with equal rewards, which have no gradient{level}."
     return Evidence(step, text, metric, share.window(), share.start, example(run, step, lambda row: -abs(row.advantage)))
 
 
@@ -145,7 +132,7 @@ def _saturated(run: Run) -> Evidence | None:
 
 def _collapsed(run: Run) -> Evidence | None:
     reward = run.curve("reward")
-    noise, start = reward.noise, reward.start
+    start, noticeable = reward.start, max(5 * reward.noise, 10 * reward.wander)
     # A run can collapse within the first logs, so that two neighbors of them are enough; a single one may be chance.
     early = max(map(min, pairwise(reward.values[: reward.least])))
     best = list(accumulate(map(reward.window, range(reward.least, len(reward) + 1)), max))
@@ -156,8 +143,8 @@ def _collapsed(run: Run) -> Evidence | None:
     def holds(value: float, step: int) -> bool:
         top = best_before(step)
         lost_half = value <= top - abs(top) / 2
-        lost_gain = top - start >= 5 * noise and top - value >= (top - start) / 2
-        return (lost_half or lost_gain) and top - value > 5 * noise
+        lost_gain = top - start >= noticeable and top - value >= (top - start) / 2
+        return (lost_half or lost_gain) and top - value > noticeable and top - value >= LARGE * run.spread("reward")
 
     if (step := reward.since(holds, WINDOW + 2)) is None:
         return None
@@ -179,38 +166,30 @@ def _format_without(run: Run, name: str, tasks: list[str]) -> Evidence | None:
     scored = {task: curve for task in tasks if len(curve := run.curve(f"rewards/{task}/mean"))}
 
     def fell(step: int) -> bool:
-        gains = [curve.gain(step) for curve in scored.values()]
-        return run.improved(step, f"rewards/{name}/mean") and min(gains) < -2 and max(gains) <= 2
+        has_format = run.improved(step, f"rewards/{name}/mean")
+        return has_format and not rose(step) and any(has_lost_half(curve, step) for curve in scored.values())
+
+    def has_lost_half(curve: Curve, step: int) -> bool:
+        return curve.has_fallen(step) and curve.start - curve.at(step, curve.start) >= abs(curve.start) / 2
+
+    def rose(step: int) -> bool:
+        return any(curve.has_risen(step) for curve in scored.values())
 
     def holds(_: float, step: int) -> bool:
         if not _is_saturated(run, name, step) or any(_is_saturated(run, task, step) for task in scored):
             return False
-        return fell(step) or all(_has_not_risen(curve, step) for curve in scored.values())
+        return fell(step) or (learned.count(step) >= learned.logs(SLOW) and not rose(step))
 
     if not scored or (step := learned.since(holds)) is None:
         return None
     others = ", ".join(f"{task} went from {short(c.start)} to {short(c.window())}" for task, c in scored.items())
-    text = f"{name} is {short(learned.window())} (at first {short(learned.start)}), but {others}."
+    text = f"{name} is {short(learned.window())} (at first {short(learned.start)}), but {others}: the form is learned"
+    text = f"{text} without the task."
     shown = example(run, step, lambda row: row.reward(name) - sum(map(row.reward, tasks)))
-    severity = PROBLEM if fell(learned.steps[-1]) or len(learned) >= _very_slow(learned) else NOTE
+    is_certain = fell(learned.steps[-1]) or all(_never_rose(run, f"rewards/{task}/mean") for task in scored)
+    severity = PROBLEM if is_certain else NOTE
     task, curve = next(iter(scored.items()))
     return Evidence(step, text, f"rewards/{task}/mean", curve.window(), curve.start, shown, severity)
-
-
-def _has_not_risen(curve: Curve, step: int) -> bool:
-    """Whether a reward has not risen, and enough is logged to say so."""
-    if (count := curve.count(step)) < _slow(curve):
-        return False
-    gain, error = _gain(curve, count)
-    return not _has_risen(curve, step) and gain + 2 * error <= 2 * curve.noise
-
-
-def _has_risen(curve: Curve, step: int) -> bool:
-    """Whether a reward has risen, be it by less than its noise: over many logs, a small gain is significant."""
-    if (count := curve.count(step)) < _slow(curve):
-        return curve.gain(step) > 2
-    gain, error = _gain(curve, count)
-    return gain > 2 * error or curve.gain(step) > 2 or _has_learned(curve, count)
 
 
 def _is_saturated(run: Run, name: str, step: int) -> bool:
@@ -227,7 +206,7 @@ def _unparsed(run: Run) -> Evidence | None:
 _logged_unparsed = large_share(
     "rewards/*/unparsed",
     0.25,
-    "{reward} found no answer in {share} of the completions, and gave them its value for such completions.",
+    "{reward} found no answer in {share} of the completions, and scored them as wrong, whatever they say.",
     lambda row: (not has_answer(row.text), -row.total),
     kept=0.8,
 )
@@ -260,14 +239,15 @@ def _lowest(row: Row) -> float:
 RULES = (
     Rule(
         "reward-flat",
-        "the reward is constant, or has not risen in 40 steps (a note) or 100 steps by more than its noise; near its best value"
-        " it is a note",
-        "Check the reward on a few completions by hand, then learning_rate. If groups-without-spread or no-update is found too,"
-        " begin there.",
+        "the reward is constant, or a gain that matters can be excluded after 100 steps; a note if after 40 steps no gain is"
+        " visible, and it is too early to exclude one or the reward is near its best value",
+        "If it is too early to say, train longer, or with more prompts per step, which reduces the noise. Else check the reward"
+        " on a few completions by hand, then learning_rate. If groups-without-spread or no-update is found too, begin there.",
         ("reward",),
         _flat,
-        "1.5 standard errors of the difference between the first and the last quarter of the logs, at least 12 (a note) or 30;"
-        " nine of ten completions have the best reward",
+        f"visible: {VISIBLE} standard errors; excluded: a gain of {SMALL} standard deviations between completions, if it is"
+        f" {EXCLUDED:.0f} standard errors above the estimate, and the estimate at most {HINT}, from {VERY_SLOW_LOGS} logs on;"
+        " near its best value: nine of ten completions have it",
     ),
     Rule(
         "reward-saturated",
@@ -294,16 +274,18 @@ RULES = (
         "Resume from a checkpoint before the collapse with a lower learning_rate or max_grad_norm, or with beta > 0.",
         ("reward",),
         _collapsed,
-        "five standard deviations of the noise between neighboring logs",
+        "five standard deviations of the noise between neighboring logs, ten of that between tenths of the run, and"
+        f" {LARGE} of the rewards of completions",
         steps=WINDOW + 2,
     ),
     Rule(
         "format-not-task",
-        "a reward of the format is high, but the others fall, or do not rise in 40 steps (a note) or 100 steps",
+        "a reward of the format is high, but the others lost half of their value, or have not risen (as in reward-flat, with a"
+        " note if it is too early to say)",
         "Lower the weight of the format in reward_weights, or give it only together with a correct answer.",
         ("rewards/*/mean", "rewards/*/std"),
         _format_only,
-        "nine of ten completions have the format; the other rewards differ from the beginning by less than two standard errors",
+        "nine of ten completions have the format; the others as in reward-flat",
     ),
     Rule(
         "unparsed-as-zero",
@@ -319,7 +301,9 @@ RULES = (
         "a reward function raises or times out",
         "Look at the warnings of the reward function; correct it or increase its timeout.",
         ("rewards/*/failed",),
-        large_share("rewards/*/failed", 0.05, "{reward} failed for {share} of the completions.", _lowest),
+        large_share(
+            "rewards/*/failed", 0.05, "{reward} failed for {share} of the completions, which are trained without it.", _lowest
+        ),
         "one of twenty completions",
         steps=WINDOW,
     ),

@@ -3,7 +3,7 @@
 from typing import Any
 
 from vlmkernels.doctor.completions import context, example, groups_of, most_common, recent, since
-from vlmkernels.doctor.history import WINDOW, Curve, Run, is_finite, is_number
+from vlmkernels.doctor.history import LARGE, WINDOW, Curve, Run, is_finite, is_number
 from vlmkernels.doctor.rule import COMPLETIONS, NOTE, PROBLEM, Evidence, Rule
 from vlmkernels.doctor.rules import lengths, policy, rewards
 from vlmkernels.doctor.rules.common import changed, large_share
@@ -25,7 +25,7 @@ def _lost_updates(run: Run) -> Evidence | None:
     if (step := share.since(lambda value, _: value < 0.5, WINDOW)) is None:
         return None
     text = f"An optimizer step changes {share.window():.1%} of the weights that have a gradient; the learning rate is"
-    return Evidence(step, f"{text} {short(highest)}.", CHANGED, share.window(), 1.0)
+    return Evidence(step, f"{text} {short(highest)}: the other updates are rounded away.", CHANGED, share.window(), 1.0)
 
 
 def _no_update(run: Run) -> Evidence | None:
@@ -34,7 +34,13 @@ def _no_update(run: Run) -> Evidence | None:
         if (step := curve.since(lambda value, _: value == 0)) is not None:
             # The end of a schedule, or of what there is to learn; or no group has spread, about which there is another rule.
             is_end = max(curve.values) > 0 if name == "learning_rate" else run.improved(step) or _lacks_spread(run)
-            return Evidence(step, f"{what} is 0 in most logs.", name, 0.0, severity=NOTE if is_end else PROBLEM)
+            return Evidence(
+                step,
+                f"{what} is 0 in most logs, and the weights do not change.",
+                name,
+                0.0,
+                severity=NOTE if is_end else PROBLEM,
+            )
     return None
 
 
@@ -70,7 +76,8 @@ def _overfitted(run: Run) -> Evidence | None:
             continue
         best = max(range(len(held_out)), key=held_out.values.__getitem__)
         top, last = held_out.values[best], held_out.window()
-        if len(held_out) - best > WINDOW and top - last > 4 * held_out.noise:
+        least = max(4 * held_out.noise, (top - held_out.start) / 2, LARGE * run.spread("reward"))
+        if len(held_out) - best > WINDOW and top - last > least:
             text = f"{name} fell from {short(top)} to {short(last)} while the reward of training rose"
             return Evidence(held_out.steps[best], f"{text}; epoch {short(epoch.values[-1])}.", name, last, top)
     return None
@@ -91,7 +98,8 @@ def _equal_prompts(run: Run) -> Evidence | None:
     window = next(recent(run))
     found = contexts(window)
     (prompt, *_), share = most_common(found)
-    text = f"Steps {window[0]} to {window[-1]} have {len(found)} prompts, but only {len(set(found))} distinct ones."
+    text = f"Steps {window[0]} to {window[-1]} have {len(found)} prompts, but only {len(set(found))} distinct ones"
+    text = f"{text}: the model sees few tasks, often."
     return Evidence(steps[-1], text, None, share, example=example(run, steps[-1], lambda row: row.group["prompt"] == prompt))
 
 
@@ -106,7 +114,7 @@ def _many_epochs(run: Run) -> Evidence | None:
 
 def _old_checkpoint(run: Run) -> Evidence | None:
     rules = [rule for rule in (*rewards.RULES, *lengths.RULES, *policy.RULES) if rule.name in COLLAPSES]
-    findings = [finding for rule in rules if (finding := rule.finding(run))]
+    findings = [found for rule in rules if (found := rule.finding(run)) and found.severity == PROBLEM]
     if not findings:
         return None
     first = min(findings, key=lambda finding: finding.step)
@@ -144,7 +152,7 @@ RULES = (
     ),
     Rule(
         "gradient-explosion",
-        "the norm of the gradient is ten times that at the beginning, and the reward did not rise",
+        "the norm of the gradient is ten times that at the beginning, and no rise of the reward is visible",
         "Lower learning_rate or max_grad_norm.",
         ("grad_norm",),
         changed("grad_norm", 10, "The norm of the gradient {}"),
@@ -165,7 +173,8 @@ RULES = (
         "Remove equal rows from the dataset, use more prompts, or stop at the best evaluation (load_best_model_at_end=True).",
         (f"epoch or {COMPLETIONS}",),
         lambda run: _equal_prompts(run) or _overfitted(run) or _many_epochs(run),
-        f"half of the prompts of three stored steps; four standard deviations of the held-out reward; {MANY_EPOCHS} epochs",
+        "half of the prompts of three stored steps; half of the gain on held-out prompts, four standard deviations of its"
+        f" noise and {LARGE} of the rewards of completions; {MANY_EPOCHS} epochs",
         steps=1,
     ),
     Rule(
@@ -173,7 +182,11 @@ RULES = (
         "rows of the dataset cannot be used, and others replace them",
         "Look at the warnings about these rows; correct the dataset, or increase max_prompt_length.",
         ("frac_samples_replaced",),
-        large_share("frac_samples_replaced", 0.05, "{share} of the prompts replaced a row that cannot be used."),
+        large_share(
+            "frac_samples_replaced",
+            0.05,
+            "{share} of the prompts replaced a row that cannot be used, and are trained on more often.",
+        ),
         "one of twenty prompts",
         steps=WINDOW,
     ),
@@ -182,7 +195,13 @@ RULES = (
         "most calls of tools fail, and their number does not fall",
         "Describe the arguments in the docstrings of the tools, look at the errors of the calls, and increase tool_timeout.",
         ("tools/failure_frequency",),
-        large_share("tools/failure_frequency", 0.5, "{share} of the tool calls fail.", lambda row: -row.total, kept=0.8),
+        large_share(
+            "tools/failure_frequency",
+            0.5,
+            "{share} of the tool calls fail, so that the model hardly learns to use the results.",
+            lambda row: -row.total,
+            kept=0.8,
+        ),
         "half of the calls, and at least 0.8 times the share at the beginning",
     ),
     Rule(
