@@ -103,8 +103,8 @@ def group_advantages(
         ``GroupAdvantages``, without gradients, in fp32 (fp64 for fp64 rewards, which the reference supports).
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above. Whether rewards and weights are finite is checked only on the CPU
-            (on a GPU the check would wait for the device).
+        ValueError, TypeError: an argument breaks a rule above. Whether rewards and weights are finite is checked only on the
+            CPU (on a GPU the check would wait for the device).
         NotImplementedError: the named backend does not support these tensors.
 
     Source: section 4.1 of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300); also on arXiv: 2503.20783
