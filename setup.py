@@ -37,6 +37,10 @@ DEFAULT_ARCHS = ("80", "90a", "100a")
 
 
 def find_cxx() -> str | None:
+    if "CXX" in os.environ and shutil.which(os.environ["CXX"]) is None:
+        raise SystemExit(
+            f"CXX must be a C++ compiler, without arguments, got {os.environ['CXX']!r}, which is not an executable"
+        )
     candidates = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
     return next((path for name in candidates if (path := shutil.which(name))), None)
 
@@ -109,6 +113,8 @@ class BuildNative(build_ext):
 
 extensions = [Extension("vlmkernels._C", sources=[])]
 if find_cxx() is None:
+    if os.environ.get("VLMKERNELS_CUDA") == "1":
+        raise SystemExit("VLMKERNELS_CUDA=1 needs a C++ compiler, and c++, g++ and clang++ are not on PATH")
     print("vlmkernels: no C++ compiler found; installing without the backends cpp and cuda")
     extensions = []
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,3 +101,20 @@ def test_env_command_names_every_op_and_backend():
     for word in ("gather_logps", "group_advantages", "grpo_loss", *backend.OTHERS, *backend.ALL_NAMES, "GPU"):
         assert word in done.stdout
     assert re.search("flash +supports CUDA tensors|flash +yes", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"CXX": "ccache g++"}, "CXX must be a C++ compiler, without arguments, got 'ccache g++'"),
+        ({"PATH": "", "VLMKERNELS_CUDA": "1"}, "VLMKERNELS_CUDA=1 needs a C++ compiler"),
+    ],
+)
+def test_the_build_does_not_fall_back_to_pure_python_if_a_compiler_is_named(variables, message):
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | variables
+    command = [sys.executable, "setup.py", "--version"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert message in done.stderr

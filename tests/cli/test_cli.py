@@ -318,6 +318,12 @@ def test_help(capsys):
     assert exit.value.code == 2
     assert "COMMAND must be one of demo, train, report, doctor, eval, plan, env, got 'fly'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        main([])
+    assert "error: COMMAND must be one of demo, train" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert "--model and --dataset and --reward must be given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main(["evaluate"])
     assert "got 'evaluate' (did you mean eval?)" in capsys.readouterr().err
 

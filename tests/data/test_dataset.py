@@ -155,6 +155,11 @@ def test_bad_files(tmp_path):
     bad.write_text("[1]\n")
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: must be a JSON object, got '\[1\]'"):
         load_dataset(bad)
+    bad.write_bytes('{"prompt": "a"}\n{"prompt": "\u00e9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 2: must be UTF-8, got b'.*\\xe9\"\}'"):
+        load_dataset(bad)
+    bad.write_text('{"prompt": "\u00e9"}\r\n', encoding="utf-8-sig")  # as Windows writes it
+    assert list(load_dataset(bad)) == [{"prompt": "\u00e9"}]
     (tmp_path / "table.csv").write_text("prompt\n")
     with pytest.raises(ValueError, match=r"dataset must end in .jsonl or .parquet or be a folder, got .*table.csv"):
         load_dataset(tmp_path / "table.csv")

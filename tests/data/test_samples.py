@@ -349,7 +349,7 @@ def test_errors_of_templates_and_processors_name_the_sample():
             {"prompt": "<|video_pad|><|video_pad|>", "videos": [[tiny.image(0)]]},
             r"sample 1: prompt must hold one <\|video_pad\|> per video, 1, got 2",
         ),
-        ({"prompt": ask(), "videos": [[tiny.image(0)]], "fps": 0}, "sample 1: fps must be finite and > 0, got 0"),
+        ({"prompt": ask(), "videos": [[tiny.image(0)]], "fps": 0}, "sample 1: fps must be a finite number > 0, got 0"),
         ({"answer": "1"}, "train_dataset: sample 1 must have 'prompt', got answer"),
         ("what?", "train_dataset: sample 1 must be a dict of columns, got str"),
         ({"prompt": ""}, "train_dataset: sample 1: prompt must not be empty, got ''"),

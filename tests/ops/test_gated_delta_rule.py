@@ -434,7 +434,7 @@ def test_fla_needs_a_gpu():
             r"initial_state must have the shape of \(roots of layout, Hv, Dk, Dv\), \(2, 4, 8, 6\), got \(1, 4, 8, 6\)",
         ),
         ({"initial_state": torch.zeros(2, 4, 8, 6).int()}, TypeError, "initial_state must be floating point, got int32"),
-        ({"scale": 0.0}, ValueError, "scale must be finite and > 0, got 0.0"),
+        ({"scale": 0.0}, ValueError, "scale must be a finite number > 0, got 0.0"),
         ({"backend": "cpp"}, ValueError, "backend must be one of auto, reference, torch, fla; got 'cpp'"),
     ],
 )

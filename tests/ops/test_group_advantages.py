@@ -233,6 +233,12 @@ ERRORS = {
     "eps type": ((R, 2), {"eps": "0"}, TypeError, "eps must be a number, got '0'"),
     "weights type": ((R, 2), {"weights": {"iou": 1.0}}, TypeError, "weights must be a tensor, .* got dict"),
     "weights nan": ((R, 2), {"weights": R[0] / 0}, ValueError, r"weights must be finite, got nan at index \(0,\)"),
+    "infinite": (
+        ([[0.0, 1.0], [math.nan, -math.inf]], 2),
+        {},
+        ValueError,
+        r"rewards must be finite, .* got -inf at index \(1, 1\)",
+    ),
     "weights": ((R, 2), {"weights": R[:, 0]}, ValueError, r"weights must have the shape of one reward, \(2,\), got \(6,\)"),
     "no groups": ((R,), {}, ValueError, "num_generations or group_sizes must be given, one of the two, got neither"),
     "both": ((R, 2), {"group_sizes": [6]}, ValueError, "one of the two, got both"),
@@ -240,8 +246,13 @@ ERRORS = {
     "fraction": ((R, 2.0), {}, TypeError, "num_generations must be an integer, got 2.0"),
     "fractions": ((R,), {"group_sizes": R[:, 0] + 1}, TypeError, "group_sizes must be integers, got 1.0"),
     "no sizes": ((R,), {"group_sizes": 6}, TypeError, "group_sizes must be a sequence of integers, got 6"),
-    "indivisible": ((R, 4), {}, ValueError, "num_generations must divide the 6 rewards, got 4"),
-    "sum": ((R,), {"group_sizes": [2, 3]}, ValueError, r"group_sizes must add up to the 6 rewards, got \[2, 3\] = 5"),
+    "indivisible": ((R, 4), {}, ValueError, "num_generations must divide the 6 completions of rewards, got 4"),
+    "sum": (
+        (R,),
+        {"group_sizes": [2, 3]},
+        ValueError,
+        r"group_sizes must add up to the 6 completions of rewards, got \[2, 3\] = 5",
+    ),
     "empty group": ((R,), {"group_sizes": [6, 0]}, ValueError, r"group_sizes must be >= 1 each, got \[6, 0\]"),
     "fp64": ((R.double(), 2), {"backend": "cpp"}, NotImplementedError, "cpp: supports float32, got float64"),
 }

@@ -578,8 +578,13 @@ ERRORS = {
         "num_items must be on the device of logps, cpu, got meta",
     ),
     "num_items shape": ((X, S), {"num_items": S}, ValueError, r"num_items must be a number or a \(\) tensor, got \(2,\)"),
-    "accumulation": ((X, S), {"accumulation_steps": 0}, ValueError, "accumulation_steps must be finite and > 0, got 0"),
-    "accumulation type": ((X, S), {"accumulation_steps": "2"}, TypeError, "accumulation_steps must be finite and > 0, got '2'"),
+    "accumulation": ((X, S), {"accumulation_steps": 0}, ValueError, "accumulation_steps must be a finite number > 0, got 0"),
+    "accumulation type": (
+        (X, S),
+        {"accumulation_steps": "2"},
+        TypeError,
+        "accumulation_steps must be a finite number > 0, got '2'",
+    ),
     "loss_mask and cu_seqlens": (
         (X.view(6), S),
         {"cu_seqlens": C, "loss_mask": torch.ones(6, dtype=torch.bool)},

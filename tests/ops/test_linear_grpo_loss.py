@@ -479,7 +479,7 @@ def test_checkpointing(device):
         ({"config": "papo_d", "masked_logps": torch.zeros(2, 3)}, "masked_logps must have the shape of logps"),
         ({"chunk_bytes": 100}, "chunk_bytes must hold one row of logits, 844 bytes, got 100"),
         ({"hidden": torch.zeros(2, 4, 5)}, r"weight must be \(V, H\)"),
-        ({"softcap": 0.0}, "softcap must be finite and > 0"),
+        ({"softcap": 0.0}, "softcap must be a finite number > 0"),
         ({"config": GRPOLossConfig(check_finite=True), "old_logps": torch.full((2, 4), torch.nan)}, "old_logps must be finite"),
         ({"cu_seqlens": torch.tensor([0, 4, 8])}, "logps must be"),
         ({"backend": "gpu"}, "backend must be one of"),

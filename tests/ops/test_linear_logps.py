@@ -493,9 +493,9 @@ BAD = {
     "target": ({"targets": T + 10}, ValueError, r"targets must be in \[0, 10\), the vocabulary, got 10 at index \(0, 0\)"),
     "negative target": ({"targets": T - 1}, ValueError, r"targets must be in \[0, 10\)"),
     "row": ({"rows": T + 6}, ValueError, r"rows must be in \[0, 6\), the rows of hidden \(2, 3\), got 6"),
-    "temperature": ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0, got 0.0"),
-    "softcap": ({"softcap": -1.0}, ValueError, "softcap must be finite and > 0, got -1.0"),
-    "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be finite and > 0, got 0.0"),
+    "temperature": ({"temperature": 0.0}, ValueError, "temperature must be a finite number > 0, got 0.0"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap must be a finite number > 0, got -1.0"),
+    "logit_scale": ({"logit_scale": 0.0}, ValueError, "logit_scale must be a finite number > 0, got 0.0"),
     "temperature beyond fp32": (
         {"temperature": 1e-60},
         ValueError,

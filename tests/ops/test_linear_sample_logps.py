@@ -178,7 +178,7 @@ def error_cases():
         ValueError,
         r"bias must have the shape of the rows of weight, \(1300,\), got \(3,\)",
     )
-    yield "softcap", (h, w, u), {"softcap": 0.0}, ValueError, "softcap must be finite and > 0, got 0.0"
+    yield "softcap", (h, w, u), {"softcap": 0.0}, ValueError, "softcap must be a finite number > 0, got 0.0"
     yield "uniform", (h, w, u + 1), {}, ValueError, r"uniform must be in \[0, 1\), got 1.* at index \(0,\)"
     yield (
         "uniform shape",

@@ -304,6 +304,13 @@ def test_pil_images_become_rgb_as_in_transformers(mode):
     assert torch.equal(pack_patches([image], patch_size=14, mean=MEAN, std=STD).pixel_values, expected["pixel_values"])
 
 
+@pytest.mark.parametrize("deep", [lambda gray: gray.astype(np.uint16) * 257, lambda gray: gray.astype(np.float32) / 255])
+def test_pil_images_with_more_than_8_bits_are_scaled(deep):
+    gray = noise(28, 56).numpy()
+    options = {"patch_size": 14, "mean": MEAN, "std": STD}
+    check(pack_patches([Image.fromarray(deep(gray))], **options), pack_patches([Image.fromarray(gray)], **options))
+
+
 def test_arrays():
     tensor = noise(28, 56, 3)
     array = tensor.numpy().copy()
@@ -350,8 +357,8 @@ def image_errors():
     rule = r"images\[1\] must have dtype uint8, got "
     yield "float", [good, good.float()], TypeError, rule + r"float32, \(3, 28, 28\)"
     yield "16 bits", [good, np.zeros((28, 28, 3), np.uint16)], TypeError, rule + r"uint16, \(28, 28, 3\)"
-    deep = Image.fromarray(np.zeros((28, 56), np.uint16))
-    yield "16-bit PIL", [good, deep], TypeError, r"images\[1\] must have 8 bits per channel, got mode I;16, 28 x 56"
+    deep = Image.fromarray(np.full((28, 56), 300.0, np.float32))
+    yield "floats of PIL", [good, deep], ValueError, r"images\[1\]: image must have pixels in \[0, 1\] or .* got 300.0 to 300.0"
     rule = r"images\[1\] must be a whole image, got 64 x 56 that does not decode: .*truncated"
     yield "truncated", [good, truncated()], ValueError, rule
     rule = r"images\[1\] must have sides that are multiples of 28, got 28 x 42"
@@ -367,10 +374,17 @@ def option_errors():
     yield "fixed size", layout, ValueError, "temporal_patch_size must be 1 in layout pixtral, got 2"
     yield "layout", {"layout": "vit"}, ValueError, "layout must be one of qwen2_vl, siglip2_naflex, pixtral, got 'vit'"
     yield "no mean", {"mean": None}, ValueError, r"mean and std must both be given or both be None, got None and \(0.26"
-    yield "mean", {"mean": (0.5,)}, ValueError, r"mean must have a value for each of 3 channels, got \(0.5,\)"
+    yield "mean", {"mean": (0.5,)}, ValueError, r"mean must have a number for each of 3 channels, got \(0.5,\)"
+    yield "one mean", {"mean": 0.5}, TypeError, "mean must have a number for each of 3 channels, got 0.5"
+    yield "resize", {"resize": (28, 56)}, TypeError, r"resize must be a function of height and width, got \(28, 56\)"
+    rule = r"resize must return \(height, width\), two integers > 0, got "
+    yield "one side", {"resize": lambda height, width: height}, ValueError, rule + "28 for images\\[0\\], 28 x 28"
+    yield "half pixels", {"resize": lambda height, width: (height / 2, width)}, ValueError, rule + r"\(14.0, 28\)"
+    yield "no side", {"resize": lambda height, width: (0, width)}, ValueError, rule + r"\(0, 28\)"
     yield "std", {"std": (0.5, 0, 1)}, ValueError, r"std must not be 0, got \(0.5, 0.0, 1.0\)"
-    yield "rescale", {"rescale": 0.0}, ValueError, "rescale must be finite and > 0, got 0.0"
+    yield "rescale", {"rescale": 0.0}, ValueError, "rescale must be a finite number > 0, got 0.0"
     yield "dtype", {"dtype": torch.float64}, TypeError, "dtype must be one of torch.float32, .* got torch.float64"
+    yield "name of a dtype", {"dtype": "bfloat16"}, TypeError, "dtype must be one of torch.float32, .* got 'bfloat16'"
     yield "backend", {"backend": "tpu"}, ValueError, "backend must be one of auto, .* got 'tpu'"
     out = torch.empty(8, 1176)
     rule = r"out must be \(at least 4, 1176\), got "

@@ -417,12 +417,18 @@ def error_cases():
         at = torch.tensor([0.1, value], dtype=torch.float64)
         yield f"uniform {value}", (x, at), {}, ValueError, rf"uniform must be in \[0, 1\), got {value} at index \(1,\)"
     for value in (0, -1.0, float("nan")):
-        yield f"temperature {value}", (x, u), {"temperature": value}, ValueError, "temperature must be finite and > 0, got"
+        yield f"temperature {value}", (x, u), {"temperature": value}, ValueError, "temperature must be a finite number > 0, got"
     yield "top_k", (x, u), {"top_k": -1}, ValueError, "top_k must be None or an integer in .* got -1"
     yield "top_k type", (x, u), {"top_k": 2.5}, TypeError, "top_k must be None or an integer >= 0, got 2.5"
     yield "top_p", (x, u), {"top_p": 0.0}, ValueError, r"top_p must be None or in \(0, 1\], got 0.0"
     yield "min_p", (x, u), {"min_p": 1.5}, ValueError, r"min_p must be None or in \[0, 1\], got 1.5"
-    yield "penalty", (x, u), {"repetition_penalty": 0.0, "seen": m}, ValueError, "repetition_penalty must be finite and > 0"
+    yield (
+        "penalty",
+        (x, u),
+        {"repetition_penalty": 0.0, "seen": m},
+        ValueError,
+        "repetition_penalty must be a finite number > 0",
+    )
     yield "no seen", (x, u), {"repetition_penalty": 1.2}, ValueError, "seen must be given with a repetition_penalty, got None"
     yield "seen", (x, u), {"repetition_penalty": 1.2, "seen": m[:1]}, ValueError, r"seen must have .* \(2, 5\), got \(1, 5\)"
     yield "banned", (x, u), {"banned": m[0, :4]}, ValueError, r"banned must be \(V,\) or \(A, V\) .* V = 5, got \(4,\)"

@@ -374,7 +374,7 @@ def test_a_server_of_another_model(tmp_path):
     [
         ({"vllm_mode": "remote"}, "vllm_mode must be one of server, colocate, got 'remote'"),
         ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url must begin with http:// or https://"),
-        ({"vllm_request_timeout": 0}, "vllm_request_timeout must be finite and > 0, got 0"),
+        ({"vllm_request_timeout": 0}, "vllm_request_timeout must be a finite number > 0, got 0"),
         ({"vllm_gpu_memory_utilization": 2}, r"vllm_gpu_memory_utilization must be in \(0, 1\], got 2"),
         ({"vllm_fingerprint_tolerance": 0}, "vllm_fingerprint_tolerance must be None or > 0, got 0"),
         (

@@ -443,7 +443,7 @@ REFUSED = {
         r"eval_dataset\['all'\]: sample 0: the column environment must be one of scope",
     ),
     "no prompt without an environment": ({"rows": LEVELS}, "train_dataset must have a column 'prompt'"),
-    "no time": ({"tool_timeout": 0.0}, "timeout must be finite and > 0, got 0.0"),
+    "no time": ({"tool_timeout": 0.0}, "timeout must be a finite number > 0, got 0.0"),
     "negative limit": ({"max_tool_calling_iterations": -1}, "max_tool_calling_iterations must be >= 0, got -1"),
     "format": ({"tool_format": "xnl"}, "tool_format must be one of .*, got 'xnl'"),
     "one name twice": ({"tools": {"tools": [tool_models.zoom], **ENVIRONMENT}}, "two are named 'zoom'"),

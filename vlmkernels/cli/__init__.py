@@ -41,8 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"commands:\n{lines}\n\nvlmkernels COMMAND --help shows the arguments of a command.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", metavar="COMMAND")
+    parser.add_argument("command", metavar="COMMAND", nargs="?")
     command = parser.parse_args(argv[:1]).command
+    if command is None:
+        parser.error(f"COMMAND must be one of {', '.join(COMMANDS)}")
     if command not in COMMANDS:
         from vlmkernels.ops.checks import did_you_mean
 

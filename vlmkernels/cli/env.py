@@ -17,18 +17,19 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("vlmkernels env", description="Show versions, devices, and which backend serves each op.")
     parser.parse_args(argv)
     native = backend.native()
-    print(f"vlmkernels  {__version__}")
-    print(f"python      {platform.python_version()} ({sys.executable})")
-    print(f"system      {platform.platform()}, {torch.get_num_threads()} threads")
+    print(f"vlmkernels   {__version__}")
+    print(f"python       {platform.python_version()} ({sys.executable})")
+    print(f"system       {platform.platform()}, {torch.get_num_threads()} threads")
     for package in PACKAGES:
-        print(f"{package:<11} {version(package)}")
+        print(f"{package:<12} {version(package)}")
     if isinstance(native, ImportError):
-        print(f"_C          not loaded: {native}")
+        print(f"_C           not loaded: {native}")
     else:
-        print(f"_C          CPU code for {native.cpu_isa}, CUDA code for {native.cuda_architectures or 'nothing'}")
+        cuda = f"CUDA code for {native.cuda_architectures}" if native.cuda_architectures else "no CUDA code"
+        print(f"_C           CPU code for {native.cpu_isa}, {cuda}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"GPU         {', '.join(gpus) or 'none'}")
-    print(f"backend     {os.environ.get('VLMKERNELS_BACKEND', 'auto')} (VLMKERNELS_BACKEND)")
+    print(f"GPU          {', '.join(gpus) or 'none'}")
+    print(f"backend      {os.environ.get('VLMKERNELS_BACKEND', 'auto')} (VLMKERNELS_BACKEND)")
     print("\nBackends, in the order in which auto tries them:")
     for op, row in {"kernels": backend.KERNELS, **backend.OTHERS}.items():
         for device, names in {**row.order, "other devices": row.otherwise}.items():

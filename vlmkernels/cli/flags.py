@@ -108,10 +108,10 @@ def environment_factory(given: str | Sequence[str] | None) -> Callable[..., Any]
 
 
 def require_given(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
-    """End the program with exit code 2 and a message if one of the named arguments is missing."""
-    for name in names:
-        if not getattr(args, name):
-            parser.error(f"--{name} must be given")
+    """End the program with exit code 2 and a message if named arguments are missing; it names all of them."""
+    missing = [f"--{name}" for name in names if not getattr(args, name)]
+    if missing:
+        parser.error(f"{' and '.join(missing)} must be given")
 
 
 def parse_arguments(

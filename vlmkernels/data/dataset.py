@@ -437,17 +437,20 @@ def _resolve_paths(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the objects of a .jsonl file with their line numbers, from 1. Empty lines are skipped.
+    """Yield the objects of a .jsonl file with their line numbers, from 1. Empty lines and a byte order mark are skipped.
 
     Raises:
-        ValueError: a line is not a JSON object; the message has the file and the line number.
+        ValueError: a line is not a JSON object in UTF-8; the message has the file and the line number.
     """
-    with path.open(encoding="utf-8-sig") as lines:  # some programs begin a file with a byte order mark
-        for number, line in enumerate((line.removesuffix("\n") for line in lines), 1):
-            if not line.strip():
-                continue
+    with path.open("rb") as lines:
+        for number, content in enumerate(lines, 1):
             try:
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                if not line.strip():
+                    continue
                 value = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: must be UTF-8, got {content[:80]!r} ({error})") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: must be JSON, got {line[:80]!r} ({error})") from error
             if not isinstance(value, dict):

@@ -101,9 +101,9 @@ def require_device(name: str, tensor: torch.Tensor, device: torch.device, owner:
 
 def require_positive(name: str, value: float) -> None:
     """Check that ``value`` is a finite number > 0."""
-    require_number(name, value, "be finite and > 0")
+    require_number(name, value, "be a finite number > 0")
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and > 0, got {value}")
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
 def require_factor(name: str, value: float) -> None:

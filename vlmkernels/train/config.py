@@ -369,7 +369,7 @@ class GRPOConfig(TrainingArguments):
         if not 1 <= self.oversampling < math.inf:
             raise ValueError(f"oversampling must be finite and >= 1, got {self.oversampling}")
         if not 0 < self.distillation_coef < math.inf:
-            raise ValueError(f"distillation_coef must be finite and > 0, got {self.distillation_coef}")
+            raise ValueError(f"distillation_coef must be a finite number > 0, got {self.distillation_coef}")
         check_beta(self.distillation_beta, "distillation_beta")
         if self.share_prefix not in ("auto", True, False):
             raise ValueError(f"share_prefix must be auto, true or false, got {self.share_prefix!r}")

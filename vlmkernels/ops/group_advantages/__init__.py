@@ -44,6 +44,8 @@ def _fwd(*args: Any) -> GroupAdvantages:
     # The sum is finite only if all weights are, and it is faster.
     if weights is not None and weights.device.type == "cpu" and not math.isfinite(weights.sum().item()):
         require_nowhere(~weights.isfinite(), "weights", "be finite", weights)
+    if inputs.rewards.device.type == "cpu":
+        require_nowhere(inputs.rewards.isinf(), "rewards", "be finite, or NaN for not scored", inputs.rewards)
     if len(inputs.rewards):
         select("group_advantages", inputs.backend, inputs.rewards).fwd(inputs, outputs)
     return outputs
@@ -83,8 +85,8 @@ def group_advantages(
     deviation of 0.
 
     Args:
-        rewards: (N,) or (N, R), numbers of any dtype, or a list of them. NaN, and None in a list, mean not scored. A completion
-            that no function scored has advantage 0 and does not enter the statistics of its group.
+        rewards: (N,) or (N, R), finite numbers of any dtype, or a list of them. NaN, and None in a list, mean not scored. A
+            completion that no function scored has advantage 0 and does not enter the statistics of its group.
         num_generations: G, the number of completions of each group. The completions of a group are adjacent; G divides N.
         group_sizes: instead of num_generations: the sizes of the groups in order, each >= 1. They add up to N.
         weights: (R,), finite: the weight of each reward function. Default 1 each.
@@ -101,8 +103,8 @@ def group_advantages(
         ``GroupAdvantages``, without gradients, in fp32 (fp64 for fp64 rewards, which the reference supports).
 
     Raises:
-        ValueError, TypeError: an argument breaks a rule above. Whether weights are finite is checked only on the CPU (on a GPU
-            the check would wait for the device).
+        ValueError, TypeError: an argument breaks a rule above. Whether rewards and weights are finite is checked only on the
+            CPU (on a GPU the check would wait for the device).
         NotImplementedError: the named backend does not support these tensors.
 
     Source: section 4.1 of Shao et al., DeepSeekMath (https://arxiv.org/abs/2402.03300); also on arXiv: 2503.20783
@@ -168,7 +170,7 @@ def _groups(
         if num_generations < 1:
             raise ValueError(f"num_generations must be >= 1, got {num_generations}")
         if num % num_generations:
-            raise ValueError(f"num_generations must divide the {num} rewards, got {num_generations}")
+            raise ValueError(f"num_generations must divide the {num} completions of rewards, got {num_generations}")
         return None, int(num_generations)
     sizes = sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
     if not isinstance(sizes, Iterable):
@@ -179,6 +181,6 @@ def _groups(
     if any(size < 1 for size in sizes):
         raise ValueError(f"group_sizes must be >= 1 each, got {sizes}")
     if sum(sizes) != num:
-        raise ValueError(f"group_sizes must add up to the {num} rewards, got {sizes} = {sum(sizes)}")
+        raise ValueError(f"group_sizes must add up to the {num} completions of rewards, got {sizes} = {sum(sizes)}")
     offsets = list(accumulate(sizes, initial=0))
     return torch.tensor(offsets, dtype=torch.int32, device=device), int(max(sizes, default=1))

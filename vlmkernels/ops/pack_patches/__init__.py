@@ -87,9 +87,12 @@ def _sizes(layout: str, patch_size: int, **sizes: int | None) -> Layout:
 def _per_channel(name: str, values: Sequence[float] | None) -> tuple[float, ...] | None:
     if values is None:
         return None
-    values = tuple(map(float, values))
+    try:
+        values = tuple(map(float, values))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must have a number for each of 3 channels, got {values!r}") from error
     if len(values) != 3:
-        raise ValueError(f"{name} must have a value for each of 3 channels, got {values}")
+        raise ValueError(f"{name} must have a number for each of 3 channels, got {values}")
     if name == "std" and not all(values):
         raise ValueError(f"{name} must not be 0, got {values}")
     return values
@@ -134,11 +137,11 @@ def pack_patches(
 
     Args:
         images: a list of n uint8 images (H, W, 3) or (3, H, W), or videos with a first axis T of frames; or one image. On the
-            CPU they may also be NumPy arrays of these shapes, or PIL images, which are converted to RGB (transparency on white)
-            as in transformers, or image files: their content as bytes, paths, or dicts ``{"bytes": ..., "path": ...}``. Files
-            are decoded to upright RGB in parallel, on torch's number of threads; see ``vlmkernels.ops.decode_image``. Tensors
-            may have any strides, and all must be on one device. H and W, after ``resize``, must be multiples of
-            patch_size * merge_size. A shape that fits both orders is read as (3, H, W).
+            CPU they may also be NumPy arrays of these shapes, or PIL images, which are converted to RGB (transparency on white,
+            more than 8 bits scaled to 8), or image files: their content as bytes, paths, or dicts ``{"bytes": ..., "path":
+            ...}``. Files are decoded to upright RGB in parallel, on torch's number of threads; see
+            ``vlmkernels.ops.decode_image``. Tensors may have any strides, and all must be on one device. H and W, after
+            ``resize``, must be multiples of patch_size * merge_size. A shape that fits both orders is read as (3, H, W).
         patch_size: P: 14 for Qwen2-VL and Qwen2.5-VL, 16 for Qwen3-VL, SigLIP2 and Pixtral.
         mean, std: (3,), the mean and standard deviation of each channel of the rescaled pixels; None: only rescale.
         rescale: multiplies the pixels before they are normalized.
@@ -172,10 +175,12 @@ def pack_patches(
     if not images:
         raise ValueError("images must hold at least one image, got 0")
     if dtype not in DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     if (mean is None) != (std is None):
         raise ValueError(f"mean and std must both be given or both be None, got {mean} and {std}")
     require_positive("rescale", rescale)
+    if resize is not None and not callable(resize):
+        raise TypeError(f"resize must be a function of height and width, got {resize!r}")
     sizes = _sizes(layout, patch_size, merge_size=merge_size, temporal_patch_size=temporal_patch_size)
     frames = read_frames(images, resize, decoder)
     device, multiple = frames[0].device, patch_size * sizes.merge_size

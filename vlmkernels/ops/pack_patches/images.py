@@ -1,7 +1,8 @@
 """The inputs of the kernels: images as views (T, 3, H, W) of uint8 pixels, any strides, and the table that describes them."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from vlmkernels.ops.decode_image import decode_image, is_encoded, map_distinct, 
 
 
 def rgb_from_pil(image: Any, name: str) -> torch.Tensor:
-    """Convert a PIL image to RGB, (H, W, 3); see ``on_white``. The result can share memory with the image."""
+    """Convert a PIL image to RGB, (H, W, 3), by the rules of ``decode_image.pixels``. It can share memory with the image."""
     import numpy
     from PIL import Image
 
-    from vlmkernels.ops.decode_image.pixels import DEEP_MODES, RGBImage, is_opaque, on_white
+    from vlmkernels.ops.decode_image.pixels import RGBImage, is_opaque, on_white, with_8_bits
 
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name} must be a tensor, an array, a PIL image, bytes or a path, got {type(image).__name__}")
@@ -24,10 +25,11 @@ def rgb_from_pil(image: Any, name: str) -> torch.Tensor:
     if pixels is not None:
         return torch.from_numpy(pixels)
     size = f"{image.height} x {image.width}"
-    if image.mode.startswith(DEEP_MODES):
-        raise TypeError(f"{name} must have 8 bits per channel, got mode {image.mode}, {size}")
     try:
+        image = with_8_bits(image)
         return torch.from_numpy(numpy.array(image if image.mode == "RGB" and is_opaque(image) else on_white(image)))
+    except ValueError as error:  # deep pixels out of range
+        raise ValueError(f"{name}: {error}") from error
     except (OSError, SyntaxError) as error:  # SyntaxError is what PIL raises for a broken PNG file
         raise ValueError(f"{name} must be a whole image, got {size} that does not decode: {error}") from error
 
@@ -99,11 +101,13 @@ def _resized(frames: torch.Tensor, name: str, resize: Callable[[int, int], tuple
         raise ValueError(f"{name} must be on the CPU to be resized, got {frames.device}")
     try:
         size = resize(height, width)
-        if size == (height, width):
-            return frames
-        return torch.nn.functional.interpolate(frames, size, mode="bicubic", antialias=True)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name} must have sides that can be resized, got {height} x {width}: {error}") from error
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, Integral) and side > 0 for side in size):
+        raise ValueError(f"resize must return (height, width), two integers > 0, got {size!r} for {name}, {height} x {width}")
+    if tuple(size) == (height, width):
+        return frames
+    return torch.nn.functional.interpolate(frames, tuple(map(int, size)), mode="bicubic", antialias=True)
 
 
 def image_table(fields: "array[int]", device: torch.device) -> torch.Tensor:
