@@ -292,7 +292,7 @@ def _short(value: Any) -> Any:
 
 def _without_images(group: dict) -> dict:
     """Replace the images of a group by names that differ as the images do, and round the numbers of its completions."""
-    images = [[f"data:image/{zlib.crc32(image.source.encode()):08x}", *image[1:]] for image in group["images"]]
+    images = [[f"data:image/png;base64,{zlib.crc32(image.source.encode()):08x}", *image[1:]] for image in group["images"]]
     rows = [
         {
             "text": row["text"],
