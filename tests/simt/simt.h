@@ -1,10 +1,11 @@
 // Runs CUDA kernels on the host for tests: one fiber per thread, and the blocks of a grid one after another. It is slow.
 //
-// The fibers of a block run in turns, each until it waits at a barrier or a warp operation. Mistakes for which a GPU hangs,
-// faults or returns garbage raise an exception: a barrier that not all threads of the block reach, a warp operation that not
-// all lanes of its mask reach, a lane that does not exist, a load or store that is not aligned to its size. Shared memory
-// starts as NaN. simt_watch() counts the bytes that loads and stores move within a range of memory. Kernels and grids have one
-// dimension. The checks see __ldg, __ldcs, __ldcg, __stcs and __stcg, but not a plain dereference.
+// The fibers of a warp run in turns, each until it waits at a barrier or a warp operation; the warps run one after another,
+// each until all its fibers wait for another warp. Mistakes for which a GPU hangs, faults or returns garbage raise an
+// exception: a barrier that not all threads of the block reach, a warp operation that not all lanes of its mask reach, a lane
+// that does not exist, a load or store that is not aligned to its size. Shared memory starts as NaN. simt_watch() counts the
+// bytes that loads and stores move within a range of memory. Kernels and grids have one dimension. The checks see __ldg,
+// __ldcs, __ldcg, __stcs and __stcg, but not a plain dereference.
 #pragma once
 
 #include <setjmp.h>
@@ -164,6 +165,21 @@ inline void report_deadlock() {
     fail(message);
 }
 
+// Runs the lanes of a warp that are ready, each until it waits. Returns whether there were any.
+inline bool run_warp(unsigned first) {
+    Device& d = device();
+    bool ran = false;
+    for (unsigned t = first; t < std::min<size_t>(first + kWarp, d.fibers.size()); ++t) {
+        Fiber& fiber = *d.fibers[t];
+        if (fiber.state != Fiber::State::ready) continue;
+        ran = true;
+        d.thread.x = t;
+        resume(fiber);
+        if (d.error) std::rethrow_exception(d.error);
+    }
+    return ran;
+}
+
 inline void run_block() {
     Device& d = device();
     std::memset(d.shared, 0xff, sizeof(d.shared));
@@ -173,13 +189,9 @@ inline void run_block() {
     for (auto& fiber : d.fibers) fiber->state = Fiber::State::ready;
     while (d.done < d.fibers.size()) {
         bool ran = false;
-        for (unsigned t = 0; t < d.fibers.size(); ++t) {
-            Fiber& fiber = *d.fibers[t];
-            if (fiber.state != Fiber::State::ready) continue;
-            ran = true;
-            d.thread.x = t;
-            resume(fiber);
-            if (d.error) std::rethrow_exception(d.error);
+        // Each warp runs as far as it can, so that a missing barrier shows: the other warps have not written their values.
+        for (unsigned warp = 0; warp < d.fibers.size(); warp += kWarp) {
+            while (run_warp(warp)) ran = true;
         }
         if (!ran) report_deadlock();
     }
