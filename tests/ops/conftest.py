@@ -1,9 +1,31 @@
+import importlib.util
+from functools import cache
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from vlmkernels.ops import linear_kl as linear_kl_module
 from vlmkernels.ops import linear_logps as linear_logps_module
 from vlmkernels.ops.linear_logps import sweep
+
+
+def patch_triton_once():
+    """Triton's interpreter patches triton.language anew in each call of a device function, which takes most of its time."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    @cache
+    def patch_once(fn):
+        patch(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch_once
+
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    patch_triton_once()
 
 
 @pytest.fixture

@@ -396,7 +396,7 @@ def test_backward_scales(need, device, backend):
 
 
 @pytest.mark.parametrize(
-    ("variant", "backend"), [*itertools.product(["gspo kl", "luspo", "vespo"], ALL), ("papo", "cpp")], ids=lambda x: x
+    ("variant", "backend"), [*itertools.product(["gspo kl"], ALL), *itertools.product(["luspo", "vespo", "papo"], ["cpp"])]
 )
 def test_opcheck_and_compile(need, device, variant, backend):
     config = GRPOLossConfig(**VARIANTS[variant])

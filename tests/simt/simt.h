@@ -1,12 +1,14 @@
 // Runs CUDA kernels on the host for tests: one fiber per thread, and the blocks of a grid one after another. It is slow.
 //
-// The fibers of a block run in turns, each until it waits at a barrier or a warp operation. Mistakes for which a GPU hangs,
-// faults or returns garbage raise an exception: a barrier that not all threads of the block reach, a warp operation that not
-// all lanes of its mask reach, a lane that does not exist, a load or store that is not aligned to its size. Shared memory
-// starts as NaN. simt_watch() counts the bytes that loads and stores move within a range of memory. Kernels and grids have one
-// dimension. The checks see __ldg, __ldcs, __ldcg, __stcs and __stcg, but not a plain dereference.
+// The fibers of a warp run in turns, each until it waits at a barrier or a warp operation; the warps run one after another,
+// each until all its fibers wait for another warp. Mistakes for which a GPU hangs, faults or returns garbage raise an
+// exception: a barrier that not all threads of the block reach, a warp operation that not all lanes of its mask reach, a lane
+// that does not exist, a load or store that is not aligned to its size. Shared memory starts as NaN. simt_watch() counts the
+// bytes that loads and stores move within a range of memory. Kernels and grids have one dimension. The checks see __ldg,
+// __ldcs, __ldcg, __stcs and __stcg, but not a plain dereference.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -52,14 +54,18 @@ struct Site {
     const char* what;
     const char* file;
     int line;
-    bool operator==(const Site& other) const { return line == other.line && std::strcmp(file, other.file) == 0; }
+    bool operator==(const Site& other) const {
+        return line == other.line && (file == other.file || std::strcmp(file, other.file) == 0);
+    }
     std::string text() const { return std::string(what) + " (" + file + ":" + std::to_string(line) + ")"; }
 };
 
 struct Fiber {
     enum class State { ready, at_barrier, at_warp_op, done };
 
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf place;  // where it waits, once it has started
+    bool started = false;
     std::unique_ptr<char[]> stack{new char[kStack]};
     State state = State::ready;
     Site site{};
@@ -79,7 +85,9 @@ struct Device {
     std::string kernel;
     std::function<void()> body;
     std::vector<std::unique_ptr<Fiber>> fibers;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
+    size_t done = 0, at_barrier = 0;  // fibers of the block in these states
+    Site barrier_site{};
     std::exception_ptr error;
     Index thread, block, block_dim, grid_dim;
     std::vector<std::pair<const void*, size_t>> shared_arrays;  // declaration, offset
@@ -102,6 +110,18 @@ inline Device& device() {
 
 // ---- fibers ----
 
+// Fibers switch by setjmp and longjmp, because swapcontext makes a system call each time.
+inline void resume(Fiber& fiber) {
+    if (_setjmp(device().scheduler) != 0) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+}
+
+inline void suspend(Fiber& fiber) {
+    if (_setjmp(fiber.place) == 0) _longjmp(device().scheduler, 1);
+}
+
 inline void fiber_main() {
     Device& d = device();
     for (;;) {
@@ -112,7 +132,8 @@ inline void fiber_main() {
             d.error = std::current_exception();
         }
         self.state = Fiber::State::done;
-        swapcontext(&self.context, &d.scheduler);
+        ++d.done;
+        suspend(self);
     }
 }
 
@@ -122,7 +143,7 @@ inline void wait(Fiber::State state, const Site& site) {
     unsigned thread = d.thread.x;
     self.state = state;
     self.site = site;
-    swapcontext(&self.context, &d.scheduler);
+    suspend(self);
     d.thread.x = thread;
 }
 
@@ -144,24 +165,33 @@ inline void report_deadlock() {
     fail(message);
 }
 
+// Runs the lanes of a warp that are ready, each until it waits. Returns whether there were any.
+inline bool run_warp(unsigned first) {
+    Device& d = device();
+    bool ran = false;
+    for (unsigned t = first; t < std::min<size_t>(first + kWarp, d.fibers.size()); ++t) {
+        Fiber& fiber = *d.fibers[t];
+        if (fiber.state != Fiber::State::ready) continue;
+        ran = true;
+        d.thread.x = t;
+        resume(fiber);
+        if (d.error) std::rethrow_exception(d.error);
+    }
+    return ran;
+}
+
 inline void run_block() {
     Device& d = device();
     std::memset(d.shared, 0xff, sizeof(d.shared));
     d.shared_arrays.clear();
     d.shared_used = 0;
+    d.done = d.at_barrier = 0;
     for (auto& fiber : d.fibers) fiber->state = Fiber::State::ready;
-    for (size_t done = 0; done < d.fibers.size();) {
+    while (d.done < d.fibers.size()) {
         bool ran = false;
-        done = 0;
-        for (unsigned t = 0; t < d.fibers.size(); ++t) {
-            Fiber& fiber = *d.fibers[t];
-            if (fiber.state == Fiber::State::ready) {
-                ran = true;
-                d.thread.x = t;
-                swapcontext(&d.scheduler, &fiber.context);
-                if (d.error) std::rethrow_exception(d.error);
-            }
-            done += fiber.state == Fiber::State::done;
+        // Each warp runs as far as it can, so that a missing barrier shows: the other warps have not written their values.
+        for (unsigned warp = 0; warp < d.fibers.size(); warp += kWarp) {
+            while (run_warp(warp)) ran = true;
         }
         if (!ran) report_deadlock();
     }
@@ -181,11 +211,11 @@ inline void launch(const std::string& kernel, unsigned grid, unsigned threads, s
     while (d.fibers.size() < threads) {
         d.fibers.push_back(std::make_unique<Fiber>());
         Fiber& fiber = *d.fibers.back();
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStack;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, fiber_main, 0);
+        getcontext(&fiber.start);
+        fiber.start.uc_stack.ss_sp = fiber.stack.get();
+        fiber.start.uc_stack.ss_size = kStack;
+        fiber.start.uc_link = nullptr;
+        makecontext(&fiber.start, fiber_main, 0);
     }
     try {
         for (unsigned b = 0; b < grid; ++b) {
@@ -216,16 +246,13 @@ inline void* shared_array(const void* declaration, size_t bytes) {
 
 inline void barrier(const Site& site) {
     Device& d = device();
-    for (auto& fiber : d.fibers) {
-        if (fiber->state == Fiber::State::done) fail(site.text() + " after another thread has returned");
-        if (fiber->state == Fiber::State::at_barrier && !(fiber->site == site)) {
-            fail(site.text() + " while another thread waits at " + fiber->site.text());
-        }
+    if (d.done > 0) fail(site.text() + " after another thread has returned");
+    if (d.at_barrier > 0 && !(d.barrier_site == site)) {
+        fail(site.text() + " while another thread waits at " + d.barrier_site.text());
     }
-    Fiber& self = d.current();
-    bool last = std::all_of(d.fibers.begin(), d.fibers.end(),
-                            [&](auto& fiber) { return fiber.get() == &self || fiber->state == Fiber::State::at_barrier; });
-    if (!last) return wait(Fiber::State::at_barrier, site);
+    d.barrier_site = site;
+    if (++d.at_barrier < d.fibers.size()) return wait(Fiber::State::at_barrier, site);
+    d.at_barrier = 0;
     for (auto& fiber : d.fibers) fiber->state = Fiber::State::ready;
 }
 
