@@ -448,6 +448,7 @@ def errors():
 
     rule = r"images\[0\] must have sides that can be resized, got 28 x 28: "
     yield "resize", [good, good], {"resize": refuse}, ValueError, rule + "the ratio is too large"
+    rule = r"resize must return \(height, width\), two integers > 0, got .* for images\[0\], 28 x 28"
     yield "resize to floats", [good], {"resize": lambda height, width: (28.0, 28.5)}, ValueError, rule
     yield "resize to nothing", [good], {"resize": lambda height, width: (0, 28)}, ValueError, rule
     meta = torch.empty(3, 28, 28, dtype=torch.uint8, device="meta")
