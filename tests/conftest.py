@@ -29,6 +29,14 @@ def device() -> str:
     return "cuda" if GPU else "cpu"
 
 
+@pytest.fixture(scope="session")
+def server():
+    """The multiprocessing context whose server forks processes that have already imported everything."""
+    from support import forks
+
+    return forks.server()
+
+
 @pytest.fixture
 def nan_filled(monkeypatch):
     """torch.empty returns NaN, which exposes elements that no kernel writes.

@@ -23,9 +23,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_environment_names_the_backend():
-    for names in ("cuda", "flex,cuda"):
-        done = run(CALL, VLMKERNELS_BACKEND=names, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
-        assert "NotImplementedError: no backend serves gather_logps: cuda: " in done.stderr
+    done = run(CALL, VLMKERNELS_BACKEND="flex,cuda", TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert "NotImplementedError: no backend serves gather_logps: cuda: " in done.stderr
     done = run(CALL, VLMKERNELS_BACKEND="quick")
     assert "VLMKERNELS_BACKEND must be one of auto, reference, cpp, triton, cuda, parts, flash, " in done.stderr
     assert "; got 'quick'" in done.stderr
@@ -96,7 +95,7 @@ def test_wrong_device_is_named(device):
 
 
 def test_env_command_names_every_op_and_backend():
-    done = run("from vlmkernels.cli import main; main(['env'])")
+    done = subprocess.run([sys.executable, "-m", "vlmkernels", "env"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for word in ("gather_logps", "group_advantages", "grpo_loss", *backend.OTHERS, *backend.ALL_NAMES, "GPU"):
         assert word in done.stdout

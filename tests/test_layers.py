@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,17 @@ def layer(path: Path) -> str:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
-EDGES = [
-    (path, line, target)
-    for path in FILES
-    for line, module in imports(path)
-    if module.split(".")[0] == "vlmkernels" and (target := file_of(module)) and target != path
-]
+
+
+@cache
+def edges() -> list[tuple[Path, int, Path]]:
+    """(file, line, imported file) of each import within the package."""
+    return [
+        (path, line, target)
+        for path in FILES
+        for line, module in imports(path)
+        if module.split(".")[0] == "vlmkernels" and (target := file_of(module)) and target != path
+    ]
 
 
 def cycle(graph: dict[str, set[str]]) -> list[str]:
@@ -79,7 +85,7 @@ def test_every_layer_is_in_the_table():
 def test_imports_point_down():
     wrong = [
         f"{path.relative_to(ROOT)}:{line}: {layer(path)} must not import {layer(target)}"
-        for path, line, target in EDGES
+        for path, line, target in edges()
         if layer(target) not in ALLOWED[layer(path)]
     ]
     assert not wrong, "\n" + "\n".join(sorted(set(wrong)))
@@ -88,7 +94,7 @@ def test_imports_point_down():
 @pytest.mark.parametrize("name", [lambda path: str(path.relative_to(ROOT)), layer], ids=["files", "layers"])
 def test_no_cycles(name):
     graph: dict[str, set[str]] = {}
-    for path, _, target in EDGES:
+    for path, _, target in edges():
         if name(path) != name(target):
             graph.setdefault(name(path), set()).add(name(target))
     assert not (found := cycle(graph)), " -> ".join(found)

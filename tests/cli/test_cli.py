@@ -329,7 +329,7 @@ def test_help(capsys):
 
 
 def test_rewards_of_the_current_folder(files, tmp_path):
-    """The installed command finds them too. Only ``python -m`` has the current folder on the path by itself."""
+    """The installed command finds them, although only ``python -m`` has the current folder on the path by itself."""
     (tmp_path / "own_rewards.py").write_text("def half(completions, **columns):\n    return [0.5] * len(completions)\n")
     (tmp_path / "predictions.jsonl").write_text("".join(f'{{"index": {i}, "completion": "1"}}\n' for i in range(4)))
     flags = [
@@ -342,10 +342,9 @@ def test_rewards_of_the_current_folder(files, tmp_path):
         "own_rewards:half",
     ]
     installed = [sys.executable, "-I", "-c", "import sys; from vlmkernels.cli import main; sys.exit(main())"]
-    for command in (installed, [sys.executable, "-m", "vlmkernels"]):
-        done = subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / "eval.json").read_text())["rewards"]["half"] == 0.5
+    done = subprocess.run([*installed, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "eval.json").read_text())["rewards"]["half"] == 0.5
 
 
 def test_names_of_models():

@@ -68,11 +68,11 @@ class Dice:
 
 @pytest.mark.parametrize("decoding", [GREEDY, Decoding(2, 1.0, 300, seed=3)], ids=["greedy", "sampled"])
 def test_random_tools_do_not_depend_on_the_batch_size(tmp_path, sample_to, decoding):
-    sizes = 1, 3, 8
+    sizes = 1, 3
     found = [
         sample_to(tmp_path / f"{size}.jsonl", replace(decoding, batch_size=size), tools=(), environment=Dice) for size in sizes
     ]
-    assert found[0].by_sample == found[1].by_sample == found[2].by_sample
+    assert found[0].by_sample == found[1].by_sample
     texts = {turn.text for (completion, *_) in found[0].by_sample.values() for turn in completion.turns if turn.role == "tool"}
     assert len(texts) > 1
     other = sample_to(tmp_path / "other.jsonl", replace(decoding, seed=9), tools=(), environment=Dice)

@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib
 import json
-import subprocess
 import sys
 import types
 from collections import defaultdict
@@ -15,9 +14,8 @@ import pytest
 trl = pytest.importorskip("trl")
 
 import torch  # noqa: E402
-from support import tiny_families  # noqa: E402
+from support import forks, tiny_families, trl_processes  # noqa: E402
 from support.groups import SHARING, processed  # noqa: E402
-from support.paths import environment  # noqa: E402
 from support.trl_runs import STEPS, FixedEngine, build, rows, tiny_model, train  # noqa: E402
 
 from vlmkernels import linear_kl  # noqa: E402
@@ -65,7 +63,7 @@ CASES = {
     "vespo": Case("text", TEXT, {"loss_type": "vespo", "use_adaptive_entropy": True, "entropy_target": 5.56}),
     "luspo, LoRA": Case("text", TEXT, {"loss_type": "luspo", **SEQUENCE, "beta": 0.05}, lora=True),
     # other options
-    "gspo, evaluated": Case("text", TEXT, {"loss_type": "grpo", **SEQUENCE, "eval_strategy": "steps", "eval_steps": 5}),
+    "gspo, evaluated": Case("text", TEXT, {"loss_type": "grpo", **SEQUENCE, "eval_strategy": "steps", "eval_steps": 3}),
     "masks": Case("text", TEXT, {"mask_truncated_completions": True, "off_policy_mask_threshold": 0.001, "beta": 0.1}),
     "fp32 head": Case("text", TEXT, {"cast_lm_head_to_fp32": True, "temperature": 0.7, "pad_to_multiple_of": 8}),
     "experts": Case("moe", TEXT, {"router_aux_loss_coef": 0.1}),
@@ -227,8 +225,8 @@ def test_prompts_and_images_run_once(tmp_path):
 
 
 def test_a_frozen_tower_runs_once_per_generation_batch(tmp_path):
-    """The rollout, the old and the reference model and ten training passes in another row order share its features."""
-    case = Case("qwen2_5_vl", ONE, {"beta": 0.1, "steps_per_generation": 2, "max_steps": 10}, lora=True)
+    """The rollout, the old and the reference model and six training passes in another row order share its features."""
+    case = Case("qwen2_5_vl", ONE, {"beta": 0.1, "steps_per_generation": 2}, lora=True)
     arguments = (tmp_path, trl.GRPOTrainer, *tiny_model(case.model), rows(4, case.images))
     if not accepts_image_features(arguments[2]):
         pytest.skip("this version of transformers does not accept features in place of pixels")
@@ -543,12 +541,9 @@ def test_a_subclass_keeps_its_overrides(tmp_path):
     assert_same(mine, theirs)
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(server, tmp_path):
     """Metrics are means over the tokens or sequences of both."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    program = ["-m", "support.trl_processes", str(tmp_path)]
-    result = subprocess.run([*launch, *program], env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    forks.run(server, trl_processes.run, tmp_path, world=2)
     runs = json.loads((tmp_path / "logs.json").read_text())
     for theirs, mine in runs:
         assert len(mine) == len(theirs) > 2

@@ -14,28 +14,33 @@ from vlmkernels.rollout.decode import decode_trajectories
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # raised by processors with NumPy 2
 
 
-def by_itself(model, prompt, results, sampling, ends):
-    """Greedy decoding of one trajectory with a whole forward pass for every token: its parts and log-probabilities."""
-    parts, logps, number = [prompt], [], 0
-    turn = []
-    while True:
-        whole = chain([*parts, text_inputs([turn], prompt.family, "cpu", PAD)] if turn else parts)
-        logits = model(**whole.inputs, use_cache=False).logits[0, -1].float()
-        allowed = logits.index_fill(0, torch.tensor(sampling.suppress_tokens, dtype=torch.int64), -torch.inf)
-        token = int(allowed.argmax())
-        logps.append(logits.log_softmax(-1)[token].item())
+@torch.no_grad()
+def by_itself(model, prompt, results, sampling, ends, ids):
+    """The greedy tokens of a trajectory and their log-probabilities, from one forward pass over it.
+
+    ``ids`` is the whole trajectory, with its results in their places. It is the greedy one if the tokens are those of ``ids``:
+    each then is the greedy token after those before it.
+    """
+    parts, turn, is_sampled, number, ended = [prompt], [], [], 0, False
+    while not ended:
+        token = ids[len(is_sampled)]
         turn.append(token)
-        length = sum(p.inputs["input_ids"].shape[1] for p in parts[1:]) + len(turn)
+        is_sampled.append(True)
+        ended = token in ends or len(is_sampled) == sampling.max_new_tokens
         if token in ends and number < len(results):
-            added = results[number].inputs["input_ids"].shape[1]
-            if length + added < sampling.max_new_tokens:
+            result = results[number].inputs["input_ids"][0].tolist()
+            if len(is_sampled) + len(result) < sampling.max_new_tokens:
+                assert ids[len(is_sampled) :][: len(result)] == result
                 parts += [text_inputs([turn], prompt.family, "cpu", PAD), results[number]]
-                logps += [0.0] * added
-                turn, number = [], number + 1
-                continue
-            return parts, turn, logps
-        if token in ends or length == sampling.max_new_tokens:
-            return parts, turn, logps
+                is_sampled += [False] * len(result)
+                turn, number, ended = [], number + 1, False
+    assert len(is_sampled) == len(ids)
+    whole = chain([*parts, text_inputs([turn], prompt.family, "cpu", PAD)])
+    logits = model(**whole.inputs, use_cache=False).logits[0, -len(ids) - 1 : -1].float()
+    allowed = logits.index_fill(-1, torch.tensor(sampling.suppress_tokens, dtype=torch.int64), -torch.inf)
+    is_sampled, tokens = torch.tensor(is_sampled), allowed.argmax(-1)
+    logps = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return tokens.where(is_sampled, torch.tensor(ids)).tolist(), logps * is_sampled
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -46,18 +51,23 @@ def test_decoding_equals_each_trajectory_by_itself(name):
     media = media_tokens(model)
     longest = max(r.inputs["input_ids"].shape[1] for rs in results for r in rs)
     sampling = Sampling(3 * longest + 6, ends, PAD, temperature=0, suppress_tokens=media)
-    expected = [by_itself(model, sample_of(prompts, p), r, sampling, ends) for p, r in zip(group, results, strict=True)]
+    found = []
     use_tree_attention(model)
     try:
         for slots in (None, 2):
-            episodes = ScriptedEpisodes(group, results)
-            decoded = decode_trajectories(model, prompts, episodes, sampling, max_num_seqs=slots)
-            for k, (parts, turn, logps) in enumerate(expected):
-                ids = [t for part in parts[1:] for t in part.inputs["input_ids"][0].tolist()] + turn
-                assert decoded.ids[k][decoded.mask[k]].tolist() == ids
-                torch.testing.assert_close(decoded.logps[k][decoded.mask[k]], torch.tensor(logps), rtol=1e-3, atol=1e-3)
+            decoded = decode_trajectories(model, prompts, ScriptedEpisodes(group, results), sampling, max_num_seqs=slots)
+            found.append(
+                [(decoded.ids[k][decoded.mask[k]].tolist(), decoded.logps[k][decoded.mask[k]]) for k in range(len(group))]
+            )
     finally:
         undo_tree_attention(model)
+    for k, (p, r) in enumerate(zip(group, results, strict=True)):
+        (ids, logps), (others, other_logps) = found[0][k], found[1][k]
+        assert others == ids
+        tokens, expected = by_itself(model, sample_of(prompts, p), r, sampling, ends, ids)
+        assert tokens == ids
+        for actual in (logps, other_logps):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 def rollout_of(name, images=True):

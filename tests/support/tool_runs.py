@@ -3,7 +3,6 @@
 import copy
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -136,6 +135,7 @@ def resumable(folder, made, how, hangs_at=None):
     return trainer, seen, experiences.steps
 
 
-if __name__ == "__main__":
-    output = Path(sys.argv[1])
+def hang(folder: str) -> None:
+    """A run of the model in ``made.pt`` whose tools hang in the third batch."""
+    output = Path(folder)
     resumable(output, torch.load(output / "made.pt", weights_only=False), "tools", hangs_at=4)[0].train()

@@ -1,8 +1,7 @@
-"""The program that a test launches with several processes: TRL's trainer with and without this package."""
+"""The program that a test runs with several processes: TRL's trainer with and without this package."""
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -49,8 +48,9 @@ def logs(path: Path, options: dict) -> list[dict]:
     return run.logs
 
 
-if __name__ == "__main__":
-    folder, results = Path(sys.argv[1]), []
+def run(folder: str) -> None:
+    """Write the logs of each case without and with this package to ``logs.json``."""
+    folder, results = Path(folder), []
     for name, options in CASES.items():
         own = folder / os.environ["RANK"]
         # TRL runs with replicated parameters: its head gradient is wrong under FSDP2 from the second iteration on.
@@ -60,4 +60,3 @@ if __name__ == "__main__":
     if os.environ["RANK"] == "0":
         (folder / "logs.json").write_text(json.dumps(results))
     torch.distributed.barrier()
-    os._exit(0)  # a gloo thread that needs the interpreter while it shuts down would abort the process

@@ -13,7 +13,7 @@ from PIL import Image
 
 from support import tiny_families
 
-STEPS = 10
+STEPS = 6  # two generation batches
 TIMES = ("step_time", "runtime", "per_second")
 
 
@@ -95,7 +95,7 @@ def build(path, trainer, model, processor, data, *, config=trl.GRPOConfig, peft_
     model = type(model).from_pretrained(path / "model", dtype=torch.float32)
     defaults = {
         "output_dir": str(path), "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 6,
-        "num_iterations": 5, "max_steps": STEPS, "optim": "sgd", "learning_rate": 0.05, "logging_steps": 1,
+        "num_iterations": 3, "max_steps": STEPS, "optim": "sgd", "learning_rate": 0.05, "logging_steps": 1,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False,
         "gradient_checkpointing": False,
     }  # fmt: skip

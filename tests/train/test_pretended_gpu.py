@@ -137,13 +137,13 @@ def test_waits_of_a_micro_batch(tmp_path, monkeypatch, name):
         return loss
 
     monkeypatch.setattr(GRPOTrainer, "compute_loss", counted)
+    if name == "tools":
+        made = tool_model("qwen2_5_vl")
+        model, rows, processor, tools = copy.deepcopy(made.model), made.rows, made.processor, [made.tool]
+    else:
+        model, rows, processor, tools = tiny.vlm(), tiny.rows(4), tiny.processor(), None
     with pretended_gpu() as mode:
         torch.manual_seed(0)
-        if name == "tools":
-            made = tool_model("qwen2_5_vl")
-            model, rows, processor, tools = copy.deepcopy(made.model), made.rows, made.processor, [made.tool]
-        else:
-            model, rows, processor, tools = tiny.vlm(), tiny.rows(4), tiny.processor(), None
         args = config(tmp_path, **options)
         trainer = GRPOTrainer(model, [length_reward, vowel_reward], args, rows, processing_class=processor, tools=tools)
         trainer.train()

@@ -1,12 +1,10 @@
 """Runs with tools that resume, within a batch and after they were killed while a tool ran."""
 
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from support.paths import environment
+from support import forks, tool_runs
 from support.tool_models import tool_model
 from support.tool_pools import eventually, is_alive
 from support.tool_runs import logs_of, resumable, texts
@@ -72,15 +70,16 @@ def test_a_checkpoint_within_a_batch_restores_it_and_the_next_batch_repeats(made
         same_numbers(one, other)
 
 
-def test_a_run_that_is_killed_while_a_tool_runs_repeats_the_batch(made, whole, tmp_path):
+def test_a_run_that_is_killed_while_a_tool_runs_repeats_the_batch(made, whole, server, tmp_path):
     """Its processes end with it."""
     _, batches, logs, _ = whole["tools"]
     torch.save(made, tmp_path / "made.pt")
-    with subprocess.Popen([sys.executable, "-m", "support.tool_runs", str(tmp_path)], env=environment()) as killed:
-        eventually(lambda: (tmp_path / "running").exists() and (tmp_path / "running").read_text(), 240)
-        killed.kill()
+    (killed,) = forks.start(server, tool_runs.hang, tmp_path)
+    assert eventually(lambda: (tmp_path / "running").exists() and (tmp_path / "running").read_text(), 240)
+    killed.kill()
+    killed.join()
     worker = int((tmp_path / "running").read_text())
-    assert killed.returncode == -signal.SIGKILL
+    assert killed.exitcode == -signal.SIGKILL
     assert eventually(lambda: not is_alive(worker))
     (tmp_path / "hang").unlink()
     trainer, seen, _ = resumable(tmp_path, made, "tools")

@@ -53,7 +53,7 @@ def assert_same(run, other, tolerance=2e-5):
 def test_same_losses_gradients_and_parameters(tmp_path, case):
     runs = []
     for share in ("auto", False):
-        trainer, result = run(tmp_path / str(share), max_steps=5, share_prefix=share, **CASES[case])
+        trainer, result = run(tmp_path / str(share), max_steps=3, share_prefix=share, **CASES[case])
         assert trainer.prepared.shares_prefix == (share == "auto")
         runs.append(result)
     assert_same(*runs)
@@ -67,7 +67,7 @@ def test_families(tmp_path, name):
     runs, images = [], [] if name in TEXT_ONLY else [(28, 28)]
     for share in ("auto", False):
         model, processor = tiny_model(name)
-        args = config(tmp_path / str(share), max_steps=5, share_prefix=share, beta=0.1, learning_rate=1e-3)
+        args = config(tmp_path / str(share), max_steps=2, share_prefix=share, beta=0.1, learning_rate=1e-3)
         rewards = [length_reward, vowel_reward]
         trainer = GRPOTrainer(copy.deepcopy(model), rewards, args, rows(8, [images]), processing_class=processor)
         assert trainer.prepared.shares_prefix == (share == "auto")
@@ -115,10 +115,10 @@ def test_a_token_budget_changes_nothing_but_the_parts(tmp_path, monkeypatch, cas
     for engine in ("packed", "padded", "branches"):
         make = getattr(Rollout, engine)
         monkeypatch.setattr(Rollout, engine, lambda *args, make=make: sizes.append(b := make(*args)) or b)
-    whole = run(tmp_path / "whole", max_steps=3, share_prefix=share, **options)[1]
+    whole = run(tmp_path / "whole", max_steps=2, share_prefix=share, **options)[1]
     uncut, most = len(sizes), max(batch.inputs["input_ids"].numel() for batch in sizes)
     sizes.clear()
-    cut = run(tmp_path / "cut", max_steps=3, share_prefix=share, max_tokens_per_microbatch=budget, **options)[1]
+    cut = run(tmp_path / "cut", max_steps=2, share_prefix=share, max_tokens_per_microbatch=budget, **options)[1]
     assert max(batch.inputs["input_ids"].numel() for batch in sizes) <= budget < most
     assert len(sizes) > uncut
     assert_same(cut, whole)

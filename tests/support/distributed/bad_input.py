@@ -14,7 +14,9 @@ from support.engines import FunctionEngine
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.processes import Processes
 
-SECOND = os.environ.get("RANK") == "1"
+
+def is_second() -> bool:
+    return os.environ.get("RANK") == "1"
 
 
 def train(output_dir, *, model=None, data=None, reward=processes.length, fsdp=None, **options):
@@ -40,7 +42,7 @@ def truncated_images() -> list[dict]:
 
 
 def failing(completions, **kwargs):
-    if SECOND:
+    if is_second():
         raise KeyError("no such answer")
     return processes.length(completions)
 
@@ -51,9 +53,9 @@ def fails_later():
 
     def failing(completions, **kwargs):
         calls.append(len(completions))
-        if SECOND and len(calls) > 1:
+        if is_second() and len(calls) > 1:
             raise KeyError("no such answer")
-        return [0.0] * len(completions) if SECOND else processes.length(completions)
+        return [0.0] * len(completions) if is_second() else processes.length(completions)
 
     return failing
 
@@ -66,7 +68,7 @@ def arrive_late(output_dir):
     processes = Processes(60)
     processes.barrier("the first step")
     processes.timeout = 0.4
-    if SECOND:
+    if is_second():
         time.sleep(1.2)
     processes.barrier("the second step")
 
@@ -90,7 +92,7 @@ def both(**wrong):
 
 def second(**wrong):
     """A case in which only the second process trains with these arguments."""
-    return lambda output_dir: train(output_dir, **{name: make() for name, make in wrong.items()} if SECOND else {})
+    return lambda output_dir: train(output_dir, **{name: make() for name, make in wrong.items()} if is_second() else {})
 
 
 def differing(difference: str, number: int = 1, **wrong):
@@ -125,7 +127,7 @@ CASES = {
         "ValueError: train_dataset: sample ",
     ),
     "an image that cannot be read, under FSDP2": (
-        lambda output_dir: train(output_dir, fsdp={}, **({"data": truncated_images()} if SECOND else {})),
+        lambda output_dir: train(output_dir, fsdp={}, **({"data": truncated_images()} if is_second() else {})),
         "RuntimeError: process 1 stopped at the completions of step 0: ValueError: train_dataset: sample ",
         "ValueError: train_dataset: sample ",
     ),

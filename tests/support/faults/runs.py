@@ -1,18 +1,12 @@
-"""Small training runs, the faults that are injected into them, and the processes that run them.
+"""Small training runs, and the faults that are injected into them."""
 
-Processes are forked from a server that has already imported everything: they start in hundredths of a second.
-"""
-
-import gc
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import socket
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState
 
-from support import paths, tiny
+from support import tiny
 from vlmkernels.train import GRPOConfig, GRPOTrainer
 from vlmkernels.train.checkpoint import last_complete_checkpoint
 
@@ -53,64 +47,6 @@ def losses(trainer) -> dict[int, dict]:
         for log in trainer.state.log_history
         if "loss" in log
     }
-
-
-# Processes
-
-
-def server():
-    """The multiprocessing context whose server forks the processes. It is started once and imports this module."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.faults.runs"])
-    path = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = paths.environment()["PYTHONPATH"]
-    multiprocessing.forkserver.ensure_running()
-    os.environ["PYTHONPATH"] = path
-    return context
-
-
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return str(server.getsockname()[1])
-
-
-def _process(function, folder: str, rank: int, world: int, port: str, arguments: tuple) -> None:
-    os.dup2(os.open(f"{folder}/output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    os.dup2(1, 2)
-    gc.freeze()  # every ``train`` collects garbage, which takes half a second with all these modules
-    os.environ["OMP_NUM_THREADS"] = "1"  # otherwise accelerate sets its own number
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    function(folder, *arguments)
-    sys.stdout.flush()
-    os._exit(0)  # a gloo thread that needs the interpreter while it shuts down would abort the process
-
-
-def start(context, function, folder, *arguments, world: int = 1) -> list:
-    """Run ``function(folder, *arguments)`` in ``world`` processes, whose output goes to ``folder/output-<rank>``."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    every = [
-        context.Process(target=_process, args=(function, str(folder), rank, world, port, arguments), daemon=True)
-        for rank in range(world)
-    ]
-    for process in every:
-        process.start()
-    return every
-
-
-def ended(processes, timeout: float) -> list[int]:
-    """The exit codes. A process that is still running after ``timeout`` seconds is killed, and its code is None."""
-    codes = []
-    for process in processes:
-        process.join(timeout)
-        codes.append(process.exitcode)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    return codes
 
 
 def train(folder, options: dict) -> None:

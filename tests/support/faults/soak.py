@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from support import tiny
+from support import forks, tiny
 from support.faults import runs
 from vlmkernels.train.checkpoint import last_complete_checkpoint
 
@@ -95,17 +95,17 @@ def soak(context, folder, steps: int, ends=ENDS, reach: int = 40, seed: int = 0)
     """Run both and return what happened and how much their logs differ. A life is at most ``reach`` steps long."""
     chance, ended, start = random.Random(seed), Counter(), time.monotonic()
     alone, broken = Path(folder, "alone"), Path(folder, "broken")
-    assert runs.ended(runs.start(context, life, alone, steps), 3600) == [0], (alone / "output-0").read_text()[-3000:]
+    assert forks.ended(forks.start(context, life, alone, steps), 3600) == [0], (alone / "output-0").read_text()[-3000:]
     while not (broken / "losses.json").exists():
         last = last_complete_checkpoint(broken)
         step = int(last.rpartition("-")[2]) if last else 0
         end, at = chance.choice(ends), step + chance.randrange(3, reach)
-        processes = runs.start(context, life, broken, steps, end, at)
+        processes = forks.start(context, life, broken, steps, end, at)
         if end == "killed by the clock":
             processes[0].join(chance.uniform(0.2, 2))
             if processes[0].is_alive():
                 os.kill(processes[0].pid, signal.SIGKILL)
-        (code,) = runs.ended(processes, 3600)
+        (code,) = forks.ended(processes, 3600)
         output = (broken / "output-0").read_text()
         if code == 1 and "no result within" in output[-2000:]:
             end = "reward hangs"
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = soak(runs.server(), folder, args.steps, seed=args.seed)
+        report = soak(forks.server(), folder, args.steps, seed=args.seed)
         report["memory, bytes per step"] = round(growth(Path(folder, "alone")))
     print(json.dumps(report, indent=1))
     sys.exit(not report["logs equal"] or report["memory, bytes per step"] > 20_000)

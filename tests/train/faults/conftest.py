@@ -3,13 +3,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support.faults import runs
-
-
-@pytest.fixture(scope="session")
-def server():
-    """The multiprocessing context whose server forks the processes."""
-    return runs.server()
 
 
 @pytest.fixture

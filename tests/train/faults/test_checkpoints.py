@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import tiny
+from support import forks, tiny
 from support.faults import runs
 from support.faults.runs import build, losses
 from transformers.trainer_utils import EvalLoopOutput
@@ -50,7 +50,7 @@ def test_killed_at_every_file(server, tmp_path, whole):
 
     While the checkpoint of step 6 is written again, one of step 6 loads at every moment.
     """
-    assert runs.ended(runs.start(server, runs.seen_at_every_file, tmp_path), 120) == [0], (tmp_path / "output-0").read_text()
+    assert forks.ended(forks.start(server, runs.seen_at_every_file, tmp_path), 120) == [0], (tmp_path / "output-0").read_text()
     first, again = json.loads((tmp_path / "events.json").read_text())
     files = ("model.safetensors", "optimizer.pt", "rng_state.pth", "experience_0.pt", "trainer_state.json", "vlmkernels.json")
     for name in (*files, "os.rename", "os.rmdir"):

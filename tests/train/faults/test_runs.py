@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from support import tiny
+from support import forks, tiny
 from support.faults import runs
 from support.faults.runs import build, losses
 
@@ -21,7 +21,7 @@ from vlmkernels.train.faults import MAX_SKIPPED
 def two(server, tmp_path_factory):
     """The reports of two processes; see ``runs.what_two_do``."""
     folder = tmp_path_factory.mktemp("two")
-    codes = runs.ended(runs.start(server, runs.what_two_do, folder, world=2), 120)
+    codes = forks.ended(forks.start(server, runs.what_two_do, folder, world=2), 120)
     assert codes == [0, 0], (folder / "output-0").read_text()[-3000:] + (folder / "output-1").read_text()[-3000:]
     return [json.loads((folder / f"said-{rank}.json").read_text()) for rank in range(2)]
 
@@ -55,11 +55,11 @@ def test_a_fault_of_one_process_is_skipped_by_all(two):
 
 def test_survivors_of_a_killed_process_end_and_say_why(server, tmp_path, two):
     """No launcher terminates the survivors. Afterwards two processes resume from the last checkpoint."""
-    processes = runs.start(server, runs.train_and_die, tmp_path, 1, 3, runs.SHORT, world=2)
-    assert runs.ended(processes, 60) == [1, -9]
+    processes = forks.start(server, runs.train_and_die, tmp_path, 1, 3, runs.SHORT, world=2)
+    assert forks.ended(processes, 60) == [1, -9]
     report = (tmp_path / "output-0").read_text()
     assert f"process 0 stops: process 1 (pid {processes[1].pid}) has ended or cannot be reached" in report
-    assert runs.ended(runs.start(server, runs.train, tmp_path, runs.SHORT, world=2), 60) == [0, 0]
+    assert forks.ended(forks.start(server, runs.train, tmp_path, runs.SHORT, world=2), 60) == [0, 0]
     resumed = json.loads((tmp_path / "losses-0.json").read_text())
     assert list(resumed) == ["1", "2", "3", "4", "5"]
     for step, log in two[0]["whole"]["losses"].items():
