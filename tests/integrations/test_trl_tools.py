@@ -26,7 +26,7 @@ from vlmkernels.models.loading import base_model  # noqa: E402
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-STEPS = 5
+STEPS = 3
 GREEDY = {"generation_kwargs": {"do_sample": False}}
 
 
@@ -49,16 +49,15 @@ class Case:
     options: dict = field(default_factory=dict)
     regroup: bool = False
     lora: bool = False
-    steps: int = 3
 
 
 # fmt: off
 CASES = {
-    "greedy": Case(options={**GREEDY, "beta": 0.1}, steps=STEPS),
+    "greedy": Case(options={**GREEDY, "beta": 0.1}),
     "images of tools only, sampled": Case("qwen3_vl", images=False, options={"beta": 0.1, "num_iterations": 2}),
     "text of tools": Case(tool=zoom_as_text, options={"top_k": 20, "repetition_penalty": 1.05}),
     "no images": Case("text", images=False, tool=tool_models.describe, options={"beta": 0.1}),
-    "environment": Case(tool=None, options={"loss_type": "grpo"}, steps=STEPS),
+    "environment": Case(tool=None, options={"loss_type": "grpo"}),
     "environment, greedy": Case("qwen3_vl", tool=None, options={**GREEDY, "entropy_coef": 0.1}),
     "regrouped": Case(options={"gradient_accumulation_steps": 2, "loss_type": "grpo"}, regroup=True),
     "frozen tower": Case(options={"beta": 0.1, "num_iterations": 2}, lora=True),
@@ -138,10 +137,10 @@ def test_training_equals_trl(tmp_path, monkeypatch, name):
         monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "_validate_model_kwargs", lambda *_: None)
     monkeypatch.setattr(scoring.logger, "warning_once", notices.append)
     monkeypatch.setattr(generation.logger, "warning_once", notices.append)
-    trainer, expected = build_trainer(tmp_path, case, max_steps=case.steps)
+    trainer, expected = build_trainer(tmp_path, case)
     theirs = train(trainer)
     with patch_trl(regroup=case.regroup):
-        trainer, samples = build_trainer(tmp_path, case, max_steps=case.steps)
+        trainer, samples = build_trainer(tmp_path, case)
         assert trainer._scorer.sampling_reason is None
         mine = train(trainer)
     assert trainer._scorer.sequences is None

@@ -1,8 +1,10 @@
 """A tiny model that calls a tool in every turn but the last, its processor, the tool, and rows of a dataset."""
 
 import math
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -168,9 +170,11 @@ def _train(model, processor, tool, rows: list[dict], turns: int) -> None:
     inputs, is_target = _encode(processor, tool, conversations)
     labels, is_target, weight = inputs["input_ids"][:, 1:], is_target[:, 1:], torch.tensor(weights).unsqueeze(1)
     is_greedy = is_target & (weight == max(weights))
+    features = []
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(500):
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        with _encodes_once(model, features):
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
         logps = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
         if logps[is_greedy].min() > math.log(0.6):  # 4 / 6 at the end of training
             return
@@ -179,6 +183,24 @@ def _train(model, processor, tool, rows: list[dict], turns: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     raise RuntimeError(f"{type(model).__name__} did not learn its conversations")
+
+
+@contextmanager
+def _encodes_once(model, features: list):
+    """Keep the image features of the first forward pass in ``features``: the vision tower, most of the work, is not trained."""
+    encode = getattr(model.model, "get_image_features", None)
+    if encode is None:
+        yield
+        return
+
+    @torch.no_grad()
+    def get_image_features(*args, **kwargs):
+        if not features:
+            features.append(encode(*args, **kwargs))
+        return features[0]
+
+    with patch.object(model.model, "get_image_features", get_image_features):
+        yield
 
 
 def _encode(processor, tool, conversations: list[list[dict]]) -> tuple[dict, torch.Tensor]:
