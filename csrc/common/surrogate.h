@@ -172,40 +172,6 @@ void with_surrogate(const GrpoVariant& v, Function f) {
     }
 }
 
-// ---- a sequence ----
-
-// Its tensors.
-struct Rows {
-    int64_t begin, size;  // its tokens in dlogp and dentropy
-    const float *logp, *old_logp, *ref_logp, *rollout_logp, *masked_logp, *entropy, *advantages;
-    const bool* loss_mask;
-    float advantage;  // if there is one per sequence
-};
-
-VLMK_HD Rows rows_of(const GrpoLoss& p, int64_t s) {
-    const bool packed = p.cu_seqlens != nullptr;
-    int64_t size = p.num_tokens / p.num_sequences, begin = s * size;
-    if (packed) {
-        // Clamped: on a GPU the values are not checked, and must not lead outside of the tensors.
-        auto clamped = [&](int64_t x, int64_t low) { return x < low ? low : x > p.num_tokens ? p.num_tokens : x; };
-        begin = clamped(p.cu_seqlens[s], 0);
-        size = clamped(p.cu_seqlens[s + 1], begin) - begin;
-    }
-    auto row = [&](auto* data, int64_t stride) { return data == nullptr ? data : data + (packed ? begin : s * stride); };
-    const float* advantages = row(p.advantages, p.advantages_stride);
-    return {begin,
-            size,
-            row(p.logp, p.logp_stride),
-            row(p.old_logp, p.old_logp_stride),
-            row(p.ref_logp, p.ref_logp_stride),
-            row(p.rollout_logp, p.rollout_logp_stride),
-            row(p.masked_logp, p.masked_logp_stride),
-            row(p.entropy, p.entropy_stride),
-            p.advantage_per_token ? advantages : nullptr,
-            row(p.loss_mask, p.loss_mask_stride),
-            p.advantage_per_token ? 0.0f : p.advantages[s * p.advantages_stride]};
-}
-
 // ---- a token ----
 
 // The inputs of a token. Where a tensor is not given, old_logp, ref_logp and masked_logp equal logp, rollout_logp equals

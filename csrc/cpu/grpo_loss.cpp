@@ -11,6 +11,39 @@ constexpr int64_t kBlock = 32 * kLanes;  // tokens that are summed in fp32; bloc
 constexpr int64_t kPerThread = 1 << 14;  // least number of tokens per thread
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// The tensors of a sequence.
+struct Rows {
+    int64_t begin, size;  // its tokens in dlogp and dentropy
+    const float *logp, *old_logp, *ref_logp, *rollout_logp, *masked_logp, *entropy, *advantages;
+    const bool* loss_mask;
+    float advantage;  // if there is one per sequence
+};
+
+Rows rows_of(const GrpoLoss& p, int64_t s) {
+    int64_t length = p.cu_seqlens != nullptr ? p.cu_seqlens[s + 1] - p.cu_seqlens[s] : p.num_tokens / p.num_sequences;
+    int64_t begin = p.cu_seqlens != nullptr ? p.cu_seqlens[s] : s * length;
+    auto row = [&](auto* data, int64_t stride) {
+        return data == nullptr ? data : data + (p.cu_seqlens != nullptr ? begin : s * stride);
+    };
+    Rows r{begin,
+           length,
+           row(p.logp, p.logp_stride),
+           row(p.old_logp, p.old_logp_stride),
+           row(p.ref_logp, p.ref_logp_stride),
+           row(p.rollout_logp, p.rollout_logp_stride),
+           row(p.masked_logp, p.masked_logp_stride),
+           row(p.entropy, p.entropy_stride),
+           nullptr,
+           row(p.loss_mask, p.loss_mask_stride),
+           0};
+    if (p.advantage_per_token) {
+        r.advantages = row(p.advantages, p.advantages_stride);
+    } else {
+        r.advantage = p.advantages[s * p.advantages_stride];
+    }
+    return r;
+}
+
 // The loss mask of sixteen tokens, of which the first `left` exist, as bytes 0 and 1. Without a mask all are 1.
 using Bytes = uint8_t __attribute__((vector_size(kLanes)));
 

@@ -43,6 +43,43 @@ VLMK_DEVICE void merge_block(const int (&names)[kCount], float (&columns)[kCount
     }
 }
 
+// The tensors of a sequence.
+struct Rows {
+    int64_t begin, size;  // its tokens in dlogp and dentropy
+    const float *logp, *old_logp, *ref_logp, *rollout_logp, *masked_logp, *entropy, *advantages;
+    const bool* loss_mask;
+    float advantage;  // if there is one per sequence
+};
+
+template <class T>
+VLMK_DEVICE const T* row_of(const T* data, int64_t offset) {
+    return data == nullptr ? data : data + offset;
+}
+
+VLMK_DEVICE Rows rows_of(const GrpoLoss& p, int64_t s) {
+    bool packed = p.cu_seqlens != nullptr;
+    int64_t length = p.num_tokens / p.num_sequences, begin = s * length;
+    if (packed) {
+        // Clamped, so that invalid offsets do not read or write outside of the tensors.
+        begin = max(int64_t{0}, min(static_cast<int64_t>(p.cu_seqlens[s]), p.num_tokens));
+        length = max(begin, min(static_cast<int64_t>(p.cu_seqlens[s + 1]), p.num_tokens)) - begin;
+    }
+    auto offset = [&](int64_t stride) { return packed ? begin : s * stride; };
+    Rows r;
+    r.begin = begin;
+    r.size = length;
+    r.logp = row_of(p.logp, offset(p.logp_stride));
+    r.old_logp = row_of(p.old_logp, offset(p.old_logp_stride));
+    r.ref_logp = row_of(p.ref_logp, offset(p.ref_logp_stride));
+    r.rollout_logp = row_of(p.rollout_logp, offset(p.rollout_logp_stride));
+    r.masked_logp = row_of(p.masked_logp, offset(p.masked_logp_stride));
+    r.entropy = row_of(p.entropy, offset(p.entropy_stride));
+    r.loss_mask = row_of(p.loss_mask, offset(p.loss_mask_stride));
+    r.advantages = p.advantage_per_token ? p.advantages + offset(p.advantages_stride) : nullptr;
+    r.advantage = p.advantage_per_token ? 0.0f : p.advantages[s * p.advantages_stride];
+    return r;
+}
+
 VLMK_DEVICE Token<float, bool> load_token(const Rows& r, int64_t i) {
     Token<float, bool> t{};
     t.loss_mask = r.loss_mask == nullptr || r.loss_mask[i];
