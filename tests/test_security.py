@@ -380,17 +380,17 @@ def test_the_page_of_completions_escapes_everything(tmp_path):
         assert not evil.handlers
 
 
-def test_the_page_of_an_untrusted_run_escapes_its_images(tmp_path):
+def test_the_page_of_an_untrusted_run_has_only_images_that_the_trainer_stores(tmp_path):
     save_step(tmp_path / "completions", 1, [[CompletionRow("?", [tiny.image(0)], "!", {"cer": 1.0}, 0.5)]])
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
-    harmless = Markup(run_page(Run.read(tmp_path)))
+    assert "data:image/png;base64," in run_page(Run.read(tmp_path))
     path = tmp_path / "completions" / "step-000001.json"
     content = json.loads(path.read_text())
-    content["groups"][0]["images"][0][0] = 'data:image/png;base64,x" onerror="alert(1)"><script>alert(1)</script>'
-    path.write_text(json.dumps(content))
-    page = Markup(run_page(Run.read(tmp_path)))
-    assert page.tags == harmless.tags
-    assert not page.handlers
+    for source in ('data:image/png;base64,x" onerror="alert(1)"><script>alert(1)</script>', "https://example.com/image.png"):
+        content["groups"][0]["images"][0][0] = source
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="the source of an image must be a data URI"):
+            run_page(Run.read(tmp_path))
 
 
 def test_the_page_of_an_evaluation_escapes_everything(tmp_path):

@@ -136,8 +136,9 @@ def scored_trees(draw, name):
 @pytest.mark.parametrize("name", ["text", "qwen2_5_vl", "internvl"])
 @given(data=st.data())
 def test_rows_and_targets_equal_those_of_the_paths(name, data):
+    model = tiny_families.case(name).model  # built here the first time: Hypothesis limits the time of a draw
     segments, tree, mask = data.draw(scored_trees(name))
-    pack = pack_trees(tiny_families.case(name).model, segments, tree, mask)
+    pack = pack_trees(model, segments, tree, mask)
     places = places_in(pack.inputs["tree_layout"])
     scored = {}  # for each scored token, the token that predicts it and its id
     for path, inputs in paths_of(segments, tree):
