@@ -67,16 +67,16 @@ SLOW = (
     "ops/test_cuda_compile.py",
     "train/test_tool_training.py",
     "train/distributed/test_data_parallel.py",
-    "integrations/test_trl.py",
-    "ops/test_grpo_loss.py",
-    "integrations/test_trl_tools.py",
     "ops/test_triton_compile.py",
+    "integrations/test_trl.py",
+    "integrations/test_trl_tools.py",
+    "train/test_tool_options.py",
     "ops/test_linear_grpo_loss.py",
-    "ops/test_linear_logps.py",
+    "ops/test_grpo_loss.py",
     "ops/test_tree_attention.py",
-    "ops/test_pack_patches.py",
+    "ops/test_linear_logps.py",
+    "bench/test_gpu_check.py",
     "ops/test_cpu_isa.py",
-    "examples/test_examples.py",
 )
 
 

@@ -90,7 +90,7 @@ def completions_of(model, prompts, num_generations, temperature):
     sums = (prompts.inputs["input_ids"] * prompts.inputs["attention_mask"]).sum(1) % 7
     member = torch.arange(num_generations).repeat(len(sums))
     ids = (sums[group, None] + 3 * member[:, None] + torch.arange(4)) % 30
-    lengths = 1 + (sums[group] + member) % 4
+    lengths = 1 + sums[group] % 3 + member % 2  # processes have unequal numbers of tokens
     logps, log_kept_mass = -3.0 - 0.2 * (ids % 5), -0.1 * (ids % 3)
     return Rollout(prompts, group, ids, torch.arange(4) < lengths[:, None], lengths < 3, logps, log_kept_mass)
 
