@@ -353,8 +353,9 @@ def linear_grpo_loss(
 
     With fp16 hidden states, the gradients of the logits are multiplied by a power of two before they are rounded, so that those
     of the largest weight of a token are about 256 times its advantage. The gradients of ``hidden``, ``weight`` and ``bias`` are
-    divided by it, and multiplied by the upstream gradient, which has the loss scale as a factor, in fp32. They overflow if
-    |advantage| * ratio is more than about 255.
+    divided by it, and multiplied by the upstream gradient, which has the loss scale as a factor, in fp32. They overflow if the
+    derivative of a token's loss by its log-probability is more than about 255: |advantage| * ratio, and the derivatives of the
+    KL and perception terms, such as beta * (e^(ref - logp) - 1) with kl_estimator="k3".
 
     Other objectives (sequence-level ratios or weights, off_policy_mask_threshold, top_entropy_quantile) and vocab_parallel run
     as written above. They also take 6 N H V operations if the logits fit in ``chunk_bytes``.
