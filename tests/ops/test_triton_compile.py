@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 MAX_REGISTERS = 128
 GEMM = "linear_logps_fused_kernel"
 MAX_REGISTERS_OF = dict.fromkeys((GEMM, "fixed_matmul_kernel", "decode_parts_kernel"), 255)
-MAX_STACK = 16  # bytes of a thread; ptxas saves up to four registers outside of the loops of some kernels
+MAX_STACK = 24  # bytes of a thread; ptxas saves up to six registers outside of the loops of some kernels
 MAX_SHARED = {80: 163, 86: 99, 90: 227, 100: 227}  # KiB, of the CUDA C++ programming guide's table of compute capabilities
 
 pytest.importorskip("triton")
