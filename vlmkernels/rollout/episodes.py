@@ -54,7 +54,7 @@ class Episode:
     lost: str | None = None
 
     def summary(self) -> "Episode":
-        """Return the numbers alone, which other processes need: without messages, images and environment."""
+        """Return a copy without messages, images and environment, to send to other processes."""
         return replace(self, messages=[], images=[], environment=None)
 
 

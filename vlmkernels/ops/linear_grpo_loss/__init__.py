@@ -43,7 +43,7 @@ BWD = "vlmkernels::linear_grpo_loss_bwd"
 class Settings(NamedTuple):
     """The arguments of the forward operator after ``Operands`` and ``LossInputs``.
 
-    Of the logps and the entropy of these ``LossInputs`` only shape and dtype count: the operator computes their values.
+    The operator computes the logps and the entropy itself. Those of ``LossInputs`` only give it their shape and dtype.
     """
 
     temperature: float

@@ -137,9 +137,9 @@ def pack_patches(
 
     Args:
         images: a list of n uint8 images (H, W, 3) or (3, H, W), or videos with a first axis T of frames; or one image. On the
-            CPU they may also be NumPy arrays of these shapes, or PIL images, which are converted to RGB (transparency on white,
-            more than 8 bits scaled to 8), or image files: their content as bytes, paths, or dicts ``{"bytes": ..., "path":
-            ...}``. Files are decoded to upright RGB in parallel, on torch's number of threads; see
+            CPU they may also be NumPy arrays of these shapes, PIL images, or image files: their content as bytes, paths, or
+            dicts ``{"bytes": ..., "path": ...}``. PIL images are converted to RGB: transparency becomes white, and pixels of
+            more than 8 bits are scaled to 8. Files are decoded to upright RGB in parallel, on torch's number of threads; see
             ``vlmkernels.ops.decode_image``. Tensors may have any strides, and all must be on one device. H and W, after
             ``resize``, must be multiples of patch_size * merge_size. A shape that fits both orders is read as (3, H, W).
         patch_size: P: 14 for Qwen2-VL and Qwen2.5-VL, 16 for Qwen3-VL, SigLIP2 and Pixtral.
